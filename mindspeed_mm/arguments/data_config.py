@@ -1,0 +1,131 @@
+"""``--mm-data``: which conversations and pictures to train on, and how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from mindspeed_mm.arguments.fields import REQUIRED, StrictModel, effective, no_effect, refused
+
+
+def _comma_separated(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+class PreprocessParameters(StrictModel):
+    """Tokenizer, pictures and videos. Areas are in pixels (width x height), before any patching."""
+
+    model_name_or_path: str = effective(REQUIRED, "Hugging Face directory with tokenizer and processor files")
+    use_fast_tokenizer: bool = refused(True, "only the fast tokenizer is used; both kinds give the same tokens")
+    split_special_tokens: bool = refused(
+        False, "the conversation template is made of special tokens, which must stay whole"
+    )
+    image_max_pixels: int = effective(262144, "largest area of a picture; larger ones are scaled down", ge=1)
+    image_min_pixels: int = effective(1024, "smallest area of a picture; smaller ones are scaled up", ge=0)
+    video_max_pixels: int = effective(16384, "largest area of one video frame", ge=1)
+    video_min_pixels: int = effective(0, "smallest area of one video frame", ge=0)
+    video_fps: float = effective(2.0, "frames taken per second of video", gt=0)
+    video_maxlen: int = effective(64, "most frames taken from one video", ge=1)
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> PreprocessParameters:
+        for kind in ("image", "video"):
+            least, most = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
+            if least > most:
+                raise ValueError(f"{kind}_min_pixels {least} exceeds {kind}_max_pixels {most}")
+        return self
+
+
+class BasicParameters(StrictModel):
+    """The files, and how conversations become tokens and labels."""
+
+    template: Literal["qwen3_vl_nothink"] = effective("qwen3_vl_nothink", "conversation format")
+    enable_thinking: bool = refused(False, "template qwen3_vl_nothink has no thinking part")
+    dataset_dir: str = effective("./data", "directory that relative picture and video paths start from")
+    dataset: str = effective(REQUIRED, "data file, or several separated by commas")
+    cache_dir: str | None = effective(None, "directory for the tokenized data set; null: Hugging Face's own")
+    overwrite_cache: bool = effective(False, "build the data set anew even where a cached one fits")
+    train_on_prompt: bool = effective(False, "supervise the questions, too")
+    mask_history: bool = effective(False, "supervise the last answer only")
+    preprocessing_batch_size: int = effective(1000, "records tokenized in one call", ge=1)
+    preprocessing_num_workers: int | None = effective(16, "processes that tokenize; null: one", ge=1)
+    max_samples: int | None = effective(None, "keep the first so many records of each file; null: all", ge=1)
+    tool_format: str | None = refused(None, "template qwen3_vl_nothink has no tool calls")
+    val_dataset: str | None = effective(None, "file or files to evaluate on; null: none")
+    val_max_samples: int | None = effective(None, "keep the first so many records of val_dataset; null: all", ge=1)
+    val_rate: float | None = effective(None, "share of the training data held out for evaluation", ge=0, lt=1)
+    streaming: bool = refused(False, "reading records without building a data set first is not implemented yet")
+    preprocess_on_fly: bool = refused(False, "tokenizing while training is not implemented yet")
+    packing: bool = refused(False, "packing to a token budget is not implemented yet; micro-batches hold no padding")
+    neat_packing: bool = refused(
+        False, "packing to a token budget is not implemented yet; attention never crosses samples in any case"
+    )
+
+    @property
+    def dataset_files(self) -> list[str]:
+        """``dataset`` as a list of paths."""
+        return _comma_separated(self.dataset)
+
+    @property
+    def val_dataset_files(self) -> list[str]:
+        """``val_dataset`` as a list of paths, empty where there is none."""
+        return _comma_separated(self.val_dataset or "")
+
+    @model_validator(mode="after")
+    def _names_a_file(self) -> BasicParameters:
+        if not self.dataset_files:
+            raise ValueError("dataset names no file")
+        if self.val_dataset is not None and self.val_rate:
+            raise ValueError("val_dataset and val_rate exclude each other; keep one")
+        return self
+
+
+class Attributes(StrictModel):
+    """Names of a record's columns, and of the roles within its messages."""
+
+    images: str | None = effective("images", "column with the list of picture paths; null: there is none")
+    videos: str | None = effective(None, "column with the list of video paths; null: there is none")
+    messages: str = effective("messages", "column with the conversation")
+    role_tag: str = effective("role", "key of a message's role")
+    content_tag: str = effective("content", "key of a message's text")
+    user_tag: str = effective("user", "role of a question")
+    assistant_tag: str = effective("assistant", "role of an answer")
+    observation_tag: str | None = effective(None, "role of a tool's answer; null: there is none")
+    function_tag: str | None = effective(None, "role of a tool call; null: there is none")
+    system_tag: str | None = effective(None, "role of a system message; null: there is none")
+    system: str | None = effective(None, "column with a system message; null: there is none")
+
+
+class DatasetParam(StrictModel):
+    """The data set."""
+
+    dataset_type: Literal["huggingface"] = effective("huggingface", "reader of the data files")
+    preprocess_parameters: PreprocessParameters
+    basic_parameters: BasicParameters
+    attr: Attributes = Attributes()
+
+
+class CollateParam(StrictModel):
+    """How samples become a micro-batch."""
+
+    model_name: Literal["qwen3vl"] = effective("qwen3vl", "collator")
+    ignore_pad_token_for_loss: bool = no_effect(True, "micro-batches are packed and hold no padding")
+
+
+class DataloaderParam(StrictModel):
+    """Order of the samples, and how they reach the device."""
+
+    dataloader_mode: Literal["sampler"] = effective("sampler", "samples are drawn by a sampler")
+    sampler_type: Literal["BaseRandomBatchSampler"] = effective("BaseRandomBatchSampler", "sampler")
+    drop_last: bool = effective(True, "skip an epoch's tail that does not fill a global batch")
+    shuffle: bool = effective(True, "new order in each epoch, from --seed; false: the file's order")
+    pin_memory: bool = effective(True, "page-locked host memory for transfers to an accelerator")
+    collate_param: CollateParam = CollateParam()
+
+
+class DataConfig(StrictModel):
+    """The whole file."""
+
+    dataset_param: DatasetParam
+    dataloader_param: DataloaderParam = DataloaderParam()
