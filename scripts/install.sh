@@ -1,0 +1,329 @@
+#!/usr/bin/env bash
+# Installs this project and what it needs. The plan is made once; --dry-run prints it, otherwise it is run.
+set -uo pipefail
+exec </dev/null # nothing here may wait for an answer
+CALLER_DIR=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+
+DEFAULT_MSID=d76dbddd4517d48a2fc1cd494de8b9a6cfdbfbab
+MINDSPEED_REPO=${MINDSPEED_REPO:-https://gitcode.com/Ascend/MindSpeed.git}
+MINDSPEED_DIR=${MINDSPEED_DIR:-third_party/MindSpeed}
+MEGATRON_VERSION=0.12.1 # the one version MindSpeed supports
+ATTEMPTS=3
+export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 GIT_TERMINAL_PROMPT=0
+
+usage() {
+    cat <<'USAGE'
+usage: bash scripts/install.sh [--arch x86|arm] [options]
+
+  --arch x86|arm       processor of this machine; a wrong one is corrected, except in the plan of --dry-run
+  --msid COMMIT        commit of MindSpeed, on NPUs (default: the guide's d76dbddd)
+  --torchversion V     torch 2.7.1 to 2.13 (default: 2.7.1 on NPUs, else 2.13.0)
+  --device DEVICE      auto, npu, cuda or cpu (default: auto)
+  --venv DIR           virtual environment to create or reuse (default: the active one, else .venv)
+  --python PYTHON      interpreter for a new environment (default: python3.11, python3.10 or python3)
+  --dev                also what tests and lint need
+  --dry-run            print the plan and change nothing
+  --help               print this
+
+Environment: MINDSPEED_REPO and MINDSPEED_DIR (where MindSpeed comes from and goes to), TORCH_NPU_VERSION (to match
+the CANN release, e.g. 2.7.1.post2), INSTALL_RETRY_PAUSE (seconds between attempts, default 5). Packages come from
+where pip is configured to look (pip config, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+USAGE
+}
+
+note() { printf 'note: %s\n' "$*"; }
+
+# fail STATUS MESSAGE: 2 for a wrong option, 1 for a machine that cannot be installed on.
+fail() {
+    printf 'error: %s\n' "$2" >&2
+    exit "$1"
+}
+
+parse_options() {
+    ARCH='' MSID='' TORCH='' DEVICE=auto VENV='' PYTHON='' DEV=0 DRY_RUN=0
+    while (($#)); do
+        case $1 in
+            --arch | --msid | --torchversion | --device | --venv | --python)
+                [[ $# -ge 2 && -n $2 && $2 != --* ]] || fail 2 "$1 needs a value; see --help"
+                ;;&
+            --arch) ARCH=$2 ;;
+            --msid) MSID=$2 ;;
+            --torchversion) TORCH=$2 ;;
+            --device) DEVICE=$2 ;;
+            --venv) VENV=$2 ;;
+            --python) PYTHON=$2 ;;
+            --dev) DEV=1 ;;
+            --dry-run) DRY_RUN=1 ;;
+            -h | --help) usage && exit 0 ;;
+            *) fail 2 "unknown option $1; see --help" ;;
+        esac
+        case $1 in
+            --dev | --dry-run) shift ;;
+            *) shift 2 ;;
+        esac
+    done
+    [[ $ARCH =~ ^(x86|arm|)$ ]] || fail 2 "--arch is $ARCH; choose x86 or arm"
+    [[ $DEVICE =~ ^(auto|npu|cuda|cpu)$ ]] || fail 2 "--device is $DEVICE; choose auto, npu, cuda or cpu"
+    [[ $MSID =~ ^([0-9a-fA-F]{7,40}|)$ ]] || fail 2 "--msid is $MSID; give a commit of 7 to 40 hexadecimal digits"
+}
+
+# Sets ARCH, and FOREIGN=1 where the plan is for another machine than this one.
+choose_arch() {
+    local machine
+    machine=$(machine_arch)
+    FOREIGN=0
+    if [[ -n $ARCH && $ARCH != "$machine" ]]; then
+        if ((DRY_RUN)); then
+            FOREIGN=1
+            note "this machine is $machine; the plan is for $ARCH, as named"
+        else
+            note "--arch $ARCH contradicts this machine, which is $machine; installing for $machine"
+            ARCH=$machine
+        fi
+    fi
+    ARCH=${ARCH:-$machine}
+    [[ $ARCH == x86 || $ARCH == arm ]] || fail 1 "this machine is $ARCH; there are wheels for x86 and arm only"
+}
+
+# Sets DEVICE, TORCH, TORCH_NPU and MSID.
+choose_versions() {
+    local minor=0 micro=0
+    [[ $DEVICE != auto ]] || DEVICE=$(detect_device)
+    if [[ -n $TORCH ]]; then
+        [[ $TORCH =~ ^2\.([0-9]+)(\.([0-9]+))?$ ]] || fail 2 "--torchversion is $TORCH; choose 2.7.1 to 2.13.0"
+        minor=${BASH_REMATCH[1]} micro=${BASH_REMATCH[3]:-0}
+        TORCH=2.$minor.$micro
+        ((minor >= 7 && minor <= 13 && !(minor == 7 && micro == 0))) ||
+            fail 2 "--torchversion is $TORCH; choose 2.7.1 to 2.13.0"
+    elif [[ $DEVICE == npu ]]; then
+        TORCH=2.7.1
+    else
+        TORCH=2.13.0
+    fi
+    TORCH_NPU=${TORCH_NPU_VERSION:-$TORCH}
+    if [[ $DEVICE == npu ]]; then
+        # only these have a torch_npu
+        [[ $TORCH =~ ^2\.(7\.1|8\.0|9\.0|9\.1|10\.0|11\.0|12\.0|13\.0)$ ]] || fail 2 \
+            "--torchversion is $TORCH, which has no torch_npu; choose 2.7.1, 2.8.0, 2.9.0, 2.10.0, 2.11.0, 2.12.0 or 2.13.0"
+        [[ $TORCH_NPU == "$TORCH" || $TORCH_NPU == "$TORCH".post* ]] ||
+            fail 2 "TORCH_NPU_VERSION is $TORCH_NPU, which does not belong to torch $TORCH; choose $TORCH or $TORCH.postN"
+    elif [[ -n $MSID ]]; then
+        note "--msid has no effect on $DEVICE: MindSpeed serves NPUs only"
+    fi
+    MSID=${MSID:-$DEFAULT_MSID}
+}
+
+# Sets ENV_DIR, PY (its interpreter), BASE_PYTHON (what creates it, or empty where it exists) and PY_VERSION.
+choose_environment() {
+    [[ -z $VENV || $VENV == /* ]] || VENV=$CALLER_DIR/$VENV
+    [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$CALLER_DIR/$PYTHON
+    ENV_DIR=$(environment_dir "$VENV")
+    PY=$ENV_DIR/bin/python
+    BASE_PYTHON=''
+    if [[ $FOREIGN == 0 ]] && PY_VERSION=$(python_version "$PY"); then
+        if [[ -n $PYTHON && $(python_version "$PYTHON") != "$PY_VERSION" ]]; then
+            fail 2 "$ENV_DIR exists with Python $PY_VERSION, and --python is $PYTHON; name another directory with --venv"
+        fi
+    else
+        if [[ -d $ENV_DIR && ! -e $ENV_DIR/pyvenv.cfg && -n $(ls -A "$ENV_DIR") ]]; then
+            fail 2 "$ENV_DIR is a directory with other content; name another with --venv"
+        fi
+        BASE_PYTHON=${PYTHON:-$(find_python)}
+        [[ -n $BASE_PYTHON ]] || fail 1 "found no Python 3.10 or 3.11 that can make a virtual environment; install one (with its venv module) or name it with --python"
+        PY_VERSION=$(python_version "$BASE_PYTHON") || fail 2 "--python is $BASE_PYTHON, which does not run"
+    fi
+    python_is_supported "$PY_VERSION" || fail 2 "Python is $PY_VERSION in ${BASE_PYTHON:-$ENV_DIR}; this project needs 3.10 or 3.11, name one with --python${BASE_PYTHON:- and a new directory with --venv}"
+    if [[ ! $PY_VERSION =~ ^3\.1[01]\. ]]; then
+        note "megatron-core $MEGATRON_VERSION has no wheel for Python $PY_VERSION and is built from source, which needs a C++ compiler; 3.10 and 3.11 need none"
+    fi
+}
+
+# Sets MISSING: lines "component<TAB>reason" of what this environment lacks.
+find_missing() {
+    local wants=('pip=pip>=21.3' 'build tools=setuptools>=77' "torch=torch==$TORCH"
+        "megatron-core=megatron-core==$MEGATRON_VERSION" 'requirements=@requirements.txt'
+        'requirements=@examples/qwen3vl/requirements.txt' "mindspeed-mm=editable:mindspeed-mm:$PWD")
+    if [[ $DEVICE == npu ]]; then
+        # any torch_npu of this torch will do, unless one was asked for: it has to match the machine's CANN
+        wants+=("torch=torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}"
+            'requirements=@requirements-npu.txt' "MindSpeed=checkout:$MINDSPEED_DIR:$MSID"
+            "MindSpeed=linked:mindspeed:$MINDSPEED_DIR")
+    fi
+    ((DEV)) && wants+=('dev tools=@requirements-dev.txt')
+    if [[ -n $BASE_PYTHON ]]; then
+        MISSING=$(printf '%s\tis to be installed\n' "${wants[@]%%=*}" | sort -u)
+    else
+        MISSING=$("$PY" scripts/check_install.py missing "${wants[@]}") ||
+            fail 1 "$PY could not look into $ENV_DIR; remove that directory and run this again"
+    fi
+}
+
+is_missing() { [[ $'\n'$MISSING == *$'\n'"$1"$'\t'* ]]; }
+
+# add_step COMPONENT local|download TEXT: a line of shell to be printed or run.
+add_step() {
+    STEP_COMPONENT+=("$1") STEP_KIND+=("$2") STEP_COMMAND+=("$3")
+}
+
+# add_command COMPONENT local|download WORD...: the same for a plain command.
+add_command() {
+    local command
+    printf -v command '%q ' "${@:3}"
+    add_step "$1" "$2" "${command% }"
+}
+
+# add_pip COMPONENT WORD...: pip install under the constraints, so that no step changes torch.
+add_pip() {
+    add_command "$1" download "$PY" -m pip install --constraint "$CONSTRAINTS" "${@:2}"
+}
+
+# Fills STEP_* with what brings the environment from what find_missing saw to what was asked for.
+build_plan() {
+    STEP_COMPONENT=() STEP_KIND=() STEP_COMMAND=()
+    CONSTRAINTS=$ENV_DIR/install-constraints.txt
+    local pins=("torch==$TORCH" "megatron-core==$MEGATRON_VERSION") torch_packages=("torch==$TORCH")
+    local requirements=(-r requirements.txt -r examples/qwen3vl/requirements.txt)
+    if [[ $DEVICE == npu ]]; then
+        pins+=("torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}" 'numpy<2') # MindSpeed needs numpy 1
+        torch_packages+=("torch-npu==$TORCH_NPU")
+        requirements+=(-r requirements-npu.txt)
+    fi
+    [[ -n $MISSING ]] || return
+    if [[ -n $BASE_PYTHON ]]; then
+        add_command environment local "$BASE_PYTHON" -m venv "$ENV_DIR"
+    elif is_missing pip; then
+        add_command environment local "$PY" -m ensurepip --upgrade --default-pip
+    fi
+    local pin_words
+    printf -v pin_words '%q ' "${pins[@]}"
+    add_step environment local "printf '%s\\n' $pin_words> $(printf %q "$CONSTRAINTS")"
+    is_missing 'build tools' && add_pip 'build tools' 'setuptools>=77'
+    is_missing torch && add_pip torch "${torch_packages[@]}"
+    # without its dependencies: one of them replaces torch, and what is used of megatron-core needs none of the others
+    is_missing megatron-core && add_pip megatron-core --no-deps "megatron-core==$MEGATRON_VERSION"
+    is_missing requirements && add_pip requirements "${requirements[@]}"
+    is_missing MindSpeed && plan_mindspeed
+    is_missing 'dev tools' && add_pip 'dev tools' -r requirements-dev.txt
+    is_missing mindspeed-mm && add_pip mindspeed-mm --no-deps --no-build-isolation --editable .
+    return 0
+}
+
+plan_mindspeed() {
+    if [[ $FOREIGN == 0 && -d $MINDSPEED_DIR/.git ]]; then
+        git -C "$MINDSPEED_DIR" cat-file -e "$MSID^{commit}" 2>/dev/null ||
+            add_command MindSpeed download git -C "$MINDSPEED_DIR" fetch --quiet origin
+    else
+        add_command MindSpeed download git clone --quiet --no-checkout "$MINDSPEED_REPO" "$MINDSPEED_DIR"
+    fi
+    add_command MindSpeed local git -C "$MINDSPEED_DIR" checkout --quiet --detach "$MSID"
+    # linked instead of installed: its setup.py runs pip on requirements that would downgrade tokenizers and numpy
+    local site
+    site="\"\$($(printf %q "$PY") -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')/mindspeed.pth\""
+    add_step MindSpeed local "printf '%s\\n' $(printf %q "$(realpath -m "$MINDSPEED_DIR")") > ${site//\\\"/\"}"
+}
+
+print_plan() {
+    local index
+    printf 'plan: %s, %s, Python %s, torch %s, environment %s\n' "$ARCH" "$DEVICE" "$PY_VERSION" "$TORCH" "$ENV_DIR"
+    ((${#STEP_COMMAND[@]})) || printf '  nothing to do: everything is in place\n'
+    for ((index = 0; index < ${#STEP_COMMAND[@]}; index++)); do
+        printf '  %d. [%s] %s\n' $((index + 1)) "${STEP_COMPONENT[index]}" "${STEP_COMMAND[index]}"
+    done
+}
+
+# run_step INDEX: 0 if the step succeeded; downloads are tried ATTEMPTS times.
+run_step() {
+    local attempt=1 attempts=1 pause=${INSTALL_RETRY_PAUSE:-5}
+    [[ ${STEP_KIND[$1]} == download ]] && attempts=$ATTEMPTS
+    printf '\n[%d/%d] %s\n$ %s\n' $(($1 + 1)) ${#STEP_COMMAND[@]} "${STEP_COMPONENT[$1]}" "${STEP_COMMAND[$1]}"
+    until eval "${STEP_COMMAND[$1]}"; do
+        ((attempt < attempts)) || return 1
+        note "attempt $attempt of $attempts failed; trying again in $pause s"
+        sleep "$pause"
+        ((attempt++))
+    done
+}
+
+# Runs the steps. A component that fails is skipped from there on; without environment or torch nothing else is tried.
+run_plan() {
+    local index component
+    FAILED=''
+    for ((index = 0; index < ${#STEP_COMMAND[@]}; index++)); do
+        component=${STEP_COMPONENT[index]}
+        [[ $FAILED != *"|$component|"* ]] || continue
+        if ! run_step "$index"; then
+            printf 'error: %s failed\n' "$component" >&2
+            FAILED+="|$component|"
+            case $component in environment | 'build tools' | torch) break ;; esac
+        fi
+    done
+}
+
+# The closing check: everything asked for is there, torch is the asked one, and it can be imported. Sets PROBLEMS.
+verify() {
+    local modules='import torch, megatron.core' output set_env=/usr/local/Ascend/ascend-toolkit/set_env.sh
+    BASE_PYTHON=''
+    PROBLEMS=''
+    if [[ $(python_version "$PY") == '' ]]; then
+        PROBLEMS="environment: $ENV_DIR has no working Python"
+        return
+    fi
+    find_missing
+    PROBLEMS=${MISSING//$'\t'/: }
+    [[ -z $FAILED$MISSING ]] || return
+    if [[ $DEVICE == npu ]]; then
+        modules+=', torch_npu'
+        # shellcheck disable=SC1090 # of the machine's CANN, where there is one
+        [[ ! -f $set_env ]] || source "$set_env" >/dev/null 2>&1 || true
+    fi
+    output=$("$PY" -W ignore -c "$modules" 2>&1) || PROBLEMS="import: '$modules' fails: $(tail -n 1 <<<"$output")"
+}
+
+report() {
+    local names=(torch torch-npu megatron-core transformers datasets accelerate numpy mindspeed-mm)
+    if [[ -x $PY ]]; then
+        printf '\nInstalled in %s (Python %s):\n' "$ENV_DIR" "$PY_VERSION"
+        "$PY" scripts/check_install.py report "${names[@]}"
+        [[ ! -e $ENV_DIR/bin/mm-convert ]] || printf '  command mm-convert\n'
+        [[ $DEVICE != npu || ! -d $MINDSPEED_DIR ]] || printf '  MindSpeed in %s\n' "$MINDSPEED_DIR"
+    fi
+    if [[ -n $PROBLEMS ]]; then
+        printf 'Not installed:\n  %s\n' "${PROBLEMS//$'\n'/$'\n'  }"
+        printf 'Mend the cause named above and run the same command again; it goes on where it stopped.\n'
+    fi
+    if [[ -f $ENV_DIR/bin/activate && ${VIRTUAL_ENV:-} != "$ENV_DIR" ]]; then
+        printf 'Activate it with: source %q/bin/activate\n' "$ENV_DIR"
+    fi
+}
+
+main() {
+    parse_options "$@"
+    choose_arch
+    choose_versions
+    choose_environment
+    find_missing
+    build_plan
+    if is_missing torch && [[ $DEVICE != cuda ]]; then
+        note "pip takes torch from where it is configured to look; a CUDA build is several GB larger than a CPU build"
+    fi
+    if ((DRY_RUN)); then
+        print_plan
+        exit 0
+    fi
+    if [[ -z $MISSING ]]; then
+        printf 'Everything is in place already; nothing to do.\n'
+        FAILED='' PROBLEMS=''
+        report
+        exit 0
+    fi
+    print_plan
+    run_plan
+    verify
+    report
+    [[ -z $FAILED$PROBLEMS ]]
+}
+
+main "$@"
