@@ -20,7 +20,6 @@ class Flag:
         text: help, which states the unit and the effect.
         at_least, above, at_most, below: the allowed range of a number; None where unbounded.
         choices: the allowed words; empty where any word is allowed.
-        advice: what to do instead of a word that is not allowed.
         metavar: placeholder of the value in the help.
         no_effect: why the flag is accepted although it changes nothing; None for an effective flag.
     """
@@ -31,17 +30,15 @@ class Flag:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
-    advice: str = ""
     metavar: str | None = None
     no_effect: str | None = None
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise UserError where ``value`` (of the right type) is not allowed for the flag ``name``."""
+    def check(self, name: str, word: str, value: Any) -> None:
+        """Raise UserError where ``value``, written as ``word``, is not allowed for the flag ``name``."""
         if self.choices and value not in self.choices:
-            advice = f"; {self.advice}" if self.advice else ""
-            raise UserError(f"{name} {value} is not available; choose {' or '.join(self.choices)}{advice}")
+            raise UserError(f"{name} {word} is not available; choose {' or '.join(self.choices)}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} {value} is no finite number")
+            raise UserError(f"{name} {word} is no finite number")
         limits = [
             (self.at_least, lambda limit: value >= limit, "at least"),
             (self.above, lambda limit: value > limit, "greater than"),
@@ -50,7 +47,7 @@ class Flag:
         ]
         if any(limit is not None and not holds(limit) for limit, holds, _ in limits):
             allowed = " and ".join(f"{words} {limit}" for limit, _, words in limits if limit is not None)
-            raise UserError(f"{name} {value} is out of range; it must be {allowed}")
+            raise UserError(f"{name} {word} is out of range; it must be {allowed}")
 
 
 def flag(default: Any, text: str, **details: Any) -> Any:
@@ -77,7 +74,7 @@ def converter(name: str, kind: type, declared: Flag) -> Callable[[str], Any]:
         except ValueError:
             wanted = "whole number" if kind is int else "number"
             raise UserError(f"{name} {word} is no {wanted}") from None
-        declared.check(name, value)
+        declared.check(name, word, value)
         return value
 
     return convert
@@ -87,5 +84,11 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser that raises instead of printing its usage and exiting."""
 
     def error(self, message: str) -> Any:
-        """Raise argparse's complaint as a UserError, without argparse's "argument" in front of the flag."""
-        raise UserError(message.removeprefix("argument "))
+        """Raise argparse's complaint as a UserError, in this project's words where those are clearer."""
+        message = message.removeprefix("argument ")
+        name, _, complaint = message.partition(": ")
+        if complaint.startswith("expected one argument"):
+            raise UserError(f"{name} needs a value")
+        if complaint.startswith("ignored explicit argument"):
+            raise UserError(f"{name} takes no value, but was given {complaint.split()[-1]}")
+        raise UserError(message)

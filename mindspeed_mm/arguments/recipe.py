@@ -1,0 +1,122 @@
+"""Everything that one training run is told: the flags and the four files they name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindspeed_mm.arguments.config_file import load_config
+from mindspeed_mm.arguments.data_config import DataConfig
+from mindspeed_mm.arguments.fields import NO_EFFECT, walk
+from mindspeed_mm.arguments.flags import TrainingArgs
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.arguments.model_config import ModelConfig
+from mindspeed_mm.arguments.parser import describe_ignored, parse_args
+from mindspeed_mm.arguments.rules import check_flags, check_implemented
+from mindspeed_mm.arguments.tools_config import ToolsConfig
+from mindspeed_mm.errors import UserError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Flags and files, each checked by itself."""
+
+    args: TrainingArgs
+    data: DataConfig
+    model: ModelConfig
+    fsdp: FSDPConfig
+    tools: ToolsConfig
+
+    def ignored(self) -> list[str]:
+        """One sentence for each flag or field that was given and changes nothing, with the reason."""
+        files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
+        files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
+        return describe_ignored(self.args) + [
+            f"{path}: {use.path}: {use.info.description}"
+            for path, config in files
+            for use in walk(config)
+            if use.role == NO_EFFECT and use.given
+        ]
+
+
+def load_recipe(argv: Sequence[str] | None = None) -> Recipe:
+    """Parse ``argv`` (default: the process's own), read the files, and check all that needs no model and no device.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    args = parse_args(argv)
+    check_flags(args)
+    check_implemented(args)
+    fsdp, tools = FSDPConfig(), ToolsConfig()
+    if args.fsdp2_config_path is not None:
+        fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
+    if args.mm_tool is not None:
+        tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
+    return Recipe(
+        args=args,
+        data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
+        model=load_config(args.mm_model, ModelConfig, flag="--mm-model"),
+        fsdp=fsdp,
+        tools=tools,
+    )
+
+
+def check_paths(recipe: Recipe) -> None:
+    """See that weights, checkpoint and data are in place.
+
+    Raises:
+        UserError: naming what is missing, where it was expected, and the step of the guide that makes it.
+    """
+    preprocess = recipe.data.dataset_param.preprocess_parameters
+    _check_hf_directory(recipe.model.init_from_hf_path, f"init_from_hf_path in {recipe.args.mm_model}")
+    _check_hf_directory(
+        preprocess.model_name_or_path, f"model_name_or_path in {recipe.args.mm_data}", weights=False
+    )
+    if recipe.args.load is not None:
+        _check_checkpoint(Path(recipe.args.load), hf_directory=recipe.model.init_from_hf_path)
+    _check_data(recipe)
+
+
+def _check_hf_directory(directory: str, named_by: str, *, weights: bool = True) -> None:
+    path = Path(directory)
+    step = "download the model first (step 2 of the guide), or correct the path"
+    if not path.is_dir():
+        raise UserError(f"{directory} ({named_by}) does not exist; {step}")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{directory} ({named_by}) has no config.json; {step}")
+    if weights and not any(path.glob("*.safetensors")):
+        raise UserError(f"{directory} ({named_by}) has no *.safetensors file; {step}")
+    if not weights and not any(path.glob("*token*.json")):
+        raise UserError(f"{directory} ({named_by}) has no tokenizer files; {step}")
+
+
+def _check_checkpoint(directory: Path, *, hf_directory: str) -> None:
+    tracker = directory / TRACKER_FILE
+    if not tracker.is_file():
+        what = "does not exist" if not directory.exists() else f"has no {TRACKER_FILE}"
+        raise UserError(
+            f"--load {directory} {what}; convert the weights first (step 2 of the guide): mm-convert "
+            f"Qwen3VLConverter hf_to_dcp --hf_dir {hf_directory} --dcp_dir {directory}"
+        )
+    word = tracker.read_text().strip()
+    name = f"iter_{int(word):07d}" if word.isdigit() else word
+    if not word or not (directory / name).is_dir():
+        raise UserError(
+            f"--load {directory}: {TRACKER_FILE} says {word!r}, but {directory / name} does not exist; "
+            "convert the weights again (step 2 of the guide), or point --load at another directory"
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    basic = recipe.data.dataset_param.basic_parameters
+    step = "download and convert the data first (step 3 of the guide), or correct the path"
+    for field, files in (("dataset", basic.dataset_files), ("val_dataset", basic.val_dataset_files)):
+        for name in files:
+            if not Path(name).is_file():
+                raise UserError(f"{name} ({field} in {recipe.args.mm_data}) does not exist; {step}")
+    if not Path(basic.dataset_dir).is_dir():
+        raise UserError(f"{basic.dataset_dir} (dataset_dir in {recipe.args.mm_data}) does not exist; {step}")

@@ -1,0 +1,209 @@
+"""Rules that join several flags, or flags with the model and the number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from mindspeed_mm.arguments.flag import option_name
+from mindspeed_mm.arguments.flags import TrainingArgs
+from mindspeed_mm.arguments.model_config import ModelConfig
+from mindspeed_mm.errors import UserError
+
+
+class _Text(Protocol):
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    max_position_embeddings: int
+    num_experts: int
+
+
+class _Vision(Protocol):
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+class GeometryLike(Protocol):
+    """What the rules read of the model's geometry (``mindspeed_mm.models.geometry.Qwen3VLGeometry``)."""
+
+    model_type: str
+    text: _Text
+    vision: _Vision
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is spread.
+
+    Attributes:
+        world_size: processes of the job.
+        data_parallel_size: processes with different samples.
+        global_batch_size: samples per optimizer step.
+        micro_batches: forward passes per process and optimizer step.
+    """
+
+    world_size: int
+    data_parallel_size: int
+    global_batch_size: int
+    micro_batches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSamples:
+    """Length of the learning-rate schedule, counted in samples as Megatron does (fractions are kept)."""
+
+    warmup: float
+    decay: int
+
+
+def check_flags(args: TrainingArgs) -> None:
+    """Rules among flags alone.
+
+    Raises:
+        UserError: naming the flags and values that do not go together.
+    """
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(args, name) > 1:
+            raise UserError(
+                f"{option_name(name)} {getattr(args, name)} is not supported: FSDP2 shards the parameters over all "
+                "processes already; set it to 1, and use --expert-model-parallel-size to spread the experts or "
+                "--context-parallel-size to split long sequences"
+            )
+    if not args.use_torch_fsdp2:
+        raise UserError("--use-torch-fsdp2 is missing: FSDP2 is what sharding and compute types rest on; add it")
+    if args.min_lr > args.lr:
+        raise UserError(f"--min-lr {args.min_lr} exceeds --lr {args.lr}; lower it")
+    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
+        raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
+    decay_iters = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters >= decay_iters:
+        raise UserError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay_iters} steps of the decay "
+            "(--lr-decay-iters, or --train-iters)"
+        )
+    if args.save_interval is not None and args.save is None and "save_interval" in args.given:
+        raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
+
+
+def check_parallel(args: TrainingArgs, *, world_size: int, geometry: GeometryLike | None = None) -> BatchPlan:
+    """Rules of divisibility, and the batch plan that follows.
+
+    Args:
+        args: the flags, after :func:`check_flags`.
+        world_size: number of processes.
+        geometry: the model, where it is known already; without it the rules about experts and heads are left out.
+
+    Raises:
+        UserError: naming the values and the nearest ones that are possible.
+    """
+    expert, context = args.expert_model_parallel_size, args.context_parallel_size
+    for name, size in (("context_parallel_size", context), ("expert_model_parallel_size", expert)):
+        if world_size % size:
+            raise UserError(
+                f"{name} {size} does not divide the number of processes {world_size}; "
+                f"choose one of {_divisors(world_size)}"
+            )
+    if geometry is not None:
+        _check_model_degrees(expert=expert, context=context, geometry=geometry)
+    data_parallel_size = world_size // context
+    samples_at_once = args.micro_batch_size * data_parallel_size
+    global_batch_size = samples_at_once if args.global_batch_size is None else args.global_batch_size
+    if global_batch_size % samples_at_once:
+        below = global_batch_size // samples_at_once * samples_at_once
+        options = " or ".join(str(size) for size in (below, below + samples_at_once) if size)
+        raise UserError(
+            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size {args.micro_batch_size} x "
+            f"data-parallel size {data_parallel_size} = {samples_at_once}; choose {options}"
+        )
+    return BatchPlan(
+        world_size=world_size,
+        data_parallel_size=data_parallel_size,
+        global_batch_size=global_batch_size,
+        micro_batches=global_batch_size // samples_at_once,
+    )
+
+
+def check_implemented(args: TrainingArgs) -> None:
+    """Refuse layouts that the parser knows and the trainer does not have yet.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name, known in (
+        ("expert_model_parallel_size", 1), ("context_parallel_size", 1), ("recompute_granularity", None),
+    ):
+        value = getattr(args, name)
+        if value != known:
+            remedy = "leave it out" if known is None else f"set it to {known}"
+            raise UserError(f"{option_name(name)} {value} is not implemented yet; {remedy}")
+
+
+def check_geometry(model: ModelConfig, *, file: str, geometry: GeometryLike, source: str) -> None:
+    """Compare every geometry field that the model file mentions with the Hugging Face config.
+
+    Args:
+        model: the model file's content.
+        file: its name, for messages.
+        geometry: the Hugging Face config's content.
+        source: where that was read.
+
+    Raises:
+        UserError: naming both files, the field and both values.
+    """
+    vision, text = geometry.vision, geometry.text
+    encoder, decoder = model.image_encoder.vision_encoder, model.text_decoder
+    pairs = [
+        ("model_id", model.model_id, "model_type", geometry.model_type),
+        *(
+            (f"image_encoder.vision_encoder.{name}", getattr(encoder, name), f"vision_config.{theirs}", value)
+            for name, theirs, value in (
+                ("num_layers", "depth", vision.depth),
+                ("hidden_size", "hidden_size", vision.hidden_size),
+                ("num_attention_heads", "num_heads", vision.num_heads),
+            )
+        ),
+        *(
+            (f"text_decoder.{name}", getattr(decoder, name), f"text_config.{theirs}", value)
+            for name, theirs, value in (
+                ("num_layers", "num_hidden_layers", text.num_layers),
+                ("hidden_size", "hidden_size", text.hidden_size),
+                ("num_attention_heads", "num_attention_heads", text.num_heads),
+                ("max_position_embeddings", "max_position_embeddings", text.max_position_embeddings),
+            )
+        ),
+    ]
+    for path, ours, name, theirs in pairs:
+        if ours is not None and ours != theirs:
+            remedy = "use the model file of this model" if path == "model_id" else "correct it or leave it out"
+            raise UserError(f"{file}: {path} {ours} contradicts {name} {theirs} in {source}; {remedy}")
+
+
+def schedule_samples(args: TrainingArgs, *, global_batch_size: int) -> ScheduleSamples:
+    """Warm-up and decay in samples: steps x ``global_batch_size``, the warm-up being part of the decay's length."""
+    decay = (args.lr_decay_iters or args.train_iters) * global_batch_size
+    if args.lr_warmup_fraction is not None:
+        return ScheduleSamples(warmup=args.lr_warmup_fraction * decay, decay=decay)
+    return ScheduleSamples(warmup=float(args.lr_warmup_iters * global_batch_size), decay=decay)
+
+
+def _check_model_degrees(*, expert: int, context: int, geometry: GeometryLike) -> None:
+    experts = geometry.text.num_experts
+    if expert > 1 and not experts:
+        raise UserError(f"expert_model_parallel_size {expert} needs experts, and this model has none; set it to 1")
+    if expert > 1 and experts % expert:
+        raise UserError(
+            f"expert_model_parallel_size {expert} does not divide num_experts {experts}; "
+            f"choose one of {_divisors(experts)}"
+        )
+    for kind, heads in (("text", geometry.text.num_heads), ("vision", geometry.vision.num_heads)):
+        if heads % context:
+            raise UserError(
+                f"context_parallel_size {context} does not divide the {kind} attention heads {heads}; "
+                f"choose one of {_divisors(heads)}"
+            )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
