@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Iterator, Literal, Protocol, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ class WeightRule:
         """
         if len(tensors) != len(self.sources):
             raise ValueError(f"{self.target} is made of {len(self.sources)} tensors, not {len(tensors)}")
-        for tensor, (name, shape) in zip(tensors, self.sources):
+        for tensor, (name, shape) in zip(tensors, self.sources, strict=True):
             self._check(name, tensor, shape)
         return self.transform.to_mcore(tensors)
 

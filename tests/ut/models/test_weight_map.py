@@ -33,7 +33,7 @@ def test_round_trip_is_exact(seed: int, layout: str) -> None:
         assert tuple(target.shape) == rule.target_shape and target.is_contiguous()
         back = rule.to_hf(target)
         assert len(back) == len(sources)
-        for before, after, (name, shape) in zip(sources, back, rule.sources):
+        for before, after, (name, shape) in zip(sources, back, rule.sources, strict=True):
             assert tuple(after.shape) == shape and after.is_contiguous(), name
             assert torch.equal(before.view(torch.uint8), after.view(torch.uint8)), name
 

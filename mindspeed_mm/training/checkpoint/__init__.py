@@ -1,0 +1,1 @@
+"""Checkpoints: the directory format, and saving and loading of a training state."""

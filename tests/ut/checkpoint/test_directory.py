@@ -1,0 +1,150 @@
+"""Checkpoint directories: atomic, complete or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint import directory as d
+from mindspeed_mm.training.checkpoint.checksum import combine, file_checksum, format_checksum
+
+
+def _write(root: Path, name: str = "iter_0000010", content: bytes = b"payload", **options) -> Path:
+    with d.commit_directory(root / name, {"iteration": 10}, **options) as partial:
+        (partial / "__0_0.distcp").write_bytes(content)
+        (partial / ".metadata").write_bytes(b"meta")
+        (partial / "rng").mkdir(exist_ok=True)
+        (partial / "rng" / "0.bin").write_bytes(b"x" * 100)
+    return root / name
+
+
+def test_commit_and_verify(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    manifest = d.verify_directory(path, checksums=True)
+    assert set(manifest["files"]) == {"__0_0.distcp", ".metadata", "rng/0.bin"}
+    assert manifest["metadata"] == {"iteration": 10}
+    assert not d.partial_name(path).exists()
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), d.commit_directory(tmp_path / "release", {}) as partial:
+        (partial / "a").write_bytes(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_target_needs_overwrite(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    with pytest.raises(UserError, match="--overwrite"):
+        _write(tmp_path, content=b"new")
+    assert (path / "__0_0.distcp").read_bytes() == b"payload"
+    _write(tmp_path, content=b"new", overwrite=True)
+    assert (path / "__0_0.distcp").read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_old_checkpoint_stays_while_the_new_one_is_written(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    d.prepare_directory(path, overwrite=True)
+    d.verify_directory(path, checksums=True)
+
+
+def test_prepare_drops_or_keeps_what_was_left(tmp_path: Path) -> None:
+    target = tmp_path / "release"
+    (d.prepare_directory(target) / "left").write_bytes(b"1")
+    assert (d.prepare_directory(target, resume=True) / "left").exists()
+    assert not (d.prepare_directory(target) / "left").exists()
+
+
+def test_known_checksums_are_taken(tmp_path: Path) -> None:
+    partial = d.prepare_directory(tmp_path / "release")
+    (partial / "a").write_bytes(b"a")
+    (partial / "b").write_bytes(b"b")
+    d.finish_directory(partial, tmp_path / "release", {}, checksums={"a": file_checksum(partial / "a")})
+    d.verify_directory(tmp_path / "release", checksums=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "no complete checkpoint"),
+        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "no manifest"),
+        (lambda p: (p / "manifest.json").write_text('{"files": {}, "format": 99}'), "format 99"),
+        (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda p: (p / "__0_0.distcp").write_bytes(b"payl"), "has 4 bytes instead of 7"),
+        (lambda p: (p / "__0_0.distcp").write_bytes(b"pAyload"), "another checksum"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, spoil, message: str) -> None:
+    path = _write(tmp_path)
+    spoil(path)
+    with pytest.raises(UserError, match=message):
+        d.verify_directory(path, checksums=True)
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        d.verify_directory(tmp_path / "nothing")
+
+
+def test_tracker(tmp_path: Path) -> None:
+    assert d.read_tracker(tmp_path) is None
+    for value in ("release", 10):
+        d.write_tracker(tmp_path, value)
+        assert d.read_tracker(tmp_path) == value
+    assert (tmp_path / d.TRACKER).read_text() == "10"
+    assert d.iteration_name(10) == "iter_0000010"
+    (tmp_path / d.TRACKER).write_text("latest")
+    with pytest.raises(UserError, match="'latest'"):
+        d.read_tracker(tmp_path)
+
+
+def test_resolve(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 2"):
+        d.resolve_checkpoint(tmp_path / "absent")
+    with pytest.raises(UserError, match="step 2"):
+        d.resolve_checkpoint(tmp_path)
+    d.write_tracker(tmp_path, 10)
+    with pytest.raises(UserError, match="iter_0000010"):
+        d.resolve_checkpoint(tmp_path)
+    path = _write(tmp_path)
+    assert d.resolve_checkpoint(tmp_path) == path
+
+
+def test_checksums_combine() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        data = rng.randbytes(rng.randrange(0, 5000))
+        cut = rng.randrange(0, len(data) + 1)
+        first, second = zlib.crc32(data[:cut]), zlib.crc32(data[cut:])
+        assert combine(first, second, len(data) - cut) == zlib.crc32(data)
+
+
+def test_file_checksum(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    (tmp_path / "f").write_bytes(data)
+    assert file_checksum(tmp_path / "f") == format_checksum(zlib.crc32(data))
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, mindspeed_mm.training.checkpoint.directory; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash before the rename leaves no checkpoint, whatever was written."""
+    monkeypatch.setattr(d.os, "rename", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        _write(tmp_path)
+    partial = d.partial_name(tmp_path / "iter_0000010")
+    assert not (tmp_path / "iter_0000010").exists()
+    assert json.loads((partial / d.MANIFEST).read_text())["metadata"] == {"iteration": 10}
