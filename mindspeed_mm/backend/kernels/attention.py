@@ -1,0 +1,117 @@
+"""Attention over packed sequences: every kernel takes [tokens, heads, width] and never looks across a boundary."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mindspeed_mm.backend.kernels import pick
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a packed batch of T tokens begin and end.
+
+    Attributes:
+        offsets: int32 [B + 1] on the device, from 0 to T.
+        host_offsets: the same numbers on the host, so that no kernel has to ask the device.
+        max_length: the longest segment.
+    """
+
+    offsets: Tensor
+    host_offsets: list[int]
+    max_length: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each segment."""
+        return [end - start for start, end in zip(self.host_offsets, self.host_offsets[1:])]
+
+
+class AttentionKernel(Protocol):
+    """``query`` [T, Hq, D], ``key`` and ``value`` [T, Hkv, D] with Hq a multiple of Hkv -> [T, Hq, D]."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
+    ) -> Tensor:
+        """Softmax(scale * query @ key^T) @ value within each segment."""
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    """The definition, written out, with the softmax in fp32: slow, and the reference for the others."""
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for q, k, v in zip(*(tensor.split(segments.lengths) for tensor in (query, key, value))):
+        q = q.transpose(0, 1)
+        k = k.transpose(0, 1).repeat_interleave(groups, dim=0)
+        v = v.transpose(0, 1).repeat_interleave(groups, dim=0)
+        scores = torch.matmul(q, k.transpose(1, 2)) * scale
+        if causal:
+            above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(above, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        outputs.append(torch.matmul(weights, v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    """``scaled_dot_product_attention``: one call where all segments are equally long, else one per segment."""
+    lengths = segments.lengths
+    if len(set(lengths)) == 1:
+        shape = (len(lengths), lengths[0])
+        q, k, v = (tensor.view(*shape, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value))
+        return _sdpa(q, k, v, causal=causal, scale=scale).transpose(1, 2).reshape(query.shape)
+    outputs = []
+    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value))):
+        q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
+        outputs.append(_sdpa(q, k, v, causal=causal, scale=scale).squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """[B, Hq, L, D] with [B, Hkv, L, D]."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    """The flash-attn package's variable-length kernel."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=segments.offsets,
+        cu_seqlens_k=segments.offsets,
+        max_seqlen_q=segments.max_length,
+        max_seqlen_k=segments.max_length,
+        softmax_scale=scale,
+        causal=causal,
+    )
+
+
+def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
+    """The attention called ``name`` (``eager``, ``sdpa``, ``flash_attention_2``); None picks the device's best.
+
+    Raises:
+        UserError: if the device does not have it.
+    """
+    table: dict[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+    if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        table["flash_attention_2"] = flash_attention
+    if name is None:
+        name = "flash_attention_2" if "flash_attention_2" in table else "sdpa"
+    return pick("attn_implementation", name, table, device=device)

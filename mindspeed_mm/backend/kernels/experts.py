@@ -1,0 +1,75 @@
+"""Expert products: SwiGLU feed-forward networks, one per group of rows.
+
+Legend: N rows sorted by expert, E experts, H hidden width, I intermediate width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mindspeed_mm.backend.kernels import pick
+
+
+class ExpertKernel(Protocol):
+    """rows [N, H], gate_up [E, H, 2I], down [E, I, H], rows_per_expert int [E] on the device -> [N, H]."""
+
+    def __call__(self, rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """``(silu(x @ gate) * (x @ up)) @ down`` with each row's own expert."""
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[N, 2I] (gate columns, then up columns) -> silu(gate) * up [N, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def looped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
+    """One pair of products per expert that has rows: the reference. Reads the row counts on the host."""
+    # unbind, since indexing would make backward fill a zero tensor of all experts for each of them
+    parts = zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(0), down.unbind(0))
+    outputs = [swiglu(part @ first) @ second for part, first, second in parts if part.shape[0] > 0]
+    if outputs:
+        return torch.cat(outputs)
+    # A rank may get no row at all; its experts take part in backward nevertheless, with gradients of zero.
+    return rows + (gate_up.sum() + down.sum()) * 0
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """rows [N, K] @ weight [E, K, M] by group, with both gradients as grouped products too."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        return F.grouped_mm(rows, weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, ends = ctx.saved_tensors
+        # grouped_mm refuses strides of zero, which an expanded gradient such as sum()'s has
+        grad = grad.contiguous()
+        grad_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=ends) if ctx.needs_input_grad[0] else None
+        grad_weight = F.grouped_mm(rows.t(), grad, offs=ends) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None
+
+
+def grouped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
+    """``torch.nn.functional.grouped_mm``: the row counts stay on the device."""
+    ends = rows_per_expert.cumsum(0).to(torch.int32)
+    inner = swiglu(_GroupedProduct.apply(rows, gate_up, ends))
+    return _GroupedProduct.apply(inner, down, ends)
+
+
+def expert_kernel(*, fused: bool, device: str) -> ExpertKernel:
+    """Grouped products if ``fused`` and this torch has them, else the reference loop (which torch 2.7 needs).
+
+    The choice is made here, once; ``kernel_name`` tells the log which one it was.
+    """
+    table: dict[str, ExpertKernel] = {"loop": looped_experts}
+    if hasattr(F, "grouped_mm"):
+        table["grouped_mm"] = grouped_experts
+    name = "grouped_mm" if fused and "grouped_mm" in table else "loop"
+    return pick("expert kernel", name, table, device=device)

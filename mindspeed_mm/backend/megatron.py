@@ -1,0 +1,30 @@
+"""What megatron-core 0.12.1 must be told before its modules can be built on any device."""
+
+from __future__ import annotations
+
+from mindspeed_mm.errors import UserError
+
+SUPPORTED_VERSION = "0.12.1"
+
+
+def prepare_megatron() -> None:
+    """State that this process is a whole tensor- and pipeline-parallel group by itself. Calling it again is harmless.
+
+    megatron-core's layers ask for these sizes while they are built. Sharding is applied afterwards, from outside, so
+    the answers are constants and no process group is needed: models can be built in a unit test without any.
+
+    Raises:
+        UserError: if another megatron-core than 0.12.1 is installed, the one version that MindSpeed supports.
+    """
+    from megatron.core import package_info, parallel_state
+
+    version = package_info.__version__
+    if version.split("+")[0] != SUPPORTED_VERSION:
+        raise UserError(
+            f"megatron-core {version} is installed; this project needs {SUPPORTED_VERSION}: "
+            f"pip install --no-deps megatron-core=={SUPPORTED_VERSION}"
+        )
+    parallel_state.set_tensor_model_parallel_world_size(1)
+    parallel_state.set_tensor_model_parallel_rank(0)
+    parallel_state.set_pipeline_model_parallel_world_size(1)
+    parallel_state.set_pipeline_model_parallel_rank(0)

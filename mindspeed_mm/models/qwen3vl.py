@@ -1,0 +1,157 @@
+"""Qwen3-VL: vision tower, projector, text decoder and loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mindspeed_mm.backend.kernels.attention import attention_kernel
+from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
+from mindspeed_mm.backend.kernels.experts import expert_kernel
+from mindspeed_mm.backend.megatron import prepare_megatron
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.specs import (
+    Kernels,
+    decoder_layer_spec,
+    rms_norm_spec,
+    text_config,
+    vision_config,
+    vision_layer_spec,
+)
+from mindspeed_mm.models.text import TextDecoder, recompute_layer
+from mindspeed_mm.models.vision import ImageEncoder, VisionEncoder, VisionProjector
+
+if TYPE_CHECKING:
+    from mindspeed_mm.data.images import PixelNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelChoices:
+    """What a user may choose about a model whose geometry is given.
+
+    Attributes:
+        text_attention: name of the text attention; None for the device's best.
+        vision_attention: likewise for vision.
+        fused_experts: grouped expert products instead of the reference loop.
+        loss_chunk_size: supervised positions whose logits exist at a time; None for all.
+        freeze_vision_encoder: train nothing of the vision encoder.
+        freeze_vision_projector: train no merger.
+        freeze_text_decoder: train nothing of the text decoder.
+        recompute_layers: keep only each decoder layer's input and run it again in backward.
+    """
+
+    text_attention: str | None = None
+    vision_attention: str | None = None
+    fused_experts: bool = True
+    loss_chunk_size: int | None = None
+    freeze_vision_encoder: bool = False
+    freeze_vision_projector: bool = False
+    freeze_text_decoder: bool = False
+    recompute_layers: bool = False
+
+
+class Qwen3VLModel(nn.Module):
+    """The whole model over one packed micro-batch."""
+
+    def __init__(self, image_encoder: ImageEncoder, text_decoder: TextDecoder) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.text_decoder = text_decoder
+
+    def forward(self, batch: Batch, token_weight: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """Loss of a micro-batch, or its logits where ``token_weight`` is None.
+
+        Args:
+            batch: T packed tokens, S of them supervised.
+            token_weight: fp32 [S]: the loss is ``sum(token_weight * cross_entropy)``, so that 1 / (supervised tokens
+                of the whole step) gives the token mean whatever the split over micro-batches and ranks.
+
+        Returns:
+            (loss: fp32 scalar, cross-entropy of each supervised token: fp32 [S]), or the logits [S, V] of the
+            supervised positions.
+        """
+        embeddings, deepstack = self.image_encoder(batch.vision)
+        hidden = self.text_decoder(batch, embeddings, deepstack)
+        predicting = hidden.index_select(0, batch.label_index)
+        if token_weight is None:
+            return self.text_decoder.output_layer(predicting)
+        return self.text_decoder.output_layer(predicting, batch.labels, token_weight)
+
+    def reset_buffers(self) -> None:
+        """Fill all constant buffers again after the model was moved off the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_buffers"):
+                module.reset_buffers()
+
+
+def build_model(
+    geometry: Qwen3VLGeometry,
+    choices: ModelChoices,
+    *,
+    pixel_norm: PixelNorm,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+) -> Qwen3VLModel:
+    """Assemble the model from megatron-core specs, with uninitialised parameters.
+
+    Called under ``torch.device("meta")`` it allocates nothing.
+
+    Args:
+        geometry: the shape, from the Hugging Face config.
+        choices: implementations and frozen parts.
+        pixel_norm: how uint8 pixels become the tower's input.
+        device: kind of device (``Backend.name``) whose kernels are plugged in.
+        dtype: of the parameters.
+
+    Raises:
+        UserError: if an implementation is not available on the device, or the geometry wants something unsupported.
+    """
+    prepare_megatron()
+    if geometry.text.attention_bias:
+        raise UserError("config.json has attention_bias true; Qwen3-VL's decoder has no attention bias")
+    if geometry.text.tie_word_embeddings:
+        raise UserError("config.json has tie_word_embeddings true; training tied embeddings is not supported yet")
+    kernels = Kernels(
+        text_attention=attention_kernel(choices.text_attention, device=device),
+        vision_attention=attention_kernel(choices.vision_attention, device=device),
+        experts=expert_kernel(fused=choices.fused_experts, device=device),
+        rms_norm=rms_norm_kernel(device=device),
+        rotary=rotary_kernel(device=device),
+    )
+    of_vision, of_text = vision_config(geometry.vision, dtype), text_config(geometry.text, dtype)
+    text_decoder = TextDecoder(
+        geometry.text,
+        of_text,
+        [decoder_layer_spec(geometry.text, layer, kernels) for layer in range(geometry.text.num_layers)],
+        rms_norm_spec(kernels),
+        loss_chunk_size=choices.loss_chunk_size,
+    )
+    if choices.recompute_layers:
+        text_decoder.run_layer = recompute_layer
+    image_encoder = ImageEncoder(
+        VisionEncoder(geometry.vision, of_vision, vision_layer_spec(kernels), pixel_norm),
+        VisionProjector(geometry.vision, of_vision),
+    )
+    model = Qwen3VLModel(image_encoder, text_decoder)
+    _freeze(model, choices)
+    return model
+
+
+def _freeze(model: Qwen3VLModel, choices: ModelChoices) -> None:
+    encoder = model.image_encoder
+    parts = (
+        (encoder.vision_encoder, choices.freeze_vision_encoder),
+        (encoder.vision_projector, choices.freeze_vision_projector),
+        (model.text_decoder, choices.freeze_text_decoder),
+    )
+    if all(frozen for _, frozen in parts):
+        raise UserError("model JSON freezes vision_encoder, vision_projector and text_decoder; nothing is left to train")
+    for part, frozen in parts:
+        part.requires_grad_(not frozen)
+    encoder.encoder_trains = not choices.freeze_vision_encoder
+    encoder.projector_trains = not choices.freeze_vision_projector

@@ -1,0 +1,99 @@
+"""Text decoder.
+
+Legend: T tokens of the packed sequence, H hidden width, M merged patches, V vocabulary, S supervised positions.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Sequence
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mindspeed_mm.backend.kernels.attention import Segments
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.models.geometry import TextGeometry
+from mindspeed_mm.models.loss_head import LossHead
+from mindspeed_mm.models.rotary import TextRotary
+from mindspeed_mm.models.slots import PackedSequence
+
+
+class Embedding(nn.Module):
+    """Word embeddings; ``word_embeddings.weight`` [V, H]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, hidden_size, dtype=dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, H]."""
+        return self.word_embeddings(input_ids)
+
+
+class TextDecoder(nn.Module):
+    """Embeddings, decoder layers with deepstack additions, final norm and the loss head."""
+
+    def __init__(
+        self,
+        geometry: TextGeometry,
+        config: TransformerConfig,
+        layer_specs: Sequence[ModuleSpec],
+        final_norm: ModuleSpec,
+        *,
+        loss_chunk_size: int | None,
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.embedding = Embedding(geometry.vocab_size, geometry.hidden_size, dtype=config.params_dtype)
+        self.rotary = TextRotary(geometry.head_dim, geometry.rope_theta, geometry.mrope_section)
+        self.layers = nn.ModuleList(
+            build_module(spec, config=config, layer_number=index + 1) for index, spec in enumerate(layer_specs)
+        )
+        self.final_layernorm = build_module(
+            final_norm, config=config, hidden_size=geometry.hidden_size, eps=geometry.rms_norm_eps
+        )
+        self.output_layer = LossHead(
+            geometry.hidden_size, geometry.vocab_size, chunk_size=loss_chunk_size, dtype=config.params_dtype
+        )
+        self.run_layer: Callable[..., Tensor] = run_layer
+
+    def forward(self, batch: Batch, embeddings: Tensor, deepstack: Sequence[Tensor]) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            batch: the packed micro-batch.
+            embeddings: [M, H] that replace the placeholders' word embeddings.
+            deepstack: each [M, H]; the i-th is added at the placeholders after layer i.
+
+        Returns:
+            [T, H].
+        """
+        hidden = self.embedding(batch.input_ids)
+        if batch.vision.is_dummy:
+            # The vision tower takes part in every micro-batch, so that all ranks run the same collectives.
+            hidden = hidden + sum((state.sum() for state in deepstack), embeddings.sum()) * 0
+            deepstack = ()
+        else:
+            hidden = hidden.index_copy(0, batch.vision.placeholder_index, embeddings.to(hidden.dtype))
+        cos, sin = self.rotary(batch.position_ids, hidden.dtype)
+        segments = Segments(batch.cu_seqlens, batch.cu_seqlens_host, batch.max_seqlen)
+        packed = PackedSequence(segments=segments, cos=cos, sin=sin)
+        hidden = hidden.unsqueeze(1)
+        for index, layer in enumerate(self.layers):
+            hidden = self.run_layer(layer, hidden, packed)
+            if index < len(deepstack):
+                addition = deepstack[index].to(hidden.dtype).unsqueeze(1)
+                hidden = hidden.index_add(0, batch.vision.placeholder_index, addition)
+        return self.final_layernorm(hidden.squeeze(1))
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence) -> Tensor:
+    """One decoder layer, [T, 1, H] -> [T, 1, H], keeping all activations for backward."""
+    return layer(hidden, packed_seq_params=packed)[0]
+
+
+def recompute_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence) -> Tensor:
+    """One decoder layer that keeps its input only and runs again in backward."""
+    return torch.utils.checkpoint.checkpoint(run_layer, layer, hidden, packed, use_reentrant=False)

@@ -1,0 +1,150 @@
+"""Vision tower and projector.
+
+Legend: N patches of all pictures of a micro-batch, H vision width, M = N / 4 merged patches, O text width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mindspeed_mm.backend.kernels.attention import Segments
+from mindspeed_mm.data.batch import VisionBatch
+from mindspeed_mm.models.geometry import VisionGeometry
+from mindspeed_mm.models.rotary import VisionRotary
+from mindspeed_mm.models.slots import LayerNorm, PackedSequence
+
+if TYPE_CHECKING:
+    from mindspeed_mm.data.images import PixelNorm
+
+
+class PixelNormalisation(nn.Module):
+    """uint8 pixels -> the tower's input, with the image processor's own arithmetic: ``(x * rescale - mean) / std``."""
+
+    def __init__(self, norm: PixelNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("mean", torch.tensor(norm.mean, device="cpu").view(1, -1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(norm.std, device="cpu").view(1, -1, 1), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers again after the module was moved off the meta device."""
+        self.mean.copy_(torch.tensor(self.norm.mean).view(1, -1, 1))
+        self.std.copy_(torch.tensor(self.norm.std).view(1, -1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, patch_dim], channels first within a row -> fp32 [N, patch_dim]."""
+        by_channel = pixels.view(pixels.shape[0], self.mean.shape[1], -1).float()
+        return ((by_channel * self.norm.rescale_factor - self.mean) / self.std).view(pixels.shape)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose kernel equals its stride, written as the matrix product it is."""
+
+    def __init__(self, geometry: VisionGeometry, config: TransformerConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(geometry.patch_dim, geometry.hidden_size, dtype=config.params_dtype)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, patch_dim] of any float type -> [N, H]."""
+        return self.proj(patches.to(self.proj.weight.dtype))
+
+
+class VisionEncoder(nn.Module):
+    """Patches -> hidden states after the last block, and after the deepstack blocks."""
+
+    def __init__(
+        self,
+        geometry: VisionGeometry,
+        config: TransformerConfig,
+        layer_spec: ModuleSpec,
+        pixel_norm: PixelNorm,
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.pixel_norm = PixelNormalisation(pixel_norm)
+        self.patch_embed = PatchEmbedding(geometry, config)
+        self.pos_embed = nn.Embedding(
+            geometry.num_position_embeddings, geometry.hidden_size, dtype=config.params_dtype
+        )
+        self.rotary = VisionRotary(geometry.head_dim, geometry.rope_theta)
+        self.layers = nn.ModuleList(
+            build_module(layer_spec, config=config, layer_number=index + 1) for index in range(geometry.depth)
+        )
+
+    def forward(self, vision: VisionBatch) -> tuple[Tensor, list[Tensor]]:
+        """-> (hidden [N, H], one [N, H] per deepstack index)."""
+        hidden = self.patch_embed(self.pixel_norm(vision.pixels))
+        weights = vision.interp_weight.unsqueeze(-1)
+        hidden = hidden + (self.pos_embed(vision.interp_index) * weights).sum(dim=0).to(hidden.dtype)
+        cos, sin = self.rotary(vision.position_ids)
+        packed = PackedSequence(
+            segments=Segments(vision.cu_seqlens, vision.cu_seqlens_host, vision.max_seqlen), cos=cos, sin=sin
+        )
+        hidden = hidden.unsqueeze(1)
+        taken = []
+        for index, layer in enumerate(self.layers):
+            hidden, _ = layer(hidden, packed_seq_params=packed)
+            if index in self.geometry.deepstack_visual_indexes:
+                taken.append(hidden.squeeze(1))
+        return hidden.squeeze(1), taken
+
+
+class PatchMerger(nn.Module):
+    """2x2 neighbouring patches -> one text token: norm before or after the merge, two linear layers with GELU."""
+
+    def __init__(self, geometry: VisionGeometry, config: TransformerConfig, *, norm_after_merge: bool) -> None:
+        super().__init__()
+        self.merged_size = geometry.hidden_size * geometry.merge_unit
+        self.norm_after_merge = norm_after_merge
+        norm_size = self.merged_size if norm_after_merge else geometry.hidden_size
+        self.norm = LayerNorm(config, norm_size, geometry.layernorm_epsilon)
+        self.linear_fc1 = nn.Linear(self.merged_size, self.merged_size, dtype=config.params_dtype)
+        self.linear_fc2 = nn.Linear(self.merged_size, geometry.out_hidden_size, dtype=config.params_dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [M, O]."""
+        if self.norm_after_merge:
+            merged = self.norm(hidden.view(-1, self.merged_size))
+        else:
+            merged = self.norm(hidden).view(-1, self.merged_size)
+        return self.linear_fc2(F.gelu(self.linear_fc1(merged)))
+
+
+class VisionProjector(nn.Module):
+    """The merger, and one more for each deepstack output."""
+
+    def __init__(self, geometry: VisionGeometry, config: TransformerConfig) -> None:
+        super().__init__()
+        self.merger = PatchMerger(geometry, config, norm_after_merge=False)
+        self.deepstack_mergers = nn.ModuleList(
+            PatchMerger(geometry, config, norm_after_merge=True) for _ in geometry.deepstack_visual_indexes
+        )
+
+    def forward(self, hidden: Tensor, taken: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """hidden [N, H] and the deepstack states [N, H] -> ([M, O], one [M, O] per deepstack index)."""
+        return self.merger(hidden), [merger(state) for merger, state in zip(self.deepstack_mergers, taken)]
+
+
+class ImageEncoder(nn.Module):
+    """Vision encoder and projector; whichever is frozen, with nothing trainable before it, runs without autograd."""
+
+    def __init__(self, vision_encoder: VisionEncoder, vision_projector: VisionProjector) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.vision_projector = vision_projector
+        self.encoder_trains = True
+        self.projector_trains = True
+
+    def forward(self, vision: VisionBatch) -> tuple[Tensor, list[Tensor]]:
+        """-> (embeddings [M, O], deepstack embeddings, each [M, O])."""
+        enabled = torch.is_grad_enabled()
+        with torch.set_grad_enabled(enabled and self.encoder_trains):
+            hidden, taken = self.vision_encoder(vision)
+        with torch.set_grad_enabled(enabled and (self.encoder_trains or self.projector_trains)):
+            return self.vision_projector(hidden, taken)

@@ -1,0 +1,80 @@
+"""The training log: one line per interval, in the spelling that launchers and their users search for."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+
+
+@dataclasses.dataclass
+class IntervalStats:
+    """Sums over the iterations since the last line."""
+
+    iterations: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    nan: int = 0
+
+    def add(self, *, seconds: float, loss: float, tokens: int, samples: int, skipped: bool, nan: bool) -> None:
+        """Count one iteration; a loss that is not finite stays visible as the next line's loss."""
+        self.iterations += 1
+        self.seconds += seconds
+        self.tokens += tokens
+        self.samples += samples
+        self.skipped += skipped
+        self.nan += nan
+        self.loss_sum += loss
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the interval, NaN if any was."""
+        return self.loss_sum / max(1, self.iterations)
+
+
+def format_line(
+    stats: IntervalStats,
+    *,
+    iteration: int,
+    train_iters: int,
+    consumed_samples: int,
+    learning_rate: float,
+    global_batch_size: int,
+    grad_norm: float | None,
+    log_tokens: bool,
+    now: datetime.datetime | None = None,
+) -> str:
+    """The log line of an interval.
+
+    Args:
+        stats: the interval.
+        iteration: last iteration of the interval, from 1.
+        train_iters: number of iterations of the whole run.
+        consumed_samples: samples consumed since the run began, over restarts.
+        learning_rate: that the last iteration used.
+        global_batch_size: samples per iteration.
+        grad_norm: of the last iteration, None where it was not computed.
+        log_tokens: whether to add the mean number of tokens, text and vision, of a sample (``--log-tps``).
+        now: time stamp, the present by default.
+    """
+    now = now or datetime.datetime.now()
+    per_iteration_ms = 1000.0 * stats.seconds / max(1, stats.iterations)
+    fields = [
+        f" [{now:%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{train_iters:8d}",
+        f"consumed samples: {consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {per_iteration_ms:.1f}",
+        f"learning rate: {learning_rate:.6E}",
+        f"global batch size: {global_batch_size:5d}",
+    ]
+    if log_tokens:
+        fields.append(f"tokens per sample: {stats.tokens / max(1, stats.samples):.6E}")
+    fields += [f"loss: {stats.loss:.6E}", "loss scale: 1.0"]
+    if grad_norm is not None:
+        fields.append(f"grad norm: {grad_norm:.3f}")
+    fields += [
+        f"number of skipped iterations: {stats.skipped:3d}",
+        f"number of nan iterations: {stats.nan:3d}",
+    ]
+    return " | ".join(fields) + " |"

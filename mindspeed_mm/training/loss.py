@@ -1,0 +1,66 @@
+"""Shares of the tokens in the loss of one optimizer step.
+
+The model sums ``share * cross_entropy`` over its supervised tokens. A mode of averaging is nothing but a choice of
+shares, made once per step over all micro-batches of all ranks, so that no split of the batch changes the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_mm.data.batch import Batch
+
+LossMode = Literal["per_token", "per_sample", "square", "default"]
+
+
+def step_token_weights(
+    batches: Sequence[Batch], *, mode: LossMode, data_size: int, device: torch.device
+) -> list[Tensor]:
+    """fp32 [S] for each micro-batch of this rank's step.
+
+    ``n`` below is the number of supervised tokens of the token's own sample.
+
+    - ``per_token``: 1 / (supervised tokens of the step): the mean over tokens.
+    - ``per_sample``: 1 / n / (samples of the step with supervised tokens): the mean over samples of their token means.
+    - ``square``: 1 / sqrt(n), divided by the sum of these over the step.
+    - ``default``: the token mean of each micro-batch, then the mean over micro-batches and ranks. Alone among the
+      four, it depends on the split.
+
+    Args:
+        batches: the micro-batches of one optimizer step on this rank.
+        mode: which mean.
+        data_size: number of ranks that read different data.
+        device: of the results. The sum over ranks stays there: nothing is read back to the host.
+    """
+    shares = [_sample_shares(batch.supervised_per_sample, mode) for batch in batches]
+    if mode == "default":
+        total = torch.tensor(float(len(batches) * data_size), device=device)
+    else:
+        local = sum(
+            count * share
+            for batch, own in zip(batches, shares)
+            for count, share in zip(batch.supervised_per_sample, own)
+        )
+        total = torch.tensor(float(local), dtype=torch.float32, device=device)
+        dist.all_reduce(total)
+    total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without any supervised token has a loss of 0, not NaN
+    return [
+        torch.tensor(own, dtype=torch.float32, device=device)[batch.label_sample] / total
+        for batch, own in zip(batches, shares)
+    ]
+
+
+def _sample_shares(supervised: Sequence[int], mode: LossMode) -> list[float]:
+    """Share of a token of each sample, before the division by the step's total."""
+    if mode == "per_token":
+        return [1.0] * len(supervised)
+    if mode == "per_sample":
+        return [1.0 / count if count else 0.0 for count in supervised]
+    if mode == "square":
+        return [1.0 / math.sqrt(count) if count else 0.0 for count in supervised]
+    return [1.0 / max(1, sum(supervised))] * len(supervised)

@@ -1,0 +1,65 @@
+"""AdamW and Megatron's learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Iterable
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from mindspeed_mm.arguments.flags import TrainingArgs
+
+
+def build_optimizer(model: nn.Module, args: TrainingArgs) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters; vectors (norms and biases) have no weight decay, as in Megatron."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "wd_mult": 1.0},
+        {"params": [p for p in trainable if p.dim() <= 1], "wd_mult": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=args.lr,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+
+
+def initialise_state(optimizer: torch.optim.AdamW) -> None:
+    """Give every parameter the state that AdamW makes at its first step, so that a checkpoint can be read into it."""
+    for parameter in optimized_parameters(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def optimized_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    """All parameters of all groups."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgs) -> OptimizerParamScheduler:
+    """Megatron's schedule, counted in samples: iteration 1 runs at ``--lr-warmup-init``, 0 by default."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    decay_samples = (args.lr_decay_iters or args.train_iters) * args.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=args.lr_warmup_init,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.warmup_samples,
+        lr_decay_steps=decay_samples,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.train_iters * args.global_batch_size,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,185 @@
+"""From a checked recipe to a finished run: device, processes, model, optimizer, checkpoint, data, loop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import nn
+
+from mindspeed_mm.arguments.recipe import Recipe
+from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.parallel.fsdp import shard_model
+from mindspeed_mm.parallel.mesh import Layout, build_layout
+from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
+from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
+from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
+from mindspeed_mm.training.trainer import ForwardStep, Trainer
+
+ModelProvider = Callable[[Recipe, Backend], tuple[nn.Module, list[nn.Module]]]
+DataProvider = Callable[[Recipe, Layout, Progress], "tuple[Any, Callable[[], Iterator[Batch]] | None]"]
+
+
+def pretrain(
+    recipe: Recipe, model_provider: ModelProvider, data_provider: DataProvider, forward_step: ForwardStep
+) -> None:
+    """Run a recipe on this process, one of those that torchrun started.
+
+    Args:
+        recipe: flags and files, already checked against each other.
+        model_provider: builds the model, uninitialised, and lists its units of sharding in the order of forward.
+        data_provider: builds the training loader, continuing from the given progress, and a function that yields the
+            held-out batches, or None.
+        forward_step: loss of the model on a batch with the given token weights.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    backend = select_backend(recipe.args.device)
+    start_processes(backend, timeout_minutes=recipe.args.distributed_timeout_minutes)
+    try:
+        _run(recipe, backend, model_provider, data_provider, forward_step)
+    finally:
+        stop_processes()
+
+
+def _run(
+    recipe: Recipe,
+    backend: Backend,
+    model_provider: ModelProvider,
+    data_provider: DataProvider,
+    forward_step: ForwardStep,
+) -> None:
+    args = recipe.args
+    layout = build_layout(device_type=backend.device.type, sharding_size=recipe.fsdp.sharding_size)
+    recipe.check_world(world_size=layout.world_size)
+    say = _Announcer(layout)
+    say(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
+    if note := communication_note(backend, args.distributed_backend):
+        say(note)
+    for line in recipe.describe_ignored():
+        say(line)
+
+    backend.seed(args.seed)
+    model = _build_sharded(recipe, backend, layout, model_provider)
+    optimizer = build_optimizer(model, args)
+    schedule = build_schedule(optimizer, args)
+    say(_describe(model))
+    progress = _load(recipe, model, optimizer, backend, say)
+    _restore_schedule(recipe, schedule, progress)
+
+    loader, eval_batches = data_provider(recipe, layout, progress)
+    _check_order(recipe, progress, loader, say)
+    progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
+    say(
+        f"data: {len(loader.dataset)} samples, {loader.samples_per_epoch} per epoch; "
+        f"training from iteration {progress.iteration + 1} to {args.train_iters}"
+    )
+    Trainer(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=loader,
+        forward_step=forward_step,
+        loss_mode=recipe.loss_mode,
+        layout=layout,
+        backend=backend,
+        progress=progress,
+        tools=StepTools(
+            recipe.tools,
+            rank=layout.rank,
+            activities=backend.profiler_activities(),
+            memory_history=backend.memory_history(),
+        ),
+        eval_batches=eval_batches,
+        checkpoint_metadata=recipe.checkpoint_metadata(),
+    ).train()
+    say(f"training finished at iteration {progress.iteration}; peak memory {backend.peak_memory_bytes() / 2**30:.2f} GiB")
+
+
+class _Announcer:
+    """Prints on the main process, with seconds since the start, where start-up time goes."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.is_main = layout.is_main
+        self.started = time.perf_counter()
+
+    def __call__(self, message: str) -> None:
+        if self.is_main:
+            print(f" [{time.perf_counter() - self.started:6.1f} s] {message}", flush=True)
+
+
+def _build_sharded(
+    recipe: Recipe, backend: Backend, layout: Layout, model_provider: ModelProvider
+) -> nn.Module:
+    """Build on the meta device (or the host), shard, and give the shards storage on the device."""
+    with torch.device("meta" if recipe.args.init_model_with_meta_device else "cpu"):
+        model, units = model_provider(recipe, backend)
+    shard_model(model, units, layout=layout, config=recipe.fsdp)
+    model.to_empty(device="cpu" if recipe.fsdp.offload_to_cpu else backend.device)
+    model.reset_buffers()
+    return model
+
+
+def _describe(model: nn.Module) -> str:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"model: {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.1f} M of them trained"
+
+
+def _load(
+    recipe: Recipe, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, say: _Announcer
+) -> Progress:
+    args = recipe.args
+    if args.load is None:
+        raise UserError(
+            "--load is missing: there are no weights to start from; convert them first (step 2 of the guide) "
+            "and pass --load DCP_DIR"
+        )
+    path = resolve_checkpoint(Path(args.load))
+    verify_directory(path)
+    converted = not Progress.is_training(path)
+    progress = load_checkpoint(
+        path,
+        model=model,
+        optimizer=None if args.no_load_optim or converted else optimizer,
+        backend=backend,
+        with_rng=not (args.no_load_rng or converted),
+    )
+    say(f"loaded {path}")
+    return progress
+
+
+def _restore_schedule(recipe: Recipe, schedule: Any, progress: Progress) -> None:
+    """Continue the learning-rate schedule; one that differs from the flags' is the user's to decide."""
+    if progress.schedule is None:
+        return
+    current = schedule.state_dict()
+    differing = [
+        f"{key} {saved!r} became {current[key]!r}"
+        for key, saved in progress.schedule.items()
+        if key not in ("num_steps", "wd_incr_steps") and current.get(key) != saved
+    ]
+    if differing and not recipe.args.override_opt_param_scheduler:
+        raise UserError(
+            f"the learning-rate schedule of {recipe.args.load} differs from the flags' ({'; '.join(differing)}); pass "
+            "the flags of the first run, or --override-opt-param-scheduler to continue under the new schedule"
+        )
+    schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
+
+
+def _check_order(recipe: Recipe, progress: Progress, loader: Any, say: _Announcer) -> None:
+    """Say so where the resumed run will not see the samples in the order of the first."""
+    for name, saved, current in (
+        ("--seed", progress.seed, recipe.args.seed),
+        ("the number of samples per epoch", progress.samples_per_epoch, loader.samples_per_epoch),
+    ):
+        if saved is not None and saved != current:
+            say(f"warning: {name} was {saved} when the checkpoint was written and is {current} now: "
+                "the order of the samples differs from the first run's")

@@ -1,0 +1,200 @@
+"""The training loop: batches -> token weights -> forward and backward -> clip -> step -> log."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mindspeed_mm.arguments.flags import TrainingArgs
+from mindspeed_mm.backend.device import Backend
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.parallel.mesh import Layout
+from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.checkpoint.state import Progress, save_checkpoint
+from mindspeed_mm.training.log import IntervalStats, format_line
+from mindspeed_mm.training.loss import LossMode, step_token_weights
+
+ForwardStep = Callable[[nn.Module, Batch, Tensor], Tensor]
+
+
+@dataclasses.dataclass
+class StepResult:
+    """Outcome of one optimizer step, the same on every rank.
+
+    Attributes:
+        loss: of the step.
+        grad_norm: before clipping.
+        tokens: text and vision tokens of the step.
+        skipped: whether the parameters were left alone because the loss or a gradient was not finite.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+
+
+class Trainer:
+    """Runs optimizer steps until ``--train-iters`` and saves on the way."""
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArgs,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        loader: Any,
+        forward_step: ForwardStep,
+        loss_mode: LossMode,
+        layout: Layout,
+        backend: Backend,
+        progress: Progress,
+        tools: StepTools,
+        eval_batches: Callable[[], Iterator[Batch]] | None = None,
+        checkpoint_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.args = args
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.batches: Iterator[Batch] = iter(loader)
+        self.forward_step = forward_step
+        self.loss_mode = loss_mode
+        self.layout = layout
+        self.backend = backend
+        self.progress = progress
+        self.tools = tools
+        self.eval_batches = eval_batches
+        self.checkpoint_metadata = checkpoint_metadata or {}
+        self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def train(self) -> None:
+        """Run the remaining iterations."""
+        args, progress, stats = self.args, self.progress, IntervalStats()
+        self.model.train()
+        while progress.iteration < args.train_iters:
+            learning_rate = self.optimizer.param_groups[0]["lr"]
+            self.tools.step_begin(progress.iteration + 1)
+            started = time.perf_counter()
+            result = self.train_step()
+            self.schedule.step(increment=args.global_batch_size)
+            progress.iteration += 1
+            progress.consumed_samples += args.global_batch_size
+            stats.add(
+                seconds=time.perf_counter() - started,
+                loss=result.loss,
+                tokens=result.tokens,
+                samples=args.global_batch_size,
+                skipped=result.skipped,
+                nan=not math.isfinite(result.loss),
+            )
+            self.tools.step_end(progress.iteration)
+            if progress.iteration % args.log_interval == 0 or progress.iteration == args.train_iters:
+                self._log(stats, learning_rate, result.grad_norm)
+                stats = IntervalStats()
+            self._evaluate_and_save()
+            if args.exit_interval and progress.iteration % args.exit_interval == 0:
+                break
+        self.tools.close()
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over ``micro_batches`` micro-batches of this rank."""
+        host_batches = [next(self.batches) for _ in range(self.micro_batches)]
+        batches = [batch.to(self.backend.device, non_blocking=True) for batch in host_batches]
+        weights = step_token_weights(
+            batches, mode=self.loss_mode, data_size=self.layout.data_size, device=self.backend.device
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        # summed on the device: this rank's loss and its tokens
+        totals = torch.zeros(2, dtype=torch.float64 if self.backend.name == "cpu" else torch.float32)
+        totals[1] = sum(batch.num_tokens for batch in batches)
+        totals = totals.to(self.backend.device)
+        for batch, weight in zip(batches, weights):
+            loss = self.forward_step(self.model, batch, weight)
+            # FSDP2's reduction averages over the ranks; the loss is a sum over them
+            (loss * self.layout.data_size).backward()
+            totals[0] += loss.detach()
+        dist.all_reduce(totals)
+        norm = self._clip()
+        loss_value, tokens = totals.tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        return StepResult(loss=loss_value, grad_norm=norm, tokens=round(tokens), skipped=not finite)
+
+    def _clip(self) -> float:
+        """Norm of all gradients together, in fp32, before they are clipped to ``--clip-grad`` (0: not clipped)."""
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.args.clip_grad > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.args.clip_grad, norm)
+        return float(norm)
+
+    def _log(self, stats: IntervalStats, learning_rate: float, grad_norm: float) -> None:
+        if not self.layout.is_main:
+            return
+        line = format_line(
+            stats,
+            iteration=self.progress.iteration,
+            train_iters=self.args.train_iters,
+            consumed_samples=self.progress.consumed_samples,
+            learning_rate=learning_rate,
+            global_batch_size=self.args.global_batch_size,
+            grad_norm=grad_norm,
+            log_tokens=self.args.log_tps,
+        )
+        print(line, flush=True)
+
+    def _evaluate_and_save(self) -> None:
+        args, iteration = self.args, self.progress.iteration
+        last = iteration == args.train_iters
+        if self.eval_batches is not None and args.eval_interval and (iteration % args.eval_interval == 0 or last):
+            loss = self.evaluate()
+            if self.layout.is_main:
+                print(f" validation loss at iteration {iteration} | loss: {loss:.6E} |", flush=True)
+        leaving = bool(args.exit_interval) and iteration % args.exit_interval == 0
+        due = bool(args.save_interval) and iteration % args.save_interval == 0
+        if args.save is not None and (due or last or leaving):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present iteration."""
+        started = time.perf_counter()
+        self.progress.schedule = self.schedule.state_dict()
+        target = save_checkpoint(
+            Path(self.args.save),
+            progress=self.progress,
+            model=self.model,
+            optimizer=None if self.args.no_save_optim else self.optimizer,
+            backend=self.backend,
+            with_rng=not self.args.no_save_rng,
+            metadata=self.checkpoint_metadata,
+        )
+        if self.layout.is_main:
+            print(f" saved checkpoint {target} in {time.perf_counter() - started:.1f} s", flush=True)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy of the supervised tokens over at most ``--eval-iters`` steps of held-out data."""
+        self.model.eval()
+        sums = torch.zeros(2, device=self.backend.device)
+        for batch in self.eval_batches():
+            batch = batch.to(self.backend.device)
+            weight = torch.ones(batch.num_supervised, device=self.backend.device)
+            sums[0] += self.forward_step(self.model, batch, weight)
+            sums[1] += batch.num_supervised
+        dist.all_reduce(sums)
+        self.model.train()
+        total, count = sums.tolist()
+        return total / max(1.0, count)

@@ -1,0 +1,118 @@
+"""Tiny Hugging Face models with random weights, and samples to run them on."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+
+from mindspeed_mm.data.collator import Picture, Sample
+
+IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
+
+
+def tiny_config(**text_overrides: Any) -> Any:
+    """Qwen3-VL-MoE config: deepstack, interleaved mRoPE, grouped heads, 8 experts; no two widths are equal."""
+    from transformers import Qwen3VLMoeConfig
+
+    text = {
+        "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "vocab_size": 128, "intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20, "max_position_embeddings": 4096, "attention_bias": False,
+        "rope_parameters": {
+            "rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": False,
+        **text_overrides,
+    }
+    vision = {
+        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 56, "patch_size": 4,
+        "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    return Qwen3VLMoeConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=False,
+    )
+
+
+def tiny_model(seed: int = 0, **text_overrides: Any) -> Any:
+    """``Qwen3VLMoeForConditionalGeneration`` in fp32, with weights large enough that every part matters."""
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = tiny_config(**text_overrides)
+    config._attn_implementation = "eager"
+    model = Qwen3VLMoeForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1.0 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.12)
+    return model.train()
+
+
+def random_sample(
+    rng: np.random.Generator, *, index: int, turns: Sequence[tuple[Sequence[tuple[int, int, int]], int, int]]
+) -> Sample:
+    """A conversation of random tokens.
+
+    Args:
+        rng: source of randomness.
+        index: place in the dataset.
+        turns: (grids of the pictures, question tokens, answer tokens) each; a grid (t, rows, columns) with t > 1 is a
+            video, whose slices are separated by text.
+    """
+    ids: list[int] = []
+    supervised: list[bool] = []
+    pictures = []
+    for grids, question, answer in turns:
+        for t, rows, cols in grids:
+            token = IMAGE if t == 1 else VIDEO
+            for _ in range(t):
+                part = [VISION_START, *[token] * (rows * cols // 4), VISION_END]
+                if t > 1:
+                    part = [*rng.integers(0, 80, 3).tolist(), *part]
+                ids += part
+                supervised += [False] * len(part)
+            pictures.append(
+                Picture(rng.integers(0, 256, (t * rows * cols, 3 * 2 * 4 * 4)).astype(np.uint8), (t, rows, cols))
+            )
+        ids += rng.integers(0, 80, question + answer).tolist()
+        supervised += [False] * question + [True] * answer
+    return Sample(np.array(ids, np.int64), np.array(supervised), tuple(pictures), index)
+
+
+def mixed_samples(seed: int = 0) -> list[Sample]:
+    """Several images of different sizes, several turns, a text-only sample and a video."""
+    rng = np.random.default_rng(seed)
+    return [
+        random_sample(rng, index=0, turns=[([(1, 4, 6)], 5, 7)]),
+        random_sample(rng, index=1, turns=[([(1, 2, 2), (1, 8, 4)], 3, 4), ([], 2, 6), ([(1, 6, 6)], 4, 5)]),
+        random_sample(rng, index=2, turns=[([], 6, 9), ([], 3, 2)]),
+        random_sample(rng, index=3, turns=[([(3, 4, 4), (1, 4, 2)], 4, 5)]),
+    ]
+
+
+def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[str, torch.Tensor]:
+    """One sample as ``Qwen3VLMoeForConditionalGeneration`` takes it, unpadded, with labels."""
+    ids = torch.from_numpy(sample.input_ids)[None]
+    labels = torch.where(torch.from_numpy(sample.supervised)[None], ids, -100)
+    labels[:, 0] = -100  # the first token has no predecessor
+    inputs = {
+        "input_ids": ids,
+        "labels": labels,
+        "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+    }
+    for key, grid_key, wanted in (
+        ("pixel_values", "image_grid_thw", False),
+        ("pixel_values_videos", "video_grid_thw", True),
+    ):
+        pictures = [picture for picture in sample.pictures if (picture.grid_thw[0] > 1) is wanted]
+        if pictures:
+            patches = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()
+            inputs[key] = (patches * (1 / 255) - mean) / std
+            inputs[grid_key] = torch.tensor([picture.grid_thw for picture in pictures])
+    return inputs

@@ -1,0 +1,46 @@
+"""Our model with the weights of a Hugging Face model."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, Qwen3VLModel, build_model
+from mindspeed_mm.models.weight_map import ExpertLayout, weight_map
+
+PIXEL_NORM = types.SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rescale_factor=1 / 255)
+
+
+def memory_layout() -> ExpertLayout:
+    """Which way round the installed transformers holds experts in memory."""
+    import transformers
+
+    return "v5" if int(transformers.__version__.split(".")[0]) >= 5 else "hub"
+
+
+def to_mcore(geometry: Qwen3VLGeometry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under Hugging Face names -> under ours."""
+    rules = weight_map(geometry, expert_layout=memory_layout())
+    return {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
+
+
+def model_like(hf_model: Any, choices: ModelChoices | None = None) -> tuple[Qwen3VLModel, Qwen3VLGeometry]:
+    """Build our model for ``hf_model``'s config and give it its weights."""
+    geometry = Qwen3VLGeometry.from_config(hf_model.config.to_dict())
+    model = build_model(geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+    weights = to_mcore(geometry, hf_model.state_dict())
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return model, geometry
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return float((ours - theirs).norm() / theirs.norm())
