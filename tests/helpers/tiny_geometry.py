@@ -6,7 +6,11 @@ from mindspeed_mm.models.geometry import Qwen3VLGeometry
 
 
 def tiny_geometry(
-    *, image_token_id: int = 90, video_token_id: int = 91, vision_start_token_id: int = 92, vision_end_token_id: int = 93
+    *,
+    image_token_id: int = 90,
+    video_token_id: int = 91,
+    vision_start_token_id: int = 92,
+    vision_end_token_id: int = 93,
 ) -> Qwen3VLGeometry:
     """Patch 16, temporal patch 2, merge 2, a 12 x 12 position table; widths all different from each other."""
     return Qwen3VLGeometry.from_config(

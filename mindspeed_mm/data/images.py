@@ -1,0 +1,216 @@
+"""Pictures: limits, size of the resized picture, decoding, and cutting into patches.
+
+The result, normalised, equals transformers' ``Qwen2VLImageProcessorPil`` after its ``load_image``. Pixels stay uint8
+until they are on the device: a fourth of the bytes to move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import VisionGeometry
+
+_MAX_ASPECT_RATIO = 200
+_EXIF_ORIENTATION = 0x0112
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelNorm:
+    """How uint8 pixel values become the model's input, per channel: ``(x * rescale_factor - mean) / std``."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+
+    def table(self) -> np.ndarray:
+        """The normalised value of each possible pixel value: float32 [3, 256].
+
+        The reference multiplies by the factor in float64 and rounds to float32 before it goes on. For the factor
+        1/255 a float32 division by 255 gives the same values; a float32 product with 1/255 does not.
+        """
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
+        return (scaled - mean) / std
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """What decides a picture's patches.
+
+    Attributes:
+        min_pixels: least area of a resized picture, in pixels; at least 1.
+        max_pixels: largest area of a resized picture, in pixels.
+        patch_size: side of a patch, in pixels.
+        temporal_patch_size: frames in a patch; an image fills them with copies of itself.
+        merge_size: patches per side of a merge block.
+        norm: normalisation that the device applies.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    norm: PixelNorm
+
+    @property
+    def factor(self) -> int:
+        """Both sides of a resized picture are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+
+def read_image_settings(
+    directory: str | Path, *, min_pixels: int, max_pixels: int, vision: VisionGeometry
+) -> ImageSettings:
+    """Join the data file's pixel limits with those of the checkpoint's image processor.
+
+    A picture is resized once, to the intersection of both ranges, so that training sees what the checkpoint's own
+    processor will show the model later.
+
+    Args:
+        directory: Hugging Face directory with ``preprocessor_config.json`` (or a ``processor_config.json`` that holds
+            it, as transformers 5 writes).
+        min_pixels: ``image_min_pixels`` of the data file.
+        max_pixels: ``image_max_pixels`` of the data file.
+        vision: the model's patch sizes, which the processor must share.
+
+    Raises:
+        UserError: if the file is missing or unreadable, contradicts the model, or leaves no common range.
+    """
+    path, content = _read_processor_config(Path(directory))
+    size = content.get("size") or {}
+    least = size.get("shortest_edge") or content.get("min_pixels")
+    most = size.get("longest_edge") or content.get("max_pixels")
+    if not least or not most:
+        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
+    for name, ours, default in (
+        ("patch_size", vision.patch_size, vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size, 2),
+        ("merge_size", vision.spatial_merge_size, 2),
+    ):
+        theirs = content.get(name, default)
+        if theirs != ours:
+            raise UserError(f"{path}: {name} is {theirs}, but {ours} in config.json; take both files of one checkpoint")
+    low, high = max(min_pixels, least), min(max_pixels, most)
+    if low > high:
+        raise UserError(
+            f"image_min_pixels {min_pixels} .. image_max_pixels {max_pixels} of the data file and {least} .. {most} of "
+            f"{path} have nothing in common; choose image_max_pixels of at least {least} and image_min_pixels of at "
+            f"most {most}"
+        )
+    norm = PixelNorm(
+        mean=tuple(content.get("image_mean") or (0.5, 0.5, 0.5)),
+        std=tuple(content.get("image_std") or (0.5, 0.5, 0.5)),
+        rescale_factor=content.get("rescale_factor") or 1 / 255,
+    )
+    return ImageSettings(low, high, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, norm)
+
+
+def _read_processor_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The image processor's file and its content."""
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content = content[part] if part else content
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
+        if isinstance(content, dict):
+            return path, content
+        raise UserError(f"{path} holds no JSON object; take the file of the checkpoint again")
+    raise UserError(
+        f"{directory}/preprocessor_config.json does not exist; model_name_or_path must be the downloaded checkpoint "
+        "with all its small files (step 2 of the guide)"
+    )
+
+
+def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+    """Height and width of the resized picture: multiples of the factor, area within the limits, aspect kept.
+
+    Where the limits and the multiples cannot all hold (a very thin picture), the multiples win.
+
+    Raises:
+        ValueError: if one side is more than 200 times the other, which the reference refuses, too.
+    """
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {_MAX_ASPECT_RATIO} times the other")
+    factor = settings.factor
+    sides = (height, width)
+    rounded = [round(side / factor) * factor for side in sides]
+    area = rounded[0] * rounded[1]
+    if area > settings.max_pixels:
+        shrink = math.sqrt(height * width / settings.max_pixels)
+        rounded = [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
+    elif area < settings.min_pixels:
+        grow = math.sqrt(settings.min_pixels / (height * width))
+        rounded = [math.ceil(side * grow / factor) * factor for side in sides]
+    return rounded[0], rounded[1]
+
+
+def image_grid(path: str, settings: ImageSettings) -> tuple[int, int, int]:
+    """Grid (1, rows, columns) of patches that the picture at ``path`` will have, from the file's header.
+
+    Raises:
+        UserError: naming the file, if it is missing, no picture, or too thin.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS:
+                width, height = height, width
+        rows, cols = resized_size(height, width, settings)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unusable(path, error) from error
+    return 1, rows // settings.patch_size, cols // settings.patch_size
+
+
+def load_image(path: str) -> Image.Image:
+    """Decode a picture, turned upright by its EXIF orientation, as RGB.
+
+    Raises:
+        UserError: naming the file, if it is missing, no picture, or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: Exception) -> UserError:
+    # Pillow repeats the path in some messages and not in others.
+    reason = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+    return UserError(f"image {path} cannot be used: {reason}; restore or replace the file, or remove its record")
+
+
+def image_patches(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Resize an RGB picture and cut it into patches.
+
+    Returns:
+        Patches uint8 [rows * cols, 3 * temporal_patch_size * patch_size**2], each merge block contiguous, within a
+        patch ordered channel, frame, row, column; and the grid (1, rows, cols).
+
+    Raises:
+        ValueError: if the picture is too thin.
+    """
+    height, width = resized_size(image.height, image.width, settings)
+    if image.size != (width, height):
+        image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    patch, merge = settings.patch_size, settings.merge_size
+    rows, cols = height // patch, width // patch
+    pixels = np.asarray(image).reshape(rows // merge, merge, patch, cols // merge, merge, patch, 3)
+    shape = (rows // merge, cols // merge, merge, merge, 3, settings.temporal_patch_size, patch, patch)
+    patches = np.empty(shape, np.uint8)
+    patches[...] = pixels.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    return patches.reshape(rows * cols, -1), (1, rows, cols)

@@ -1,0 +1,177 @@
+"""Pictures against transformers' own PIL processor: exactly equal, not close."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mindspeed_mm.data.images import (
+    ImageSettings,
+    PixelNorm,
+    image_grid,
+    image_patches,
+    load_image,
+    read_image_settings,
+    resized_size,
+)
+from mindspeed_mm.errors import UserError
+from tests.helpers.tiny_geometry import tiny_geometry
+
+HALF = (0.5, 0.5, 0.5)
+NORM = PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255)
+
+
+def settings(least: int, most: int) -> ImageSettings:
+    return ImageSettings(least, most, patch_size=16, temporal_patch_size=2, merge_size=2, norm=NORM)
+
+
+def reference(path: Path, least: int, most: int) -> tuple[torch.Tensor, list[int]]:
+    """Patches and grid as transformers makes them from the same file."""
+    from transformers.image_utils import load_image as reference_load
+
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
+    processor = Processor(
+        size={"shortest_edge": least, "longest_edge": most},
+        patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=list(HALF), image_std=list(HALF),
+    )
+    features = processor([reference_load(str(path))], return_tensors="pt")
+    return features["pixel_values"], features["image_grid_thw"][0].tolist()
+
+
+def assert_equal_to_reference(path: Path, least: int, most: int) -> None:
+    expected, grid = reference(path, least, most)
+    patches, our_grid = image_patches(load_image(str(path)), settings(least, most))
+    assert list(our_grid) == grid == list(image_grid(str(path), settings(least, most)))
+    on_device = (torch.from_numpy(patches).float() / 255 - 0.5) / 0.5
+    assert torch.equal(on_device, expected)
+
+
+def sample_photos() -> list[np.ndarray]:
+    return list(pytest.importorskip("sklearn.datasets").load_sample_images().images)
+
+
+@pytest.mark.parametrize("limits", [(65536, 262144), (1024, 16384), (600_000, 900_000)])
+@pytest.mark.parametrize("photo", [0, 1])
+def test_real_photos(tmp_path: Path, photo: int, limits: tuple[int, int]) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(sample_photos()[photo]).save(path, quality=90)
+    assert_equal_to_reference(path, *limits)
+
+
+@pytest.mark.parametrize("index", [0, 7, 1000])
+def test_real_digits(tmp_path: Path, index: int) -> None:
+    digits = pytest.importorskip("sklearn.datasets").load_digits().images
+    path = tmp_path / "digit.jpg"
+    Image.fromarray((digits[index] * 15.9375).astype(np.uint8)).save(path)
+    assert_equal_to_reference(path, 1024, 16384)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "options"),
+    [
+        ("L", "png", {}), ("L", "jpg", {}), ("RGBA", "png", {}), ("P", "png", {}), ("1", "png", {}), ("LA", "png", {}),
+        ("CMYK", "jpg", {}), ("RGB", "webp", {"quality": 80}), ("RGB", "bmp", {}), ("RGB", "gif", {}),
+    ],
+)
+def test_modes_and_formats(tmp_path: Path, mode: str, suffix: str, options: dict) -> None:
+    image = Image.fromarray(sample_photos()[1][100:310, 200:333])
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    path = tmp_path / f"image.{suffix}"
+    image.convert(mode).save(path, **options)
+    assert_equal_to_reference(path, 65536, 262144)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    image = Image.fromarray(sample_photos()[0][:170, :300])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.jpg"
+    image.save(path, exif=exif)
+    assert_equal_to_reference(path, 4096, 65536)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 150), (200, 1), (31, 33), (16, 48), (33, 500), (1500, 40), (64, 64)])
+def test_odd_shapes(tmp_path: Path, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path = tmp_path / "odd.png"
+    Image.fromarray(noise).save(path)
+    for limits in ((1, 16384), (65536, 262144)):
+        assert_equal_to_reference(path, *limits)
+
+
+def test_random_sizes_equal_reference() -> None:
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    generator = np.random.default_rng(1)
+    for _ in range(3000):
+        height, width = (int(value) for value in 2 ** generator.uniform(0, 12, 2))
+        least = int(2 ** generator.uniform(0, 16))
+        most = least + int(2 ** generator.uniform(10, 18))
+        try:
+            expected = module.smart_resize(height, width, factor=32, min_pixels=least, max_pixels=most)
+        except ValueError:
+            with pytest.raises(ValueError, match="200"):
+                resized_size(height, width, settings(least, most))
+            continue
+        assert resized_size(height, width, settings(least, most)) == expected
+
+
+def test_normalisation_table() -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    assert np.array_equal(NORM.table()[0], ((values.float() / 255 - 0.5) / 0.5).numpy())
+
+
+def test_too_thin_and_damaged_pictures_name_the_file(tmp_path: Path) -> None:
+    thin, broken, cut = tmp_path / "thin.png", tmp_path / "broken.jpg", tmp_path / "cut.jpg"
+    Image.new("RGB", (1000, 4)).save(thin)
+    broken.write_bytes(b"no picture")
+    Image.fromarray(sample_photos()[0]).save(cut)
+    cut.write_bytes(cut.read_bytes()[:9000])
+    for path, function in (
+        (thin, lambda name: image_grid(name, settings(1, 9999))),
+        (broken, lambda name: image_grid(name, settings(1, 9999))),
+        (tmp_path / "absent.jpg", load_image),
+        (cut, load_image),
+    ):
+        with pytest.raises(UserError, match=path.name) as raised:
+            function(str(path))
+        assert "\n" not in str(raised.value)
+
+
+def write_processor(directory: Path, **fields: object) -> None:
+    content = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
+               "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, **fields}
+    (directory / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+def test_limits_are_the_intersection(tmp_path: Path) -> None:
+    vision = tiny_geometry().vision
+    with pytest.raises(UserError, match="preprocessor_config.json does not exist"):
+        read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=vision)
+    write_processor(tmp_path)
+    found = read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=vision)
+    assert (found.min_pixels, found.max_pixels) == (65536, 262144)
+    assert found.norm == NORM
+    with pytest.raises(UserError, match="nothing in common"):
+        read_image_settings(tmp_path, min_pixels=1024, max_pixels=16384, vision=vision)
+    write_processor(tmp_path, patch_size=14)
+    with pytest.raises(UserError, match="patch_size is 14"):
+        read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=vision)
+
+
+def test_transformers_5_processor_file(tmp_path: Path) -> None:
+    write_processor(tmp_path)
+    content = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+    found = read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=tiny_geometry().vision)
+    assert found.max_pixels == 262144
