@@ -15,7 +15,6 @@ _HOME = {
     "FSDPConfig": "fsdp_config",
     "ModelConfig": "model_config",
     "Recipe": "recipe",
-    "ScheduleSamples": "rules",
     "ToolsConfig": "tools_config",
     "TrainingArgs": "flags",
     "check_flags": "rules",
@@ -26,7 +25,6 @@ _HOME = {
     "describe_ignored": "parser",
     "load_recipe": "recipe",
     "parse_args": "parser",
-    "schedule_samples": "rules",
 }
 
 __all__ = list(_HOME)

@@ -6,12 +6,11 @@ nothing and exits with 0, or prints one line and exits with 2. Imports no torch,
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from mindspeed_mm.arguments.recipe import check_paths, load_recipe
-from mindspeed_mm.arguments.rules import check_parallel
+from mindspeed_mm.arguments.rules import check_implemented
 from mindspeed_mm.errors import UserError
 
 
@@ -19,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
     try:
         recipe = load_recipe(argv)
-        check_parallel(recipe.args, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         check_paths(recipe)
+        check_implemented(recipe.args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

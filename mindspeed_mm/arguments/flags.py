@@ -54,7 +54,8 @@ class BatchArgs:
     """Batches and length of the run"""
 
     micro_batch_size: int = flag(1, "samples per process in one forward pass", at_least=1, metavar="SAMPLES")
-    global_batch_size: int | None = flag(
+    # load_recipe fills the default in, so that whoever reads the field finds a number
+    global_batch_size: int = flag(
         None,
         "samples per optimizer step, over all processes; the gradients of this / (micro batch x data-parallel size) "
         "micro-batches are accumulated (default: one micro-batch per process)",
@@ -80,9 +81,13 @@ class OptimizerArgs:
     )
     lr_decay_iters: int | None = flag(None, "steps until --min-lr is reached (default: --train-iters)", at_least=1)
     lr_warmup_fraction: float | None = flag(
-        None, "share of the decay steps in which the learning rate rises from 0", at_least=0, below=1
+        None, "share of the decay steps that are the warm-up, in which the learning rate rises to --lr", at_least=0, below=1
     )
-    lr_warmup_iters: int = flag(0, "steps in which the learning rate rises from 0", at_least=0)
+    lr_warmup_init: float = flag(0.0, "learning rate that the warm-up starts from", at_least=0)
+    lr_warmup_iters: int = flag(0, "steps of warm-up, in which the learning rate rises to --lr", at_least=0)
+    override_opt_param_scheduler: bool = flag(
+        False, "on a resume, follow these flags where the checkpoint's schedule differs, instead of stopping"
+    )
     weight_decay: float = flag(0.01, "AdamW's decoupled weight decay, per unit of learning rate", at_least=0)
     adam_beta1: float = flag(0.9, "decay of the gradient's running mean, per step", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "decay of the squared gradient's running mean, per step", at_least=0, below=1)
@@ -92,6 +97,7 @@ class OptimizerArgs:
         False, "loss = sum over supervised tokens / their number in the global batch, however it is split; "
         "without it: mean over micro-batches of their token means"
     )
+    calculate_per_sample_loss: bool = flag(False, "loss = mean over the global batch's samples of their token means")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +179,18 @@ class TrainingArgs(
     """
 
     given: frozenset[str] = frozenset()
+
+    @property
+    def decay_samples(self) -> int:
+        """Length of the learning-rate schedule in samples, which is what Megatron counts."""
+        return (self.lr_decay_iters or self.train_iters) * self.global_batch_size
+
+    @property
+    def warmup_samples(self) -> float:
+        """Length of its warm-up in samples; fractions are kept, as in Megatron."""
+        if self.lr_warmup_fraction is not None:
+            return self.lr_warmup_fraction * self.decay_samples
+        return float(self.lr_warmup_iters * self.global_batch_size)
 
 
 GROUPS = (

@@ -11,8 +11,8 @@ from mindspeed_mm.arguments.fields import StrictModel, effective, refused
 class FSDPConfig(StrictModel):
     """The whole file. Parameters and optimizer state are fp32 whatever the compute types are."""
 
-    sharding_size: int | Literal["auto"] = refused(
-        "auto", "parameters are sharded over all processes; replicas of smaller groups are not implemented yet"
+    sharding_size: int | Literal["auto"] = effective(
+        "auto", "processes that share one copy of the parameters; auto: all; fewer: copies are kept in step (HSDP)"
     )
     reshard_after_forward: bool = effective(
         True, "free a layer's gathered parameters after forward and gather them again for backward"
@@ -22,7 +22,7 @@ class FSDPConfig(StrictModel):
     cast_forward_inputs: bool = effective(True, "cast a sharded module's floating-point inputs to param_dtype")
     num_to_forward_prefetch: int = effective(1, "layers gathered ahead of time in forward; 0: none", ge=0)
     num_to_backward_prefetch: int = effective(1, "layers gathered ahead of time in backward; 0: none", ge=0)
-    offload_to_cpu: bool = refused(False, "keeping shards in host memory is not implemented yet")
+    offload_to_cpu: bool = effective(False, "keep parameters, gradients and optimizer state in host memory")
     align_fsdp_param_groups: bool = refused(
         False, "padding parameter groups to equal sizes is not implemented yet"
     )

@@ -11,7 +11,7 @@ AttentionName = Literal["eager", "sdpa", "flash_attention_2"]
 _CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"
 _ATTENTION = (
     "attention kernel: eager (written out, slow), sdpa (PyTorch's), flash_attention_2 (the device's fused kernel "
-    "for packed sequences)"
+    "for packed sequences); null: the device's best"
 )
 _LAYOUT = "micro-batches are packed, which is the layout TND"
 _CHECKED = "checked against the Hugging Face config"
@@ -25,7 +25,7 @@ class VisionEncoderConfig(StrictModel):
     hidden_size: int | None = effective(None, f"width in channels, {_CHECKED}", ge=1)
     num_attention_heads: int | None = effective(None, f"attention heads, {_CHECKED}", ge=1)
     freeze: bool = effective(True, "do not train these parameters")
-    attn_implementation: AttentionName = effective("sdpa", _ATTENTION)
+    attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
     synchronize_per_layer: bool = refused(False, "waiting for the device after each layer is not implemented yet")
 
@@ -59,7 +59,7 @@ class TextDecoderConfig(StrictModel):
     use_npu_fused_moe: bool = effective(
         True, "grouped expert products, on every device that has them; false: one product per expert (the reference)"
     )
-    attn_implementation: AttentionName = effective("sdpa", _ATTENTION)
+    attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
     is_causal: bool = refused(True, "a text token never sees those after it")
     activation_offload: bool = refused(False, "moving activations to the host is not implemented yet")

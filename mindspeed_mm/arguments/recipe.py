@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from mindspeed_mm.arguments.config_file import load_config
 from mindspeed_mm.arguments.data_config import DataConfig
 from mindspeed_mm.arguments.fields import NO_EFFECT, walk
+from mindspeed_mm.arguments.flag import option_name
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.arguments.model_config import ModelConfig
 from mindspeed_mm.arguments.parser import describe_ignored, parse_args
-from mindspeed_mm.arguments.rules import check_flags, check_implemented
+from mindspeed_mm.arguments.rules import (
+    BatchPlan,
+    GeometryLike,
+    check_degrees,
+    check_flags,
+    check_geometry,
+    check_implemented,
+    check_parallel,
+)
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 
@@ -22,7 +33,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Flags and files, each checked by itself."""
+    """Flags and files, checked against each other as far as that needs neither model nor device."""
 
     args: TrainingArgs
     data: DataConfig
@@ -30,34 +41,72 @@ class Recipe:
     fsdp: FSDPConfig
     tools: ToolsConfig
 
-    def ignored(self) -> list[str]:
+    @property
+    def loss_mode(self) -> Literal["per_token", "per_sample", "default"]:
+        """Which mean of the token losses is minimised."""
+        if self.args.calculate_per_token_loss:
+            return "per_token"
+        return "per_sample" if self.args.calculate_per_sample_loss else "default"
+
+    def check_world(self, *, world_size: int) -> BatchPlan:
+        """Check the degrees and batch sizes against the number of processes; see :func:`rules.check_parallel`."""
+        return check_parallel(self.args, world_size=world_size)
+
+    def check_geometry(self, geometry: GeometryLike) -> None:
+        """Check flags and model file against the Hugging Face config.
+
+        Raises:
+            UserError: if a field contradicts it, or a degree does not fit the model or is not implemented.
+        """
+        source = str(Path(self.model.init_from_hf_path) / "config.json")
+        check_geometry(self.model, file=self.args.mm_model, geometry=geometry, source=source)
+        check_degrees(self.args, geometry=geometry)
+        check_implemented(self.args)
+
+    def describe_ignored(self) -> list[str]:
         """One sentence for each flag or field that was given and changes nothing, with the reason."""
         files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
-        return describe_ignored(self.args) + [
+        sentences = describe_ignored(self.args) + [
             f"{path}: {use.path}: {use.info.description}"
             for path, config in files
             for use in walk(config)
             if use.role == NO_EFFECT and use.given
         ]
+        return [f"accepted without effect: {sentence}" for sentence in sentences]
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """What a checkpoint's manifest records of the run, as plain JSON values."""
+        flags = dataclasses.asdict(self.args)
+        return {
+            "flags": {option_name(name): flags[name] for name in sorted(self.args.given)},
+            "data": self.data.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "fsdp2": self.fsdp.model_dump(mode="json"),
+        }
 
 
-def load_recipe(argv: Sequence[str] | None = None) -> Recipe:
+def load_recipe(argv: Sequence[str] | None = None, *, world_size: int | None = None) -> Recipe:
     """Parse ``argv`` (default: the process's own), read the files, and check all that needs no model and no device.
+
+    Args:
+        argv: the flags.
+        world_size: number of processes of the job; by default what torchrun put into WORLD_SIZE, or 1.
 
     Raises:
         UserError: for the first mistake.
     """
     args = parse_args(argv)
     check_flags(args)
-    check_implemented(args)
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    plan = check_parallel(args, world_size=world_size)
     fsdp, tools = FSDPConfig(), ToolsConfig()
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
     return Recipe(
-        args=args,
+        args=dataclasses.replace(args, global_batch_size=plan.global_batch_size),
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
         model=load_config(args.mm_model, ModelConfig, flag="--mm-model"),
         fsdp=fsdp,

@@ -50,14 +50,6 @@ class BatchPlan:
     micro_batches: int
 
 
-@dataclasses.dataclass(frozen=True)
-class ScheduleSamples:
-    """Length of the learning-rate schedule, counted in samples as Megatron does (fractions are kept)."""
-
-    warmup: float
-    decay: int
-
-
 def check_flags(args: TrainingArgs) -> None:
     """Rules among flags alone.
 
@@ -75,6 +67,10 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError("--use-torch-fsdp2 is missing: FSDP2 is what sharding and compute types rest on; add it")
     if args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr} exceeds --lr {args.lr}; lower it")
+    if args.lr_warmup_init > args.lr:
+        raise UserError(f"--lr-warmup-init {args.lr_warmup_init} exceeds --lr {args.lr}; lower it")
+    if args.calculate_per_token_loss and args.calculate_per_sample_loss:
+        raise UserError("--calculate-per-token-loss and --calculate-per-sample-loss exclude each other; keep one")
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
         raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
     decay_iters = args.lr_decay_iters or args.train_iters
@@ -87,13 +83,12 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 
 
-def check_parallel(args: TrainingArgs, *, world_size: int, geometry: GeometryLike | None = None) -> BatchPlan:
+def check_parallel(args: TrainingArgs, *, world_size: int) -> BatchPlan:
     """Rules of divisibility, and the batch plan that follows.
 
     Args:
         args: the flags, after :func:`check_flags`.
         world_size: number of processes.
-        geometry: the model, where it is known already; without it the rules about experts and heads are left out.
 
     Raises:
         UserError: naming the values and the nearest ones that are possible.
@@ -105,8 +100,6 @@ def check_parallel(args: TrainingArgs, *, world_size: int, geometry: GeometryLik
                 f"{name} {size} does not divide the number of processes {world_size}; "
                 f"choose one of {_divisors(world_size)}"
             )
-    if geometry is not None:
-        _check_model_degrees(expert=expert, context=context, geometry=geometry)
     data_parallel_size = world_size // context
     samples_at_once = args.micro_batch_size * data_parallel_size
     global_batch_size = samples_at_once if args.global_batch_size is None else args.global_batch_size
@@ -125,8 +118,31 @@ def check_parallel(args: TrainingArgs, *, world_size: int, geometry: GeometryLik
     )
 
 
+def check_degrees(args: TrainingArgs, *, geometry: GeometryLike) -> None:
+    """Rules between the parallel degrees and the model.
+
+    Raises:
+        UserError: naming both numbers and the degrees that are possible.
+    """
+    expert, context, experts = args.expert_model_parallel_size, args.context_parallel_size, geometry.text.num_experts
+    if expert > 1 and not experts:
+        raise UserError(f"expert_model_parallel_size {expert} needs experts, and this model has none; set it to 1")
+    if expert > 1 and experts % expert:
+        raise UserError(
+            f"expert_model_parallel_size {expert} does not divide num_experts {experts}; "
+            f"choose one of {_divisors(experts)}"
+        )
+    for kind, heads in (("text", geometry.text.num_heads), ("vision", geometry.vision.num_heads)):
+        if heads % context:
+            raise UserError(
+                f"context_parallel_size {context} does not divide the {kind} attention heads {heads}; "
+                f"choose one of {_divisors(heads)}"
+            )
+
+
 def check_implemented(args: TrainingArgs) -> None:
-    """Refuse layouts that the parser knows and the trainer does not have yet.
+    """Refuse layouts that the parser knows and the trainer does not have yet. Call it after the rules above, so that a
+    value that could never work is explained first.
 
     Raises:
         UserError: naming the flag.
@@ -178,31 +194,6 @@ def check_geometry(model: ModelConfig, *, file: str, geometry: GeometryLike, sou
         if ours is not None and ours != theirs:
             remedy = "use the model file of this model" if path == "model_id" else "correct it or leave it out"
             raise UserError(f"{file}: {path} {ours} contradicts {name} {theirs} in {source}; {remedy}")
-
-
-def schedule_samples(args: TrainingArgs, *, global_batch_size: int) -> ScheduleSamples:
-    """Warm-up and decay in samples: steps x ``global_batch_size``, the warm-up being part of the decay's length."""
-    decay = (args.lr_decay_iters or args.train_iters) * global_batch_size
-    if args.lr_warmup_fraction is not None:
-        return ScheduleSamples(warmup=args.lr_warmup_fraction * decay, decay=decay)
-    return ScheduleSamples(warmup=float(args.lr_warmup_iters * global_batch_size), decay=decay)
-
-
-def _check_model_degrees(*, expert: int, context: int, geometry: GeometryLike) -> None:
-    experts = geometry.text.num_experts
-    if expert > 1 and not experts:
-        raise UserError(f"expert_model_parallel_size {expert} needs experts, and this model has none; set it to 1")
-    if expert > 1 and experts % expert:
-        raise UserError(
-            f"expert_model_parallel_size {expert} does not divide num_experts {experts}; "
-            f"choose one of {_divisors(experts)}"
-        )
-    for kind, heads in (("text", geometry.text.num_heads), ("vision", geometry.vision.num_heads)):
-        if heads % context:
-            raise UserError(
-                f"context_parallel_size {context} does not divide the {kind} attention heads {heads}; "
-                f"choose one of {_divisors(heads)}"
-            )
 
 
 def _divisors(number: int) -> str:
