@@ -202,11 +202,12 @@ build_plan() {
     add_step environment local "printf '%s\\n' $pin_words> $(printf %q "$CONSTRAINTS")"
     is_missing 'build tools' && add_pip 'build tools' 'setuptools>=77'
     is_missing torch && add_pip torch "${torch_packages[@]}"
-    # without its dependencies: one of them replaces torch, and what is used of megatron-core needs none of the others
-    is_missing megatron-core && add_pip megatron-core --no-deps "megatron-core==$MEGATRON_VERSION"
     is_missing requirements && add_pip requirements "${requirements[@]}"
-    is_missing MindSpeed && plan_mindspeed
     is_missing 'dev tools' && add_pip 'dev tools' -r requirements-dev.txt
+    # without its dependencies: one of them replaces torch, and what is used of megatron-core needs none of the others;
+    # after the rest, because pip lists as errors what an installed megatron-core lacks
+    is_missing megatron-core && add_pip megatron-core --no-deps "megatron-core==$MEGATRON_VERSION"
+    is_missing MindSpeed && plan_mindspeed
     is_missing mindspeed-mm && add_pip mindspeed-mm --no-deps --no-build-isolation --editable .
     return 0
 }
@@ -307,7 +308,7 @@ main() {
     find_missing
     build_plan
     if is_missing torch && [[ $DEVICE != cuda ]]; then
-        note "pip takes torch from where it is configured to look; a CUDA build is several GB larger than a CPU build"
+        note "pip takes torch from where it is configured to look; a build for CUDA is several GB larger than one for CPUs"
     fi
     if ((DRY_RUN)); then
         print_plan
@@ -320,6 +321,8 @@ main() {
         exit 0
     fi
     print_plan
+    is_missing megatron-core ||
+        note "pip may list dependencies that megatron-core lacks; it is installed without them on purpose"
     run_plan
     verify
     report

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 bash scripts/install.sh --arch "$(machine_arch)" --dev
-PATH=$(cd "$(environment_dir)" && pwd)/bin:$PATH
+PATH=$(cd "$(environment_dir "")" && pwd)/bin:$PATH
 export PATH
 
 status=0
