@@ -1,0 +1,187 @@
+"""Reading data files: records of named columns become messages and picture paths, by the ``attr`` of the data file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping
+
+from mindspeed_mm.data.template import IMAGE_TAG, Message, Role, check_order, count_pictures, tool_call_text
+from mindspeed_mm.errors import UserError
+
+if TYPE_CHECKING:
+    from mindspeed_mm.arguments.data_config import Attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One conversation as it stands in a data file: messages, and the pictures' paths as written."""
+
+    messages: list[Message]
+    images: list[str]
+
+
+def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
+    """The rows of a JSON list, a JSON-lines file (``.jsonl``) or a Parquet file (``.parquet``).
+
+    Args:
+        path: the file.
+        limit: keep the first so many.
+
+    Raises:
+        UserError: if the file is missing or holds no list of records.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"dataset {path} does not exist; make it (step 3 of the guide: "
+            "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
+        )
+    if path.suffix == ".parquet":
+        return _read_parquet(path, limit)
+    content = path.read_bytes()
+    if path.suffix == ".jsonl":
+        rows: Any = []
+        for number, line in enumerate(content.splitlines(), start=1):
+            if limit is not None and len(rows) >= limit:
+                break
+            if line.strip():
+                rows.append(_parse_json(line, f"{path}, line {number}"))
+        return rows
+    rows = _parse_json(content, str(path))
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path} holds {_kind(rows)}, not a list of records; make it anew (step 3 of the guide) or name another file"
+        )
+    return rows[:limit]
+
+
+def _parse_json(content: bytes, source: str) -> Any:
+    try:
+        import orjson
+    except ImportError:  # three times slower, same result
+        parse: Any = json.loads
+    else:
+        parse = orjson.loads
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise UserError(f"{source} is not valid JSON ({error}); make it anew (step 3 of the guide)") from error
+
+
+def _read_parquet(path: Path, limit: int | None) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return table.slice(0, limit).to_pylist()
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def parse_record(row: Any, attr: Attributes) -> Record:
+    """One row as messages and pictures.
+
+    Raises:
+        ValueError: saying what is wrong with the row; the caller knows the file and the index.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {_kind(row)}, not an object with columns")
+    turns = row.get(attr.messages)
+    if not isinstance(turns, list):
+        what = f"is {_kind(turns)}, not a list" if attr.messages in row else "is missing"
+        raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}")
+    roles = _roles(attr)
+    messages = [_message(turn, place, attr, roles) for place, turn in enumerate(turns)]
+    system = row.get(attr.system) if attr.system else None
+    if system:
+        if not isinstance(system, str):
+            raise ValueError(f"its column {attr.system!r} (attr.system) is {_kind(system)}, not a string")
+        messages.insert(0, Message("system", system))
+    complaint = check_order(messages)
+    if complaint:
+        raise ValueError(complaint)
+    if attr.videos and row.get(attr.videos):
+        raise ValueError("it has videos, which cannot be trained on yet; remove the record")
+    images = _image_paths(row, attr)
+    tags = count_pictures(messages)
+    if tags != len(images):
+        where = f"its column {attr.images!r}" if attr.images in row else f"no column {attr.images!r} (attr.images)"
+        raise ValueError(f"it has {tags} {IMAGE_TAG} tags in its questions, but {len(images)} images; {where}")
+    return Record(messages, images)
+
+
+def _roles(attr: Attributes) -> Mapping[str, tuple[str, Role]]:
+    """Role name in the data file -> attr field, role of the template."""
+    fields: list[tuple[str, Role]] = [
+        ("user_tag", "user"), ("assistant_tag", "assistant"), ("observation_tag", "tool"),
+        ("function_tag", "assistant"), ("system_tag", "system"),
+    ]
+    return {getattr(attr, name): (name, role) for name, role in fields if getattr(attr, name)}
+
+
+def _message(turn: Any, place: int, attr: Attributes, roles: Mapping[str, tuple[str, Role]]) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"message {place} is {_kind(turn)}, not an object")
+    for name in (attr.role_tag, attr.content_tag):
+        if not isinstance(turn.get(name), str):
+            what = f"is {_kind(turn[name])}, not a string" if name in turn else "is missing"
+            raise ValueError(f"{name!r} of message {place} {what}")
+    if turn[attr.role_tag] not in roles:
+        raise ValueError(
+            f"message {place} has the role {turn[attr.role_tag]!r}; attr names the roles {', '.join(roles)}"
+        )
+    field, role = roles[turn[attr.role_tag]]
+    text = turn[attr.content_tag]
+    if field == "function_tag":
+        try:
+            text = tool_call_text(text)
+        except ValueError as error:
+            raise ValueError(f"message {place} is no tool call: {error}") from error
+    return Message(role, text)
+
+
+def _image_paths(row: Mapping[str, Any], attr: Attributes) -> list[str]:
+    images = row.get(attr.images) if attr.images else None
+    images = [images] if isinstance(images, str) else images or []
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"its column {attr.images!r} (attr.images) is no list of paths")
+    return images
+
+
+class MediaFinder:
+    """Finds pictures. Absolute paths are taken as they are; a relative one starts from ``dataset_dir``, or, if there
+    is no such file, from the working directory. So a path that already contains ``dataset_dir`` is not joined to it
+    a second time.
+
+    Directories are listed once and kept, because asking for 80,000 files one by one takes minutes on shared storage.
+    """
+
+    def __init__(self, dataset_dir: str | Path) -> None:
+        self._root = str(dataset_dir)
+        self._names: dict[str, frozenset[str]] = {}
+
+    def find(self, path: str) -> str | None:
+        """Where the picture is, or None if there is no such file."""
+        candidates = [path] if os.path.isabs(path) else [os.path.join(self._root, path), path]
+        return next((candidate for candidate in candidates if self._exists(candidate)), None)
+
+    def _exists(self, path: str) -> bool:
+        directory, name = os.path.split(path)
+        names = self._names.get(directory)
+        if names is None:
+            try:
+                with os.scandir(directory or ".") as entries:
+                    names = frozenset(entry.name for entry in entries if not entry.is_dir())
+            except (FileNotFoundError, NotADirectoryError):
+                names = frozenset()
+            self._names[directory] = names
+        return name in names
