@@ -1,0 +1,157 @@
+#!/bin/bash
+# The body of every launcher in this directory, which sources it after setting the variables that differ between models.
+# It sets up the environment, checks that the guide's earlier steps are done, runs torchrun and sums up the log.
+# The launcher's own arguments are appended to the flags, and so override them.
+
+set -o pipefail
+
+stop() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# Environment of an NPU. Only where there is one; each can be set from outside.
+setup_npu() {
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}  # not 1 under FSDP2: Megatron refuses it
+    export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}  # driver log into files, not the terminal
+    export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}          # errors only
+    export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}                      # operators are queued by a second thread
+    export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                          # merge two operators that follow each other
+    export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}                      # bind processes to the NPU's own cores
+    export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}             # seconds to wait for the other processes
+    export NPU_ASD_ENABLE=${NPU_ASD_ENABLE:-0}                            # no silent-error detection
+    export ASCEND_LAUNCH_BLOCKING=${ASCEND_LAUNCH_BLOCKING:-0}            # operators run asynchronously
+    export ACLNN_CACHE_LIMIT=${ACLNN_CACHE_LIMIT:-100000}                 # prepared operators that are kept
+    export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
+    export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}      # share freed memory between streams
+}
+
+# Averages over the log lines: 51 to 150 where there are so many, else all but a warm-up of a tenth (one at least).
+summarise() {
+    awk -v samples="$GBS" '
+        # value after "name:" on a log line, up to the next bar
+        function field(name,    start, rest) {
+            start = index($0, name)
+            if (!start) return ""
+            rest = substr($0, start + length(name))
+            sub(/^[^:]*: */, "", rest)
+            sub(/ *\|.*/, "", rest)
+            return rest
+        }
+        /elapsed time per iteration/ {
+            time[++lines] = field("elapsed time per iteration")
+            tokens[lines] = field("tokens per sample")
+        }
+        END {
+            if (!lines) exit
+            first = 51; last = 150
+            if (lines < last) { last = lines; first = 1 + int((lines + 9) / 10); if (first > last) first = last }
+            for (line = first; line <= last; line++) {
+                count++; milliseconds += time[line]; length_sum += tokens[line]; if (tokens[line] == "") unknown = 1
+            }
+            mean = milliseconds / count
+            rate = mean > 0 ? samples * 1000 / mean : 0
+            printf "Elapsed Time Per iteration: %.1f\n", mean
+            printf "Average Samples per Second: %.3f\n", rate
+            if (unknown) print "Consumed Tokens per Second: unknown (add --log-tps)"
+            else printf "Consumed Tokens per Second: %.3f\n", rate * length_sum / count
+        }' "$1"
+}
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+[ "$(pwd -P)" = "$(cd "$REPOSITORY" && pwd -P)" ] ||
+    stop "the paths of the configuration files start at the repository's root; cd $REPOSITORY first"
+
+for degree in NPUS_PER_NODE NNODES TP PP CP EP MBS GRAD_ACC_STEP; do
+    [[ ${!degree} =~ ^[1-9][0-9]*$ ]] || stop "$degree is '${!degree}'; it must be a whole number of at least 1"
+done
+
+# The NPU's own environment, wherever its toolkit is installed.
+SET_ENV=${SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
+[ -f "$SET_ENV" ] && source "$SET_ENV"
+if [ -e /dev/davinci_manager ] || command -v npu-smi >/dev/null; then
+    setup_npu
+elif [ -z "$OMP_NUM_THREADS" ]; then
+    # Without an NPU the cores may do the computing: share them out.
+    threads=$(($(nproc) / NPUS_PER_NODE))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
+((WORLD_SIZE % (TP * PP * CP) == 0)) ||
+    stop "TP x PP x CP = $((TP * PP * CP)) does not divide the $WORLD_SIZE processes (NPUS_PER_NODE x NNODES)"
+DP=$((WORLD_SIZE / TP / PP / CP))
+GBS=$((MBS * GRAD_ACC_STEP * DP))
+
+DISTRIBUTED_ARGS=(
+    --nproc_per_node "$NPUS_PER_NODE"
+    --nnodes "$NNODES"
+    --node_rank "$NODE_RANK"
+    --master_addr "$MASTER_ADDR"
+    --master_port "$MASTER_PORT"
+)
+
+# Flags of the recipe that change nothing here (--swiglu, --vocab-size, ...) are accepted, and left out.
+GPT_ARGS=(
+    --tensor-model-parallel-size "$TP"
+    --pipeline-model-parallel-size "$PP"
+    --context-parallel-size "$CP"
+    --context-parallel-algo ulysses_cp_algo
+    --expert-model-parallel-size "$EP"
+    --micro-batch-size "$MBS"
+    --global-batch-size "$GBS"
+    --seq-length "$SEQ_LEN"
+    --lr "$LR"
+    --min-lr "$MIN_LR"
+    --lr-decay-style cosine
+    --lr-warmup-fraction "$LR_WARMUP_FRACTION"
+    --weight-decay "$WEIGHT_DECAY"
+    --clip-grad "$CLIP_GRAD"
+    --adam-beta1 "${ADAM_BETA1:-0.9}"
+    --adam-beta2 "${ADAM_BETA2:-0.999}"
+    --train-iters "$TRAIN_ITERS"
+    --seed "$SEED"
+    --load "$LOAD_PATH"
+    --num-workers "$NUM_WORKERS"
+    --use-torch-fsdp2
+    --ckpt-format torch_dcp
+    --fsdp2-config-path "$FSDP2_PATH"
+    --optimizer-selection fused_torch_adamw
+    --calculate-per-token-loss
+    --init-model-with-meta-device
+    --log-tps
+)
+read -r -a CKPT_WORDS <<<"$CKPT_ARGS"
+
+MM_ARGS=(
+    --mm-data "$MM_DATA"
+    --mm-model "$MM_MODEL"
+    --mm-tool "$MM_TOOL"
+)
+
+OUTPUT_ARGS=(
+    --log-interval "$LOG_INTERVAL"
+    --save-interval "$SAVE_INTERVAL"
+    --eval-interval "$EVAL_INTERVAL"
+    --eval-iters "$EVAL_ITERS"
+    --save "$SAVE_PATH"
+)
+
+FLAGS=("${GPT_ARGS[@]}" "${CKPT_WORDS[@]}" "${MM_ARGS[@]}" "${OUTPUT_ARGS[@]}" --distributed-backend nccl "$@")
+
+command -v torchrun >/dev/null ||
+    stop "torchrun is not on the PATH; activate the virtual environment, or install it: bash scripts/install.sh (step 1)"
+# torchrun lies beside the Python that it starts
+TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
+[ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.arguments.check "${FLAGS[@]}" || exit 2
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0  # the check has printed it
+
+logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
+mkdir -p logs
+torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" 2>&1 | tee -i "$logfile"
+status=${PIPESTATUS[0]}
+summarise "$logfile"
+exit "$status"

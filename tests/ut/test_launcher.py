@@ -1,0 +1,200 @@
+"""The launcher, with a stand-in for torchrun that prints a log and exits as it is told."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = "examples/qwen3vl/finetune_qwen3vl_30B.sh"
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A copy of what the launcher reads, with weights, checkpoint and data in place, in a path with a space."""
+    root = tmp_path / "a copy"
+    (root / "examples").mkdir(parents=True)
+    (root / "mindspeed_mm").symlink_to(ROOT / "mindspeed_mm")
+    (root / "examples/qwen3vl").mkdir()
+    for source in (ROOT / "examples/qwen3vl").iterdir():
+        if source.suffix in (".sh", ".json", ".yaml"):
+            (root / "examples/qwen3vl" / source.name).write_bytes(source.read_bytes())
+    model = root / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct"
+    model.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    release = root / "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/release"
+    release.mkdir(parents=True)
+    (release.parent / "latest_checkpointed_iteration.txt").write_text("release")
+    (root / "data").mkdir()
+    (root / "data/mllm_format_llava_instruct_data.json").write_text("[]")
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    _script(bin_directory / "python", f'exec "{sys.executable}" "$@"\n')
+    _script(
+        bin_directory / "torchrun",
+        'for word in "$@"; do echo "$word" >>"$TORCHRUN_WORDS"; done\n'
+        'env >"$TORCHRUN_WORDS.env"\n[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\nexit "${FAKE_STATUS:-0}"\n',
+    )
+    return root
+
+
+def _script(path, body):
+    path.write_text("#!/bin/bash\n" + body)
+    path.chmod(0o755)
+
+
+def _launch(root, *flags, **variables):
+    keep = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG")}
+    words = root.parent / "words"
+    environment = {
+        **keep,
+        "PATH": f"{root.parent / 'bin'}:/usr/bin:/bin",
+        "TORCHRUN_WORDS": str(words),
+        **{name: str(value) for name, value in variables.items()},
+    }
+    result = subprocess.run(
+        ["bash", LAUNCHER, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=60
+    )
+    result.words = words.read_text().splitlines() if words.exists() else []
+    return result
+
+
+def _value(words, flag):
+    """The value that holds: the last one given."""
+    return [words[index + 1] for index, word in enumerate(words) if word == flag][-1]
+
+
+def _log_line(milliseconds, tokens=100.0):
+    return (
+        " [2025-12-12 10:00:00] iteration        2/   10000 | consumed samples:           32 | "
+        f"elapsed time per iteration (ms): {milliseconds:.1f} | learning rate: 1.000000E-08 | "
+        f"tokens per sample: {tokens:.6E} | loss: 1.0 |\n"
+    )
+
+
+def test_defaults_are_the_recipes(workplace):
+    result = _launch(workplace)
+    assert result.returncode == 0, result.stderr
+    expected = {
+        "--nproc_per_node": "8", "--nnodes": "1", "--node_rank": "0", "--master_addr": "localhost",
+        "--master_port": "6000", "--micro-batch-size": "1", "--global-batch-size": "8", "--seq-length": "1024",
+        "--lr": "1.0e-5", "--train-iters": "10000", "--lr-warmup-fraction": "0.1", "--clip-grad": "0.0",
+        "--seed": "42", "--save": "save_dir", "--save-interval": "10000", "--distributed-backend": "nccl",
+    }
+    assert {flag: _value(result.words, flag) for flag in expected} == expected
+    assert "--no-save-optim" in result.words
+    assert len(list((workplace / "logs").glob("train_*.log"))) == 1
+
+
+def test_variables_from_the_environment_and_flags_at_the_end(workplace):
+    result = _launch(
+        workplace, "--seed", "7", NPUS_PER_NODE=2, NNODES=2, NODE_RANK=1, MASTER_ADDR="10.0.0.1", MASTER_PORT=7001,
+        MBS=2, GRAD_ACC_STEP=3, CKPT_ARGS="", SAVE_PATH="out dir",
+    )
+    assert result.returncode == 0, result.stderr
+    assert _value(result.words, "--global-batch-size") == "24"
+    assert _value(result.words, "--master_port") == "7001"
+    assert _value(result.words, "--seed") == "7"
+    assert _value(result.words, "--save") == "out dir"
+    assert "--no-save-optim" not in result.words
+
+
+def test_npu_variables_only_where_there_is_an_npu(workplace):
+    _launch(workplace)
+    environment = (workplace.parent / "words.env").read_text()
+    assert "TASK_QUEUE_ENABLE" not in environment and "TOKENIZERS_PARALLELISM=false" in environment
+    _script(workplace.parent / "bin/npu-smi", "exit 0\n")
+    (workplace.parent / "set_env.sh").write_text("export FROM_TOOLKIT=yes\n")
+    _launch(workplace, SET_ENV=workplace.parent / "set_env.sh", TASK_QUEUE_ENABLE=1)
+    environment = (workplace.parent / "words.env").read_text()
+    assert "TASK_QUEUE_ENABLE=1" in environment
+    assert "FROM_TOOLKIT=yes" in environment
+    assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True" in environment
+
+
+@pytest.mark.parametrize(
+    ("missing", "step"),
+    [
+        ("ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/model.safetensors", "step 2"),
+        ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/latest_checkpointed_iteration.txt", "mm-convert"),
+        ("data/mllm_format_llava_instruct_data.json", "step 3"),
+        ("examples/qwen3vl/data_30B.json", "step 4"),
+    ],
+)
+def test_says_in_one_line_which_step_is_missing(workplace, missing, step):
+    (workplace / missing).unlink()
+    started = time.monotonic()
+    result = _launch(workplace)
+    assert time.monotonic() - started < 5
+    assert result.returncode == 2
+    assert result.stdout == "" and result.words == []
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert step in result.stderr
+
+
+def test_without_torchrun_it_names_the_installer(workplace):
+    (workplace.parent / "bin/torchrun").unlink()
+    result = _launch(workplace)
+    assert result.returncode == 2 and "scripts/install.sh" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_started_elsewhere_it_names_the_root(workplace, tmp_path):
+    result = subprocess.run(
+        ["bash", str(workplace / LAUNCHER)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2 and f"cd {workplace}" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("NPUS_PER_NODE", "0"), ("MBS", "two"), ("TP", "3")])
+def test_bad_variables(workplace, name, value):
+    result = _launch(workplace, **{name: value})
+    assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_status_of_torchrun_is_kept(workplace):
+    assert _launch(workplace, FAKE_STATUS=7).returncode == 7
+
+
+def test_summary_averages_lines_51_to_150(workplace, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("".join(_log_line(200.0 if 51 <= line <= 150 else 9999.0) for line in range(1, 161)))
+    result = _launch(workplace, FAKE_LOG=log)
+    assert result.stdout.splitlines()[-3:] == [
+        "Elapsed Time Per iteration: 200.0",
+        "Average Samples per Second: 40.000",
+        "Consumed Tokens per Second: 4000.000",
+    ]
+    written = next((workplace / "logs").glob("*.log")).read_text()
+    assert written == log.read_text()
+
+
+def test_summary_of_a_short_run_leaves_out_the_warm_up(workplace, tmp_path):
+    log = tmp_path / "log"
+    log.write_text(_log_line(5000.0) + "something else\n" + _log_line(100.0) * 4)
+    lines = _launch(workplace, FAKE_LOG=log).stdout.splitlines()
+    assert "Elapsed Time Per iteration: 100.0" in lines
+    log.write_text(_log_line(5000.0))
+    assert "Elapsed Time Per iteration: 5000.0" in _launch(workplace, FAKE_LOG=log).stdout
+
+
+def test_the_example_files_are_what_the_models_expect():
+    from mindspeed_mm.arguments import load_recipe
+
+    examples = ROOT / "examples/qwen3vl"
+    recipe = load_recipe(
+        ["--mm-data", str(examples / "data_30B.json"), "--mm-model", str(examples / "model_30B.json"),
+         "--mm-tool", str(ROOT / "mindspeed_mm/tools/tools.json"),
+         "--fsdp2-config-path", str(examples / "fsdp2_config.yaml"),
+         "--seq-length", "1024", "--train-iters", "10000", "--lr", "1e-5", "--lr-warmup-fraction", "0.1",
+         "--use-torch-fsdp2"],
+        world_size=8,
+    )
+    assert recipe.args.warmup_samples == 8000.0
+    assert recipe.describe_ignored() == []
+    assert not recipe.tools.profile.enable and not recipe.tools.memory_profile.enable
+    assert json.loads((examples / "model_30B.json").read_text())["text_decoder"]["num_layers"] == 48
