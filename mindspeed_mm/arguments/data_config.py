@@ -8,6 +8,8 @@ from pydantic import model_validator
 
 from mindspeed_mm.arguments.fields import REQUIRED, StrictModel, effective, no_effect, refused
 
+_NO_VIDEO = "records with videos are refused, since videos cannot be trained on yet"
+
 
 def _comma_separated(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
@@ -18,15 +20,15 @@ class PreprocessParameters(StrictModel):
 
     model_name_or_path: str = effective(REQUIRED, "Hugging Face directory with tokenizer and processor files")
     use_fast_tokenizer: bool = refused(True, "only the fast tokenizer is used; both kinds give the same tokens")
-    split_special_tokens: bool = refused(
-        False, "the conversation template is made of special tokens, which must stay whole"
+    split_special_tokens: bool = effective(
+        False, "read special tokens written out in a message as ordinary text; the template's own always stay whole"
     )
     image_max_pixels: int = effective(262144, "largest area of a picture; larger ones are scaled down", ge=1)
     image_min_pixels: int = effective(1024, "smallest area of a picture; smaller ones are scaled up", ge=0)
-    video_max_pixels: int = effective(16384, "largest area of one video frame", ge=1)
-    video_min_pixels: int = effective(0, "smallest area of one video frame", ge=0)
-    video_fps: float = effective(2.0, "frames taken per second of video", gt=0)
-    video_maxlen: int = effective(64, "most frames taken from one video", ge=1)
+    video_max_pixels: int = no_effect(16384, _NO_VIDEO, ge=1)
+    video_min_pixels: int = no_effect(0, _NO_VIDEO, ge=0)
+    video_fps: float = no_effect(2.0, _NO_VIDEO, gt=0)
+    video_maxlen: int = no_effect(64, _NO_VIDEO, ge=1)
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> PreprocessParameters:
@@ -40,8 +42,8 @@ class PreprocessParameters(StrictModel):
 class BasicParameters(StrictModel):
     """The files, and how conversations become tokens and labels."""
 
-    template: Literal["qwen3_vl_nothink"] = effective("qwen3_vl_nothink", "conversation format")
-    enable_thinking: bool = refused(False, "template qwen3_vl_nothink has no thinking part")
+    template: Literal["qwen3_vl_nothink", "qwen3_vl"] = effective("qwen3_vl_nothink", "conversation format")
+    enable_thinking: bool = effective(False, "answers start with their thought; template qwen3_vl only")
     dataset_dir: str = effective("./data", "directory that relative picture and video paths start from")
     dataset: str = effective(REQUIRED, "data file, or several separated by commas")
     cache_dir: str | None = effective(None, "directory for the tokenized data set; null: Hugging Face's own")
@@ -51,7 +53,7 @@ class BasicParameters(StrictModel):
     preprocessing_batch_size: int = effective(1000, "records tokenized in one call", ge=1)
     preprocessing_num_workers: int | None = effective(16, "processes that tokenize; null: one", ge=1)
     max_samples: int | None = effective(None, "keep the first so many records of each file; null: all", ge=1)
-    tool_format: str | None = refused(None, "template qwen3_vl_nothink has no tool calls")
+    tool_format: str | None = refused(None, "tool calls are written as the template has them")
     val_dataset: str | None = effective(None, "file or files to evaluate on; null: none")
     val_max_samples: int | None = effective(None, "keep the first so many records of val_dataset; null: all", ge=1)
     val_rate: float | None = effective(None, "share of the training data held out for evaluation", ge=0, lt=1)

@@ -32,9 +32,9 @@ def effective(default: Any, text: str, **limits: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"role": EFFECTIVE}, **limits)
 
 
-def no_effect(default: Any, reason: str) -> Any:
-    """A field of the original's files that is read and changes nothing, because of ``reason``."""
-    return Field(default, description=reason, json_schema_extra={"role": NO_EFFECT})
+def no_effect(default: Any, reason: str, **limits: Any) -> Any:
+    """A field of the original's files that is checked and changes nothing, because of ``reason``."""
+    return Field(default, description=reason, json_schema_extra={"role": NO_EFFECT}, **limits)
 
 
 def refused(default: Any, reason: str) -> Any:

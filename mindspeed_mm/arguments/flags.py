@@ -19,7 +19,9 @@ class FileArgs:
 
     mm_data: str = required("JSON file: data set, template, pixel limits, order of the samples", metavar="FILE")
     mm_model: str = required("JSON file: Hugging Face directory, frozen parts, kernels, loss", metavar="FILE")
-    mm_tool: str | None = flag(None, "JSON file: profiler and memory snapshots; without it both are off", metavar="FILE")
+    mm_tool: str | None = flag(
+        None, "JSON file: profiler and memory snapshots; without it both are off", metavar="FILE"
+    )
     fsdp2_config_path: str | None = flag(
         None, "YAML file: sharding, compute types, prefetch; without it the defaults of its fields", metavar="FILE"
     )
@@ -81,10 +83,10 @@ class OptimizerArgs:
     )
     lr_decay_iters: int | None = flag(None, "steps until --min-lr is reached (default: --train-iters)", at_least=1)
     lr_warmup_fraction: float | None = flag(
-        None, "share of the decay steps that are the warm-up, in which the learning rate rises to --lr", at_least=0, below=1
+        None, "share of the decay steps in which the learning rate first rises to --lr", at_least=0, below=1
     )
-    lr_warmup_init: float = flag(0.0, "learning rate that the warm-up starts from", at_least=0)
-    lr_warmup_iters: int = flag(0, "steps of warm-up, in which the learning rate rises to --lr", at_least=0)
+    lr_warmup_init: float = flag(0.0, "learning rate of the first step, where it rises", at_least=0)
+    lr_warmup_iters: int = flag(0, "steps in which the learning rate first rises to --lr", at_least=0)
     override_opt_param_scheduler: bool = flag(
         False, "on a resume, follow these flags where the checkpoint's schedule differs, instead of stopping"
     )

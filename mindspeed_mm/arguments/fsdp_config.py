@@ -8,6 +8,7 @@ from pydantic import field_validator
 
 from mindspeed_mm.arguments.fields import StrictModel, effective, refused
 
+
 class FSDPConfig(StrictModel):
     """The whole file. Parameters and optimizer state are fp32 whatever the compute types are."""
 

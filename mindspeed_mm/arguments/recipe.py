@@ -64,15 +64,16 @@ class Recipe:
         check_implemented(self.args)
 
     def describe_ignored(self) -> list[str]:
-        """One sentence for each flag or field that was given and changes nothing, with the reason."""
+        """Sentences that name each flag or field that was given and changes nothing, with the reason."""
         files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
-        sentences = describe_ignored(self.args) + [
-            f"{path}: {use.path}: {use.info.description}"
-            for path, config in files
-            for use in walk(config)
-            if use.role == NO_EFFECT and use.given
-        ]
+        sentences = describe_ignored(self.args)
+        for path, config in files:
+            by_reason: dict[str, list[str]] = {}
+            for use in walk(config):
+                if use.role == NO_EFFECT and use.given:
+                    by_reason.setdefault(str(use.info.description), []).append(use.path)
+            sentences += [f"{path}: {', '.join(fields)}: {reason}" for reason, fields in by_reason.items()]
         return [f"accepted without effect: {sentence}" for sentence in sentences]
 
     def checkpoint_metadata(self) -> dict[str, Any]:

@@ -141,19 +141,18 @@ def check_degrees(args: TrainingArgs, *, geometry: GeometryLike) -> None:
 
 
 def check_implemented(args: TrainingArgs) -> None:
-    """Refuse layouts that the parser knows and the trainer does not have yet. Call it after the rules above, so that a
-    value that could never work is explained first.
+    """Refuse what the parser knows and the trainer does not have yet.
+
+    To be called after the rules above, so that a value that could never work is explained first.
 
     Raises:
         UserError: naming the flag.
     """
-    for name, known in (
-        ("expert_model_parallel_size", 1), ("context_parallel_size", 1), ("recompute_granularity", None),
-    ):
-        value = getattr(args, name)
-        if value != known:
-            remedy = "leave it out" if known is None else f"set it to {known}"
-            raise UserError(f"{option_name(name)} {value} is not implemented yet; {remedy}")
+    for name in ("expert_model_parallel_size", "context_parallel_size"):
+        if getattr(args, name) > 1:
+            raise UserError(f"{option_name(name)} {getattr(args, name)} is not implemented yet; set it to 1")
+    if args.recompute_granularity == "selective":
+        raise UserError("--recompute-granularity selective is not implemented yet; use full, or leave it out")
 
 
 def check_geometry(model: ModelConfig, *, file: str, geometry: GeometryLike, source: str) -> None:

@@ -1,0 +1,180 @@
+"""The recipe as a whole: files and flags together, paths, geometry, and what is listed at start-up."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mindspeed_mm.arguments import check_geometry, check_paths, load_recipe
+from mindspeed_mm.arguments.check import main
+from mindspeed_mm.errors import UserError
+
+
+@dataclasses.dataclass
+class Text:
+    num_layers: int = 48
+    hidden_size: int = 2048
+    num_heads: int = 32
+    max_position_embeddings: int = 262144
+    num_experts: int = 128
+
+
+@dataclasses.dataclass
+class Vision:
+    depth: int = 27
+    hidden_size: int = 1152
+    num_heads: int = 16
+
+
+@dataclasses.dataclass
+class Geometry:
+    model_type: str = "qwen3_vl_moe"
+    text: Text = dataclasses.field(default_factory=Text)
+    vision: Vision = dataclasses.field(default_factory=Vision)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Weights, converted checkpoint and data as the guide's steps leave them."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "model-00001.safetensors"):
+        (hf / name).write_text("{}")
+    (tmp_path / "dcp/release").mkdir(parents=True)
+    (tmp_path / "dcp/latest_checkpointed_iteration.txt").write_text("release\n")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
+    data = {
+        "dataset_param": {
+            "preprocess_parameters": {"model_name_or_path": str(hf)},
+            "basic_parameters": {"dataset": f"{tmp_path}/a.json,{tmp_path}/b.json", "dataset_dir": str(tmp_path)},
+        },
+    }
+    model = {"model_id": "qwen3_vl_moe", "init_from_hf_path": str(hf)}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    return tmp_path
+
+
+def _words(place, *more):
+    return [
+        "--mm-data", str(place / "data.json"), "--mm-model", str(place / "model.json"), "--load", str(place / "dcp"),
+        "--seq-length", "64", "--train-iters", "10", "--lr", "1e-4", "--use-torch-fsdp2", *more,
+    ]
+
+
+def _edit(place, name, section, **fields):
+    content = json.loads((place / name).read_text())
+    owner = content
+    for part in filter(None, section.split(".")):
+        owner = owner.setdefault(part, {})
+    owner.update(fields)
+    (place / name).write_text(json.dumps(content))
+
+
+def test_a_complete_recipe_passes(place, capsys):
+    assert main(_words(place)) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert load_recipe(_words(place, "--micro-batch-size", "2")).args.global_batch_size == 8
+    assert load_recipe(_words(place), world_size=3).args.global_batch_size == 3
+    with pytest.raises(UserError, match="global_batch_size 6 is no multiple"):
+        load_recipe(_words(place, "--global-batch-size", "6"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("hf/config.json", "init_from_hf_path .* no config.json; download the model first .step 2"),
+        ("hf/model-00001.safetensors", "no .*safetensors file; .*step 2"),
+        ("hf/tokenizer_config.json", "model_name_or_path .*no tokenizer files; .*step 2"),
+        ("dcp/latest_checkpointed_iteration.txt", "convert the weights first .step 2.*mm-convert Qwen3VLConverter"),
+        ("b.json", r"b.json \(dataset in .*\) does not exist; .*step 3"),
+    ],
+)
+def test_missing_parts_name_their_step(place, missing, message):
+    (place / missing).unlink()
+    with pytest.raises(UserError, match=message) as caught:
+        check_paths(load_recipe(_words(place)))
+    assert "\n" not in str(caught.value)
+
+
+def test_more_paths(place, capsys):
+    (place / "dcp/latest_checkpointed_iteration.txt").write_text("10")
+    with pytest.raises(UserError, match="says '10', but .*iter_0000010 does not exist"):
+        check_paths(load_recipe(_words(place)))
+    (place / "dcp/iter_0000010").mkdir()
+    check_paths(load_recipe(_words(place)))
+    assert main(_words(place, "--load", str(place / "nowhere"))) == 2
+    assert "nowhere does not exist; convert the weights first" in capsys.readouterr().err
+    _edit(place, "data.json", "dataset_param.basic_parameters", dataset_dir=str(place / "gone"))
+    assert main(_words(place)) == 2
+    assert "dataset_dir" in capsys.readouterr().err
+
+
+def test_what_is_not_implemented_stops_the_check(place, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(_words(place, "--expert-model-parallel-size", "2")) == 2
+    assert "not implemented yet" in capsys.readouterr().err
+
+
+def test_geometry(place):
+    _edit(place, "model.json", "text_decoder", num_layers=47)
+    recipe = load_recipe(_words(place))
+    with pytest.raises(UserError) as caught:
+        recipe.check_geometry(Geometry())
+    assert str(caught.value) == (
+        f"{place}/model.json: text_decoder.num_layers 47 contradicts text_config.num_hidden_layers 48 in "
+        f"{place}/hf/config.json; correct it or leave it out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "right"),
+    [
+        ("image_encoder.vision_encoder", "num_layers", 27),
+        ("image_encoder.vision_encoder", "hidden_size", 1152),
+        ("image_encoder.vision_encoder", "num_attention_heads", 16),
+        ("text_decoder", "num_layers", 48),
+        ("text_decoder", "hidden_size", 2048),
+        ("text_decoder", "num_attention_heads", 32),
+        ("text_decoder", "max_position_embeddings", 262144),
+    ],
+)
+def test_each_geometry_field_is_compared(place, section, field, right):
+    _edit(place, "model.json", section, **{field: right})
+    model = load_recipe(_words(place)).model
+    check_geometry(model, file="model.json", geometry=Geometry(), source="config.json")
+    _edit(place, "model.json", section, **{field: right + 1})
+    model = load_recipe(_words(place)).model
+    with pytest.raises(UserError, match=f"{section}.{field} {right + 1} contradicts"):
+        check_geometry(model, file="model.json", geometry=Geometry(), source="config.json")
+
+
+def test_another_kind_of_model(place):
+    with pytest.raises(UserError, match="model_id qwen3_vl_moe contradicts model_type qwen3_vl"):
+        load_recipe(_words(place)).check_geometry(Geometry(model_type="qwen3_vl"))
+
+
+def test_what_changes_nothing_is_listed_with_its_reason(place):
+    assert load_recipe(_words(place)).describe_ignored() == []
+    _edit(place, "model.json", "patch", scale_grad=True)
+    _edit(place, "model.json", "text_decoder", model_id="qwen3_lm")
+    _edit(place, "data.json", "dataloader_param.collate_param", ignore_pad_token_for_loss=True)
+    lines = load_recipe(_words(place, "--swiglu", "--vocab-size", "152064")).describe_ignored()
+    found = "\n".join(lines)
+    for part in ("--swiglu: ", "--vocab-size: ", "patch.scale_grad: ", "text_decoder.model_id: ", "ignore_pad_token"):
+        assert part in found
+    assert len(lines) == 5 and all(line.startswith("accepted without effect: ") for line in lines)
+
+
+def test_loss_mode_and_metadata(place):
+    assert load_recipe(_words(place)).loss_mode == "default"
+    assert load_recipe(_words(place, "--calculate-per-sample-loss")).loss_mode == "per_sample"
+    recipe = load_recipe(_words(place, "--calculate-per-token-loss"))
+    assert recipe.loss_mode == "per_token"
+    metadata = json.loads(json.dumps(recipe.checkpoint_metadata()))
+    assert metadata["flags"]["--lr"] == 1e-4 and metadata["model"]["model_id"] == "qwen3_vl_moe"

@@ -1,0 +1,126 @@
+"""Profiles on a CPU, and memory snapshots through a stand-in for a device's memory module."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity
+
+from mindspeed_mm.arguments.config_file import validate_config
+from mindspeed_mm.arguments.tools_config import ToolsConfig
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.tools.profiler import StepTools
+
+CPU = [ProfilerActivity.CPU]
+
+
+class FakeMemory:
+    def __init__(self):
+        self.calls = []
+
+    def _record_memory_history(self, enabled, **options):
+        self.calls.append((enabled, options))
+
+    def _dump_snapshot(self, filename):
+        self.calls.append(("dump", filename))
+
+    def memory_summary(self):
+        return "allocated: 3 bytes"
+
+
+def _config(**sections):
+    return validate_config(sections, ToolsConfig, source="tools.json")
+
+
+def _profile(tmp_path, **static):
+    static = {"save_path": str(tmp_path), "start_step": 2, "end_step": 4, **static}
+    return _config(profile={"enable": True, "static_param": static})
+
+
+def _run(tools, iterations):
+    for iteration in iterations:
+        tools.step_begin(iteration)
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        tools.step_end(iteration)
+    tools.close()
+
+
+def _trace(directory):
+    (path,) = directory.glob("*.json")
+    return path.name, json.loads(path.read_text())["traceEvents"]
+
+
+def test_trace_holds_the_chosen_steps_and_opens(tmp_path):
+    config = _profile(tmp_path, record_shapes=True, with_memory=True, with_stack=True)
+    _run(StepTools(config, rank=0, activities=CPU, memory_history=None), range(1, 6))
+    name, events = _trace(tmp_path)
+    assert name == "trace_rank0_steps2-3.json"
+    names = {event.get("name") for event in events}
+    assert {"iteration 2", "iteration 3", "aten::matmul"} <= names
+    assert not {"iteration 1", "iteration 4"} & names
+    products = [event for event in events if event.get("name") == "aten::matmul"]
+    assert products[0]["args"]["Input Dims"] == [[8, 8], [8, 8]]
+    assert "[memory]" in names
+
+
+def test_a_run_that_ends_early_still_writes(tmp_path):
+    _run(StepTools(_profile(tmp_path), rank=0, activities=CPU, memory_history=None), range(1, 3))
+    assert {"iteration 2"} <= {event.get("name") for event in _trace(tmp_path)[1]}
+
+
+@pytest.mark.parametrize(("first", "files"), [(3, 1), (4, 0)])
+def test_a_resumed_run(tmp_path, first, files):
+    _run(StepTools(_profile(tmp_path), rank=0, activities=CPU, memory_history=None), range(first, 7))
+    assert len(list(tmp_path.glob("*.json"))) == files
+
+
+@pytest.mark.parametrize(("ranks", "files"), [([0], 0), ([1, 3], 1), ([-1], 1)])
+def test_ranks(tmp_path, ranks, files):
+    config = _config(
+        profile={"enable": True, "ranks": ranks, "static_param": {"save_path": str(tmp_path), "start_step": 1}}
+    )
+    _run(StepTools(config, rank=3, activities=CPU, memory_history=None), range(1, 12))
+    assert len(list(tmp_path.glob("*rank3*"))) == files
+
+
+def test_disabled_does_nothing(tmp_path):
+    _run(StepTools(ToolsConfig(), rank=0, activities=CPU, memory_history=None), range(1, 20))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("static", "field"),
+    [({"level": "level1"}, "level"), ({"aic_metrics_type": "PipeUtilization"}, "aic_metrics_type"),
+     ({"data_simplification": True}, "data_simplification"), ({"with_cpu": False}, "with_cpu")],
+)
+def test_fields_that_cannot_act_are_refused_on_every_rank(tmp_path, static, field):
+    with pytest.raises(UserError, match=field):
+        StepTools(_profile(tmp_path, **static), rank=5, activities=CPU, memory_history=None)
+
+
+def test_memory_snapshot(tmp_path):
+    memory = FakeMemory()
+    section = {
+        "enable": True, "start_step": 2, "end_step": 3, "save_path": str(tmp_path / "new"), "stacks": "python",
+        "max_entries": 10, "mem_info": True,
+    }
+    tools = StepTools(_config(memory_profile=section), rank=0, activities=CPU, memory_history=memory)
+    _run(tools, range(1, 5))
+    assert memory.calls == [
+        ("all", {"stacks": "python", "max_entries": 10}),
+        ("dump", str(tmp_path / "new/snapshot_rank0.pickle")),
+        (None, {}),
+    ]
+    assert (tmp_path / "new/snapshot_rank0.txt").read_text() == "allocated: 3 bytes"
+
+
+def test_memory_snapshot_without_a_device_is_refused():
+    with pytest.raises(UserError, match="memory_profile.enable"):
+        StepTools(_config(memory_profile={"enable": True}), rank=0, activities=CPU, memory_history=None)
+
+
+def test_unwritable_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    tools = StepTools(_profile(tmp_path / "file"), rank=0, activities=CPU, memory_history=None)
+    with pytest.raises(UserError, match="save_path"):
+        _run(tools, range(1, 4))
