@@ -13,29 +13,58 @@ if TYPE_CHECKING:
 
     from mindspeed_mm.backend.device import Backend
     from mindspeed_mm.data.batch import Batch
+    from mindspeed_mm.models.geometry import Qwen3VLGeometry
+    from mindspeed_mm.models.qwen3vl import Qwen3VLModel
     from mindspeed_mm.parallel.mesh import Layout
     from mindspeed_mm.training.checkpoint.state import Progress
 
 
-def model_provider(recipe: Recipe, backend: Backend) -> tuple[nn.Module, list[nn.Module]]:
-    """Build the model, and list what FSDP2 gathers as a unit, in the order of forward."""
-    from mindspeed_mm.models import build_from_recipe
+def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) -> Qwen3VLModel:
+    """Qwen3-VL of the given geometry, as the model file wants it, with uninitialised parameters."""
+    from mindspeed_mm.data.images import read_image_settings
+    from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
 
-    return build_from_recipe(recipe, device=backend.name)
+    encoder, decoder, loss = recipe.model.image_encoder, recipe.model.text_decoder, recipe.model.loss_cfg
+    choices = ModelChoices(
+        text_attention=decoder.attn_implementation,
+        vision_attention=encoder.vision_encoder.attn_implementation,
+        fused_experts=decoder.use_npu_fused_moe,
+        loss_chunk_size=loss.chunk_size if loss.compute_mode == "chunk" else None,
+        freeze_vision_encoder=encoder.vision_encoder.freeze,
+        freeze_vision_projector=encoder.vision_projector.freeze,
+        freeze_text_decoder=decoder.freeze,
+        recompute_layers=recipe.args.recompute_granularity == "full",
+    )
+    images = recipe.data.dataset_param.preprocess_parameters
+    settings = read_image_settings(
+        images.model_name_or_path,
+        min_pixels=images.image_min_pixels,
+        max_pixels=images.image_max_pixels,
+        vision=geometry.vision,
+    )
+    return build_model(geometry, choices, pixel_norm=settings.norm, device=backend.name)
 
 
 def data_provider(
-    recipe: Recipe, layout: Layout, progress: Progress
+    recipe: Recipe, geometry: Qwen3VLGeometry, layout: Layout, progress: Progress
 ) -> tuple[Any, Callable[[], Iterator[Batch]] | None]:
     """Training batches from where ``progress`` stands, and held-out batches if the data file names any."""
-    from mindspeed_mm.data import build_loaders
+    from mindspeed_mm.data import build_eval_loader, build_train_loader
 
-    return build_loaders(
-        recipe,
-        data_rank=layout.data_rank,
-        data_size=layout.data_size,
-        consumed_samples=progress.consumed_samples,
+    args = recipe.args
+    common = {
+        "geometry": geometry,
+        "seq_length": args.seq_length,
+        "micro_batch_size": args.micro_batch_size,
+        "global_batch_size": args.global_batch_size,
+        "dp_rank": layout.data_rank,
+        "dp_size": layout.data_size,
+        "num_workers": args.num_workers,
+    }
+    loader = build_train_loader(
+        recipe.data, seed=args.seed, consumed_samples=progress.consumed_samples, **common
     )
+    return loader, build_eval_loader(recipe.data, max_steps=args.eval_iters, **common)
 
 
 def forward_step(model: nn.Module, batch: Batch, token_weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
-from mindspeed_mm.backend.kernels.experts import expert_kernel
+from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
 from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.errors import UserError
@@ -82,6 +82,18 @@ class Qwen3VLModel(nn.Module):
             return self.text_decoder.output_layer(predicting)
         return self.text_decoder.output_layer(predicting, batch.labels, token_weight)
 
+    def units(self) -> list[nn.Module]:
+        """The parts to shard by themselves, in the order in which forward runs them; the loss head comes last."""
+        projector, decoder = self.image_encoder.vision_projector, self.text_decoder
+        mergers = [projector.merger, *projector.deepstack_mergers]
+        return [
+            *self.image_encoder.vision_encoder.layers,
+            *mergers,
+            decoder.embedding,
+            *decoder.layers,
+            decoder.output_layer,
+        ]
+
     def reset_buffers(self) -> None:
         """Fill all constant buffers again after the model was moved off the meta device."""
         for module in self.modules():
@@ -116,10 +128,15 @@ def build_model(
         raise UserError("config.json has attention_bias true; Qwen3-VL's decoder has no attention bias")
     if geometry.text.tie_word_embeddings:
         raise UserError("config.json has tie_word_embeddings true; training tied embeddings is not supported yet")
+    experts = expert_kernel_name(
+        fused=choices.fused_experts,
+        hidden_size=geometry.text.hidden_size,
+        intermediate_size=geometry.text.moe_intermediate_size,
+    )
     kernels = Kernels(
         text_attention=attention_kernel(choices.text_attention, device=device),
         vision_attention=attention_kernel(choices.vision_attention, device=device),
-        experts=expert_kernel(fused=choices.fused_experts, device=device),
+        experts=expert_kernel(experts, device=device),
         rms_norm=rms_norm_kernel(device=device),
         rotary=rotary_kernel(device=device),
     )

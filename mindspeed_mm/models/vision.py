@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.attention import Segments
 from mindspeed_mm.data.batch import VisionBatch
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
 from mindspeed_mm.models.rotary import VisionRotary
 from mindspeed_mm.models.slots import LayerNorm, PackedSequence
@@ -24,23 +25,32 @@ if TYPE_CHECKING:
 
 
 class PixelNormalisation(nn.Module):
-    """uint8 pixels -> the tower's input, with the image processor's own arithmetic: ``(x * rescale - mean) / std``."""
+    """uint8 pixels -> the tower's input, to the bit what the image processor makes of them."""
 
     def __init__(self, norm: PixelNorm) -> None:
         super().__init__()
-        self.norm = norm
-        self.register_buffer("mean", torch.tensor(norm.mean, device="cpu").view(1, -1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(norm.std, device="cpu").view(1, -1, 1), persistent=False)
+        # The processor multiplies by its factor in float64 and rounds; a product in fp32 differs, this quotient does
+        # not for the factor 1/255, which every published checkpoint has.
+        self.divisor = 1.0 / norm.rescale_factor
+        self._constants = (torch.tensor(norm.mean, device="cpu"), torch.tensor(norm.std, device="cpu"))
+        self.register_buffer("mean", self._constants[0].clone().view(1, -1, 1), persistent=False)
+        self.register_buffer("std", self._constants[1].clone().view(1, -1, 1), persistent=False)
+        levels = torch.arange(256, dtype=torch.uint8, device="cpu").expand(len(norm.mean), 256).reshape(1, -1)
+        if not torch.equal(self(levels).view(-1, 256), torch.from_numpy(norm.table())):
+            raise UserError(
+                f"preprocessor_config.json: rescale_factor {norm.rescale_factor} cannot be applied exactly on the "
+                "device; Qwen3-VL's is 1/255 (0.00392156862745098)"
+            )
 
     def reset_buffers(self) -> None:
         """Fill the buffers again after the module was moved off the meta device."""
-        self.mean.copy_(torch.tensor(self.norm.mean).view(1, -1, 1))
-        self.std.copy_(torch.tensor(self.norm.std).view(1, -1, 1))
+        self.mean.copy_(self._constants[0].view(1, -1, 1))
+        self.std.copy_(self._constants[1].view(1, -1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, patch_dim], channels first within a row -> fp32 [N, patch_dim]."""
         by_channel = pixels.view(pixels.shape[0], self.mean.shape[1], -1).float()
-        return ((by_channel * self.norm.rescale_factor - self.mean) / self.std).view(pixels.shape)
+        return ((by_channel / self.divisor - self.mean) / self.std).view(pixels.shape)
 
 
 class PatchEmbedding(nn.Module):

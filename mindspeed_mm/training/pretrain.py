@@ -13,6 +13,8 @@ from mindspeed_mm.arguments.recipe import Recipe
 from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import Qwen3VLModel
 from mindspeed_mm.parallel.fsdp import shard_model
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
@@ -21,8 +23,8 @@ from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import ForwardStep, Trainer
 
-ModelProvider = Callable[[Recipe, Backend], tuple[nn.Module, list[nn.Module]]]
-DataProvider = Callable[[Recipe, Layout, Progress], "tuple[Any, Callable[[], Iterator[Batch]] | None]"]
+ModelProvider = Callable[[Recipe, Qwen3VLGeometry, Backend], Qwen3VLModel]
+DataProvider = Callable[[Recipe, Qwen3VLGeometry, Layout, Progress], "tuple[Any, Callable[[], Iterator[Batch]] | None]"]
 
 
 def pretrain(
@@ -32,7 +34,7 @@ def pretrain(
 
     Args:
         recipe: flags and files, already checked against each other.
-        model_provider: builds the model, uninitialised, and lists its units of sharding in the order of forward.
+        model_provider: builds the model, uninitialised.
         data_provider: builds the training loader, continuing from the given progress, and a function that yields the
             held-out batches, or None.
         forward_step: loss of the model on a batch with the given token weights.
@@ -66,14 +68,18 @@ def _run(
         say(line)
 
     backend.seed(args.seed)
-    model = _build_sharded(recipe, backend, layout, model_provider)
+    geometry = Qwen3VLGeometry.from_pretrained(recipe.model.init_from_hf_path)
+    recipe.check_geometry(geometry)
+    with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
+        model = model_provider(recipe, geometry, backend)
+    _shard_and_allocate(model, recipe, backend, layout)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args)
     say(_describe(model))
     progress = _load(recipe, model, optimizer, backend, say)
     _restore_schedule(recipe, schedule, progress)
 
-    loader, eval_batches = data_provider(recipe, layout, progress)
+    loader, eval_batches = data_provider(recipe, geometry, layout, progress)
     _check_order(recipe, progress, loader, say)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
     say(
@@ -115,16 +121,11 @@ class _Announcer:
             print(f" [{time.perf_counter() - self.started:6.1f} s] {message}", flush=True)
 
 
-def _build_sharded(
-    recipe: Recipe, backend: Backend, layout: Layout, model_provider: ModelProvider
-) -> nn.Module:
-    """Build on the meta device (or the host), shard, and give the shards storage on the device."""
-    with torch.device("meta" if recipe.args.init_model_with_meta_device else "cpu"):
-        model, units = model_provider(recipe, backend)
-    shard_model(model, units, layout=layout, config=recipe.fsdp)
+def _shard_and_allocate(model: Qwen3VLModel, recipe: Recipe, backend: Backend, layout: Layout) -> None:
+    """Shard the model and give this process's shards storage on the device; the values come from a checkpoint."""
+    shard_model(model, model.units(), layout=layout, config=recipe.fsdp)
     model.to_empty(device="cpu" if recipe.fsdp.offload_to_cpu else backend.device)
     model.reset_buffers()
-    return model
 
 
 def _describe(model: nn.Module) -> str:

@@ -18,8 +18,8 @@ def tiny_config(**text_overrides: Any) -> Any:
 
     text = {
         "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "vocab_size": 128, "intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 3,
-        "moe_intermediate_size": 20, "max_position_embeddings": 4096, "attention_bias": False,
+        "head_dim": 16, "vocab_size": 128, "intermediate_size": 72, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40, "max_position_embeddings": 4096, "attention_bias": False,
         "rope_parameters": {
             "rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True,
         },
@@ -113,6 +113,19 @@ def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[st
         pictures = [picture for picture in sample.pictures if (picture.grid_thw[0] > 1) is wanted]
         if pictures:
             patches = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()
-            inputs[key] = (patches * (1 / 255) - mean) / std
+            inputs[key] = (patches / 255 - mean) / std
             inputs[grid_key] = torch.tensor([picture.grid_thw for picture in pictures])
     return inputs
+
+
+def step_samples(step: int, count: int) -> list[Sample]:
+    """The samples of an optimizer step: pictures of several sizes, several turns, and every third one text only."""
+    rng = np.random.default_rng(1000 + step)
+    samples = []
+    for index in range(count):
+        grids = [] if index % 3 == 2 else [(1, 2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 4)))]
+        turns = [(grids, int(rng.integers(2, 8)), int(rng.integers(1, 9)))]
+        if index % 2:
+            turns.append(([], int(rng.integers(2, 5)), int(rng.integers(1, 6))))
+        samples.append(random_sample(rng, index=index, turns=turns))
+    return samples

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any, Mapping
 
 import torch
 from torch import Tensor
 
+from mindspeed_mm.data.images import PixelNorm
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import ModelChoices, Qwen3VLModel, build_model
 from mindspeed_mm.models.weight_map import ExpertLayout, weight_map
 
-PIXEL_NORM = types.SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rescale_factor=1 / 255)
+PIXEL_NORM = PixelNorm(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rescale_factor=1 / 255)
 
 
 def memory_layout() -> ExpertLayout:
@@ -43,4 +43,4 @@ def model_like(hf_model: Any, choices: ModelChoices | None = None) -> tuple[Qwen
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
-    return float((ours - theirs).norm() / theirs.norm())
+    return float((ours.detach() - theirs.detach()).norm() / theirs.detach().norm())
