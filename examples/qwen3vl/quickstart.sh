@@ -1,0 +1,203 @@
+#!/usr/bin/env bash
+# The whole recipe on an embedded example: installs what is missing, then takes a tiny Qwen3-VL-MoE and 1,797 pictures
+# of handwritten digits through the guide's five steps, exports the result and examines it with plain transformers.
+set -uo pipefail
+exec </dev/null # nothing here may wait for an answer
+CALLER_DIR=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+# shellcheck source=../../scripts/environment.sh
+source scripts/environment.sh
+
+STEPS=8
+REQUIRED_ACCURACY=94 # percent of the held-out pictures
+ITERATIONS=300
+EXAMPLE=examples/qwen3vl
+
+usage() {
+    cat <<'USAGE'
+usage: bash examples/qwen3vl/quickstart.sh [options]
+
+  --out DIR        run directory (default: quickstart_run in the repository); a second run replaces the first's files
+  --fresh          empty the run directory first, the cache of prepared data included
+  --device DEVICE  auto, npu, cuda or cpu (default: auto)
+  --skip-install   take the active environment as it is
+  --help           print this
+
+Environment: the variables of finetune_qwen3vl_tiny.sh (NPUS_PER_NODE, MASTER_PORT, LR, SEED, ...).
+USAGE
+}
+
+fail() {
+    printf 'error: %s\n' "$2" >&2
+    exit "$1"
+}
+
+parse_options() {
+    OUT=./quickstart_run FRESH=0 DEVICE=auto INSTALL=1
+    while (($#)); do
+        case $1 in
+            --out | --device) [[ $# -ge 2 && -n $2 && $2 != --* ]] || fail 2 "$1 needs a value; see --help" ;;&
+            --out)
+                OUT=$2
+                [[ $OUT == /* ]] || OUT=$CALLER_DIR/$OUT
+                ;;
+            --device) DEVICE=$2 ;;
+            --fresh) FRESH=1 ;;
+            --skip-install) INSTALL=0 ;;
+            -h | --help) usage && exit 0 ;;
+            *) fail 2 "unknown option $1; see --help" ;;
+        esac
+        case $1 in
+            --out | --device) shift 2 ;;
+            *) shift ;;
+        esac
+    done
+    [[ $DEVICE =~ ^(auto|npu|cuda|cpu)$ ]] || fail 2 "--device is $DEVICE; choose auto, npu, cuda or cpu"
+    [[ $OUT != *,* ]] || fail 2 "--out is $OUT; its name must hold no comma, which separates data files"
+}
+
+# Takes hold of the run directory. Only a directory that an earlier quickstart marked as its own is ever written into.
+claim_run_directory() {
+    local mark=$OUT/.quickstart
+    if [[ -e $OUT && ! -e $mark ]] && [[ ! -d $OUT || -n $(ls -A "$OUT") ]]; then
+        fail 2 "--out $OUT exists and is not a quickstart's run directory; name another one"
+    fi
+    { mkdir -p "$OUT" && exec 9>>"$mark"; } || fail 2 "--out $OUT cannot be written; name another directory"
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        fail 2 "--out $OUT is in use by a quickstart that is still running; wait for it or name another directory"
+    fi
+    local made=(train.log predictions.json loss.png samples.png data_tiny.json model_tiny.json ckpt save_dir export)
+    ((!FRESH)) || made+=(data)
+    (cd "$OUT" && rm -rf -- "${made[@]}") || fail 1 "the earlier run's files in $OUT cannot be removed"
+}
+
+# step TITLE COMMAND...: runs one step; stops the quickstart if it fails.
+step() {
+    local started=$SECONDS title=$1 status=0
+    shift
+    ((++STEP))
+    printf '\n[%d/%d] %s\n' "$STEP" "$STEPS" "$title"
+    "$@" || status=$?
+    ((status == 0)) || fail "$status" "step $STEP of $STEPS failed after $((SECONDS - started)) s: $title"
+    printf '      done in %d s, %d s in all\n' $((SECONDS - started)) $((SECONDS - RUN_STARTED))
+}
+
+install_missing() {
+    bash scripts/install.sh --arch "$(machine_arch)" --device "$DEVICE"
+}
+
+make_model() {
+    python "$EXAMPLE/quickstart/make_tiny_model.py" --output "$HF_DIR" &&
+        mm-convert Qwen3VLConverter hf_to_dcp --hf_dir "$HF_DIR" --dcp_dir "$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp"
+}
+
+make_data() {
+    python "$EXAMPLE/quickstart/make_digits.py" --output "$OUT/data" &&
+        python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py --overwrite \
+            --input "$OUT/data/digits_train.json" --image-root "$OUT/data/images" \
+            --output "$OUT/data/mllm_format_digits_train.json"
+}
+
+# A port that is free now: the fixed one of the recipe may be taken by another job.
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
+}
+
+# Two processes with 16 samples each, or one with 32 where there is a single accelerator.
+choose_processes() {
+    local accelerators=0
+    [[ $DEVICE == cpu ]] || accelerators=$(python -c '
+import torch
+print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)') || return
+    if ((accelerators == 1)); then
+        export NPUS_PER_NODE=${NPUS_PER_NODE:-1} MBS=${MBS:-32}
+    fi
+    # an accelerator's own kernels are made for bf16
+    ((accelerators == 0)) || export FSDP2_PATH=${FSDP2_PATH:-./$EXAMPLE/fsdp2_config.yaml}
+}
+
+# Passes a training log on, with only every 25th iteration and in short.
+condense_log() {
+    local line
+    while IFS= read -r line; do
+        if [[ $line =~ iteration\ +([0-9]+)/\ *([0-9]+) ]]; then
+            if ((BASH_REMATCH[1] % 25 == 0 || BASH_REMATCH[1] == 1)); then
+                printf '  iteration %3d of %d' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
+                [[ $line =~ \|\ loss:\ ([^ ]+) ]] && printf ', loss %.4f' "${BASH_REMATCH[1]}"
+                [[ $line =~ iteration\ \(ms\):\ ([0-9]+) ]] && printf ', %d ms' "${BASH_REMATCH[1]}"
+                printf '\n'
+            fi
+        else
+            printf '%s\n' "$line"
+        fi
+    done
+}
+
+finetune() {
+    choose_processes || return
+    local port
+    port=${MASTER_PORT:-$(free_port)} || return
+    MASTER_PORT=$port MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$ITERATIONS \
+        LOAD_PATH=$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp SAVE_PATH=$OUT/save_dir SAVE_INTERVAL=$ITERATIONS \
+        bash "$EXAMPLE/finetune_qwen3vl_tiny.sh" --device "$DEVICE" 2>&1 | tee "$OUT/train.log" | condense_log
+}
+
+export_model() {
+    local checkpoint
+    printf -v checkpoint '%s/save_dir/iter_%07d' "$OUT" "$ITERATIONS"
+    mm-convert Qwen3VLConverter dcp_to_hf --load_dir "$checkpoint" --save_dir "$OUT/export" --model_assets_dir "$HF_DIR"
+}
+
+examine() {
+    python "$EXAMPLE/inference_demo.py" --model "$OUT/export" --data "$OUT/data/digits_heldout.json" \
+        --image-root "$OUT/data/images" --output "$OUT/predictions.json" --batch 99 --max-new-tokens 16
+}
+
+draw() {
+    python "$EXAMPLE/quickstart/plot.py" --log "$OUT/train.log" --loss-png "$OUT/loss.png" \
+        --predictions "$OUT/predictions.json" --samples-png "$OUT/samples.png"
+}
+
+report() {
+    local right total
+    read -r right total < <(python -c '
+import json, sys
+result = json.load(open(sys.argv[1], encoding="utf-8"))
+print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OUT/predictions.json cannot be read"
+    printf '\nheld-out accuracy: %d of %d pictures' "$right" "$total"
+    printf ' (%d.%d%%)\n' $((right * 100 / total)) $((right * 1000 / total % 10))
+    printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
+        "$OUT/loss.png" "$OUT/samples.png" "$OUT/export"
+    printf 'time:              %d s, %d s of it after installation\n' $((SECONDS - RUN_STARTED)) $((SECONDS - INSTALLED))
+    ((right * 100 >= REQUIRED_ACCURACY * total)) ||
+        fail 1 "the accuracy is below $REQUIRED_ACCURACY%: something is wrong with this installation"
+}
+
+main() {
+    parse_options "$@"
+    claim_run_directory
+    HF_DIR=$OUT/ckpt/hf_path/Qwen3-VL-tiny
+    STEP=0 RUN_STARTED=$SECONDS
+    # everything is on this machine: nobody shall look for it elsewhere
+    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    export PYTHONUNBUFFERED=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+
+    if ((INSTALL)); then
+        step "Environment (step 1 of the guide)" install_missing
+        PATH=$(cd "$(environment_dir "")" && pwd)/bin:$PATH
+        export PATH
+    else
+        ((STEPS--))
+    fi
+    INSTALLED=$SECONDS
+    step "Weights and their conversion (step 2)" make_model
+    step "Data and their conversion (step 3)" make_data
+    step "Configuration (step 4)" python "$EXAMPLE/quickstart/configure.py" --run-dir "$OUT"
+    step "Fine-tuning, $ITERATIONS iterations (step 5)" finetune
+    step "Export to Hugging Face form" export_model
+    step "Answers on the held-out pictures, with plain transformers" examine
+    step "Loss curve and sample sheet" draw
+    report
+}
+
+main "$@"
