@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -101,7 +100,8 @@ def test_ids_equal_the_chat_template(
 THOUGHTS = [
     conversation((USER, "q"), (ASSISTANT, "<think>\nhm\n</think>\n\nyes")),
     conversation((USER, "q"), (ASSISTANT, "yes")),
-    conversation((USER, "q"), (ASSISTANT, "<think>old</think>no"), (USER, "r"), (ASSISTANT, "<think>\nnew</think>\nyes")),
+    conversation((USER, "q"), (ASSISTANT, "<think>old</think>no"),
+                 (USER, "r"), (ASSISTANT, "<think>\nnew</think>\nyes")),
 ]
 
 

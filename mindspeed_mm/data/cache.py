@@ -1,0 +1,87 @@
+"""A directory that one process builds while the others wait.
+
+The finished directory appears by a rename, so a process that is killed while it builds leaves nothing that looks
+finished. The lock belongs to the operating system and goes with the process that held it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Callable
+
+from mindspeed_mm.errors import UserError
+
+logger = logging.getLogger(__name__)
+_PROCESS_START = time.time()
+_FINISHED = "finished"
+
+
+def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """Make sure that ``target`` exists, building it if it does not.
+
+    Args:
+        target: directory named after everything that decides its content.
+        build: fills the empty directory that it is given.
+        overwrite: build anew, unless ``target`` is younger than this process: then another process of the same job
+            has just done so.
+
+    Returns:
+        ``target``, which now exists. Waits without a limit while another process builds it.
+
+    Raises:
+        UserError: if the directory cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir {target.parent} cannot be made: {error.strerror}; choose another") from error
+    if _is_current(target, overwrite):
+        return target
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process that builds %s", target)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cache_dir {target.parent} cannot be written: {error.strerror}; choose another") from error
+    try:
+        if not _is_current(target, overwrite):
+            _build(target, build)
+    finally:
+        lock.release()
+    return target
+
+
+def _is_current(target: Path, overwrite: bool) -> bool:
+    try:
+        built = (target / _FINISHED).stat().st_mtime
+    except OSError:
+        return False
+    return not overwrite or built > _PROCESS_START
+
+
+def _build(target: Path, build: Callable[[Path], None]) -> None:
+    for leftover in target.parent.glob(f"{target.name}.building-*"):  # of processes that died; we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = target.with_name(f"{target.name}.building-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        build(temporary)
+        (temporary / _FINISHED).touch()
+        if target.exists():
+            old = target.with_name(f"{target.name}.building-old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,123 @@
+"""Which samples each micro-batch of each rank holds: a function of seed, epoch and place, and of nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Iterator
+
+import numpy as np
+
+from mindspeed_mm.errors import UserError
+
+
+def permutation(size: int, *, seed: int, epoch: int | None) -> np.ndarray:
+    """An order of ``size`` samples: int64 [size].
+
+    NumPy promises that RandomState's streams never change between versions; it makes no such promise for its newer
+    generators, and a resumed run may meet another NumPy.
+
+    Args:
+        size: number of samples.
+        seed: of the run.
+        epoch: number of the pass over the data; None for the choice of held-out samples.
+    """
+    words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, 0 if epoch is None else epoch + 1]
+    return np.random.RandomState(words).permutation(size).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleStream:
+    """The endless sequence of samples that all ranks train on together.
+
+    Epochs follow each other. With ``drop_last`` an epoch ends after its last whole global batch, and what is left over
+    is skipped (another part in every epoch, when shuffled); without it a batch may run across the border.
+
+    Attributes:
+        size: samples in the data set.
+        global_batch_size: samples of an optimizer step.
+        seed: decides the order.
+        shuffle: whether each epoch has an order of its own; otherwise the data set's.
+        drop_last: see above.
+    """
+
+    size: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+
+    def __post_init__(self) -> None:
+        """Refuse a data set that cannot fill one batch.
+
+        Raises:
+            UserError: naming both sizes.
+        """
+        if not self.samples_per_epoch:
+            raise UserError(
+                f"the data set has {self.size} samples, fewer than --global-batch-size {self.global_batch_size}; lower "
+                "it, or set drop_last to false"
+            )
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that one epoch contributes to the stream."""
+        if self.drop_last:
+            return self.size // self.global_batch_size * self.global_batch_size
+        return self.size
+
+    def __getitem__(self, place: int) -> int:
+        """Data set index of the sample at ``place`` (from 0) of the stream."""
+        epoch, offset = divmod(place, self.samples_per_epoch)
+        return int(self._order(epoch)[offset]) if self.shuffle else offset
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _cached_permutation(self.size, self.seed, epoch)
+
+
+@lru_cache(maxsize=2)
+def _cached_permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(size, seed=seed, epoch=epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSampler:
+    """One rank's micro-batches, without end.
+
+    Step k takes places k*G to (k+1)*G of the stream (G the global batch size). Within a step, micro-batch m of rank r
+    takes the places from (m * dp_size + r) * micro_batch_size on. So the samples of a step do not depend on the number
+    of ranks.
+
+    Attributes:
+        stream: the samples.
+        micro_batch_size: samples of a micro-batch.
+        dp_rank: this rank among those that hold different data.
+        dp_size: number of these ranks.
+        consumed_samples: samples of the stream that were trained on before; a multiple of G.
+    """
+
+    stream: SampleStream
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    consumed_samples: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not divide.
+
+        Raises:
+            UserError: naming the values.
+        """
+        per_round = self.micro_batch_size * self.dp_size
+        if self.stream.global_batch_size % per_round:
+            raise UserError(
+                f"--global-batch-size {self.stream.global_batch_size} is no multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x {self.dp_size} data-parallel ranks; choose a multiple of {per_round}"
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Data set indices of one micro-batch after the other."""
+        place = self.consumed_samples + self.dp_rank * self.micro_batch_size
+        while True:
+            yield [self.stream[place + slot] for slot in range(self.micro_batch_size)]
+            place += self.micro_batch_size * self.dp_size

@@ -1,0 +1,183 @@
+"""Files to samples: cache, truncation, several files, and changes that must be noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mindspeed_mm.data import cache
+from mindspeed_mm.data.collator import collate
+from mindspeed_mm.data.dataset import ChatDataset, build_datasets
+from mindspeed_mm.data.records import MediaFinder, read_rows
+from mindspeed_mm.errors import UserError
+from tests.helpers.tiny_data import checkpoint_geometry, make_config, make_records, write_checkpoint, write_dataset
+
+
+@pytest.fixture()
+def root(tmp_path: Path) -> Path:
+    write_dataset(tmp_path)
+    return tmp_path
+
+
+def build(root: Path, *, seq_length: int = 1024, seed: int = 1, **overrides: object) -> tuple:
+    overrides.setdefault("dataset", str(root / "data.json"))
+    config = make_config(root, **overrides)  # type: ignore[arg-type]
+    return build_datasets(config, geometry=checkpoint_geometry(root / "checkpoint"), seq_length=seq_length, seed=seed)
+
+
+def answers(dataset: ChatDataset, root: Path) -> list[str]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(root / "checkpoint" / "tokenizer.json"))
+    samples = [dataset[index] for index in range(len(dataset))]
+    return [tokenizer.decode(sample.input_ids[sample.supervised].tolist(), skip_special_tokens=True)
+            for sample in samples]
+
+
+def test_samples_of_real_files(root: Path) -> None:
+    train, held_out = build(root)
+    assert held_out is None and len(train) == 12
+    texts = answers(train, root)
+    assert texts[1] == "The digit is 1." and texts[0] == "The digit is 0.Yes, there is one."
+    geometry = checkpoint_geometry(root / "checkpoint")
+    batch = collate([train[index] for index in range(12)], geometry)
+    assert len(batch.vision.grid_thw) == 8
+    assert batch.vision.grid_thw[0] == (1, 2, 2)  # 32x32
+    assert batch.sample_ids == list(range(12))
+
+
+def test_cache_is_reused_and_keyed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = build(root)
+    monkeypatch.setattr("mindspeed_mm.data.prepare.load_tokenizer", lambda _: pytest.fail("built anew"))
+    again, _ = build(root)
+    assert answers(train, root) == answers(again, root)
+    for change in ({"seq_length": 900}, {"basic": {"mask_history": True}}, {"basic": {"max_samples": 5}},
+                   {"preprocess": {"image_max_pixels": 4096}}, {"basic": {"overwrite_cache": True}}):
+        if change == {"basic": {"overwrite_cache": True}}:
+            monkeypatch.setattr(cache, "_PROCESS_START", time.time() + 60)
+        with pytest.raises(pytest.fail.Exception):
+            build(root, **change)
+    monkeypatch.setattr(cache, "_PROCESS_START", time.time() - 60)
+    build(root, basic={"overwrite_cache": True})  # another process of this job has built it already
+    records = json.loads((root / "data.json").read_text())
+    records[1]["messages"][1]["content"] = "changed"
+    (root / "data.json").write_text(json.dumps(records))
+    with pytest.raises(pytest.fail.Exception):
+        build(root)
+    assert not list((root / "cache").glob("*.building-*"))
+
+
+def test_overwrite_replaces(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(root)
+    (finished,) = (root / "cache").glob("tokenized-*/finished")
+    os.utime(finished, (1, 1))
+    train, _ = build(root, basic={"overwrite_cache": True})
+    assert finished.stat().st_mtime > 1 and len(train) == 12
+
+
+def test_other_processes_wait_for_the_builder(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from mindspeed_mm.data.cache import build_once\n"
+        "def build(directory):\n"
+        "    time.sleep(0.4); (directory / 'by').write_text(sys.argv[2])\n"
+        "    open(sys.argv[1] + '.count', 'a').write('x')\n"
+        "print((build_once(Path(sys.argv[1]), build, overwrite=True) / 'by').read_text())"
+    )
+    target = tmp_path / "cache" / "entry"
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, str(target), str(name)], stdout=subprocess.PIPE, text=True)
+        for name in range(3)
+    ]
+    outputs = {process.communicate(timeout=30)[0] for process in started}
+    assert len(outputs) == 1 and Path(f"{target}.count").read_text() == "x"
+
+
+def test_truncation_drops_turns_then_samples(root: Path) -> None:
+    whole, _ = build(root)
+    lengths = [len(whole[index].input_ids) for index in range(12)]
+    limit = sorted(lengths)[5]
+    short, _ = build(root, seq_length=limit)
+    assert 0 < len(short) < 12 and max(len(short[index].input_ids) for index in range(len(short))) <= limit
+    (summary,) = {path.read_text() for path in (root / "cache").glob("*/summary.txt")} - {"12 records, 12 kept whole\n"}
+    assert "dropped: the first turn is too long (records" in summary
+    with pytest.raises(UserError, match="no record can be trained on"):
+        build(root, seq_length=3)
+
+
+def test_several_files_and_formats(root: Path) -> None:
+    records = make_records(root / "more", 4)
+    (root / "b.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), root / "c.parquet")
+    names = ", ".join(str(root / name) for name in ("data.json", "b.jsonl", "c.parquet"))
+    train, _ = build(root, dataset=names)
+    assert len(train) == 20
+    assert answers(train, root)[12:16] == answers(train, root)[16:]
+    train, held_out = build(root, dataset=names, basic={"max_samples": 2, "val_dataset": str(root / "b.jsonl")})
+    assert (len(train), len(held_out)) == (6, 4)
+
+
+def test_val_rate_splits(root: Path) -> None:
+    train, held_out = build(root, basic={"val_rate": 0.25})
+    assert (len(train), len(held_out)) == (9, 3)
+    assert sorted(answers(train, root) + answers(held_out, root)) == sorted(answers(build(root)[0], root))
+    assert answers(build(root, basic={"val_rate": 0.25})[1], root) == answers(held_out, root)
+
+
+def test_replaced_and_vanished_pictures_are_named(root: Path) -> None:
+    train, _ = build(root)
+    Image.new("RGB", (320, 320)).save(root / "images" / "0001.png")
+    with pytest.raises(UserError, match=r"sample 1 \(record 1\): image .*0001.png now has"):
+        train[1]
+    (root / "images" / "0002.png").unlink()
+    with pytest.raises(UserError, match="record 2.*0002.png.*missing"):
+        train[2]
+
+
+def test_parallel_tokenizing_gives_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, _ = build(root)
+    monkeypatch.setattr("mindspeed_mm.data.prepare._RECORDS_PER_PROCESS", 4)
+    together, _ = build(root, basic={"cache_dir": str(root / "other"), "preprocessing_num_workers": 2,
+                                     "preprocessing_batch_size": 3})
+    for index in range(12):
+        assert np.array_equal(alone[index].input_ids, together[index].input_ids)
+    monkeypatch.setattr("mindspeed_mm.data.prepare.image_grid", lambda *_: (_ for _ in ()).throw(UserError("bad")))
+    with pytest.raises(UserError, match="record 1: bad"):
+        build(root, basic={"cache_dir": str(root / "third"), "preprocessing_num_workers": 2})
+
+
+def test_paths_are_not_joined_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "x.jpg").touch()
+    (tmp_path / "outside.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    finder = MediaFinder("./data")
+    assert finder.find("images/x.jpg") == "./data/images/x.jpg"
+    assert finder.find("./data/images/x.jpg") == "./data/images/x.jpg"
+    assert finder.find("outside.jpg") == "outside.jpg"
+    assert finder.find(str(tmp_path / "outside.jpg")) == str(tmp_path / "outside.jpg")
+    assert finder.find("images") is None and finder.find("y/z.jpg") is None
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint")
+    bad = tmp_path / "bad.json"
+    for content, complaint in (("{}", "an object, not a list"), ("[1,", "not valid JSON")):
+        bad.write_text(content)
+        with pytest.raises(UserError, match=complaint):
+            read_rows(bad)
+    with pytest.raises(UserError, match="step 3"):
+        read_rows(tmp_path / "absent.json")
+    bad.write_text("[]")
+    with pytest.raises(UserError, match="no record"):
+        build(tmp_path, dataset=str(bad))

@@ -1,0 +1,116 @@
+"""Order of samples, resume, and the loader with its worker processes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mindspeed_mm.data import build_eval_loader, build_train_loader
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
+from mindspeed_mm.errors import UserError
+from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_dataset
+
+
+def step_samples(stream: SampleStream, *, mbs: int, dp_size: int, steps: int, consumed: int = 0) -> list[list[int]]:
+    """Samples of each step, put together from all ranks."""
+    rounds = stream.global_batch_size // (mbs * dp_size)
+    ranks = [iter(RankSampler(stream, mbs, rank, dp_size, consumed)) for rank in range(dp_size)]
+    return [
+        [index for _ in range(rounds) for rank in ranks for index in next(rank)]
+        for _ in range(steps)
+    ]
+
+
+@given(size=st.integers(8, 40), seed=st.integers(0, 2**40), drop_last=st.booleans(), shuffle=st.booleans())
+def test_order_does_not_depend_on_ranks(size: int, seed: int, drop_last: bool, shuffle: bool) -> None:
+    stream = SampleStream(size, 8, seed, shuffle, drop_last)
+    reference = step_samples(stream, mbs=8, dp_size=1, steps=12)
+    for mbs, dp_size in ((1, 1), (2, 2), (1, 8), (4, 1)):
+        assert step_samples(stream, mbs=mbs, dp_size=dp_size, steps=12) == reference
+        assert step_samples(stream, mbs=mbs, dp_size=dp_size, steps=7, consumed=40) == reference[5:]
+    flat = list(itertools.chain.from_iterable(reference))
+    epoch = stream.samples_per_epoch
+    assert epoch == (size // 8 * 8 if drop_last else size)
+    for start in range(0, len(flat) - epoch + 1, epoch):
+        assert len(set(flat[start : start + epoch])) == epoch  # no sample twice in an epoch, none left out
+
+
+def test_permutations() -> None:
+    # These numbers must never change: a resumed run continues an order that was begun earlier.
+    first = [5, 6, 2, 3, 1, 4, 7, 0]
+    assert permutation(8, seed=42, epoch=0).tolist() == first
+    assert permutation(8, seed=42, epoch=1).tolist() != first
+    assert permutation(8, seed=43, epoch=0).tolist() != first
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match="7 samples, fewer than --global-batch-size 8"):
+        SampleStream(7, 8, 0, True, True)
+    with pytest.raises(UserError, match="choose a multiple of 6"):
+        RankSampler(SampleStream(50, 8, 0, True, True), 2, 0, 3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("loader")
+    write_dataset(directory, 10)
+    return directory
+
+
+def loader_options(root: Path, **overrides: object) -> dict:
+    return {
+        "geometry": checkpoint_geometry(root / "checkpoint"), "seq_length": 512, "micro_batch_size": 2, "dp_rank": 0,
+        "dp_size": 1, "seed": 5, **overrides,
+    }
+
+
+def take(loader: object, count: int) -> list[Batch]:
+    return [next(loader) for _ in range(count)]  # type: ignore[call-overload]
+
+
+def test_workers_change_nothing_and_resume_is_exact(root: Path) -> None:
+    config = make_config(root, dataset=str(root / "data.json"))
+    before = torch.random.get_rng_state()
+    alone = build_train_loader(config, **loader_options(root, global_batch_size=4))
+    batches = take(alone, 9)
+    assert alone.samples_per_epoch == 8 and len(alone.dataset) == 10
+    workers = take(build_train_loader(config, **loader_options(root, global_batch_size=4, num_workers=2)), 9)
+    resumed = take(build_train_loader(config, **loader_options(root, global_batch_size=4, consumed_samples=12)), 3)
+    for ours, theirs in [*zip(batches, workers), *zip(batches[6:], resumed)]:
+        assert ours.sample_ids == theirs.sample_ids
+        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.vision.pixels, theirs.vision.pixels)
+    assert torch.equal(before, torch.random.get_rng_state())
+    other_rank = take(build_train_loader(config, **loader_options(
+        root, global_batch_size=4, micro_batch_size=1, dp_rank=1, dp_size=2)), 2)
+    assert [batch.sample_ids[0] for batch in other_rank] == [batch.sample_ids[1] for batch in batches[:2]]
+
+
+def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
+    config = make_config(root, dataset=str(root / "data.json"), basic={"val_dataset": str(root / "data.json")})
+    for dp_size, mbs in ((1, 4), (2, 3), (3, 1)):
+        ranks = [
+            list(build_eval_loader(config, **loader_options(root, dp_rank=rank, dp_size=dp_size, micro_batch_size=mbs)))
+            for rank in range(dp_size)
+        ]
+        assert len({len(batches) for batches in ranks}) == 1
+        supervised = [index for batches in ranks for batch in batches for index, count
+                      in zip(batch.sample_ids, batch.supervised_per_sample) if count]
+        assert sorted(supervised) == list(range(10))
+    assert build_eval_loader(make_config(root, dataset=str(root / "data.json")), **loader_options(root)) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_picture_is_one_line(tmp_path: Path, num_workers: int) -> None:
+    write_dataset(tmp_path, 4)
+    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader={"shuffle": False})
+    loader = build_train_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
+    (tmp_path / "images" / "0001.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"data.json, sample 1 \(record 1\): image .*0001.png cannot be used") as raised:
+        next(loader)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,112 @@
+"""Every mistake in the data is one line that names file, record and remedy."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from mindspeed_mm.data.validate import validate_data
+from mindspeed_mm.errors import UserError
+from tests.helpers.tiny_data import make_config, make_records
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("validate")
+    (directory / "checkpoint").mkdir()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def records(root: Path) -> list[dict[str, Any]]:
+    return make_records(root / "images", 6)
+
+
+def check(root: Path, rows: Any, **overrides: Any) -> int:
+    (root / "data.json").write_text(json.dumps(rows))
+    return validate_data(make_config(root, dataset=str(root / "data.json"), **overrides))
+
+
+def test_good_data(root: Path, records: list) -> None:
+    assert check(root, records) == 6
+    assert check(root, records, basic={"max_samples": 4}) == 4
+
+
+def set_in(*path: Any) -> Callable[[list], None]:
+    *keys, last, value = path
+
+    def change(rows: list) -> None:
+        target: Any = rows
+        for key in keys:
+            target = target[key]
+        target[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (set_in(2, "text"), r"record 2: it is a string"),
+        (lambda rows: rows[3].pop("messages"), r"record 3: its column 'messages' \(attr.messages\) is missing; .*images"),
+        (set_in(1, "messages", {}), r"record 1: its column 'messages' .* is an object, not a list"),
+        (set_in(1, "messages", 0, "x"), "record 1: message 0 is a string"),
+        (lambda rows: rows[1]["messages"][0].pop("role"), "'role' of message 0 is missing"),
+        (set_in(1, "messages", 1, "content", None), "'content' of message 1 is null"),
+        (set_in(1, "messages", 1, "role", "gpt"), "role 'gpt'; attr names the roles user, assistant"),
+        (set_in(4, "messages", []), "record 4: the conversation is empty"),
+        (lambda rows: rows[4]["messages"].pop(), "record 4: the last message is no answer"),
+        (set_in(1, "images", ["a", "b"]), "record 1: it has 1 <image> tags in its questions, but 2 images"),
+        (lambda rows: rows[1].pop("images"), r"no column 'images' \(attr.images\)"),
+        (set_in(1, "images", [3]), "no list of paths"),
+        (set_in(1, "images", ["gone.png"]), "record 1: image gone.png does not exist; put"),
+    ],
+)
+def test_bad_record(root: Path, records: list, change: Callable[[list], Any], complaint: str) -> None:
+    rows = copy.deepcopy(records)
+    change(rows)
+    with pytest.raises(UserError, match=complaint) as raised:
+        check(root, rows)
+    assert "data.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_counts_missing_pictures(root: Path, records: list) -> None:
+    with pytest.raises(UserError, match="record 1.*and 3 more images"):
+        check(root, [{**record, "images": ["no.png"] * len(record["images"])} for record in records])
+
+
+def test_no_list_no_file_no_model(root: Path, records: list, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds an object, not a list"):
+        check(root, {"data": records})
+    with pytest.raises(UserError, match="holds no record"):
+        check(root, [])
+    with pytest.raises(UserError, match="absent.json does not exist.*step 3"):
+        validate_data(make_config(root, dataset=str(root / "absent.json")))
+    with pytest.raises(UserError, match="model_name_or_path.*step 2"):
+        validate_data(make_config(tmp_path, dataset=str(root / "data.json")))
+
+
+def test_other_names_and_roles(root: Path) -> None:
+    rows = [{
+        "chat": [
+            {"from": "sys", "value": "Be brief."}, {"from": "human", "value": "Time?"},
+            {"from": "call", "value": '{"name": "clock", "arguments": {}}'}, {"from": "result", "value": "12:00"},
+            {"from": "gpt", "value": "Noon."},
+        ],
+        "pictures": None,
+    }]
+    attr = {"images": "pictures", "messages": "chat", "role_tag": "from", "content_tag": "value", "user_tag": "human",
+            "assistant_tag": "gpt", "system_tag": "sys", "function_tag": "call", "observation_tag": "result"}
+    assert check(root, rows, attr=attr) == 1
+    rows[0]["chat"][2]["value"] = "now"
+    with pytest.raises(UserError, match="message 2 is no tool call"):
+        check(root, rows, attr=attr)
+
+
+def test_videos_are_refused(root: Path, records: list) -> None:
+    with pytest.raises(UserError, match="record 0: it has videos"):
+        check(root, [{**records[0], "videos": ["a.mp4"]}], attr={"videos": "videos"})
