@@ -146,7 +146,7 @@ command -v torchrun >/dev/null ||
 TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
 [ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
-WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.arguments.check "${FLAGS[@]}" || exit 2
+WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0  # the check has printed it
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log

@@ -28,8 +28,6 @@ from mindspeed_mm.arguments.rules import (
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -115,53 +113,34 @@ def load_recipe(argv: Sequence[str] | None = None, *, world_size: int | None = N
     )
 
 
-def check_paths(recipe: Recipe) -> None:
-    """See that weights, checkpoint and data are in place.
+def check_weights(recipe: Recipe) -> None:
+    """See that the Hugging Face directories are in place; their weights are needed only where --load names none.
 
     Raises:
         UserError: naming what is missing, where it was expected, and the step of the guide that makes it.
     """
-    preprocess = recipe.data.dataset_param.preprocess_parameters
-    _check_hf_directory(recipe.model.init_from_hf_path, f"init_from_hf_path in {recipe.args.mm_model}")
-    _check_hf_directory(
-        preprocess.model_name_or_path, f"model_name_or_path in {recipe.args.mm_data}", weights=False
-    )
-    if recipe.args.load is not None:
-        _check_checkpoint(Path(recipe.args.load), hf_directory=recipe.model.init_from_hf_path)
-    _check_data(recipe)
-
-
-def _check_hf_directory(directory: str, named_by: str, *, weights: bool = True) -> None:
-    path = Path(directory)
+    model, preprocess = recipe.model, recipe.data.dataset_param.preprocess_parameters
     step = "download the model first (step 2 of the guide), or correct the path"
-    if not path.is_dir():
-        raise UserError(f"{directory} ({named_by}) does not exist; {step}")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{directory} ({named_by}) has no config.json; {step}")
-    if weights and not any(path.glob("*.safetensors")):
-        raise UserError(f"{directory} ({named_by}) has no *.safetensors file; {step}")
-    if not weights and not any(path.glob("*token*.json")):
-        raise UserError(f"{directory} ({named_by}) has no tokenizer files; {step}")
+    directories = [
+        (model.init_from_hf_path, f"init_from_hf_path in {recipe.args.mm_model}"),
+        (preprocess.model_name_or_path, f"model_name_or_path in {recipe.args.mm_data}"),
+    ]
+    for directory, named_by in directories:
+        if not Path(directory).is_dir():
+            raise UserError(f"{directory} ({named_by}) does not exist; {step}")
+    for (directory, named_by), pattern in zip(directories, ("config.json", "tokenizer*"), strict=True):
+        if not any(Path(directory).glob(pattern)):
+            raise UserError(f"{directory} ({named_by}) has no {pattern}; {step}")
+    if recipe.args.load is None and not any(Path(model.init_from_hf_path).glob("*.safetensors")):
+        raise UserError(f"{model.init_from_hf_path} ({directories[0][1]}) has no *.safetensors; {step}")
 
 
-def _check_checkpoint(directory: Path, *, hf_directory: str) -> None:
-    tracker = directory / TRACKER_FILE
-    if not tracker.is_file():
-        what = "does not exist" if not directory.exists() else f"has no {TRACKER_FILE}"
-        raise UserError(
-            f"--load {directory} {what}; convert the weights first (step 2 of the guide): mm-convert "
-            f"Qwen3VLConverter hf_to_dcp --hf_dir {hf_directory} --dcp_dir {directory}"
-        )
-    word = tracker.read_text().strip()
-    name = f"iter_{int(word):07d}" if word.isdigit() else word
-    if not word or not (directory / name).is_dir():
-        raise UserError(
-            f"--load {directory}: {TRACKER_FILE} says {word!r}, but {directory / name} does not exist; "
-            "convert the weights again (step 2 of the guide), or point --load at another directory"
-        )
+def check_data_files(recipe: Recipe) -> None:
+    """See that the data files and their directory are there.
 
-
-def _check_data(recipe: Recipe) -> None:
+    Raises:
+        UserError: naming what is missing and the step of the guide that makes it.
+    """
     basic = recipe.data.dataset_param.basic_parameters
     step = "download and convert the data first (step 3 of the guide), or correct the path"
     for field, files in (("dataset", basic.dataset_files), ("val_dataset", basic.val_dataset_files)):

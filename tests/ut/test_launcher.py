@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_mm.training.checkpoint.directory import commit_directory, write_tracker
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "examples/qwen3vl/finetune_qwen3vl_30B.sh"
 
@@ -25,13 +27,18 @@ def workplace(tmp_path):
             (root / "examples/qwen3vl" / source.name).write_bytes(source.read_bytes())
     model = root / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct"
     model.mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (model / name).write_text("{}")
-    release = root / "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/release"
-    release.mkdir(parents=True)
-    (release.parent / "latest_checkpointed_iteration.txt").write_text("release")
+    (model / "tokenizer.json").write_text("{}")
+    _write_config(model / "config.json")
+    converted = root / "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp"
+    converted.mkdir(parents=True)
+    with commit_directory(converted / "release", {}) as directory:
+        (directory / "__0_0.distcp").write_bytes(b"weights")
+    write_tracker(converted, "release")
     (root / "data").mkdir()
-    (root / "data/mllm_format_llava_instruct_data.json").write_text("[]")
+    (root / "data/picture.jpg").write_bytes(b"")
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}]
+    records = [{"images": ["picture.jpg"], "messages": messages}]
+    (root / "data/mllm_format_llava_instruct_data.json").write_text(json.dumps(records))
     bin_directory = tmp_path / "bin"
     bin_directory.mkdir()
     _script(bin_directory / "python", f'exec "{sys.executable}" "$@"\n')
@@ -41,6 +48,28 @@ def workplace(tmp_path):
         'env >"$TORCHRUN_WORDS.env"\n[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\nexit "${FAKE_STATUS:-0}"\n',
     )
     return root
+
+
+def _write_config(path, **text):
+    """The published geometry."""
+    config = {
+        "model_type": "qwen3_vl_moe", "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3,
+        "vision_end_token_id": 4,
+        "text_config": {
+            "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "head_dim": 128, "vocab_size": 151936, "intermediate_size": 6144, "hidden_act": "silu",
+            "rms_norm_eps": 1e-6, "rope_theta": 5e6, "rope_scaling": {"mrope_section": [24, 20, 20]},
+            "max_position_embeddings": 262144, "attention_bias": False, "initializer_range": 0.02,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **text,
+        },
+        "vision_config": {
+            "depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
+            "hidden_act": "gelu_pytorch_tanh", "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
+            "in_channels": 3, "num_position_embeddings": 2304, "out_hidden_size": 2048,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+    }
+    path.write_text(json.dumps(config))
 
 
 def _script(path, body):
@@ -120,9 +149,11 @@ def test_npu_variables_only_where_there_is_an_npu(workplace):
 @pytest.mark.parametrize(
     ("missing", "step"),
     [
-        ("ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/model.safetensors", "step 2"),
+        ("ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json", "step 2"),
+        ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/release/__0_0.distcp", "is damaged"),
         ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/latest_checkpointed_iteration.txt", "mm-convert"),
         ("data/mllm_format_llava_instruct_data.json", "step 3"),
+        ("data/picture.jpg", "record 0: image picture.jpg does not exist"),
         ("examples/qwen3vl/data_30B.json", "step 4"),
     ],
 )
@@ -135,6 +166,27 @@ def test_says_in_one_line_which_step_is_missing(workplace, missing, step):
     assert result.stdout == "" and result.words == []
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert step in result.stderr
+
+
+def test_what_contradicts_the_weights_stops_before_torchrun(workplace):
+    config = workplace / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json"
+    _write_config(config, num_hidden_layers=47)
+    result = _launch(workplace)
+    assert result.returncode == 2 and result.words == []
+    assert "text_decoder.num_layers 48 contradicts text_config.num_hidden_layers 47" in result.stderr
+    _write_config(config)
+    result = _launch(workplace, EP=3, NPUS_PER_NODE=3)
+    assert "expert_model_parallel_size 3 does not divide num_experts 128" in result.stderr
+
+
+def test_help(workplace):
+    result = _launch(workplace, "--help")
+    assert result.returncode == 0 and result.words == [] and "--micro-batch-size" in result.stdout
+
+
+def test_preflight_imports_no_torch():
+    script = "import sys\nimport mindspeed_mm.training.preflight\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_without_torchrun_it_names_the_installer(workplace):

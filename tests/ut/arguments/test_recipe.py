@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from mindspeed_mm.arguments import check_geometry, check_paths, load_recipe
-from mindspeed_mm.arguments.check import main
+from mindspeed_mm.arguments import check_data_files, check_geometry, check_weights, load_recipe
 from mindspeed_mm.errors import UserError
 
 
@@ -72,11 +71,6 @@ def _edit(place, name, section, **fields):
     (place / name).write_text(json.dumps(content))
 
 
-def test_a_complete_recipe_passes(place, capsys):
-    assert main(_words(place)) == 0
-    assert capsys.readouterr() == ("", "")
-
-
 def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert load_recipe(_words(place, "--micro-batch-size", "2")).args.global_batch_size == 8
@@ -89,36 +83,43 @@ def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
     ("missing", "message"),
     [
         ("hf/config.json", "init_from_hf_path .* no config.json; download the model first .step 2"),
-        ("hf/model-00001.safetensors", "no .*safetensors file; .*step 2"),
-        ("hf/tokenizer_config.json", "model_name_or_path .*no tokenizer files; .*step 2"),
-        ("dcp/latest_checkpointed_iteration.txt", "convert the weights first .step 2.*mm-convert Qwen3VLConverter"),
+        ("hf/tokenizer_config.json", "model_name_or_path .*no tokenizer.*; .*step 2"),
         ("b.json", r"b.json \(dataset in .*\) does not exist; .*step 3"),
     ],
 )
 def test_missing_parts_name_their_step(place, missing, message):
+    recipe = load_recipe(_words(place))
+    check_weights(recipe)
+    check_data_files(recipe)
     (place / missing).unlink()
     with pytest.raises(UserError, match=message) as caught:
-        check_paths(load_recipe(_words(place)))
+        check_weights(recipe)
+        check_data_files(recipe)
     assert "\n" not in str(caught.value)
 
 
-def test_more_paths(place, capsys):
-    (place / "dcp/latest_checkpointed_iteration.txt").write_text("10")
-    with pytest.raises(UserError, match="says '10', but .*iter_0000010 does not exist"):
-        check_paths(load_recipe(_words(place)))
-    (place / "dcp/iter_0000010").mkdir()
-    check_paths(load_recipe(_words(place)))
-    assert main(_words(place, "--load", str(place / "nowhere"))) == 2
-    assert "nowhere does not exist; convert the weights first" in capsys.readouterr().err
+def test_hf_weights_are_needed_only_without_a_checkpoint(place):
+    (place / "hf/model-00001.safetensors").unlink()
+    check_weights(load_recipe(_words(place)))
+    words = _words(place)
+    del words[words.index("--load") : words.index("--load") + 2]
+    with pytest.raises(UserError, match="no .*safetensors; .*step 2"):
+        check_weights(load_recipe(words))
+
+
+def test_data_directory(place):
     _edit(place, "data.json", "dataset_param.basic_parameters", dataset_dir=str(place / "gone"))
-    assert main(_words(place)) == 2
-    assert "dataset_dir" in capsys.readouterr().err
+    with pytest.raises(UserError, match="dataset_dir"):
+        check_data_files(load_recipe(_words(place)))
 
 
-def test_what_is_not_implemented_stops_the_check(place, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(_words(place, "--expert-model-parallel-size", "2")) == 2
-    assert "not implemented yet" in capsys.readouterr().err
+def test_what_is_not_implemented_is_told_after_what_could_never_work(place):
+    recipe = load_recipe(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
+    with pytest.raises(UserError, match="3 does not divide num_experts 128"):
+        recipe.check_geometry(Geometry())
+    recipe = load_recipe(_words(place, "--expert-model-parallel-size", "2"), world_size=2)
+    with pytest.raises(UserError, match="not implemented yet"):
+        recipe.check_geometry(Geometry())
 
 
 def test_geometry(place):
