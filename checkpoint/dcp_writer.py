@@ -1,0 +1,208 @@
+"""Writing a distributed checkpoint file by file, from tensors that are made on demand.
+
+torch's own writer wants the whole state dict in memory. The files are the same: each holds tensors saved by
+``torch.save`` one after another, and ``.metadata`` says where each piece of each tensor lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pickle
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # the record type of the format itself
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from checkpoint.hf_source import HFSource, ReadRange
+from checkpoint.safetensors_io import tensor_bytes
+from checkpoint.work import ByteBudget, Progress, split_rows
+from mindspeed_mm.models.weight_map import WeightRule
+from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
+
+PREFIX = "model."
+FILE_BYTES = 1 << 30
+"""Size at which a file is closed: what an interruption can cost, per worker."""
+_WRITE_BYTES = 16 << 20  # bytes between two looks at the progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows [first, last) of one mcore parameter, stored as one item."""
+
+    rule: WeightRule
+    first: int
+    last: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored item."""
+        return (self.last - self.first, *self.rule.target_shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored item."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass
+class Item:
+    """A stored piece: where it lies in its file, and the checksum of its values."""
+
+    target: str
+    first: int
+    rows: int
+    offset: int
+    length: int
+    crc: int
+
+
+@dataclasses.dataclass
+class FileRecord:
+    """What one finished file holds, and which source bytes went into it; kept in the journal as JSON."""
+
+    size: int
+    checksum: str
+    items: list[Item]
+    reads: list[ReadRange]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain dictionaries and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> FileRecord:
+        """Inverse of ``to_json``."""
+        items = [Item(**item) for item in content["items"]]
+        return cls(content["size"], content["checksum"], items, [ReadRange(**read) for read in content["reads"]])
+
+
+def plan_files(source: HFSource, dtype: torch.dtype | None, *, file_bytes: int | None = None) -> dict[str, list[Piece]]:
+    """Divide all parameters into pieces and the pieces into files, in the order of the weight map.
+
+    Args:
+        source: what is converted.
+        dtype: type to store, None for each tensor's own.
+        file_bytes: size at which a file is closed.
+    """
+    file_bytes = file_bytes or FILE_BYTES
+    files: list[list[Piece]] = [[]]
+    held = 0
+    for rule in source.rules:
+        stored = dtype or source.dtype_of(rule)
+        rows = rule.target_shape[0]
+        row_bytes = math.prod(rule.target_shape[1:]) * stored.itemsize
+        for first, last in split_rows(rows, row_bytes) if rule.row_wise else [(0, rows)]:
+            piece = Piece(rule, first, last, stored)
+            if held and held + piece.nbytes > file_bytes:
+                files.append([])
+                held = 0
+            files[-1].append(piece)
+            held += piece.nbytes
+    return {f"__0_{number}.distcp": pieces for number, pieces in enumerate(files)}
+
+
+def write_file(
+    path: Path, pieces: Sequence[Piece], source: HFSource, *, budget: ByteBudget, progress: Progress
+) -> FileRecord:
+    """Write one file of pieces, flush it to disk and return its record."""
+    items: list[Item] = []
+    reads: list[ReadRange] = []
+    with path.open("wb") as file:
+        stream = _CountingStream(file, progress)
+        for piece in pieces:
+            # Source and result are both held, and a change of type holds one more.
+            with budget.take(3 * piece.nbytes):
+                offset = stream.position
+                tensor, crc = _resolve(piece, source, reads)
+                torch.save(tensor, stream)
+                del tensor
+            length = stream.position - offset
+            items.append(Item(piece.rule.target, piece.first, piece.last - piece.first, offset, length, crc))
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(stream.position, format_checksum(stream.crc), items, reads)
+
+
+def _resolve(piece: Piece, source: HFSource, reads: list[ReadRange]) -> tuple[torch.Tensor, int]:
+    """The values of a piece and their checksum; the ranges read are appended to ``reads``."""
+    rows = (piece.first, piece.last) if piece.rule.row_wise else None
+    parts = [source.read(name, rows) for name, _ in piece.rule.sources]
+    reads.extend(read for _, read in parts)
+    tensor = piece.rule.to_mcore([part for part, _ in parts]).to(piece.dtype)
+    if piece.rule.is_copy and piece.dtype == parts[0][0].dtype:
+        return tensor, parts[0][1].crc
+    return tensor, zlib.crc32(tensor_bytes(tensor))
+
+
+class _CountingStream:
+    """A binary file for ``torch.save`` that keeps position and checksum, and advances the progress bar."""
+
+    def __init__(self, file: Any, progress: Progress) -> None:
+        self._file = file
+        self._progress = progress
+        self.position = 0
+        self.crc = 0
+
+    def write(self, data: Any) -> int:
+        """Write any buffer; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _WRITE_BYTES):
+            part = view[start : start + _WRITE_BYTES]
+            self._file.write(part)
+            self.crc = zlib.crc32(part, self.crc)
+            self._progress.advance(len(part))
+        self.position += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """The file is flushed once, when it is complete."""
+
+
+def write_metadata(path: Path, files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> None:
+    """Write ``.metadata``, from which torch.distributed.checkpoint finds every piece."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for file, pieces in files.items():
+        for piece, item in zip(pieces, records[file].items, strict=True):
+            name = PREFIX + piece.rule.target
+            entry = tensors.setdefault(
+                name,
+                TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(piece.rule.target_shape), []),
+            )
+            offsets = torch.Size([piece.first] + [0] * (len(piece.shape) - 1))
+            storage[MetadataIndex(name, offsets, len(entry.chunks))] = _StorageInfo(file, item.offset, item.length)
+            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.shape)))
+    # The default planner records how a nested state dict was flattened; ours is flat.
+    planner_data = {name: (name,) for name in tensors}
+    metadata = Metadata(tensors, planner_data=planner_data, storage_data=storage)
+    path.write_bytes(pickle.dumps(metadata, protocol=4))
+
+
+def tensor_facts(files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> dict[str, dict[str, Any]]:
+    """Shape, type and checksum of every parameter, for the manifest."""
+    crcs: dict[str, int] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for file, pieces in files.items():
+        for piece, item in zip(pieces, records[file].items, strict=True):
+            name = PREFIX + piece.rule.target
+            # Pieces of a tensor follow one another, so their checksums join to that of the whole.
+            crcs[name] = combine(crcs[name], item.crc, piece.nbytes) if name in crcs else item.crc
+            facts[name] = {
+                "shape": list(piece.rule.target_shape),
+                "dtype": str(piece.dtype).removeprefix("torch."),
+                "checksum": format_checksum(crcs[name]),
+            }
+    return facts

@@ -1,0 +1,165 @@
+"""Hugging Face directory -> distributed checkpoint: streaming, atomic, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.dcp_writer import FileRecord, Piece, plan_files, tensor_facts, write_file, write_metadata
+from checkpoint.hf_source import HFSource
+from checkpoint.journal import Journal
+from checkpoint.work import ByteBudget, Progress, check_disk_space, default_workers, format_bytes, run_parallel
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.weight_map import WEIGHT_MAP_VERSION
+from mindspeed_mm.training.checkpoint.directory import (
+    RELEASE,
+    finish_directory,
+    prepare_directory,
+    read_manifest,
+    write_tracker,
+)
+
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+_SPARE_BYTES = 16 << 20  # for metadata and manifest
+
+
+def hf_to_dcp(
+    hf_dir: str | Path,
+    dcp_dir: str | Path,
+    *,
+    expert_layout: str = "auto",
+    dtype: str = "keep",
+    workers: int | None = None,
+    overwrite: bool = False,
+    tie_weight: bool = False,
+) -> Path:
+    """Write ``dcp_dir/release`` and the tracker from a Hugging Face directory; returns the checkpoint's path.
+
+    Interrupted at any moment it leaves no ``release``; started again with the same source and options it keeps the
+    files that are finished.
+
+    Args:
+        hf_dir: with config.json and safetensors files.
+        dcp_dir: created if needed.
+        expert_layout: ``auto``, ``hub`` or ``v5``: how the experts lie in ``hf_dir``.
+        dtype: ``keep``, ``bf16`` or ``fp32``.
+        workers: threads; None for the number of cores, 8 at most.
+        overwrite: replace an existing ``release``.
+        tie_weight: insist that the model's embeddings are tied.
+
+    Raises:
+        UserError: if anything about source or target is not as it should be.
+    """
+    source = HFSource(hf_dir, expert_layout=expert_layout)
+    if tie_weight and not source.geometry.text.tie_word_embeddings:
+        raise UserError(
+            f"--tie_weight was given, but {source.directory / 'config.json'} has tie_word_embeddings false; "
+            "leave the option out, or correct the config"
+        )
+    root, target = Path(dcp_dir), Path(dcp_dir) / RELEASE
+    files = plan_files(source, DTYPES[dtype])
+    journal = Journal(target, _fingerprint(source, files))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dcp_dir {root} cannot be made: {error.strerror}") from error
+    if target.exists() and journal.same_plan() and _is_result_of(target, journal.plan):
+        # An earlier attempt ended between the rename and the tracker.
+        return _point_to(root, target, journal)
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; pass --overwrite to replace it, or name another --dcp_dir")
+    with journal.locked():
+        partial = prepare_directory(target, overwrite=overwrite, resume=True)
+        records = {name: FileRecord.from_json(record) for name, record in journal.resume().items()}
+        dropped_reads = source.check_dropped()
+        _write_files(partial, files, source, records, journal, workers or default_workers())
+        write_metadata(partial / ".metadata", files, records)
+        reads = [read for record in records.values() for read in record.reads] + dropped_reads
+        finish_directory(
+            partial,
+            target,
+            {
+                "kind": "converted",
+                "plan": journal.plan,
+                "weight_map_version": WEIGHT_MAP_VERSION,
+                "expert_layout": "hub",
+                "dtype": dtype,
+                "transformers_version": _installed_transformers(),
+                "source": {
+                    "expert_layout": source.layout,
+                    "transformers_version": source.transformers_version(),
+                    "files": source.file_facts(reads),
+                },
+                "geometry": dataclasses.asdict(source.geometry),
+                "tensors": tensor_facts(files, records),
+            },
+            overwrite=overwrite,
+            checksums={name: record.checksum for name, record in records.items()},
+        )
+        return _point_to(root, target, journal)
+
+
+def _write_files(
+    partial: Path,
+    files: dict[str, list[Piece]],
+    source: HFSource,
+    records: dict[str, FileRecord],
+    journal: Journal,
+    workers: int,
+) -> None:
+    """Write the files that have no record yet; adds theirs to ``records``."""
+    missing = [name for name in files if name not in records]
+    total = sum(piece.nbytes for name in missing for piece in files[name])
+    check_disk_space(partial, total + _SPARE_BYTES)
+    if records:
+        kept = sum(record.size for record in records.values())
+        print(f"resuming: {len(records)} of {len(files)} files ({format_bytes(kept)}) are already written and verified")
+    progress = Progress("hf_to_dcp", total)
+    budget = ByteBudget()
+
+    def write(name: str) -> None:
+        record = write_file(partial / name, files[name], source, budget=budget, progress=progress)
+        journal.add(name, record.to_json())
+        records[name] = record
+
+    try:
+        run_parallel([functools.partial(write, name) for name in missing], workers=workers, progress=progress)
+    except OSError as error:
+        reason = f"{partial} cannot be written: {error.strerror}"
+        raise UserError(f"{reason}; finished files are kept, run the command again") from error
+    finally:
+        progress.close()
+
+
+def _point_to(root: Path, target: Path, journal: Journal) -> Path:
+    write_tracker(root, RELEASE)
+    journal.remove()
+    return target
+
+
+def _fingerprint(source: HFSource, files: dict[str, list[Piece]]) -> str:
+    """Changes whenever the bytes of the result could."""
+    pieces = [
+        [name, [[p.rule.target, p.first, p.last, str(p.dtype)] for p in pieces]] for name, pieces in files.items()
+    ]
+    facts: list[Any] = [source.fingerprint(), source.layout, WEIGHT_MAP_VERSION, torch.__version__, pieces]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _is_result_of(target: Path, plan: str) -> bool:
+    try:
+        return read_manifest(target)["metadata"].get("plan") == plan
+    except UserError:
+        return False
+
+
+def _installed_transformers() -> str:
+    from importlib.metadata import version
+
+    return version("transformers")

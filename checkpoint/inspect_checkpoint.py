@@ -1,0 +1,114 @@
+"""A table of what a Hugging Face directory or a distributed checkpoint holds, read from headers only."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.dcp_reader import DcpReader
+from checkpoint.hf_source import LAYOUT_KEY, layout_by_shapes, read_headers
+from checkpoint.work import format_bytes
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.training.checkpoint.directory import TRACKER, read_tracker, resolve_checkpoint, verify_directory
+
+Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def inspect(directory: str | Path, *, every_tensor: bool = False) -> str:
+    """Describe a directory of either format as text.
+
+    Args:
+        directory: Hugging Face directory, checkpoint directory, or one with a tracker file.
+        every_tensor: one line for each tensor instead of one for each kind in all layers.
+
+    Raises:
+        UserError: if the directory is of neither format, or incomplete.
+    """
+    path = Path(directory)
+    if (path / TRACKER).is_file():
+        path = resolve_checkpoint(path)
+    if (path / ".metadata").is_file():
+        facts, entries = _describe_dcp(path)
+    elif (path / "config.json").is_file():
+        facts, entries = _describe_hf(path)
+    else:
+        raise UserError(f"{directory} is neither a Hugging Face directory nor a checkpoint; name one of them")
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries.values())
+    elements = sum(math.prod(shape) for shape, _ in entries.values())
+    facts["tensors"] = f"{len(entries)}, {elements:,} elements, {format_bytes(total)}"
+    width = max(len(key) for key in facts)
+    lines = [f"{key:<{width}}  {value}" for key, value in facts.items()]
+    return "\n".join([*lines, "", *_table(entries, every_tensor=every_tensor)])
+
+
+def _describe_hf(path: Path) -> tuple[dict[str, str], Entries]:
+    headers = read_headers(path)
+    geometry = Qwen3VLGeometry.from_pretrained(path)
+    entries = {n: (t.shape, t.dtype) for header in headers.values() for n, t in header.tensors.items()}
+    recorded = {header.metadata.get(LAYOUT_KEY) for header in headers.values()}
+    if geometry.text.num_experts == 0:
+        layout = "no experts"
+    elif recorded in ({"hub"}, {"v5"}):
+        layout = f"{recorded.pop()} (recorded)"
+    else:
+        decided = layout_by_shapes({name: shape for name, (shape, _) in entries.items()}, geometry)
+        layout = f"{decided} (by shapes)" if decided else "undecided: the shapes fit both, pass --expert-layout"
+    facts = {"directory": str(path), "format": f"Hugging Face, {len(headers)} weight files", "expert layout": layout}
+    return facts | _describe_geometry(geometry), entries
+
+
+def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
+    manifest = verify_directory(path)
+    metadata: dict[str, Any] = manifest["metadata"]
+    tracker = read_tracker(path.parent)
+    facts = {
+        "directory": str(path),
+        "format": f"distributed checkpoint, {len(manifest['files'])} files, sizes as recorded",
+        "kind": metadata.get("kind", "training"),
+        "tracker": "none" if tracker is None else str(tracker),
+        "expert layout": str(metadata.get("expert_layout", "hub")),
+    }
+    if metadata.get("kind") == "converted":
+        source = metadata["source"]
+        facts["made from"] = f"{len(source['files'])} files in {source['expert_layout']} layout"
+    geometry = metadata.get("geometry")
+    if isinstance(geometry, Mapping):
+        text = geometry.get("text", {})
+        facts["model"] = (
+            f"{geometry.get('model_type')}, {text.get('num_layers')} layers of width {text.get('hidden_size')}, "
+            f"{text.get('num_experts')} experts"
+        )
+    return facts, DcpReader(path).tensors
+
+
+def _describe_geometry(geometry: Qwen3VLGeometry) -> dict[str, str]:
+    text, vision = geometry.text, geometry.vision
+    experts = f", {text.num_experts} experts of {text.moe_intermediate_size}, {text.num_experts_per_token} per token"
+    return {
+        "model": f"{geometry.model_type}{', embeddings tied' if text.tie_word_embeddings else ''}",
+        "text": f"{text.num_layers} layers of width {text.hidden_size}, {text.num_heads} heads, "
+        f"{text.num_kv_heads} key/value heads of {text.head_dim}{experts if text.num_experts else ''}, "
+        f"vocabulary {text.vocab_size}",
+        "vision": f"{vision.depth} blocks of width {vision.hidden_size}, {vision.num_heads} heads, "
+        f"deepstack {list(vision.deepstack_visual_indexes)}",
+    }
+
+
+def _table(entries: Entries, *, every_tensor: bool) -> list[str]:
+    """Rows of name, shape, type and size; tensors that differ only in a layer number share one."""
+    groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = {}
+    for name, (shape, dtype) in entries.items():
+        pattern = name if every_tensor else re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        groups.setdefault((pattern, shape, dtype), []).append(name)
+    rows = [("tensor", "count", "shape", "type", "size")]
+    for (pattern, shape, dtype), names in groups.items():
+        size = format_bytes(len(names) * math.prod(shape) * dtype.itemsize)
+        rows.append((pattern, str(len(names)), str(list(shape)), str(dtype).removeprefix("torch."), size))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

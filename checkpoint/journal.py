@@ -1,0 +1,101 @@
+"""What an interrupted conversion has already written, so that the next one can keep it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint.checksum import file_checksum
+from mindspeed_mm.training.checkpoint.directory import partial_name, write_atomically
+
+_PLAN = "plan.json"
+
+
+class Journal:
+    """A hidden directory beside the target with the plan of a conversion and one record per finished file.
+
+    A record is written after its file is flushed to disk, so a file without a record counts for nothing. Records are
+    believed only for the same plan, and only after the file's checksum is found to be the recorded one.
+    """
+
+    def __init__(self, target: Path, plan: str) -> None:
+        """
+        Args:
+            target: the directory that is being made.
+            plan: fingerprint of everything that decides the bytes of the result.
+        """
+        self.plan = plan
+        self._partial = partial_name(target)
+        self._directory = target.with_name(f".{target.name}.journal")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the target for this process; the lock falls with the process, however it ends.
+
+        Raises:
+            UserError: if another process is writing the same target.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with (self._directory / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is writing {self._partial}; wait for it to end") from error
+            yield
+
+    def resume(self) -> dict[str, dict[str, Any]]:
+        """Records of the finished files of an earlier attempt at the same plan, by file name.
+
+        Files that are not finished, or whose checksum is another, are removed.
+        """
+        finished: dict[str, dict[str, Any]] = {}
+        if self._read(_PLAN) == {"plan": self.plan}:
+            for path in sorted(self._directory.glob("*.record")):
+                record = self._read(path.name)
+                name = path.name.removesuffix(".record")
+                if record is not None and self._intact(name, record):
+                    finished[name] = record
+        if not finished:
+            self.clear()
+        for path in self._partial.glob("*"):
+            if path.name not in finished:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._directory / _PLAN, json.dumps({"plan": self.plan}).encode())
+        return finished
+
+    def add(self, name: str, record: dict[str, Any]) -> None:
+        """Record a file that is complete and on disk; ``record`` has its ``size`` and ``checksum``."""
+        write_atomically(self._directory / f"{name}.record", json.dumps(record).encode())
+
+    def same_plan(self) -> bool:
+        """Whether the journal that is there is of this plan."""
+        return self._read(_PLAN) == {"plan": self.plan}
+
+    def clear(self) -> None:
+        """Forget everything but the lock."""
+        for path in self._directory.glob("*"):
+            if path.name != "lock":
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove the journal; the target is complete."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _intact(self, name: str, record: dict[str, Any]) -> bool:
+        path = self._partial / name
+        if not path.is_file() or path.stat().st_size != record.get("size"):
+            return False
+        return file_checksum(path) == record.get("checksum")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self._directory / name).read_text())
+        except (OSError, ValueError):
+            return None

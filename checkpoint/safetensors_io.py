@@ -1,0 +1,142 @@
+"""Ranged reading and sequential writing of safetensors files.
+
+The format: eight bytes little-endian header length, a JSON header with dtype, shape and byte range of each tensor, then
+the data. Reading by range instead of mapping whole files keeps the resident memory bounded and lets every fault of a
+file be named before any of it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that a weight may have; anything else (integers, 8-bit floats with scales) is no plain weight."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies in a file: ``nbytes`` bytes from the absolute offset ``start``."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself; ``length`` is where its data begin, in bytes."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    length: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        UserError: if the file is unreadable, truncated, longer than its header says, has tensors that do not fit their
+            byte ranges, overlap or leave gaps, or holds a type that no weight has.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+                raise UserError(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
+            content = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged header; download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has a damaged header; download it again")
+    metadata = content.pop("__metadata__", None) or {}
+    start = 8 + length
+    tensors = {name: _stored_tensor(path, name, entry, start) for name, entry in content.items()}
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda t: t.start):
+        if tensor.start != end:
+            raise UserError(f"{path}: the data of {tensor.name} overlap or leave a gap; download it again")
+        end += tensor.nbytes
+    if size != end:
+        kind = "truncated" if size < end else "too long"
+        raise UserError(f"{path} is {kind}: {size} bytes instead of {end}; download it again")
+    return Header(tensors, metadata, start)
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        code, shape = entry["dtype"], tuple(int(extent) for extent in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the header entry of {name} is damaged; download it again") from error
+    if code not in DTYPES:
+        raise UserError(
+            f"{path}: {name} has type {code}; weights must be one of {', '.join(DTYPES)} (take an unquantised release)"
+        )
+    dtype = DTYPES[code]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if begin < 0 or end - begin != nbytes:
+        raise UserError(f"{path}: {name} has {end - begin} bytes instead of {nbytes}; download it again")
+    return StoredTensor(name, path, dtype, shape, data_start + begin, nbytes)
+
+
+def build_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data of a file that holds ``tensors`` (name, dtype, shape) in this order."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers may map the data, which then must be aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_tensor(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Read a contiguous tensor from byte ``start`` of a file into memory of its own.
+
+    Raises:
+        UserError: if the file ends before that, or cannot be read.
+    """
+    buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    view = tensor_bytes(buffer)
+    done = 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], start + done)
+                if count == 0:
+                    raise UserError(f"{path} became shorter while it was read; is another process writing it?")
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return buffer.view(dtype).reshape(shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

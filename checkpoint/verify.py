@@ -1,0 +1,93 @@
+"""Comparing a distributed checkpoint with a Hugging Face directory, bit for bit and without a model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from checkpoint.dcp_reader import DcpReader
+from checkpoint.dcp_writer import PREFIX
+from checkpoint.hf_source import HFSource
+from checkpoint.safetensors_io import tensor_bytes
+from checkpoint.work import ByteBudget, Progress, default_workers, run_parallel, split_rows
+from mindspeed_mm.models.weight_map import WeightRule, mcore_shapes
+from mindspeed_mm.training.checkpoint.directory import TRACKER, resolve_checkpoint, verify_directory
+
+
+def verify(
+    dcp_dir: str | Path, hf_dir: str | Path, *, expert_layout: str = "auto", workers: int | None = None
+) -> list[str]:
+    """Compare all tensors; returns one line for each that differs, none when the two hold the same.
+
+    Where ``hf_to_dcp`` was told to change the type, the source is rounded in the same way before it is compared.
+
+    Args:
+        dcp_dir: a checkpoint directory, or one with a tracker file.
+        hf_dir: the Hugging Face directory to compare with.
+        expert_layout: how the experts lie in ``hf_dir``: ``auto``, ``hub`` or ``v5``.
+        workers: threads; None for the number of cores, 8 at most.
+
+    Raises:
+        UserError: if either side cannot be read or is incomplete.
+    """
+    dcp = Path(dcp_dir)
+    checkpoint = resolve_checkpoint(dcp) if (dcp / TRACKER).is_file() else dcp
+    manifest = verify_directory(checkpoint)
+    source = HFSource(hf_dir, expert_layout=expert_layout)
+    reader = DcpReader(checkpoint)
+    converted = manifest["metadata"].get("dtype", "keep") != "keep"
+
+    expected = {PREFIX + name: shape for name, shape in mcore_shapes(source.rules).items()}
+    found = {name: entry for name, entry in reader.tensors.items() if name.startswith(PREFIX)}
+    differing = [f"{name}: missing in {checkpoint}" for name in sorted(expected.keys() - found.keys())]
+    differing += [f"{name}: only in {checkpoint}" for name in sorted(found.keys() - expected.keys())]
+    comparable: list[WeightRule] = []
+    for rule in source.rules:
+        name = PREFIX + rule.target
+        if name not in found:
+            continue
+        shape, dtype = found[name]
+        if shape != rule.target_shape:
+            differing.append(f"{name}: {list(shape)} instead of {list(rule.target_shape)}")
+        elif dtype != source.dtype_of(rule) and not converted:
+            differing.append(f"{name}: {dtype} instead of {source.dtype_of(rule)}")
+        else:
+            comparable.append(rule)
+    return differing + _compare_all(comparable, reader, source, workers or default_workers())
+
+
+def _compare_all(rules: Sequence[WeightRule], reader: DcpReader, source: HFSource, workers: int) -> list[str]:
+    sizes = [math.prod(rule.target_shape) * reader.tensors[PREFIX + rule.target][1].itemsize for rule in rules]
+    progress = Progress("verify", sum(sizes))
+    budget = ByteBudget()
+    jobs = [functools.partial(_compare, rule, reader, source, budget, progress) for rule in rules]
+    try:
+        return [line for lines in run_parallel(jobs, workers=workers, progress=progress) for line in lines]
+    finally:
+        progress.close()
+
+
+def _compare(
+    rule: WeightRule, reader: DcpReader, source: HFSource, budget: ByteBudget, progress: Progress
+) -> list[str]:
+    """Names of the Hugging Face tensors of one rule whose values are others in the checkpoint."""
+    name = PREFIX + rule.target
+    shape, dtype = reader.tensors[name]
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    elements: dict[str, int] = {}
+    for first, last in split_rows(shape[0], row_bytes) if rule.row_wise else [(0, shape[0])]:
+        rows = (first, last) if rule.row_wise else None
+        with budget.take(3 * (last - first) * row_bytes):
+            stored = rule.to_hf(reader.read(name, (first, last)))
+            for (hf_name, _), ours in zip(rule.sources, stored, strict=True):
+                theirs = source.read(hf_name, rows)[0].to(dtype)
+                if tensor_bytes(ours) != tensor_bytes(theirs):
+                    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+                    count = int((ours.view(bits) != theirs.view(bits)).sum())
+                    elements[hf_name] = elements.get(hf_name, 0) + count
+        progress.advance((last - first) * row_bytes)
+    return [f"{hf_name} ({name}): {count} elements differ" for hf_name, count in elements.items()]

@@ -1,0 +1,162 @@
+"""Running the parts of a conversion in parallel, in bounded memory, with a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+from mindspeed_mm.errors import UserError
+
+T = TypeVar("T")
+
+PIECE_BYTES = 64 << 20
+"""Large tensors move in pieces of about this size."""
+BUDGET_BYTES = 640 << 20
+"""Bytes that all workers together hold, unless one indivisible tensor needs more."""
+
+
+def default_workers() -> int:
+    """Threads to use when the user names no number."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+class ByteBudget:
+    """Keeps the bytes that threads hold at one time below a limit.
+
+    A request above the limit is served alone, so that one tensor larger than the limit still goes through.
+    """
+
+    def __init__(self, limit: int = BUDGET_BYTES) -> None:
+        self._limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, nbytes: int) -> Iterator[None]:
+        """Wait until ``nbytes`` more fit, and hold them within the block."""
+        nbytes = min(nbytes, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._held + nbytes <= self._limit)
+            self._held += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= nbytes
+                self._changed.notify_all()
+
+
+class Stop(Exception):
+    """Another part of the work failed; this one ends early."""
+
+
+class Progress:
+    """A bar of bytes and rate on a terminal; the same as one line at the end elsewhere."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._title, self._total, self._done = title, total, 0
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._bar = tqdm(
+            total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=None, file=sys.stderr
+        )
+        self.stopped = False
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes that are written.
+
+        Raises:
+            Stop: if another thread failed.
+        """
+        if self.stopped:
+            raise Stop
+        with self._lock:
+            # The files' own overhead is not counted.
+            self._bar.update(min(nbytes, self._total - self._done))
+            self._done = min(self._done + nbytes, self._total)
+
+    def close(self) -> None:
+        """End the bar and print the totals."""
+        self._bar.close()
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        print(f"{self._title}: {format_bytes(self._total)} in {seconds:.1f} s, {format_bytes(self._total / seconds)}/s")
+
+
+def run_parallel(jobs: Sequence[Callable[[], T]], *, workers: int, progress: Progress) -> list[T]:
+    """Run all jobs on ``workers`` threads; results in the order of the jobs.
+
+    The first failure stops the others at their next write and is raised.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            progress.stopped = True
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        failures = [error for future in done if (error := future.exception()) is not None]
+        if failures:
+            progress.stopped = True
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise next((error for error in failures if not isinstance(error, Stop)), failures[0])
+        return [future.result() for future in futures]
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people: 1234567 -> ``1.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def listed(kind: str, names: Sequence[str]) -> list[str]:
+    """``3 tensors missing: a, b, c`` with at most three of the names; nothing when there is none."""
+    if not names:
+        return []
+    more = ", ..." if len(names) > 3 else ""
+    return [f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {kind}: {', '.join(names[:3])}{more}"]
+
+
+def split_rows(rows: int, row_bytes: int, *, piece_bytes: int = PIECE_BYTES) -> list[tuple[int, int]]:
+    """Cut ``rows`` rows of ``row_bytes`` bytes into ranges [a, b) of about ``piece_bytes``.
+
+    Where a divisor of ``rows`` is near the wanted number it is taken, so that experts are cut at powers of two and a
+    shard of an expert-parallel rank is made of whole pieces.
+    """
+    fitting = max(1, piece_bytes // max(1, row_bytes))
+    if fitting >= rows:
+        return [(0, rows)]
+    step = next((n for n in range(fitting, fitting // 2, -1) if rows % n == 0), fitting)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def check_disk_space(directory: Path, needed: int) -> None:
+    """Refuse to start where the result does not fit.
+
+    Args:
+        directory: an existing directory on the disk to be written.
+        needed: bytes still to be written.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    import shutil
+
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory} has {format_bytes(free)} free and the result needs {format_bytes(needed)}; "
+            "make room or name another disk"
+        )
