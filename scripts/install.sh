@@ -20,7 +20,7 @@ usage: bash scripts/install.sh [--arch x86|arm] [options]
 
   --arch x86|arm       processor of this machine; a wrong one is corrected, except in the plan of --dry-run
   --msid COMMIT        commit of MindSpeed, on NPUs (default: the guide's d76dbddd)
-  --torchversion V     torch 2.7.1 to 2.13 (default: 2.7.1 on NPUs, else 2.13.0)
+  --torchversion V     torch 2.7.1 to 2.13 (default: the one that is there, else 2.7.1 on NPUs, 2.13.0)
   --device DEVICE      auto, npu, cuda or cpu (default: auto)
   --venv DIR           virtual environment to create or reuse (default: the active one, else .venv)
   --python PYTHON      interpreter for a new environment (default: python3.11, python3.10 or python3)
@@ -36,9 +36,9 @@ USAGE
 
 note() { printf 'note: %s\n' "$*"; }
 
-# fail STATUS MESSAGE: 2 for a wrong option, 1 for a machine that cannot be installed on.
+# fail STATUS WORD...: 2 for a wrong option, 1 for a machine that cannot be installed on.
 fail() {
-    printf 'error: %s\n' "$2" >&2
+    printf 'error: %s\n' "${*:2}" >&2
     exit "$1"
 }
 
@@ -88,16 +88,26 @@ choose_arch() {
     [[ $ARCH == x86 || $ARCH == arm ]] || fail 1 "this machine is $ARCH; there are wheels for x86 and arm only"
 }
 
+# installed NAME: the version in an existing environment without its build tag (2.13.0+cpu gives 2.13.0), or nothing.
+installed() {
+    [[ -z $BASE_PYTHON ]] || return 0
+    "$PY" scripts/check_install.py report "$1" | sed -E 's/^ *[^ ]+ ([^+]+).*/\1/'
+}
+
 # Sets DEVICE, TORCH, TORCH_NPU and MSID.
 choose_versions() {
-    local minor=0 micro=0
+    local minor=0 micro=0 present
     [[ $DEVICE != auto ]] || DEVICE=$(detect_device)
+    present=$(installed torch)
     if [[ -n $TORCH ]]; then
         [[ $TORCH =~ ^2\.([0-9]+)(\.([0-9]+))?$ ]] || fail 2 "--torchversion is $TORCH; choose 2.7.1 to 2.13.0"
         minor=${BASH_REMATCH[1]} micro=${BASH_REMATCH[3]:-0}
         TORCH=2.$minor.$micro
         ((minor >= 7 && minor <= 13 && !(minor == 7 && micro == 0))) ||
             fail 2 "--torchversion is $TORCH; choose 2.7.1 to 2.13.0"
+    elif [[ $present =~ ^2\.(7\.[1-9]|[89]\.|1[0-3]\.) ]] &&
+        [[ $DEVICE != npu || $(installed torch-npu) == "$present"* ]]; then
+        TORCH=$present # as an earlier run was told, or the user's own
     elif [[ $DEVICE == npu ]]; then
         TORCH=2.7.1
     else
@@ -106,10 +116,12 @@ choose_versions() {
     TORCH_NPU=${TORCH_NPU_VERSION:-$TORCH}
     if [[ $DEVICE == npu ]]; then
         # only these have a torch_npu
-        [[ $TORCH =~ ^2\.(7\.1|8\.0|9\.0|9\.1|10\.0|11\.0|12\.0|13\.0)$ ]] || fail 2 \
-            "--torchversion is $TORCH, which has no torch_npu; choose 2.7.1, 2.8.0, 2.9.0, 2.10.0, 2.11.0, 2.12.0 or 2.13.0"
+        [[ $TORCH =~ ^2\.(7\.1|8\.0|9\.0|9\.1|10\.0|11\.0|12\.0|13\.0)$ ]] ||
+            fail 2 "--torchversion is $TORCH, which has no torch_npu;" \
+                "choose 2.7.1, 2.8.0, 2.9.0, 2.10.0, 2.11.0, 2.12.0 or 2.13.0"
         [[ $TORCH_NPU == "$TORCH" || $TORCH_NPU == "$TORCH".post* ]] ||
-            fail 2 "TORCH_NPU_VERSION is $TORCH_NPU, which does not belong to torch $TORCH; choose $TORCH or $TORCH.postN"
+            fail 2 "TORCH_NPU_VERSION is $TORCH_NPU, which does not belong to torch $TORCH;" \
+                "choose $TORCH or $TORCH.postN"
     elif [[ -n $MSID ]]; then
         note "--msid has no effect on $DEVICE: MindSpeed serves NPUs only"
     fi
@@ -125,19 +137,24 @@ choose_environment() {
     BASE_PYTHON=''
     if [[ $FOREIGN == 0 ]] && PY_VERSION=$(python_version "$PY"); then
         if [[ -n $PYTHON && $(python_version "$PYTHON") != "$PY_VERSION" ]]; then
-            fail 2 "$ENV_DIR exists with Python $PY_VERSION, and --python is $PYTHON; name another directory with --venv"
+            fail 2 "$ENV_DIR exists with Python $PY_VERSION, and --python is $PYTHON;" \
+                "name another directory with --venv"
         fi
     else
         if [[ -d $ENV_DIR && ! -e $ENV_DIR/pyvenv.cfg && -n $(ls -A "$ENV_DIR") ]]; then
             fail 2 "$ENV_DIR is a directory with other content; name another with --venv"
         fi
         BASE_PYTHON=${PYTHON:-$(find_python)}
-        [[ -n $BASE_PYTHON ]] || fail 1 "found no Python 3.10 or 3.11 that can make a virtual environment; install one (with its venv module) or name it with --python"
+        [[ -n $BASE_PYTHON ]] || fail 1 "found no Python 3.10 or 3.11 that can make a virtual environment;" \
+            "install one (with its venv module) or name it with --python"
         PY_VERSION=$(python_version "$BASE_PYTHON") || fail 2 "--python is $BASE_PYTHON, which does not run"
     fi
-    python_is_supported "$PY_VERSION" || fail 2 "Python is $PY_VERSION in ${BASE_PYTHON:-$ENV_DIR}; this project needs 3.10 or 3.11, name one with --python${BASE_PYTHON:- and a new directory with --venv}"
+    python_is_supported "$PY_VERSION" ||
+        fail 2 "Python is $PY_VERSION in ${BASE_PYTHON:-$ENV_DIR}; this project needs 3.10 or 3.11:" \
+            "name one with --python, and a new directory with --venv"
     if [[ ! $PY_VERSION =~ ^3\.1[01]\. ]]; then
-        note "megatron-core $MEGATRON_VERSION has no wheel for Python $PY_VERSION and is built from source, which needs a C++ compiler; 3.10 and 3.11 need none"
+        note "megatron-core $MEGATRON_VERSION has no wheel for Python $PY_VERSION and is built from source," \
+            "which needs a C++ compiler; 3.10 and 3.11 need none"
     fi
 }
 
@@ -148,7 +165,7 @@ find_missing() {
         'requirements=@examples/qwen3vl/requirements.txt' "mindspeed-mm=editable:mindspeed-mm:$PWD")
     if [[ $DEVICE == npu ]]; then
         # any torch_npu of this torch will do, unless one was asked for: it has to match the machine's CANN
-        wants+=("torch=torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}"
+        wants+=("torch-npu=torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}"
             'requirements=@requirements-npu.txt' "MindSpeed=checkout:$MINDSPEED_DIR:$MSID"
             "MindSpeed=linked:mindspeed:$MINDSPEED_DIR")
     fi
@@ -184,11 +201,10 @@ add_pip() {
 build_plan() {
     STEP_COMPONENT=() STEP_KIND=() STEP_COMMAND=()
     CONSTRAINTS=$ENV_DIR/install-constraints.txt
-    local pins=("torch==$TORCH" "megatron-core==$MEGATRON_VERSION") torch_packages=("torch==$TORCH")
+    local pins=("torch==$TORCH" "megatron-core==$MEGATRON_VERSION")
     local requirements=(-r requirements.txt -r examples/qwen3vl/requirements.txt)
     if [[ $DEVICE == npu ]]; then
         pins+=("torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}" 'numpy<2') # MindSpeed needs numpy 1
-        torch_packages+=("torch-npu==$TORCH_NPU")
         requirements+=(-r requirements-npu.txt)
     fi
     [[ -n $MISSING ]] || return
@@ -201,12 +217,14 @@ build_plan() {
     printf -v pin_words '%q ' "${pins[@]}"
     add_step environment local "printf '%s\\n' $pin_words> $(printf %q "$CONSTRAINTS")"
     is_missing 'build tools' && add_pip 'build tools' 'setuptools>=77'
-    is_missing torch && add_pip torch "${torch_packages[@]}"
+    is_missing torch && add_pip torch "torch==$TORCH"
     is_missing requirements && add_pip requirements "${requirements[@]}"
     is_missing 'dev tools' && add_pip 'dev tools' -r requirements-dev.txt
     # without its dependencies: one of them replaces torch, and what is used of megatron-core needs none of the others;
     # after the rest, because pip lists as errors what an installed megatron-core lacks
     is_missing megatron-core && add_pip megatron-core --no-deps "megatron-core==$MEGATRON_VERSION"
+    # without its dependency: its x86 wheel names the build torch==V+cpu, which not every package index holds
+    is_missing torch-npu && add_pip torch-npu --no-deps "torch-npu==$TORCH_NPU"
     is_missing MindSpeed && plan_mindspeed
     is_missing mindspeed-mm && add_pip mindspeed-mm --no-deps --no-build-isolation --editable .
     return 0
@@ -303,12 +321,13 @@ report() {
 main() {
     parse_options "$@"
     choose_arch
-    choose_versions
     choose_environment
+    choose_versions
     find_missing
     build_plan
     if is_missing torch && [[ $DEVICE != cuda ]]; then
-        note "pip takes torch from where it is configured to look; a build for CUDA is several GB larger than one for CPUs"
+        note "pip takes torch from where it is configured to look; the CPU build serves here," \
+            "and a CUDA build is several GB larger"
     fi
     if ((DRY_RUN)); then
         print_plan

@@ -25,7 +25,7 @@ case "$*" in
         echo $count >"$STUB_LOG.count"
         ((count > ${{STUB_FAILURES:-0}})) ;;
     scripts/check_install.py*)
-        [[ $2 == missing ]] || exit 0
+        [[ $2 == missing ]] || {{ [[ $3 != torch || -z ${{STUB_TORCH:-}} ]] || echo "  torch $STUB_TORCH"; exit 0; }}
         # everything is missing until pip has installed this package
         grep -q -- --editable "$STUB_LOG" 2>/dev/null || printf '%s\\tis missing\\n' torch megatron-core mindspeed-mm ;;
 esac
@@ -79,7 +79,7 @@ def test_plan_for_every_machine(install, arch, device, python, tmp_path):
     assert f"install-constraints.txt torch=={torch}" in plan
     for line in plan.splitlines():
         assert "pip install" not in line or f"--constraint {tmp_path}/env/install-constraints.txt" in line
-    assert ("torch-npu==2.7.1\n" in plan) == (device == "npu")
+    assert ("--no-deps torch-npu==2.7.1\n" in plan) == (device == "npu")
     assert ("checkout --quiet --detach d76dbddd4517d48a2fc1cd494de8b9a6cfdbfbab" in plan) == (device == "npu")
     assert not (tmp_path / "env").exists() and not (tmp_path / "log").exists()
 
@@ -145,9 +145,26 @@ def test_help_names_every_option(install):
 def test_torch_version_and_commit_reach_the_plan(install):
     commit = "0123456789abcdef0123456789abcdef01234567"
     plan = install("--device", "npu", "--torchversion", "2.13", "--msid", commit, "--venv", "env", "--dry-run").stdout
-    assert "torch==2.13.0 torch-npu==2.13.0" in plan and f"--detach {commit}" in plan
+    assert " torch==2.13.0\n" in plan and "--no-deps torch-npu==2.13.0\n" in plan and f"--detach {commit}" in plan
     plan = install("--device", "npu", "--venv", "env", "--dry-run", TORCH_NPU_VERSION="2.7.1.post2").stdout
-    assert "torch==2.7.1 torch-npu==2.7.1.post2" in plan
+    assert "--no-deps torch-npu==2.7.1.post2\n" in plan
+
+
+@pytest.mark.parametrize(
+    ("device", "present", "options", "wanted"),
+    [
+        ("cpu", "2.7.1+cpu", (), "2.7.1"),
+        ("cuda", "2.11.0+cu126", (), "2.11.0"),
+        ("cpu", "2.7.1", ("--torchversion", "2.9.0"), "2.9.0"),
+        ("cpu", "2.7.0", (), "2.13.0"),
+        ("cpu", "2.14.0", (), "2.13.0"),
+        ("npu", "2.13.0+cpu", (), "2.7.1"),  # without its torch_npu it was not put there for an NPU
+    ],
+)
+def test_torch_that_serves_is_kept(install, tmp_path, device, present, options, wanted):
+    directory = environment_with(PYTHON_STUB.format(version="3.11.9"), tmp_path / "env")
+    plan = install("--device", device, "--venv", str(directory), "--dry-run", *options, STUB_TORCH=present).stdout
+    assert f", torch {wanted}, " in plan
 
 
 def test_other_arch_is_planned_but_not_installed(install, tmp_path):
@@ -195,7 +212,7 @@ def test_unreachable_mindspeed_does_not_stop_the_rest(install, tmp_path):
     assert result.returncode == 1 and "error: MindSpeed failed" in result.stderr
     assert "Not installed:\n  MindSpeed: no" in result.stdout
     log = (tmp_path / "log").read_text()
-    assert "--editable ." in log and "torch==2.7.1 torch-npu==2.7.1" in log
+    assert "--editable ." in log and " torch==2.7.1\n" in log
     assert "\n$ git clone" in result.stdout and "\n$ git -C" not in result.stdout
 
 
