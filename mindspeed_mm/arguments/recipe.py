@@ -67,11 +67,13 @@ class Recipe:
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
         sentences = describe_ignored(self.args)
         for path, config in files:
-            by_reason: dict[str, list[str]] = {}
+            groups: dict[tuple[str, str], list[str]] = {}
             for use in walk(config):
                 if use.role == NO_EFFECT and use.given:
-                    by_reason.setdefault(str(use.info.description), []).append(use.path)
-            sentences += [f"{path}: {', '.join(fields)}: {reason}" for reason, fields in by_reason.items()]
+                    parent, _, name = use.path.rpartition(".")
+                    groups.setdefault((parent, str(use.info.description)), []).append(name)
+            for (parent, reason), names in groups.items():
+                sentences.append(f"{path}, {f'in {parent}, ' if parent else ''}{', '.join(names)}: {reason}")
         return [f"accepted without effect: {sentence}" for sentence in sentences]
 
     def checkpoint_metadata(self) -> dict[str, Any]:
