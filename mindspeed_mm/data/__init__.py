@@ -16,7 +16,7 @@ _HOME = {
     "collate": "collator",
     "ChatDataset": "dataset",
     "build_datasets": "dataset",
-    "PixelNorm": "images",
+    "PixelNorm": "batch",
     "read_image_settings": "images",
     "BatchLoader": "loader",
     "TrainLoader": "loader",

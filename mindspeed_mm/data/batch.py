@@ -6,8 +6,10 @@ Shapes: T tokens and B samples of the micro-batch, S supervised tokens, N vision
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,25 @@ class _TensorFields:
         return self._apply(lambda value: value.pin_memory())
 
 
+@dataclasses.dataclass(frozen=True)
+class PixelNorm:
+    """How uint8 pixel values become the model's input, per channel: ``(x * rescale_factor - mean) / std``."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+
+    def table(self) -> np.ndarray:
+        """The normalised value of each possible pixel value: float32 [3, 256].
+
+        The reference multiplies by the factor in float64 and rounds to float32 before it goes on. For the factor
+        1/255 a float32 division by 255 gives the same values; a float32 product with 1/255 does not.
+        """
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
+        return (scaled - mean) / std
+
+
 @dataclasses.dataclass
 class VisionBatch(_TensorFields):
     """Images and videos of one micro-batch, in the order of their placeholders in the packed sequence.
@@ -47,7 +68,8 @@ class VisionBatch(_TensorFields):
         position_ids: int64 [2, N], row and column of each patch, for the 2-D rotary embedding.
         interp_index: int64 [4, N], rows of the learned position table to gather for each patch.
         interp_weight: float32 [4, N], their bilinear weights.
-        placeholder_index: int64 [N / merge_unit], the packed position that each merged patch replaces; empty in a dummy.
+        placeholder_index: int64 [N / merge_unit], the packed position that each merged patch replaces; empty in a
+            dummy.
         grid_thw: temporal slices, rows and columns of patches of each image or video.
         is_dummy: whether this is one merge block of zeros that stands for "no picture in this micro-batch".
     """

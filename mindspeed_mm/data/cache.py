@@ -10,8 +10,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from mindspeed_mm.errors import UserError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -72,7 +72,9 @@ def collate(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> Batch:
     input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64, copy=False)
     boundaries = np.cumsum([0] + [len(sample.input_ids) for sample in samples]).tolist()
     targets = [np.flatnonzero(sample.supervised[1:]) for sample in samples]
-    label_index = np.concatenate([target + start for target, start in zip(targets, boundaries)]).astype(np.int64)
+    starts = boundaries[:-1]
+    label_index = np.concatenate([target + start for target, start in zip(targets, starts, strict=True)])
+    label_index = label_index.astype(np.int64, copy=False)
     counts = [len(target) for target in targets]
     return Batch(
         input_ids=torch.from_numpy(input_ids),

@@ -41,11 +41,11 @@ class ChatDataset:
         """
         row = self._rows[int(index)]
         supervised = np.zeros(len(row["input_ids"]), dtype=bool)
-        for start, end in zip(row["spans"][::2], row["spans"][1::2]):
+        for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             supervised[start:end] = True
         grids = np.array(row["grids"], dtype=np.int64).reshape(-1, 3).tolist()
         try:
-            pictures = tuple(self._picture(path, tuple(grid)) for path, grid in zip(row["images"], grids))
+            pictures = tuple(self._picture(path, tuple(grid)) for path, grid in zip(row["images"], grids, strict=True))
         except UserError as error:
             raise UserError(f"{self.describe(index)}: {error}") from error
         return Sample(np.array(row["input_ids"], dtype=np.int64), supervised, pictures, int(index))

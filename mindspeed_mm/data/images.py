@@ -9,37 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
 
 _MAX_ASPECT_RATIO = 200
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-
-
-@dataclasses.dataclass(frozen=True)
-class PixelNorm:
-    """How uint8 pixel values become the model's input, per channel: ``(x * rescale_factor - mean) / std``."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale_factor: float
-
-    def table(self) -> np.ndarray:
-        """The normalised value of each possible pixel value: float32 [3, 256].
-
-        The reference multiplies by the factor in float64 and rounds to float32 before it goes on. For the factor
-        1/255 a float32 division by 255 gives the same values; a float32 product with 1/255 does not.
-        """
-        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
-        return (scaled - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from typing import TYPE_CHECKING, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch

@@ -6,8 +6,8 @@ order. Cached arrays are shared between callers and therefore read-only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def token_positions(is_placeholder: np.ndarray, grids: Sequence[GridTHW], merge:
     # Outside the runs a position is the token's index minus what the runs before it did not use up.
     positions = np.broadcast_to(np.arange(len(is_placeholder), dtype=np.int64), (3, len(is_placeholder))).copy()
     surplus = 0
-    for start, end, (rows, cols) in zip(starts.tolist(), ends.tolist(), sizes):
+    for start, end, (rows, cols) in zip(starts.tolist(), ends.tolist(), sizes, strict=True):
         positions[:, start:end] = _merged_offsets(rows, cols) + (start - surplus)
         surplus += rows * cols - max(rows, cols)
         positions[:, end:] = np.arange(end, len(is_placeholder)) - surplus

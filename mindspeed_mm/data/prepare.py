@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -124,7 +125,9 @@ def load_tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
     except Exception as error:  # transformers raises many types for files that it cannot read
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no tokenizer can be loaded from {directory}: {reason}; download its small files again") from error
+        raise UserError(
+            f"no tokenizer can be loaded from {directory}: {reason}; download its small files again"
+        ) from error
 
 
 def _build(source: Source, directory: Path) -> None:
@@ -227,12 +230,13 @@ class _Encoder:
     seq_length: int
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        rows = [self._encode(*row) for row in zip(*(batch[name] for name in ("roles", "texts", "images", "where")))]
+        columns = [batch[name] for name in ("roles", "texts", "images", "where")]
+        rows = [self._encode(*row) for row in zip(*columns, strict=True)]
         encoded = {name: [row[name] for row in rows] for name in rows[0]}
         return {**encoded, "record": list(batch["record"])}
 
     def _encode(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
-        messages = [Message(role, text) for role, text in zip(roles, texts)]
+        messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
         try:
             grids = [image_grid(path, self.images) for path in images]
         except UserError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.data.template import IMAGE_TAG, Message, Role, check_order, count_pictures, tool_call_text
 from mindspeed_mm.errors import UserError
@@ -53,7 +54,8 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     rows = _parse_json(content, str(path))
     if not isinstance(rows, list):
         raise UserError(
-            f"{path} holds {_kind(rows)}, not a list of records; make it anew (step 3 of the guide) or name another file"
+            f"{path} holds {_kind(rows)}, not a list of records; make it anew (step 3 of the guide) or name another "
+            "file"
         )
     return rows[:limit]
 

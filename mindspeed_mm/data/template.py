@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from typing import Any, Literal, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 
@@ -96,7 +98,7 @@ def check_order(messages: Sequence[Message]) -> str | None:
         return "the conversation is empty"
     if turns[0].role != "user":
         return f"the conversation starts with the role {turns[0].role}, not with a question"
-    for place, (before, after) in enumerate(zip(turns, turns[1:]), start=first):
+    for place, (before, after) in enumerate(pairwise(turns), start=first):
         if after.role == "system":
             return "a system message comes after the first message"
         if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
@@ -286,7 +288,7 @@ class ChatTemplate:
         if given not in self._prefixes:
             self._prefixes[given] = self._encode(given)
         prefix = self._prefixes[given]
-        for place, (token, expected) in enumerate(zip(tokens, prefix)):
+        for place, (token, expected) in enumerate(zip(tokens, prefix, strict=False)):
             if token != expected:
                 return tokens, place + 1
         return tokens, len(prefix)

@@ -54,7 +54,7 @@ def _check_file(path: str, limit: int | None, finder: MediaFinder, attr: object)
         index, image = missing[0]
         more = f" (and {len(missing) - 1} more images)" if len(missing) > 1 else ""
         raise UserError(
-            f"{path}, record {index}: image {image} does not exist{more}; put the pictures there (step 3 of the guide), "
-            "correct basic_parameters.dataset_dir, or convert the data anew to leave such records out"
+            f"{path}, record {index}: image {image} does not exist{more}; put the pictures there (step 3 of the "
+            "guide), correct basic_parameters.dataset_dir, or convert the data anew to leave such records out"
         )
     return len(rows)

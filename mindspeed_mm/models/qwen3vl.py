@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
 from mindspeed_mm.backend.megatron import prepare_megatron
-from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.batch import Batch, PixelNorm
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.specs import (
@@ -25,9 +24,6 @@ from mindspeed_mm.models.specs import (
 )
 from mindspeed_mm.models.text import TextDecoder, recompute_layer
 from mindspeed_mm.models.vision import ImageEncoder, VisionEncoder, VisionProjector
-
-if TYPE_CHECKING:
-    from mindspeed_mm.data.images import PixelNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

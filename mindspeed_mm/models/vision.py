@@ -5,7 +5,7 @@ Legend: N patches of all pictures of a micro-batch, H vision width, M = N / 4 me
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.attention import Segments
-from mindspeed_mm.data.batch import VisionBatch
+from mindspeed_mm.data.batch import PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
 from mindspeed_mm.models.rotary import VisionRotary
 from mindspeed_mm.models.slots import LayerNorm, PackedSequence
-
-if TYPE_CHECKING:
-    from mindspeed_mm.data.images import PixelNorm
 
 
 class PixelNormalisation(nn.Module):

@@ -16,6 +16,7 @@ def tiny_geometry(
     return Qwen3VLGeometry.from_config(
         {
             "model_type": "qwen3_vl_moe",
+            "tie_word_embeddings": False,
             "image_token_id": image_token_id,
             "video_token_id": video_token_id,
             "vision_start_token_id": vision_start_token_id,
@@ -23,7 +24,7 @@ def tiny_geometry(
             "text_config": {
                 "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "head_dim": 16, "vocab_size": 512, "intermediate_size": 80, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-                "rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 2, 2]}, "max_position_embeddings": 4096,
+                "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2]}, "max_position_embeddings": 4096,
                 "attention_bias": False, "initializer_range": 0.02, "num_experts": 8, "num_experts_per_tok": 2,
                 "moe_intermediate_size": 20,
             },

@@ -82,7 +82,7 @@ def test_workers_change_nothing_and_resume_is_exact(root: Path) -> None:
     assert alone.samples_per_epoch == 8 and len(alone.dataset) == 10
     workers = take(build_train_loader(config, **loader_options(root, global_batch_size=4, num_workers=2)), 9)
     resumed = take(build_train_loader(config, **loader_options(root, global_batch_size=4, consumed_samples=12)), 3)
-    for ours, theirs in [*zip(batches, workers), *zip(batches[6:], resumed)]:
+    for ours, theirs in [*zip(batches, workers, strict=True), *zip(batches[6:], resumed, strict=False)]:
         assert ours.sample_ids == theirs.sample_ids
         assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.vision.pixels, theirs.vision.pixels)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -100,7 +100,7 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
         ]
         assert len({len(batches) for batches in ranks}) == 1
         supervised = [index for batches in ranks for batch in batches for index, count
-                      in zip(batch.sample_ids, batch.supervised_per_sample) if count]
+                      in zip(batch.sample_ids, batch.supervised_per_sample, strict=True) if count]
         assert sorted(supervised) == list(range(10))
     assert build_eval_loader(make_config(root, dataset=str(root / "data.json")), **loader_options(root)) is None
 

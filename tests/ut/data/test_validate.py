@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def set_in(*path: Any) -> Callable[[list], None]:
     ("change", "complaint"),
     [
         (set_in(2, "text"), r"record 2: it is a string"),
-        (lambda rows: rows[3].pop("messages"), r"record 3: its column 'messages' \(attr.messages\) is missing; .*images"),
+        (lambda rows: rows[3].pop("messages"), r"record 3: its column 'messages' \(attr.messages\) is missing.*images"),
         (set_in(1, "messages", {}), r"record 1: its column 'messages' .* is an object, not a list"),
         (set_in(1, "messages", 0, "x"), "record 1: message 0 is a string"),
         (lambda rows: rows[1]["messages"][0].pop("role"), "'role' of message 0 is missing"),

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Convert LLaVA-Instruct records to the message format of the training data (step 3 of the guide).
+
+In:  [{"id": ..., "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat ..."}, ...]}, ...]
+Out: [{"images": ["./data/COCO2017/train2017/x.jpg"], "messages": [{"role": "user", "content": ...}, ...]}, ...]
+
+Needs no other package; takes orjson where it is installed. Exit status: 0 if all is well or only images are missing,
+1 if malformed records were left out, 2 if nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+IMAGE_TAG = "<image>"
+NAMES_SHOWN = 5
+
+
+class InputError(Exception):
+    """A mistake that the user can mend: one line."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of the records.
+
+    Attributes:
+        kept: converted records.
+        text_only: how many of the kept ones have no image.
+        missing: names of images that are not there; their records are left out.
+        malformed: index and reason of records that cannot be converted.
+    """
+
+    kept: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    text_only: int = 0
+    missing: list[str] = dataclasses.field(default_factory=list)
+    malformed: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+    def summary(self) -> str:
+        """Lines for the terminal."""
+        lines = [f"kept {len(self.kept)} records, {self.text_only} of them text-only"]
+        if self.missing:
+            lines.append(f"left out {len(self.missing)} records whose image is missing: {_first(self.missing)}")
+        if self.malformed:
+            reasons = [f"record {index}: {reason}" for index, reason in self.malformed]
+            lines.append(f"left out {len(self.malformed)} malformed records: {_first(reasons, separator='; ')}")
+        return "\n".join(lines)
+
+
+def _first(items: list[str], *, separator: str = ", ") -> str:
+    return separator.join(items[:NAMES_SHOWN]) + (f"{separator}..." if len(items) > NAMES_SHOWN else "")
+
+
+class ImageNames:
+    """Which images there are. Each directory is listed once: asking file by file is slow on shared storage."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._names: dict[str, set[str]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        directory, base = os.path.split(name)
+        names = self._names.get(directory)
+        if names is None:
+            try:
+                with os.scandir(os.path.join(self._root, directory)) as entries:
+                    names = {entry.name for entry in entries}
+            except (FileNotFoundError, NotADirectoryError):
+                names = set()
+            self._names[directory] = names
+        return base in names
+
+
+def convert(records: list[Any], image_root: str) -> Result:
+    """Convert ``records``; images are looked up, and written, below ``image_root``."""
+    result, names = Result(), ImageNames(image_root)
+    prefix = image_root.rstrip("/") + "/"
+    for index, record in enumerate(records):
+        try:
+            messages, images = _parse(record)
+        except ValueError as error:
+            result.malformed.append((index, str(error)))
+            continue
+        absent = [name for name in images if name not in names]
+        if absent:
+            result.missing.append(absent[0])
+            continue
+        result.text_only += not images
+        result.kept.append({"images": [prefix + name for name in images], "messages": messages})
+    return result
+
+
+def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
+    """Messages and image names of one record.
+
+    Raises:
+        ValueError: with the reason, if the record is malformed.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("it is no object")
+    turns, images = record.get("conversations"), record.get("image")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("it has no list of conversations")
+    images = [images] if isinstance(images, str) else images or []
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise ValueError("its image is no file name")
+    messages, tags, expected = [], 0, "user"
+    for place, turn in enumerate(turns):
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None or not isinstance(text, str):
+            raise ValueError(f"turn {place} lacks a known speaker ({', '.join(ROLES)}) or a text")
+        if role != expected and not (role == "system" and place == 0):
+            raise ValueError(f"turn {place} is out of order: {speaker}")
+        if role == "user":
+            tags += text.count(IMAGE_TAG)
+        if role != "system":
+            expected = "assistant" if role == "user" else "user"
+        messages.append({"role": role, "content": text})
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("its last turn is no answer")
+    if tags != len(images):
+        raise ValueError(f"{tags} {IMAGE_TAG} tags for {len(images)} images")
+    return messages, images
+
+
+def _json_functions() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
+    """Parse and dump; both pairs write the same bytes."""
+    try:
+        import orjson
+    except ImportError:
+        return json.loads, lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return orjson.loads, orjson.dumps
+
+
+def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: int | None) -> int:
+    """Convert ``source`` into ``output``; returns the exit status.
+
+    Raises:
+        InputError: if nothing can be written.
+    """
+    parse, dump = _json_functions()
+    try:
+        records = parse(source.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{source} does not exist; download LLaVA-Instruct-150K there (step 3 of the guide) or give --input"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(records, list):
+        raise InputError(f"{source} holds no list of records; give LLaVA-Instruct's JSON file with --input")
+    result = convert(records[:limit], image_root)
+    if result.missing and not os.path.isdir(image_root):
+        raise InputError(
+            f"{image_root} is no directory; unpack COCO2017 there (step 3 of the guide) or give --image-root"
+        )
+    if not result.kept:
+        raise InputError(f"{source} has no record that can be used; " + result.summary().replace("\n", "; "))
+    content = b"[\n" + b",\n".join(map(dump, result.kept)) + b"\n]\n"
+    done = _write(output, content, overwrite=overwrite)
+    print(f"{done}\n{result.summary()}")
+    return 1 if result.malformed else 0
+
+
+def _write(output: Path, content: bytes, *, overwrite: bool) -> str:
+    """Write ``content`` so that ``output`` is never half a file; says what was done."""
+    if output.is_file():
+        if output.stat().st_size == len(content) and output.read_bytes() == content:
+            return f"{output} is up to date"
+        if not overwrite:
+            raise InputError(f"{output} exists and differs from what would be written; give --overwrite or --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner only
+            os.replace(temporary, output)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}; give another --output") from error
+    return f"wrote {output}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    summary, *details = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog="\n\n".join(details), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", type=Path, default=Path("./data/llava_instruct_150k.json"), help="LLaVA-Instruct's JSON file")
+    add("--image-root", default="./data/COCO2017/train2017", help="directory of the images; written as given")
+    add("--output", type=Path, default=Path("./data/mllm_format_llava_instruct_data.json"), help="file to write")
+    add("--overwrite", action="store_true", help="replace an output that differs")
+    add("--limit", type=_positive, help="convert the first so many records only")
+    options = parser.parse_args(argv)
+    # Millions of small objects are made and none becomes garbage, so looking for it is wasted time.
+    gc.disable()
+    try:
+        return run(
+            source=options.input,
+            image_root=options.image_root,
+            output=options.output,
+            overwrite=options.overwrite,
+            limit=options.limit,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
