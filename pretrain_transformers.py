@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+import time
+from typing import TYPE_CHECKING
 
 from mindspeed_mm.arguments.recipe import Recipe, load_recipe
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.preflight import preflight
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mindspeed_mm.backend.device import Backend
     from mindspeed_mm.data.batch import Batch
+    from mindspeed_mm.data.loader import BatchLoader, TrainLoader
     from mindspeed_mm.models.geometry import Qwen3VLGeometry
     from mindspeed_mm.models.qwen3vl import Qwen3VLModel
     from mindspeed_mm.parallel.mesh import Layout
@@ -47,24 +51,31 @@ def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) 
 
 def data_provider(
     recipe: Recipe, geometry: Qwen3VLGeometry, layout: Layout, progress: Progress
-) -> tuple[Any, Callable[[], Iterator[Batch]] | None]:
-    """Training batches from where ``progress`` stands, and held-out batches if the data file names any."""
-    from mindspeed_mm.data import build_eval_loader, build_train_loader
+) -> tuple[TrainLoader, BatchLoader | None]:
+    """Training batches from where ``progress`` stands on, and held-out batches if the data file names any."""
+    from mindspeed_mm.data import build_datasets, build_eval_loader, build_train_loader
 
     args = recipe.args
+    train, held_out = build_datasets(recipe.data, geometry=geometry, seq_length=args.seq_length, seed=args.seed)
     common = {
         "geometry": geometry,
         "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size,
-        "global_batch_size": args.global_batch_size,
         "dp_rank": layout.data_rank,
         "dp_size": layout.data_size,
         "num_workers": args.num_workers,
+        "seed": args.seed,
     }
     loader = build_train_loader(
-        recipe.data, seed=args.seed, consumed_samples=progress.consumed_samples, **common
+        recipe.data,
+        dataset=train,
+        global_batch_size=args.global_batch_size,
+        consumed_samples=progress.consumed_samples,
+        **common,
     )
-    return loader, build_eval_loader(recipe.data, max_steps=args.eval_iters, **common)
+    if held_out is None or not args.eval_iters:
+        return loader, None
+    return loader, build_eval_loader(recipe.data, dataset=held_out, **common)
 
 
 def forward_step(model: nn.Module, batch: Batch, token_weight: Tensor) -> Tensor:
@@ -77,10 +88,16 @@ def main() -> int:
     """Run the recipe that the command line describes."""
     try:
         recipe = load_recipe(sys.argv[1:])
+        if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher checks once for all processes
+            preflight(recipe)
         from mindspeed_mm.training.pretrain import pretrain  # imports torch, which --help does not wait for
 
         pretrain(recipe, model_provider, data_provider, forward_step)
     except UserError as error:
+        # Most mistakes stop every process alike. The others leave the word to the first: torchrun ends them while
+        # they wait, unless theirs is a mistake of their own.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -151,7 +151,7 @@ WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
 mkdir -p logs
-torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" 2>&1 | tee -i "$logfile"
+MM_PREFLIGHT_DONE=1 torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" 2>&1 | tee -i "$logfile"
 status=${PIPESTATUS[0]}
 summarise "$logfile"
 exit "$status"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from mindspeed_mm.errors import UserError
 
@@ -65,6 +66,7 @@ class TextGeometry:
     intermediate_size: int
     hidden_act: str
     rms_norm_eps: float
+    rope_type: str
     rope_theta: float
     mrope_section: tuple[int, int, int]
     max_position_embeddings: int
@@ -101,10 +103,11 @@ class Qwen3VLGeometry:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Qwen3VLGeometry:
-        """Read ``directory/config.json`` through transformers' ``AutoConfig``.
+        """Read ``directory/config.json``.
 
-        AutoConfig fills in defaults and absorbs the two spellings in use (``num_experts`` and ``rope_scaling`` as
-        published, ``num_local_experts`` and ``rope_parameters`` as transformers 5 writes them).
+        A file that has every field is read as it is, in either of the two spellings in use (``num_experts`` and
+        ``rope_scaling`` as published, ``num_local_experts`` and ``rope_parameters`` as transformers 5 writes them).
+        One that leaves some to their defaults goes through transformers' ``AutoConfig``, which takes seconds.
 
         Raises:
             UserError: if the file is missing, is not JSON, or describes another kind of model.
@@ -116,21 +119,20 @@ class Qwen3VLGeometry:
                 "download the weights first (step 2 of the guide) or correct the path"
             )
         try:
-            raw = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
         model_type = raw.get("model_type") if isinstance(raw, dict) else None
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
                 f"{path} has model_type {model_type!r}; this project trains {' and '.join(SUPPORTED_MODEL_TYPES)}"
             )
-        from transformers import AutoConfig  # here, because it takes seconds and most commands do not need it
-
         try:
-            config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # transformers raises many types for a config that it cannot read
-            raise UserError(f"{path} cannot be read by transformers: {str(error).splitlines()[0]}") from error
-        return cls.from_config(config.to_dict(), source=str(path))
+            geometry = cls._read(raw)
+        except KeyError:
+            return cls.from_config(_with_defaults(path), source=str(path))
+        geometry.validate(str(path))
+        return geometry
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config") -> Qwen3VLGeometry:
@@ -140,52 +142,58 @@ class Qwen3VLGeometry:
             UserError: naming ``source`` if a value is missing or inconsistent.
         """
         try:
-            text, vision = config["text_config"], config["vision_config"]
-            rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-            moe = config["model_type"] == "qwen3_vl_moe"
-            geometry = cls(
-                model_type=config["model_type"],
-                text=TextGeometry(
-                    num_layers=text["num_hidden_layers"],
-                    hidden_size=text["hidden_size"],
-                    num_heads=text["num_attention_heads"],
-                    num_kv_heads=text["num_key_value_heads"],
-                    head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-                    vocab_size=text["vocab_size"],
-                    intermediate_size=text["intermediate_size"],
-                    hidden_act=text["hidden_act"],
-                    rms_norm_eps=text["rms_norm_eps"],
-                    rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
-                    mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
-                    max_position_embeddings=text["max_position_embeddings"],
-                    attention_bias=bool(text["attention_bias"]),
-                    tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                    initializer_range=text["initializer_range"],
-                    **(_moe_fields(text) if moe else {}),
-                ),
-                vision=VisionGeometry(
-                    depth=vision["depth"],
-                    hidden_size=vision["hidden_size"],
-                    num_heads=vision["num_heads"],
-                    intermediate_size=vision["intermediate_size"],
-                    hidden_act=vision["hidden_act"],
-                    patch_size=vision["patch_size"],
-                    temporal_patch_size=vision["temporal_patch_size"],
-                    spatial_merge_size=vision["spatial_merge_size"],
-                    in_channels=vision["in_channels"],
-                    num_position_embeddings=vision["num_position_embeddings"],
-                    out_hidden_size=vision["out_hidden_size"],
-                    deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
-                ),
-                image_token_id=config["image_token_id"],
-                video_token_id=config["video_token_id"],
-                vision_start_token_id=config["vision_start_token_id"],
-                vision_end_token_id=config["vision_end_token_id"],
-            )
+            geometry = cls._read(config)
         except KeyError as error:
             raise UserError(f"{source} lacks the field {error}; is it a Qwen3-VL config?") from error
         geometry.validate(source)
         return geometry
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any]) -> Qwen3VLGeometry:
+        """Raises KeyError for a field that is missing."""
+        text, vision = config["text_config"], config["vision_config"]
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        moe = config["model_type"] == "qwen3_vl_moe"
+        return cls(
+            model_type=config["model_type"],
+            text=TextGeometry(
+                num_layers=text["num_hidden_layers"],
+                hidden_size=text["hidden_size"],
+                num_heads=text["num_attention_heads"],
+                num_kv_heads=text["num_key_value_heads"],
+                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                vocab_size=text["vocab_size"],
+                intermediate_size=text["intermediate_size"],
+                hidden_act=text["hidden_act"],
+                rms_norm_eps=text["rms_norm_eps"],
+                rope_type=rope["rope_type"],
+                rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
+                mrope_section=tuple(rope["mrope_section"]),
+                max_position_embeddings=text["max_position_embeddings"],
+                attention_bias=bool(text["attention_bias"]),
+                tie_word_embeddings=bool(config["tie_word_embeddings"]),
+                initializer_range=text["initializer_range"],
+                **(_moe_fields(text) if moe else {}),
+            ),
+            vision=VisionGeometry(
+                depth=vision["depth"],
+                hidden_size=vision["hidden_size"],
+                num_heads=vision["num_heads"],
+                intermediate_size=vision["intermediate_size"],
+                hidden_act=vision["hidden_act"],
+                patch_size=vision["patch_size"],
+                temporal_patch_size=vision["temporal_patch_size"],
+                spatial_merge_size=vision["spatial_merge_size"],
+                in_channels=vision["in_channels"],
+                num_position_embeddings=vision["num_position_embeddings"],
+                out_hidden_size=vision["out_hidden_size"],
+                deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
+            ),
+            image_token_id=config["image_token_id"],
+            video_token_id=config["video_token_id"],
+            vision_start_token_id=config["vision_start_token_id"],
+            vision_end_token_id=config["vision_end_token_id"],
+        )
 
     def validate(self, source: str) -> None:
         """Refuse what no Qwen3-VL model can be.
@@ -197,6 +205,8 @@ class Qwen3VLGeometry:
         rules = [
             (text.num_heads % text.num_kv_heads == 0,
              f"num_attention_heads {text.num_heads} is no multiple of num_key_value_heads {text.num_kv_heads}"),
+            (text.rope_type == "default",
+             f"rope_type {text.rope_type!r} is not supported; Qwen3-VL's is 'default'"),
             (sum(text.mrope_section) * 2 == text.head_dim,
              f"mrope_section {list(text.mrope_section)} must add up to head_dim / 2 = {text.head_dim // 2}"),
             (vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0,
@@ -217,6 +227,20 @@ class Qwen3VLGeometry:
         for holds, message in rules:
             if not holds:
                 raise UserError(f"{source}: {message}")
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    """The config file with transformers' defaults for the fields that it leaves out."""
+    from transformers import AutoConfig  # here, because it takes seconds and is rarely needed
+
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), local_files_only=True).to_dict()
+    except Exception as error:  # transformers raises many types for a config that it cannot read
+        raise UserError(f"{path} cannot be read by transformers: {str(error).splitlines()[0]}") from error
+    rope = config["text_config"].get("rope_parameters") or config["text_config"].get("rope_scaling") or {}
+    # transformers' own default for a config that names no sections
+    config["text_config"]["rope_parameters"] = {"mrope_section": (24, 20, 20), "rope_type": "default", **rope}
+    return config
 
 
 def _moe_fields(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Legend: T tokens of the packed sequence, H hidden width, M merged patches, V voc
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module

@@ -135,7 +135,7 @@ class VisionProjector(nn.Module):
 
     def forward(self, hidden: Tensor, taken: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """hidden [N, H] and the deepstack states [N, H] -> ([M, O], one [M, O] per deepstack index)."""
-        return self.merger(hidden), [merger(state) for merger, state in zip(self.deepstack_mergers, taken)]
+        return self.merger(hidden), [merger(state) for merger, state in zip(self.deepstack_mergers, taken, strict=True)]
 
 
 class ImageEncoder(nn.Module):

@@ -7,7 +7,8 @@ shares, made once per step over all micro-batches of all ranks, so that no split
 from __future__ import annotations
 
 import math
-from typing import Literal, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -43,15 +44,15 @@ def step_token_weights(
     else:
         local = sum(
             count * share
-            for batch, own in zip(batches, shares)
-            for count, share in zip(batch.supervised_per_sample, own)
+            for batch, own in zip(batches, shares, strict=True)
+            for count, share in zip(batch.supervised_per_sample, own, strict=True)
         )
         total = torch.tensor(float(local), dtype=torch.float32, device=device)
         dist.all_reduce(total)
     total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without any supervised token has a loss of 0, not NaN
     return [
         torch.tensor(own, dtype=torch.float32, device=device)[batch.label_sample] / total
-        for batch, own in zip(batches, shares)
+        for batch, own in zip(batches, shares, strict=True)
     ]
 
 

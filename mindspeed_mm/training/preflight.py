@@ -6,10 +6,8 @@ nothing and exits with 0, or prints one line and exits with 2. Imports no torch,
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mindspeed_mm.arguments.recipe import Recipe, check_data_files, check_weights, load_recipe
 from mindspeed_mm.data.validate import validate_data
@@ -25,21 +23,11 @@ def preflight(recipe: Recipe) -> None:
         UserError: naming what is missing or contradicts, and the step of the guide that mends it.
     """
     check_weights(recipe)
-    geometry = _plain_geometry(Path(recipe.model.init_from_hf_path) / "config.json")
-    if geometry is not None:
-        recipe.check_geometry(geometry)
+    recipe.check_geometry(Qwen3VLGeometry.from_pretrained(recipe.model.init_from_hf_path))
     if recipe.args.load is not None:
         verify_directory(resolve_checkpoint(recipe.args.load))
     check_data_files(recipe)
     validate_data(recipe.data)
-
-
-def _plain_geometry(path: Path) -> Qwen3VLGeometry | None:
-    """The geometry as the file spells it out, or None where only transformers, which takes seconds, can tell it."""
-    try:
-        return Qwen3VLGeometry.from_config(json.loads(path.read_text()), source=str(path))
-    except (UserError, ValueError, TypeError, AttributeError):
-        return None  # every process reads it through transformers before step 1, and reports what is wrong with it
 
 
 def main(argv: Sequence[str] | None = None) -> int:

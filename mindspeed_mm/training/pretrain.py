@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from mindspeed_mm.arguments.recipe import Recipe
 from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
-from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import Qwen3VLModel
@@ -24,7 +25,7 @@ from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import ForwardStep, Trainer
 
 ModelProvider = Callable[[Recipe, Qwen3VLGeometry, Backend], Qwen3VLModel]
-DataProvider = Callable[[Recipe, Qwen3VLGeometry, Layout, Progress], "tuple[Any, Callable[[], Iterator[Batch]] | None]"]
+DataProvider = Callable[[Recipe, Qwen3VLGeometry, Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]]
 
 
 def pretrain(
@@ -35,8 +36,8 @@ def pretrain(
     Args:
         recipe: flags and files, already checked against each other.
         model_provider: builds the model, uninitialised.
-        data_provider: builds the training loader, continuing from the given progress, and a function that yields the
-            held-out batches, or None.
+        data_provider: builds the training loader, continuing from the given progress, and the loader of held-out
+            batches, or None.
         forward_step: loss of the model on a batch with the given token weights.
 
     Raises:
@@ -79,7 +80,7 @@ def _run(
     progress = _load(recipe, model, optimizer, backend, say)
     _restore_schedule(recipe, schedule, progress)
 
-    loader, eval_batches = data_provider(recipe, geometry, layout, progress)
+    loader, eval_loader = data_provider(recipe, geometry, layout, progress)
     _check_order(recipe, progress, loader, say)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
     say(
@@ -103,10 +104,11 @@ def _run(
             activities=backend.profiler_activities(),
             memory_history=backend.memory_history(),
         ),
-        eval_batches=eval_batches,
+        eval_loader=eval_loader,
         checkpoint_metadata=recipe.checkpoint_metadata(),
     ).train()
-    say(f"training finished at iteration {progress.iteration}; peak memory {backend.peak_memory_bytes() / 2**30:.2f} GiB")
+    peak = backend.peak_memory_bytes() / 2**30
+    say(f"training finished at iteration {progress.iteration}; peak memory {peak:.2f} GiB")
 
 
 class _Announcer:

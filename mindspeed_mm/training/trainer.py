@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,14 +54,14 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
-        loader: Any,
+        loader: Iterable[Batch],
         forward_step: ForwardStep,
         loss_mode: LossMode,
         layout: Layout,
         backend: Backend,
         progress: Progress,
         tools: StepTools,
-        eval_batches: Callable[[], Iterator[Batch]] | None = None,
+        eval_loader: Iterable[Batch] | None = None,
         checkpoint_metadata: dict[str, Any] | None = None,
     ) -> None:
         self.args = args
@@ -73,7 +75,7 @@ class Trainer:
         self.backend = backend
         self.progress = progress
         self.tools = tools
-        self.eval_batches = eval_batches
+        self.eval_loader = eval_loader
         self.checkpoint_metadata = checkpoint_metadata or {}
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -119,7 +121,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64 if self.backend.name == "cpu" else torch.float32)
         totals[1] = sum(batch.num_tokens for batch in batches)
         totals = totals.to(self.backend.device)
-        for batch, weight in zip(batches, weights):
+        for batch, weight in zip(batches, weights, strict=True):
             loss = self.forward_step(self.model, batch, weight)
             # FSDP2's reduction averages over the ranks; the loss is a sum over them
             (loss * self.layout.data_size).backward()
@@ -159,7 +161,7 @@ class Trainer:
     def _evaluate_and_save(self) -> None:
         args, iteration = self.args, self.progress.iteration
         last = iteration == args.train_iters
-        if self.eval_batches is not None and args.eval_interval and (iteration % args.eval_interval == 0 or last):
+        if self.eval_loader is not None and args.eval_interval and (iteration % args.eval_interval == 0 or last):
             loss = self.evaluate()
             if self.layout.is_main:
                 print(f" validation loss at iteration {iteration} | loss: {loss:.6E} |", flush=True)
@@ -189,7 +191,7 @@ class Trainer:
         """Mean cross-entropy of the supervised tokens over at most ``--eval-iters`` steps of held-out data."""
         self.model.eval()
         sums = torch.zeros(2, device=self.backend.device)
-        for batch in self.eval_batches():
+        for batch in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
             batch = batch.to(self.backend.device)
             weight = torch.ones(batch.num_supervised, device=self.backend.device)
             sums[0] += self.forward_step(self.model, batch, weight)

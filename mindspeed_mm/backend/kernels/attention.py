@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from typing import Protocol
 
 import torch
@@ -30,7 +31,7 @@ class Segments:
     @property
     def lengths(self) -> list[int]:
         """Tokens in each segment."""
-        return [end - start for start, end in zip(self.host_offsets, self.host_offsets[1:])]
+        return [end - start for start, end in itertools.pairwise(self.host_offsets)]
 
 
 class AttentionKernel(Protocol):
@@ -48,7 +49,7 @@ def eager_attention(
     """The definition, written out, with the softmax in fp32: slow, and the reference for the others."""
     groups = query.shape[1] // key.shape[1]
     outputs = []
-    for q, k, v in zip(*(tensor.split(segments.lengths) for tensor in (query, key, value))):
+    for q, k, v in zip(*(tensor.split(segments.lengths) for tensor in (query, key, value)), strict=True):
         q = q.transpose(0, 1)
         k = k.transpose(0, 1).repeat_interleave(groups, dim=0)
         v = v.transpose(0, 1).repeat_interleave(groups, dim=0)
@@ -71,7 +72,7 @@ def sdpa_attention(
         q, k, v = (tensor.view(*shape, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value))
         return _sdpa(q, k, v, causal=causal, scale=scale).transpose(1, 2).reshape(query.shape)
     outputs = []
-    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value))):
+    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
         outputs.append(_sdpa(q, k, v, causal=causal, scale=scale).squeeze(0).transpose(0, 1))
     return torch.cat(outputs)

@@ -30,7 +30,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def looped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
     """One pair of products per expert that has rows: the reference. Reads the row counts on the host."""
     # unbind, since indexing would make backward fill a zero tensor of all experts for each of them
-    parts = zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(0), down.unbind(0))
+    parts = zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(0), down.unbind(0), strict=True)
     outputs = [swiglu(part @ first) @ second for part, first, second in parts if part.shape[0] > 0]
     if outputs:
         return torch.cat(outputs)

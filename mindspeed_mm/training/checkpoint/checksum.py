@@ -31,7 +31,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
     """Checksum of a file's content, read in blocks."""
     value = 0
     with Path(path).open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_BLOCK))
+        buffer = memoryview(bytearray(min(_BLOCK, max(1, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
             value = zlib.crc32(buffer[:count], value)
     return format_checksum(value)

@@ -131,4 +131,4 @@ def test_recompute_changes_no_bit(reference):
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
     assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[0][1], results[1][1]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[0][1], results[1][1], strict=True))
