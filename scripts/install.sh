@@ -340,6 +340,8 @@ main() {
         exit 0
     fi
     print_plan
+    # pip answers Ctrl-C with a mere failure, which would be tried again
+    trap 'fail 130 "interrupted; the same command goes on where this one stopped"' INT TERM
     is_missing megatron-core ||
         note "pip may list dependencies that megatron-core lacks; it is installed without them on purpose"
     run_plan
