@@ -113,26 +113,28 @@ def plot_samples(result: dict[str, Any], path: str | Path, *, count: int = 15, c
     pyplot = _pyplot()
     samples = choose_samples(result["predictions"], count)
     rows = math.ceil(len(samples) / columns)
+    # inches; each row has room for two lines above and below a picture
+    width, height, head = 2.6 * columns, 3.3 * rows, 0.9
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(2.6 * columns, 3.1 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width, height + head), squeeze=False,
+        gridspec_kw={"left": 0.01, "right": 0.99, "top": height / (height + head), "bottom": 0.6 / (height + head),
+                     "wspace": 0.1, "hspace": 0.55},
     )
     for axis in axes.flat:
-        axis.axis("off")
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, sample in zip(axes.flat, samples, strict=False):
         if sample["images"]:
             with Image.open(sample["images"][0]) as image:
                 axis.imshow(image.convert("RGB"))
         question = " ".join(sample["text"].replace("<image>", " ").split())
-        axis.set_title("\n".join(textwrap.wrap(question, 28)), fontsize=9)
+        axis.set_title("\n".join(textwrap.wrap(question, 32)), fontsize=9)
         verdict = sample["answer"] if sample["right"] else f"{sample['answer']}\n(expected: {sample['reference']})"
-        lines = [line for part in verdict.splitlines() for line in textwrap.wrap(part, 28)]
-        axis.text(
-            0.5, -0.04, "\n".join(lines), transform=axis.transAxes, ha="center", va="top", fontsize=10,
-            color=_GREEN if sample["right"] else _RED, fontweight="bold",
-        )
+        lines = [line for part in verdict.splitlines() for line in textwrap.wrap(part, 32)]
+        axis.set_xlabel("\n".join(lines), fontsize=10, color=_GREEN if sample["right"] else _RED, fontweight="bold")
     figure.suptitle(
         f"Held-out pictures: {result['right']} of {result['total']} answered rightly "
-        f"({100 * result['accuracy']:.1f}%); wrong answers, in red, are shown last"
+        f"({100 * result['accuracy']:.1f}%); wrong answers, in red, are shown last",
+        y=1 - 0.15 / (height + head), va="top",
     )
     _save(figure, path)
 
