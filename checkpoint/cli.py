@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -105,6 +106,10 @@ def _add_dcp_to_hf(parser: argparse.ArgumentParser) -> None:
     )
     _option(parser, "max_shard_size", type=size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     _option(parser, "overwrite", action="store_true", help="replace an existing model in --save_dir")
+    _option(
+        parser, "skip_check", action="store_true",
+        help="do not read a training checkpoint's files once more to compare their checksums first",
+    )
     _add_common(parser)
 
 
@@ -147,6 +152,7 @@ def _dcp_to_hf(options: argparse.Namespace) -> int:
         max_shard_size=options.max_shard_size,
         workers=options.workers,
         overwrite=options.overwrite,
+        check=not options.skip_check,
     )
     print(f"wrote {path}")
     return 0
@@ -263,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        return 141  # the reader of our output, such as head, has gone
+        # The reader of our output, such as head, has gone; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)

@@ -14,6 +14,7 @@ import os
 import pickle
 import threading
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from checkpoint.safetensors_io import read_tensor
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint.checksum import file_checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +56,19 @@ class DcpReader:
         tensors: shape and type by name; entries that are no tensors are left out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
         """
+        Args:
+            path: the directory.
+            manifest: its manifest, to compare ``.metadata`` with.
+
         Raises:
-            UserError: if ``.metadata`` is missing or unreadable.
+            UserError: if ``.metadata`` is missing, unreadable or another one than recorded.
         """
         self.path = path
+        recorded = (manifest or {"files": {}})["files"].get(".metadata")
+        if recorded and file_checksum(path / ".metadata") != recorded["checksum"]:
+            raise UserError(f"{path / '.metadata'} has another checksum than recorded; restore it or make it again")
         try:
             self._metadata = FileSystemReader(path).read_metadata()
             entries = self._metadata.state_dict_metadata

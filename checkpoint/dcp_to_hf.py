@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoint.assets import check_replaceable, config_dtype, copy_assets
 from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_writer import PREFIX
-from checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE
+from checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE, layout_by_shapes
 from checkpoint.journal import Journal
 from checkpoint.safetensors_io import build_header, tensor_bytes
 from checkpoint.work import (
@@ -71,6 +71,7 @@ def dcp_to_hf(
     max_shard_size: int = 5_000_000_000,
     workers: int | None = None,
     overwrite: bool = False,
+    check: bool = True,
 ) -> Path:
     """Write a directory that transformers loads from a converted or a training checkpoint; returns its path.
 
@@ -83,9 +84,10 @@ def dcp_to_hf(
         model_assets_dir: Hugging Face directory that gives config, tokenizer and processor files.
         dtype: ``keep``, ``bf16``, ``fp32``, or ``auto``: a converted checkpoint keeps its types, a training
             checkpoint (fp32) is rounded to the type that the config names.
-        max_shard_size: bytes of tensors in one file, at most, unless a single tensor is larger.
+        max_shard_size: bytes of tensors in one file, at most, unless those of one parameter are more.
         workers: threads; None for the number of cores, 8 at most.
         overwrite: replace ``save_dir``.
+        check: compare the files of a training checkpoint with their recorded checksums first.
 
     Raises:
         UserError: if anything about checkpoint, assets or target is not as it should be.
@@ -94,10 +96,14 @@ def dcp_to_hf(
     checkpoint = resolve_checkpoint(load) if (load / TRACKER).is_file() else load
     manifest = verify_directory(checkpoint)
     geometry = Qwen3VLGeometry.from_pretrained(assets)
-    reader = DcpReader(checkpoint)
+    reader = DcpReader(checkpoint, manifest)
     rules = weight_map(geometry, expert_layout="hub")
     _check(reader, rules, assets)
     check_replaceable(save, overwrite=overwrite, keep=(checkpoint, assets))
+    if check and "tensors" not in manifest["metadata"]:
+        # A training checkpoint has checksums of files only; those of tensors are compared as they are read.
+        print(f"checking {len(manifest['files'])} files of {checkpoint}")
+        verify_directory(checkpoint, checksums=True)
     outputs = [_output(rule, reader, _target_dtype(dtype, manifest, assets)) for rule in rules]
     files = _plan_files(outputs, max_shard_size)
     journal = Journal(save, _fingerprint(checkpoint, files))
@@ -129,6 +135,11 @@ def dcp_to_hf(
             checksums={name: record["checksum"] for name, record in records.items()},
         )
         journal.remove()
+    if geometry.text.num_experts and layout_by_shapes({}, geometry) is None:
+        print(
+            "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
+            "published layout, which was written; load it with transformers 4.57"
+        )
     return save
 
 

@@ -89,15 +89,13 @@ class FileRecord:
         return cls(content["size"], content["checksum"], items, [ReadRange(**read) for read in content["reads"]])
 
 
-def plan_files(source: HFSource, dtype: torch.dtype | None, *, file_bytes: int | None = None) -> dict[str, list[Piece]]:
+def plan_files(source: HFSource, dtype: torch.dtype | None) -> dict[str, list[Piece]]:
     """Divide all parameters into pieces and the pieces into files, in the order of the weight map.
 
     Args:
         source: what is converted.
         dtype: type to store, None for each tensor's own.
-        file_bytes: size at which a file is closed.
     """
-    file_bytes = file_bytes or FILE_BYTES
     files: list[list[Piece]] = [[]]
     held = 0
     for rule in source.rules:
@@ -106,7 +104,7 @@ def plan_files(source: HFSource, dtype: torch.dtype | None, *, file_bytes: int |
         row_bytes = math.prod(rule.target_shape[1:]) * stored.itemsize
         for first, last in split_rows(rows, row_bytes) if rule.row_wise else [(0, rows)]:
             piece = Piece(rule, first, last, stored)
-            if held and held + piece.nbytes > file_bytes:
+            if held and held + piece.nbytes > FILE_BYTES:
                 files.append([])
                 held = 0
             files[-1].append(piece)

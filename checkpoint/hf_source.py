@@ -149,9 +149,9 @@ class HFSource:
         if decided is None:
             raise UserError(
                 f"{self.directory}: with hidden_size {text.hidden_size} and moe_intermediate_size "
-                f"{text.moe_intermediate_size} the shapes do not tell how the experts lie; pass --expert-layout hub for "
-                "the published layout (also transformers 4.57), or --expert-layout v5 for a model that transformers 5 "
-                "has saved"
+                f"{text.moe_intermediate_size} the shapes do not tell how the experts lie; pass --expert-layout hub "
+                "for the published layout (also transformers 4.57), or --expert-layout v5 for a model that "
+                "transformers 5 has saved"
             )
         return decided
 

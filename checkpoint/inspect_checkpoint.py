@@ -84,7 +84,7 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
             f"{geometry.get('model_type')}, {text.get('num_layers')} layers of width {text.get('hidden_size')}, "
             f"{text.get('num_experts')} experts"
         )
-    return facts, DcpReader(path).tensors
+    return facts, DcpReader(path, manifest).tensors
 
 
 def _describe_geometry(geometry: Qwen3VLGeometry) -> dict[str, str]:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ class Journal:
         """
         finished: dict[str, dict[str, Any]] = {}
         if self._read(_PLAN) == {"plan": self.plan}:
-            for path in sorted(self._directory.glob("*.record")):
-                record = self._read(path.name)
-                name = path.name.removesuffix(".record")
-                if record is not None and self._intact(name, record):
-                    finished[name] = record
+            records = {
+                path.name.removesuffix(".record"): self._read(path.name) for path in self._directory.glob("*.record")
+            }
+            with ThreadPoolExecutor() as pool:
+                intact = pool.map(lambda name: self._intact(name, records[name]), records)
+                finished = {name: records[name] for name, good in zip(records, intact, strict=True) if good}
         if not finished:
             self.clear()
         for path in self._partial.glob("*"):
@@ -88,9 +90,9 @@ class Journal:
         """Remove the journal; the target is complete."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _intact(self, name: str, record: dict[str, Any]) -> bool:
+    def _intact(self, name: str, record: dict[str, Any] | None) -> bool:
         path = self._partial / name
-        if not path.is_file() or path.stat().st_size != record.get("size"):
+        if record is None or not path.is_file() or path.stat().st_size != record.get("size"):
             return False
         return file_checksum(path) == record.get("checksum")
 

@@ -38,7 +38,7 @@ def verify(
     checkpoint = resolve_checkpoint(dcp) if (dcp / TRACKER).is_file() else dcp
     manifest = verify_directory(checkpoint)
     source = HFSource(hf_dir, expert_layout=expert_layout)
-    reader = DcpReader(checkpoint)
+    reader = DcpReader(checkpoint, manifest)
     converted = manifest["metadata"].get("dtype", "keep") != "keep"
 
     expected = {PREFIX + name: shape for name, shape in mcore_shapes(source.rules).items()}

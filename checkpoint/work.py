@@ -28,13 +28,13 @@ def default_workers() -> int:
 
 
 class ByteBudget:
-    """Keeps the bytes that threads hold at one time below a limit.
+    """Keeps the bytes that threads hold at one time below ``BUDGET_BYTES``.
 
-    A request above the limit is served alone, so that one tensor larger than the limit still goes through.
+    A request above it is served alone, so that one tensor larger than the limit still goes through.
     """
 
-    def __init__(self, limit: int = BUDGET_BYTES) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
+        self._limit = BUDGET_BYTES
         self._held = 0
         self._changed = threading.Condition()
 
@@ -129,13 +129,13 @@ def listed(kind: str, names: Sequence[str]) -> list[str]:
     return [f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {kind}: {', '.join(names[:3])}{more}"]
 
 
-def split_rows(rows: int, row_bytes: int, *, piece_bytes: int = PIECE_BYTES) -> list[tuple[int, int]]:
-    """Cut ``rows`` rows of ``row_bytes`` bytes into ranges [a, b) of about ``piece_bytes``.
+def split_rows(rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Cut ``rows`` rows of ``row_bytes`` bytes into ranges [a, b) of about ``PIECE_BYTES``.
 
     Where a divisor of ``rows`` is near the wanted number it is taken, so that experts are cut at powers of two and a
     shard of an expert-parallel rank is made of whole pieces.
     """
-    fitting = max(1, piece_bytes // max(1, row_bytes))
+    fitting = max(1, PIECE_BYTES // max(1, row_bytes))
     if fitting >= rows:
         return [(0, rows)]
     step = next((n for n in range(fitting, fitting // 2, -1) if rows % n == 0), fitting)

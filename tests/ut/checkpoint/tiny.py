@@ -51,7 +51,7 @@ def random_config(
         text_config |= {
             "num_experts": rng.choice([3, 4]),
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": width // 2 if square else rng.choice([10, 14, 18]),
+            "moe_intermediate_size": width // 2 if square else rng.choice([8, 28, 48]),
             "decoder_sparse_step": rng.choice([1, 1, 2]),
             "mlp_only_layers": rng.choice([[], [], [0]]),
         }
