@@ -108,6 +108,18 @@ def check_order(messages: Sequence[Message]) -> str | None:
     return None
 
 
+def check_template(name: str, *, enable_thinking: bool) -> None:
+    """Refuse a template that is unknown or cannot do what is asked.
+
+    Raises:
+        UserError: naming the known templates.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"template {name!r} is unknown; choose {' or '.join(TEMPLATES)}")
+    if enable_thinking and name != "qwen3_vl":
+        raise UserError(f"enable_thinking is true, but template {name} has no thinking part; choose qwen3_vl")
+
+
 class ChatTemplate:
     """Turns conversations into tokens.
 
@@ -142,10 +154,7 @@ class ChatTemplate:
         Raises:
             UserError: for an unknown template, or a tokenizer that lacks Qwen's tokens.
         """
-        if name not in TEMPLATES:
-            raise UserError(f"template {name!r} is unknown; choose {' or '.join(TEMPLATES)}")
-        if enable_thinking and name != "qwen3_vl":
-            raise UserError(f"enable_thinking is true, but template {name} has no thinking part; choose qwen3_vl")
+        check_template(name, enable_thinking=enable_thinking)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError("the tokenizer is no fast one; set use_fast_tokenizer to true, or add its tokenizer.json")

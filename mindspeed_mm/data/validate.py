@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows
-from mindspeed_mm.data.template import TEMPLATES
+from mindspeed_mm.data.template import check_template
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def validate_data(config: DataConfig) -> int:
         UserError: for the first mistake, naming file, record and remedy.
     """
     basic, attr = config.dataset_param.basic_parameters, config.dataset_param.attr
-    if basic.template not in TEMPLATES:
-        raise UserError(f"template {basic.template!r} is unknown; choose {' or '.join(TEMPLATES)}")
+    check_template(basic.template, enable_thinking=basic.enable_thinking)
     root = Path(config.dataset_param.preprocess_parameters.model_name_or_path)
     if not root.is_dir():
         raise UserError(

@@ -24,8 +24,9 @@ def tiny_geometry(
             "text_config": {
                 "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "head_dim": 16, "vocab_size": 512, "intermediate_size": 80, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-                "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2]}, "max_position_embeddings": 4096,
-                "attention_bias": False, "initializer_range": 0.02, "num_experts": 8, "num_experts_per_tok": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+                "max_position_embeddings": 4096, "attention_bias": False, "initializer_range": 0.02,
+                "num_experts": 8, "num_experts_per_tok": 2,
                 "moe_intermediate_size": 20,
             },
             "vision_config": {

@@ -75,6 +75,12 @@ def test_bad_record(root: Path, records: list, change: Callable[[list], Any], co
     assert "data.json" in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_template_that_cannot_think(root: Path, records: list) -> None:
+    with pytest.raises(UserError, match="no thinking part; choose qwen3_vl"):
+        check(root, records, basic={"enable_thinking": True})
+    assert check(root, records, basic={"enable_thinking": True, "template": "qwen3_vl"}) == 6
+
+
 def test_counts_missing_pictures(root: Path, records: list) -> None:
     with pytest.raises(UserError, match="record 1.*and 3 more images"):
         check(root, [{**record, "images": ["no.png"] * len(record["images"])} for record in records])
