@@ -163,7 +163,7 @@ def _freeze(model: Qwen3VLModel, choices: ModelChoices) -> None:
         (model.text_decoder, choices.freeze_text_decoder),
     )
     if all(frozen for _, frozen in parts):
-        raise UserError("the model file freezes vision_encoder, vision_projector and text_decoder; unfreeze one of them")
+        raise UserError("the model file freezes vision_encoder, vision_projector and text_decoder; unfreeze one")
     for part, frozen in parts:
         part.requires_grad_(not frozen)
     encoder.encoder_trains = not choices.freeze_vision_encoder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.data.images import PixelNorm
+from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import ModelChoices, Qwen3VLModel, build_model
 from mindspeed_mm.models.weight_map import ExpertLayout, weight_map
