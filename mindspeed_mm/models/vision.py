@@ -27,11 +27,15 @@ class PixelNormalisation(nn.Module):
     def __init__(self, norm: PixelNorm) -> None:
         super().__init__()
         # The processor multiplies by its factor in float64 and rounds; a product in fp32 differs, this quotient does
-        # not for the factor 1/255, which every published checkpoint has.
-        self.divisor = 1.0 / norm.rescale_factor
-        self._constants = (torch.tensor(norm.mean, device="cpu"), torch.tensor(norm.std, device="cpu"))
-        self.register_buffer("mean", self._constants[0].clone().view(1, -1, 1), persistent=False)
-        self.register_buffer("std", self._constants[1].clone().view(1, -1, 1), persistent=False)
+        # not for the factor 1/255, which every published checkpoint has. The divisor is a tensor, since accelerators
+        # turn a division by a number into a product with its reciprocal.
+        self._constants = {
+            "divisor": torch.tensor(1.0 / norm.rescale_factor, device="cpu"),
+            "mean": torch.tensor(norm.mean, device="cpu").view(1, -1, 1),
+            "std": torch.tensor(norm.std, device="cpu").view(1, -1, 1),
+        }
+        for name, constant in self._constants.items():
+            self.register_buffer(name, constant.clone(), persistent=False)
         levels = torch.arange(256, dtype=torch.uint8, device="cpu").expand(len(norm.mean), 256).reshape(1, -1)
         if not torch.equal(self(levels).view(-1, 256), torch.from_numpy(norm.table())):
             raise UserError(
@@ -41,8 +45,8 @@ class PixelNormalisation(nn.Module):
 
     def reset_buffers(self) -> None:
         """Fill the buffers again after the module was moved off the meta device."""
-        self.mean.copy_(self._constants[0].view(1, -1, 1))
-        self.std.copy_(self._constants[1].view(1, -1, 1))
+        for name, constant in self._constants.items():
+            getattr(self, name).copy_(constant)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, patch_dim], channels first within a row -> fp32 [N, patch_dim]."""
