@@ -99,14 +99,17 @@ def dcp_to_hf(
     reader = DcpReader(checkpoint, manifest)
     rules = weight_map(geometry, expert_layout="hub")
     _check(reader, rules, assets)
+    outputs = [_output(rule, reader, _target_dtype(dtype, manifest, assets)) for rule in rules]
+    files = _plan_files(outputs, max_shard_size)
+    journal = Journal(save, _fingerprint(checkpoint, files))
+    if journal.is_done():
+        journal.remove()
+        return save
     check_replaceable(save, overwrite=overwrite, keep=(checkpoint, assets))
     if check and "tensors" not in manifest["metadata"]:
         # A training checkpoint has checksums of files only; those of tensors are compared as they are read.
         print(f"checking {len(manifest['files'])} files of {checkpoint}")
         verify_directory(checkpoint, checksums=True)
-    outputs = [_output(rule, reader, _target_dtype(dtype, manifest, assets)) for rule in rules]
-    files = _plan_files(outputs, max_shard_size)
-    journal = Journal(save, _fingerprint(checkpoint, files))
     try:
         save.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,10 +129,11 @@ def dcp_to_hf(
             save,
             {
                 "kind": "exported",
+                "plan": journal.plan,
                 "weight_map_version": WEIGHT_MAP_VERSION,
                 "expert_layout": "hub",
                 "source": {"checkpoint": str(checkpoint), ".metadata": manifest["files"][".metadata"]},
-                "tensors": {name: fact for record in records.values() for name, fact in record["tensors"].items()},
+                "tensors": {name: fact for file in files for name, fact in records[file]["tensors"].items()},
             },
             overwrite=replace,
             checksums={name: record["checksum"] for name, record in records.items()},

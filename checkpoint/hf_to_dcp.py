@@ -21,7 +21,6 @@ from mindspeed_mm.training.checkpoint.directory import (
     RELEASE,
     finish_directory,
     prepare_directory,
-    read_manifest,
     write_tracker,
 )
 
@@ -69,8 +68,7 @@ def hf_to_dcp(
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--dcp_dir {root} cannot be made: {error.strerror}") from error
-    if target.exists() and journal.same_plan() and _is_result_of(target, journal.plan):
-        # An earlier attempt ended between the rename and the tracker.
+    if journal.is_done():
         return _point_to(root, target, journal)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it, or name another --dcp_dir")
@@ -150,13 +148,6 @@ def _fingerprint(source: HFSource, files: dict[str, list[Piece]]) -> str:
     ]
     facts: list[Any] = [source.fingerprint(), source.layout, WEIGHT_MAP_VERSION, torch.__version__, pieces]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _is_result_of(target: Path, plan: str) -> bool:
-    try:
-        return read_manifest(target)["metadata"].get("plan") == plan
-    except UserError:
-        return False
 
 
 def _installed_transformers() -> str:

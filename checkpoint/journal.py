@@ -13,7 +13,7 @@ from typing import Any
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
-from mindspeed_mm.training.checkpoint.directory import partial_name, write_atomically
+from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest, write_atomically
 
 _PLAN = "plan.json"
 
@@ -32,6 +32,7 @@ class Journal:
             plan: fingerprint of everything that decides the bytes of the result.
         """
         self.plan = plan
+        self._target = target
         self._partial = partial_name(target)
         self._directory = target.with_name(f".{target.name}.journal")
 
@@ -76,9 +77,14 @@ class Journal:
         """Record a file that is complete and on disk; ``record`` has its ``size`` and ``checksum``."""
         write_atomically(self._directory / f"{name}.record", json.dumps(record).encode())
 
-    def same_plan(self) -> bool:
-        """Whether the journal that is there is of this plan."""
-        return self._read(_PLAN) == {"plan": self.plan}
+    def is_done(self) -> bool:
+        """Whether an earlier attempt at this plan completed the target and ended before it removed the journal."""
+        if self._read(_PLAN) != {"plan": self.plan} or not self._target.exists():
+            return False
+        try:
+            return read_manifest(self._target)["metadata"].get("plan") == self.plan
+        except UserError:
+            return False
 
     def clear(self) -> None:
         """Forget everything but the lock."""
@@ -87,8 +93,10 @@ class Journal:
                 path.unlink()
 
     def remove(self) -> None:
-        """Remove the journal; the target is complete."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """Remove the journal; the target is complete. The plan goes last, so that removal can be taken up again."""
+        for path in sorted(self._directory.glob("*"), key=lambda path: path.name == _PLAN):
+            path.unlink()
+        self._directory.rmdir()
 
     def _intact(self, name: str, record: dict[str, Any] | None) -> bool:
         path = self._partial / name

@@ -70,7 +70,7 @@ def write_tracker(root: str | os.PathLike[str], value: str | int) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by rename, so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -1,0 +1,126 @@
+"""Kills a conversion at chosen points and finishes it, many times. Run as a program by ``test_convert_kill.py``.
+
+Usage: python kill_driver.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS
+
+A point is any moment at which the process opens, renames, makes or removes a file below WORKDIR, or has written a part
+of one. The conversion runs in a forked child, which kills itself with SIGKILL at the point.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from checkpoint import dcp_writer, work
+from checkpoint.dcp_to_hf import dcp_to_hf
+from checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.training.checkpoint import directory
+from tests.ut.checkpoint.tiny import random_config, write_hf_directory
+
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+class KillSwitch:
+    """Counts points, and kills this process when the chosen one comes."""
+
+    def __init__(self, root: Path, kill_at: int | None) -> None:
+        self.count = 0
+        self._root, self._kill_at = str(root), kill_at
+        self._lock = threading.RLock()
+
+    def install(self) -> None:
+        sys.addaudithook(self._audit)
+        advance = work.Progress.advance
+
+        def counted(progress: work.Progress, nbytes: int) -> None:
+            self._point()
+            advance(progress, nbytes)
+
+        work.Progress.advance = counted
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        if event in EVENTS and str(arguments[0]).startswith(self._root):
+            self._point()
+
+    def _point(self) -> None:
+        with self._lock:
+            self.count += 1
+            if self.count == self._kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(action: Callable[[], None], root: Path, kill_at: int | None) -> tuple[int, int]:
+    """Run ``action`` in a forked child; returns its wait status and the number of points that it passed."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            switch = KillSwitch(root, kill_at)
+            switch.install()
+            action()
+            os.write(write_end, str(switch.count).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    _, status = os.waitpid(child, 0)
+    points = os.read(read_end, 20)
+    os.close(read_end)
+    return status, int(points or 0)
+
+
+def content(directory_: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory_)): p.read_bytes() for p in sorted(directory_.rglob("*")) if p.is_file()}
+
+
+def main() -> None:
+    root, command, points = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(1)
+    work.PIECE_BYTES, dcp_writer.FILE_BYTES = 2000, 30_000
+    rng = random.Random(0)
+    write_hf_directory(root / "hf", random_config(random.Random(1), moe=True), layout="v5")
+    if command == "dcp_to_hf":
+        hf_to_dcp(root / "hf", root / "dcp")
+
+    place = root / "work"
+    target = place / "result" / "release" if command == "hf_to_dcp" else place / "result"
+
+    def convert() -> None:
+        if command == "hf_to_dcp":
+            hf_to_dcp(root / "hf", place / "result", workers=2)
+        else:
+            dcp_to_hf(root / "dcp", place / "result", root / "hf", workers=2, max_shard_size=30_000)
+
+    status, total = in_child(convert, root, None)
+    assert status == 0
+    reference = content(place)
+    kept = 0
+    for kill_at in sorted(rng.sample(range(1, total + 1), points)):
+        shutil.rmtree(place)
+        status, _ = in_child(convert, root, kill_at)
+        assert os.WIFSIGNALED(status) or status == 0, f"point {kill_at}: status {status}"
+        complete = target.exists()
+        if complete:
+            directory.verify_directory(target, checksums=True)
+        if command == "hf_to_dcp" and directory.read_tracker(place / "result") is not None:
+            assert complete, f"point {kill_at}: the tracker points to nothing"
+        kept += len(list(place.rglob("*.record"))) > 0
+        if not complete or list(place.rglob("plan.json")):
+            status, _ = in_child(convert, root, None)
+            assert status == 0, f"point {kill_at}: going on failed"
+        assert content(place) == reference, f"point {kill_at}: another result"
+    print(f"{points} of {total} points, {kept} with finished files to keep")
+
+
+if __name__ == "__main__":
+    main()
