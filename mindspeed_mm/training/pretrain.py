@@ -83,6 +83,7 @@ def _run(
     loader, eval_loader = data_provider(recipe, geometry, layout, progress)
     _check_order(recipe, progress, loader, say)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
+    _warn_of_losses(recipe, say)
     say(
         f"data: {len(loader.dataset)} samples, {loader.samples_per_epoch} per epoch; "
         f"training from iteration {progress.iteration + 1} to {args.train_iters}"
@@ -175,6 +176,21 @@ def _restore_schedule(recipe: Recipe, schedule: Any, progress: Progress) -> None
             "the flags of the first run, or --override-opt-param-scheduler to continue under the new schedule"
         )
     schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
+
+
+def _warn_of_losses(recipe: Recipe, say: _Announcer) -> None:
+    """Say what a run resumed from this run's checkpoints will not have."""
+    args = recipe.args
+    left_out = [
+        what
+        for flag, what in ((args.no_save_optim, "AdamW's moments"), (args.no_save_rng, "random generator states"))
+        if flag
+    ]
+    if args.save is not None and left_out:
+        say(
+            f"checkpoints will be saved without {' and '.join(left_out)}: enough to export the model; "
+            "a run resumed from them starts these anew"
+        )
 
 
 def _check_order(recipe: Recipe, progress: Progress, loader: Any, say: _Announcer) -> None:
