@@ -180,7 +180,7 @@ main() {
     STEP=0 RUN_STARTED=$SECONDS
     # everything is on this machine: nobody shall look for it elsewhere
     export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-    export PYTHONUNBUFFERED=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+    export PYTHONUNBUFFERED=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
     if ((INSTALL)); then
         step "Environment (step 1 of the guide)" install_missing

@@ -52,12 +52,12 @@ def conversation(digit: int, rng: np.random.Generator) -> list[dict[str, str]]:
 
 
 def all_texts() -> list[str]:
-    """Every question and answer there is, each once for each digit: what the tiny model's tokenizer is trained on."""
+    """Every question and answer there is, once for each digit, as in a chat: what the tokenizer is trained on."""
     texts = []
     for digit, word in enumerate(WORDS):
-        for question, answer in QUESTIONS:
-            texts += [question.replace("<image>", ""), answer.format(word=word, numeral=digit)]
-        texts += [FOLLOW_UP[0], FOLLOW_UP[1][digit % 2]]
+        pairs = [(question, answer.format(word=word, numeral=digit)) for question, answer in QUESTIONS]
+        for question, answer in [*pairs, (FOLLOW_UP[0], FOLLOW_UP[1][digit % 2])]:
+            texts += ["user\n" + question.replace("<image>", ""), "assistant\n" + answer]
     return texts
 
 
