@@ -1,0 +1,128 @@
+"""The way of tokens to their experts and back, on one process.
+
+Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+ExpertFunction = Callable[[Tensor, Tensor], Tensor]
+"""(rows [N, H] sorted by expert, rows per expert [E]) -> [N, H]."""
+
+Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, int], Tensor]
+"""(tokens [T, H], weights [T, k], expert indices [T, k], experts, E) -> the weighted sums of the experts' results [T, H]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Rows sorted by expert: row r is choice ``order[r]`` of the T * k choices, of token ``order[r] // k``.
+
+    Attributes:
+        order: int64 [N].
+        inverse: int64 [N], the row of each choice.
+        rows_per_expert: int64 [E].
+        top_k: k.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    rows_per_expert: Tensor
+    top_k: int
+
+    @classmethod
+    def from_experts(cls, experts: Tensor, num_experts: int) -> Routing:
+        """Sort the choices ``experts`` [T, k]; nothing is read back to the host."""
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        rows_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+        rows_per_expert.scatter_add_(0, flat, torch.ones_like(flat))
+        return cls(order, inverse_permutation(order), rows_per_expert, top_k=experts.shape[-1])
+
+
+def inverse_permutation(order: Tensor) -> Tensor:
+    """int64 [N] with ``inverse[order[i]] == i``."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+class _Permute(torch.autograd.Function):
+    """rows [N, H] -> rows[order]; gathers both ways, so that no atomic addition decides an order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """tokens [T, H] -> rows [N, H], each token once for each of its k experts."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return tokens.index_select(0, routing.order // routing.top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        routing = ctx.routing
+        choices = grad.index_select(0, routing.inverse)
+        return choices.view(-1, routing.top_k, grad.shape[-1]).sum(dim=1), None
+
+
+class _Gather(torch.autograd.Function):
+    """rows [N, H], weights [T, k] -> the weighted sum of each token's rows [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.routing = routing
+        choices = rows.index_select(0, routing.inverse).view(*weights.shape, -1)
+        return torch.einsum("tkh,tk->th", choices, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights = ctx.saved_tensors
+        routing = ctx.routing
+        grad_by_row = grad.index_select(0, routing.order // routing.top_k)
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grad_by_row * weights.flatten()[routing.order].unsqueeze(-1)
+        if ctx.needs_input_grad[1]:
+            products = (grad_by_row.float() * rows.float()).sum(dim=-1)
+            grad_weights = products[routing.inverse].view_as(weights).to(weights.dtype)
+        return grad_rows, grad_weights, None
+
+
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """rows [N, H] -> rows[order]."""
+    return _Permute.apply(rows, order, inverse)
+
+
+def scatter_to_rows(tokens: Tensor, routing: Routing) -> Tensor:
+    """tokens [T, H] -> rows [N, H] sorted by expert."""
+    return _Scatter.apply(tokens, routing)
+
+
+def gather_to_tokens(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """rows [N, H] sorted by expert, weights [T, k] -> [T, H]."""
+    return _Gather.apply(rows, weights, routing)
+
+
+def local_dispatch(
+    tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
+) -> Tensor:
+    """All experts are here; see :data:`Dispatcher`."""
+    routing = Routing.from_experts(experts, num_experts)
+    rows = scatter_to_rows(tokens, routing)
+    return gather_to_tokens(function(rows, routing.rows_per_expert), weights, routing)
