@@ -6,7 +6,7 @@ Legend: T tokens, E experts, k experts per token, H hidden width, I intermediate
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,25 @@ from mindspeed_mm.models.dispatch import Dispatcher, local_dispatch
 from mindspeed_mm.models.geometry import TextGeometry
 
 
+class RouterLoad(NamedTuple):
+    """What routers did with their tokens, summed over tokens and, where said, over layers.
+
+    Attributes:
+        choices: int64 [E], how often each expert was chosen; T * k in all for one layer.
+        probabilities: fp32 [E], sum over the tokens of each expert's probability, with gradient; T in all for one
+            layer.
+    """
+
+    choices: Tensor
+    probabilities: Tensor
+
+
 class TopKRouter(nn.Module):
-    """Softmax over all experts in fp32, the k largest, renormalised to sum 1."""
+    """Softmax over all experts in fp32, the k largest, renormalised to sum 1.
+
+    Attributes:
+        keeps_load: whether each forward pass leaves its :class:`RouterLoad` for :meth:`take_load`.
+    """
 
     def __init__(self, config: TransformerConfig, *, geometry: TextGeometry) -> None:
         super().__init__()
@@ -28,13 +45,25 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(geometry.num_experts, geometry.hidden_size, dtype=config.params_dtype)
         )
+        self.keeps_load = False
+        self._load: RouterLoad | None = None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> (weights [T, k] in the tokens' type, expert indices int64 [T, k])."""
         probabilities = F.linear(tokens, self.weight).softmax(dim=-1, dtype=torch.float32)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.keeps_load:
+            chosen = experts.flatten()
+            choices = torch.zeros(probabilities.shape[-1], dtype=torch.int64, device=chosen.device)
+            choices.scatter_add_(0, chosen, torch.ones_like(chosen))
+            self._load = RouterLoad(choices, probabilities.sum(dim=0))
         return weights.to(tokens.dtype), experts
+
+    def take_load(self) -> RouterLoad | None:
+        """The load of the last forward pass, once: it holds a part of that pass's graph."""
+        load, self._load = self._load, None
+        return load
 
 
 class Experts(nn.Module):
