@@ -72,6 +72,8 @@ class VisionBatch(_TensorFields):
             dummy.
         grid_thw: temporal slices, rows and columns of patches of each image or video.
         is_dummy: whether this is one merge block of zeros that stands for "no picture in this micro-batch".
+        merged_index: int64 [placeholders here], in a part of a micro-batch: which of the whole's merged patches replace
+            the part's placeholders; None in a whole micro-batch, whose patches are in that order.
     """
 
     pixels: Tensor
@@ -84,6 +86,7 @@ class VisionBatch(_TensorFields):
     placeholder_index: Tensor
     grid_thw: list[tuple[int, int, int]]
     is_dummy: bool
+    merged_index: Tensor | None = None
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
 from mindspeed_mm.backend.megatron import prepare_megatron
-from mindspeed_mm.data.batch import Batch, PixelNorm
+from mindspeed_mm.data.batch import Batch, PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.specs import (
@@ -51,13 +52,28 @@ class ModelChoices:
     recompute_layers: bool = False
 
 
+VisionHandover = Callable[[Tensor, Sequence[Tensor], VisionBatch], tuple[Tensor, Sequence[Tensor]]]
+"""(embeddings, deepstack embeddings, their batch) -> those that belong to the tokens here."""
+
+
+def _keep(
+    embeddings: Tensor, deepstack: Sequence[Tensor], vision: VisionBatch
+) -> tuple[Tensor, Sequence[Tensor]]:
+    return embeddings, deepstack
+
+
 class Qwen3VLModel(nn.Module):
-    """The whole model over one packed micro-batch."""
+    """The whole model over one packed micro-batch.
+
+    Attributes:
+        exchange_vision: hands the tokens here their vision embeddings; context parallelism replaces it.
+    """
 
     def __init__(self, image_encoder: ImageEncoder, text_decoder: TextDecoder) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.text_decoder = text_decoder
+        self.exchange_vision: VisionHandover = _keep
 
     def forward(self, batch: Batch, token_weight: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
         """Loss of a micro-batch, or its logits where ``token_weight`` is None.
@@ -71,7 +87,7 @@ class Qwen3VLModel(nn.Module):
             (loss: fp32 scalar, cross-entropy of each supervised token: fp32 [S]), or the logits [S, V] of the
             supervised positions.
         """
-        embeddings, deepstack = self.image_encoder(batch.vision)
+        embeddings, deepstack = self.exchange_vision(*self.image_encoder(batch.vision), batch.vision)
         hidden = self.text_decoder(batch, embeddings, deepstack)
         predicting = hidden.index_select(0, batch.label_index)
         if token_weight is None:

@@ -1,4 +1,4 @@
-"""Device meshes and what a rank needs to know of its place in them."""
+"""Device meshes, and what a process needs to know of its place in them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,33 @@ from mindspeed_mm.errors import UserError
 class Layout:
     """This process's place.
 
+    Neighbouring processes form the context-parallel groups, and likewise the expert-parallel ones.
+
     Attributes:
-        mesh: parameters are sharded over its last axis and replicated over the first, if it has two.
-        rank: global rank.
+        rank: of this process.
         world_size: number of processes.
-        data_rank: which share of the global batch this process reads.
+        data_rank: which share of the global batch this process works on.
         data_size: number of such shares.
+        mesh: of all parameters but spread experts: sharded over its last axis, replicated over the first if it has two.
+        expert_shard_mesh: the same for spread experts, which are sharded over fewer processes; None without expert
+            parallelism.
+        expert_mesh: processes over which experts are spread, one-dimensional; None without expert parallelism.
+        context_mesh: processes that share a micro-batch, one-dimensional; None without context parallelism.
     """
 
-    mesh: DeviceMesh
     rank: int
     world_size: int
     data_rank: int
     data_size: int
+    mesh: DeviceMesh
+    expert_shard_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
+    context_mesh: DeviceMesh | None = None
+
+    @property
+    def context_size(self) -> int:
+        """Processes that share a micro-batch."""
+        return self.world_size // self.data_size
 
     @property
     def is_main(self) -> bool:
@@ -34,27 +48,54 @@ class Layout:
         return self.rank == 0
 
 
-def build_layout(*, device_type: str, sharding_size: int | str) -> Layout:
+def build_layout(
+    *, device_type: str, sharding_size: int | str = "auto", expert_size: int = 1, context_size: int = 1
+) -> Layout:
     """Meshes over all processes of the default group.
 
     Args:
         device_type: of the tensors that are sharded.
         sharding_size: processes that share one copy of the parameters (FSDP2 where it is all of them, HSDP where it
             is fewer); ``auto`` for all.
+        expert_size: processes over which the experts of a layer are spread.
+        context_size: processes that share a micro-batch.
 
     Raises:
-        UserError: if ``sharding_size`` does not divide the number of processes.
+        UserError: if a size does not divide what it divides.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shard = world_size if sharding_size == "auto" else int(sharding_size)
-    if shard < 1 or world_size % shard:
-        divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
-        raise UserError(
-            f"fsdp2 config: sharding_size {shard} does not divide the {world_size} processes; "
-            f"choose auto or one of {', '.join(divisors)}"
+    _must_divide("fsdp2 config: sharding_size", shard, world_size, f"the {world_size} processes")
+    _must_divide("--expert-model-parallel-size", expert_size, shard, f"the {shard} processes that share parameters")
+    _must_divide("--context-parallel-size", context_size, world_size, f"the {world_size} processes")
+    replicas = world_size // shard
+
+    def shard_mesh(*, inner: int) -> DeviceMesh:
+        # an axis of replicas only where there are any: FSDP2 takes a second axis for HSDP
+        axes = {"replicate": replicas, "shard": shard // inner, "expert": inner}
+        names = tuple(name for name, size in axes.items() if name == "shard" or size > 1)
+        return init_device_mesh(device_type, tuple(axes[name] for name in names), mesh_dim_names=names)
+
+    expert_root = shard_mesh(inner=expert_size) if expert_size > 1 else None
+    sharding_axes = ("replicate", "shard") if replicas > 1 else ("shard",)
+    context = None
+    if context_size > 1:
+        context = init_device_mesh(
+            device_type, (world_size // context_size, context_size), mesh_dim_names=("data", "context")
         )
-    if shard == world_size:
-        mesh = init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device_type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
-    return Layout(mesh=mesh, rank=rank, world_size=world_size, data_rank=rank, data_size=world_size)
+    return Layout(
+        rank=rank,
+        world_size=world_size,
+        data_rank=rank // context_size,
+        data_size=world_size // context_size,
+        mesh=shard_mesh(inner=1),
+        expert_shard_mesh=None if expert_root is None else expert_root[sharding_axes],
+        expert_mesh=None if expert_root is None else expert_root["expert"],
+        context_mesh=None if context is None else context["context"],
+    )
+
+
+def _must_divide(name: str, size: int, total: int, what: str) -> None:
+    if size < 1 or total % size:
+        divisors = ", ".join(str(divisor) for divisor in range(1, total + 1) if total % divisor == 0)
+        raise UserError(f"{name} {size} does not divide {what}; choose one of {divisors}")

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.parallel.mesh import Layout
 
 LossMode = Literal["per_token", "per_sample", "square", "default"]
 
 
 def step_token_weights(
-    batches: Sequence[Batch], *, mode: LossMode, data_size: int, device: torch.device
+    batches: Sequence[Batch], *, mode: LossMode, layout: Layout, device: torch.device
 ) -> list[Tensor]:
     """fp32 [S] for each micro-batch of this rank's step.
 
@@ -35,12 +36,12 @@ def step_token_weights(
     Args:
         batches: the micro-batches of one optimizer step on this rank.
         mode: which mean.
-        data_size: number of ranks that read different data.
+        layout: processes that share a micro-batch each have all its samples' counts, and their own part's tokens.
         device: of the results. The sum over ranks stays there: nothing is read back to the host.
     """
     shares = [_sample_shares(batch.supervised_per_sample, mode) for batch in batches]
     if mode == "default":
-        total = torch.tensor(float(len(batches) * data_size), device=device)
+        total = torch.tensor(float(len(batches) * layout.data_size), device=device)
     else:
         local = sum(
             count * share
@@ -49,6 +50,7 @@ def step_token_weights(
         )
         total = torch.tensor(float(local), dtype=torch.float32, device=device)
         dist.all_reduce(total)
+        total /= layout.context_size
     total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without any supervised token has a loss of 0, not NaN
     return [
         torch.tensor(own, dtype=torch.float32, device=device)[batch.label_sample] / total

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mindspeed_mm.training.gradients import by_mesh
+
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -16,10 +18,14 @@ if TYPE_CHECKING:
 
 def build_optimizer(model: nn.Module, args: TrainingArgs) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; vectors (norms and biases) have no weight decay, as in Megatron."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # a group each for spread experts and the rest: one fused step must not mix meshes
     groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "wd_mult": 1.0},
-        {"params": [p for p in trainable if p.dim() <= 1], "wd_mult": 0.0},
+        {"params": parameters, "wd_mult": wd_mult}
+        for same_mesh in by_mesh(parameter for parameter in model.parameters() if parameter.requires_grad)
+        for parameters, wd_mult in (
+            ([p for p in same_mesh if p.dim() > 1], 1.0),
+            ([p for p in same_mesh if p.dim() <= 1], 0.0),
+        )
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -16,7 +16,7 @@ from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import Qwen3VLModel
-from mindspeed_mm.parallel.fsdp import shard_model
+from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
@@ -59,7 +59,12 @@ def _run(
     forward_step: ForwardStep,
 ) -> None:
     args = recipe.args
-    layout = build_layout(device_type=backend.device.type, sharding_size=recipe.fsdp.sharding_size)
+    layout = build_layout(
+        device_type=backend.device.type,
+        sharding_size=recipe.fsdp.sharding_size,
+        expert_size=args.expert_model_parallel_size,
+        context_size=args.context_parallel_size,
+    )
     recipe.check_world(world_size=layout.world_size)
     say = _Announcer(layout)
     say(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
@@ -99,6 +104,7 @@ def _run(
         layout=layout,
         backend=backend,
         progress=progress,
+        merge_unit=geometry.vision.merge_unit,
         tools=StepTools(
             recipe.tools,
             rank=layout.rank,
@@ -126,7 +132,7 @@ class _Announcer:
 
 def _shard_and_allocate(model: Qwen3VLModel, recipe: Recipe, backend: Backend, layout: Layout) -> None:
     """Shard the model and give this process's shards storage on the device; the values come from a checkpoint."""
-    shard_model(model, model.units(), layout=layout, config=recipe.fsdp)
+    parallelise(model, layout=layout, config=recipe.fsdp)
     model.to_empty(device="cpu" if recipe.fsdp.offload_to_cpu else backend.device)
     model.reset_buffers()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -13,14 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.parallel.context import split_batch
 from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.checkpoint.state import Progress, save_checkpoint
+from mindspeed_mm.training.gradients import clip, total_norm
 from mindspeed_mm.training.log import IntervalStats, format_line
 from mindspeed_mm.training.loss import LossMode, step_token_weights
 
@@ -60,6 +62,7 @@ class Trainer:
         layout: Layout,
         backend: Backend,
         progress: Progress,
+        merge_unit: int,
         tools: StepTools,
         eval_loader: Iterable[Batch] | None = None,
         checkpoint_metadata: dict[str, Any] | None = None,
@@ -78,6 +81,7 @@ class Trainer:
         self.eval_loader = eval_loader
         self.checkpoint_metadata = checkpoint_metadata or {}
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
+        self.split_batch = _splitter(layout, merge_unit)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def train(self) -> None:
@@ -112,36 +116,26 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step over ``micro_batches`` micro-batches of this rank."""
         host_batches = [next(self.batches) for _ in range(self.micro_batches)]
-        batches = [batch.to(self.backend.device, non_blocking=True) for batch in host_batches]
-        weights = step_token_weights(
-            batches, mode=self.loss_mode, data_size=self.layout.data_size, device=self.backend.device
-        )
+        batches = [self.split_batch(batch).to(self.backend.device, non_blocking=True) for batch in host_batches]
+        weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
         # summed on the device: this rank's loss and its tokens
-        totals = torch.zeros(2, dtype=torch.float64 if self.backend.name == "cpu" else torch.float32)
-        totals[1] = sum(batch.num_tokens for batch in batches)
-        totals = totals.to(self.backend.device)
+        tokens = sum(batch.num_tokens for batch in host_batches) / self.layout.context_size
+        totals = torch.tensor([0.0, tokens]).to(self.backend.device)
         for batch, weight in zip(batches, weights, strict=True):
             loss = self.forward_step(self.model, batch, weight)
-            # FSDP2's reduction averages over the ranks; the loss is a sum over them
-            (loss * self.layout.data_size).backward()
+            # FSDP2's reduction averages over the processes; the loss is a sum over them
+            (loss * self.layout.world_size).backward()
             totals[0] += loss.detach()
         dist.all_reduce(totals)
-        norm = self._clip()
-        loss_value, tokens = totals.tolist()
-        finite = math.isfinite(loss_value) and math.isfinite(norm)
+        norm = total_norm(self.trainable)
+        if self.args.clip_grad > 0:
+            clip(self.trainable, max_norm=self.args.clip_grad, norm=norm)
+        loss_value, tokens, grad_norm = torch.cat((totals, norm.view(1))).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.step()
-        return StepResult(loss=loss_value, grad_norm=norm, tokens=round(tokens), skipped=not finite)
-
-    def _clip(self) -> float:
-        """Norm of all gradients together, in fp32, before they are clipped to ``--clip-grad`` (0: not clipped)."""
-        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.args.clip_grad > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.args.clip_grad, norm)
-        return float(norm)
+        return StepResult(loss=loss_value, grad_norm=grad_norm, tokens=round(tokens), skipped=not finite)
 
     def _log(self, stats: IntervalStats, learning_rate: float, grad_norm: float) -> None:
         if not self.layout.is_main:
@@ -192,11 +186,20 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(2, device=self.backend.device)
         for batch in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
-            batch = batch.to(self.backend.device)
-            weight = torch.ones(batch.num_supervised, device=self.backend.device)
+            batch = self.split_batch(batch).to(self.backend.device)
+            weight = torch.ones_like(batch.labels, dtype=torch.float32)
             sums[0] += self.forward_step(self.model, batch, weight)
-            sums[1] += batch.num_supervised
+            sums[1] += weight.numel()
         dist.all_reduce(sums)
         self.model.train()
         total, count = sums.tolist()
         return total / max(1.0, count)
+
+
+def _splitter(layout: Layout, merge_unit: int) -> Callable[[Batch], Batch]:
+    """What takes this process's part of a micro-batch; all of it without context parallelism."""
+    if layout.context_mesh is None:
+        return lambda batch: batch
+    return functools.partial(
+        split_batch, rank=layout.context_mesh.get_local_rank(), size=layout.context_size, merge_unit=merge_unit
+    )

@@ -19,7 +19,7 @@ from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3vl import ModelChoices
-from mindspeed_mm.parallel.fsdp import shard_model
+from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.checkpoint.state import Progress
@@ -35,9 +35,9 @@ def main(spec: dict, out: str) -> None:
     backend = select_backend("cpu")
     start_processes(backend, timeout_minutes=2)
     config = FSDPConfig(**spec["fsdp"])
-    layout = build_layout(device_type="cpu", sharding_size=config.sharding_size)
+    layout = build_layout(device_type="cpu", **{"sharding_size": config.sharding_size, **spec.get("layout", {})})
     model, geometry = model_like(tiny_model(), ModelChoices(**spec.get("choices", {})))
-    shard_model(model, model.units(), layout=layout, config=config)
+    parallelise(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
 
     def batches():
@@ -59,6 +59,7 @@ def main(spec: dict, out: str) -> None:
         layout=layout,
         backend=backend,
         progress=Progress(),
+        merge_unit=geometry.vision.merge_unit,
         tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
     )
     losses, norms = [], []

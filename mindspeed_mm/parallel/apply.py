@@ -1,0 +1,22 @@
+"""All of a layout applied to a model, in the one order that works."""
+
+from __future__ import annotations
+
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.models.qwen3vl import Qwen3VLModel
+from mindspeed_mm.parallel.context import apply_context_parallelism
+from mindspeed_mm.parallel.expert import spread_experts
+from mindspeed_mm.parallel.fsdp import shard_model
+from mindspeed_mm.parallel.mesh import Layout
+
+
+def parallelise(model: Qwen3VLModel, *, layout: Layout, config: FSDPConfig) -> None:
+    """Spread experts, share micro-batches, shard parameters; in place, on meta tensors or on real ones.
+
+    Raises:
+        UserError: if the model does not fit the layout.
+    """
+    experts = spread_experts(model, layout.expert_mesh) if layout.expert_mesh is not None else []
+    if layout.context_mesh is not None:
+        apply_context_parallelism(model, layout.context_mesh)
+    shard_model(model, model.units(), layout=layout, config=config, experts=experts)
