@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.data.batch import Batch
     from mindspeed_mm.data.loader import BatchLoader, TrainLoader
     from mindspeed_mm.models.geometry import Qwen3VLGeometry
-    from mindspeed_mm.models.qwen3vl import Qwen3VLModel
+    from mindspeed_mm.models.qwen3vl import ModelOutput, Qwen3VLModel
     from mindspeed_mm.parallel.mesh import Layout
     from mindspeed_mm.training.checkpoint.state import Progress
 
@@ -37,7 +37,13 @@ def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) 
         freeze_vision_encoder=encoder.vision_encoder.freeze,
         freeze_vision_projector=encoder.vision_projector.freeze,
         freeze_text_decoder=decoder.freeze,
-        recompute_layers=recipe.args.recompute_granularity == "full",
+        recompute=recipe.args.recompute_granularity or "none",
+        recompute_method=recipe.args.recompute_method,
+        recompute_num_layers=recipe.args.recompute_num_layers,
+        offload_activations=decoder.activation_offload,
+        synchronize_vision_layers=encoder.vision_encoder.synchronize_per_layer,
+        synchronize_text_layers=decoder.synchronize_per_layer,
+        router_load=recipe.router_aux_loss_coef > 0,
     )
     images = recipe.data.dataset_param.preprocess_parameters
     settings = read_image_settings(
@@ -78,10 +84,9 @@ def data_provider(
     return loader, build_eval_loader(recipe.data, dataset=held_out, **common)
 
 
-def forward_step(model: nn.Module, batch: Batch, token_weight: Tensor) -> Tensor:
+def forward_step(model: nn.Module, batch: Batch, token_weight: Tensor) -> ModelOutput:
     """Loss of one micro-batch: the sum of its tokens' cross-entropies, each times its weight."""
-    loss, _ = model(batch, token_weight)
-    return loss
+    return model(batch, token_weight)
 
 
 def main() -> int:

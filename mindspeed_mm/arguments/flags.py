@@ -100,6 +100,11 @@ class OptimizerArgs:
         "without it: mean over micro-batches of their token means"
     )
     calculate_per_sample_loss: bool = flag(False, "loss = mean over the global batch's samples of their token means")
+    moe_aux_loss_coeff: float | None = flag(
+        None, "share of the routers' load-balancing loss, over all tokens and sparse layers of the step "
+        "(default: loss_cfg.router_aux_loss_coef in the model file, else 0)",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,12 @@ class MemoryArgs:
         "(default: keep them all)",
         choices=("full", "selective"),
     )
+    recompute_method: str = flag(
+        "uniform", "of full; uniform: keep the input of every n-th layer and compute n layers again together; "
+        "block: compute the first n layers of each stack again, one by one, and keep the others whole",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int = flag(1, "the n of --recompute-method", at_least=1, metavar="LAYERS")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mindspeed_mm.arguments.fields import REQUIRED, StrictModel, effective, no_effect, refused
 
+LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
 AttentionName = Literal["eager", "sdpa", "flash_attention_2"]
 
 _CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"
@@ -14,6 +15,9 @@ _ATTENTION = (
     "for packed sequences); null: the device's best"
 )
 _LAYOUT = "micro-batches are packed, which is the layout TND"
+_SYNCHRONIZE = (
+    "wait for the device after each layer, so that the host does not run ahead and allocate for later layers"
+)
 _CHECKED = "checked against the Hugging Face config"
 
 
@@ -27,7 +31,7 @@ class VisionEncoderConfig(StrictModel):
     freeze: bool = effective(True, "do not train these parameters")
     attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
-    synchronize_per_layer: bool = refused(False, "waiting for the device after each layer is not implemented yet")
+    synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
 
 
 class VisionProjectorConfig(StrictModel):
@@ -62,12 +66,23 @@ class TextDecoderConfig(StrictModel):
     attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
     is_causal: bool = refused(True, "a text token never sees those after it")
-    activation_offload: bool = refused(False, "moving activations to the host is not implemented yet")
-    synchronize_per_layer: bool = refused(False, "waiting for the device after each layer is not implemented yet")
+    activation_offload: bool = effective(
+        False, "keep what the layers keep for backward in the host's memory: the inputs alone under full recompute"
+    )
+    synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
 
 
 class LossConfig(StrictModel):
-    """How the loss is computed; which loss it is, the flags say."""
+    """Which loss, and how it is computed."""
+
+    loss_type: LossType | None = effective(
+        None, "mean of the token losses: per_token_loss and per_sample_loss as the flags of that name, square_loss in "
+        "between (a sample weighs as the root of its supervised tokens), default: means of the micro-batches' means; "
+        "null: as the flags say",
+    )
+    router_aux_loss_coef: float | None = effective(
+        None, "share of the routers' load-balancing loss; null: as --moe-aux-loss-coeff says, else 0", ge=0
+    )
 
     compute_mode: Literal["default", "chunk"] = effective(
         "default", "default: the logits of all supervised tokens at once; chunk: chunk_size tokens at a time"

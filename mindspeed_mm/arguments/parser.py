@@ -23,8 +23,7 @@ _ELSEWHERE = {
     "--tokenizer-name-or-path": "it is model_name_or_path in the --mm-data file",
     "--data-path": "it is dataset in the --mm-data file",
     "--finetune": "starting from a released checkpoint never loads optimizer or step count",
-    "--recompute-method": "--recompute-granularity decides alone",
-    "--recompute-num-layers": "--recompute-granularity applies to every layer",
+    "--moe-router-load-balancing-type": "--moe-aux-loss-coeff above 0 balances by the auxiliary loss; 0 does not",
 }
 _NUMBER = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 

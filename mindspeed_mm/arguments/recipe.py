@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mindspeed_mm.arguments.config_file import load_config
 from mindspeed_mm.arguments.data_config import DataConfig
@@ -14,6 +14,7 @@ from mindspeed_mm.arguments.fields import NO_EFFECT, walk
 from mindspeed_mm.arguments.flag import option_name
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.arguments.loss_choice import LossMode, loss_mode, router_aux_loss_coef
 from mindspeed_mm.arguments.model_config import ModelConfig
 from mindspeed_mm.arguments.parser import describe_ignored, parse_args
 from mindspeed_mm.arguments.rules import (
@@ -40,11 +41,14 @@ class Recipe:
     tools: ToolsConfig
 
     @property
-    def loss_mode(self) -> Literal["per_token", "per_sample", "default"]:
+    def loss_mode(self) -> LossMode:
         """Which mean of the token losses is minimised."""
-        if self.args.calculate_per_token_loss:
-            return "per_token"
-        return "per_sample" if self.args.calculate_per_sample_loss else "default"
+        return loss_mode(self.args, self.model, file=self.args.mm_model)
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Share of the routers' load-balancing loss; 0 for none."""
+        return router_aux_loss_coef(self.args, self.model, file=self.args.mm_model)
 
     def check_world(self, *, world_size: int) -> BatchPlan:
         """Check the degrees and batch sizes against the number of processes; see :func:`rules.check_parallel`."""
@@ -59,6 +63,11 @@ class Recipe:
         source = str(Path(self.model.init_from_hf_path) / "config.json")
         check_geometry(self.model, file=self.args.mm_model, geometry=geometry, source=source)
         check_degrees(self.args, geometry=geometry)
+        if self.router_aux_loss_coef and not geometry.text.num_experts:
+            raise UserError(
+                f"router_aux_loss_coef {self.router_aux_loss_coef} needs routers, and this model has none; "
+                "leave it and --moe-aux-loss-coeff out"
+            )
         check_implemented(self.args)
 
     def describe_ignored(self) -> list[str]:
@@ -106,13 +115,16 @@ def load_recipe(argv: Sequence[str] | None = None, *, world_size: int | None = N
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
-    return Recipe(
+    recipe = Recipe(
         args=dataclasses.replace(args, global_batch_size=plan.global_batch_size),
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
         model=load_config(args.mm_model, ModelConfig, flag="--mm-model"),
         fsdp=fsdp,
         tools=tools,
     )
+    # both join a flag with a field; a contradiction is told here
+    _ = recipe.loss_mode, recipe.router_aux_loss_coef
+    return recipe
 
 
 def check_weights(recipe: Recipe) -> None:

@@ -71,6 +71,12 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(f"--lr-warmup-init {args.lr_warmup_init} exceeds --lr {args.lr}; lower it")
     if args.calculate_per_token_loss and args.calculate_per_sample_loss:
         raise UserError("--calculate-per-token-loss and --calculate-per-sample-loss exclude each other; keep one")
+    for name in ("recompute_method", "recompute_num_layers"):
+        if name in args.given and args.recompute_granularity != "full":
+            raise UserError(
+                f"{option_name(name)} {getattr(args, name)} belongs to --recompute-granularity full; "
+                f"add that, or leave {option_name(name)} out"
+            )
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
         raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
     decay_iters = args.lr_decay_iters or args.train_iters
@@ -151,8 +157,6 @@ def check_implemented(args: TrainingArgs) -> None:
     for name in ("expert_model_parallel_size", "context_parallel_size"):
         if getattr(args, name) > 1:
             raise UserError(f"{option_name(name)} {getattr(args, name)} is not implemented yet; set it to 1")
-    if args.recompute_granularity == "selective":
-        raise UserError("--recompute-granularity selective is not implemented yet; use full, or leave it out")
 
 
 def check_geometry(model: ModelConfig, *, file: str, geometry: GeometryLike, source: str) -> None:

@@ -105,6 +105,7 @@ class Batch(_TensorFields):
         supervised_per_sample: supervised tokens of each sample; length B.
         sample_ids: dataset index of each packed sample; length B.
         vision: the micro-batch's pictures, or a dummy block.
+        padding: tokens at the end that belong to no sample; none in a whole micro-batch, only in a part of one.
     """
 
     input_ids: Tensor
@@ -118,6 +119,7 @@ class Batch(_TensorFields):
     supervised_per_sample: list[int]
     sample_ids: list[int]
     vision: VisionBatch
+    padding: int = 0
 
     @property
     def num_tokens(self) -> int:

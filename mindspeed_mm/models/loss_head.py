@@ -58,16 +58,23 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 class LossHead(nn.Module):
-    """The output layer; ``weight`` [V, H]."""
+    """The output layer; ``weight`` [V, H], or no parameter where it shares the word embeddings'."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, chunk_size: int | None, dtype: torch.dtype) -> None:
-        """``chunk_size`` supervised positions at a time, or all at once for None."""
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, chunk_size: int | None, dtype: torch.dtype, tied: bool
+    ) -> None:
+        """``chunk_size`` supervised positions at a time, or all at once for None; ``tied``: forward is given W."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
         self.chunk_size = chunk_size
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, token_weight: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        *,
+        tied_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Loss, or logits where no labels are given.
 
@@ -75,11 +82,13 @@ class LossHead(nn.Module):
             hidden: [S, H] states that predict the labels.
             labels: int64 [S].
             token_weight: fp32 [S], the share of each token in the loss.
+            tied_weight: [V, H], for a head without a weight of its own.
 
         Returns:
             (loss: fp32 scalar, cross-entropy of each token: fp32 [S], outside autograd), or logits [S, V].
         """
+        weight = self.weight if tied_weight is None else tied_weight
         if labels is None:
-            return F.linear(hidden, self.weight)
+            return F.linear(hidden, weight)
         chunk_size = self.chunk_size or max(1, hidden.shape[0])
-        return _WeightedCrossEntropy.apply(hidden, self.weight, labels, token_weight, chunk_size)
+        return _WeightedCrossEntropy.apply(hidden, weight, labels, token_weight, chunk_size)

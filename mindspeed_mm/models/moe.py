@@ -6,7 +6,8 @@ Legend: T tokens, E experts, k experts per token, H hidden width, I intermediate
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class TopKRouter(nn.Module):
     """Softmax over all experts in fp32, the k largest, renormalised to sum 1.
 
     Attributes:
-        keeps_load: whether each forward pass leaves its :class:`RouterLoad` for :meth:`take_load`.
+        keeps_routing: whether each forward pass leaves what :meth:`take_load` sums up.
     """
 
     def __init__(self, config: TransformerConfig, *, geometry: TextGeometry) -> None:
@@ -45,25 +46,31 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(geometry.num_experts, geometry.hidden_size, dtype=config.params_dtype)
         )
-        self.keeps_load = False
-        self._load: RouterLoad | None = None
+        self.keeps_routing = False
+        self._routing: tuple[Tensor, Tensor] | None = None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> (weights [T, k] in the tokens' type, expert indices int64 [T, k])."""
         probabilities = F.linear(tokens, self.weight).softmax(dim=-1, dtype=torch.float32)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.keeps_load:
-            chosen = experts.flatten()
-            choices = torch.zeros(probabilities.shape[-1], dtype=torch.int64, device=chosen.device)
-            choices.scatter_add_(0, chosen, torch.ones_like(chosen))
-            self._load = RouterLoad(choices, probabilities.sum(dim=0))
+        if self.keeps_routing:
+            self._routing = probabilities, experts
         return weights.to(tokens.dtype), experts
 
-    def take_load(self) -> RouterLoad | None:
-        """The load of the last forward pass, once: it holds a part of that pass's graph."""
-        load, self._load = self._load, None
-        return load
+    def take_load(self, counted: int) -> RouterLoad | None:
+        """The load by the first ``counted`` tokens of the last forward pass, or None where none was kept.
+
+        To be called once after each pass, for what is kept is a part of that pass's graph.
+        """
+        routing, self._routing = self._routing, None
+        if routing is None:
+            return None
+        probabilities, experts = routing
+        chosen = experts[:counted].flatten()
+        choices = torch.zeros(probabilities.shape[-1], dtype=torch.int64, device=chosen.device)
+        choices.scatter_add_(0, chosen, torch.ones_like(chosen))
+        return RouterLoad(choices, probabilities[:counted].sum(dim=0))
 
 
 class Experts(nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mindspeed_mm.backend.activations import host_offload, synchronizer
 from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
@@ -15,6 +17,7 @@ from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.data.batch import Batch, PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.moe import RouterLoad
 from mindspeed_mm.models.specs import (
     Kernels,
     decoder_layer_spec,
@@ -23,7 +26,8 @@ from mindspeed_mm.models.specs import (
     vision_config,
     vision_layer_spec,
 )
-from mindspeed_mm.models.text import TextDecoder, recompute_layer
+from mindspeed_mm.models.stack import StackPolicy, recompute_selectively
+from mindspeed_mm.models.text import TextDecoder
 from mindspeed_mm.models.vision import ImageEncoder, VisionEncoder, VisionProjector
 
 
@@ -39,7 +43,14 @@ class ModelChoices:
         freeze_vision_encoder: train nothing of the vision encoder.
         freeze_vision_projector: train no merger.
         freeze_text_decoder: train nothing of the text decoder.
-        recompute_layers: keep only each decoder layer's input and run it again in backward.
+        recompute: ``none``, ``full`` or ``selective``, for vision blocks that train and for decoder layers; see
+            :class:`~mindspeed_mm.models.stack.StackPolicy`.
+        recompute_method: of ``full``; ``uniform`` or ``block``.
+        recompute_num_layers: of ``full``.
+        offload_activations: keep on the host what the decoder layers keep for backward.
+        synchronize_vision_layers: wait for the device after each vision block.
+        synchronize_text_layers: wait for the device after each decoder layer.
+        router_load: return the routers' load, which a loss that balances experts is made of.
     """
 
     text_attention: str | None = None
@@ -49,7 +60,27 @@ class ModelChoices:
     freeze_vision_encoder: bool = False
     freeze_vision_projector: bool = False
     freeze_text_decoder: bool = False
-    recompute_layers: bool = False
+    recompute: Literal["none", "full", "selective"] = "none"
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: int = 1
+    offload_activations: bool = False
+    synchronize_vision_layers: bool = False
+    synchronize_text_layers: bool = False
+    router_load: bool = False
+
+
+class ModelOutput(NamedTuple):
+    """What the model makes of a micro-batch.
+
+    Attributes:
+        loss: fp32 scalar, ``sum(token_weight * cross_entropy)``.
+        token_losses: fp32 [S], cross-entropy of each supervised token, outside autograd.
+        router_load: summed over the sparse layers; None where it was not asked for, or there is none.
+    """
+
+    loss: Tensor
+    token_losses: Tensor
+    router_load: RouterLoad | None
 
 
 VisionHandover = Callable[[Tensor, Sequence[Tensor], VisionBatch], tuple[Tensor, Sequence[Tensor]]]
@@ -75,7 +106,7 @@ class Qwen3VLModel(nn.Module):
         self.text_decoder = text_decoder
         self.exchange_vision: VisionHandover = _keep
 
-    def forward(self, batch: Batch, token_weight: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(self, batch: Batch, token_weight: Tensor | None = None) -> ModelOutput | Tensor:
         """Loss of a micro-batch, or its logits where ``token_weight`` is None.
 
         Args:
@@ -84,24 +115,30 @@ class Qwen3VLModel(nn.Module):
                 of the whole step) gives the token mean whatever the split over micro-batches and ranks.
 
         Returns:
-            (loss: fp32 scalar, cross-entropy of each supervised token: fp32 [S]), or the logits [S, V] of the
-            supervised positions.
+            The losses, or the logits [S, V] of the supervised positions.
         """
         embeddings, deepstack = self.exchange_vision(*self.image_encoder(batch.vision), batch.vision)
-        hidden = self.text_decoder(batch, embeddings, deepstack)
+        decoder = self.text_decoder
+        hidden, load = decoder(batch, embeddings, deepstack)
         predicting = hidden.index_select(0, batch.label_index)
+        tied = decoder.tied_weight
         if token_weight is None:
-            return self.text_decoder.output_layer(predicting)
-        return self.text_decoder.output_layer(predicting, batch.labels, token_weight)
+            return decoder.output_layer(predicting, tied_weight=tied)
+        loss, token_losses = decoder.output_layer(predicting, batch.labels, token_weight, tied_weight=tied)
+        return ModelOutput(loss, token_losses, load)
 
     def units(self) -> list[nn.Module]:
-        """The parts to shard by themselves, in the order in which forward runs them; the loss head comes last."""
+        """The parts to shard by themselves, in the order in which forward runs them; the loss head comes last.
+
+        Embeddings that serve the output layer too are wanted from the beginning of forward to its end: they are no
+        unit, but stay with what is gathered once per step.
+        """
         projector, decoder = self.image_encoder.vision_projector, self.text_decoder
         mergers = [projector.merger, *projector.deepstack_mergers]
         return [
             *self.image_encoder.vision_encoder.layers,
             *mergers,
-            decoder.embedding,
+            *([] if decoder.geometry.tie_word_embeddings else [decoder.embedding]),
             *decoder.layers,
             decoder.output_layer,
         ]
@@ -138,8 +175,6 @@ def build_model(
     prepare_megatron()
     if geometry.text.attention_bias:
         raise UserError("config.json has attention_bias true; Qwen3-VL's decoder has no attention bias")
-    if geometry.text.tie_word_embeddings:
-        raise UserError("config.json has tie_word_embeddings true; training tied embeddings is not supported yet")
     experts = expert_kernel_name(
         fused=choices.fused_experts,
         hidden_size=geometry.text.hidden_size,
@@ -160,15 +195,35 @@ def build_model(
         rms_norm_spec(kernels),
         loss_chunk_size=choices.loss_chunk_size,
     )
-    if choices.recompute_layers:
-        text_decoder.run_layer = recompute_layer
     image_encoder = ImageEncoder(
         VisionEncoder(geometry.vision, of_vision, vision_layer_spec(kernels), pixel_norm),
         VisionProjector(geometry.vision, of_vision),
     )
     model = Qwen3VLModel(image_encoder, text_decoder)
     _freeze(model, choices)
+    _set_policies(model, choices, device=device)
     return model
+
+
+def _set_policies(model: Qwen3VLModel, choices: ModelChoices, *, device: str) -> None:
+    """Tell both stacks what to keep for backward and when to wait, and the routers what to report."""
+    encoder, decoder = model.image_encoder.vision_encoder, model.text_decoder
+    recompute = {
+        "recompute": choices.recompute,
+        "method": choices.recompute_method,
+        "num_layers": choices.recompute_num_layers,
+    }
+    wait = synchronizer(device=device)
+    encoder.policy = StackPolicy(**recompute, after_layer=wait if choices.synchronize_vision_layers else None)
+    decoder.policy = StackPolicy(
+        **recompute,
+        after_layer=wait if choices.synchronize_text_layers else None,
+        offload=host_offload(device=device) if choices.offload_activations else None,
+    )
+    if choices.recompute == "selective":
+        recompute_selectively([*encoder.layers, *decoder.layers])
+    if choices.router_load:
+        decoder.keep_router_load()
 
 
 def _freeze(model: Qwen3VLModel, choices: ModelChoices) -> None:

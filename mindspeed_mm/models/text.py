@@ -5,7 +5,7 @@ Legend: T tokens of the packed sequence, H hidden width, M merged patches, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -16,8 +16,10 @@ from mindspeed_mm.backend.kernels.attention import Segments
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.models.geometry import TextGeometry
 from mindspeed_mm.models.loss_head import LossHead
+from mindspeed_mm.models.moe import MoELayer, RouterLoad
 from mindspeed_mm.models.rotary import TextRotary
 from mindspeed_mm.models.slots import PackedSequence
+from mindspeed_mm.models.stack import StackPolicy, run_stack
 
 
 class Embedding(nn.Module):
@@ -44,6 +46,7 @@ class TextDecoder(nn.Module):
         *,
         loss_chunk_size: int | None,
     ) -> None:
+        """``loss_chunk_size``: see :class:`LossHead`."""
         super().__init__()
         self.geometry = geometry
         self.embedding = Embedding(geometry.vocab_size, geometry.hidden_size, dtype=config.params_dtype)
@@ -55,11 +58,28 @@ class TextDecoder(nn.Module):
             final_norm, config=config, hidden_size=geometry.hidden_size, eps=geometry.rms_norm_eps
         )
         self.output_layer = LossHead(
-            geometry.hidden_size, geometry.vocab_size, chunk_size=loss_chunk_size, dtype=config.params_dtype
+            geometry.hidden_size,
+            geometry.vocab_size,
+            chunk_size=loss_chunk_size,
+            dtype=config.params_dtype,
+            tied=geometry.tie_word_embeddings,
         )
-        self.run_layer: Callable[..., Tensor] = run_layer
+        self.policy = StackPolicy()
 
-    def forward(self, batch: Batch, embeddings: Tensor, deepstack: Sequence[Tensor]) -> Tensor:
+    @property
+    def tied_weight(self) -> Tensor | None:
+        """[V, H] word embeddings where the output layer is made of them, else None."""
+        return self.embedding.word_embeddings.weight if self.geometry.tie_word_embeddings else None
+
+    def keep_router_load(self) -> None:
+        """From now on the routers' load is part of what forward returns."""
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoELayer):
+                layer.mlp.router.keeps_routing = True
+
+    def forward(
+        self, batch: Batch, embeddings: Tensor, deepstack: Sequence[Tensor]
+    ) -> tuple[Tensor, RouterLoad | None]:
         """Hidden states after the final norm.
 
         Args:
@@ -68,7 +88,7 @@ class TextDecoder(nn.Module):
             deepstack: each [M, H]; the i-th is added at the placeholders after layer i.
 
         Returns:
-            [T, H].
+            ([T, H], the routers' load summed over the layers, or None where it is not kept).
         """
         hidden = self.embedding(batch.input_ids)
         if batch.vision.is_dummy:
@@ -80,20 +100,34 @@ class TextDecoder(nn.Module):
         cos, sin = self.rotary(batch.position_ids, hidden.dtype)
         segments = Segments(batch.cu_seqlens, batch.cu_seqlens_host, batch.max_seqlen)
         packed = PackedSequence(segments=segments, cos=cos, sin=sin)
-        hidden = hidden.unsqueeze(1)
-        for index, layer in enumerate(self.layers):
-            hidden = self.run_layer(layer, hidden, packed)
+        counted = batch.input_ids.shape[0] - batch.padding
+
+        def step(index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+            hidden, *load = run_layer(self.layers[index], hidden, packed, counted=counted)
             if index < len(deepstack):
                 addition = deepstack[index].to(hidden.dtype).unsqueeze(1)
                 hidden = hidden.index_add(0, batch.vision.placeholder_index, addition)
-        return self.final_layernorm(hidden.squeeze(1))
+            return hidden, *load
+
+        hidden, *loads = run_stack(self.layers, hidden.unsqueeze(1), step, self.policy)
+        load = RouterLoad(sum(loads[0::2]), sum(loads[1::2])) if loads else None
+        return self.final_layernorm(hidden.squeeze(1)), load
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence) -> Tensor:
-    """One decoder layer, [T, 1, H] -> [T, 1, H], keeping all activations for backward."""
-    return layer(hidden, packed_seq_params=packed)[0]
+def run_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence, *, counted: int) -> tuple[Tensor, ...]:
+    """One decoder layer: [T, 1, H] -> [T, 1, H], and the two tensors of its router's load where that is kept.
 
-
-def recompute_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence) -> Tensor:
-    """One decoder layer that keeps its input only and runs again in backward."""
-    return torch.utils.checkpoint.checkpoint(run_layer, layer, hidden, packed, use_reentrant=False)
+    Args:
+        layer: megatron-core's.
+        hidden: what it takes.
+        packed: what its attention needs to know.
+        counted: leading tokens that the load counts; those after them are padding.
+    """
+    load = None
+    try:
+        hidden, _ = layer(hidden, packed_seq_params=packed)
+    finally:
+        # also where recomputation stops half-way, or the router would hold on to its graph
+        if isinstance(layer.mlp, MoELayer):
+            load = layer.mlp.router.take_load(counted)
+    return (hidden,) if load is None else (hidden, *load)

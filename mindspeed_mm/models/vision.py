@@ -19,6 +19,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
 from mindspeed_mm.models.rotary import VisionRotary
 from mindspeed_mm.models.slots import LayerNorm, PackedSequence
+from mindspeed_mm.models.stack import StackPolicy, run_stack
 
 
 class PixelNormalisation(nn.Module):
@@ -87,6 +88,7 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(
             build_module(layer_spec, config=config, layer_number=index + 1) for index in range(geometry.depth)
         )
+        self.policy = StackPolicy()
 
     def forward(self, vision: VisionBatch) -> tuple[Tensor, list[Tensor]]:
         """-> (hidden [N, H], one [N, H] per deepstack index)."""
@@ -97,13 +99,13 @@ class VisionEncoder(nn.Module):
         packed = PackedSequence(
             segments=Segments(vision.cu_seqlens, vision.cu_seqlens_host, vision.max_seqlen), cos=cos, sin=sin
         )
-        hidden = hidden.unsqueeze(1)
-        taken = []
-        for index, layer in enumerate(self.layers):
-            hidden, _ = layer(hidden, packed_seq_params=packed)
-            if index in self.geometry.deepstack_visual_indexes:
-                taken.append(hidden.squeeze(1))
-        return hidden.squeeze(1), taken
+
+        def step(index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+            hidden, _ = self.layers[index](hidden, packed_seq_params=packed)
+            return (hidden, hidden) if index in self.geometry.deepstack_visual_indexes else (hidden,)
+
+        hidden, *taken = run_stack(self.layers, hidden.unsqueeze(1), step, self.policy)
+        return hidden.squeeze(1), [state.squeeze(1) for state in taken]
 
 
 class PatchMerger(nn.Module):

@@ -55,6 +55,7 @@ def split_batch(batch: Batch, *, rank: int, size: int, merge_unit: int) -> Batch
         label_index=batch.label_index[mine] - start,
         labels=batch.labels[mine],
         label_sample=batch.label_sample[mine],
+        padding=length - max(0, min(length, batch.num_tokens - start)),
         vision=_split_vision(batch.vision, rank=rank, size=size, merge_unit=merge_unit, start=start, length=length),
     )
 

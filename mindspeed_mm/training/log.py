@@ -13,12 +13,23 @@ class IntervalStats:
     iterations: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
+    router_loss_sum: float | None = None
     tokens: int = 0
     samples: int = 0
     skipped: int = 0
     nan: int = 0
 
-    def add(self, *, seconds: float, loss: float, tokens: int, samples: int, skipped: bool, nan: bool) -> None:
+    def add(
+        self,
+        *,
+        seconds: float,
+        loss: float,
+        tokens: int,
+        samples: int,
+        skipped: bool,
+        nan: bool,
+        router_loss: float | None = None,
+    ) -> None:
         """Count one iteration; a loss that is not finite stays visible as the next line's loss."""
         self.iterations += 1
         self.seconds += seconds
@@ -27,6 +38,8 @@ class IntervalStats:
         self.skipped += skipped
         self.nan += nan
         self.loss_sum += loss
+        if router_loss is not None:
+            self.router_loss_sum = (self.router_loss_sum or 0.0) + router_loss
 
     @property
     def loss(self) -> float:
@@ -70,7 +83,10 @@ def format_line(
     ]
     if log_tokens:
         fields.append(f"tokens per sample: {stats.tokens / max(1, stats.samples):.6E}")
-    fields += [f"loss: {stats.loss:.6E}", "loss scale: 1.0"]
+    fields.append(f"loss: {stats.loss:.6E}")
+    if stats.router_loss_sum is not None:
+        fields.append(f"router aux loss: {stats.router_loss_sum / max(1, stats.iterations):.6E}")
+    fields.append("loss scale: 1.0")
     if grad_norm is not None:
         fields.append(f"grad norm: {grad_norm:.3f}")
     fields += [

@@ -19,6 +19,7 @@ from mindspeed_mm.models.qwen3vl import Qwen3VLModel
 from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
 from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
@@ -111,11 +112,17 @@ def _run(
             activities=backend.profiler_activities(),
             memory_history=backend.memory_history(),
         ),
+        router_balance=_router_balance(recipe, geometry),
         eval_loader=eval_loader,
         checkpoint_metadata=recipe.checkpoint_metadata(),
     ).train()
     peak = backend.peak_memory_bytes() / 2**30
     say(f"training finished at iteration {progress.iteration}; peak memory {peak:.2f} GiB")
+
+
+def _router_balance(recipe: Recipe, geometry: Qwen3VLGeometry) -> RouterBalance | None:
+    coefficient = recipe.router_aux_loss_coef
+    return RouterBalance(coefficient, top_k=geometry.text.num_experts_per_token) if coefficient else None
 
 
 class _Announcer:

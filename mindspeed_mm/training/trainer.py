@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.models.moe import RouterLoad
+from mindspeed_mm.models.qwen3vl import ModelOutput
 from mindspeed_mm.parallel.context import split_batch
 from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.state import Progress, save_checkpoint
 from mindspeed_mm.training.gradients import clip, total_norm
 from mindspeed_mm.training.log import IntervalStats, format_line
 from mindspeed_mm.training.loss import LossMode, step_token_weights
 
-ForwardStep = Callable[[nn.Module, Batch, Tensor], Tensor]
+ForwardStep = Callable[[nn.Module, Batch, Tensor], ModelOutput]
 
 
 @dataclasses.dataclass
@@ -34,13 +37,15 @@ class StepResult:
     """Outcome of one optimizer step, the same on every rank.
 
     Attributes:
-        loss: of the step.
+        loss: cross-entropy of the step.
+        router_loss: what the auxiliary loss adds to it, coefficient included; None where there is none.
         grad_norm: before clipping.
         tokens: text and vision tokens of the step.
         skipped: whether the parameters were left alone because the loss or a gradient was not finite.
     """
 
     loss: float
+    router_loss: float | None
     grad_norm: float
     tokens: int
     skipped: bool
@@ -64,6 +69,7 @@ class Trainer:
         progress: Progress,
         merge_unit: int,
         tools: StepTools,
+        router_balance: RouterBalance | None = None,
         eval_loader: Iterable[Batch] | None = None,
         checkpoint_metadata: dict[str, Any] | None = None,
     ) -> None:
@@ -78,6 +84,7 @@ class Trainer:
         self.backend = backend
         self.progress = progress
         self.tools = tools
+        self.router_balance = router_balance
         self.eval_loader = eval_loader
         self.checkpoint_metadata = checkpoint_metadata or {}
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
@@ -99,6 +106,7 @@ class Trainer:
             stats.add(
                 seconds=time.perf_counter() - started,
                 loss=result.loss,
+                router_loss=result.router_loss,
                 tokens=result.tokens,
                 samples=args.global_batch_size,
                 skipped=result.skipped,
@@ -119,23 +127,42 @@ class Trainer:
         batches = [self.split_batch(batch).to(self.backend.device, non_blocking=True) for batch in host_batches]
         weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
-        # summed on the device: this rank's loss and its tokens
+        if self.router_balance is not None:
+            self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
+        # summed on the device: this process's cross-entropy, auxiliary loss and tokens
         tokens = sum(batch.num_tokens for batch in host_batches) / self.layout.context_size
-        totals = torch.tensor([0.0, tokens]).to(self.backend.device)
+        totals = torch.tensor([0.0, 0.0, tokens]).to(self.backend.device)
         for batch, weight in zip(batches, weights, strict=True):
-            loss = self.forward_step(self.model, batch, weight)
+            output = self.forward_step(self.model, batch, weight)
+            loss = output.loss
+            totals[0] += loss.detach()
+            if self.router_balance is not None:
+                router_loss = self.router_balance.loss(output.router_load)
+                totals[1] += router_loss.detach()
+                loss = loss + router_loss
             # FSDP2's reduction averages over the processes; the loss is a sum over them
             (loss * self.layout.world_size).backward()
-            totals[0] += loss.detach()
         dist.all_reduce(totals)
         norm = total_norm(self.trainable)
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm)
-        loss_value, tokens, grad_norm = torch.cat((totals, norm.view(1))).tolist()
+        loss_value, router_value, tokens, grad_norm = torch.cat((totals, norm.view(1))).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.step()
-        return StepResult(loss=loss_value, grad_norm=grad_norm, tokens=round(tokens), skipped=not finite)
+        return StepResult(
+            loss=loss_value,
+            router_loss=None if self.router_balance is None else router_value,
+            grad_norm=grad_norm,
+            tokens=round(tokens),
+            skipped=not finite,
+        )
+
+    @torch.no_grad()
+    def _router_loads(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Iterator[RouterLoad]:
+        """What the routers choose in micro-batches whose turn is yet to come: a forward pass each."""
+        for batch, weight in zip(batches, weights, strict=True):
+            yield self.forward_step(self.model, batch, weight).router_load
 
     def _log(self, stats: IntervalStats, learning_rate: float, grad_norm: float) -> None:
         if not self.layout.is_main:
@@ -188,7 +215,7 @@ class Trainer:
         for batch in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
             batch = self.split_batch(batch).to(self.backend.device)
             weight = torch.ones_like(batch.labels, dtype=torch.float32)
-            sums[0] += self.forward_step(self.model, batch, weight)
+            sums[0] += self.forward_step(self.model, batch, weight).loss
             sums[1] += weight.numel()
         dist.all_reduce(sums)
         self.model.train()

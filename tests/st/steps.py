@@ -54,7 +54,7 @@ def main(spec: dict, out: str) -> None:
         optimizer=optimizer,
         schedule=build_schedule(optimizer, args),
         loader=batches(),
-        forward_step=lambda model, batch, weight: model(batch, weight)[0],
+        forward_step=lambda model, batch, weight: model(batch, weight),
         loss_mode="per_token",
         layout=layout,
         backend=backend,

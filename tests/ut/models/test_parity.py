@@ -39,7 +39,7 @@ def test_packed_batch_equals_hf(reference, attention, fused):
         hf_model, ModelChoices(text_attention=attention, vision_attention=attention, fused_experts=fused)
     )
     batch = collate(samples, geometry)
-    loss, token_losses = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+    loss, token_losses, _ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
     loss.backward()
     assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
     assert abs(float(token_losses.mean()) - hf_loss) <= LOSS * hf_loss
@@ -60,7 +60,7 @@ def test_order_and_packing_change_nothing(reference):
     count = sum(part.num_supervised for part in parts)
     total = 0.0
     for part in parts:
-        loss, _ = model(part, torch.full((part.num_supervised,), 1.0 / count))
+        loss, *_ = model(part, torch.full((part.num_supervised,), 1.0 / count))
         loss.backward()
         total += float(loss)
     assert abs(total - hf_loss) <= LOSS * hf_loss
@@ -74,7 +74,7 @@ def test_chunked_loss_equals_whole(reference):
     for chunk_size in (None, 4):
         model, geometry = model_like(hf_model, ModelChoices(loss_chunk_size=chunk_size))
         batch = collate(samples, geometry)
-        loss, _ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+        loss, *_ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
         loss.backward()
         assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -97,7 +97,7 @@ def test_batch_without_supervised_tokens_trains_nothing(reference):
     batch = collate([samples[2]], geometry)
     empty = torch.empty(0, dtype=torch.int64)
     batch.label_index, batch.labels, batch.supervised_per_sample = empty, empty, [0]
-    loss, _ = model(batch, torch.empty(0))
+    loss, *_ = model(batch, torch.empty(0))
     loss.backward()
     assert float(loss) == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -124,10 +124,10 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(reference, encoder, pr
 def test_recompute_changes_no_bit(reference):
     hf_model, samples, _, _ = reference
     results = []
-    for recompute in (False, True):
-        model, geometry = model_like(hf_model, ModelChoices(recompute_layers=recompute))
+    for recompute in ("none", "full"):
+        model, geometry = model_like(hf_model, ModelChoices(recompute=recompute))
         batch = collate(samples, geometry)
-        loss, _ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+        loss, *_ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
     assert torch.equal(results[0][0], results[1][0])
