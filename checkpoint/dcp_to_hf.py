@@ -23,6 +23,7 @@ from checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE, layout_by_shapes
 from checkpoint.journal import Journal
 from checkpoint.safetensors_io import build_header, tensor_bytes
 from checkpoint.work import (
+    WRITE_BYTES,
     ByteBudget,
     Progress,
     check_disk_space,
@@ -291,7 +292,7 @@ class _FileWriter:
 def _write_all(descriptor: int, tensor: Tensor, progress: Progress) -> None:
     view = tensor_bytes(tensor)
     while len(view):
-        count = os.write(descriptor, view[: 16 << 20])
+        count = os.write(descriptor, view[:WRITE_BYTES])
         progress.advance(count)
         view = view[count:]
 

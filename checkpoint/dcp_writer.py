@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoint.hf_source import HFSource, ReadRange
 from checkpoint.safetensors_io import tensor_bytes
-from checkpoint.work import ByteBudget, Progress, split_rows
+from checkpoint.work import WRITE_BYTES, ByteBudget, Progress, split_rows
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
 
 PREFIX = "model."
 FILE_BYTES = 1 << 30
 """Size at which a file is closed: what an interruption can cost, per worker."""
-_WRITE_BYTES = 16 << 20  # bytes between two looks at the progress bar
+_VALUES_BYTES = 1 << 20  # buffers from this size on hold values, not an archive's headers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +125,7 @@ def write_file(
             with budget.take(3 * piece.nbytes):
                 offset = stream.position
                 tensor, crc = _resolve(piece, source, reads)
+                stream.expect(tensor.nbytes, crc)
                 torch.save(tensor, stream)
                 del tensor
             length = stream.position - offset
@@ -153,14 +154,23 @@ class _CountingStream:
         self._progress = progress
         self.position = 0
         self.crc = 0
+        self._expected: tuple[int, int] | None = None
+
+    def expect(self, nbytes: int, crc: int) -> None:
+        """Announce the values of a tensor, whose checksum is known: they need not be summed once more."""
+        # Headers of the archive are short; a longer buffer of just this length can only be the values.
+        self._expected = (nbytes, crc) if nbytes >= _VALUES_BYTES else None
 
     def write(self, data: Any) -> int:
         """Write any buffer; returns its length in bytes."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _WRITE_BYTES):
-            part = view[start : start + _WRITE_BYTES]
+        known = self._expected is not None and self._expected[0] == len(view)
+        if known:
+            self.crc = combine(self.crc, self._expected[1], len(view))
+        for start in range(0, len(view), WRITE_BYTES):
+            part = view[start : start + WRITE_BYTES]
             self._file.write(part)
-            self.crc = zlib.crc32(part, self.crc)
+            self.crc = self.crc if known else zlib.crc32(part, self.crc)
             self._progress.advance(len(part))
         self.position += len(view)
         return len(view)

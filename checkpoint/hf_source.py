@@ -97,7 +97,7 @@ class HFSource:
                 head, read = self.read(name, rows)
                 embedding, _ = self.read(_EMBEDDING, rows)
                 ranges.append(read)
-                if tensor_bytes(head) != tensor_bytes(embedding):
+                if not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):
                     raise UserError(
                         f"{self.directory}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}; "
                         "set tie_word_embeddings to false in config.json, or remove the tensor"

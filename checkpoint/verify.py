@@ -12,7 +12,6 @@ import torch
 from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_writer import PREFIX
 from checkpoint.hf_source import HFSource
-from checkpoint.safetensors_io import tensor_bytes
 from checkpoint.work import ByteBudget, Progress, default_workers, run_parallel, split_rows
 from mindspeed_mm.models.weight_map import WeightRule, mcore_shapes
 from mindspeed_mm.training.checkpoint.directory import TRACKER, resolve_checkpoint, verify_directory
@@ -78,6 +77,7 @@ def _compare(
     name = PREFIX + rule.target
     shape, dtype = reader.tensors[name]
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
     elements: dict[str, int] = {}
     for first, last in split_rows(shape[0], row_bytes) if rule.row_wise else [(0, shape[0])]:
         rows = (first, last) if rule.row_wise else None
@@ -85,9 +85,9 @@ def _compare(
             stored = rule.to_hf(reader.read(name, (first, last)))
             for (hf_name, _), ours in zip(rule.sources, stored, strict=True):
                 theirs = source.read(hf_name, rows)[0].to(dtype)
-                if tensor_bytes(ours) != tensor_bytes(theirs):
-                    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
-                    count = int((ours.view(bits) != theirs.view(bits)).sum())
-                    elements[hf_name] = elements.get(hf_name, 0) + count
+                # As integers: NaN equals itself, and -0 is another value than 0.
+                ours, theirs = ours.view(bits), theirs.view(bits)
+                if not torch.equal(ours, theirs):
+                    elements[hf_name] = elements.get(hf_name, 0) + int((ours != theirs).sum())
         progress.advance((last - first) * row_bytes)
     return [f"{hf_name} ({name}): {count} elements differ" for hf_name, count in elements.items()]

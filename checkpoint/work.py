@@ -16,9 +16,12 @@ from mindspeed_mm.errors import UserError
 
 T = TypeVar("T")
 
-PIECE_BYTES = 64 << 20
-"""Large tensors move in pieces of about this size."""
-BUDGET_BYTES = 640 << 20
+PIECE_BYTES = 16 << 20
+"""Large tensors move in pieces of about this size: small enough to stay in the cache from reading to writing, and for
+malloc to use the same memory again."""
+WRITE_BYTES = 1 << 20
+"""Bytes in one write: several times faster than 16 MB at once where Linux buffers them, and quick to interrupt."""
+BUDGET_BYTES = 512 << 20
 """Bytes that all workers together hold, unless one indivisible tensor needs more."""
 
 

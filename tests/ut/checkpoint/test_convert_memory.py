@@ -1,0 +1,58 @@
+"""Conversion holds a bounded number of bytes, whatever the checkpoint's size."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ut.checkpoint.tiny import random_config, write_hf_directory
+
+DRIVER = """
+import json, resource, sys
+from checkpoint import work
+work.PIECE_BYTES, work.BUDGET_BYTES = 2 << 20, 12 << 20
+import torch, transformers, numpy, tqdm, safetensors
+from checkpoint.dcp_to_hf import dcp_to_hf
+from checkpoint.hf_to_dcp import hf_to_dcp
+from checkpoint.verify import verify
+small, large, out = sys.argv[1:]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+hf_to_dcp(small, out + "/small", workers=2)  # everything is imported now
+dcp_to_hf(out + "/small", out + "/small_hf", small)
+before = peak()
+hf_to_dcp(large, out + "/large", workers=2)
+first = peak()
+dcp_to_hf(out + "/large", out + "/large_hf", large, workers=2, max_shard_size=50_000_000)
+second = peak()
+assert verify(out + "/large", large, workers=2) == []
+print(json.dumps([before, first, second, peak()]))
+"""
+
+
+@pytest.mark.parametrize("layout", [pytest.param("hub", marks=pytest.mark.slow), "v5"])
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, layout: str) -> None:
+    small = random_config(random.Random(1), moe=True)
+    text = {
+        "hidden_size": 256, "moe_intermediate_size": 96, "num_experts": 128, "vocab_size": 20_000,
+        "mlp_only_layers": [], "decoder_sparse_step": 1, "num_hidden_layers": 8,
+    }
+    write_hf_directory(tmp_path / "small", small)
+    hub = write_hf_directory(tmp_path / "large", random_config(random.Random(1), moe=True, text=text), layout=layout)
+    total, largest = sum(t.nbytes for t in hub.values()), max(t.nbytes for t in hub.values())
+    assert total > 150e6
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path)]
+    repository = str(Path(__file__).parents[3])
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=repository,
+        env={**os.environ, "PYTHONPATH": repository},
+    )
+    before, *after = json.loads(result.stdout.splitlines()[-1])
+    growth = [round((peak - before) / 1e6) for peak in after]
+    # The budget of this test is 12 MB; malloc and Python's own structures take as much again.
+    assert max(growth) < 40, f"MB more than for a small checkpoint: {growth}; {total=} {largest=}"
