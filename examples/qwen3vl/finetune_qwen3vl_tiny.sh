@@ -35,6 +35,8 @@ MIN_LR=${MIN_LR:-0.0}
 LR_WARMUP_FRACTION=${LR_WARMUP_FRACTION:-0.1}
 WEIGHT_DECAY=${WEIGHT_DECAY:-0}
 CLIP_GRAD=${CLIP_GRAD:-1.0}
+# 300 iterations are too few for the usual 0.999: it would remember the first, steep ones to the end
+ADAM_BETA2=${ADAM_BETA2:-0.95}
 SEED=${SEED:-42}
 NUM_WORKERS=${NUM_WORKERS:-0}
 
