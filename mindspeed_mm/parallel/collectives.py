@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames both, and warns of the names that torch 2.7 has
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
@@ -45,13 +49,13 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         gathered = rows.new_empty(rows.shape[0] * group.size(), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        _gather(gathered, rows.contiguous(), group=group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         own = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        _reduce_scatter(own, grad.contiguous(), group=ctx.group)
         return own, None
 
 

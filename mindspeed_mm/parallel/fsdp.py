@@ -48,7 +48,7 @@ def shard_model(
     options: dict[str, Any] = {
         "mesh": layout.mesh,
         "reshard_after_forward": config.reshard_after_forward,
-        "offload_policy": CPUOffloadPolicy() if config.offload_to_cpu else OffloadPolicy(),
+        "offload_policy": _offload_policy(config, layout),
     }
     for module in experts:
         fully_shard(
@@ -66,6 +66,13 @@ def shard_model(
         forward=config.num_to_forward_prefetch,
         backward=config.num_to_backward_prefetch,
     )
+
+
+def _offload_policy(config: FSDPConfig, layout: Layout) -> OffloadPolicy:
+    """Shards in host memory, page-locked where there is a device to copy them to."""
+    if not config.offload_to_cpu:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=layout.mesh.device_type != "cpu")
 
 
 def _compute_dtype(name: str) -> torch.dtype | None:

@@ -1,10 +1,12 @@
-"""Norm and clipping of gradients that lie on different meshes."""
+"""Norm and clipping of gradients that are spread over processes in different ways."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Hashable, Iterable, Sequence, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,23 +14,51 @@ T = TypeVar("T", bound=Tensor)
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
-    """Group tensors by the mesh they are spread over, which the operations on lists of tensors must not mix."""
-    groups: dict[Hashable, list[T]] = {}
+    """Group tensors by the mesh they are spread over, which operations on lists of DTensors must not mix."""
+    groups: dict[Hashable, list[T]] = defaultdict(list)
     for tensor in tensors:
-        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
     return list(groups.values())
 
 
 def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together: an fp32 scalar, the same on all processes."""
-    norms = []
-    for group in by_mesh(parameter.grad for parameter in parameters if parameter.grad is not None):
-        norm = torch.nn.utils.get_total_norm(group)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    """Euclidean norm of all gradients together.
+
+    Each process sums the squares of what it holds, a part that several hold alike counted once between them; one
+    reduction over all processes gives the whole, whatever meshes the parameters are on.
+
+    Returns:
+        fp32 scalar, the same on all processes.
+    """
+    groups: dict[int, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[_holders(parameter.grad)].append(_local(parameter.grad))
+    squares = [
+        torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum() / holders
+        for holders, gradients in groups.items()
+    ]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
 
 
 def clip(parameters: Sequence[nn.Parameter], *, max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger."""
-    for group in by_mesh(parameter for parameter in parameters if parameter.grad is not None):
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger; as torch's own does."""
+    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _holders(tensor: Tensor) -> int:
+    """Number of processes that hold the same part of a tensor: all of them where it is not spread at all."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    holders = 1
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            holders *= tensor.device_mesh.size(axis)
+    return holders

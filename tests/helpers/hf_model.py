@@ -28,7 +28,7 @@ def tiny_config(**text_overrides: Any) -> Any:
         **text_overrides,
     }
     vision = {
-        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 56, "patch_size": 4,
+        "depth": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 56, "patch_size": 4,
         "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36,
         "deepstack_visual_indexes": [0, 2],
     }
@@ -120,11 +120,20 @@ def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[st
 
 
 def step_samples(step: int, count: int) -> list[Sample]:
-    """The samples of an optimizer step: pictures of several sizes, several turns, and every third one text only."""
+    """The samples of an optimizer step: in turn one picture, two pictures, none, and a video with a picture."""
     rng = np.random.default_rng(1000 + step)
+
+    def side() -> int:
+        return 2 * int(rng.integers(1, 4))
+
     samples = []
     for index in range(count):
-        grids = [] if index % 3 == 2 else [(1, 2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 4)))]
+        grids = [
+            [(1, side(), side())],
+            [(1, side(), side()), (1, side(), side())],
+            [],
+            [(int(rng.integers(2, 4)), side(), side()), (1, side(), side())],
+        ][index % 4]
         turns = [(grids, int(rng.integers(2, 8)), int(rng.integers(1, 9)))]
         if index % 2:
             turns.append(([], int(rng.integers(2, 5)), int(rng.integers(1, 6))))

@@ -1,0 +1,134 @@
+"""Started by torchrun: trains a tiny model in one layout after another and writes what came of each.
+
+Usage: layouts.py CASES.json OUT.pt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.arguments.tools_config import ToolsConfig
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.mesh import Layout, build_layout
+from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.checkpoint.state import Progress
+from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
+from mindspeed_mm.training.trainer import Trainer
+from tests.helpers.hf_model import step_samples, tiny_model
+from tests.helpers.mcore_model import model_like
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run in one layout gave, the same on all processes.
+
+    Attributes:
+        losses: of each step.
+        norms: of the gradients of each step, before clipping.
+        gradients: of the first step, after clipping.
+        parameters: after the last step.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over processes, put together."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> Iterator[Batch]:
+    """This process's micro-batches of a step. Text-only samples are neighbours, so that whole ranks go without any."""
+    samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures))
+    share = batch // layout.data_size
+    mine = samples[layout.data_rank * share : (layout.data_rank + 1) * share]
+    for start in range(0, share, micro_batch):
+        yield collate(mine[start : start + micro_batch], geometry)
+
+
+def run_case(case: dict[str, Any], backend: Any) -> Outcome:
+    """Train in one layout."""
+    args = parse_args(case["flags"])
+    config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
+    layout = build_layout(device_type="cpu", sharding_size=config.sharding_size, **case["layout"])
+    model, geometry = model_like(tiny_model(), ModelChoices(**case.get("choices", {})))
+    parallelise(model, layout=layout, config=config)
+    optimizer = build_optimizer(model, args)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep_gradients(*_: Any) -> None:
+        if not gradients:
+            gradients.update({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep_gradients)
+    trainer = Trainer(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, args),
+        loader=(
+            batch
+            for step in range(args.train_iters)
+            for batch in deal_out(
+                layout, step, batch=args.global_batch_size, micro_batch=args.micro_batch_size, geometry=geometry
+            )
+        ),
+        forward_step=lambda model, batch, weight: model(batch, weight)[0],
+        loss_mode="per_token",
+        layout=layout,
+        backend=backend,
+        progress=Progress(),
+        merge_unit=geometry.vision.merge_unit,
+        tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
+    )
+    results = []
+    step = trainer.train_step
+
+    def recorded() -> Any:
+        results.append(step())
+        return results[-1]
+
+    trainer.train_step = recorded  # type: ignore[method-assign]
+    trainer.train()
+    return Outcome(
+        [result.loss for result in results],
+        [result.grad_norm for result in results],
+        gradients,
+        {name: whole(parameter) for name, parameter in model.named_parameters()},
+    )
+
+
+def main(cases: dict[str, dict[str, Any]], out: str) -> None:
+    """Run all cases in turn."""
+    torch.set_num_threads(1)
+    backend = select_backend("cpu")
+    start_processes(backend, timeout_minutes=2)
+    outcomes = {}
+    for name, case in cases.items():
+        outcomes[name] = vars(run_case(case, backend))
+        if dist.get_rank() == 0:
+            print(f"{name}: losses {outcomes[name]['losses']}", flush=True)
+    if dist.get_rank() == 0:
+        torch.save(outcomes, out)
+    stop_processes()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file), sys.argv[2])
