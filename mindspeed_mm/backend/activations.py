@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,30 +23,53 @@ def _nothing() -> None:
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class _OnHost:
+    """A tensor's values in the host's memory, and what it takes to make the same tensor of them."""
+
+    values: Tensor
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    pinned: bool
+
+    @classmethod
+    def store(cls, tensor: Tensor, *, pinned: bool) -> _OnHost:
+        once = tensor
+        for axis, step in enumerate(tensor.stride()):
+            if step == 0:  # repeated by expand()
+                once = once.narrow(axis, 0, 1)
+        values = torch.empty(once.shape, dtype=once.dtype, device="cpu", pin_memory=pinned)
+        values.copy_(once, non_blocking=pinned)
+        return cls(values, tensor.device, tensor.shape, tensor.stride(), pinned)
+
+    def restore(self) -> Tensor:
+        dense = self.values.to(self.device, non_blocking=self.pinned)
+        stride = [step or own for step, own in zip(self.stride, dense.stride(), strict=True)]
+        if list(dense.stride()) != stride:
+            # the order in memory decides how a product is computed, and so its last bits
+            dense = torch.empty_strided(dense.shape, stride, dtype=dense.dtype, device=self.device).copy_(dense)
+        return dense.expand(self.shape)
+
+
 def host_offload(*, device: str) -> Offload:
     """Keep what autograd saves in the host's memory, page-locked where the device is an accelerator.
 
     The copies run in the device's own order of work, each at the place where autograd saves or wants its tensor, so
-    nothing has to wait for the host. Weights stay where they are. On a CPU the tensors are copied within the host's
-    memory: this saves nothing, and makes a recipe that offloads run everywhere.
+    nothing has to wait for the host. Weights and integers stay where they are. On a CPU the tensors are copied within
+    the host's memory: this saves nothing, and makes a recipe that offloads run everywhere.
     """
     pinned = device != "cpu"
 
     @contextlib.contextmanager
     def offload(layers: Sequence[nn.Module]) -> Iterator[None]:
-        def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        def pack(tensor: Tensor) -> Tensor | _OnHost:
             if not tensor.is_floating_point() or _is_weight(tensor, layers):
                 return tensor
-            # empty_like keeps the strides, which decide how a product is computed
-            host = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
-            host.copy_(tensor, non_blocking=pinned)
-            return tensor.device, host
+            return _OnHost.store(tensor, pinned=pinned)
 
-        def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            origin, host = packed
-            return host.to(origin, non_blocking=pinned)
+        def unpack(packed: Tensor | _OnHost) -> Tensor:
+            return packed.restore() if isinstance(packed, _OnHost) else packed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

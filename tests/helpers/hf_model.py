@@ -13,18 +13,25 @@ from mindspeed_mm.data.collator import Picture, Sample
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
 
 
-def tiny_config(**text_overrides: Any) -> Any:
-    """Qwen3-VL-MoE config: deepstack, interleaved mRoPE, grouped heads, 8 experts; no two widths are equal."""
-    from transformers import Qwen3VLMoeConfig
+def tiny_config(*, dense: bool = False, tied: bool = False, **text_overrides: Any) -> Any:
+    """Qwen3-VL config: deepstack, interleaved mRoPE, grouped heads; no two widths are equal.
 
+    Args:
+        dense: a Qwen3-VL with dense MLPs; otherwise a Qwen3-VL-MoE with 8 experts, 3 of them per token.
+        tied: whether embedding and output layer share their weight.
+        text_overrides: fields of ``text_config``.
+    """
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
     text = {
         "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "vocab_size": 128, "intermediate_size": 72, "num_experts": 8, "num_experts_per_tok": 3,
-        "moe_intermediate_size": 40, "max_position_embeddings": 4096, "attention_bias": False,
+        "head_dim": 16, "vocab_size": 128, "intermediate_size": 72, **({} if dense else experts),
+        "max_position_embeddings": 4096, "attention_bias": False,
         "rope_parameters": {
             "rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True,
         },
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         **text_overrides,
     }
     vision = {
@@ -32,20 +39,20 @@ def tiny_config(**text_overrides: Any) -> Any:
         "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36,
         "deepstack_visual_indexes": [0, 2],
     }
-    return Qwen3VLMoeConfig(
+    return (Qwen3VLConfig if dense else Qwen3VLMoeConfig)(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=False,
+        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tied,
     )
 
 
-def tiny_model(seed: int = 0, **text_overrides: Any) -> Any:
-    """``Qwen3VLMoeForConditionalGeneration`` in fp32, with weights large enough that every part matters."""
-    from transformers import Qwen3VLMoeForConditionalGeneration
+def tiny_model(seed: int = 0, *, dense: bool = False, tied: bool = False, **text_overrides: Any) -> Any:
+    """The model of :func:`tiny_config` in fp32, with weights large enough that every part matters."""
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = tiny_config(**text_overrides)
+    config = tiny_config(dense=dense, tied=tied, **text_overrides)
     config._attn_implementation = "eager"
-    model = Qwen3VLMoeForConditionalGeneration(config).float()
+    model = (Qwen3VLForConditionalGeneration if dense else Qwen3VLMoeForConditionalGeneration)(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
