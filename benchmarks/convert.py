@@ -3,9 +3,10 @@
     python benchmarks/convert.py --dir /path/on/the/disk [--layers 6] [--layout hub] [--workers N] [--json out.json]
 
 Makes a Qwen3-VL checkpoint of the 30B model's widths with fewer layers (6 layers: 9.8 GB in bf16), then times, each in
-its own process: cp of its files, hf_to_dcp, verify, dcp_to_hf. All are timed until their files are on the disk, with the
-start of the process. "of cp" is against the mean of three copies, since a shared disk is seldom steady. Peak memory is
-the process's resident set; the limit that it is held against is 1.5 GB above the largest tensor.
+its own process: cp of its files, hf_to_dcp, verify, dcp_to_hf. All are timed until their files are on the disk, with
+the start of the process. "of cp" is against the mean of three copies, since a shared disk is seldom steady; CPU is user
+and system time. Peak memory is the process's resident set; the limit that it is held against is 1.5 GB above the
+largest tensor.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def make_checkpoint(directory: Path, *, layers: int, layout: str) -> None:
     (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_of}))
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Run a command; returns seconds and peak resident bytes of its process."""
+def measure(command: list[str]) -> dict[str, float]:
+    """Run a command; returns seconds, seconds of CPU and peak resident bytes of its process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -96,7 +97,7 @@ def measure(command: list[str]) -> tuple[float, int]:
     seconds = time.monotonic() - started
     if status != 0:
         raise SystemExit(f"{' '.join(command)} failed")
-    return seconds, usage.ru_maxrss * 1024
+    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def main() -> None:
@@ -120,8 +121,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def record(name: str, command: list[str]) -> None:
-        seconds, peak = measure(command)
-        rows.append({"step": name, "seconds": seconds, "bytes_per_second": size / seconds, "peak_bytes": peak})
+        measured = measure(command)
+        rows.append({"step": name, "bytes_per_second": size / measured["seconds"], **measured})
 
     record("cp", copying)
     shutil.rmtree(copy)
@@ -139,10 +140,10 @@ def main() -> None:
     reference = size * len(copies) / sum(copies)
     print(f"{size / 1e9:.2f} GB in {options.layout} layout, largest tensor {largest / 1e9:.2f} GB, "
           f"memory limit {(largest + MEMORY_LIMIT) / 1e9:.2f} GB, {os.cpu_count()} cores")
-    print(f"{'step':<10} {'seconds':>8} {'MB/s':>7} {'of cp':>6} {'peak RSS':>9}")
+    print(f"{'step':<10} {'seconds':>8} {'CPU s':>6} {'MB/s':>7} {'of cp':>6} {'peak RSS':>9}")
     for row in rows:
-        share = row["bytes_per_second"] / reference
-        print(f"{row['step']:<10} {row['seconds']:>8.1f} {row['bytes_per_second'] / 1e6:>7.0f} {share:>6.0%} "
+        speed, share = row["bytes_per_second"] / 1e6, row["bytes_per_second"] / reference
+        print(f"{row['step']:<10} {row['seconds']:>8.1f} {row['cpu']:>6.1f} {speed:>7.0f} {share:>6.0%} "
               f"{row['peak_bytes'] / 1e9:>6.2f} GB")
     if options.json:
         facts = {"size": size, "largest_tensor": largest, "layout": options.layout, "torch": torch.__version__}
