@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
 
+logger = logging.getLogger(__name__)
 _MAX_ASPECT_RATIO = 200
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -177,6 +181,23 @@ def _unusable(path: str, error: Exception) -> UserError:
     return UserError(f"image {path} cannot be used: {reason}; restore or replace the file, or remove its record")
 
 
+@cache
+def compiled_resampling() -> ModuleType | None:
+    """The compiled resizing of ``resample.py``, or None where only Pillow's own can give Pillow's pixels.
+
+    Ask once before worker processes start: they then inherit what takes seconds to load.
+    """
+    try:
+        from mindspeed_mm.data import resample
+    except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no directory for compiled code
+        logger.info("pictures are resized by Pillow, with the same result in three times the time: %s", error)
+        return None
+    if resample.pillow_order() is None:
+        logger.info("pictures are resized by Pillow: in this version it resizes in an order of its own")
+        return None
+    return resample
+
+
 def image_patches(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Resize an RGB picture and cut it into patches.
 
@@ -188,12 +209,32 @@ def image_patches(image: Image.Image, settings: ImageSettings) -> tuple[np.ndarr
         ValueError: if the picture is too thin.
     """
     height, width = resized_size(image.height, image.width, settings)
+    patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    grid = (1, height // patch, width // patch)
+    resample = compiled_resampling()
+    if resample is not None:
+        pixels = resample.resize(np.asarray(image), height, width, resample.pillow_order())
+        return resample.cut_patches(pixels, patch, merge, frames), grid
     if image.size != (width, height):
         image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
-    patch, merge = settings.patch_size, settings.merge_size
-    rows, cols = height // patch, width // patch
-    pixels = np.asarray(image).reshape(rows // merge, merge, patch, cols // merge, merge, patch, 3)
-    shape = (rows // merge, cols // merge, merge, merge, 3, settings.temporal_patch_size, patch, patch)
-    patches = np.empty(shape, np.uint8)
-    patches[...] = pixels.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    return patches.reshape(rows * cols, -1), (1, rows, cols)
+    return cut_patches(np.broadcast_to(np.asarray(image), (frames, height, width, 3)), settings), grid
+
+
+def cut_patches(frames: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """Cut resized frames into patches.
+
+    Args:
+        frames: uint8 [number, height, width, 3]; the number a multiple of ``temporal_patch_size``, the sides of
+            ``factor``.
+        settings: patch sizes.
+
+    Returns:
+        uint8 [number / temporal_patch_size * rows * cols, 3 * temporal_patch_size * patch_size**2]: slices in order,
+        within a slice each merge block contiguous, within a patch ordered channel, frame, row, column.
+    """
+    number, height, width, _ = frames.shape
+    patch, merge, depth = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    rows, cols = height // patch // merge, width // patch // merge
+    pieces = frames.reshape(number // depth, depth, rows, merge, patch, cols, merge, patch, 3)
+    patches = np.ascontiguousarray(pieces.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
+    return patches.reshape(-1, 3 * depth * patch * patch)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mindspeed_mm.data import images
 from mindspeed_mm.data.images import (
     ImageSettings,
     PixelNorm,
@@ -48,10 +49,45 @@ def reference(path: Path, least: int, most: int) -> tuple[torch.Tensor, list[int
 
 def assert_equal_to_reference(path: Path, least: int, most: int) -> None:
     expected, grid = reference(path, least, most)
-    patches, our_grid = image_patches(load_image(str(path)), settings(least, most))
-    assert list(our_grid) == grid == list(image_grid(str(path), settings(least, most)))
-    on_device = (torch.from_numpy(patches).float() / 255 - 0.5) / 0.5
-    assert torch.equal(on_device, expected)
+    image, limits = load_image(str(path)), settings(least, most)
+    assert list(image_grid(str(path), limits)) == grid
+    for patches, our_grid in (image_patches(image, limits), patches_by_pillow(image, limits)):
+        assert list(our_grid) == grid
+        on_device = (torch.from_numpy(patches).float() / 255 - 0.5) / 0.5
+        assert torch.equal(on_device, expected)
+
+
+def patches_by_pillow(image: Image.Image, limits: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """As on a machine without numba."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "compiled_resampling", lambda: None)
+        return image_patches(image, limits)
+
+
+def test_compiled_resizing_equals_pillow() -> None:
+    """Noise and hard edges, all ratios, both orders of the axes."""
+    resample = pytest.importorskip("mindspeed_mm.data.resample")
+    rule = resample.pillow_order()
+    if rule is None:
+        pytest.skip("this Pillow resizes in an order of its own")
+    generator = np.random.default_rng(2)
+    wrong_order = 0
+    for number in range(600):
+        rows, columns, height, width = (int(value) for value in 2 ** generator.uniform(0, 8, 4))
+        picture = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+        if number % 3 == 0:
+            picture = (picture > 127).astype(np.uint8) * 255
+        expected = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+        assert np.array_equal(resample.resize(picture, height, width, rule), expected), (rows, columns, height, width)
+        other = resample.resize(picture, height, width, lambda *sizes: not rule(*sizes))
+        wrong_order += not np.array_equal(other, expected)
+    assert wrong_order > 100  # so the comparison would notice
+
+
+def test_unknown_order_of_axes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    resample = pytest.importorskip("mindspeed_mm.data.resample")
+    monkeypatch.setattr(resample, "_RULES", (lambda *sizes: True,))
+    assert resample.pillow_order.__wrapped__() is None
 
 
 def sample_photos() -> list[np.ndarray]:
@@ -100,7 +136,8 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     assert_equal_to_reference(path, 4096, 65536)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 150), (200, 1), (31, 33), (16, 48), (33, 500), (1500, 40), (64, 64)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 150), (200, 1), (31, 33), (16, 48), (33, 500), (1500, 40), (64, 64),
+                                  (3000, 2200), (1700, 4100)])
 def test_odd_shapes(tmp_path: Path, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     path = tmp_path / "odd.png"
