@@ -165,7 +165,8 @@ import json, sys
 result = json.load(open(sys.argv[1], encoding="utf-8"))
 print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OUT/predictions.json cannot be read"
     printf '\nheld-out accuracy: %d of %d pictures' "$right" "$total"
-    printf ' (%d.%d%%)\n' $((right * 100 / total)) $((right * 1000 / total % 10))
+    local tenths=$(((right * 2000 + total) / (2 * total))) # of a percent, rounded
+    printf ' (%d.%d%%)\n' $((tenths / 10)) $((tenths % 10))
     printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
         "$OUT/loss.png" "$OUT/samples.png" "$OUT/export"
     printf 'time:              %d s, %d s of it after installation\n' $((SECONDS - RUN_STARTED)) $((SECONDS - INSTALLED))
