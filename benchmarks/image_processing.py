@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data.batch import PixelNorm
-from mindspeed_mm.data.images import ImageSettings, compiled_resampling, image_patches, load_image
+from mindspeed_mm.data.images import ImageSettings, compiled_resampling, image_patches, jpeg_decoder, load_pixels
 
 SIZES = ((640, 480), (480, 640), (500, 375), (1920, 1080))
 HALF = (0.5, 0.5, 0.5)
@@ -69,17 +69,17 @@ def measure(path: Path, settings: ImageSettings, processor: Any, rounds: int) ->
     """Median milliseconds of CPU time for each step on one picture, after checking that the results are equal."""
     from transformers.image_utils import load_image as load_reference
 
-    decoded = load_image(str(path))
-    ours, theirs = image_patches(decoded, settings)[0], processor([decoded], return_tensors="pt")["pixel_values"]
+    pixels, decoded = load_pixels(str(path)), load_reference(str(path))
+    ours, theirs = image_patches(pixels, settings)[0], processor([decoded], return_tensors="pt")["pixel_values"]
     if not torch.equal(on_device(ours), theirs):
         raise SystemExit(f"error: {path.name}: our pixels differ from transformers'; the figures would mean nothing")
     steps: dict[str, Callable[[], Any]] = {
-        "ours, process": lambda: image_patches(decoded, settings),
+        "ours, process": lambda: image_patches(pixels, settings),
         "transformers, process": lambda: processor([decoded], return_tensors="pt"),
-        "ours, decode + process": lambda: image_patches(load_image(str(path)), settings),
+        "ours, decode + process": lambda: image_patches(load_pixels(str(path)), settings),
         "transformers, decode + process": lambda: processor([load_reference(str(path))], return_tensors="pt"),
         "normalisation of ours": lambda: on_device(ours),
-        "decode alone": lambda: load_image(str(path)),
+        "decode of ours": lambda: load_pixels(str(path)),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
@@ -122,7 +122,8 @@ def main() -> int:
 
         about = {
             "rounds": options.rounds, "limits": [options.min_pixels, options.max_pixels],
-            "resizing": "compiled" if compiled_resampling() else "Pillow", "machine": platform.processor(),
+            "resizing": "compiled" if compiled_resampling() else "Pillow",
+            "decoding": "simplejpeg" if jpeg_decoder() else "Pillow", "machine": platform.processor(),
             "python": platform.python_version(), "pillow": PIL.__version__, "transformers": transformers.__version__,
         }
         options.json.write_text(json.dumps({"about": about, "milliseconds": results}, indent=2) + "\n")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindspeed_mm.data.collator import Picture, Sample
-from mindspeed_mm.data.images import ImageSettings, image_patches, load_image, read_image_settings
+from mindspeed_mm.data.images import ImageSettings, image_patches, load_pixels, read_image_settings
 from mindspeed_mm.data.prepare import Source, prepare_dataset
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.errors import UserError
@@ -59,7 +59,7 @@ class ChatDataset:
         return ChatDataset(self._rows.select(indices), self._images, name)
 
     def _picture(self, path: str, grid: tuple[int, ...]) -> Picture:
-        patches, found = image_patches(load_image(path), self._images)
+        patches, found = image_patches(load_pixels(path), self._images)
         if found != grid:
             raise UserError(
                 f"image {path} now has {found[1]}x{found[2]} patches instead of {grid[1]}x{grid[2]}; it was replaced "

@@ -16,7 +16,7 @@ from mindspeed_mm.data.images import (
     PixelNorm,
     image_grid,
     image_patches,
-    load_image,
+    load_pixels,
     read_image_settings,
     resized_size,
 )
@@ -49,7 +49,7 @@ def reference(path: Path, least: int, most: int) -> tuple[torch.Tensor, list[int
 
 def assert_equal_to_reference(path: Path, least: int, most: int) -> None:
     expected, grid = reference(path, least, most)
-    image, limits = load_image(str(path)), settings(least, most)
+    image, limits = load_pixels(str(path)), settings(least, most)
     assert list(image_grid(str(path), limits)) == grid
     for patches, our_grid in (image_patches(image, limits), patches_by_pillow(image, limits)):
         assert list(our_grid) == grid
@@ -57,11 +57,21 @@ def assert_equal_to_reference(path: Path, least: int, most: int) -> None:
         assert torch.equal(on_device, expected)
 
 
-def patches_by_pillow(image: Image.Image, limits: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+def patches_by_pillow(image: np.ndarray, limits: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
     """As on a machine without numba."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "compiled_resampling", lambda: None)
         return image_patches(image, limits)
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 30, "subsampling": 0}, {"progressive": True}, {"subsampling": 1}])
+def test_jpeg_decoding_equals_pillow(tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(sample_photos()[0][:251, :333]).save(path, **options)
+    ours = load_pixels(str(path))
+    assert np.array_equal(ours, np.asarray(Image.open(path)))
+    monkeypatch.setattr(images, "jpeg_decoder", lambda: None)
+    assert np.array_equal(load_pixels(str(path)), ours)
 
 
 def test_compiled_resizing_equals_pillow() -> None:
@@ -176,8 +186,8 @@ def test_too_thin_and_damaged_pictures_name_the_file(tmp_path: Path) -> None:
     for path, function in (
         (thin, lambda name: image_grid(name, settings(1, 9999))),
         (broken, lambda name: image_grid(name, settings(1, 9999))),
-        (tmp_path / "absent.jpg", load_image),
-        (cut, load_image),
+        (tmp_path / "absent.jpg", load_pixels),
+        (cut, load_pixels),
     ):
         with pytest.raises(UserError, match=path.name) as raised:
             function(str(path))
