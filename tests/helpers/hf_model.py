@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,3 +147,24 @@ def step_samples(step: int, count: int) -> list[Sample]:
             turns.append(([], int(rng.integers(2, 5)), int(rng.integers(1, 6))))
         samples.append(random_sample(rng, index=index, turns=turns))
     return samples
+
+
+@contextlib.contextmanager
+def hf_router_logits(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the logits [tokens, experts] of every router of ``model`` that runs, in that order.
+
+    They are computed from the gate's input, since transformers' versions differ in what the gate returns.
+    """
+    found: list[torch.Tensor] = []
+
+    def keep(gate: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        found.append(torch.nn.functional.linear(inputs[0].flatten(0, -2), gate.weight))
+
+    hooks = [
+        module.register_forward_pre_hook(keep) for name, module in model.named_modules() if name.endswith("mlp.gate")
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
