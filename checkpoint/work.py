@@ -88,8 +88,10 @@ class Progress:
             self._done = min(self._done + nbytes, self._total)
 
     def close(self) -> None:
-        """End the bar and print the totals."""
+        """End the bar; print the totals if the work was done."""
         self._bar.close()
+        if self.stopped:
+            return
         seconds = max(time.monotonic() - self._started, 1e-9)
         print(f"{self._title}: {format_bytes(self._total)} in {seconds:.1f} s, {format_bytes(self._total / seconds)}/s")
 
