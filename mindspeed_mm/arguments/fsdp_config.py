@@ -25,7 +25,7 @@ class FSDPConfig(StrictModel):
     num_to_backward_prefetch: int = effective(1, "layers gathered ahead of time in backward; 0: none", ge=0)
     offload_to_cpu: bool = effective(False, "keep parameters, gradients and optimizer state in host memory")
     align_fsdp_param_groups: bool = refused(
-        False, "padding parameter groups to equal sizes is not implemented yet"
+        False, "FSDP2 pads every parameter by itself; there are no groups to align"
     )
 
     @field_validator("sharding_size", mode="plain")

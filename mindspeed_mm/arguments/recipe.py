@@ -23,8 +23,8 @@ from mindspeed_mm.arguments.rules import (
     check_degrees,
     check_flags,
     check_geometry,
-    check_implemented,
     check_parallel,
+    check_sharding,
 )
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
@@ -51,14 +51,19 @@ class Recipe:
         return router_aux_loss_coef(self.args, self.model, file=self.args.mm_model)
 
     def check_world(self, *, world_size: int) -> BatchPlan:
-        """Check the degrees and batch sizes against the number of processes; see :func:`rules.check_parallel`."""
+        """Check the degrees, batch and sharding sizes against the number of processes.
+
+        Raises:
+            UserError: see :func:`rules.check_parallel` and :func:`rules.check_sharding`.
+        """
+        check_sharding(self.args, sharding_size=self.fsdp.sharding_size, world_size=world_size)
         return check_parallel(self.args, world_size=world_size)
 
     def check_geometry(self, geometry: GeometryLike) -> None:
         """Check flags and model file against the Hugging Face config.
 
         Raises:
-            UserError: if a field contradicts it, or a degree does not fit the model or is not implemented.
+            UserError: if a field contradicts it, or a degree does not fit the model.
         """
         source = str(Path(self.model.init_from_hf_path) / "config.json")
         check_geometry(self.model, file=self.args.mm_model, geometry=geometry, source=source)
@@ -68,7 +73,6 @@ class Recipe:
                 f"router_aux_loss_coef {self.router_aux_loss_coef} needs routers, and this model has none; "
                 "leave it and --moe-aux-loss-coeff out"
             )
-        check_implemented(self.args)
 
     def describe_ignored(self) -> list[str]:
         """Sentences that name each flag or field that was given and changes nothing, with the reason."""
@@ -115,6 +119,7 @@ def load_recipe(argv: Sequence[str] | None = None, *, world_size: int | None = N
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
+    check_sharding(args, sharding_size=fsdp.sharding_size, world_size=world_size)
     recipe = Recipe(
         args=dataclasses.replace(args, global_batch_size=plan.global_batch_size),
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),

@@ -15,6 +15,7 @@ class _Text(Protocol):
     num_layers: int
     hidden_size: int
     num_heads: int
+    num_kv_heads: int
     max_position_embeddings: int
     num_experts: int
 
@@ -144,19 +145,32 @@ def check_degrees(args: TrainingArgs, *, geometry: GeometryLike) -> None:
                 f"context_parallel_size {context} does not divide the {kind} attention heads {heads}; "
                 f"choose one of {_divisors(heads)}"
             )
+    key_heads = geometry.text.num_kv_heads
+    if key_heads % context and context % key_heads:
+        raise UserError(
+            f"context_parallel_size {context} neither divides the {key_heads} key/value heads nor is a multiple of "
+            f"them; choose one of {_divisors(key_heads)} or a multiple of {key_heads}"
+        )
 
 
-def check_implemented(args: TrainingArgs) -> None:
-    """Refuse what the parser knows and the trainer does not have yet.
-
-    To be called after the rules above, so that a value that could never work is explained first.
+def check_sharding(args: TrainingArgs, *, sharding_size: int | str, world_size: int) -> None:
+    """Rules between the YAML's ``sharding_size`` and the numbers of processes.
 
     Raises:
-        UserError: naming the flag.
+        UserError: naming the values and those that are possible.
     """
-    for name in ("expert_model_parallel_size", "context_parallel_size"):
-        if getattr(args, name) > 1:
-            raise UserError(f"{option_name(name)} {getattr(args, name)} is not implemented yet; set it to 1")
+    shard = world_size if sharding_size == "auto" else int(sharding_size)
+    if world_size % shard:
+        raise UserError(
+            f"{args.fsdp2_config_path}: sharding_size {shard} does not divide the number of processes {world_size}; "
+            f"choose auto or one of {_divisors(world_size)}"
+        )
+    expert = args.expert_model_parallel_size
+    if shard % expert:
+        raise UserError(
+            f"expert_model_parallel_size {expert} does not divide the {shard} processes that share parameters "
+            f"(sharding_size in {args.fsdp2_config_path}); choose one of {_divisors(shard)}"
+        )
 
 
 def check_geometry(model: ModelConfig, *, file: str, geometry: GeometryLike, source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3vl import Qwen3VLModel
 from mindspeed_mm.parallel.context import apply_context_parallelism
 from mindspeed_mm.parallel.expert import spread_experts
@@ -16,7 +17,21 @@ def parallelise(model: Qwen3VLModel, *, layout: Layout, config: FSDPConfig) -> N
     Raises:
         UserError: if the model does not fit the layout.
     """
+    _check_expert_shards(model, layout)
     experts = spread_experts(model, layout.expert_mesh) if layout.expert_mesh is not None else []
     if layout.context_mesh is not None:
         apply_context_parallelism(model, layout.context_mesh)
     shard_model(model, model.units(), layout=layout, config=config, experts=experts)
+
+
+def _check_expert_shards(model: Qwen3VLModel, layout: Layout) -> None:
+    """FSDP2 cuts axis 1 of spread experts, which unlike axis 0 must come out even."""
+    if layout.expert_shard_mesh is None:
+        return
+    text, holders = model.text_decoder.geometry, layout.expert_shard_mesh.size(-1)
+    for name, width in (("hidden_size", text.hidden_size), ("moe_intermediate_size", text.moe_intermediate_size)):
+        if width % holders:
+            raise UserError(
+                f"each expert would be cut into {holders} parts, which does not divide {name} {width}; raise "
+                "--expert-model-parallel-size, or lower sharding_size in the FSDP2 file"
+            )

@@ -12,7 +12,7 @@ from mindspeed_mm.arguments import (
     ACCEPTED_WITHOUT_EFFECT,
     TrainingArgs,
     check_flags,
-    check_implemented,
+    check_sharding,
     check_parallel,
     describe_ignored,
     parse_args,
@@ -44,8 +44,8 @@ def _parse(words):
     return args
 
 
-def _geometry(*, experts=128, heads=32, vision_heads=16):
-    text = type("Text", (), {"num_experts": experts, "num_heads": heads})
+def _geometry(*, experts=128, heads=32, vision_heads=16, kv_heads=4):
+    text = type("Text", (), {"num_experts": experts, "num_heads": heads, "num_kv_heads": kv_heads})
     vision = type("Vision", (), {"num_heads": vision_heads})
     return type("Geometry", (), {"text": text, "vision": vision, "model_type": "qwen3_vl_moe"})
 
@@ -54,7 +54,6 @@ def test_every_flag_of_the_recipe_is_taken():
     args = parse_args(RECIPE)
     check_flags(args)
     assert check_parallel(args, world_size=8).micro_batches == 1
-    check_implemented(args)
     assert (args.lr, args.seed, args.save, args.calculate_per_token_loss) == (1e-5, 42, "save_dir", True)
     assert args.warmup_samples == 8000.0 and args.decay_samples == 80000
     listed = {line.split(":")[0] for line in describe_ignored(args)}
@@ -178,12 +177,22 @@ def test_degrees_that_do_not_fit_the_model():
     check_degrees(_parse("--context-parallel-size 8 --expert-model-parallel-size 4"), geometry=_geometry())
 
 
-@pytest.mark.parametrize(
-    "words", ["--expert-model-parallel-size 2", "--context-parallel-size 2", "--recompute-granularity selective"]
-)
-def test_what_is_not_implemented_says_so(words):
-    with pytest.raises(UserError, match="not implemented yet"):
-        check_implemented(_parse(words))
+def test_context_parallelism_and_key_value_heads():
+    geometry = _geometry(heads=24, vision_heads=24, kv_heads=4)
+    for size in (2, 4, 8, 12):
+        check_degrees(_parse(f"--context-parallel-size {size}"), geometry=geometry)
+    with pytest.raises(UserError, match="6 neither divides the 4 key/value heads nor is a multiple"):
+        check_degrees(_parse("--context-parallel-size 6"), geometry=geometry)
+
+
+def test_sharding_size():
+    args = _parse("--expert-model-parallel-size 4")
+    check_sharding(args, sharding_size="auto", world_size=8)
+    check_sharding(args, sharding_size=4, world_size=8)
+    with pytest.raises(UserError, match="sharding_size 3 does not divide the number of processes 8; .* 1, 2, 4, 8"):
+        check_sharding(args, sharding_size=3, world_size=8)
+    with pytest.raises(UserError, match="expert_model_parallel_size 4 does not divide the 2 processes"):
+        check_sharding(args, sharding_size=2, world_size=8)
 
 
 def test_help_is_fast_and_imports_no_torch():

@@ -14,6 +14,7 @@ class Text:
     num_layers: int = 48
     hidden_size: int = 2048
     num_heads: int = 32
+    num_kv_heads: int = 4
     max_position_embeddings: int = 262144
     num_experts: int = 128
 
@@ -113,13 +114,16 @@ def test_data_directory(place):
         check_data_files(load_recipe(_words(place)))
 
 
-def test_what_is_not_implemented_is_told_after_what_could_never_work(place):
+def test_degree_that_does_not_divide_the_experts(place):
     recipe = load_recipe(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
     with pytest.raises(UserError, match="3 does not divide num_experts 128"):
         recipe.check_geometry(Geometry())
-    recipe = load_recipe(_words(place, "--expert-model-parallel-size", "2"), world_size=2)
-    with pytest.raises(UserError, match="not implemented yet"):
-        recipe.check_geometry(Geometry())
+
+
+def test_sharding_size_that_does_not_divide(place):
+    (place / "fsdp.yaml").write_text("sharding_size: 3\n")
+    with pytest.raises(UserError, match=r"fsdp.yaml: sharding_size 3 does not divide the number of processes 4"):
+        load_recipe(_words(place, "--fsdp2-config-path", str(place / "fsdp.yaml")), world_size=4)
 
 
 def test_geometry(place):
