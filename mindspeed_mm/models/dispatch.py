@@ -6,7 +6,8 @@ Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(rows [N, H] sorted by expert, rows per expert [E]) -> [N, H]."""
 
 Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, int], Tensor]
-"""(tokens [T, H], weights [T, k], expert indices [T, k], experts, E) -> the weighted sums of the experts' results [T, H]."""
+"""(tokens [T, H], weights [T, k], expert indices [T, k], experts, E) -> weighted sums of their results [T, H]."""
 
 
 @dataclasses.dataclass(frozen=True)

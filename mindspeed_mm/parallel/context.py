@@ -9,12 +9,12 @@ Legend: T tokens and N patches of the whole micro-batch after padding, t = T / s
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -23,12 +23,12 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.data.batch": (),
     "mindspeed_mm.models.geometry": ("errors",),
     "mindspeed_mm.models": ("errors", "backend", "arguments", "data.batch"),
-    "mindspeed_mm.models.specs": ("errors", "backend", "arguments", "models", "parallel"),
-    "mindspeed_mm.parallel": ("errors", "backend", "arguments"),
+    # parallelism is applied to models from outside: models know nothing of it
+    "mindspeed_mm.parallel": ("errors", "backend", "arguments", "data.batch", "models"),
     "mindspeed_mm.tools": ("errors", "backend", "arguments"),
     "mindspeed_mm.training": ("errors", "backend", "arguments", "data", "models", "parallel", "tools"),
     "checkpoint": ("errors", "models", "training.checkpoint"),
-    # entry points see everything
+    # entry points see everything, and benchmarks the converter that they time
     "pretrain_transformers": ("",),
     "examples": ("",),
     "benchmarks": ("",),
@@ -102,7 +102,7 @@ def import_violations(source: str, path: Path) -> list[str]:
         top = name.split(".")[0]
         if any(_below(name, prefix) for prefix in forbidden):
             found.append(f"{path}:{line}: {part} must not import {name}")
-        elif top in ENTRY_POINTS and top != part:
+        elif top in ENTRY_POINTS and top != part and (part, top) != ("benchmarks", "checkpoint"):
             found.append(f"{path}:{line}: {part} imports the entry point {name}")
         elif top == PACKAGE and not _below(name, part):
             inner = name.removeprefix(PACKAGE).removeprefix(".")

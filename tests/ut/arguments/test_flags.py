@@ -12,8 +12,8 @@ from mindspeed_mm.arguments import (
     ACCEPTED_WITHOUT_EFFECT,
     TrainingArgs,
     check_flags,
-    check_sharding,
     check_parallel,
+    check_sharding,
     describe_ignored,
     parse_args,
 )

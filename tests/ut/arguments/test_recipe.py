@@ -171,7 +171,8 @@ def test_what_changes_nothing_is_listed_with_its_reason(place):
     _edit(place, "data.json", "dataloader_param.collate_param", ignore_pad_token_for_loss=True)
     lines = load_recipe(_words(place, "--swiglu", "--vocab-size", "152064")).describe_ignored()
     found = "\n".join(lines)
-    for part in ("--swiglu: ", "--vocab-size: ", "in patch, scale_grad: ", "in text_decoder, model_id: ", "ignore_pad_token"):
+    parts = ("--swiglu: ", "--vocab-size:", "in patch, scale_grad: ", "in text_decoder, model_id: ", "ignore_pad_token")
+    for part in parts:
         assert part in found
     assert len(lines) == 5 and all(line.startswith("accepted without effect: ") for line in lines)
 
