@@ -8,8 +8,6 @@ from pydantic import model_validator
 
 from mindspeed_mm.arguments.fields import REQUIRED, StrictModel, effective, no_effect, refused
 
-_NO_VIDEO = "records with videos are refused, since videos cannot be trained on yet"
-
 
 def _comma_separated(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
@@ -25,10 +23,10 @@ class PreprocessParameters(StrictModel):
     )
     image_max_pixels: int = effective(262144, "largest area of a picture; larger ones are scaled down", ge=1)
     image_min_pixels: int = effective(1024, "smallest area of a picture; smaller ones are scaled up", ge=0)
-    video_max_pixels: int = no_effect(16384, _NO_VIDEO, ge=1)
-    video_min_pixels: int = no_effect(0, _NO_VIDEO, ge=0)
-    video_fps: float = no_effect(2.0, _NO_VIDEO, gt=0)
-    video_maxlen: int = no_effect(64, _NO_VIDEO, ge=1)
+    video_max_pixels: int = effective(16384, "largest area of a video's frame; larger ones are scaled down", ge=1)
+    video_min_pixels: int = effective(0, "smallest area of a video's frame; smaller ones are scaled up", ge=0)
+    video_fps: float = effective(2.0, "frames of a video that are shown, per second", gt=0)
+    video_maxlen: int = effective(64, "most frames of a video that are shown", ge=1)
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> PreprocessParameters:
@@ -57,12 +55,17 @@ class BasicParameters(StrictModel):
     val_dataset: str | None = effective(None, "file or files to evaluate on; null: none")
     val_max_samples: int | None = effective(None, "keep the first so many records of val_dataset; null: all", ge=1)
     val_rate: float | None = effective(None, "share of the training data held out for evaluation", ge=0, lt=1)
-    streaming: bool = refused(False, "reading records without building a data set first is not implemented yet")
-    preprocess_on_fly: bool = refused(False, "tokenizing while training is not implemented yet")
-    packing: bool = refused(False, "packing to a token budget is not implemented yet; micro-batches hold no padding")
-    neat_packing: bool = refused(
-        False, "packing to a token budget is not implemented yet; attention never crosses samples in any case"
+    streaming: bool = effective(
+        False, "read each record from its file when it is needed: no data set is built, nothing is kept in memory"
     )
+    preprocess_on_fly: bool = effective(False, "tokenize while training; only the checked records are built beforehand")
+    packing: bool = effective(False, "fill micro-batches with samples up to --micro-batch-size x --seq-length tokens")
+    neat_packing: bool = effective(False, "the same as packing: attention never crosses samples in either")
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples are packed to a token budget."""
+        return self.packing or self.neat_packing
 
     @property
     def dataset_files(self) -> list[str]:
@@ -80,6 +83,10 @@ class BasicParameters(StrictModel):
             raise ValueError("dataset names no file")
         if self.val_dataset is not None and self.val_rate:
             raise ValueError("val_dataset and val_rate exclude each other; keep one")
+        if self.packs and (self.streaming or self.preprocess_on_fly):
+            name = "streaming" if self.streaming else "preprocess_on_fly"
+            raise ValueError(f"packing needs the length of every sample beforehand, which {name} finds while training; "
+                             "keep one of the two")
         return self
 
 
@@ -119,11 +126,22 @@ class DataloaderParam(StrictModel):
     """Order of the samples, and how they reach the device."""
 
     dataloader_mode: Literal["sampler"] = effective("sampler", "samples are drawn by a sampler")
-    sampler_type: Literal["BaseRandomBatchSampler"] = effective("BaseRandomBatchSampler", "sampler")
+    sampler_type: Literal["BaseRandomBatchSampler", "stateful_distributed_sampler"] = effective(
+        "BaseRandomBatchSampler", "both names mean the one sampler there is, resumable, in the order that shuffle says"
+    )
     drop_last: bool = effective(True, "skip an epoch's tail that does not fill a global batch")
     shuffle: bool = effective(True, "new order in each epoch, from --seed; false: the file's order")
     pin_memory: bool = effective(True, "page-locked host memory for transfers to an accelerator")
+    on_bad_sample: Literal["stop", "skip"] = effective(
+        "stop", "what to do about a sample that cannot be used, such as a damaged picture: stop, or leave it out"
+    )
+    max_bad_samples: int = effective(100, "most samples that on_bad_sample skip leaves out before it stops", ge=1)
     collate_param: CollateParam = CollateParam()
+
+    @property
+    def bad_sample_limit(self) -> int:
+        """So many bad samples are left out; 0 stops at the first."""
+        return self.max_bad_samples if self.on_bad_sample == "skip" else 0
 
 
 class DataConfig(StrictModel):

@@ -2,68 +2,170 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mindspeed_mm.data.collator import Picture, Sample
-from mindspeed_mm.data.images import ImageSettings, image_patches, load_pixels, read_image_settings
-from mindspeed_mm.data.prepare import Source, prepare_dataset
+from mindspeed_mm.data.images import ImageSettings, compiled_resampling, read_image_settings
+from mindspeed_mm.data.media import load_media
+from mindspeed_mm.data.packing import Costs
+from mindspeed_mm.data.prepare import (
+    KEPT,
+    RECORD_COLUMNS,
+    SHORTENED,
+    Encoder,
+    Source,
+    make_encoder,
+    prepare_dataset,
+    prepare_records,
+    resolve_record,
+)
+from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.data.sampler import permutation
+from mindspeed_mm.data.stream import RecordFile
+from mindspeed_mm.data.videos import read_video_settings
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from mindspeed_mm.arguments.data_config import DataConfig
 
 
-class ChatDataset:
-    """Tokenized conversations in memory-mapped files; pictures are decoded when a sample is asked for."""
+class DroppedSample(Exception):
+    """The length rule leaves a record out, which was found only now that it was tokenized."""
 
-    def __init__(self, rows: Dataset, images: ImageSettings, name: str) -> None:
-        """Wrap prepared ``rows``; ``name`` is what the data set is called in messages."""
+
+class Rows(Protocol):
+    """Records as rows; see ``mindspeed_mm.data.prepare`` for the columns."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """One row."""
+
+
+class TokenizedOnTheFly:
+    """Rows made from records when they are asked for (``preprocess_on_fly``)."""
+
+    def __init__(self, records: Rows, encoder: Encoder) -> None:
+        """Take records with the columns RECORD_COLUMNS and ``record``."""
+        self._records = records
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """One row, with its ``record``."""
+        record = self._records[index]
+        row = self._encoder.encode(*(record[name] for name in RECORD_COLUMNS))
+        return {**row, "record": record["record"]}
+
+
+class Streamed:
+    """Records of several files, read when they are asked for (``streaming``)."""
+
+    def __init__(self, source: Source) -> None:
+        """Find the records of all files."""
+        parameters = source.config.dataset_param
+        self._files = [RecordFile(path, limit=source.limit) for path in source.files]
+        self._ends = np.cumsum([0, *(len(file) for file in self._files)])
+        self._attr = parameters.attr
+        self._finder = MediaFinder(parameters.basic_parameters.dataset_dir)
+
+    def __len__(self) -> int:
+        """Number of records of all files."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """One record, checked, with its pictures' paths resolved."""
+        number = int(np.searchsorted(self._ends, index, side="right")) - 1
+        file, place = self._files[number], index - int(self._ends[number])
+        values = resolve_record(file[place], f"{file.path}, record {place}", self._attr, self._finder)
+        return {**dict(zip(RECORD_COLUMNS, values, strict=True)), "record": index}
+
+
+class ChatDataset:
+    """Conversations; pictures are decoded when a sample is asked for."""
+
+    def __init__(self, rows: Rows, images: ImageSettings, name: str, chosen: np.ndarray | None = None) -> None:
+        """Wrap ``rows``, or those of them that are ``chosen``; ``name`` is what the data set is called in messages."""
         self._rows = rows
         self._images = images
+        self._chosen = chosen
         self.name = name
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self._rows)
+        return len(self._rows) if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample and decode its pictures.
 
         Raises:
-            UserError: naming data set, record, picture and reason, if a picture is missing, damaged, or has changed
-                its size since the data set was built.
+            UserError: naming data set, record, picture and reason, if the record cannot be used, or a picture is
+                missing, damaged, or has changed its size since the data set was built.
+            DroppedSample: if the record is too long, or nothing of it is supervised.
         """
-        row = self._rows[int(index)]
+        try:
+            row = self._row(index)
+            if row.get("outcome", KEPT) > SHORTENED:
+                raise DroppedSample
+            grids = np.array(row["grids"], dtype=np.int64).reshape(-1, 3).tolist()
+            paths = zip(row["images"], grids, strict=True)
+            pictures = tuple(self._picture(path, tuple(grid)) for path, grid in paths)
+        except UserError as error:
+            raise UserError(f"{self.describe(index)}: {error}") from error
         supervised = np.zeros(len(row["input_ids"]), dtype=bool)
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             supervised[start:end] = True
-        grids = np.array(row["grids"], dtype=np.int64).reshape(-1, 3).tolist()
-        try:
-            pictures = tuple(self._picture(path, tuple(grid)) for path, grid in zip(row["images"], grids, strict=True))
-        except UserError as error:
-            raise UserError(f"{self.describe(index)}: {error}") from error
         return Sample(np.array(row["input_ids"], dtype=np.int64), supervised, pictures, int(index))
+
+    def costs(self) -> Costs:
+        """Tokens and patches of every sample, without reading any of them.
+
+        Raises:
+            TypeError: if the samples are tokenized on the fly, so that nobody knows.
+        """
+        if isinstance(self._rows, TokenizedOnTheFly):
+            raise TypeError("samples that are tokenized on the fly have no known cost")
+        table = self._rows.data  # type: ignore[attr-defined]
+        text = table.column("input_ids").combine_chunks()
+        grids = table.column("grids").combine_chunks()
+        areas = np.cumsum([0, *grids.flatten().to_numpy().reshape(-1, 3).prod(axis=1, dtype=np.int64)])
+        ends = np.cumsum(grids.value_lengths().to_numpy() // 3)
+        starts = ends - grids.value_lengths().to_numpy() // 3
+        costs = Costs(text.value_lengths().to_numpy().astype(np.int64), areas[ends] - areas[starts])
+        return costs if self._chosen is None else costs.take(self._chosen)
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages: data set and record, counted over its files."""
-        return f"{self.name}, sample {int(index)} (record {self._rows[int(index)]['record']})"
+        place = self._place(index)
+        record = self._rows[place]["record"] if not isinstance(self._rows, TokenizedOnTheFly) else place
+        return f"{self.name}, sample {int(index)} (record {record})"
 
     def subset(self, indices: np.ndarray, name: str) -> ChatDataset:
         """A data set of some of the samples, in the given order."""
-        return ChatDataset(self._rows.select(indices), self._images, name)
+        chosen = indices if self._chosen is None else self._chosen[indices]
+        return ChatDataset(self._rows, self._images, name, chosen)
+
+    def _place(self, index: int) -> int:
+        return int(index) if self._chosen is None else int(self._chosen[index])
+
+    def _row(self, index: int) -> Mapping[str, Any]:
+        return self._rows[self._place(index)]
 
     def _picture(self, path: str, grid: tuple[int, ...]) -> Picture:
-        patches, found = image_patches(load_pixels(path), self._images)
+        patches, found = load_media(path, self._images)
         if found != grid:
             raise UserError(
-                f"image {path} now has {found[1]}x{found[2]} patches instead of {grid[1]}x{grid[2]}; it was replaced "
-                "after the data set was built: set overwrite_cache"
+                f"{path} now has {found} slices, rows and columns of patches instead of {grid}; it was replaced after "
+                "the data set was built: set overwrite_cache"
             )
         return Picture(patches, found)
 
@@ -93,10 +195,21 @@ def build_datasets(
         max_pixels=preprocess.image_max_pixels,
         vision=geometry.vision,
     )
+    if parameters.attr.videos:
+        videos = read_video_settings(
+            preprocess.model_name_or_path,
+            min_pixels=preprocess.video_min_pixels,
+            max_pixels=preprocess.video_max_pixels,
+            fps=preprocess.video_fps,
+            max_frames=preprocess.video_maxlen,
+            images=images,
+        )
+        images = dataclasses.replace(images, videos=videos)
+    compiled_resampling()  # here once, instead of in every worker process
 
     def load(files: list[str], limit: int | None) -> ChatDataset:
         source = Source(config, tuple(files), limit, images, seq_length)
-        return ChatDataset(prepare_dataset(source), images, ", ".join(files))
+        return ChatDataset(_rows(source), images, source.names)
 
     train = load(basic.dataset_files, basic.max_samples)
     if basic.val_dataset_files:
@@ -109,3 +222,16 @@ def build_datasets(
     if not len(kept):
         raise UserError(f"val_rate {basic.val_rate} leaves nothing of {len(train)} samples to train on; lower it")
     return train.subset(kept, train.name), train.subset(held[: basic.val_max_samples], f"val_rate of {train.name}")
+
+
+def _rows(source: Source) -> Rows:
+    """The samples by the way that the data file asks for."""
+    basic = source.config.dataset_param.basic_parameters
+    if basic.streaming:
+        streamed = Streamed(source)
+        if not len(streamed):
+            raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
+        return TokenizedOnTheFly(streamed, make_encoder(source))
+    if basic.preprocess_on_fly:
+        return TokenizedOnTheFly(prepare_records(source), make_encoder(source))
+    return prepare_dataset(source)

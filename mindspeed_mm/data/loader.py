@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.data.collator import Sample, collate
-from mindspeed_mm.data.dataset import ChatDataset, build_datasets
+from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
+from mindspeed_mm.data.packing import PackedSampler, pack
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
@@ -27,33 +29,86 @@ _PADDING = -1  # stands for a sample that only keeps this rank in step with the 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Failure:
-    """A mistake in the data, on its way from a worker process; raised there, it would arrive with a traceback."""
+class StepBatches:
+    """What one rank trains on in one optimizer step.
 
-    message: str
+    Attributes:
+        batches: micro-batches, of the same number on every rank.
+        bad: file, sample and reason of each sample that could not be used; a stub stands in for it.
+        dropped: samples that the length rule left out while training (``preprocess_on_fly``, ``streaming``).
+        tokens: of all micro-batches, before they are split within a context-parallel group.
+    """
+
+    batches: list[Batch]
+    bad: tuple[str, ...] = ()
+    dropped: int = 0
+    tokens: int = -1
+
+    def __post_init__(self) -> None:
+        """Count the tokens while the micro-batches are whole."""
+        if self.tokens < 0:
+            object.__setattr__(self, "tokens", sum(batch.num_tokens for batch in self.batches))
+
+
+def _stub(index: int) -> Sample:
+    """One token with nothing supervised: takes the place of a sample without taking part in the loss."""
+    return Sample(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), (), index)
 
 
 class _MicroBatches(torch.utils.data.Dataset):
-    """Indices of a micro-batch in, packed Batch out. Runs in the worker processes."""
+    """Indices of a micro-batch in, its Batch out, as a step of one. Runs in the worker processes.
+
+    A sample that cannot be used never raises here: this rank would leave the others waiting in a collective. The reason
+    travels with the batch, and all ranks decide together.
+    """
 
     def __init__(self, dataset: ChatDataset, geometry: Qwen3VLGeometry) -> None:
         self._dataset = dataset
         self._geometry = geometry
 
-    def __getitem__(self, indices: Sequence[int]) -> Batch | _Failure:
+    def __getitem__(self, indices: Sequence[int]) -> _MicroBatch:
+        bad: list[str] = []
+        dropped = 0
+        samples: list[Sample] = []
+        for index in indices:
+            sample = _stub(index)
+            if index != _PADDING:
+                try:
+                    sample = self._dataset[index]
+                except DroppedSample:
+                    dropped += 1
+                except UserError as error:
+                    bad.append(str(error))
+            samples.append(sample)
         try:
-            return collate([self._sample(index) for index in indices], self._geometry)
+            batch = collate(samples, self._geometry)
+        except UserError:
+            batch = collate([self._checked(sample, bad) for sample in samples], self._geometry)
+        return _MicroBatch(batch, tuple(bad), dropped)
+
+    def _checked(self, sample: Sample, bad: list[str]) -> Sample:
+        try:
+            collate([sample], self._geometry)
         except UserError as error:
-            return _Failure(str(error))
-
-    def _sample(self, index: int) -> Sample:
-        if index != _PADDING:
-            return self._dataset[index]
-        first = self._dataset[0]
-        return dataclasses.replace(first, supervised=np.zeros_like(first.supervised))
+            bad.append(f"{self._dataset.describe(sample.index)}: {error}")
+            return _stub(sample.index)
+        return sample
 
 
-def _as_is(value: Batch | _Failure) -> Batch | _Failure:
+@dataclasses.dataclass(frozen=True)
+class _MicroBatch:
+    """One micro-batch on its way from a worker process; fields as in StepBatches."""
+
+    batch: Batch
+    bad: tuple[str, ...]
+    dropped: int
+
+    def pin_memory(self) -> _MicroBatch:
+        """With the batch in page-locked memory; called by the DataLoader."""
+        return dataclasses.replace(self, batch=self.batch.pin_memory())
+
+
+def _as_is(value: _MicroBatch) -> _MicroBatch:
     return value
 
 
@@ -71,11 +126,12 @@ def _stop_workers(loader: DataLoader) -> None:
 
 
 class BatchLoader:
-    """Iterates over micro-batches.
+    """Iterates over steps.
 
     Attributes:
         dataset: the samples.
-        samples_per_epoch: samples that one pass over them trains on.
+        samples_per_epoch: samples that one pass over them trains on, as ``--global-batch-size`` counts them.
+        summary: the data set's size in words, for the log.
         close: call it to stop the worker processes; also happens by itself when the loader or the program ends.
     """
 
@@ -85,7 +141,9 @@ class BatchLoader:
         sampler: Iterable[list[int]],
         *,
         geometry: Qwen3VLGeometry,
+        micro_batches: int,
         samples_per_epoch: int,
+        summary: str,
         num_workers: int,
         pin_memory: bool,
     ) -> None:
@@ -95,12 +153,16 @@ class BatchLoader:
             dataset: the samples.
             sampler: indices of each micro-batch, in order.
             geometry: the model's, for packing.
+            micro_batches: of a step.
             samples_per_epoch: samples of one pass.
+            summary: see above.
             num_workers: processes that decode; 0 decodes in this process.
             pin_memory: put batches into page-locked memory, where there is an accelerator.
         """
         self.dataset = dataset
         self.samples_per_epoch = samples_per_epoch
+        self.summary = summary
+        self._micro_batches = micro_batches
         self._loader = DataLoader(
             _MicroBatches(dataset, geometry),
             sampler=sampler,  # type: ignore[arg-type]
@@ -113,30 +175,46 @@ class BatchLoader:
         # Left to the garbage collector or the interpreter's exit, each worker process holds them up for 5 seconds.
         self.close = weakref.finalize(self, _stop_workers, self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches in order.
+    def __iter__(self) -> Iterator[StepBatches]:
+        """Steps in order.
 
         Raises:
-            UserError: naming the sample and picture that cannot be used.
+            UserError: if a worker process dies.
         """
-        for batch in self._loader:
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
-            yield batch
+        return self._steps(iter(self._loader))
+
+    def _steps(self, loaded: Iterator[_MicroBatch]) -> Iterator[StepBatches]:
+        try:
+            while parts := list(itertools.islice(loaded, self._micro_batches)):
+                yield StepBatches(
+                    [part.batch for part in parts],
+                    tuple(message for part in parts for message in part.bad),
+                    sum(part.dropped for part in parts),
+                )
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"{reason}; it may have run out of memory: lower --num-workers") from error
 
 
 class TrainLoader(BatchLoader):
-    """An endless BatchLoader: ``next(loader)`` gives one micro-batch after the other."""
+    """An endless BatchLoader: ``next(loader)`` gives one step after the other."""
 
-    _iterator: Iterator[Batch] | None = None
+    _iterator: Iterator[StepBatches] | None = None
 
-    def __next__(self) -> Batch:
-        """The next micro-batch; the first call starts the worker processes."""
+    def start(self) -> None:
+        """Start the worker processes, if they are not running yet."""
         if self._iterator is None:
             self._iterator = super().__iter__()
+
+    def __next__(self) -> StepBatches:
+        """The next step's micro-batches; the first call starts the worker processes."""
+        self.start()
+        assert self._iterator is not None
         return next(self._iterator)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[StepBatches]:
         """Itself: there is one position in the stream."""
         return self
 
@@ -155,9 +233,12 @@ def build_train_loader(
     num_workers: int = 0,
     dataset: ChatDataset | None = None,
 ) -> TrainLoader:
-    """This rank's endless training micro-batches.
+    """This rank's endless training steps.
 
-    Each optimizer step takes ``global_batch_size / (micro_batch_size * dp_size)`` of them.
+    Without packing a step holds ``global_batch_size`` samples and a micro-batch ``micro_batch_size`` of them. With
+    packing both count sequences of up to ``seq_length`` tokens: a micro-batch is one pack of at most
+    ``micro_batch_size * seq_length`` tokens, which is what it may come to without packing, too, and a step holds
+    ``global_batch_size / micro_batch_size`` packs.
 
     Args:
         config: the data file.
@@ -178,13 +259,36 @@ def build_train_loader(
     if dataset is None:
         dataset, _ = build_datasets(config, geometry=geometry, seq_length=seq_length, seed=seed)
     options = config.dataloader_param
-    stream = SampleStream(len(dataset), global_batch_size, seed, options.shuffle, options.drop_last)
-    sampler = RankSampler(stream, micro_batch_size, dp_rank, dp_size, consumed_samples)
+    per_round = micro_batch_size * dp_size
+    if global_batch_size % per_round:
+        raise UserError(
+            f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size {micro_batch_size} x "
+            f"{dp_size} data-parallel ranks; choose a multiple of {per_round}"
+        )
+    if config.dataset_param.basic_parameters.packs:
+        budget = micro_batch_size * seq_length
+        packs = pack(dataset.costs(), budget=budget, seed=seed)
+        summary = (
+            f"{len(dataset)} samples in {len(packs)} packs of up to {budget} tokens, {packs.fill:.1%} full; "
+            f"{len(dataset) / len(packs):.2f} samples per pack"
+        )
+        unit = micro_batch_size
+        stream = SampleStream(len(packs), global_batch_size // unit, seed, options.shuffle, options.drop_last, "packs")
+        sampler: Iterable[list[int]] = PackedSampler(
+            stream, packs, dataset.costs(), dp_rank, dp_size, consumed_samples // unit
+        )
+    else:
+        unit = 1
+        stream = SampleStream(len(dataset), global_batch_size, seed, options.shuffle, options.drop_last)
+        sampler = RankSampler(stream, micro_batch_size, dp_rank, dp_size, consumed_samples)
+        summary = f"{len(dataset)} samples, {stream.samples_per_epoch} per epoch"
     return TrainLoader(
         dataset,
         sampler,
         geometry=geometry,
-        samples_per_epoch=stream.samples_per_epoch,
+        micro_batches=global_batch_size // per_round,
+        samples_per_epoch=stream.samples_per_epoch * unit,
+        summary=summary,
         num_workers=num_workers,
         pin_memory=options.pin_memory,
     )
@@ -202,10 +306,10 @@ def build_eval_loader(
     num_workers: int = 0,
     dataset: ChatDataset | None = None,
 ) -> BatchLoader | None:
-    """This rank's micro-batches of the evaluation data, or None where the data file names none.
+    """This rank's micro-batches of the evaluation data, one per step, or None where the data file names none.
 
-    Finite, in the data set's order, and of the same number on every rank: a rank that runs out of samples gets one
-    with nothing supervised. Arguments as in ``build_train_loader``.
+    Finite, unpacked, in the data set's order, and of the same number on every rank: a rank that runs out of samples
+    gets one with nothing supervised. Arguments as in ``build_train_loader``.
     """
     if dataset is None:
         _, dataset = build_datasets(config, geometry=geometry, seq_length=seq_length, seed=seed)
@@ -215,7 +319,9 @@ def build_eval_loader(
         dataset,
         _eval_indices(len(dataset), micro_batch_size, dp_rank, dp_size),
         geometry=geometry,
+        micro_batches=1,
         samples_per_epoch=len(dataset),
+        summary=f"{len(dataset)} samples",
         num_workers=num_workers,
         pin_memory=config.dataloader_param.pin_memory,
     )

@@ -12,31 +12,33 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mindspeed_mm.data import cache
-from mindspeed_mm.data.images import ImageSettings, image_grid
-from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows
+from mindspeed_mm.data.images import ImageSettings
+from mindspeed_mm.data.media import measure_media
+from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
 from mindspeed_mm.data.template import ChatTemplate, Message
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mindspeed_mm.arguments.data_config import DataConfig
+    from mindspeed_mm.arguments.data_config import Attributes, DataConfig
 
 logger = logging.getLogger(__name__)
-KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED = range(4)
+KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED, UNUSABLE = range(5)
+RECORD_COLUMNS = ("roles", "texts", "images", "where")
 _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn is too long",
-             "dropped: nothing supervised")
+             "dropped: nothing supervised", "left out: cannot be used")
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json")
-_CODE = ("prepare.py", "template.py", "records.py", "images.py")
+_CODE = ("prepare.py", "template.py", "records.py", "images.py", "media.py", "videos.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,16 @@ class Source:
     images: ImageSettings
     seq_length: int
 
+    @property
+    def bad_limit(self) -> int:
+        """Records that cannot be used and may be left out; 0 stops at the first."""
+        return self.config.dataloader_param.bad_sample_limit
+
+    @property
+    def names(self) -> str:
+        """The files' names, for messages."""
+        return ", ".join(self.files)
+
 
 def prepare_dataset(source: Source) -> Dataset:
     """Load the tokenized data set from the cache, building it first if it is not there.
@@ -64,14 +76,43 @@ def prepare_dataset(source: Source) -> Dataset:
     Raises:
         UserError: naming file and record that cannot be used, or if no record is left.
     """
+    target = _cached(source, "tokenized", _build)
+    logger.info("%s: %s", source.names, (target / "summary.txt").read_text().strip())
+    return _load_rows(target)
+
+
+def prepare_records(source: Source) -> Dataset:
+    """The same for ``preprocess_on_fly``: checked records with the pictures' paths resolved, and no tokens.
+
+    Columns: ``roles``, ``texts``, ``images``, ``record``, ``where``.
+
+    Raises:
+        UserError: naming file and record that cannot be used, or if no record is left.
+    """
+    return _load_rows(_cached(source, "records", _build_records))
+
+
+def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) -> Path:
     import datasets
 
     basic = source.config.dataset_param.basic_parameters
     root = Path(basic.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "mindspeed_mm")
-    target = root / f"tokenized-{cache_key(source)}"
-    cache.build_once(target, lambda directory: _build(source, directory), overwrite=basic.overwrite_cache)
-    logger.info("%s: %s", ", ".join(source.files), (target / "summary.txt").read_text().strip())
+    target = root / f"{kind}-{cache_key(source)}"
+    return cache.build_once(target, lambda directory: build(source, directory), overwrite=basic.overwrite_cache)
+
+
+def _load_rows(target: Path) -> Dataset:
+    import datasets
+
     return datasets.load_from_disk(str(target / "rows"))
+
+
+def _build_records(source: Source, directory: Path) -> None:
+    import datasets
+
+    columns, bad = _read_columns(source)
+    datasets.Dataset.from_dict(columns).save_to_disk(str(directory / "rows"))
+    _write_bad(directory, bad)
 
 
 def cache_key(source: Source) -> str:
@@ -93,6 +134,7 @@ def cache_key(source: Source) -> str:
         "working_directory": os.getcwd(),
         "attr": dict(parameters.attr),
         "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
+        "skip": source.bad_limit > 0,
         "code": [_digest(Path(__file__).with_name(name)) for name in _CODE],
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -130,33 +172,39 @@ def load_tokenizer(directory: str | Path) -> Any:
         ) from error
 
 
+def make_encoder(source: Source) -> Encoder:
+    """What turns records into rows, by the data file's template.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded.
+    """
+    parameters = source.config.dataset_param
+    basic = parameters.basic_parameters
+    template = ChatTemplate(
+        load_tokenizer(parameters.preprocess_parameters.model_name_or_path),
+        name=basic.template,
+        enable_thinking=basic.enable_thinking,
+        train_on_prompt=basic.train_on_prompt,
+        mask_history=basic.mask_history,
+        split_special_tokens=parameters.preprocess_parameters.split_special_tokens,
+    )
+    return Encoder(template, source.images, source.seq_length, may_skip=source.bad_limit > 0)
+
+
 def _build(source: Source, directory: Path) -> None:
     """Tokenize all records with ``datasets.map`` and write the rows that are kept."""
     import datasets
 
-    parameters = source.config.dataset_param
-    basic = parameters.basic_parameters
-    columns = _read_columns(source)
-    encoder = _Encoder(
-        template=ChatTemplate(
-            load_tokenizer(parameters.preprocess_parameters.model_name_or_path),
-            name=basic.template,
-            enable_thinking=basic.enable_thinking,
-            train_on_prompt=basic.train_on_prompt,
-            mask_history=basic.mask_history,
-            split_special_tokens=parameters.preprocess_parameters.split_special_tokens,
-        ),
-        images=source.images,
-        seq_length=source.seq_length,
-    )
+    basic = source.config.dataset_param.basic_parameters
+    columns, bad = _read_columns(source)
     count = len(columns["record"])
     processes = min(basic.preprocessing_num_workers or 1, os.cpu_count() or 1, count // _RECORDS_PER_PROCESS)
     dataset = datasets.Dataset.from_dict(columns).map(
-        encoder,
+        make_encoder(source),
         batched=True,
         batch_size=basic.preprocessing_batch_size,
         num_proc=processes if processes > 1 else None,
-        remove_columns=["roles", "texts", "images", "where"],
+        remove_columns=list(RECORD_COLUMNS),
         features=_features(datasets),
         load_from_cache_file=False,
         keep_in_memory=processes <= 1,
@@ -165,15 +213,38 @@ def _build(source: Source, directory: Path) -> None:
     )
     outcomes = np.array(dataset["outcome"])
     chosen = np.flatnonzero(outcomes <= SHORTENED)
+    unusable = np.flatnonzero(outcomes == UNUSABLE)
+    bad += dataset.select(unusable)["problem"]
+    _check_bad(bad, source)
     summary = _summary(outcomes)
     if not len(chosen):
         raise UserError(
-            f"{', '.join(source.files)}: no record can be trained on ({summary}); raise --seq-length "
+            f"{source.names}: no record can be trained on ({summary}); raise --seq-length "
             f"{source.seq_length} or lower image_max_pixels"
         )
     rows = dataset.select(chosen) if len(chosen) < count else dataset
-    rows.save_to_disk(str(directory / "rows"))
+    rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
     (directory / "summary.txt").write_text(summary + "\n")
+    _write_bad(directory, bad)
+
+
+def _check_bad(bad: Sequence[str], source: Source) -> None:
+    """Refuse more bad records than the data file allows.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    if len(bad) > source.bad_limit:
+        limit = f" (and so are more than dataloader_param.max_bad_samples {source.bad_limit} records)"
+        raise UserError(f"{bad[0]}{limit if source.bad_limit else ''}")
+
+
+def _write_bad(directory: Path, bad: Sequence[str]) -> None:
+    (directory / "left_out.txt").write_text("".join(f"{message}\n" for message in bad))
+    for message in bad[:5]:
+        logger.warning("left out: %s", message)
+    if bad:
+        logger.warning("%d records left out because they cannot be used; all: %s/left_out.txt", len(bad), directory)
 
 
 def _features(datasets: Any) -> Any:
@@ -181,6 +252,7 @@ def _features(datasets: Any) -> Any:
     return datasets.Features({
         "input_ids": sequence(value("int32")), "spans": sequence(value("int32")), "images": sequence(value("string")),
         "grids": sequence(value("int32")), "record": value("int64"), "outcome": value("int8"),
+        "problem": value("string"),
     })
 
 
@@ -195,65 +267,104 @@ def _summary(outcomes: np.ndarray) -> str:
     return ", ".join(parts)
 
 
-def _read_columns(source: Source) -> dict[str, list[Any]]:
-    """All records of all files, with every picture's path resolved."""
-    parameters = source.config.dataset_param
-    finder = MediaFinder(parameters.basic_parameters.dataset_dir)
-    columns: dict[str, list[Any]] = {"roles": [], "texts": [], "images": [], "record": [], "where": []}
+def _read_columns(source: Source) -> tuple[dict[str, list[Any]], list[str]]:
+    """All usable records of all files, with every picture's path resolved; and what is wrong with the others."""
+    finder = MediaFinder(source.config.dataset_param.basic_parameters.dataset_dir)
+    columns: dict[str, list[Any]] = {name: [] for name in (*RECORD_COLUMNS, "record")}
+    bad: list[str] = []
+    count = 0
     for path in source.files:
         for index, row in enumerate(read_rows(path, limit=source.limit)):
-            where = f"{path}, record {index}"
+            count += 1
             try:
-                record = parse_record(row, parameters.attr)
-            except ValueError as error:
-                raise UserError(f"{where}: {error}") from error
-            images = [finder.find(image) for image in record.images]
-            if None in images:
-                image = record.images[images.index(None)]
-                raise UserError(f"{where}: image {image} does not exist; restore it or remove the record")
-            columns["roles"].append([message.role for message in record.messages])
-            columns["texts"].append([message.text for message in record.messages])
-            columns["images"].append(images)
-            columns["record"].append(len(columns["record"]))
-            columns["where"].append(where)
+                values = resolve_record(row, f"{path}, record {index}", source.config.dataset_param.attr, finder)
+            except UserError as error:
+                bad.append(str(error))
+                _check_bad(bad, source)
+                continue
+            for name, value in zip(RECORD_COLUMNS, values, strict=True):
+                columns[name].append(value)
+            columns["record"].append(count - 1)
     if not columns["record"]:
-        raise UserError(f"dataset {', '.join(source.files)} holds no record; make it anew (step 3 of the guide)")
-    return columns
+        raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
+    return columns, bad
+
+
+def resolve_record(
+    row: Any, where: str, attr: Attributes, finder: MediaFinder
+) -> tuple[list[str], list[str], list[str], str]:
+    """Roles, texts, and paths of pictures of a row, and ``where`` it is; in the order of RECORD_COLUMNS.
+
+    Raises:
+        UserError: naming ``where`` and what is wrong with it.
+    """
+    try:
+        record = parse_record(row, attr)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    try:
+        media = resolve_media(record, finder)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; restore it or remove the record") from error
+    return [message.role for message in record.messages], [message.text for message in record.messages], media, where
 
 
 @dataclasses.dataclass
-class _Encoder:
-    """Tokenizes a batch of records; sent to the worker processes of ``datasets.map``."""
+class Encoder:
+    """Tokenizes records; sent to the worker processes of ``datasets.map``.
+
+    Attributes:
+        template: of the conversations.
+        images: pixel limits and patch sizes.
+        seq_length: most tokens of a sample.
+        may_skip: whether a batch's record that cannot be used becomes a row of outcome UNUSABLE instead of an error.
+    """
 
     template: ChatTemplate
     images: ImageSettings
     seq_length: int
+    may_skip: bool = False
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        columns = [batch[name] for name in ("roles", "texts", "images", "where")]
-        rows = [self._encode(*row) for row in zip(*columns, strict=True)]
+        """The rows of a batch of records."""
+        rows = [self._row(*row) for row in zip(*(batch[name] for name in RECORD_COLUMNS), strict=True)]
         encoded = {name: [row[name] for row in rows] for name in rows[0]}
         return {**encoded, "record": list(batch["record"])}
 
-    def _encode(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
+    def _row(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
+        try:
+            return {**self.encode(roles, texts, images, where), "problem": ""}
+        except UserError as error:
+            if not self.may_skip:
+                raise
+            return {**_nothing(UNUSABLE), "problem": str(error)}
+
+    def encode(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
+        """The row of one record; columns as the module says, without ``record``.
+
+        Raises:
+            UserError: naming ``where`` and the picture that cannot be used.
+        """
         messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
         try:
-            grids = [image_grid(path, self.images) for path in images]
+            media = [measure_media(entry, self.images) for entry in images]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        counts = [rows * cols // self.images.merge_size**2 for _, rows, cols in grids]
-        encoded = self.template.encode(messages, counts, max_length=self.seq_length)
+        encoded = self.template.encode(messages, [one for _, one in media], max_length=self.seq_length)
         if encoded is None:
-            nothing = np.empty(0, dtype=np.int32)
-            return {"input_ids": nothing, "spans": [], "images": [], "grids": [], "outcome": TOO_LONG}
+            return _nothing(TOO_LONG)
         outcome = SHORTENED if encoded.dropped_messages else KEPT
         return {
             "input_ids": encoded.input_ids.astype(np.int32),
             "spans": _spans(encoded.supervised),
             "images": list(images[: encoded.num_pictures]),
-            "grids": [number for grid in grids[: encoded.num_pictures] for number in grid],
+            "grids": [number for grid, _ in media[: encoded.num_pictures] for number in grid],
             "outcome": outcome if encoded.supervised[1:].any() else NOTHING_SUPERVISED,
         }
+
+
+def _nothing(outcome: int) -> dict[str, Any]:
+    return {"input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "grids": [], "outcome": outcome}
 
 
 def _spans(supervised: np.ndarray) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.data.template import IMAGE_TAG, Message, Role, check_order, count_pictures, tool_call_text
+from mindspeed_mm.data.template import IMAGE_TAG, VIDEO_TAG, Message, Role, check_order, media_tags, tool_call_text
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One conversation as it stands in a data file: messages, and the pictures' paths as written."""
+    """One conversation as it stands in a data file: messages, and the paths of pictures and videos as written.
+
+    A video is a path, or the list of its frames' paths.
+    """
 
     messages: list[Message]
     images: list[str]
+    videos: list[str | list[str]] = dataclasses.field(default_factory=list)
 
 
 def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
@@ -35,11 +40,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
         UserError: if the file is missing or holds no list of records.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"dataset {path} does not exist; make it (step 3 of the guide: "
-            "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
-        )
+    require_file(path)
     if path.suffix == ".parquet":
         return _read_parquet(path, limit)
     content = path.read_bytes()
@@ -49,9 +50,9 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
             if limit is not None and len(rows) >= limit:
                 break
             if line.strip():
-                rows.append(_parse_json(line, f"{path}, line {number}"))
+                rows.append(parse_json(line, f"{path}, line {number}"))
         return rows
-    rows = _parse_json(content, str(path))
+    rows = parse_json(content, str(path))
     if not isinstance(rows, list):
         raise UserError(
             f"{path} holds {_kind(rows)}, not a list of records; make it anew (step 3 of the guide) or name another "
@@ -60,7 +61,25 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     return rows[:limit]
 
 
-def _parse_json(content: bytes, source: str) -> Any:
+def require_file(path: Path) -> None:
+    """See that a data file is there.
+
+    Raises:
+        UserError: naming it and how it is made.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"dataset {path} does not exist; make it (step 3 of the guide: "
+            "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
+        )
+
+
+def parse_json(content: bytes, source: str) -> Any:
+    """The value of a JSON text; ``source`` names it in messages.
+
+    Raises:
+        UserError: if it is not valid.
+    """
     try:
         import orjson
     except ImportError:  # three times slower, same result
@@ -111,14 +130,14 @@ def parse_record(row: Any, attr: Attributes) -> Record:
     complaint = check_order(messages)
     if complaint:
         raise ValueError(complaint)
-    if attr.videos and row.get(attr.videos):
-        raise ValueError("it has videos, which cannot be trained on yet; remove the record")
-    images = _image_paths(row, attr)
-    tags = count_pictures(messages)
-    if tags != len(images):
-        where = f"its column {attr.images!r}" if attr.images in row else f"no column {attr.images!r} (attr.images)"
-        raise ValueError(f"it has {tags} {IMAGE_TAG} tags in its questions, but {len(images)} images; {where}")
-    return Record(messages, images)
+    images, videos = _image_paths(row, attr), _video_paths(row, attr)
+    tags = media_tags(messages)
+    kinds = ((IMAGE_TAG, attr.images, "images", images), (VIDEO_TAG, attr.videos, "videos", videos))
+    for tag, column, name, media in kinds:
+        if tags.count(tag) != len(media):
+            where = f"its column {column!r}" if column in row else f"no column {column!r} (attr.{name})"
+            raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name}; {where}")
+    return Record(messages, images, videos)
 
 
 def _roles(attr: Attributes) -> Mapping[str, tuple[str, Role]]:
@@ -159,10 +178,71 @@ def _image_paths(row: Mapping[str, Any], attr: Attributes) -> list[str]:
     return images
 
 
+def _video_paths(row: Mapping[str, Any], attr: Attributes) -> list[str | list[str]]:
+    videos = row.get(attr.videos) if attr.videos else None
+    videos = [videos] if isinstance(videos, str) else videos or []
+    if not isinstance(videos, list) or not all(
+        isinstance(video, str) or (isinstance(video, list) and video and all(isinstance(path, str) for path in video))
+        for video in videos
+    ):
+        raise ValueError(f"its column {attr.videos!r} (attr.videos) is no list of paths, or of lists of frames' paths")
+    return videos
+
+
+def video_entry(video: str | list[str]) -> str:
+    """How a video is named among a row's media, where an image is its path."""
+    return VIDEO_TAG + json.dumps(video)
+
+
+def as_video(entry: str) -> str | list[str] | None:
+    """The video that an entry names, or None for an image."""
+    return json.loads(entry.removeprefix(VIDEO_TAG)) if entry.startswith(VIDEO_TAG) else None
+
+
+def require_video_reader() -> None:
+    """See that video files can be read.
+
+    Raises:
+        UserError: if PyAV is not installed.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise UserError("the data has videos, and PyAV, which reads them, is not installed: pip install av")
+
+
+def resolve_media(record: Record, finder: MediaFinder) -> list[str]:
+    """Entries of a record's images and videos in the order of their tags, paths resolved.
+
+    Raises:
+        ValueError: naming the first file that does not exist.
+        UserError: if there is a video file and nothing that reads it.
+    """
+
+    def found(path: str, kind: str) -> str:
+        place = finder.find(path)
+        if place is None:
+            raise ValueError(f"{kind} {path} does not exist")
+        return place
+
+    images, videos = iter(record.images), iter(record.videos)
+    entries = []
+    for tag in media_tags(record.messages):
+        if tag == IMAGE_TAG:
+            entries.append(found(next(images), "image"))
+            continue
+        video = next(videos)
+        if isinstance(video, str):
+            require_video_reader()
+            entries.append(video_entry(found(video, "video")))
+        else:
+            entries.append(video_entry([found(path, "video frame") for path in video]))
+    return entries
+
+
 class MediaFinder:
-    """Finds pictures. Absolute paths are taken as they are; a relative one starts from ``dataset_dir``, or, if there
-    is no such file, from the working directory. So a path that already contains ``dataset_dir`` is not joined to it
-    a second time.
+    """Finds pictures and videos.
+
+    Absolute paths are taken as they are; a relative one starts from ``dataset_dir``, or, if there is no such file, from
+    the working directory. So a path that already contains ``dataset_dir`` is not joined to it a second time.
 
     Directories are listed once and kept, because asking for 80,000 files one by one takes minutes on shared storage.
     """

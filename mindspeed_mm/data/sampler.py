@@ -39,6 +39,7 @@ class SampleStream:
         seed: decides the order.
         shuffle: whether each epoch has an order of its own; otherwise the data set's.
         drop_last: see above.
+        things: what is counted, for messages: samples, or packs of samples.
     """
 
     size: int
@@ -46,6 +47,7 @@ class SampleStream:
     seed: int
     shuffle: bool
     drop_last: bool
+    things: str = "samples"
 
     def __post_init__(self) -> None:
         """Refuse a data set that cannot fill one batch.
@@ -55,8 +57,8 @@ class SampleStream:
         """
         if not self.samples_per_epoch:
             raise UserError(
-                f"the data set has {self.size} samples, fewer than --global-batch-size {self.global_batch_size}; lower "
-                "it, or set drop_last to false"
+                f"the data set has {self.size} {self.things}, fewer than the {self.global_batch_size} of a step "
+                "(--global-batch-size); lower it, or set drop_last to false"
             )
 
     @property

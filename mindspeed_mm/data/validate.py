@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows
+from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
+from mindspeed_mm.data.stream import RecordFile
 from mindspeed_mm.data.template import check_template
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
-    from mindspeed_mm.arguments.data_config import DataConfig
+    from mindspeed_mm.arguments.data_config import Attributes, DataConfig
+
+_STREAMED_ROWS = 1000
 
 
 def validate_data(config: DataConfig) -> int:
@@ -32,28 +36,44 @@ def validate_data(config: DataConfig) -> int:
             f"model_name_or_path {root} is no directory; download the weights (step 2 of the guide) or correct the path"
         )
     finder = MediaFinder(basic.dataset_dir)
-    counts = [_check_file(path, basic.max_samples, finder, attr) for path in basic.dataset_files]
-    for path in basic.val_dataset_files:
-        _check_file(path, basic.val_max_samples, finder, attr)
-    if not sum(counts):
+    problems: list[str] = []
+    counts = []
+    for files, limit in ((basic.dataset_files, basic.max_samples), (basic.val_dataset_files, basic.val_max_samples)):
+        counts.append(0)
+        for path in files:
+            rows = _some_rows(path, limit) if basic.streaming else read_rows(path, limit=limit)
+            counts[-1] += len(rows)
+            problems += _problems(path, rows, finder, attr)
+    if not counts[0]:
         raise UserError(f"dataset {basic.dataset} holds no record; make it anew (step 3 of the guide)")
-    return sum(counts)
+    allowed = config.dataloader_param.bad_sample_limit
+    if len(problems) > allowed:
+        more = f" (and {len(problems) - 1} more such records)" if len(problems) > 1 else ""
+        limit = f"; dataloader_param.max_bad_samples allows {allowed}" if allowed else ""
+        raise UserError(f"{problems[0]}{more}{limit}")
+    return counts[0]
 
 
-def _check_file(path: str, limit: int | None, finder: MediaFinder, attr: object) -> int:
-    rows = read_rows(path, limit=limit)
-    missing: list[tuple[int, str]] = []
+def _some_rows(path: str, limit: int | None) -> list[Any]:
+    """The first rows only: a file that is to be streamed may be too large to read before training."""
+    file = RecordFile(path, limit=min(limit or _STREAMED_ROWS, _STREAMED_ROWS))
+    return [file[index] for index in range(len(file))]
+
+
+def _problems(path: str, rows: Sequence[Any], finder: MediaFinder, attr: Attributes) -> list[str]:
+    """What is wrong with the records of a file."""
+    problems = []
     for index, row in enumerate(rows):
         try:
-            record = parse_record(row, attr)  # type: ignore[arg-type]
+            record = parse_record(row, attr)
         except ValueError as error:
-            raise UserError(f"{path}, record {index}: {error}") from error
-        missing += [(index, image) for image in record.images if finder.find(image) is None]
-    if missing:
-        index, image = missing[0]
-        more = f" (and {len(missing) - 1} more images)" if len(missing) > 1 else ""
-        raise UserError(
-            f"{path}, record {index}: image {image} does not exist{more}; put the pictures there (step 3 of the "
-            "guide), correct basic_parameters.dataset_dir, or convert the data anew to leave such records out"
-        )
-    return len(rows)
+            problems.append(f"{path}, record {index}: {error}")
+            continue
+        try:
+            resolve_media(record, finder)
+        except ValueError as error:
+            problems.append(
+                f"{path}, record {index}: {error}; put the pictures there (step 3 of the "
+                "guide), correct basic_parameters.dataset_dir, or convert the data anew to leave such records out"
+            )
+    return problems

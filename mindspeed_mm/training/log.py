@@ -18,6 +18,7 @@ class IntervalStats:
     samples: int = 0
     skipped: int = 0
     nan: int = 0
+    waited: float = 0.0
 
     def add(
         self,
@@ -29,14 +30,19 @@ class IntervalStats:
         skipped: bool,
         nan: bool,
         router_loss: float | None = None,
+        waited: float = 0.0,
     ) -> None:
-        """Count one iteration; a loss that is not finite stays visible as the next line's loss."""
+        """Count one iteration; a loss that is not finite stays visible as the next line's loss.
+
+        ``waited`` is the part of ``seconds`` that it waited for data, the last field of the line, as a share.
+        """
         self.iterations += 1
         self.seconds += seconds
         self.tokens += tokens
         self.samples += samples
         self.skipped += skipped
         self.nan += nan
+        self.waited += waited
         self.loss_sum += loss
         if router_loss is not None:
             self.router_loss_sum = (self.router_loss_sum or 0.0) + router_loss
@@ -92,5 +98,6 @@ def format_line(
     fields += [
         f"number of skipped iterations: {stats.skipped:3d}",
         f"number of nan iterations: {stats.nan:3d}",
+        f"data wait: {100.0 * stats.waited / max(1e-9, stats.seconds):.1f}%",
     ]
     return " | ".join(fields) + " |"

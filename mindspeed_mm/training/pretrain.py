@@ -19,6 +19,7 @@ from mindspeed_mm.models.qwen3vl import Qwen3VLModel
 from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
 from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
@@ -91,8 +92,7 @@ def _run(
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
     _warn_of_losses(recipe, say)
     say(
-        f"data: {len(loader.dataset)} samples, {loader.samples_per_epoch} per epoch; "
-        f"training from iteration {progress.iteration + 1} to {args.train_iters}"
+        f"data: {loader.summary}; training from iteration {progress.iteration + 1} to {args.train_iters}"
     )
     Trainer(
         args=args,
@@ -114,6 +114,7 @@ def _run(
         ),
         router_balance=_router_balance(recipe, geometry),
         eval_loader=eval_loader,
+        bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
         checkpoint_metadata=recipe.checkpoint_metadata(),
     ).train()
     peak = backend.peak_memory_bytes() / 2**30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.moe import RouterLoad
 from mindspeed_mm.models.qwen3vl import ModelOutput
 from mindspeed_mm.parallel.context import split_batch
 from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.state import Progress, save_checkpoint
+from mindspeed_mm.training.feed import Feed
 from mindspeed_mm.training.gradients import clip, total_norm
 from mindspeed_mm.training.log import IntervalStats, format_line
 from mindspeed_mm.training.loss import LossMode, step_token_weights
@@ -61,7 +65,7 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
-        loader: Iterable[Batch],
+        loader: Iterable[StepBatches],
         forward_step: ForwardStep,
         loss_mode: LossMode,
         layout: Layout,
@@ -70,14 +74,15 @@ class Trainer:
         merge_unit: int,
         tools: StepTools,
         router_balance: RouterBalance | None = None,
-        eval_loader: Iterable[Batch] | None = None,
+        eval_loader: Iterable[StepBatches] | None = None,
+        bad_samples: BadSamples | None = None,
         checkpoint_metadata: dict[str, Any] | None = None,
     ) -> None:
         self.args = args
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
-        self.batches: Iterator[Batch] = iter(loader)
+        self.loader = loader
         self.forward_step = forward_step
         self.loss_mode = loss_mode
         self.layout = layout
@@ -86,6 +91,7 @@ class Trainer:
         self.tools = tools
         self.router_balance = router_balance
         self.eval_loader = eval_loader
+        self.bad_samples = bad_samples or BadSamples(limit=0)
         self.checkpoint_metadata = checkpoint_metadata or {}
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
         self.split_batch = _splitter(layout, merge_unit)
@@ -95,6 +101,11 @@ class Trainer:
         """Run the remaining iterations."""
         args, progress, stats = self.args, self.progress, IntervalStats()
         self.model.train()
+        with contextlib.closing(Feed(self.loader, self.backend, self.split_batch)) as self.feed:
+            self._train_steps(args, progress, stats)
+        self.tools.close()
+
+    def _train_steps(self, args: TrainingArgs, progress: Progress, stats: IntervalStats) -> None:
         while progress.iteration < args.train_iters:
             learning_rate = self.optimizer.param_groups[0]["lr"]
             self.tools.step_begin(progress.iteration + 1)
@@ -111,6 +122,7 @@ class Trainer:
                 samples=args.global_batch_size,
                 skipped=result.skipped,
                 nan=not math.isfinite(result.loss),
+                waited=self.feed.waited,
             )
             self.tools.step_end(progress.iteration)
             if progress.iteration % args.log_interval == 0 or progress.iteration == args.train_iters:
@@ -119,19 +131,18 @@ class Trainer:
             self._evaluate_and_save()
             if args.exit_interval and progress.iteration % args.exit_interval == 0:
                 break
-        self.tools.close()
 
     def train_step(self) -> StepResult:
-        """One optimizer step over ``micro_batches`` micro-batches of this rank."""
-        host_batches = [next(self.batches) for _ in range(self.micro_batches)]
-        batches = [self.split_batch(batch).to(self.backend.device, non_blocking=True) for batch in host_batches]
+        """One optimizer step over this rank's micro-batches."""
+        data = self.feed.take()
+        batches = data.batches
         weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
         if self.router_balance is not None:
             self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
-        # summed on the device: this process's cross-entropy, auxiliary loss and tokens
-        tokens = sum(batch.num_tokens for batch in host_batches) / self.layout.context_size
-        totals = torch.tensor([0.0, 0.0, tokens]).to(self.backend.device)
+        # summed on the device: this process's cross-entropy, auxiliary loss, tokens and bad samples
+        counts = [count / self.layout.context_size for count in (data.tokens, len(data.bad))]
+        totals = torch.tensor([0.0, 0.0, *counts]).to(self.backend.device)
         for batch, weight in zip(batches, weights, strict=True):
             output = self.forward_step(self.model, batch, weight)
             loss = output.loss
@@ -146,7 +157,8 @@ class Trainer:
         norm = total_norm(self.trainable)
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm)
-        loss_value, router_value, tokens, grad_norm = torch.cat((totals, norm.view(1))).tolist()
+        loss_value, router_value, tokens, bad, grad_norm = torch.cat((totals, norm.view(1))).tolist()
+        self.bad_samples.check(round(bad), data.bad)
         finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.step()
@@ -211,15 +223,19 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross-entropy of the supervised tokens over at most ``--eval-iters`` steps of held-out data."""
         self.model.eval()
-        sums = torch.zeros(2, device=self.backend.device)
-        for batch in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
-            batch = self.split_batch(batch).to(self.backend.device)
-            weight = torch.ones_like(batch.labels, dtype=torch.float32)
-            sums[0] += self.forward_step(self.model, batch, weight).loss
-            sums[1] += weight.numel()
+        sums, bad = torch.zeros(3, device=self.backend.device), []
+        for data in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
+            bad += data.bad
+            for batch in data.batches:
+                batch = self.split_batch(batch).to(self.backend.device)
+                weight = torch.ones_like(batch.labels, dtype=torch.float32)
+                sums[0] += self.forward_step(self.model, batch, weight).loss
+                sums[1] += weight.numel()
+        sums[2] = len(bad) / self.layout.context_size
         dist.all_reduce(sums)
         self.model.train()
-        total, count = sums.tolist()
+        total, count, bad_count = sums.tolist()
+        self.bad_samples.check(round(bad_count), bad)
         return total / max(1.0, count)
 
 

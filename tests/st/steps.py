@@ -18,6 +18,7 @@ from mindspeed_mm.arguments.parser import parse_args
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
 from mindspeed_mm.data.collator import collate
+from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import build_layout
@@ -45,8 +46,8 @@ def main(spec: dict, out: str) -> None:
         for step in range(args.train_iters):
             samples = step_samples(step, args.global_batch_size)
             mine = samples[layout.data_rank :: layout.data_size]  # as unlike the other layouts' split as can be
-            for start in range(0, len(mine), size):
-                yield collate(mine[start : start + size], geometry)
+            starts = range(0, len(mine), size)
+            yield StepBatches([collate(mine[start : start + size], geometry) for start in starts])
 
     trainer = Trainer(
         args=args,

@@ -65,7 +65,8 @@ def test_effective_fields_are_read_somewhere():
     if not (PACKAGE.parent / "pretrain_transformers.py").exists():
         pytest.skip("there is no entry point that could read them")
     # read through properties, or held to the one value that their type allows
-    inside = {"dataset", "val_dataset", "dataset_type", "template", "dataloader_mode", "sampler_type", "model_name"}
+    inside = {"dataset", "val_dataset", "dataset_type", "template", "dataloader_mode", "sampler_type", "model_name",
+              "neat_packing", "on_bad_sample", "max_bad_samples"}
     unread = [
         f"{file}:{path}"
         for file, model in CONFIGS.items()
@@ -119,7 +120,10 @@ def test_defaults_and_lists_of_files():
          "image_min_pixels 262145 exceeds image_max_pixels 262144"),
         (DataConfig, DATA, "dataset_param.basic_parameters.template", "llava", "choose qwen3_vl_nothink or qwen3_vl"),
         (DataConfig, DATA, "dataset_param.basic_parameters.dataset", " , ", "dataset names no file"),
-        (DataConfig, DATA, "dataset_param.basic_parameters.packing", True, "packing is true, but packing to a token"),
+        (DataConfig, DATA, "dataset_param.basic_parameters",
+         {"dataset": "a.json", "packing": True, "streaming": True}, "which streaming finds while training; keep one"),
+        (DataConfig, DATA, "dataloader_param.max_bad_samples", 0, "max_bad_samples is 0; it must be"),
+        (DataConfig, DATA, "dataloader_param.on_bad_sample", "ignore", "choose stop or skip"),
         (DataConfig, DATA, "dataset_param.attr", [], "dataset_param.attr is []; it must be an object"),
         (DataConfig, DATA, "dataloader_param.shuffle", 1, "dataloader_param.shuffle is 1; it must be true or false"),
         (ModelConfig, MODEL, "model_id", "llava", 'model_id is "llava"; choose qwen3_vl_moe or qwen3_vl'),

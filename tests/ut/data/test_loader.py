@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.data import build_eval_loader, build_train_loader
 from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.loader import TrainLoader
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
 from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_dataset
@@ -50,7 +52,7 @@ def test_permutations() -> None:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match="7 samples, fewer than --global-batch-size 8"):
+    with pytest.raises(UserError, match="7 samples, fewer than the 8 of a step"):
         SampleStream(7, 8, 0, True, True)
     with pytest.raises(UserError, match="choose a multiple of 6"):
         RankSampler(SampleStream(50, 8, 0, True, True), 2, 0, 3)
@@ -70,8 +72,9 @@ def loader_options(root: Path, **overrides: object) -> dict:
     }
 
 
-def take(loader: object, count: int) -> list[Batch]:
-    return [next(loader) for _ in range(count)]  # type: ignore[call-overload]
+def take(loader: TrainLoader, count: int) -> list[Batch]:
+    """The first ``count`` micro-batches."""
+    return list(itertools.islice((batch for step in loader for batch in step.batches), count))
 
 
 def test_workers_change_nothing_and_resume_is_exact(root: Path) -> None:
@@ -95,7 +98,8 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
     config = make_config(root, dataset=str(root / "data.json"), basic={"val_dataset": str(root / "data.json")})
     for dp_size, mbs in ((1, 4), (2, 3), (3, 1)):
         ranks = [
-            list(build_eval_loader(config, **loader_options(root, dp_rank=rank, dp_size=dp_size, micro_batch_size=mbs)))
+            [step.batches[0] for step in build_eval_loader(
+                config, **loader_options(root, dp_rank=rank, dp_size=dp_size, micro_batch_size=mbs))]
             for rank in range(dp_size)
         ]
         assert len({len(batches) for batches in ranks}) == 1
@@ -106,11 +110,16 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_picture_is_one_line(tmp_path: Path, num_workers: int) -> None:
+def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> None:
     write_dataset(tmp_path, 4)
     config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader={"shuffle": False})
     loader = build_train_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
     (tmp_path / "images" / "0001.png").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"data.json, sample 1 \(record 1\): image .*0001.png cannot be used") as raised:
-        next(loader)
-    assert "\n" not in str(raised.value)
+    step = next(loader)
+    (message,) = step.bad
+    assert re.search(r"data.json, sample 1 \(record 1\): image .*0001.png cannot be used", message)
+    assert "\n" not in message
+    (batch,) = step.batches
+    assert batch.sample_ids == [0, 1] and batch.supervised_per_sample[0] and not batch.supervised_per_sample[1]
+    assert next(loader).bad == ()
+    loader.close()

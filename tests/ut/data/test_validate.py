@@ -82,7 +82,7 @@ def test_template_that_cannot_think(root: Path, records: list) -> None:
 
 
 def test_counts_missing_pictures(root: Path, records: list) -> None:
-    with pytest.raises(UserError, match="record 1.*and 3 more images"):
+    with pytest.raises(UserError, match="record 1.*and 3 more such records"):
         check(root, [{**record, "images": ["no.png"] * len(record["images"])} for record in records])
 
 

@@ -1,0 +1,99 @@
+"""How full packs are, and how evenly a step's cost is spread over the ranks, on mixes of lengths like LLaVA's.
+
+    python benchmarks/data_packing.py [--samples 157712] [--output packing.json]
+
+The lengths are drawn, not read: three kinds of conversation in the numbers and with about the token counts of
+LLaVA-Instruct-150K, pictures with the aspect ratios that are common in COCO, resized by the recipe's own limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mindspeed_mm.data.batch import PixelNorm
+from mindspeed_mm.data.images import ImageSettings, resized_size
+from mindspeed_mm.data.packing import Costs, Packs, pack, spread, worst_over_mean
+
+SETTINGS = ImageSettings(65536, 262144, 16, 2, 2, PixelNorm((0.5,) * 3, (0.5,) * 3, 1 / 255))
+# height, width, share: the common sizes of COCO's photographs
+PICTURES = ((480, 640, 0.36), (640, 480, 0.12), (427, 640, 0.20), (640, 427, 0.09), (426, 640, 0.06), (640, 640, 0.04),
+            (375, 500, 0.06), (500, 375, 0.03), (360, 640, 0.04))
+# share, median and spread (of the logarithm) of the text tokens of: conversations, detailed descriptions, reasoning
+KINDS = ((0.37, 260, 0.35), (0.15, 130, 0.25), (0.48, 160, 0.30))
+# share of text-only samples
+MIXES = {"llava-instruct-150k": 0.0, "with 6% text only": 0.06, "with 30% text only": 0.30}
+STEPS = 40
+
+
+def draw(samples: int, *, text_only: float, limit: int, seed: int) -> Costs:
+    """Token and patch counts of ``samples`` samples of a mix."""
+    generator = np.random.RandomState(seed)
+    share, median, spread_ = (np.array(column) for column in zip(*KINDS, strict=True))
+    kind = generator.choice(len(KINDS), samples, p=share / share.sum())
+    text = np.exp(np.log(median[kind]) + spread_[kind] * generator.standard_normal(samples)).astype(np.int64) + 20
+    sizes = [resized_size(height, width, SETTINGS) for height, width, _ in PICTURES]
+    patches = np.array([height * width // SETTINGS.patch_size**2 for height, width in sizes])
+    weights = np.array([weight for _, _, weight in PICTURES])
+    vision = patches[generator.choice(len(PICTURES), samples, p=weights / weights.sum())]
+    vision = np.where(generator.random_sample(samples) < text_only, 0, vision)
+    return Costs(np.minimum(text + vision // SETTINGS.merge_size**2, limit), vision)
+
+
+def balance(packs: Packs, samples: Costs, *, ranks: int, packs_per_rank: int, seed: int) -> dict[str, float]:
+    """Worst rank over mean, in text and vision, over steps of random packs: mean and largest over the steps."""
+    order = np.random.RandomState(seed).permutation(len(packs))
+    size = ranks * packs_per_rank
+    count = min(STEPS, len(packs) // size)
+    ratios = []
+    started = time.perf_counter()
+    for step in range(count):
+        chosen = [packs.members[place] for place in order[step * size : (step + 1) * size]]
+        rows = spread(chosen, samples, budget=packs.budget, ranks=ranks)
+        flat = [[sample for members in row for sample in members] for row in rows]
+        ratios.append([worst_over_mean([cost[row].sum() for row in flat]) for cost in (samples.text, samples.vision)])
+    seconds = (time.perf_counter() - started) / max(1, count)
+    text, vision = np.array(ratios).T
+    return {
+        "steps": count, "text_mean": text.mean(), "text_worst": text.max(), "vision_mean": vision.mean(),
+        "vision_worst": vision.max(), "ms_per_step": 1000 * seconds,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=157712, help="size of the simulated data set")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of a pack")
+    parser.add_argument("--tokens-per-rank", type=int, default=16384, help="tokens of a rank's step")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    rows = []
+    print(f"{'mix':22} {'budget':>6} {'fill':>7} {'s':>5} {'ranks':>5} {'packs':>5}  worst rank over the mean, "
+          "mean and largest of the steps: text | vision", flush=True)
+    for mix, text_only in MIXES.items():
+        for budget in options.budgets:
+            costs = draw(options.samples, text_only=text_only, limit=budget, seed=1)
+            started = time.perf_counter()
+            packs = pack(costs, budget=budget, seed=42)
+            seconds = time.perf_counter() - started
+            per_rank = max(1, options.tokens_per_rank // budget)
+            for ranks in (8, 64):
+                result = balance(packs, costs, ranks=ranks, packs_per_rank=per_rank, seed=7)
+                rows.append({"mix": mix, "budget": budget, "samples": options.samples, "packs": len(packs),
+                             "fill": packs.fill, "pack_seconds": seconds, "ranks": ranks,
+                             "packs_per_rank": per_rank, **result})
+                row = rows[-1]
+                print(f"{mix:22} {budget:6} {packs.fill:7.2%} {seconds:5.1f} {ranks:5} {row['packs_per_rank']:5}  "
+                      f"{row['text_mean']:.4f} {row['text_worst']:.4f} | "
+                      f"{row['vision_mean']:.4f} {row['vision_worst']:.4f}   {row['ms_per_step']:.1f} ms", flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Records read one by one from where they lie: each can be reached without reading the whole file into memory.
+
+So ``streaming`` keeps the order, the shuffling and the exact resume of a data set that was built beforehand. What it
+takes is one pass over a file to find where its records are: 16 bytes of memory for each.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindspeed_mm.data.records import parse_json, require_file
+from mindspeed_mm.errors import UserError
+
+_ROW_GROUPS_KEPT = 4
+# Strings are passed over whole, so that brackets within them do not count.
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+
+
+class RecordFile:
+    """One data file: JSON list, JSON lines (``.jsonl``) or Parquet (``.parquet``)."""
+
+    def __init__(self, path: str, *, limit: int | None = None) -> None:
+        """Find the records.
+
+        Args:
+            path: the file.
+            limit: keep the first so many.
+
+        Raises:
+            UserError: if the file is missing or no list of records.
+        """
+        require_file(Path(path))
+        self.path = path
+        self._process = -1
+        self._parquet = Path(path).suffix == ".parquet"
+        if self._parquet:
+            self._ends = np.cumsum([0, *_row_groups(path)])
+            count = int(self._ends[-1])
+        else:
+            self._places = _line_places(path) if Path(path).suffix == ".jsonl" else _element_places(path)
+            count = len(self._places)
+        self._count = count if limit is None else min(count, limit)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        """Read and parse one record.
+
+        Raises:
+            UserError: naming the file and the record, if it is not valid.
+        """
+        self._open()
+        where = f"{self.path}, record {index}"
+        if self._parquet:
+            group = bisect.bisect_right(self._ends, index) - 1
+            return self._group(int(group))[index - int(self._ends[group])]
+        start, end = self._places[index].tolist()
+        try:
+            content = os.pread(self._handle, end - start, start)
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error.strerror}") from error
+        return parse_json(content, where)
+
+    def _open(self) -> None:
+        if self._process == os.getpid():
+            return
+        self._groups: OrderedDict[int, list[Any]] = OrderedDict()
+        if self._parquet:
+            import pyarrow.parquet
+
+            self._handle: Any = pyarrow.parquet.ParquetFile(self.path)
+        else:
+            self._handle = os.open(self.path, os.O_RDONLY)
+        self._process = os.getpid()
+
+    def _group(self, group: int) -> list[Any]:
+        if group not in self._groups:
+            self._groups[group] = self._handle.read_row_group(group).to_pylist()
+            if len(self._groups) > _ROW_GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(group)
+        return self._groups[group]
+
+
+def _row_groups(path: str) -> list[int]:
+    """Rows of each group of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def _line_places(path: str) -> np.ndarray:
+    """Start and end of each line that is not blank: int64 [n, 2]."""
+    places, start = [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.strip():
+                places.append((start, start + len(line)))
+            start += len(line)
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def _element_places(path: str) -> np.ndarray:
+    """Start and end of each object of a JSON list: int64 [n, 2].
+
+    Raises:
+        UserError: if the file is no list of objects, or ends too soon.
+    """
+    places: list[tuple[int, int]] = []
+    depth, start = 0, 0
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise UserError(f"{path} is empty; make it anew (step 3 of the guide)")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for match in _BRACKETS.finditer(content):
+                mark = content[match.start()]
+                if mark in b"{[":
+                    depth += 1
+                    if depth == 1 and mark != ord("["):
+                        raise UserError(
+                            f"{path} holds an object, not a list of records; make it anew (step 3 of the guide)"
+                        )
+                    if depth == 2:
+                        start = match.start()
+                elif mark in b"}]":
+                    depth -= 1
+                    if depth == 1:
+                        places.append((start, match.end()))
+    if depth or (not places and start == 0 and not _is_empty_list(path)):
+        raise UserError(f"{path} is not a valid JSON list of records; make it anew (step 3 of the guide)")
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def _is_empty_list(path: str) -> bool:
+    return b"".join(Path(path).read_bytes().split()) == b"[]"
