@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,6 +23,9 @@ from PIL import Image, ImageOps
 from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
+
+if TYPE_CHECKING:
+    from mindspeed_mm.data.videos import VideoSettings
 
 logger = logging.getLogger(__name__)
 _MAX_ASPECT_RATIO = 200
@@ -41,6 +44,7 @@ class ImageSettings:
         temporal_patch_size: frames in a patch; an image fills them with copies of itself.
         merge_size: patches per side of a merge block.
         norm: normalisation that the device applies.
+        videos: what decides a video's frames; None where there are none.
     """
 
     min_pixels: int
@@ -49,6 +53,7 @@ class ImageSettings:
     temporal_patch_size: int
     merge_size: int
     norm: PixelNorm
+    videos: VideoSettings | None = None
 
     @property
     def factor(self) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -22,17 +22,32 @@ IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 TEMPLATES = ("qwen3_vl_nothink", "qwen3_vl")
 
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
-_VISION_START, _VISION_END, _IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+_VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
+_IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+_MEDIA_TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
 # Written out in a message, these are text: they would end turns or claim picture features that do not exist.
 _STRUCTURAL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One message: who says it, and the text, in which a question's ``<image>`` tags stand for its pictures."""
+    """One message: who says it, and the text, in which a question's ``<image>`` and ``<video>`` stand for them."""
 
     role: Role
     text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video's placeholders: the second that each of its temporal slices stands for, and the tokens of one slice."""
+
+    seconds: tuple[float, ...]
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Placeholders of all slices."""
+        return len(self.seconds) * self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Encoded:
     Attributes:
         input_ids: int64 [L].
         supervised: bool [L].
-        num_pictures: pictures whose placeholders are in ``input_ids``: the first so many of the conversation.
+        num_pictures: images and videos whose placeholders are in ``input_ids``: the conversation's first so many.
         dropped_messages: messages cut off at the end because the conversation was longer than allowed.
     """
 
@@ -63,9 +78,12 @@ class _Segment:
     is_vision: bool = False
 
 
-def count_pictures(messages: Sequence[Message]) -> int:
-    """``<image>`` tags of a conversation. Only questions hold pictures; a tag in another message is plain text."""
-    return sum(message.text.count(IMAGE_TAG) for message in messages if message.role == "user")
+def media_tags(messages: Sequence[Message]) -> list[str]:
+    """``<image>`` and ``<video>`` tags of a conversation, in order.
+
+    Only questions hold pictures and videos; a tag in another message is plain text.
+    """
+    return [tag for message in messages if message.role == "user" for tag in _MEDIA_TAG.findall(message.text)]
 
 
 def tool_call_text(content: str) -> str:
@@ -167,21 +185,21 @@ class ChatTemplate:
         self._mask_history = mask_history
         self._split_special_tokens = split_special_tokens
         self._ids = {}
-        for token in (_TURN_START, _TURN_END, _VISION_START, _VISION_END, _IMAGE_PAD):
+        for token in (_TURN_START, _TURN_END, _VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD):
             token_id = backend.token_to_id(token)
             if token_id is None:
                 raise UserError(f"the tokenizer has no token {token}; model_name_or_path must be a Qwen3-VL checkpoint")
             self._ids[token] = token_id
         self._prefixes: dict[str, list[int]] = {}
 
-    def encode(self, messages: Sequence[Message], image_tokens: Sequence[int], *, max_length: int) -> Encoded | None:
+    def encode(self, messages: Sequence[Message], media: Sequence[int | Clip], *, max_length: int) -> Encoded | None:
         """Tokenize a conversation, shortened to whole turns if it is too long.
 
         Turns are dropped from the end until the rest fits. A picture's placeholders are never cut.
 
         Args:
             messages: in an order that ``check_order`` accepts.
-            image_tokens: placeholders (merged patches) of each picture of the conversation, in order.
+            media: placeholders (merged patches) of each image, or the Clip of each video, in order.
             max_length: most tokens of a sample.
 
         Returns:
@@ -190,18 +208,18 @@ class ChatTemplate:
         ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
         for end in reversed(ends):
             kept = messages[:end]
-            num_pictures = count_pictures(kept)
-            if sum(image_tokens[:num_pictures]) > max_length:
+            num_pictures = len(media_tags(kept))
+            if sum(one.total if isinstance(one, Clip) else one for one in media[:num_pictures]) > max_length:
                 continue
-            ids, supervised = self._tokenize(self._render(kept, image_tokens))
+            ids, supervised = self._tokenize(self._render(kept, media))
             if len(ids) <= max_length:
                 return Encoded(ids, supervised, num_pictures, len(messages) - end)
         return None
 
-    def _render(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> list[_Segment]:
+    def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[_Segment]:
         last_question = max(place for place, message in enumerate(messages) if message.role == "user")
         segments: list[_Segment] = []
-        pictures = iter(image_tokens)
+        pictures = iter(media)
         for place, message in enumerate(messages):
             if message.role == "assistant":
                 head, answer = self._answer(message.text, after_question=place > last_question,
@@ -223,17 +241,25 @@ class ChatTemplate:
         start, end = self._ids[_TURN_START], self._ids[_TURN_END]
         return [_Segment(token=start), _Segment(text=head), *content, _Segment(token=end), _Segment(text="\n")]
 
-    def _question(self, text: str, pictures: Any) -> list[_Segment]:
-        pieces = text.split(IMAGE_TAG)
-        segments = [_Segment(text=pieces[0])]
-        for piece in pieces[1:]:
-            segments += [
-                _Segment(token=self._ids[_VISION_START], is_vision=True),
-                _Segment(token=self._ids[_IMAGE_PAD], count=next(pictures), is_vision=True),
-                _Segment(token=self._ids[_VISION_END], is_vision=True),
-                _Segment(text=piece),
-            ]
+    def _question(self, text: str, media: Iterator[int | Clip]) -> list[_Segment]:
+        segments = []
+        for piece in _MEDIA_TAG.split(text):
+            if piece == IMAGE_TAG:
+                segments += self._vision(_IMAGE_PAD, cast(int, next(media)))
+            elif piece == VIDEO_TAG:
+                clip = cast(Clip, next(media))
+                for second in clip.seconds:
+                    segments += [_Segment(text=f"<{second:.1f} seconds>"), *self._vision(_VIDEO_PAD, clip.tokens)]
+            else:
+                segments.append(_Segment(text=piece))
         return segments
+
+    def _vision(self, pad: str, count: int) -> list[_Segment]:
+        return [
+            _Segment(token=self._ids[_VISION_START], is_vision=True),
+            _Segment(token=self._ids[pad], count=count, is_vision=True),
+            _Segment(token=self._ids[_VISION_END], is_vision=True),
+        ]
 
     def _tool_result(self, text: str, messages: Sequence[Message], place: int) -> list[_Segment]:
         """Results of tools that were called together share one turn of the user."""

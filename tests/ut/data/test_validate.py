@@ -114,6 +114,6 @@ def test_other_names_and_roles(root: Path) -> None:
         check(root, rows, attr=attr)
 
 
-def test_videos_are_refused(root: Path, records: list) -> None:
-    with pytest.raises(UserError, match="record 0: it has videos"):
+def test_videos_without_tags_are_refused(root: Path, records: list) -> None:
+    with pytest.raises(UserError, match="record 0: it has 0 <video> tags in its questions, but 1 videos"):
         check(root, [{**records[0], "videos": ["a.mp4"]}], attr={"videos": "videos"})

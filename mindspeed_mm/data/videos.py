@@ -1,0 +1,289 @@
+"""Videos: which frames, what size, at which seconds, and cutting into patches.
+
+Frames, sizes, seconds and pixels equal those of transformers' ``Qwen3VLVideoProcessor`` reading with PyAV. A video is a
+file, or a list of pictures that are its frames, taken ``video_fps`` times a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mindspeed_mm.data.images import ImageSettings, cut_patches, load_pixels
+from mindspeed_mm.data.records import require_video_reader
+from mindspeed_mm.errors import UserError
+
+_MAX_ASPECT_RATIO = 200
+Video = str | Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSettings:
+    """What decides a video's frames and their size. Areas are in pixels.
+
+    Attributes:
+        min_pixels: least area of a frame, by the data file.
+        max_pixels: largest area of a frame, by the data file.
+        min_volume: least area of all frames together, by the checkpoint's processor.
+        max_volume: largest area of all frames together, by the checkpoint's processor.
+        fps: frames to take per second.
+        min_frames: take at least so many, where the video has them.
+        max_frames: take at most so many.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    min_volume: int
+    max_volume: int
+    fps: float
+    min_frames: int
+    max_frames: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipShape:
+    """What is known of a video from its header: frames, frames per second, height and width in pixels."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+def read_video_settings(
+    directory: str | Path, *, min_pixels: int, max_pixels: int, fps: float, max_frames: int, images: ImageSettings
+) -> VideoSettings:
+    """Join the data file's limits with those of the checkpoint's video processor.
+
+    Args:
+        directory: Hugging Face directory with ``video_preprocessor_config.json`` (or a ``processor_config.json`` that
+            holds it, as transformers 5 writes).
+        min_pixels: ``video_min_pixels`` of the data file.
+        max_pixels: ``video_max_pixels`` of the data file.
+        fps: ``video_fps`` of the data file.
+        max_frames: ``video_maxlen`` of the data file.
+        images: the image processor's settings, which must normalise in the same way.
+
+    Raises:
+        UserError: if the file is missing or unreadable, or normalises pixels in another way than images.
+    """
+    path, content = _read_config(Path(directory))
+    size = content.get("size") or {}
+    least, most = size.get("shortest_edge"), size.get("longest_edge")
+    if not least or not most:
+        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
+    for name, ours in (("image_mean", images.norm.mean), ("image_std", images.norm.std)):
+        theirs = tuple(content.get(name) or ours)
+        if theirs != ours:
+            raise UserError(f"{path}: {name} is {list(theirs)}, but {list(ours)} for images; both must be the same")
+    most_frames = min(max_frames, content.get("max_frames") or max_frames)
+    least_frames = min(content.get("min_frames") or 4, most_frames)
+    return VideoSettings(min_pixels, max_pixels, least, most, fps, least_frames, most_frames)
+
+
+def _read_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
+    for name, part in (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content = content[part] if part else content
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
+        if isinstance(content, dict):
+            return path, content
+    raise UserError(
+        f"{directory}/video_preprocessor_config.json does not exist, and attr.videos names a column of videos; "
+        "model_name_or_path must be the downloaded checkpoint with all its small files (step 2 of the guide)"
+    )
+
+
+def frame_indices(frames: int, fps: float, settings: VideoSettings) -> np.ndarray:
+    """Which frames are taken: evenly spread from the first to the last, int64 [n].
+
+    Args:
+        frames: of the video.
+        fps: of the video.
+        settings: frames per second to take, and limits.
+    """
+    wanted = int(frames / fps * settings.fps)
+    count = min(max(wanted, settings.min_frames), settings.max_frames, frames)
+    return np.linspace(0, frames - 1, count).round().astype(np.int64)
+
+
+def slice_seconds(indices: np.ndarray, fps: float, depth: int) -> tuple[float, ...]:
+    """The second that each temporal slice stands for: the mean of its first and last frame's."""
+    padded = np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % depth)])
+    return tuple(
+        (first / fps + last / fps) / 2
+        for first, last in zip(padded[::depth].tolist(), padded[depth - 1 :: depth].tolist(), strict=True)
+    )
+
+
+def clip_size(frames: int, height: int, width: int, settings: VideoSettings, images: ImageSettings) -> tuple[int, int]:
+    """Height and width of the resized frames: multiples of the factor, aspect kept, within the limits.
+
+    The limits of a frame count once per frame and the checkpoint's for all frames together; the narrower holds.
+
+    Raises:
+        ValueError: if the video is too thin, or no size is within both limits.
+    """
+    factor, depth = images.factor, images.temporal_patch_size
+    frames = max(frames, depth)  # a single frame is shown twice; the reference refuses it
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {_MAX_ASPECT_RATIO} times the other")
+    counted = round(frames / depth) * depth  # the reference's way to count, to even
+    least = max(settings.min_volume, settings.min_pixels * max(frames, counted))
+    most = min(settings.max_volume, settings.max_pixels * min(frames, counted))
+    if least > most:
+        raise ValueError(
+            f"its {frames} frames need at least {least} and may have at most {most} pixels together; raise "
+            "video_max_pixels or lower video_min_pixels or video_maxlen"
+        )
+    sides = (height, width)
+    rounded = [round(side / factor) * factor for side in sides]
+    volume = counted * rounded[0] * rounded[1]
+    if volume > most:
+        shrink = math.sqrt(frames * height * width / most)
+        rounded = [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
+    elif volume < least:
+        grow = math.sqrt(least / (frames * height * width))
+        rounded = [math.ceil(side * grow / factor) * factor for side in sides]
+    return rounded[0], rounded[1]
+
+
+def clip_shape(video: Video, settings: VideoSettings) -> ClipShape:
+    """Read a video's header.
+
+    Raises:
+        UserError: naming the file, if it is missing or no video.
+    """
+    if not isinstance(video, str):
+        try:
+            with Image.open(video[0]) as image:
+                return ClipShape(len(video), settings.fps, image.height, image.width)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise _unusable(video[0], error) from error
+    with _opened(video) as container:
+        stream = container.streams.video[0]
+        fps, frames = stream.average_rate, stream.frames
+        # Some containers do not say how many frames they hold.
+        frames = frames or sum(packet.size > 0 for packet in container.demux(stream))
+        if not fps or not frames:
+            raise UserError(f"video {video} cannot be used: it has no frames or no frame rate; replace or remove it")
+        return ClipShape(frames, float(fps), stream.height, stream.width)
+
+
+def clip_layout(
+    video: Video, settings: VideoSettings, images: ImageSettings
+) -> tuple[tuple[int, int, int], tuple[float, ...]]:
+    """Grid (slices, rows, columns) of patches that the video will have, and the second of each slice.
+
+    Raises:
+        UserError: naming the file, if it cannot be used.
+    """
+    shape = clip_shape(video, settings)
+    indices = frame_indices(shape.frames, shape.fps, settings)
+    try:
+        height, width = clip_size(len(indices), shape.height, shape.width, settings, images)
+    except ValueError as error:
+        raise _unusable(_name(video), error) from error
+    seconds = slice_seconds(indices, shape.fps, images.temporal_patch_size)
+    return (len(seconds), height // images.patch_size, width // images.patch_size), seconds
+
+
+def clip_patches(
+    video: Video, settings: VideoSettings, images: ImageSettings
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Decode, resize and cut a video; returns patches uint8 [t * rows * cols, patch_dim] and the grid.
+
+    Frames are resized one by one as they are decoded, so that the whole video never lies in memory.
+
+    Raises:
+        UserError: naming the file, if it cannot be used.
+    """
+    import torch
+
+    shape = clip_shape(video, settings)
+    indices = frame_indices(shape.frames, shape.fps, settings)
+    (slices, rows, cols), _ = clip_layout(video, settings, images)
+    size = (rows * images.patch_size, cols * images.patch_size)
+    resized = np.empty((slices * images.temporal_patch_size, *size, 3), np.uint8)
+    count = 0
+    for frame in _decoded(video, indices):
+        if frame.shape[:2] != (shape.height, shape.width):
+            raise _unusable(_name(video), "its frames differ in size")
+        # torch's kernel for bytes, which the reference takes, too; Pillow's rounds differently
+        pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None]
+        if frame.shape[:2] != size:
+            pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+        resized[count] = pixels[0].permute(1, 2, 0).numpy()
+        count += 1
+    if len(indices) - count > max(1, math.ceil(settings.fps)):
+        raise _unusable(_name(video), f"only {count} of {len(indices)} frames can be decoded")
+    if not count:
+        raise _unusable(_name(video), "no frame can be decoded")
+    resized[count:] = resized[count - 1]  # an uneven number, or a header that promises a frame too many
+    return cut_patches(resized, images), (slices, rows, cols)
+
+
+def _decoded(video: Video, indices: np.ndarray) -> Iterator[np.ndarray]:
+    """The frames with these indices, uint8 [height, width, 3]."""
+    if not isinstance(video, str):
+        yield from (load_pixels(video[index]) for index in indices.tolist())
+        return
+    wanted = set(indices.tolist())
+    with _opened(video) as container:
+        container.streams.video[0].codec_context.thread_count = 1  # workers are processes, one per core
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                yield frame.to_ndarray(format="rgb24")
+            if index >= indices[-1]:
+                return
+
+
+class _opened:
+    """A video file opened for reading; what goes wrong becomes a UserError that names it."""
+
+    def __init__(self, path: str) -> None:
+        require_video_reader()
+        self._path = path
+
+    def __enter__(self) -> Any:
+        import av
+
+        try:
+            self._container = av.open(self._path)
+        except (OSError, ValueError, av.FFmpegError) as error:
+            raise _unusable(self._path, error) from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise _unusable(self._path, "it has no video stream")
+        return self._container
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import av
+
+        self._container.close()
+        if isinstance(error, (OSError, ValueError, av.FFmpegError)):
+            raise _unusable(self._path, error) from error
+
+
+def _name(video: Video) -> str:
+    return video if isinstance(video, str) else f"of {len(video)} frames from {video[0]}"
+
+
+def _unusable(path: str, reason: Exception | str) -> UserError:
+    text = "it is missing" if isinstance(reason, FileNotFoundError) else " ".join(str(reason).split())
+    return UserError(f"video {path} cannot be used: {text}; restore or replace it, or remove its record")
