@@ -1,0 +1,159 @@
+"""``preprocess_on_fly`` and ``streaming`` give what the built data set gives; files that cannot be read; bad records."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from mindspeed_mm.data import build_datasets, build_train_loader, validate_data
+from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.stream import RecordFile
+from mindspeed_mm.errors import UserError
+from tests.helpers.tiny_data import checkpoint_geometry, make_config, make_records, write_dataset
+
+TRICKY = [{"text": 'a "quoted" ] bracket', "list": [[1, 2], {"x": "}"}]}, {"text": "\\", "list": []}, {"text": "ü\n"}]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fly")
+    write_dataset(directory, 12)
+    records = make_records(directory / "more", 7)
+    (directory / "b.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), directory / "c.parquet", row_group_size=3)
+    return directory
+
+
+def config_of(root: Path, *, loader: dict | None = None, **basic: object) -> object:
+    names = ", ".join(str(root / name) for name in ("data.json", "b.jsonl", "c.parquet"))
+    return make_config(root, dataset=names, basic=basic, loader=loader)
+
+
+def batches(root: Path, config: object, *, count: int = 13, consumed: int = 0, workers: int = 0) -> list[Batch]:
+    loader = build_train_loader(
+        config, geometry=checkpoint_geometry(root / "checkpoint"), seq_length=512, micro_batch_size=2,  # type: ignore
+        global_batch_size=4, dp_rank=0, dp_size=1, seed=5, consumed_samples=consumed, num_workers=workers,
+    )
+    assert len(loader.dataset) == 26
+    taken = list(itertools.islice((batch for step in loader for batch in step.batches), count))
+    loader.close()
+    return taken
+
+
+@pytest.mark.parametrize("mode", ["preprocess_on_fly", "streaming"])
+def test_the_same_samples_in_the_same_order_with_workers_and_resume(root: Path, mode: str) -> None:
+    built = batches(root, config_of(root))
+    config = config_of(root, **{mode: True})
+    alone, together = batches(root, config), batches(root, config, workers=2)
+    resumed = batches(root, config, consumed=8, count=9)
+    for ours, theirs in [*zip(alone, built, strict=True), *zip(together, built, strict=True),
+                         *zip(resumed, built[4:], strict=True)]:
+        assert ours.sample_ids == theirs.sample_ids
+        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.vision.pixels, theirs.vision.pixels)
+
+
+def test_streaming_builds_nothing(tmp_path: Path) -> None:
+    write_dataset(tmp_path, 6)
+    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True, "val_rate": 0.34})
+    assert validate_data(config) == 6
+    geometry = checkpoint_geometry(tmp_path / "checkpoint")
+    train, held = build_datasets(config, geometry=geometry, seq_length=512, seed=1)
+    assert held is not None and (len(train), len(held)) == (4, 2)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(TypeError):
+        train.costs()
+
+
+@pytest.mark.parametrize("mode", ["preprocess_on_fly", "streaming"])
+def test_too_long_records_are_counted_not_bad(root: Path, mode: str) -> None:
+    loader = build_train_loader(
+        config_of(root, loader={"shuffle": False}, **{mode: True}),  # type: ignore[arg-type]
+        geometry=checkpoint_geometry(root / "checkpoint"), seq_length=30, micro_batch_size=4, global_batch_size=24,
+        dp_rank=0, dp_size=1, seed=5,
+    )
+    step = next(loader)
+    assert step.bad == () and 0 < step.dropped < 24
+    supervised = [count for batch in step.batches for count in batch.supervised_per_sample]
+    assert supervised.count(0) == step.dropped
+
+
+@pytest.mark.parametrize(("name", "write"), [
+    ("x.json", lambda path: path.write_text(json.dumps(TRICKY, ensure_ascii=False, indent=1))),
+    ("x.jsonl", lambda path: path.write_text("\n".join(json.dumps(row) for row in TRICKY) + "\n")),
+    ("x.parquet", lambda path: pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": row["text"]} for row in TRICKY]), path, row_group_size=2)),
+])
+def test_any_record_can_be_reached(tmp_path: Path, name: str, write: object) -> None:
+    write(tmp_path / name)  # type: ignore[operator]
+    file = RecordFile(str(tmp_path / name))
+    assert len(file) == 3 and len(RecordFile(str(tmp_path / name), limit=2)) == 2
+    for index in (2, 0, 1, 2):
+        assert file[index]["text"] == TRICKY[index]["text"]
+
+
+def test_files_that_are_no_lists(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    for content, complaint in (('{"a": []}', "an object, not a list"), ('[{"a": 1}, {', "not a valid JSON list"),
+                               ("", "is empty"), ("7", "not a valid JSON list")):
+        bad.write_text(content)
+        with pytest.raises(UserError, match=complaint):
+            RecordFile(str(bad))
+    bad.write_text(" [ ]\n")
+    assert len(RecordFile(str(bad))) == 0
+    bad.write_text('[{"a": x}]')
+    with pytest.raises(UserError, match="bad.json, record 0 is not valid JSON"):
+        RecordFile(str(bad))[0]
+    with pytest.raises(UserError, match="step 3"):
+        RecordFile(str(tmp_path / "absent.jsonl"))
+
+
+def test_bad_records_before_training_stop_or_are_left_out(tmp_path: Path) -> None:
+    records = make_records(tmp_path / "images", 12)
+    write_dataset(tmp_path, 12)
+    records[3]["messages"] = []
+    (tmp_path / "images" / "0004.png").write_bytes(b"damaged")
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    geometry = checkpoint_geometry(tmp_path / "checkpoint")
+
+    def build(**loader: object) -> int:
+        config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader=loader)
+        validate_data(config)
+        return len(build_datasets(config, geometry=geometry, seq_length=512, seed=1)[0])
+
+    with pytest.raises(UserError, match="record 3: the conversation is empty"):
+        build()
+    with pytest.raises(UserError, match="record 3: the conversation is empty.*max_bad_samples 1"):
+        build(on_bad_sample="skip", max_bad_samples=1)
+    assert build(on_bad_sample="skip", max_bad_samples=2) == 10
+    (left_out,) = (tmp_path / "cache").glob("tokenized-*/left_out.txt")
+    first, second = left_out.read_text().splitlines()
+    assert "record 3" in first and "record 4" in second and "0004.png" in second
+
+
+def test_bad_records_while_streaming_travel_with_the_step(tmp_path: Path) -> None:
+    write_dataset(tmp_path, 6)
+    records = json.loads((tmp_path / "data.json").read_text())
+    records[2]["messages"][0]["content"] = "no tag"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    (tmp_path / "images" / "0001.png").unlink()
+    config = make_config(
+        tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True}, loader={"shuffle": False}
+    )
+    loader = build_train_loader(
+        config, geometry=checkpoint_geometry(tmp_path / "checkpoint"), seq_length=512, micro_batch_size=3,
+        global_batch_size=6, dp_rank=0, dp_size=1, seed=5,
+    )
+    step = next(loader)
+    assert len(step.bad) == 2 and len(step.batches) == 2
+    assert "record 1" in step.bad[0] and "0001.png" in step.bad[0]
+    assert "record 2: it has 0 <image> tags" in step.bad[1]
+    counts = [count for batch in step.batches for count in batch.supervised_per_sample]
+    assert np.flatnonzero(np.array(counts) == 0).tolist() == [1, 2]
