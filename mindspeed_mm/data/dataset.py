@@ -10,7 +10,7 @@ import numpy as np
 
 from mindspeed_mm.data.collator import Picture, Sample
 from mindspeed_mm.data.images import ImageSettings, compiled_resampling, read_image_settings
-from mindspeed_mm.data.media import load_media
+from mindspeed_mm.data.media import describe_media, load_media
 from mindspeed_mm.data.packing import Costs
 from mindspeed_mm.data.prepare import (
     KEPT,
@@ -164,8 +164,8 @@ class ChatDataset:
         patches, found = load_media(path, self._images)
         if found != grid:
             raise UserError(
-                f"{path} now has {found} slices, rows and columns of patches instead of {grid}; it was replaced after "
-                "the data set was built: set overwrite_cache"
+                f"{describe_media(path)} now has {'x'.join(map(str, found))} slices, rows and columns of patches, not "
+                f"{'x'.join(map(str, grid))}; it was replaced after the data set was built: set overwrite_cache"
             )
         return Picture(patches, found)
 

@@ -16,6 +16,12 @@ from mindspeed_mm.errors import UserError
 GridTHW = tuple[int, int, int]
 
 
+def describe_media(entry: str) -> str:
+    """What an entry names, for messages."""
+    video = as_video(entry)
+    return f"image {entry}" if video is None else f"video {video if isinstance(video, str) else video[0]}"
+
+
 def measure_media(entry: str, settings: ImageSettings) -> tuple[GridTHW, int | Clip]:
     """Grid of patches, and the placeholders that the template writes; from the file's header.
 

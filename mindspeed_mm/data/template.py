@@ -86,6 +86,12 @@ def media_tags(messages: Sequence[Message]) -> list[str]:
     return [tag for message in messages if message.role == "user" for tag in _MEDIA_TAG.findall(message.text)]
 
 
+def _is_question(message: Message) -> bool:
+    """The model's template takes a question that is wrapped like a tool's result for such a result."""
+    wrapped = message.text.startswith("<tool_response>") and message.text.endswith("</tool_response>")
+    return message.role == "user" and not wrapped
+
+
 def tool_call_text(content: str) -> str:
     """The answer that calls tools, from JSON: ``{"name": ..., "arguments": ...}`` or a list of these.
 
@@ -217,7 +223,7 @@ class ChatTemplate:
         return None
 
     def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[_Segment]:
-        last_question = max(place for place, message in enumerate(messages) if message.role == "user")
+        last_question = max(place for place, message in enumerate(messages) if place == 0 or _is_question(message))
         segments: list[_Segment] = []
         pictures = iter(media)
         for place, message in enumerate(messages):

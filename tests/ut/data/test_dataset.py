@@ -151,7 +151,7 @@ def test_parallel_tokenizing_gives_the_same(root: Path, monkeypatch: pytest.Monk
                                      "preprocessing_batch_size": 3})
     for index in range(12):
         assert np.array_equal(alone[index].input_ids, together[index].input_ids)
-    monkeypatch.setattr("mindspeed_mm.data.prepare.image_grid", lambda *_: (_ for _ in ()).throw(UserError("bad")))
+    monkeypatch.setattr("mindspeed_mm.data.prepare.measure_media", lambda *_: (_ for _ in ()).throw(UserError("bad")))
     with pytest.raises(UserError, match="record 1: bad"):
         build(root, basic={"cache_dir": str(root / "third"), "preprocessing_num_workers": 2})
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_mm.data.template import ChatTemplate, Message, check_order, tool_call_text
+from mindspeed_mm.data.template import ChatTemplate, Clip, Message, check_order, media_tags, tool_call_text
 from mindspeed_mm.errors import UserError
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
@@ -25,8 +25,13 @@ NOTHINK = jinja2.Template(
 )
 THINK = jinja2.Template(
     "{% set last = namespace(q=0) %}"
-    "{% for m in messages %}{% if m.role == 'user' %}{% set last.q = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.text %}{% set thought = '' %}"
+    "{% for m in messages %}{% if m.role == 'user' and not (m.text.startswith('<tool_response>') and "
+    "m.text.endswith('</tool_response>')) %}{% set last.q = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' ~ m.text ~ '\n</tool_response>' }}"
+    "{% if messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif m.role == 'assistant' %}{% set content = m.text %}{% set thought = '' %}"
     "{% if '</think>' in content %}"
     "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
@@ -49,12 +54,20 @@ def conversation(*parts: tuple[str, str]) -> list[Message]:
     return [Message(role, text) for role, text in parts]
 
 
-def reference_ids(tokenizer: Any, template: jinja2.Template, messages: list[Message], images: list[int]) -> list[int]:
+def reference_ids(tokenizer: Any, template: jinja2.Template, messages: list[Message], media: list) -> list[int]:
     """Render, put the placeholders in, tokenize the whole text at once: as transformers' processor does."""
     text = template.render(messages=messages)
-    for count in images:
-        text = text.replace("<image>", "<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>", 1)
+    for one in media:
+        if isinstance(one, Clip):
+            slices = (f"<{second:.1f} seconds>{vision('video', one.tokens)}" for second in one.seconds)
+            text = text.replace("<video>", "".join(slices), 1)
+        else:
+            text = text.replace("<image>", vision("image", one), 1)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def vision(kind: str, count: int) -> str:
+    return "<|vision_start|>" + f"<|{kind}_pad|>" * count + "<|vision_end|>"
 
 
 def supervised_text(tokenizer: Any, encoded: Any) -> str:
@@ -153,6 +166,66 @@ def test_token_over_the_border_is_not_supervised(tokenizer: Any) -> None:
     encoded = ChatTemplate(tokenizer).encode(messages, [], max_length=99)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, [])
     assert supervised_text(tokenizer, encoded) in ("first<|im_end|>", "\n\nfirst<|im_end|>")
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> tuple[list[Message], list]:
+    """System message or not, turns with media, tools called in between, thoughts."""
+    words = st.text(alphabet=st.sampled_from("ab 7\nü狗."), max_size=12)
+    messages, media = [], []
+    if draw(st.booleans()):
+        messages.append(Message(SYSTEM, draw(words)))
+    for _ in range(draw(st.integers(1, 3))):
+        parts = draw(st.lists(st.sampled_from(["", "<image>", "<video>"]), max_size=3))
+        messages.append(Message(USER, draw(words) + "".join(part + draw(words) for part in parts)))
+        for tag in media_tags(messages[-1:]):
+            seconds = tuple(draw(st.lists(st.floats(0, 99), min_size=1, max_size=3)))
+            media.append(Clip(seconds, draw(st.integers(1, 3))) if tag == "<video>" else draw(st.integers(1, 4)))
+        for _ in range(draw(st.integers(0, 2))):
+            messages.append(Message(ASSISTANT, tool_call_text('{"name": "f", "arguments": {"a": 1}}')))
+            messages += [Message(TOOL, draw(words)) for _ in range(draw(st.integers(1, 2)))]
+        thought = draw(st.sampled_from(["", "<think>\nhm\n</think>\n\n", "<think>x</think>"]))
+        messages.append(Message(ASSISTANT, thought + draw(words)))
+    return messages, media
+
+
+@given(conversations(), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_history: bool, on_prompt: bool) -> None:
+    """Ids are the chat template's; masks cover answers and their ends, and nothing that shows a picture."""
+    messages, media = drawn
+    assert check_order(messages) is None
+    name, reference = ("qwen3_vl", THINK) if thinks else ("qwen3_vl_nothink", NOTHINK)
+    template = ChatTemplate(tokenizer, name=name, enable_thinking=thinks, mask_history=mask_history,
+                            train_on_prompt=on_prompt)
+    encoded = template.encode(messages, media, max_length=10**6)
+    ids = encoded.input_ids
+    assert ids.tolist() == reference_ids(tokenizer, reference, messages, media)
+    of = {token: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+          for token in ("vision_start", "vision_end", "image_pad", "video_pad", "im_start", "im_end")}
+    shows = np.isin(ids, [of[token] for token in ("vision_start", "vision_end", "image_pad", "video_pad")])
+    assert not encoded.supervised[shows].any()
+    # what every turn is and whether it is supervised, from the tokens alone
+    starts, ends = np.flatnonzero(ids == of["im_start"]), np.flatnonzero(ids == of["im_end"])
+    answers = [place for place, start in enumerate(starts) if tokenizer.decode(ids[start + 1 : start + 2]) == "assistant"]
+    questions = [place for place, message in enumerate(messages) if message.role == USER]
+    of_message = [place for place, message in enumerate(messages) if message.role == ASSISTANT]
+    for turn, message in zip(answers, of_message, strict=True):
+        hidden = (mask_history and turn != answers[-1]) or (thinks and message < questions[-1])
+        assert encoded.supervised[ends[turn]] == (on_prompt or not hidden)
+    if not on_prompt:
+        for place, start in enumerate(starts):
+            head = slice(start, ends[place] + 1)
+            assert place in answers or not encoded.supervised[head].any()
+            assert not encoded.supervised[start : start + 2].any()
+
+
+def test_question_wrapped_like_a_result_is_no_question(tokenizer: Any) -> None:
+    messages = conversation((USER, "q"), (ASSISTANT, "<think>a</think>b"),
+                            (USER, "<tool_response>r</tool_response>"), (ASSISTANT, "<think>c</think>d"))
+    encoded = ChatTemplate(tokenizer, name="qwen3_vl", enable_thinking=True).encode(messages, [], max_length=999)
+    assert encoded.input_ids.tolist() == reference_ids(tokenizer, THINK, messages, [])
+    assert tokenizer.decode(encoded.input_ids).count("<think>") == 2
 
 
 texts = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<|>"), max_size=30)
