@@ -30,6 +30,24 @@ class InputError(Exception):
     """A mistake that the user can mend: one line."""
 
 
+class Malformed(ValueError):
+    """A record that cannot be converted, and the reason."""
+
+    kind = "malformed records"
+
+
+class OutOfOrder(Malformed):
+    """Questions and answers do not take turns."""
+
+    kind = "records whose turns are out of order"
+
+
+class TagMismatch(Malformed):
+    """The text refers to another number of images than there are."""
+
+    kind = f"records whose number of {IMAGE_TAG} tags is not that of their images"
+
+
 @dataclasses.dataclass
 class Result:
     """What became of the records.
@@ -38,22 +56,22 @@ class Result:
         kept: converted records.
         text_only: how many of the kept ones have no image.
         missing: names of images that are not there; their records are left out.
-        malformed: index and reason of records that cannot be converted.
+        malformed: index and reason of records that cannot be converted, by kind.
     """
 
     kept: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     text_only: int = 0
     missing: list[str] = dataclasses.field(default_factory=list)
-    malformed: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    malformed: dict[str, list[tuple[int, str]]] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
         """Lines for the terminal."""
         lines = [f"kept {len(self.kept)} records, {self.text_only} of them text-only"]
         if self.missing:
             lines.append(f"left out {len(self.missing)} records whose image is missing: {_first(self.missing)}")
-        if self.malformed:
-            reasons = [f"record {index}: {reason}" for index, reason in self.malformed]
-            lines.append(f"left out {len(self.malformed)} malformed records: {_first(reasons, separator='; ')}")
+        for kind, records in self.malformed.items():
+            reasons = [f"record {index}: {reason}" for index, reason in records]
+            lines.append(f"left out {len(records)} {kind}: {_first(reasons, separator='; ')}")
         return "\n".join(lines)
 
 
@@ -88,8 +106,8 @@ def convert(records: list[Any], image_root: str) -> Result:
     for index, record in enumerate(records):
         try:
             messages, images = _parse(record)
-        except ValueError as error:
-            result.malformed.append((index, str(error)))
+        except Malformed as error:
+            result.malformed.setdefault(error.kind, []).append((index, str(error)))
             continue
         absent = [name for name in images if name not in names]
         if absent:
@@ -104,33 +122,33 @@ def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
     """Messages and image names of one record.
 
     Raises:
-        ValueError: with the reason, if the record is malformed.
+        Malformed: with the reason, if the record cannot be converted.
     """
     if not isinstance(record, dict):
-        raise ValueError("it is no object")
+        raise Malformed("it is no object")
     turns, images = record.get("conversations"), record.get("image")
     if not isinstance(turns, list) or not turns:
-        raise ValueError("it has no list of conversations")
+        raise Malformed("it has no list of conversations")
     images = [images] if isinstance(images, str) else images or []
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise ValueError("its image is no file name")
+        raise Malformed("its image is no file name")
     messages, tags, expected = [], 0, "user"
     for place, turn in enumerate(turns):
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None or not isinstance(text, str):
-            raise ValueError(f"turn {place} lacks a known speaker ({', '.join(ROLES)}) or a text")
+            raise Malformed(f"turn {place} lacks a known speaker ({', '.join(ROLES)}) or a text")
         if role != expected and not (role == "system" and place == 0):
-            raise ValueError(f"turn {place} is out of order: {speaker}")
+            raise OutOfOrder(f"turn {place} is out of order: {speaker}")
         if role == "user":
             tags += text.count(IMAGE_TAG)
         if role != "system":
             expected = "assistant" if role == "user" else "user"
         messages.append({"role": role, "content": text})
     if messages[-1]["role"] != "assistant":
-        raise ValueError("its last turn is no answer")
+        raise OutOfOrder("its last turn is no answer")
     if tags != len(images):
-        raise ValueError(f"{tags} {IMAGE_TAG} tags for {len(images)} images")
+        raise TagMismatch(f"{tags} {IMAGE_TAG} tags for {len(images)} images")
     return messages, images
 
 

@@ -207,7 +207,8 @@ def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_histo
     assert not encoded.supervised[shows].any()
     # what every turn is and whether it is supervised, from the tokens alone
     starts, ends = np.flatnonzero(ids == of["im_start"]), np.flatnonzero(ids == of["im_end"])
-    answers = [place for place, start in enumerate(starts) if tokenizer.decode(ids[start + 1 : start + 2]) == "assistant"]
+    speakers = [tokenizer.decode(ids[start + 1 : start + 2]) for start in starts]
+    answers = [place for place, speaker in enumerate(speakers) if speaker == "assistant"]
     questions = [place for place, message in enumerate(messages) if message.role == USER]
     of_message = [place for place, message in enumerate(messages) if message.role == ASSISTANT]
     for turn, message in zip(answers, of_message, strict=True):
