@@ -51,19 +51,29 @@ class StackPolicy:
                 yield range(index, index + 1), index < again
 
 
-def run_stack(layers: Sequence[nn.Module], hidden: Tensor, step: Step, policy: StackPolicy) -> tuple[Tensor, ...]:
+def run_stack(
+    layers: Sequence[nn.Module],
+    hidden: Tensor,
+    step: Step,
+    policy: StackPolicy,
+    *,
+    between: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """Run all layers.
 
     Args:
         layers: the stack.
         hidden: what the first layer takes.
-        step: runs one layer, with whatever belongs between it and the next.
+        step: runs one layer.
         policy: what backward finds.
+        between: what happens to the hidden states after the layer of the given index. It may differ between
+            processes, unlike ``step``.
 
     Returns:
         (hidden states after the last layer, the further tensors of all steps in their order).
     """
     further: list[Tensor] = []
+    after = between if between is not None else _unchanged
 
     def run(indices: range, hidden: Tensor) -> tuple[Tensor, ...]:
         taken: list[Tensor] = []
@@ -72,14 +82,23 @@ def run_stack(layers: Sequence[nn.Module], hidden: Tensor, step: Step, policy: S
             taken += more
             if policy.after_layer is not None:
                 policy.after_layer()
+            if index != indices[-1]:
+                hidden = after(index, hidden)
         return hidden, *taken
 
     for indices, again in policy.groups(len(layers)):
         part = [layers[index] for index in indices]
         with policy.offload(part) if policy.offload is not None else contextlib.nullcontext():
             hidden, *more = _run_again(run, indices, hidden) if again else run(indices, hidden)
+        # The last layer's must not be run again: what starts that in backward would differ between processes, and
+        # with it the order in which they gather parameters.
+        hidden = after(indices[-1], hidden)
         further += more
     return hidden, *further
+
+
+def _unchanged(index: int, hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _run_again(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -103,13 +103,15 @@ class TextDecoder(nn.Module):
         counted = batch.input_ids.shape[0] - batch.padding
 
         def step(index: int, hidden: Tensor) -> tuple[Tensor, ...]:
-            hidden, *load = run_layer(self.layers[index], hidden, packed, counted=counted)
-            if index < len(deepstack):
-                addition = deepstack[index].to(hidden.dtype).unsqueeze(1)
-                hidden = hidden.index_add(0, batch.vision.placeholder_index, addition)
-            return hidden, *load
+            return run_layer(self.layers[index], hidden, packed, counted=counted)
 
-        hidden, *loads = run_stack(self.layers, hidden.unsqueeze(1), step, self.policy)
+        def add_deepstack(index: int, hidden: Tensor) -> Tensor:
+            if index >= len(deepstack):
+                return hidden
+            addition = deepstack[index].to(hidden.dtype).unsqueeze(1)
+            return hidden.index_add(0, batch.vision.placeholder_index, addition)
+
+        hidden, *loads = run_stack(self.layers, hidden.unsqueeze(1), step, self.policy, between=add_deepstack)
         load = RouterLoad(sum(loads[0::2]), sum(loads[1::2])) if loads else None
         return self.final_layernorm(hidden.squeeze(1)), load
 

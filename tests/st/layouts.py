@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.arguments.parser import parse_args
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.data.collator import collate
+from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.state import Progress
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
@@ -38,12 +38,14 @@ class Outcome:
 
     Attributes:
         losses: of each step.
+        router_losses: what the auxiliary loss added in each step, or None.
         norms: of the gradients of each step, before clipping.
         gradients: of the first step, after clipping.
         parameters: after the last step.
     """
 
     losses: list[float]
+    router_losses: list[float | None]
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
@@ -54,13 +56,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> Iterator[Batch]:
+def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> StepBatches:
     """This process's micro-batches of a step. Text-only samples are neighbours, so that whole ranks go without any."""
     samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures))
     share = batch // layout.data_size
     mine = samples[layout.data_rank * share : (layout.data_rank + 1) * share]
-    for start in range(0, share, micro_batch):
-        yield collate(mine[start : start + micro_batch], geometry)
+    starts = range(0, share, micro_batch)
+    return StepBatches([collate(mine[start : start + micro_batch], geometry) for start in starts])
 
 
 def run_case(case: dict[str, Any], backend: Any) -> Outcome:
@@ -68,7 +70,9 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     args = parse_args(case["flags"])
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type="cpu", sharding_size=config.sharding_size, **case["layout"])
-    model, geometry = model_like(tiny_model(), ModelChoices(**case.get("choices", {})))
+    coefficient = case.get("router_aux_loss_coef", 0.0)
+    choices = ModelChoices(**case.get("choices", {}), router_load=coefficient > 0)
+    model, geometry = model_like(tiny_model(**case.get("model", {})), choices)
     parallelise(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
     gradients: dict[str, torch.Tensor] = {}
@@ -84,14 +88,12 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         optimizer=optimizer,
         schedule=build_schedule(optimizer, args),
         loader=(
-            batch
+            deal_out(layout, step, batch=args.global_batch_size, micro_batch=args.micro_batch_size, geometry=geometry)
             for step in range(args.train_iters)
-            for batch in deal_out(
-                layout, step, batch=args.global_batch_size, micro_batch=args.micro_batch_size, geometry=geometry
-            )
         ),
-        forward_step=lambda model, batch, weight: model(batch, weight)[0],
-        loss_mode="per_token",
+        forward_step=lambda model, batch, weight: model(batch, weight),
+        loss_mode=case.get("loss_mode", "per_token"),
+        router_balance=RouterBalance(coefficient, top_k=geometry.text.num_experts_per_token) if coefficient else None,
         layout=layout,
         backend=backend,
         progress=Progress(),
@@ -109,6 +111,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     trainer.train()
     return Outcome(
         [result.loss for result in results],
+        [result.router_loss for result in results],
         [result.grad_norm for result in results],
         gradients,
         {name: whole(parameter) for name, parameter in model.named_parameters()},
