@@ -70,7 +70,7 @@ def _option(parser: argparse.ArgumentParser, name: str, **settings: object) -> N
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "workers", type=positive, metavar="N", help="threads (default: number of cores, 8 at most)")
+    _option(parser, "workers", type=positive, metavar="N", help="threads (default: two for each core, 8 at most)")
 
 
 def _add_hf_to_dcp(parser: argparse.ArgumentParser) -> None:

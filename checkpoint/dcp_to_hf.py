@@ -86,7 +86,7 @@ def dcp_to_hf(
         dtype: ``keep``, ``bf16``, ``fp32``, or ``auto``: a converted checkpoint keeps its types, a training
             checkpoint (fp32) is rounded to the type that the config names.
         max_shard_size: bytes of tensors in one file, at most, unless those of one parameter are more.
-        workers: threads; None for the number of cores, 8 at most.
+        workers: threads; None for two for each core, 8 at most.
         overwrite: replace ``save_dir``.
         check: compare the files of a training checkpoint with their recorded checksums first.
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from checkpoint import torch_archive
 from checkpoint.hf_source import HFSource, ReadRange
 from checkpoint.safetensors_io import tensor_bytes
 from checkpoint.work import WRITE_BYTES, ByteBudget, Progress, split_rows
@@ -34,7 +35,6 @@ from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
 PREFIX = "model."
 FILE_BYTES = 1 << 30
 """Size at which a file is closed: what an interruption can cost, per worker."""
-_VALUES_BYTES = 1 << 20  # buffers from this size on hold values, not an archive's headers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,7 @@ def write_file(
             with budget.take(3 * piece.nbytes):
                 offset = stream.position
                 tensor, crc = _resolve(piece, source, reads)
-                stream.expect(tensor.nbytes, crc)
-                torch.save(tensor, stream)
+                stream.save(tensor, crc)
                 del tensor
             length = stream.position - offset
             items.append(Item(piece.rule.target, piece.first, piece.last - piece.first, offset, length, crc))
@@ -147,36 +146,41 @@ def _resolve(piece: Piece, source: HFSource, reads: list[ReadRange]) -> tuple[to
 
 
 class _CountingStream:
-    """A binary file for ``torch.save`` that keeps position and checksum, and advances the progress bar."""
+    """A binary file that keeps its position and checksum, and advances the progress bar."""
 
     def __init__(self, file: Any, progress: Progress) -> None:
         self._file = file
         self._progress = progress
         self.position = 0
         self.crc = 0
-        self._expected: tuple[int, int] | None = None
 
-    def expect(self, nbytes: int, crc: int) -> None:
-        """Announce the values of a tensor, whose checksum is known: they need not be summed once more."""
-        # Headers of the archive are short; a longer buffer of just this length can only be the values.
-        self._expected = (nbytes, crc) if nbytes >= _VALUES_BYTES else None
+    def save(self, tensor: torch.Tensor, crc: int) -> None:
+        """Write a tensor as ``torch.save`` does; ``crc`` is the checksum of its values."""
+        if not torch_archive.fits(tensor):
+            torch.save(tensor, self)
+            return
+        head, tail = torch_archive.frame(tensor, crc)
+        self.write(head)
+        self._write_parts(tensor_bytes(tensor))
+        self.crc = combine(self.crc, crc, tensor.nbytes)
+        self.write(tail)
 
     def write(self, data: Any) -> int:
         """Write any buffer; returns its length in bytes."""
         view = memoryview(data).cast("B")
-        known = self._expected is not None and self._expected[0] == len(view)
-        if known:
-            self.crc = combine(self.crc, self._expected[1], len(view))
-        for start in range(0, len(view), WRITE_BYTES):
-            part = view[start : start + WRITE_BYTES]
-            self._file.write(part)
-            self.crc = self.crc if known else zlib.crc32(part, self.crc)
-            self._progress.advance(len(part))
-        self.position += len(view)
+        self.crc = zlib.crc32(view, self.crc)
+        self._write_parts(view)
         return len(view)
 
     def flush(self) -> None:
         """The file is flushed once, when it is complete."""
+
+    def _write_parts(self, view: memoryview) -> None:
+        for start in range(0, len(view), WRITE_BYTES):
+            part = view[start : start + WRITE_BYTES]
+            self._file.write(part)
+            self._progress.advance(len(part))
+        self.position += len(view)
 
 
 def write_metadata(path: Path, files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> None:

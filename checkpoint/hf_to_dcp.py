@@ -48,7 +48,7 @@ def hf_to_dcp(
         dcp_dir: created if needed.
         expert_layout: ``auto``, ``hub`` or ``v5``: how the experts lie in ``hf_dir``.
         dtype: ``keep``, ``bf16`` or ``fp32``.
-        workers: threads; None for the number of cores, 8 at most.
+        workers: threads; None for two for each core, 8 at most.
         overwrite: replace an existing ``release``.
         tie_weight: insist that the model's embeddings are tied.
 

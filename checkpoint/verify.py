@@ -28,7 +28,7 @@ def verify(
         dcp_dir: a checkpoint directory, or one with a tracker file.
         hf_dir: the Hugging Face directory to compare with.
         expert_layout: how the experts lie in ``hf_dir``: ``auto``, ``hub`` or ``v5``.
-        workers: threads; None for the number of cores, 8 at most.
+        workers: threads; None for two for each core, 8 at most.
 
     Raises:
         UserError: if either side cannot be read or is incomplete.

@@ -27,7 +27,9 @@ BUDGET_BYTES = 512 << 20
 
 def default_workers() -> int:
     """Threads to use when the user names no number."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Two for each core, as at any time some wait for the disk.
+    return min(8, 2 * cores)
 
 
 class ByteBudget:
