@@ -26,6 +26,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     # parallelism is applied to models from outside: models know nothing of it
     "mindspeed_mm.parallel": ("errors", "backend", "arguments", "data.batch", "models"),
     "mindspeed_mm.tools": ("errors", "backend", "arguments"),
+    "mindspeed_mm.tools.show_data": ("errors", "arguments", "data", "models.geometry"),
     "mindspeed_mm.training": ("errors", "backend", "arguments", "data", "models", "parallel", "tools"),
     "checkpoint": ("errors", "models", "training.checkpoint"),
     # entry points see everything, and benchmarks the converter that they time

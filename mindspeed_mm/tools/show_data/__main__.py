@@ -1,0 +1,177 @@
+"""Show what the model will see of a data set.
+
+Prints chosen samples with the supervised part in colour, and how lengths and costs are distributed. With --out it also
+writes a web page with the same text, the resized pictures with their patches, and the distributions as PNG. Samples are
+prepared exactly as for training, through the same cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import html
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindspeed_mm.arguments.config_file import load_config
+from mindspeed_mm.arguments.data_config import DataConfig
+from mindspeed_mm.arguments.model_config import ModelConfig
+from mindspeed_mm.data.collator import Sample
+from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
+from mindspeed_mm.data.images import ImageSettings, read_image_settings
+from mindspeed_mm.data.prepare import load_tokenizer
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.tools.show_data.pictures import draw_costs, draw_picture
+from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A sample, and how it is described."""
+
+    index: int
+    heading: str
+    sample: Sample
+    parts: list[Piece]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mindspeed_mm.tools.show_data", description=(__doc__ or "").split("\n\n")[1]
+    )
+    add = parser.add_argument
+    add("--mm-data", required=True, metavar="FILE", help="the data file of the launcher")
+    add("--mm-model", required=True, metavar="FILE", help="the model file of the launcher")
+    add("--seq-length", required=True, type=int, help="most tokens of a sample, as in the launcher")
+    add("--samples", default="0", metavar="0,5,17", help="which samples of the prepared data set; default 0")
+    add("--seed", type=int, default=42, help="as in the launcher; decides what val_rate holds out")
+    add("--out", type=Path, metavar="DIR", help="write index.html and PNG files there")
+    add("--colour", choices=("auto", "always", "never"), default="auto", help="of the terminal; NO_COLOR is heeded")
+    return parser.parse_args(argv)
+
+
+def _indices(text: str, size: int) -> list[int]:
+    try:
+        indices = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--samples {text} is no list of numbers such as 0,5,17") from None
+    for index in indices:
+        if not 0 <= index < size:
+            raise UserError(f"--samples {index}: the data set has {size} samples; choose 0 to {size - 1}")
+    return indices
+
+
+def _views(dataset: ChatDataset, indices: Sequence[int], geometry: Qwen3VLGeometry, tokenizer: Any) -> list[_View]:
+    pads = (geometry.image_token_id, geometry.video_token_id)
+    views = []
+    for index in indices:
+        try:
+            sample = dataset[index]
+        except DroppedSample:
+            print(f"{dataset.describe(index)} is left out: too long, or nothing of it is supervised")
+            continue
+        patches = sum(len(picture.patches) for picture in sample.pictures)
+        heading = (
+            f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.supervised[1:].sum())} of them "
+            f"supervised, {patches} patches"
+        )
+        parts = list(pieces(sample.input_ids, sample.supervised, pads=pads, tokenizer=tokenizer))
+        views.append(_View(index, heading, sample, parts))
+    return views
+
+
+def _columns(dataset: ChatDataset, geometry: Qwen3VLGeometry) -> dict[str, np.ndarray]:
+    """What is drawn over the whole data set, by the name of its axis."""
+    costs, supervised = dataset.costs(), dataset.supervised_counts()
+    placeholders = costs.vision // geometry.vision.merge_unit
+    return {
+        "length: tokens of a sample, placeholders included": costs.text,
+        "text tokens of a sample": costs.text - placeholders,
+        "vision patches of a sample": costs.vision,
+        "share of a sample's tokens that is supervised": supervised / costs.text,
+    }
+
+
+def _write_page(out: Path, views: Sequence[_View], settings: ImageSettings, summary: str, has_costs: bool) -> None:
+    body = [f"<p>{html.escape(summary)}</p>"] + (['<p><img src="costs.png" alt="distributions"></p>'] * has_costs)
+    body.append('<p>Colours: <span class="supervised">supervised</span>, given, <span class="vision">placeholders'
+                "</span>. Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
+    for view in views:
+        body.append(f"<h2>{html.escape(view.heading)}</h2>{for_page(view.parts)}")
+        for number, picture in enumerate(view.sample.pictures):
+            name = f"sample-{view.index}-{number}.png"
+            slices, rows, cols = picture.grid_thw
+            size = f"{cols * settings.patch_size} x {rows * settings.patch_size} pixels"
+            tokens = slices * rows * cols // settings.merge_size**2
+            title = f"sample {view.index}, {number + 1} of {len(view.sample.pictures)}: {size}, "
+            title += f"{slices} x {rows} x {cols} patches, {tokens} tokens"
+            draw_picture(out / name, picture.patches, picture.grid_thw, settings, title=title)
+            body.append(f'<p><img src="{name}" alt="{html.escape(title)}"></p>')
+    page = f"<!doctype html><meta charset=utf-8><title>data</title><style>{STYLE}</style>{''.join(body)}\n"
+    (out / "index.html").write_text(page, encoding="utf-8")
+
+
+def show(options: argparse.Namespace) -> None:
+    """Do what the command line asks.
+
+    Raises:
+        UserError: for anything wrong in the files or options.
+    """
+    data = load_config(options.mm_data, DataConfig, flag="--mm-data")
+    model = load_config(options.mm_model, ModelConfig, flag="--mm-model")
+    geometry = Qwen3VLGeometry.from_pretrained(model.init_from_hf_path)
+    preprocess = data.dataset_param.preprocess_parameters
+    dataset, _ = build_datasets(data, geometry=geometry, seq_length=options.seq_length, seed=options.seed)
+    tokenizer = load_tokenizer(preprocess.model_name_or_path)
+    views = _views(dataset, _indices(options.samples, len(dataset)), geometry, tokenizer)
+    colour = options.colour == "always" or (
+        options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+    for view in views:
+        print(f"--- {view.heading}")
+        print(for_terminal(view.parts, colour=colour))
+    try:
+        columns = _columns(dataset, geometry)
+    except TypeError as error:  # streamed or tokenized while training
+        columns, summary = {}, f"{len(dataset)} samples; no distributions: {error}"
+    else:
+        summary = f"{len(dataset)} samples"
+        print(f"{'':52s}{'mean':>10s}{'median':>10s}{'99%':>10s}{'most':>10s}")
+        for name, values in columns.items():
+            numbers = (values.mean(), np.median(values), np.percentile(values, 99), values.max())
+            print(f"{name:52s}" + "".join(f"{number:10.2f}" for number in numbers))
+    print(summary)
+    if options.out is None:
+        return
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {options.out} cannot be made: {error.strerror}; choose another") from error
+    settings = read_image_settings(
+        preprocess.model_name_or_path, min_pixels=preprocess.image_min_pixels,
+        max_pixels=preprocess.image_max_pixels, vision=geometry.vision,
+    )
+    if columns:
+        draw_costs(options.out / "costs.png", columns, limit=options.seq_length, title=f"{dataset.name}: {summary}")
+    _write_page(options.out, views, settings, f"{dataset.name}: {summary}", bool(columns))
+    print(f"wrote {options.out / 'index.html'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status."""
+    try:
+        show(_arguments(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Drawings: a picture as the model gets it, with its patches, and how costs are distributed over the data set."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindspeed_mm.data.images import ImageSettings
+from mindspeed_mm.errors import UserError
+
+_BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"
+_SLICES_SHOWN = 12
+
+
+def frames_of(patches: np.ndarray, grid: tuple[int, int, int], settings: ImageSettings) -> np.ndarray:
+    """Undo the cutting: patches uint8 [t * rows * cols, patch_dim] -> frames uint8 [frames, height, width, 3]."""
+    slices, rows, cols = grid
+    merge, patch, depth = settings.merge_size, settings.patch_size, settings.temporal_patch_size
+    blocks = patches.reshape(slices, rows // merge, cols // merge, merge, merge, 3, depth, patch, patch)
+    return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(slices * depth, rows * patch, cols * patch, 3)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("drawings need matplotlib: pip install matplotlib, or leave --out away") from error
+    matplotlib.use("Agg")  # files only: there may be no display
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_picture(
+    path: Path, patches: np.ndarray, grid: tuple[int, int, int], settings: ImageSettings, *, title: str
+) -> None:
+    """One image, or the first frame of each slice of a video, with lines between patches and merge blocks."""
+    pyplot = _pyplot()
+    frames = frames_of(patches, grid, settings)[:: settings.temporal_patch_size]
+    shown = frames[:_SLICES_SHOWN]
+    height, width = shown.shape[1:3]
+    columns = min(len(shown), 4)
+    lines = math.ceil(len(shown) / columns)
+    side = 9.0 if len(shown) == 1 else 3.4
+    scale = side / max(height, width)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(columns * width * scale + 0.6, lines * (height * scale + 0.3) + 0.7), squeeze=False,
+        layout="constrained",
+    )
+    for number, axis in enumerate(axes.flat):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if number >= len(shown):
+            axis.axis("off")
+            continue
+        axis.imshow(shown[number], interpolation="nearest", extent=(0, width, height, 0))
+        _lines(axis, height, width, settings.patch_size, colour="black", weight=1.2, strength=0.25)
+        _lines(axis, height, width, settings.patch_size, colour="white", weight=0.5)
+        _lines(axis, height, width, settings.factor, colour=_ORANGE, weight=0.9)
+        if len(frames) > 1:
+            axis.set_title(f"slice {number + 1} of {len(frames)}", fontsize=9, color=_GREY)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _lines(
+    axis: Any, height: int, width: int, step: int, *, colour: str, weight: float, strength: float = 0.8
+) -> None:
+    look = {"colors": colour, "linewidth": weight, "alpha": strength}
+    axis.hlines(np.arange(step, height, step), 0, width, **look)
+    axis.vlines(np.arange(step, width, step), 0, height, **look)
+
+
+def draw_costs(path: Path, columns: dict[str, np.ndarray], *, limit: int, title: str) -> None:
+    """A histogram for each column, with its median and its 99th percentile.
+
+    Args:
+        path: PNG file.
+        columns: what is drawn, by the name of its axis; values per sample.
+        limit: ``--seq-length``, drawn where the axis is tokens of a sample.
+        title: of the whole.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    for axis, (name, values) in zip(axes.flat, columns.items(), strict=False):
+        axis.hist(values, bins=min(60, max(10, len(np.unique(values)))), color=_BLUE)
+        median, high = np.percentile(values, (50, 99))
+        digits = ".2f" if values.dtype.kind == "f" else ",.0f"
+        for value, style, label in ((median, "-", "median"), (high, "--", "99%")):
+            axis.axvline(value, color=_ORANGE, linestyle=style, linewidth=1.3, label=f"{label} {value:{digits}}")
+        if name.startswith("length") and values.max() > 0.8 * limit:
+            axis.axvline(limit, color=_GREY, linestyle=":", label=f"--seq-length {limit:,}")
+        axis.set_xlabel(name)
+        axis.set_ylabel("samples")
+        axis.spines[["top", "right"]].set_visible(False)
+        total = "" if values.dtype.kind == "f" else f"total {values.sum():,.0f}"
+        axis.legend(edgecolor="none", framealpha=0.9, fontsize=9, title=total, title_fontsize=9, loc="upper right")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

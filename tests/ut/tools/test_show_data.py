@@ -1,0 +1,111 @@
+"""The data viewer shows what the model sees, not what the files say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mindspeed_mm.arguments.config_file import load_config
+from mindspeed_mm.arguments.data_config import DataConfig
+from mindspeed_mm.data import build_datasets
+from mindspeed_mm.data.images import ImageSettings, PixelNorm, cut_patches
+from mindspeed_mm.tools.show_data.__main__ import main
+from mindspeed_mm.tools.show_data.pictures import frames_of
+from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
+from tests.helpers.tiny_data import checkpoint_geometry, write_dataset
+
+HALF = (0.5, 0.5, 0.5)
+SETTINGS = ImageSettings(1024, 16384, 16, 2, 2, PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, its checkpoint, and the launcher's two files."""
+    root = tmp_path_factory.mktemp("viewer")
+    dataset = write_dataset(root, count=12)
+    geometry = checkpoint_geometry(root / "checkpoint")
+    text, vision = dataclasses.asdict(geometry.text), dataclasses.asdict(geometry.vision)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(geometry.text.mrope_section)}
+    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+             "num_kv_heads": "num_key_value_heads", "num_experts_per_token": "num_experts_per_tok"}
+    config = {
+        "model_type": geometry.model_type, "tie_word_embeddings": False,
+        "text_config": {**{names.get(key, key): value for key, value in text.items()}, "rope_parameters": rope},
+        "vision_config": vision,
+        **{f"{name}_token_id": getattr(geometry, f"{name}_token_id")
+           for name in ("image", "video", "vision_start", "vision_end")},
+    }
+    (root / "checkpoint" / "config.json").write_text(json.dumps(config))
+    data = {"dataset_param": {
+        "dataset_type": "huggingface",
+        "preprocess_parameters": {"model_name_or_path": str(root / "checkpoint"), "image_max_pixels": 16384},
+        "basic_parameters": {"dataset_dir": str(root), "dataset": str(dataset), "cache_dir": str(root / "cache")},
+    }}
+    (root / "mm_data.json").write_text(json.dumps(data))
+    model = json.loads((Path(__file__).parents[3] / "examples/qwen3vl/model_tiny.json").read_text())
+    (root / "mm_model.json").write_text(json.dumps({**model, "init_from_hf_path": str(root / "checkpoint")}))
+    return root
+
+
+def call(files: Path, *options: str) -> int:
+    return main(["--mm-data", str(files / "mm_data.json"), "--mm-model", str(files / "mm_model.json"),
+                 "--seq-length", "256", *options])
+
+
+def test_text_and_pictures(files: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    assert call(files, "--samples", "4,0", "--out", str(files / "out")) == 0
+    printed = capsys.readouterr().out
+    assert "sample 4 (record 4)" in printed
+    assert "<|vision_start|><|image_pad|> x " in printed
+    assert "What is number 4?<|im_end|>\n<|im_start|>assistant\n\u27e6The digit is 4.<|im_end|>\u27e7\n" in printed
+    assert printed.count("\u27e6") == 4  # two turns in both
+    assert "share of a sample's tokens" in printed and "12 samples" in printed
+    page = (files / "out" / "index.html").read_text()
+    assert '<span class="supervised">The digit is 4.&lt;|im_end|&gt;</span>' in page
+    for name in ("costs.png", "sample-4-0.png"):
+        with Image.open(files / "out" / name) as picture:
+            assert min(picture.size) > 100
+        assert name in page
+    assert not (files / "out" / "sample-0-0.png").exists()  # text only
+
+
+def test_colours(files: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call(files, "--colour", "always") == 0
+    assert "\x1b[1;32mThe digit is 0.<|im_end|>\x1b[0m\n" in capsys.readouterr().out
+    parts = [Piece("a <b>\n", "given"), Piece("c", "supervised")]
+    assert for_terminal(parts, colour=False) == "a <b>\n\u27e6c\u27e7"
+    assert '<span class="given">a &lt;b&gt;\u21b5\n</span><span class="supervised">c</span>' in for_page(parts)
+
+
+def test_counts_are_those_of_the_samples(files: Path) -> None:
+    config = load_config(files / "mm_data.json", DataConfig, flag="--mm-data")
+    dataset, _ = build_datasets(
+        config, geometry=checkpoint_geometry(files / "checkpoint"), seq_length=256, seed=0
+    )
+    counts = [int(dataset[index].supervised.sum()) for index in range(12)]
+    assert dataset.supervised_counts().tolist() == counts and len(set(counts)) > 1
+    assert dataset.subset(np.array([7, 4]), "two").supervised_counts().tolist() == [counts[7], counts[4]]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(["--samples", "12"], "choose 0 to 11"), (["--samples", "x"], "no list of numbers"),
+     (["--samples", "-1"], "12 samples")],
+)
+def test_mistakes_are_one_line(files: Path, options: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
+    assert call(files, *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and complaint in error
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (3, 2, 4)])
+def test_pictures_are_what_the_patches_hold(grid: tuple[int, int, int]) -> None:
+    slices, rows, cols = grid
+    frames = np.random.default_rng(0).integers(0, 256, (slices * 2, rows * 16, cols * 16, 3), dtype=np.uint8)
+    assert np.array_equal(frames_of(cut_patches(frames, SETTINGS), grid, SETTINGS), frames)
