@@ -125,6 +125,23 @@ def test_two_processes_with_accumulation_train_the_same(place, whole_run):
         assert float(loss) == pytest.approx(float(whole_run[iteration]), rel=1e-5)
 
 
+LAYOUTS = {
+    "EP2": {"NPUS_PER_NODE": "2", "MBS": "6", "EP": "2"},
+    "CP2": {"NPUS_PER_NODE": "2", "MBS": "12", "CP": "2"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoint_of_one_layout_continues_in_another(place, whole_run, layout):
+    """Three iterations spread over two processes, three more on one: the losses of the uninterrupted single process."""
+    save = f"spread {layout}"
+    first = logged(train(place, save, "--exit-interval", "3", **LAYOUTS[layout]))
+    second = logged(train(place, save, load=save))
+    assert sorted(first) == [1, 2, 3] and sorted(second) == [4, 5, 6]
+    for iteration, loss in {**first, **second}.items():
+        assert float(loss) == pytest.approx(float(whole_run[iteration]), rel=1e-5), iteration
+
+
 def test_export_is_the_trained_model(place, whole_run):
     from safetensors.torch import load_file
 
