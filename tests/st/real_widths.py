@@ -114,7 +114,7 @@ def main() -> int:
                 parameters[rule.target].copy_(rule.to_mcore([weights.pop(name) for name, _ in rule.sources]))
         gc.collect()
         batch = collate(samples(), geometry)
-        loss, _ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+        loss = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss
         loss.backward()
         with torch.no_grad():
             logits = relative(model(batch), hf_logits)
