@@ -1,4 +1,4 @@
-"""``preprocess_on_fly`` and ``streaming`` give what the built data set gives; files that cannot be read; bad records."""
+"""``preprocess_on_fly`` and ``streaming`` give what the built data set gives; unreadable files; bad records."""
 
 from __future__ import annotations
 
