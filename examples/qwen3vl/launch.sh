@@ -58,6 +58,40 @@ summarise() {
         }' "$1"
 }
 
+# What a launcher leaves to be the same for all models
+NPUS_PER_NODE=${NPUS_PER_NODE:-8}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-6000}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MM_TOOL=${MM_TOOL:-./mindspeed_mm/tools/tools.json}
+FSDP2_PATH=${FSDP2_PATH:-./examples/qwen3vl/fsdp2_config.yaml}
+SAVE_PATH=${SAVE_PATH:-save_dir}
+TP=${TP:-1}
+PP=${PP:-1}
+CP=${CP:-1}
+EP=${EP:-1}
+MBS=${MBS:-1}
+GRAD_ACC_STEP=${GRAD_ACC_STEP:-1}
+SEQ_LEN=${SEQ_LEN:-1024}
+TRAIN_ITERS=${TRAIN_ITERS:-10000}
+LR=${LR:-1.0e-5}
+MIN_LR=${MIN_LR:-0.0}
+LR_WARMUP_FRACTION=${LR_WARMUP_FRACTION:-0.1}
+WEIGHT_DECAY=${WEIGHT_DECAY:-0}
+CLIP_GRAD=${CLIP_GRAD:-0.0}
+SEED=${SEED:-42}
+NUM_WORKERS=${NUM_WORKERS:-8}
+SAVE_INTERVAL=${SAVE_INTERVAL:-10000}
+EVAL_INTERVAL=${EVAL_INTERVAL:-10000}
+EVAL_ITERS=${EVAL_ITERS:-5000}
+LOG_INTERVAL=${LOG_INTERVAL:-1}
+CKPT_ARGS=${CKPT_ARGS-"--no-load-optim --no-load-rng --no-save-optim --no-save-rng"}
+# Which loss (docs/loss.md); empty: loss_cfg.loss_type in the model file decides
+LOSS_ARGS=${LOSS_ARGS---calculate-per-token-loss}
+# --recompute-granularity full or selective, and what belongs to it; empty: keep all activations
+RECOMPUTE_ARGS=${RECOMPUTE_ARGS-}
+
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 [ "$(pwd -P)" = "$(cd "$REPOSITORY" && pwd -P)" ] ||
     stop "the paths of the configuration files start at the repository's root; cd $REPOSITORY first"
@@ -118,11 +152,10 @@ GPT_ARGS=(
     --ckpt-format torch_dcp
     --fsdp2-config-path "$FSDP2_PATH"
     --optimizer-selection fused_torch_adamw
-    --calculate-per-token-loss
     --init-model-with-meta-device
     --log-tps
 )
-read -r -a CKPT_WORDS <<<"$CKPT_ARGS"
+read -r -a MODE_WORDS <<<"$LOSS_ARGS $RECOMPUTE_ARGS $CKPT_ARGS"
 
 MM_ARGS=(
     --mm-data "$MM_DATA"
@@ -138,7 +171,7 @@ OUTPUT_ARGS=(
     --save "$SAVE_PATH"
 )
 
-FLAGS=("${GPT_ARGS[@]}" "${CKPT_WORDS[@]}" "${MM_ARGS[@]}" "${OUTPUT_ARGS[@]}" --distributed-backend nccl "$@")
+FLAGS=("${GPT_ARGS[@]}" "${MODE_WORDS[@]}" "${MM_ARGS[@]}" "${OUTPUT_ARGS[@]}" --distributed-backend nccl "$@")
 
 command -v torchrun >/dev/null ||
     stop "torchrun is not on the PATH; activate the virtual environment, or install it: bash scripts/install.sh (step 1)"

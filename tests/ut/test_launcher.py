@@ -77,7 +77,7 @@ def _script(path, body):
     path.chmod(0o755)
 
 
-def _launch(root, *flags, **variables):
+def _launch(root, *flags, launcher=LAUNCHER, **variables):
     keep = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG")}
     words = root.parent / "words"
     environment = {
@@ -87,7 +87,7 @@ def _launch(root, *flags, **variables):
         **{name: str(value) for name, value in variables.items()},
     }
     result = subprocess.run(
-        ["bash", LAUNCHER, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=60
+        ["bash", launcher, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=60
     )
     result.words = words.read_text().splitlines() if words.exists() else []
     return result
@@ -251,3 +251,43 @@ def test_the_example_files_are_what_the_models_expect():
     assert "video_max_pixels" in line and "video_maxlen: records with videos are refused" in line
     assert not recipe.tools.profile.enable and not recipe.tools.memory_profile.enable
     assert json.loads((examples / "model_30B.json").read_text())["text_decoder"]["num_layers"] == 48
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "layers", "processes"),
+    [("8B", "qwen3_vl", 36, 8), ("32B", "qwen3_vl", 64, 16), ("30B", "qwen3_vl_moe", 48, 8),
+     ("235B", "qwen3_vl_moe", 94, 128)],
+)
+def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size, kind, layers, processes):
+    """The launcher gets as far as the weights that are not there, with flags and files that load and fit together."""
+    from mindspeed_mm.arguments import load_recipe
+
+    examples = ROOT / "examples/qwen3vl"
+    launcher = examples / f"finetune_qwen3vl_{size}.sh"
+    last = launcher.read_text().strip().splitlines()[-1]
+    assert last == 'source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"'
+    model = json.loads((examples / f"model_{size}.json").read_text())
+    name = Path(model["init_from_hf_path"]).name
+    assert f"ckpt/dcp_path/{name}-dcp" in launcher.read_text() and size in name
+    assert (model["model_id"], model["text_decoder"]["num_layers"]) == (kind, layers)
+    data, data_30b = ((examples / f"data_{of}.json").read_text() for of in (size, "30B"))
+    assert data == data_30b.replace("Qwen3-VL-30B-A3B-Instruct", name)
+    files = ["--mm-data", str(examples / f"data_{size}.json"), "--mm-model", str(examples / f"model_{size}.json")]
+    flags = ["--seq-length", "1024", "--train-iters", "1", "--lr", "1e-5", "--use-torch-fsdp2"]
+    load_recipe([*files, *flags], world_size=processes)
+    if size != "30B":
+        result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{size}.sh")
+        assert result.returncode == 2 and f"ckpt/hf_path/{name}" in result.stderr and "step 2" in result.stderr
+
+
+def test_loss_and_recompute_words_by_default(workplace):
+    words = _launch(workplace).words
+    assert "--calculate-per-token-loss" in words and "--recompute-granularity" not in words
+
+
+def test_loss_and_recompute_words_from_the_environment(workplace):
+    words = _launch(
+        workplace, LOSS_ARGS="", RECOMPUTE_ARGS="--recompute-granularity full --recompute-num-layers 2"
+    ).words
+    assert "--calculate-per-token-loss" not in words
+    assert _value(words, "--recompute-granularity") == "full" and _value(words, "--recompute-num-layers") == "2"
