@@ -90,6 +90,9 @@ def make_checkpoint(directory: Path, *, layers: int, layout: str) -> None:
 
 def measure(command: list[str]) -> dict[str, float]:
     """Run a command; returns seconds, seconds of CPU and peak resident bytes of its process."""
+    # A disk that is still busy with what came before, or with giving back removed files, would be counted.
+    os.sync()
+    time.sleep(3)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
