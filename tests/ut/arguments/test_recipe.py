@@ -184,3 +184,46 @@ def test_loss_mode_and_metadata(place):
     assert recipe.loss_mode == "per_token"
     metadata = json.loads(json.dumps(recipe.checkpoint_metadata()))
     assert metadata["flags"]["--lr"] == 1e-4 and metadata["model"]["model_id"] == "qwen3_vl_moe"
+
+
+LOSS_TYPES = {
+    "default": "default", "per_token_loss": "per_token", "per_sample_loss": "per_sample", "square_loss": "square",
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_type_of_the_model_file(place, loss_type):
+    _edit(place, "model.json", "loss_cfg", loss_type=loss_type)
+    assert load_recipe(_words(place)).loss_mode == LOSS_TYPES[loss_type]
+    for flag, mode in (("--calculate-per-token-loss", "per_token"), ("--calculate-per-sample-loss", "per_sample")):
+        if mode == LOSS_TYPES[loss_type]:
+            assert load_recipe(_words(place, flag)).loss_mode == mode
+        else:
+            with pytest.raises(UserError, match=f"loss_cfg.loss_type {loss_type} contradicts {flag}; keep one"):
+                load_recipe(_words(place, flag))
+
+
+def test_router_coefficient_from_flag_or_file(place):
+    assert load_recipe(_words(place)).router_aux_loss_coef == 0.0
+    assert load_recipe(_words(place, "--moe-aux-loss-coeff", "0.01")).router_aux_loss_coef == 0.01
+    _edit(place, "model.json", "loss_cfg", router_aux_loss_coef=0.001)
+    assert load_recipe(_words(place)).router_aux_loss_coef == 0.001
+    assert load_recipe(_words(place, "--moe-aux-loss-coeff", "0.001")).router_aux_loss_coef == 0.001
+    for other in ("0.01", "0"):
+        with pytest.raises(UserError, match="router_aux_loss_coef 0.001 contradicts --moe-aux-loss-coeff 0"):
+            load_recipe(_words(place, "--moe-aux-loss-coeff", other))
+    with pytest.raises(UserError, match="--moe-aux-loss-coeff -1 is out of range"):
+        load_recipe(_words(place, "--moe-aux-loss-coeff", "-1"))
+    load_recipe(_words(place)).check_geometry(Geometry())
+    with pytest.raises(UserError, match="router_aux_loss_coef 0.001 needs routers, and this model has none"):
+        load_recipe(_words(place)).check_geometry(Geometry(text=Text(num_experts=0)))
+
+
+@pytest.mark.parametrize("flag", ["--recompute-method block", "--recompute-num-layers 2"])
+@pytest.mark.parametrize("granularity", ["", "--recompute-granularity selective"])
+def test_recompute_method_belongs_to_full(place, flag, granularity):
+    words = [*flag.split(), *granularity.split()]
+    with pytest.raises(UserError, match=f"{flag} belongs to --recompute-granularity full; add that"):
+        load_recipe(_words(place, *words))
+    args = load_recipe(_words(place, *flag.split(), "--recompute-granularity", "full")).args
+    assert (args.recompute_method, args.recompute_num_layers) in (("block", 1), ("uniform", 2))
