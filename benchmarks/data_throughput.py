@@ -14,6 +14,8 @@ import json
 import multiprocessing
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,8 +27,8 @@ from mindspeed_mm.arguments.config_file import validate_config
 from mindspeed_mm.arguments.data_config import DataConfig
 from mindspeed_mm.data import ChatDataset, build_datasets, build_train_loader
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from tests.helpers.tiny_data import checkpoint_geometry, write_checkpoint
 
+TINY_MODEL = Path(__file__).parents[1] / "examples/qwen3vl/quickstart/make_tiny_model.py"
 DEVICE_TOKENS_PER_SECOND = 20_000  # of one H200, text and picture tokens together
 QUESTION, ANSWER = "What is on the table next to the window? ", "There is a cup of coffee and a book beside it. "
 
@@ -51,10 +53,10 @@ def photographs() -> list[Image.Image]:
 
 def write_data(root: Path, samples: int) -> DataConfig:
     """Pictures, conversations, tokenizer and configuration below ``root``."""
-    write_checkpoint(root / "checkpoint")
-    file = root / "checkpoint/preprocessor_config.json"
-    limits = {"shortest_edge": 65536, "longest_edge": 16777216}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "size": limits}))
+    subprocess.run([sys.executable, str(TINY_MODEL), "--output", str(root / "checkpoint")], check=True)
+    processor = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
+                 "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+    (root / "checkpoint/preprocessor_config.json").write_text(json.dumps(processor))  # that of the published model
     (root / "images").mkdir()
     pictures = photographs()
     print(f"{samples} JPEG files of 640x480 from {len(pictures)} photographs")
@@ -145,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         config = write_data(root, options.samples)
-        geometry = checkpoint_geometry(root / "checkpoint")
+        geometry = Qwen3VLGeometry.from_pretrained(root / "checkpoint")
         dataset, _ = build_datasets(config, geometry=geometry, seq_length=options.seq_length, seed=1)
         rows = []
         print(f"{'workers':>7} {'samples/s':>10} {'per core':>9} {'cores for a device':>19}")

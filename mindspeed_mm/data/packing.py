@@ -16,7 +16,8 @@ from mindspeed_mm.data.sampler import SampleStream, permutation
 
 _LENGTHS_TRIED = 48  # lengths next below what is left of a pack that are weighed against each other
 _VISION_WEIGHT = 0.15  # of a share of vision cost too much or too little, against a share of the budget left empty
-_EVEN_ENOUGH = 0.015  # of the mean that a rank may have too much
+_MEAN = 10**9  # a rank's mean cost, in whole numbers: their sums are the same on every machine, those of floats are not
+_EVEN_ENOUGH = _MEAN * 15 // 1000  # of the mean that a rank may have too much
 _PARTNERS = 8  # ranks with the least cost that the worst rank may exchange with
 _MOST_EXCHANGES = 400
 _RESERVE = 0.01  # of the budget, left empty so that samples can change places between packs
@@ -169,24 +170,25 @@ def spread(packs: Sequence[list[int]], costs: Costs, *, budget: int, ranks: int)
     """
     both = np.stack([costs.text, costs.vision])
     loads = np.array([both[:, members].sum(axis=1) for members in packs]).T  # [2, packs]
-    means = np.maximum(loads.sum(axis=1) / ranks, 1e-9)
+    sums = np.maximum(loads.sum(axis=1), 1)[:, None]
     owned: list[list[int]] = [[] for _ in range(ranks)]
-    totals = np.zeros((2, ranks))
+    shares = loads * (ranks * _MEAN) // sums
+    totals = np.zeros((2, ranks), dtype=np.int64)
     for place in sorted(range(len(packs)), key=lambda place: (-loads[1, place], -loads[0, place], place)):
         free = [rank for rank in range(ranks) if len(owned[rank]) < len(packs) // ranks]
         rank = min(free, key=lambda rank: (totals[1, rank], totals[0, rank], rank))
         owned[rank].append(place)
-        totals[:, rank] += loads[:, place]
+        totals[:, rank] += shares[:, place]
 
     table = np.array(owned)  # [ranks, packs of a rank]
     holder = np.empty(len(packs), dtype=np.int64)
     holder[table.ravel()] = np.repeat(np.arange(ranks), table.shape[1])
-    _exchange(loads / means[:, None], holder, totals / means[:, None])
+    _exchange(shares, holder, totals)
 
     samples = np.concatenate([np.array(members, dtype=np.int64) for members in packs])
     pack_of = np.repeat(np.arange(len(packs)), [len(members) for members in packs])
-    shares = both[:, samples] / means[:, None]
-    totals = np.stack([np.bincount(holder[pack_of], weights=share, minlength=ranks) for share in shares])
+    shares = both[:, samples] * (ranks * _MEAN) // sums
+    totals = np.stack([shares[:, holder[pack_of] == rank].sum(axis=1) for rank in range(ranks)], axis=1)
     _exchange_samples(shares, pack_of, holder, totals, text=costs.text[samples], budget=budget)
 
     shuffled: list[list[int]] = [[] for _ in packs]
@@ -241,7 +243,7 @@ def _best_pair(
     """The two things of different ranks whose exchange helps the worst rank most.
 
     Args:
-        shares: cost of each thing in text and vision, in mean costs of a rank: [2, things].
+        shares: cost of each thing in text and vision, a rank's mean being _MEAN: int64 [2, things].
         holder: rank of each thing.
         totals: sum of the shares of each rank: [2, ranks].
         size: what each thing takes of ``room``, the room that is left where it is.
@@ -250,7 +252,7 @@ def _best_pair(
         Places of the pair, the worst rank's first; None if the ranks are even enough or no exchange helps.
     """
     worst = int(totals.max(axis=0).argmax())
-    if totals[:, worst].max() <= 1 + _EVEN_ENOUGH:
+    if totals[:, worst].max() <= _MEAN + _EVEN_ENOUGH:
         return None
     partners = np.argsort(totals[totals[:, worst].argmax()], kind="stable")[:_PARTNERS]
     ours, theirs = np.flatnonzero(holder == worst), np.flatnonzero(np.isin(holder, partners) & (holder != worst))
@@ -260,8 +262,8 @@ def _best_pair(
     )
     if size is not None and room is not None:
         growth = size[None, theirs] - size[ours, None]
-        after[(growth > room[ours, None]) | (-growth > room[None, theirs])] = np.inf
-    if not after.size or after.min() >= totals[:, worst].max() - 1e-9:
+        after[(growth > room[ours, None]) | (-growth > room[None, theirs])] = np.iinfo(np.int64).max
+    if not after.size or after.min() >= totals[:, worst].max():
         return None
     first, second = np.unravel_index(int(after.argmin()), after.shape)
     return int(ours[first]), int(theirs[second])
