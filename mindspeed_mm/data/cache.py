@@ -51,7 +51,13 @@ def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool =
         lock.acquire()
     except OSError as error:
         raise UserError(f"cache_dir {target.parent} cannot be written: {error.strerror}; choose another") from error
+    except NotImplementedError as error:
+        raise UserError(
+            f"cache_dir {target.parent} lies on a file system without file locks, by which processes agree who builds; "
+            "choose another"
+        ) from error
     try:
+        os.listdir(target.parent)  # or a network file system may answer from memory that there is no target yet
         if not _is_current(target, overwrite):
             _build(target, build)
     finally:

@@ -134,6 +134,21 @@ def test_val_rate_splits(root: Path) -> None:
     assert answers(build(root, basic={"val_rate": 0.25})[1], root) == answers(held_out, root)
 
 
+def test_val_max_samples_limits_both_kinds(root: Path) -> None:
+    assert len(build(root, basic={"val_rate": 0.5, "val_max_samples": 2})[1]) == 2
+    train, held_out = build(root, basic={"val_dataset": str(root / "data.json"), "val_max_samples": 5})
+    assert (len(train), len(held_out)) == (12, 5)
+
+
+def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(UserError, match="cache_dir .* without file locks.*choose another"):
+        cache.build_once(tmp_path / "cache" / "entry", lambda directory: None)
+
+
 def test_replaced_and_vanished_pictures_are_named(root: Path) -> None:
     train, _ = build(root)
     Image.new("RGB", (320, 320)).save(root / "images" / "0001.png")
