@@ -1,6 +1,6 @@
 """Pictures per second and core: this project's processing against transformers' PIL processor, in the same run.
 
-    python benchmarks/image_processing.py [--rounds 15] [--min-pixels 65536] [--max-pixels 262144] [--json out.json]
+    python benchmarks/image_processing.py [--rounds 15] [--min-pixels 65536] [--max-pixels 262144] [--pillow] [--json F]
 
 Real photographs (scikit-learn's two samples) in several sizes, as JPEG. Two comparisons: "process" starts from a
 decoded picture, "decode + process" from the file, as training does. Ours ends in uint8 patches, transformers' in
@@ -27,8 +27,9 @@ import PIL
 import torch
 from PIL import Image
 
+from mindspeed_mm.data import images
 from mindspeed_mm.data.batch import PixelNorm
-from mindspeed_mm.data.images import ImageSettings, compiled_resampling, image_patches, jpeg_decoder, load_pixels
+from mindspeed_mm.data.images import ImageSettings, image_patches, load_pixels
 
 SIZES = ((640, 480), (480, 640), (500, 375), (1920, 1080))
 HALF = (0.5, 0.5, 0.5)
@@ -96,8 +97,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--min-pixels", type=int, default=65536, help="the recipe's, after both files' limits")
     parser.add_argument("--max-pixels", type=int, default=262144)
+    parser.add_argument("--pillow", action="store_true", help="as on a machine without numba and simplejpeg")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.pillow:
+        images.compiled_resampling = images.jpeg_decoder = lambda: None  # type: ignore[assignment]
     torch.set_num_threads(1)
     norm = PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255)
     settings = ImageSettings(options.min_pixels, options.max_pixels, 16, 2, 2, norm)
@@ -122,8 +126,8 @@ def main() -> int:
 
         about = {
             "rounds": options.rounds, "limits": [options.min_pixels, options.max_pixels],
-            "resizing": "compiled" if compiled_resampling() else "Pillow",
-            "decoding": "simplejpeg" if jpeg_decoder() else "Pillow", "machine": platform.processor(),
+            "resizing": "compiled" if images.compiled_resampling() else "Pillow",
+            "decoding": "simplejpeg" if images.jpeg_decoder() else "Pillow", "machine": platform.processor(),
             "python": platform.python_version(), "pillow": PIL.__version__, "transformers": transformers.__version__,
         }
         options.json.write_text(json.dumps({"about": about, "milliseconds": results}, indent=2) + "\n")
