@@ -142,6 +142,32 @@ def test_checkpoint_of_one_layout_continues_in_another(place, whole_run, layout)
         assert float(loss) == pytest.approx(float(whole_run[iteration]), rel=1e-5), iteration
 
 
+def test_memory_saving_run_logs_the_same_losses(place, whole_run):
+    def change(content):
+        content["text_decoder"].update(activation_offload=True, synchronize_per_layer=True)
+        content["image_encoder"]["vision_encoder"].update(synchronize_per_layer=True)
+
+    losses = logged(train(
+        place, "sparing", "--exit-interval", "2", MM_MODEL=edited(place, "model_tiny.json", change),
+        RECOMPUTE_ARGS="--recompute-granularity full --recompute-num-layers 2",
+    ))
+    assert losses == {iteration: whole_run[iteration] for iteration in (1, 2)}
+
+
+def test_loss_of_the_model_file_and_balanced_experts(place, whole_run):
+    def change(content):
+        content["loss_cfg"].update(loss_type="square_loss", router_aux_loss_coef=0.01)
+
+    output = train(
+        place, "balanced", "--exit-interval", "1", MM_MODEL=edited(place, "model_tiny.json", change), LOSS_ARGS="",
+    )
+    balance = float(re.search(r"router aux loss: (\S+) ", output).group(1))
+    assert 0.01 * 0.9 < balance < 0.01 * 8  # 8 experts; an even load gives the number of experts per token
+    # the first step of all modes has the same model, and losses near to each other
+    assert float(logged(output)[1]) == pytest.approx(float(whole_run[1]), rel=0.05)
+    assert logged(output)[1] != whole_run[1]
+
+
 def test_export_is_the_trained_model(place, whole_run):
     from safetensors.torch import load_file
 

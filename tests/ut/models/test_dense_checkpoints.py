@@ -1,0 +1,79 @@
+"""A dense model through the recipe: converted, loaded under FSDP2, trained a step, saved, exported, loaded by HF."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checkpoint.dcp_to_hf import dcp_to_hf
+from checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint, save_checkpoint
+from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
+from tests.helpers.mcore_model import PIXEL_NORM, relative
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process():
+    torch.set_num_threads(1)
+    start_processes(select_backend("cpu"), timeout_minutes=1)
+    yield
+    stop_processes()
+
+
+@torch.no_grad()
+def hf_logits(model, samples):
+    """[S, V] of the supervised positions of all samples."""
+    parts = []
+    for sample in samples:
+        inputs = hf_inputs(sample)
+        labels = inputs.pop("labels")[0, 1:]
+        parts.append(model(**inputs).logits[0, :-1][labels != -100])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_converted_trained_and_exported(tmp_path, tied):
+    from transformers import Qwen3VLForConditionalGeneration
+
+    hf_model, samples = tiny_model(dense=True, tied=tied), mixed_samples()
+    hf_model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").write_text("{}")
+    release = hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    geometry = Qwen3VLGeometry.from_pretrained(tmp_path / "hf")
+    assert geometry.text.tie_word_embeddings is tied
+
+    backend = select_backend("cpu")
+    with torch.device("meta"):
+        model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+    layout = build_layout(device_type="cpu")
+    parallelise(model, layout=layout, config=FSDPConfig(param_dtype="fp32"))
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    load_checkpoint(release, model=model, optimizer=None, backend=backend, with_rng=False)
+    batch = collate(samples, geometry)
+    with torch.no_grad():
+        assert relative(model(batch), hf_logits(hf_model, samples)) <= 1e-5
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss.backward()
+    optimizer.step()
+    saved = save_checkpoint(
+        tmp_path / "save", progress=Progress(iteration=1), model=model, optimizer=None, backend=backend,
+        with_rng=False, metadata={},
+    )
+    with torch.no_grad():
+        trained = model(batch)
+    dcp_to_hf(saved, tmp_path / "out", tmp_path / "hf", dtype="keep")
+    exported = Qwen3VLForConditionalGeneration.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", torch_dtype=torch.float32
+    )
+    assert (exported.lm_head.weight is exported.model.language_model.embed_tokens.weight) is tied
+    assert relative(hf_logits(exported, samples), trained) <= 1e-5
+    assert relative(trained, hf_logits(hf_model, samples)) > 1e-3
