@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from checkpoint.hf_source import INDEX, LAYOUT_KEY
-from checkpoint.safetensors_io import build_header
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import hf_shapes, weight_map
+from mindspeed_mm.training.checkpoint.hf_source import INDEX, LAYOUT_KEY
+from mindspeed_mm.training.checkpoint.safetensors_io import build_header
 
 SHARD_BYTES = 5_000_000_000
 MEMORY_LIMIT = 1_500_000_000

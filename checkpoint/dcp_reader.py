@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from checkpoint.safetensors_io import read_tensor
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
+from mindspeed_mm.training.checkpoint.safetensors_io import read_tensor
 
 
 @dataclasses.dataclass(frozen=True)

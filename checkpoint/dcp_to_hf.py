@@ -19,9 +19,7 @@ from torch import Tensor
 from checkpoint.assets import check_replaceable, config_dtype, copy_assets
 from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_writer import PREFIX
-from checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE, layout_by_shapes
 from checkpoint.journal import Journal
-from checkpoint.safetensors_io import build_header, tensor_bytes
 from checkpoint.work import (
     WRITE_BYTES,
     ByteBudget,
@@ -29,9 +27,7 @@ from checkpoint.work import (
     check_disk_space,
     default_workers,
     format_bytes,
-    listed,
     run_parallel,
-    split_rows,
 )
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
@@ -44,6 +40,9 @@ from mindspeed_mm.training.checkpoint.directory import (
     resolve_checkpoint,
     verify_directory,
 )
+from mindspeed_mm.training.checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE, layout_by_shapes
+from mindspeed_mm.training.checkpoint.pieces import listed, split_rows
+from mindspeed_mm.training.checkpoint.safetensors_io import build_header, tensor_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SPARE_BYTES = 64 << 20  # for tokenizer files and headers

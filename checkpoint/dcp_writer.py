@@ -26,11 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpoint import torch_archive
-from checkpoint.hf_source import HFSource, ReadRange
-from checkpoint.safetensors_io import tensor_bytes
-from checkpoint.work import WRITE_BYTES, ByteBudget, Progress, split_rows
+from checkpoint.work import WRITE_BYTES, ByteBudget, Progress
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
+from mindspeed_mm.training.checkpoint.hf_source import HFSource, ReadRange
+from mindspeed_mm.training.checkpoint.pieces import split_rows
+from mindspeed_mm.training.checkpoint.safetensors_io import tensor_bytes
 
 PREFIX = "model."
 FILE_BYTES = 1 << 30

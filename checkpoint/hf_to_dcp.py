@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from checkpoint.dcp_writer import FileRecord, Piece, plan_files, tensor_facts, write_file, write_metadata
-from checkpoint.hf_source import HFSource
 from checkpoint.journal import Journal
 from checkpoint.work import ByteBudget, Progress, check_disk_space, default_workers, format_bytes, run_parallel
 from mindspeed_mm.errors import UserError
@@ -23,6 +22,7 @@ from mindspeed_mm.training.checkpoint.directory import (
     prepare_directory,
     write_tracker,
 )
+from mindspeed_mm.training.checkpoint.hf_source import HFSource
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _SPARE_BYTES = 16 << 20  # for metadata and manifest

@@ -146,7 +146,6 @@ GPT_ARGS=(
     --adam-beta2 "${ADAM_BETA2:-0.999}"
     --train-iters "$TRAIN_ITERS"
     --seed "$SEED"
-    --load "$LOAD_PATH"
     --num-workers "$NUM_WORKERS"
     --use-torch-fsdp2
     --ckpt-format torch_dcp

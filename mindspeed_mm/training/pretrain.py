@@ -22,6 +22,7 @@ from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
+from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
 from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import ForwardStep, Trainer
@@ -156,10 +157,10 @@ def _load(
 ) -> Progress:
     args = recipe.args
     if args.load is None:
-        raise UserError(
-            "--load is missing: there are no weights to start from; convert them first (step 2 of the guide) "
-            "and pass --load DCP_DIR"
-        )
+        directory = recipe.model.init_from_hf_path
+        load_hf_weights(model, directory)
+        say(f"loaded the weights of {directory}; no --load was given")
+        return Progress()
     path = resolve_checkpoint(Path(args.load))
     verify_directory(path)
     converted = not Progress.is_training(path)

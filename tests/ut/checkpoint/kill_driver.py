@@ -22,7 +22,7 @@ import torch
 from checkpoint import dcp_writer, work
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint import directory, pieces
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -86,7 +86,7 @@ def content(directory_: Path) -> dict[str, bytes]:
 def main() -> None:
     root, command, points = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
-    work.PIECE_BYTES, dcp_writer.FILE_BYTES = 2000, 30_000
+    pieces.PIECE_BYTES, dcp_writer.FILE_BYTES = 2000, 30_000
     rng = random.Random(0)
     write_hf_directory(root / "hf", random_config(random.Random(1), moe=True), layout="v5")
     if command == "dcp_to_hf":

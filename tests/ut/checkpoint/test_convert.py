@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from checkpoint import dcp_writer, work
+from checkpoint import dcp_writer
 from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp
@@ -21,7 +21,7 @@ from checkpoint.verify import verify
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import weight_map
-from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint import directory, pieces
 from mindspeed_mm.training.checkpoint.checksum import file_checksum, format_checksum
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and files so small that the tiny models are cut as large ones are."""
-    monkeypatch.setattr(work, "PIECE_BYTES", 700)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
     monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
 
 
@@ -56,7 +56,7 @@ def expected_mcore(hub: Tensors, hf: Path) -> Tensors:
 def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     if seed % 2:
-        monkeypatch.setattr(work, "PIECE_BYTES", 700)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
         monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
     square, layout = seed % 4 == 3, rng.choice(["hub", "v5"])
     config = random_config(rng, square=square)

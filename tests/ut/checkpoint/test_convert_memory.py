@@ -16,7 +16,8 @@ from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 DRIVER = """
 import json, resource, sys
 from checkpoint import work
-work.PIECE_BYTES, work.BUDGET_BYTES = 2 << 20, 12 << 20
+from mindspeed_mm.training.checkpoint import pieces
+pieces.PIECE_BYTES, work.BUDGET_BYTES = 2 << 20, 12 << 20
 import torch, transformers, numpy, tqdm, safetensors
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp

@@ -11,7 +11,7 @@ from checkpoint import dcp_writer, work
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint import directory, pieces
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 
@@ -20,7 +20,7 @@ class Converter:
 
     def __init__(self, root: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._root, self._command, self._patch = root, command, monkeypatch
-        monkeypatch.setattr(work, "PIECE_BYTES", 2000)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
         monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
         write_hf_directory(root / "hf", random_config(random.Random(1), moe=True), layout="v5")
         if command == "dcp_to_hf":

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import work
 from checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.training.checkpoint import pieces
 from tests.ut.checkpoint.test_convert import assert_equal, expected_mcore, read_all
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
@@ -34,6 +34,6 @@ def test_any_sharding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert len(list(target.glob("*.distcp"))) > 2
     for piece_bytes in (1000, 10**9):
-        monkeypatch.setattr(work, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         dcp_to_hf(target, tmp_path / f"out{piece_bytes}", tmp_path / "hf", dtype="keep")
         assert_equal(read_all(tmp_path / f"out{piece_bytes}"), hub)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.safetensors_io import Header, StoredTensor, read_header, read_tensor, tensor_bytes
-from checkpoint.work import listed, split_rows
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import ExpertLayout, WeightRule, hf_shapes, weight_map
 from mindspeed_mm.training.checkpoint.checksum import combine, file_checksum, format_checksum
+from mindspeed_mm.training.checkpoint.pieces import listed, split_rows
+from mindspeed_mm.training.checkpoint.safetensors_io import Header, StoredTensor, read_header, read_tensor, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
