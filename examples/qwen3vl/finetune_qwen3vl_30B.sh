@@ -16,7 +16,7 @@ MM_DATA=${MM_DATA:-./examples/qwen3vl/data_30B.json}
 MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_30B.json}
 MM_TOOL=${MM_TOOL:-./mindspeed_mm/tools/tools.json}
 FSDP2_PATH=${FSDP2_PATH:-./examples/qwen3vl/fsdp2_config.yaml}
-LOAD_PATH=${LOAD_PATH:-ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp}
+LOAD_PATH=${LOAD_PATH-ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp}
 SAVE_PATH=${SAVE_PATH:-save_dir}
 
 # Parallel layout and batch: samples per step = MBS x GRAD_ACC_STEP x data-parallel size

@@ -16,7 +16,7 @@ MM_DATA=${MM_DATA:-./examples/qwen3vl/data_tiny.json}
 MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_tiny.json}
 MM_TOOL=${MM_TOOL:-./mindspeed_mm/tools/tools.json}
 FSDP2_PATH=${FSDP2_PATH:-./examples/qwen3vl/fsdp2_tiny.yaml}
-LOAD_PATH=${LOAD_PATH:-./quickstart_run/ckpt/dcp_path/Qwen3-VL-tiny-dcp}
+LOAD_PATH=${LOAD_PATH-./quickstart_run/ckpt/dcp_path/Qwen3-VL-tiny-dcp}
 SAVE_PATH=${SAVE_PATH:-./quickstart_run/save_dir}
 
 # Parallel layout and batch: 32 samples per step

@@ -154,6 +154,8 @@ GPT_ARGS=(
     --init-model-with-meta-device
     --log-tps
 )
+# Without a converted checkpoint the weights come straight from init_from_hf_path.
+[ -n "$LOAD_PATH" ] && GPT_ARGS+=(--load "$LOAD_PATH")
 read -r -a MODE_WORDS <<<"$LOSS_ARGS $RECOMPUTE_ARGS $CKPT_ARGS"
 
 MM_ARGS=(
@@ -182,6 +184,7 @@ WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0  # the check has printed it
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
+[ -e "$logfile" ] && logfile=${logfile%.log}_$$.log # another launcher was started in the same second
 mkdir -p logs
 MM_PREFLIGHT_DONE=1 torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" 2>&1 | tee -i "$logfile"
 status=${PIPESTATUS[0]}

@@ -107,7 +107,7 @@ def run_layouts(processes: int, cases: dict[str, dict[str, Any]], directory: Pat
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
          str(Path(__file__).with_name("layouts.py")), str(directory / "cases.json"), str(directory / "out.pt")],
-        check=True, cwd=root, timeout=600,
+        check=True, cwd=root, timeout=600, stdout=sys.__stderr__,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     return torch.load(directory / "out.pt", weights_only=True)

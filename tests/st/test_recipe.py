@@ -168,6 +168,17 @@ def test_loss_of_the_model_file_and_balanced_experts(place, whole_run):
     assert logged(output)[1] != whole_run[1]
 
 
+@pytest.mark.parametrize("variables", [{}, LAYOUTS["EP2"]], ids=["1 process", "EP2"])
+def test_weights_straight_from_hugging_face(place, whole_run, variables):
+    """Without a converted checkpoint each process reads its own rows of the Hugging Face files."""
+    output = train(place, "direct", "--exit-interval", "3", LOAD_PATH="", **variables)
+    assert "no --load was given" in output
+    losses = logged(output)
+    assert sorted(losses) == [1, 2, 3]
+    for iteration, loss in losses.items():
+        assert float(loss) == pytest.approx(float(whole_run[iteration]), rel=1e-5), iteration
+
+
 def test_export_is_the_trained_model(place, whole_run):
     from safetensors.torch import load_file
 
