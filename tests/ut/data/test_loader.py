@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -122,4 +123,17 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
     (batch,) = step.batches
     assert batch.sample_ids == [0, 1] and batch.supervised_per_sample[0] and not batch.supervised_per_sample[1]
     assert next(loader).bad == ()
+    loader.close()
+
+
+def test_killed_worker_is_one_line(root: Path) -> None:
+    config = make_config(root, dataset=str(root / "data.json"))
+    loader = build_train_loader(config, **loader_options(root, global_batch_size=2, num_workers=1))
+    next(loader)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(UserError, match="DataLoader worker .*lower --num-workers") as raised:
+        for _ in range(50):
+            next(loader)
+    assert "\n" not in str(raised.value)
     loader.close()
