@@ -139,12 +139,16 @@ def dcp_to_hf(
             checksums={name: record["checksum"] for name, record in records.items()},
         )
         journal.remove()
+    _warn_of_square_experts(geometry)
+    return save
+
+
+def _warn_of_square_experts(geometry: Qwen3VLGeometry) -> None:
     if geometry.text.num_experts and layout_by_shapes({}, geometry) is None:
         print(
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
             "published layout, which was written; load it with transformers 4.57"
         )
-    return save
 
 
 def _check(reader: DcpReader, rules: Sequence[WeightRule], assets: Path) -> None:
