@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mindspeed_mm.backend.averages import add_then_divide
 from mindspeed_mm.errors import UserError
 
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -146,6 +147,8 @@ def start_processes(backend: Backend, *, timeout_minutes: int) -> None:
     """Join torchrun's process group (a group of one where started without torchrun)."""
     if dist.is_initialized():
         return
+    if backend.communication == "gloo":
+        add_then_divide()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend.communication, timeout=timeout)
