@@ -54,11 +54,12 @@ def _write_config(path, **text):
     """The published geometry."""
     config = {
         "model_type": "qwen3_vl_moe", "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3,
-        "vision_end_token_id": 4,
+        "vision_end_token_id": 4, "tie_word_embeddings": False,
         "text_config": {
             "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
             "head_dim": 128, "vocab_size": 151936, "intermediate_size": 6144, "hidden_act": "silu",
-            "rms_norm_eps": 1e-6, "rope_theta": 5e6, "rope_scaling": {"mrope_section": [24, 20, 20]},
+            "rms_norm_eps": 1e-6, "rope_theta": 5e6,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
             "max_position_embeddings": 262144, "attention_bias": False, "initializer_range": 0.02,
             "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **text,
         },
