@@ -79,7 +79,9 @@ def read_image_settings(
     Raises:
         UserError: if the file is missing or unreadable, contradicts the model, or leaves no common range.
     """
-    path, content = _read_processor_config(Path(directory))
+    path, content = read_processor_config(
+        Path(directory), name="preprocessor_config.json", part="image_processor", why=""
+    )
     size = content.get("size") or {}
     least = size.get("shortest_edge") or content.get("min_pixels")
     most = size.get("longest_edge") or content.get("max_pixels")
@@ -108,23 +110,32 @@ def read_image_settings(
     return ImageSettings(low, high, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, norm)
 
 
-def _read_processor_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The image processor's file and its content."""
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        path = directory / name
+def read_processor_config(directory: Path, *, name: str, part: str, why: str) -> tuple[Path, Mapping[str, Any]]:
+    """A processor's file and its content.
+
+    Args:
+        directory: Hugging Face directory.
+        name: the processor's own file, as published.
+        part: its key in ``processor_config.json``, in which transformers 5 keeps all processors together.
+        why: put behind the path where neither file exists.
+
+    Raises:
+        UserError: if there is none, or it cannot be read.
+    """
+    for path, key in ((directory / name, None), (directory / "processor_config.json", part)):
         if not path.is_file():
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            content = content[part] if part else content
+            content = content[key] if key else content
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
         if isinstance(content, dict):
             return path, content
         raise UserError(f"{path} holds no JSON object; take the file of the checkpoint again")
     raise UserError(
-        f"{directory}/preprocessor_config.json does not exist; model_name_or_path must be the downloaded checkpoint "
-        "with all its small files (step 2 of the guide)"
+        f"{directory / name} does not exist{why}; model_name_or_path must be the downloaded checkpoint with all its "
+        "small files (step 2 of the guide)"
     )
 
 

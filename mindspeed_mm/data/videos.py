@@ -7,16 +7,15 @@ file, or a list of pictures that are its frames, taken ``video_fps`` times a sec
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mindspeed_mm.data.images import ImageSettings, cut_patches, load_pixels
+from mindspeed_mm.data.images import ImageSettings, cut_patches, load_pixels, read_processor_config
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
 
@@ -74,7 +73,12 @@ def read_video_settings(
     Raises:
         UserError: if the file is missing or unreadable, or normalises pixels in another way than images.
     """
-    path, content = _read_config(Path(directory))
+    path, content = read_processor_config(
+        Path(directory),
+        name="video_preprocessor_config.json",
+        part="video_processor",
+        why=", and attr.videos names a column of videos",
+    )
     size = content.get("size") or {}
     least, most = size.get("shortest_edge"), size.get("longest_edge")
     if not least or not most:
@@ -86,24 +90,6 @@ def read_video_settings(
     most_frames = min(max_frames, content.get("max_frames") or max_frames)
     least_frames = min(content.get("min_frames") or 4, most_frames)
     return VideoSettings(min_pixels, max_pixels, least, most, fps, least_frames, most_frames)
-
-
-def _read_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    for name, part in (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")):
-        path = directory / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content = content[part] if part else content
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
-        if isinstance(content, dict):
-            return path, content
-    raise UserError(
-        f"{directory}/video_preprocessor_config.json does not exist, and attr.videos names a column of videos; "
-        "model_name_or_path must be the downloaded checkpoint with all its small files (step 2 of the guide)"
-    )
 
 
 def frame_indices(frames: int, fps: float, settings: VideoSettings) -> np.ndarray:
