@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from checkpoint.assets import check_replaceable, config_dtype, copy_assets
-from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_writer import PREFIX
 from checkpoint.journal import Journal
 from checkpoint.work import (
@@ -33,6 +32,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import WEIGHT_MAP_VERSION, WeightRule, weight_map
 from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import (
     TRACKER,
     finish_directory,

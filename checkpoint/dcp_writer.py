@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoint import torch_archive
 from checkpoint.work import WRITE_BYTES, ByteBudget, Progress
 from mindspeed_mm.models.weight_map import WeightRule
+from mindspeed_mm.training.checkpoint import torch_archive
 from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
 from mindspeed_mm.training.checkpoint.hf_source import HFSource, ReadRange
 from mindspeed_mm.training.checkpoint.pieces import split_rows

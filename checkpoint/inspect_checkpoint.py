@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from checkpoint.dcp_reader import DcpReader
 from checkpoint.work import format_bytes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import TRACKER, read_tracker, resolve_checkpoint, verify_directory
 from mindspeed_mm.training.checkpoint.hf_source import LAYOUT_KEY, layout_by_shapes, read_headers
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_writer import PREFIX
 from checkpoint.work import ByteBudget, Progress, default_workers, run_parallel
 from mindspeed_mm.models.weight_map import WeightRule, mcore_shapes
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import TRACKER, resolve_checkpoint, verify_directory
 from mindspeed_mm.training.checkpoint.hf_source import HFSource
 from mindspeed_mm.training.checkpoint.pieces import split_rows

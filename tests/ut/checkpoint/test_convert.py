@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpoint import dcp_writer
-from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp
 from checkpoint.inspect_checkpoint import inspect
@@ -23,6 +22,7 @@ from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import weight_map
 from mindspeed_mm.training.checkpoint import directory, pieces
 from mindspeed_mm.training.checkpoint.checksum import file_checksum, format_checksum
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Tensors = dict[str, torch.Tensor]

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import work
 from checkpoint.cli import main
-from checkpoint.dcp_reader import DcpReader
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp
 from checkpoint.journal import Journal
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
