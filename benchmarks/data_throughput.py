@@ -29,6 +29,9 @@ from mindspeed_mm.data import ChatDataset, build_datasets, build_train_loader
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 
 TINY_MODEL = Path(__file__).parents[1] / "examples/qwen3vl/quickstart/make_tiny_model.py"
+PROCESSOR = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
+             "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+             "rescale_factor": 1 / 255}  # that of the published model
 DEVICE_TOKENS_PER_SECOND = 20_000  # of one H200, text and picture tokens together
 QUESTION, ANSWER = "What is on the table next to the window? ", "There is a cup of coffee and a book beside it. "
 
@@ -54,9 +57,7 @@ def photographs() -> list[Image.Image]:
 def write_data(root: Path, samples: int) -> DataConfig:
     """Pictures, conversations, tokenizer and configuration below ``root``."""
     subprocess.run([sys.executable, str(TINY_MODEL), "--output", str(root / "checkpoint")], check=True)
-    processor = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
-                 "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
-    (root / "checkpoint/preprocessor_config.json").write_text(json.dumps(processor))  # that of the published model
+    (root / "checkpoint/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     (root / "images").mkdir()
     pictures = photographs()
     print(f"{samples} JPEG files of 640x480 from {len(pictures)} photographs")

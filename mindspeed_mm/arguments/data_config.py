@@ -104,6 +104,7 @@ class Attributes(StrictModel):
     function_tag: str | None = effective(None, "role of a tool call; null: there is none")
     system_tag: str | None = effective(None, "role of a system message; null: there is none")
     system: str | None = effective(None, "column with a system message; null: there is none")
+    tools: str | None = effective(None, "column that describes the tools a model may call; null: there is none")
 
 
 class DatasetParam(StrictModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,8 @@ from mindspeed_mm.models.geometry import Qwen3VLGeometry
 
 if TYPE_CHECKING:
     from mindspeed_mm.arguments.data_config import DataConfig
+
+logger = logging.getLogger(__name__)
 
 
 class DroppedSample(Exception):
@@ -246,7 +249,14 @@ def _rows(source: Source) -> Rows:
         streamed = Streamed(source)
         if not len(streamed):
             raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
-        return TokenizedOnTheFly(streamed, make_encoder(source))
+        return TokenizedOnTheFly(streamed, _encoder(source))
     if basic.preprocess_on_fly:
-        return TokenizedOnTheFly(prepare_records(source), make_encoder(source))
+        return TokenizedOnTheFly(prepare_records(source), _encoder(source))
     return prepare_dataset(source)
+
+
+def _encoder(source: Source) -> Encoder:
+    encoder = make_encoder(source)
+    if encoder.doubt:
+        logger.info("%s: %s", source.names, encoder.doubt)
+    return encoder

@@ -21,6 +21,7 @@ import numpy as np
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.images import ImageSettings
 from mindspeed_mm.data.media import measure_media
+from mindspeed_mm.data.published_template import compare_with_checkpoint
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
 from mindspeed_mm.data.template import ChatTemplate, Message
 from mindspeed_mm.errors import UserError
@@ -37,8 +38,8 @@ _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn 
              "dropped: nothing supervised", "left out: cannot be used")
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                    "special_tokens_map.json")
-_CODE = ("prepare.py", "template.py", "records.py", "images.py", "media.py", "videos.py")
+                    "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_CODE = ("prepare.py", "template.py", "published_template.py", "records.py", "images.py", "media.py", "videos.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,8 @@ def prepare_dataset(source: Source) -> Dataset:
         UserError: naming file and record that cannot be used, or if no record is left.
     """
     target = _cached(source, "tokenized", _build)
-    logger.info("%s: %s", source.names, (target / "summary.txt").read_text().strip())
+    for line in (target / "summary.txt").read_text().splitlines():
+        logger.info("%s: %s", source.names, line)
     return _load_rows(target)
 
 
@@ -180,15 +182,18 @@ def make_encoder(source: Source) -> Encoder:
     """
     parameters = source.config.dataset_param
     basic = parameters.basic_parameters
+    directory = parameters.preprocess_parameters.model_name_or_path
+    tokenizer = load_tokenizer(directory)
     template = ChatTemplate(
-        load_tokenizer(parameters.preprocess_parameters.model_name_or_path),
+        tokenizer,
         name=basic.template,
         enable_thinking=basic.enable_thinking,
         train_on_prompt=basic.train_on_prompt,
         mask_history=basic.mask_history,
         split_special_tokens=parameters.preprocess_parameters.split_special_tokens,
     )
-    return Encoder(template, source.images, source.seq_length, may_skip=source.bad_limit > 0)
+    doubt = compare_with_checkpoint(tokenizer, directory, name=basic.template, enable_thinking=basic.enable_thinking)
+    return Encoder(template, source.images, source.seq_length, may_skip=source.bad_limit > 0, doubt=doubt)
 
 
 def _build(source: Source, directory: Path) -> None:
@@ -199,8 +204,9 @@ def _build(source: Source, directory: Path) -> None:
     columns, bad = _read_columns(source)
     count = len(columns["record"])
     processes = min(basic.preprocessing_num_workers or 1, os.cpu_count() or 1, count // _RECORDS_PER_PROCESS)
+    encoder = make_encoder(source)
     dataset = datasets.Dataset.from_dict(columns).map(
-        make_encoder(source),
+        encoder,
         batched=True,
         batch_size=basic.preprocessing_batch_size,
         num_proc=processes if processes > 1 else None,
@@ -224,7 +230,7 @@ def _build(source: Source, directory: Path) -> None:
         )
     rows = dataset.select(chosen) if len(chosen) < count else dataset
     rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
-    (directory / "summary.txt").write_text(summary + "\n")
+    (directory / "summary.txt").write_text(f"{summary}\n{encoder.doubt}".rstrip() + "\n")
     _write_bad(directory, bad)
 
 
@@ -318,12 +324,14 @@ class Encoder:
         images: pixel limits and patch sizes.
         seq_length: most tokens of a sample.
         may_skip: whether a batch's record that cannot be used becomes a row of outcome UNUSABLE instead of an error.
+        doubt: what ``compare_with_checkpoint`` says of the template.
     """
 
     template: ChatTemplate
     images: ImageSettings
     seq_length: int
     may_skip: bool = False
+    doubt: str = ""
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The rows of a batch of records."""

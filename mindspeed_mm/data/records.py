@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.data.template import IMAGE_TAG, VIDEO_TAG, Message, Role, check_order, media_tags, tool_call_text
+from mindspeed_mm.data.template import (
+    IMAGE_TAG,
+    VIDEO_TAG,
+    Message,
+    Role,
+    check_order,
+    media_tags,
+    tool_call_text,
+    tools_text,
+)
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,6 +136,9 @@ def parse_record(row: Any, attr: Attributes) -> Record:
         if not isinstance(system, str):
             raise ValueError(f"its column {attr.system!r} (attr.system) is {_kind(system)}, not a string")
         messages.insert(0, Message("system", system))
+    if tools := _tools(row, attr):
+        first = messages.pop(0).text if messages and messages[0].role == "system" else None
+        messages.insert(0, Message("system", tools_text(tools, first)))
     complaint = check_order(messages)
     if complaint:
         raise ValueError(complaint)
@@ -168,6 +180,20 @@ def _message(turn: Any, place: int, attr: Attributes, roles: Mapping[str, tuple[
         except ValueError as error:
             raise ValueError(f"message {place} is no tool call: {error}") from error
     return Message(role, text)
+
+
+def _tools(row: Mapping[str, Any], attr: Attributes) -> list[Any]:
+    """Descriptions of the tools that the model may call: a list of objects, or its JSON text."""
+    tools = row.get(attr.tools) if attr.tools else None
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"its column {attr.tools!r} (attr.tools) is not valid JSON: {error}") from error
+    tools = tools or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"its column {attr.tools!r} (attr.tools) is no list of objects that describe tools")
+    return tools
 
 
 def _image_paths(row: Mapping[str, Any], attr: Attributes) -> list[str]:

@@ -25,6 +25,7 @@ _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _MEDIA_TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
+_TOOL_CALL = "<tool_call>\n"
 # Written out in a message, these are text: they would end turns or claim picture features that do not exist.
 _STRUCTURAL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
@@ -106,8 +107,21 @@ def tool_call_text(content: str) -> str:
     for call in calls:
         arguments = call["arguments"]
         arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        lines.append(f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>')
+        lines.append(f'{_TOOL_CALL}{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>')
     return "\n".join(lines)
+
+
+def tools_text(tools: Sequence[Any], system: str | None) -> str:
+    """The system message that tells the model which tools it has, after its own text ``system``, if there is one."""
+    own = "" if system is None else f"{system}\n\n"
+    described = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
+    return (
+        f"{own}# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n"
+        f"<tools>{described}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    )
 
 
 def check_order(messages: Sequence[Message]) -> str | None:
@@ -223,7 +237,8 @@ class ChatTemplate:
         return None
 
     def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[_Segment]:
-        last_question = max(place for place, message in enumerate(messages) if place == 0 or _is_question(message))
+        questions = [place for place, message in enumerate(messages) if _is_question(message)]
+        last_question = questions[-1] if questions else len(messages) - 1  # with none the template shows no thought
         segments: list[_Segment] = []
         pictures = iter(media)
         for place, message in enumerate(messages):
@@ -281,7 +296,7 @@ class ChatTemplate:
         if not self._thinks:
             return "assistant\n", text
         thought, content = "", text
-        if "</think>" in text:
+        if "</think>" in text and not text.startswith(_TOOL_CALL):  # what a tool is given is no thought
             content = text.rpartition("</think>")[2].lstrip("\n")
             thought = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
         if not after_question or not (is_last or thought):

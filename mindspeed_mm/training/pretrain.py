@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,8 @@ def _run(
     progress = _load(recipe, model, optimizer, backend, say)
     _restore_schedule(recipe, schedule, progress)
 
-    loader, eval_loader = data_provider(recipe, geometry, layout, progress)
+    with say.log():
+        loader, eval_loader = data_provider(recipe, geometry, layout, progress)
     _check_order(recipe, progress, loader, say)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
     _warn_of_losses(recipe, say)
@@ -137,6 +140,33 @@ class _Announcer:
     def __call__(self, message: str) -> None:
         if self.is_main:
             print(f" [{time.perf_counter() - self.started:6.1f} s] {message}", flush=True)
+
+    @contextlib.contextmanager
+    def log(self) -> Iterator[None]:
+        """Print what the package's own loggers say, too; other processes keep to their warnings."""
+        logger, handler = logging.getLogger("mindspeed_mm"), _LogHandler(self)
+        if not self.is_main:
+            yield
+            return
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+class _LogHandler(logging.Handler):
+    """Hands log records to an announcer."""
+
+    def __init__(self, say: _Announcer) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 def _shard_and_allocate(model: Qwen3VLModel, recipe: Recipe, backend: Backend, layout: Layout) -> None:

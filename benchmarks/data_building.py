@@ -1,0 +1,129 @@
+"""How long a data set of LLaVA-Instruct-150K's size takes to check, to build, and to open again.
+
+    python benchmarks/data_building.py [--records 157712] [--images 81479] [--processes 4] [--dir DIR] [--json out.json]
+
+Makes records of that file's turns and lengths, and that many JPEG files (hard links to 200 photographs of COCO's sizes,
+since building reads their headers only), converts them with the guide's step 3, and then does, each in a process of its
+own and timed from its start: the launcher's check before training; --processes at once that all want the data set, of
+which one builds it; one more that finds it built; and one that also packs it. Peak memory is the process's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data_packing import PICTURES
+from benchmarks.data_throughput import PROCESSOR, TINY_MODEL, photographs
+from benchmarks.llava_conversion import SCRIPT, make_files
+from mindspeed_mm.arguments.config_file import validate_config
+from mindspeed_mm.arguments.data_config import DataConfig
+
+_SOURCES = 200
+
+
+def write_inputs(root: Path, *, records: int, images: int, workers: int) -> None:
+    """A checkpoint's small files, pictures, converted records, and the data file below ``root``."""
+    subprocess.run([sys.executable, str(TINY_MODEL), "--output", str(root / "checkpoint")], check=True)
+    (root / "checkpoint/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    source, image_dir = make_files(root, records=records, images=images)
+    pictures = photographs()
+    (root / "sources").mkdir()
+    for number in range(_SOURCES):
+        height, width, _ = PICTURES[number % len(PICTURES)]
+        pictures[number % len(pictures)].resize((width, height)).save(root / f"sources/{number}.jpg", quality=80)
+    for number in range(images):
+        path = image_dir / f"{number:012d}.jpg"
+        path.unlink()
+        os.link(root / f"sources/{number % _SOURCES}.jpg", path)
+    subprocess.run([sys.executable, str(SCRIPT), "--input", str(source), "--image-root", str(image_dir),
+                    "--output", str(root / "data.json")], check=True)
+    (root / "config.json").write_text(json.dumps({
+        "dataset_param": {
+            "preprocess_parameters": {"model_name_or_path": str(root / "checkpoint")},
+            "basic_parameters": {"dataset_dir": str(root), "dataset": str(root / "data.json"), "packing": True,
+                                 "cache_dir": str(root / "cache"), "preprocessing_num_workers": workers},
+        },
+    }))
+
+
+def work(root: Path, task: str) -> dict[str, Any]:
+    """Do one task in this process; returns what is worth printing."""
+    config = validate_config(json.loads((root / "config.json").read_text()), DataConfig, source="config.json")
+    if task == "check":
+        from mindspeed_mm.data import validate_data
+
+        return {"records": validate_data(config)}
+    from mindspeed_mm.data import build_datasets, build_train_loader
+    from mindspeed_mm.models.geometry import Qwen3VLGeometry
+
+    geometry = Qwen3VLGeometry.from_pretrained(root / "checkpoint")
+    dataset, _ = build_datasets(config, geometry=geometry, seq_length=1024, seed=42)
+    if task == "pack":
+        loader = build_train_loader(config, geometry=geometry, seq_length=1024, micro_batch_size=4,
+                                    global_batch_size=32, dp_rank=0, dp_size=8, seed=42, dataset=dataset)
+        return {"summary": loader.summary}
+    return {"samples": len(dataset)}
+
+
+def timed(root: Path, task: str, *, processes: int = 1) -> list[dict[str, Any]]:
+    """Run a task in so many processes at once; what each reports, with its wall seconds since their start."""
+    started = time.perf_counter()
+    running = [
+        subprocess.Popen([sys.executable, __file__, "--work", str(root), task], stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    reports = []
+    for process in running:
+        output = process.communicate()[0]
+        if process.returncode:
+            raise SystemExit(f"error: {task} ended with status {process.returncode}")
+        reports.append({**json.loads(output.splitlines()[-1]), "seconds": time.perf_counter() - started})
+    return reports
+
+
+def main() -> int:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=157712)
+    parser.add_argument("--images", type=int, default=81479)
+    parser.add_argument("--processes", type=int, default=4, help="that want the data set at the same time")
+    parser.add_argument("--workers", type=int, default=16, help="preprocessing_num_workers")
+    parser.add_argument("--dir", type=Path, help="an existing directory on the disk that is to be measured")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", nargs=2, metavar=("DIR", "TASK"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        report = work(Path(options.work[0]), options.work[1])
+        print(json.dumps({**report, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.dir) as place:
+        root = Path(place)
+        write_inputs(root, records=options.records, images=options.images, workers=options.workers)
+        results = {
+            "check before training": timed(root, "check"),
+            f"build, {options.processes} processes at once": timed(root, "build", processes=options.processes),
+            "open what is built": timed(root, "build"),
+            "open and pack": timed(root, "pack"),
+        }
+        size = sum(path.stat().st_size for path in (root / "cache").rglob("*") if path.is_file()) / 1e6
+    print(f"{options.records} records, {options.images} pictures, {os.cpu_count()} cores, cache {size:.0f} MB")
+    for name, reports in results.items():
+        print(f"{name:32s}{max(report['seconds'] for report in reports):8.1f} s"
+              f"{max(report['gb'] for report in reports):8.2f} GB")
+    if options.json:
+        about = {"records": options.records, "images": options.images, "cores": os.cpu_count(), "cache_mb": size}
+        options.json.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
