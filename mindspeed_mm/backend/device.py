@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.backend.averages import add_then_divide
+from mindspeed_mm.backend.fsdp_on_cpu import mend_fsdp
 from mindspeed_mm.errors import UserError
 
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -148,7 +148,7 @@ def start_processes(backend: Backend, *, timeout_minutes: int) -> None:
     if dist.is_initialized():
         return
     if backend.communication == "gloo":
-        add_then_divide()
+        mend_fsdp()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend.communication, timeout=timeout)
