@@ -65,7 +65,9 @@ class TextDecoderConfig(StrictModel):
     )
     attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
-    is_causal: bool = refused(True, "a text token never sees those after it")
+    is_causal: bool = no_effect(
+        True, "text attention is always causal; in the original, false writes the causal mask out and true does not"
+    )
     activation_offload: bool = effective(
         False, "keep what the layers keep for backward in the host's memory: the inputs alone under full recompute"
     )

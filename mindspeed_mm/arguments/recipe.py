@@ -25,6 +25,7 @@ from mindspeed_mm.arguments.rules import (
     check_geometry,
     check_parallel,
     check_sharding,
+    join_expert_sizes,
 )
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
@@ -113,12 +114,13 @@ def load_recipe(argv: Sequence[str] | None = None, *, world_size: int | None = N
     args = parse_args(argv)
     check_flags(args)
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    plan = check_parallel(args, world_size=world_size)
     fsdp, tools = FSDPConfig(), ToolsConfig()
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
+    args = join_expert_sizes(args, fsdp)
+    plan = check_parallel(args, world_size=world_size)
     check_sharding(args, sharding_size=fsdp.sharding_size, world_size=world_size)
     recipe = Recipe(
         args=dataclasses.replace(args, global_batch_size=plan.global_batch_size),

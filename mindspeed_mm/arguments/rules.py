@@ -7,6 +7,7 @@ from typing import Protocol
 
 from mindspeed_mm.arguments.flag import option_name
 from mindspeed_mm.arguments.flags import TrainingArgs
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.arguments.model_config import ModelConfig
 from mindspeed_mm.errors import UserError
 
@@ -151,6 +152,23 @@ def check_degrees(args: TrainingArgs, *, geometry: GeometryLike) -> None:
             f"context_parallel_size {context} neither divides the {key_heads} key/value heads nor is a multiple of "
             f"them; choose one of {_divisors(key_heads)} or a multiple of {key_heads}"
         )
+
+
+def join_expert_sizes(args: TrainingArgs, fsdp: FSDPConfig) -> TrainingArgs:
+    """The flags, with ``expert_parallel_size`` of the FSDP2 file as ``--expert-model-parallel-size``.
+
+    Raises:
+        UserError: if both are given and differ.
+    """
+    size = fsdp.expert_parallel_size
+    if size is None or size == args.expert_model_parallel_size:
+        return args
+    if "expert_model_parallel_size" in args.given:
+        raise UserError(
+            f"{args.fsdp2_config_path}: expert_parallel_size {size} contradicts --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size}; leave it out of the file"
+        )
+    return dataclasses.replace(args, expert_model_parallel_size=size)
 
 
 def check_sharding(args: TrainingArgs, *, sharding_size: int | str, world_size: int) -> None:

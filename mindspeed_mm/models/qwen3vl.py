@@ -17,7 +17,7 @@ from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.data.batch import Batch, PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.moe import RouterLoad
+from mindspeed_mm.models.moe import MoELayer, RouterLoad
 from mindspeed_mm.models.specs import (
     Kernels,
     decoder_layer_spec,
@@ -142,6 +142,16 @@ class Qwen3VLModel(nn.Module):
             *decoder.layers,
             decoder.output_layer,
         ]
+
+    def small_parts(self) -> list[nn.Module]:
+        """The decoder layers' norms and routers: many tensors, and next to nothing of a layer's memory."""
+        found = []
+        for layer in self.text_decoder.layers:
+            attention = layer.self_attention
+            found += [layer.input_layernorm, attention.q_layernorm, attention.k_layernorm, layer.pre_mlp_layernorm]
+            if isinstance(layer.mlp, MoELayer):
+                found.append(layer.mlp.router)
+        return found
 
     def reset_buffers(self) -> None:
         """Fill all constant buffers again after the model was moved off the meta device."""

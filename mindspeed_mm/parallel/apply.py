@@ -21,7 +21,8 @@ def parallelise(model: Qwen3VLModel, *, layout: Layout, config: FSDPConfig) -> N
     experts = spread_experts(model, layout.expert_mesh) if layout.expert_mesh is not None else []
     if layout.context_mesh is not None:
         apply_context_parallelism(model, layout.context_mesh)
-    shard_model(model, model.units(), layout=layout, config=config, experts=experts)
+    small = model.small_parts() if config.align_fsdp_param_groups else []
+    shard_model(model, model.units(), layout=layout, config=config, experts=experts, small=small)
 
 
 def _check_expert_shards(model: Qwen3VLModel, layout: Layout) -> None:

@@ -24,6 +24,7 @@ def shard_model(
     layout: Layout,
     config: FSDPConfig,
     experts: Sequence[nn.Module] = (),
+    small: Sequence[nn.Module] = (),
 ) -> None:
     """Shard ``model`` in place.
 
@@ -33,11 +34,12 @@ def shard_model(
     Args:
         model: parameters in fp32, possibly on the meta device.
         units: submodules in the order in which forward runs them, the loss head last; each is gathered and freed by
-            itself. What belongs to none of them is gathered once per step.
+            itself, the head after backward only. What belongs to none of them is gathered once per step.
         layout: where the parameters go.
         config: the YAML file.
         experts: modules within the units whose experts are spread over processes: they are sharded over the processes
             that hold the same experts, along the second axis, so that the number of experts need not divide.
+        small: modules within the units that are gathered once per step instead of with their unit.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=_compute_dtype(config.param_dtype),
@@ -51,6 +53,8 @@ def shard_model(
         "reshard_after_forward": config.reshard_after_forward,
         "offload_policy": _offload_policy(config, layout),
     }
+    # Backward begins with the head and the root: freed after forward, they would be gathered again at once.
+    kept = {**options, "reshard_after_forward": False}
     for module in experts:
         fully_shard(
             module,
@@ -58,14 +62,16 @@ def shard_model(
             mp_policy=policy,
             shard_placement_fn=lambda parameter: Shard(1),
         )
+    left_to_root = {parameter for module in small for parameter in module.parameters()}
     for unit in units[:-1]:
-        fully_shard(unit, mp_policy=policy, **options)
-    fully_shard(units[-1], mp_policy=uncast, **options)
-    fully_shard(model, mp_policy=uncast, **{**options, "reshard_after_forward": False})
-    _set_prefetch(
-        _with_experts(units, experts),
-        forward=config.num_to_forward_prefetch,
-        backward=config.num_to_backward_prefetch,
+        fully_shard(unit, mp_policy=policy, ignored_params=left_to_root, **options)
+    fully_shard(units[-1], mp_policy=uncast, **kept)
+    # FSDP2 does not look into the units for what its root is to gather; so let it find these modules beside them
+    model.found_by_root = nn.ModuleList(small)
+    fully_shard(model, mp_policy=uncast, **kept)
+    del model.found_by_root
+    set_prefetch(
+        units, experts, forward=config.num_to_forward_prefetch, backward=config.num_to_backward_prefetch
     )
 
 
@@ -82,21 +88,39 @@ def _compute_dtype(name: str) -> torch.dtype | None:
     return None if dtype is torch.float32 else dtype
 
 
-def _with_experts(units: Sequence[nn.Module], experts: Sequence[nn.Module]) -> list[FSDPModule]:
-    """All sharded modules in the order of forward: a layer's experts come after the layer itself."""
+def set_prefetch(
+    units: Sequence[nn.Module], experts: Sequence[nn.Module], *, forward: int, backward: int
+) -> None:
+    """Start to gather each module's parameters while an earlier one computes; 0 leaves the order to FSDP2.
+
+    Args:
+        units: sharded modules in the order of forward.
+        experts: sharded modules within the units, whose parameters are wanted after the unit's own, in either pass.
+        forward: modules gathered ahead in forward.
+        backward: modules gathered ahead in backward.
+    """
     wanted = set(experts)
-    ordered = []
-    for unit in units:
-        ordered.append(unit)
-        ordered += [module for module in unit.modules() if module in wanted]
-    return ordered  # type: ignore[return-value]
+
+    def with_experts(ordered: Sequence[nn.Module]) -> list[FSDPModule]:
+        return [part for unit in ordered for part in (unit, *(m for m in unit.modules() if m in wanted))]
+
+    in_forward = with_experts(units)
+    for index, module in enumerate(in_forward):
+        if ahead := in_forward[index + 1 : index + 1 + forward]:
+            module.set_modules_to_forward_prefetch(ahead)
+    # Backward ends at the first unit that trains; what is frozen before it would be gathered for nothing. The last
+    # names itself, which is at hand, for without a list FSDP2 would go on to that.
+    trains = [any(parameter.requires_grad for parameter in unit.parameters()) for unit in units]
+    in_backward = with_experts(units[trains.index(True) :][::-1])
+    for index, module in enumerate(in_backward if backward else ()):
+        module.set_modules_to_backward_prefetch(in_backward[index + 1 : index + 1 + backward] or [module])
 
 
-def _set_prefetch(units: Sequence[FSDPModule], *, forward: int, backward: int) -> None:
-    """Each unit's gathering is started while an earlier one computes; 0 leaves the order to FSDP2."""
-    for index, unit in enumerate(units):
-        following, preceding = units[index + 1 : index + 1 + forward], units[max(0, index - backward) : index]
-        if following:
-            unit.set_modules_to_forward_prefetch(list(following))
-        if preceding:
-            unit.set_modules_to_backward_prefetch(list(preceding[::-1]))
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass has left gathered: the parameters of the root and of the head.
+
+    Until then these are plain tensors in the compute type, with no optimizer state: nothing to save.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -23,6 +23,7 @@ from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.moe import RouterLoad
 from mindspeed_mm.models.qwen3vl import ModelOutput
 from mindspeed_mm.parallel.context import split_batch
+from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
@@ -233,6 +234,7 @@ class Trainer:
                 sums[1] += weight.numel()
         sums[2] = len(bad) / self.layout.context_size
         dist.all_reduce(sums)
+        reshard(self.model)
         self.model.train()
         total, count, bad_count = sums.tolist()
         self.bad_samples.check(round(bad_count), bad)

@@ -89,7 +89,8 @@ def test_every_field_of_the_recipe_is_known():
         synchronize_per_layer max_position_embeddings use_npu_fused_moe is_causal activation_offload compute_mode
         chunk_size clip_grad_async scale_grad
         sharding_size reshard_after_forward param_dtype reduce_dtype cast_forward_inputs num_to_forward_prefetch
-        num_to_backward_prefetch offload_to_cpu align_fsdp_param_groups
+        num_to_backward_prefetch offload_to_cpu align_fsdp_param_groups expert_parallel_size reshard_local_experts
+        moe_modules
         enable profile_type ranks level with_stack with_memory record_shapes with_cpu save_path start_step end_step
         data_simplification aic_metrics_type config_path dump_ranks stacks max_entries mem_info
     """.split()
@@ -134,6 +135,11 @@ def test_defaults_and_lists_of_files():
         (FSDPConfig, {}, "sharding_size", 0, "sharding_size is 0; it must be"),
         (FSDPConfig, {}, "param_dtype", "fp8", "choose bf16 or fp32"),
         (FSDPConfig, {}, "num_to_forward_prefetch", -1, "is -1; it must be at least 0"),
+        (FSDPConfig, {}, "expert_parallel_size", 0, "is 0; it must be at least 1"),
+        (FSDPConfig, {}, "reshard_local_experts", False, "experts are always sharded over the processes that hold"),
+        (FSDPConfig, {}, "sub_modules_to_wrap", ["text_decoder"], "the model knows its layers"),
+        (FSDPConfig, {}, "recompute_modules", ["text_decoder"], "--recompute-granularity says"),
+        (FSDPConfig, {}, "ignored_modules", ["image_encoder"], "what is frozen stands in the model file"),
         (ToolsConfig, {}, "profile.static_param", {"start_step": 11}, "end_step 11 must be greater than start_step 11"),
         (ToolsConfig, {}, "profile.profile_type", "dynamic", "not implemented yet"),
     ],
@@ -178,6 +184,18 @@ def test_files_that_load(tmp_path):
     assert _load(tmp_path, "a.yaml", "# nothing\n") == FSDPConfig()
     assert _load(tmp_path, "b.yaml", "sharding_size: 4\nparam_dtype: fp32\n").sharding_size == 4
     assert _load(tmp_path, "c.json", json.dumps(MODEL), ModelConfig).model_id == "qwen3_vl_moe"
+
+
+def test_the_originals_fsdp2_file_loads(tmp_path):
+    """Each field of MindSpeed-MM's example for Qwen3-VL, with its value."""
+    config = _load(
+        tmp_path, "original.yaml",
+        "{sharding_size: auto, reshard_after_forward: True, param_dtype: bf16, reduce_dtype: fp32, "
+        "cast_forward_inputs: True, num_to_forward_prefetch: 1, num_to_backward_prefetch: 1, offload_to_cpu: False, "
+        "align_fsdp_param_groups: True, expert_parallel_size: 1, reshard_local_experts: True, "
+        "moe_modules: ['model.language_model.layers.{*}.mlp.experts']}",
+    )
+    assert config.align_fsdp_param_groups and config.expert_parallel_size == 1
 
 
 def test_a_file_that_is_missing_or_unreadable(tmp_path):

@@ -114,6 +114,18 @@ def test_data_directory(place):
         check_data_files(load_recipe(_words(place)))
 
 
+def test_expert_size_of_the_fsdp2_file(place):
+    (place / "fsdp.yaml").write_text("expert_parallel_size: 2\n")
+    words = _words(place, "--fsdp2-config-path", str(place / "fsdp.yaml"))
+    assert load_recipe(words, world_size=2).args.expert_model_parallel_size == 2
+    flag = "--expert-model-parallel-size"
+    assert load_recipe([*words, flag, "2"], world_size=2).args.expert_model_parallel_size == 2
+    with pytest.raises(UserError, match="expert_parallel_size 2 contradicts --expert-model-parallel-size 4"):
+        load_recipe([*words, flag, "4"], world_size=4)
+    with pytest.raises(UserError, match="expert_model_parallel_size 2 does not divide the number of processes 3"):
+        load_recipe(words, world_size=3)
+
+
 def test_degree_that_does_not_divide_the_experts(place):
     recipe = load_recipe(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
     with pytest.raises(UserError, match="3 does not divide num_experts 128"):

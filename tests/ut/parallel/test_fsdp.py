@@ -1,0 +1,159 @@
+"""What each field of the FSDP2 file does to a model, seen on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.fsdp import reshard
+from mindspeed_mm.parallel.mesh import build_layout
+from tests.helpers.hf_model import mixed_samples, tiny_model
+from tests.helpers.mcore_model import model_like
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process():
+    torch.set_num_threads(1)
+    start_processes(select_backend("cpu"), timeout_minutes=1)
+    yield
+    stop_processes()
+
+
+@pytest.fixture(scope="module")
+def hf_model():
+    return tiny_model()
+
+
+def sharded(hf_model, *, choices=None, **fields):
+    """(our model under an FSDP2 file with these fields, a batch)."""
+    model, geometry = model_like(hf_model, choices)
+    config = FSDPConfig(**{"param_dtype": "fp32", **fields})
+    parallelise(model, layout=build_layout(device_type="cpu", sharding_size=config.sharding_size), config=config)
+    return model, collate(mixed_samples(), geometry)
+
+
+def loss_of(model, batch):
+    return model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss
+
+
+def gathered(module):
+    """Names of parameters that are whole at present, in the compute type."""
+    return {name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)}
+
+
+def ahead(model, module, direction):
+    """The modules whose gathering ``module`` starts in ``forward`` or ``backward``."""
+    by_state = {m._get_fsdp_state(): m for m in model.modules() if isinstance(m, FSDPModule)}
+    return [by_state[state] for state in getattr(module._get_fsdp_state(), f"_states_to_{direction}_prefetch")]
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_reshard_after_forward(hf_model, freed):
+    model, batch = sharded(hf_model, reshard_after_forward=freed)
+    loss_of(model, batch)
+    layer = model.text_decoder.layers[0]
+    assert (gathered(layer) == set()) is freed
+    # the loss head, where backward begins, waits for it in either case
+    assert gathered(model.text_decoder.output_layer) == {"weight"}
+    reshard(model)
+    assert gathered(model) == set()
+
+
+def test_backward_frees_everything(hf_model):
+    model, batch = sharded(hf_model, reshard_after_forward=False, align_fsdp_param_groups=True)
+    loss_of(model, batch).backward()
+    assert gathered(model) == set()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_param_dtype(hf_model, name, dtype):
+    model, batch = sharded(hf_model, param_dtype=name)
+    seen = []
+    model.text_decoder.layers[1].register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0].dtype))
+    loss_of(model, batch).backward()
+    assert seen == [dtype]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_reduce_dtype(hf_model, name):
+    model, batch = sharded(hf_model, reduce_dtype=name)
+    loss_of(model, batch).backward()
+    gradients = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    rounded = [torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients if gradient.any()]
+    assert all(rounded) if name == "bf16" else not any(rounded)
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_cast_forward_inputs(hf_model, cast):
+    model, batch = sharded(hf_model, param_dtype="bf16", cast_forward_inputs=cast)
+    loss_of(model, batch).backward()  # FSDP2 finds its root
+    head = model.image_encoder.vision_projector.merger.linear_fc1
+    seen = []
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    states = torch.zeros(4, model.image_encoder.vision_encoder.geometry.hidden_size)
+    try:
+        model.image_encoder.vision_projector.merger(states)
+    except RuntimeError:  # fp32 states meet bf16 weights
+        assert not cast
+    assert (seen == [torch.bfloat16]) is cast
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(0, 0), (1, 1), (2, 3)])
+def test_prefetch_lists(hf_model, forward, backward):
+    model, _ = sharded(hf_model, num_to_forward_prefetch=forward, num_to_backward_prefetch=backward)
+    units = model.units()
+    for index, unit in enumerate(units):
+        assert ahead(model, unit, "forward") == units[index + 1 : index + 1 + forward]
+        wanted = units[max(0, index - backward) : index][::-1]
+        assert ahead(model, unit, "backward") == (wanted or [unit] * bool(backward))
+
+
+def test_backward_prefetches_nothing_that_is_frozen(hf_model):
+    frozen = ModelChoices(freeze_vision_encoder=True, freeze_vision_projector=True)
+    model, batch = sharded(hf_model, choices=frozen, num_to_backward_prefetch=2)
+    decoder = model.text_decoder
+    assert ahead(model, decoder.layers[1], "backward") == [decoder.layers[0], decoder.embedding]
+    assert ahead(model, decoder.layers[0], "backward") == [decoder.embedding]
+    assert ahead(model, decoder.embedding, "backward") == [decoder.embedding]
+    loss_of(model, batch).backward()
+    assert gathered(model) == set()
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offload_to_cpu(hf_model, offload):
+    model, _ = sharded(hf_model, offload_to_cpu=offload)
+    parameters = model.text_decoder.layers[0]._get_fsdp_state()._fsdp_param_group.fsdp_params
+    assert {parameter.offload_to_cpu for parameter in parameters} == {offload}
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_align_fsdp_param_groups(hf_model, aligned):
+    """A layer gathers matrices alone, the root what is left of it, and the numbers are the same to the bit."""
+    model, batch = sharded(hf_model, align_fsdp_param_groups=aligned)
+    names = [name for name, _ in model.named_parameters()]
+    layer = model.text_decoder.layers[1]
+    loss = loss_of(model, batch)
+    loss.backward()
+    layer.unshard()
+    small = {name for name, _ in layer.named_parameters() if "norm" in name or "router" in name}
+    assert len(small) == 5
+    assert {name for name, _ in layer.named_parameters()} - gathered(layer) == (small if aligned else set())
+    if aligned:
+        model.unshard()  # the root alone
+        assert {name for name, _ in layer.named_parameters()} == gathered(layer)
+    reshard(model)
+
+    plain, _ = sharded(hf_model)
+    theirs = loss_of(plain, batch)
+    theirs.backward()
+    assert torch.equal(loss, theirs) and names == [name for name, _ in plain.named_parameters()]
+    gradients = dict(plain.named_parameters())
+    assert [n for n, p in model.named_parameters() if not torch.equal(p.grad, gradients[n].grad)] == []
