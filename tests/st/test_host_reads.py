@@ -1,4 +1,4 @@
-"""No step reads the device's numbers between its batches' arrival and the log, but for the one of expert parallelism."""
+"""No step reads the device's numbers before the log wants them, but for the one read of expert parallelism."""
 
 from __future__ import annotations
 
