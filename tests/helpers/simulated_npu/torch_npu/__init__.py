@@ -1,0 +1,63 @@
+"""A simulated torch_npu: a device called ``npu`` in a process without one, and torch_npu's operators on it.
+
+Put the directory above this one on PYTHONPATH, and ``import torch_npu`` finds it; ``torch`` then has a device ``npu``
+with memory, random numbers, streams and the collective library ``hccl`` (gloo underneath). The first import compiles
+two C++ files (about a minute with g++; kept in the temporary directory, or in SIMULATED_NPU_CACHE).
+
+    PYTHONPATH=tests/helpers/simulated_npu python -c "import torch, torch_npu; print(torch.ones(2, device='npu'))"
+
+The tensors' memory is the host's and torch's CPU kernels compute, so results equal the CPU's; but tensors of different
+devices do not mix, generators of another device are refused, and operators registered here (``torch_npu._operators``)
+refuse what their documentation says the real ones do.
+
+Environment:
+    SIMULATED_NPU_COUNT: devices of this machine (8).
+    SIMULATED_NPU_VERSION: torch_npu version whose operator signatures are registered (2.7.1, or another key of
+        ``signatures.yaml``).
+    SIMULATED_NPU_CACHE: where the compiled device is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+import torch  # noqa: E402
+import torch.distributed  # noqa: E402
+import torch.utils.checkpoint  # noqa: E402
+
+from torch_npu import _build  # noqa: E402
+
+_C = _build.load()
+
+import torch_npu.npu  # noqa: E402
+from torch_npu._operators import register  # noqa: E402
+
+__version__ = os.environ.get("SIMULATED_NPU_VERSION", "2.7.1")
+
+
+def _create_hccl(options: Any, group_options: Any) -> Any:
+    gloo = torch.distributed.ProcessGroupGloo(
+        options.store, options.group_rank, options.group_size, options.timeout
+    )
+    return _C.hccl(gloo, options.group_rank, options.group_size)
+
+
+def _register_device() -> None:
+    torch.utils.rename_privateuse1_backend("npu")
+    torch._register_device_module("npu", torch_npu.npu)
+    torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    torch.utils.checkpoint.DefaultDeviceType.set_device_type("npu")
+    torch.distributed.Backend.register_backend("hccl", _create_hccl, extended_api=True, devices=["npu"])
+    torch.distributed.is_hccl_available = lambda: True
+
+
+def _autoload() -> None:
+    """torch's entry point for devices; importing this module has done it all."""
+
+
+_register_device()
+for _name in register(__version__):
+    globals()[_name] = getattr(torch.ops.npu, _name)

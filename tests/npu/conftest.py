@@ -1,0 +1,15 @@
+"""These tests run where torch_npu is the simulated one; ``tests/st/test_simulated_npu.py`` starts them there.
+
+By hand: ``PYTHONPATH=tests/helpers/simulated_npu python -m pytest tests/npu``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from tests.helpers.npu_environment import SIMULATED_NPU
+
+_spec = importlib.util.find_spec("torch_npu")
+if _spec is None or SIMULATED_NPU not in Path(_spec.origin).parents:
+    collect_ignore_glob = ["test_*.py"]
