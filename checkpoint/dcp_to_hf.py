@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from checkpoint.work import (
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import WEIGHT_MAP_VERSION, WeightRule, weight_map
-from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
+from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_checksum
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import (
     TRACKER,
@@ -249,7 +248,7 @@ class _FileWriter:
         """Write one file, flush it to disk and return its record: size, checksum, and facts of its tensors."""
         entries = [(name, output.dtype, shape) for output in outputs for name, shape in output.rule.sources]
         header = build_header(entries, {"format": "pt", LAYOUT_KEY: "hub"})
-        crc, size = zlib.crc32(header), len(header)
+        crc, size = crc32(header), len(header)
         facts: dict[str, Any] = {}
         with path.open("wb", buffering=0) as file:
             file.write(header)
@@ -279,12 +278,12 @@ class _FileWriter:
             # The stored rows, their joined pieces, and the result in its own order and type.
             with self._budget.take(3 * (last - first) * row_bytes):
                 tensor = self._reader.read(name, (first, last))
-                piece_crc = zlib.crc32(tensor_bytes(tensor))
+                piece_crc = crc32(tensor_bytes(tensor))
                 stored_crc = combine(stored_crc, piece_crc, tensor.nbytes)
                 same_bytes = rule.is_copy and output.dtype == output.stored
                 for (source, _), part in zip(rule.sources, rule.to_hf(tensor), strict=True):
                     part = part.to(output.dtype)
-                    yield source, part, piece_crc if same_bytes else zlib.crc32(tensor_bytes(part))
+                    yield source, part, piece_crc if same_bytes else crc32(tensor_bytes(part))
         expected = self._recorded.get(name, {}).get("checksum")
         if expected not in (None, format_checksum(stored_crc)):
             raise UserError(

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 import pickle
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from checkpoint.work import WRITE_BYTES, ByteBudget, Progress
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint import torch_archive
-from mindspeed_mm.training.checkpoint.checksum import combine, format_checksum
+from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_checksum
 from mindspeed_mm.training.checkpoint.hf_source import HFSource, ReadRange
 from mindspeed_mm.training.checkpoint.pieces import split_rows
 from mindspeed_mm.training.checkpoint.safetensors_io import tensor_bytes
@@ -143,7 +142,7 @@ def _resolve(piece: Piece, source: HFSource, reads: list[ReadRange]) -> tuple[to
     tensor = piece.rule.to_mcore([part for part, _ in parts]).to(piece.dtype)
     if piece.rule.is_copy and piece.dtype == parts[0][0].dtype:
         return tensor, parts[0][1].crc
-    return tensor, zlib.crc32(tensor_bytes(tensor))
+    return tensor, crc32(tensor_bytes(tensor))
 
 
 class _CountingStream:
@@ -169,7 +168,7 @@ class _CountingStream:
     def write(self, data: Any) -> int:
         """Write any buffer; returns its length in bytes."""
         view = memoryview(data).cast("B")
-        self.crc = zlib.crc32(view, self.crc)
+        self.crc = crc32(view, self.crc)
         self._write_parts(view)
         return len(view)
 

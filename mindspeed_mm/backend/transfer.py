@@ -1,9 +1,9 @@
-"""Copies to the device beside its computation."""
+"""Copies between host and device beside the computation: the host waits for none that it did not ask for."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +55,27 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _tensors(getattr(value, field.name))
+
+
+def upload(values: Sequence[float], device: torch.device, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers of the host -> [len(values)] on ``device``; page-locked on the way, so that the host need not wait."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+
+
+class HostRead:
+    """Numbers of the device on their way to the host: queued when this is made, waited for when they are wanted."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        """Queue the copy behind the work that makes ``numbers``, which nobody may overwrite on a CPU afterwards."""
+        self._host, self._event = numbers.detach(), None
+        if numbers.device.type != "cpu":
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            module = getattr(torch, numbers.device.type)
+            self._event = module.current_stream(numbers.device).record_event()
+
+    def tolist(self) -> list[Any]:
+        """The numbers, as soon as the device has made them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()

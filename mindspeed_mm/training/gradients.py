@@ -34,7 +34,7 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     groups: dict[int, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            groups[_holders(parameter.grad)].append(_local(parameter.grad))
+            groups[_holders(parameter.grad)].append(local(parameter.grad))
     squares = [
         torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum() / holders
         for holders, gradients in groups.items()
@@ -46,11 +46,12 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 def clip(parameters: Sequence[nn.Parameter], *, max_norm: float, norm: Tensor) -> None:
     """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger; as torch's own does."""
-    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_mm.backend.transfer import upload
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.parallel.mesh import Layout
 
@@ -37,23 +38,24 @@ def step_token_weights(
         batches: the micro-batches of one optimizer step on this rank.
         mode: which mean.
         layout: processes that share a micro-batch each have all its samples' counts, and their own part's tokens.
-        device: of the results. The sum over ranks stays there: nothing is read back to the host.
+        device: of the results. The sum over ranks stays there: nothing is read back to the host, and no copy to the
+            device is waited for.
     """
     shares = [_sample_shares(batch.supervised_per_sample, mode) for batch in batches]
     if mode == "default":
-        total = torch.tensor(float(len(batches) * layout.data_size), device=device)
+        total = torch.full((), float(len(batches) * layout.data_size), device=device)
     else:
         local = sum(
             count * share
             for batch, own in zip(batches, shares, strict=True)
             for count, share in zip(batch.supervised_per_sample, own, strict=True)
         )
-        total = torch.tensor(float(local), dtype=torch.float32, device=device)
+        total = torch.full((), float(local), dtype=torch.float32, device=device)
         dist.all_reduce(total)
         total /= layout.context_size
     total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without any supervised token has a loss of 0, not NaN
     return [
-        torch.tensor(own, dtype=torch.float32, device=device)[batch.label_sample] / total
+        upload(own, device).index_select(0, batch.label_sample) / total
         for batch, own in zip(batches, shares, strict=True)
     ]
 

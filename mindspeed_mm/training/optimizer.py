@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mindspeed_mm.training.gradients import by_mesh
+from mindspeed_mm.training.gradients import by_mesh, local
 
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -16,7 +16,56 @@ if TYPE_CHECKING:
     from mindspeed_mm.arguments.flags import TrainingArgs
 
 
-def build_optimizer(model: nn.Module, args: TrainingArgs) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW over each process's own parts, able to leave a step out without asking the host.
+
+    Attributes:
+        skips_on_device: whether the device's fused kernel leaves everything alone when it is told to.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
+        self.skips_on_device = _skips_on_device(next(iter(optimized_parameters(self))).device)
+
+    def step_where(self, finite: Tensor) -> None:
+        """Step if the bool scalar ``finite``, which is on the device, is true; else change nothing.
+
+        Where the device's kernel can't do that, the host waits for ``finite`` and decides.
+        """
+        if not self.skips_on_device:
+            if finite.item():
+                self.step()
+            return
+        self.found_inf = 1.0 - finite.float()  # where torch's gradient scaler leaves its finding for the fused kernels
+        try:
+            self.step()
+        finally:
+            del self.found_inf
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """What a step works on, as plain tensors: dispatch of DTensors costs more than small updates themselves."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return has_complex
+
+
+@torch.no_grad()
+def _skips_on_device(device: torch.device) -> bool:
+    """Found out by trying, once, with a step on one number that is to be left out."""
+    if device.type == "meta":
+        return True
+    trial = nn.Parameter(torch.ones(1, device=device))
+    trial.grad = torch.ones_like(trial)
+    optimizer = torch.optim.AdamW([trial], lr=0.5, fused=True)
+    optimizer.found_inf = torch.ones((), device=device)
+    optimizer.step()
+    state = optimizer.state[trial]
+    changes = torch.stack([(trial - 1).abs().sum(), state["exp_avg"].abs().sum(), state["step"].abs()])
+    return not changes.any().item()
+
+
+def build_optimizer(model: nn.Module, args: TrainingArgs) -> AdamW:
     """Fused AdamW over the trainable parameters; vectors (norms and biases) have no weight decay, as in Megatron."""
     # a group each for spread experts and the rest: one fused step must not mix meshes
     groups = [
@@ -27,13 +76,12 @@ def build_optimizer(model: nn.Module, args: TrainingArgs) -> torch.optim.AdamW:
             ([p for p in same_mesh if p.dim() <= 1], 0.0),
         )
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=args.lr,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
-        fused=True,
     )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,29 +29,12 @@ from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.state import Progress, save_checkpoint
 from mindspeed_mm.training.feed import Feed
 from mindspeed_mm.training.gradients import clip, total_norm
-from mindspeed_mm.training.log import IntervalStats, format_line
 from mindspeed_mm.training.loss import LossMode, step_token_weights
+from mindspeed_mm.training.optimizer import AdamW
+from mindspeed_mm.training.reports import Reporter, StepHook, StepReport
+from mindspeed_mm.training.step import StepResult, StepSums, StepTotals
 
 ForwardStep = Callable[[nn.Module, Batch, Tensor], ModelOutput]
-
-
-@dataclasses.dataclass
-class StepResult:
-    """Outcome of one optimizer step, the same on every rank.
-
-    Attributes:
-        loss: cross-entropy of the step.
-        router_loss: what the auxiliary loss adds to it, coefficient included; None where there is none.
-        grad_norm: before clipping.
-        tokens: text and vision tokens of the step.
-        skipped: whether the parameters were left alone because the loss or a gradient was not finite.
-    """
-
-    loss: float
-    router_loss: float | None
-    grad_norm: float
-    tokens: int
-    skipped: bool
 
 
 class Trainer:
@@ -64,7 +45,7 @@ class Trainer:
         *,
         args: TrainingArgs,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         schedule: Any,
         loader: Iterable[StepBatches],
         forward_step: ForwardStep,
@@ -78,7 +59,13 @@ class Trainer:
         eval_loader: Iterable[StepBatches] | None = None,
         bad_samples: BadSamples | None = None,
         checkpoint_metadata: dict[str, Any] | None = None,
+        step_hooks: Sequence[StepHook] = (),
+        stop_requested: Callable[[], bool] | None = None,
     ) -> None:
+        """``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank before it.
+
+        A run that any rank was asked to stop saves and ends on all of them after the same step.
+        """
         self.args = args
         self.model = model
         self.optimizer = optimizer
@@ -97,79 +84,78 @@ class Trainer:
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
         self.split_batch = _splitter(layout, merge_unit)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.stop_requested = stop_requested or (lambda: False)
+        self.reporter = Reporter(
+            log_interval=args.log_interval,
+            train_iters=args.train_iters,
+            global_batch_size=args.global_batch_size,
+            log_tokens=args.log_tps,
+            is_main=layout.is_main,
+            lag=1 if backend.is_accelerator else 0,
+            hooks=(self._check_samples, *step_hooks),
+        )
 
     def train(self) -> None:
         """Run the remaining iterations."""
-        args, progress, stats = self.args, self.progress, IntervalStats()
         self.model.train()
         with contextlib.closing(Feed(self.loader, self.backend, self.split_batch)) as self.feed:
-            self._train_steps(args, progress, stats)
+            self.reporter.restart_clock()
+            self._train_steps(self.args, self.progress)
         self.tools.close()
 
-    def _train_steps(self, args: TrainingArgs, progress: Progress, stats: IntervalStats) -> None:
-        while progress.iteration < args.train_iters:
+    def _train_steps(self, args: TrainingArgs, progress: Progress) -> None:
+        stopping = False
+        while progress.iteration < args.train_iters and not stopping:
             learning_rate = self.optimizer.param_groups[0]["lr"]
             self.tools.step_begin(progress.iteration + 1)
-            started = time.perf_counter()
             result = self.train_step()
             self.schedule.step(increment=args.global_batch_size)
             progress.iteration += 1
             progress.consumed_samples += args.global_batch_size
-            stats.add(
-                seconds=time.perf_counter() - started,
-                loss=result.loss,
-                router_loss=result.router_loss,
-                tokens=result.tokens,
-                samples=args.global_batch_size,
-                skipped=result.skipped,
-                nan=not math.isfinite(result.loss),
-                waited=self.feed.waited,
+            stopping = self.reporter.add(
+                StepReport(progress.iteration, progress.consumed_samples, learning_rate, result, self.feed.waited)
             )
+            stopping |= bool(args.exit_interval) and progress.iteration % args.exit_interval == 0
             self.tools.step_end(progress.iteration)
-            if progress.iteration % args.log_interval == 0 or progress.iteration == args.train_iters:
-                self._log(stats, learning_rate, result.grad_norm)
-                stats = IntervalStats()
-            self._evaluate_and_save()
-            if args.exit_interval and progress.iteration % args.exit_interval == 0:
-                break
+            self._evaluate_and_save(leaving=stopping)
+        self.reporter.flush()
 
     def train_step(self) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
+        """One optimizer step over this rank's micro-batches, queued on the device without waiting for any result."""
         data = self.feed.take()
         batches = data.batches
         weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
         if self.router_balance is not None:
             self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
-        # summed on the device: this process's cross-entropy, auxiliary loss, tokens and bad samples
-        counts = [count / self.layout.context_size for count in (data.tokens, len(data.bad))]
-        totals = torch.tensor([0.0, 0.0, *counts]).to(self.backend.device)
+        totals = StepTotals(self._host_counts(data), self.backend.device)
         for batch, weight in zip(batches, weights, strict=True):
             output = self.forward_step(self.model, batch, weight)
-            loss = output.loss
-            totals[0] += loss.detach()
-            if self.router_balance is not None:
-                router_loss = self.router_balance.loss(output.router_load)
-                totals[1] += router_loss.detach()
-                loss = loss + router_loss
+            router_loss = None if self.router_balance is None else self.router_balance.loss(output.router_load)
+            totals.add(batch, output, router_loss)
+            loss = output.loss if router_loss is None else output.loss + router_loss
             # FSDP2's reduction averages over the processes; the loss is a sum over them
             (loss * self.layout.world_size).backward()
-        dist.all_reduce(totals)
+        totals.reduce()
         norm = total_norm(self.trainable)
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm)
-        loss_value, router_value, tokens, bad, grad_norm = torch.cat((totals, norm.view(1))).tolist()
-        self.bad_samples.check(round(bad), data.bad)
-        finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
-        if finite:
-            self.optimizer.step()
-        return StepResult(
-            loss=loss_value,
-            router_loss=None if self.router_balance is None else router_value,
-            grad_norm=grad_norm,
-            tokens=round(tokens),
-            skipped=not finite,
+        self.optimizer.step_where(totals.is_finite(norm))
+        return totals.result(norm, has_router_loss=self.router_balance is not None, bad_messages=data.bad)
+
+    def _host_counts(self, data: StepBatches) -> StepSums:
+        """What this process knows of the step beforehand; those that share micro-batches count a share each."""
+        share = 1.0 / self.layout.context_size
+        supervised = sum(batch.num_supervised for batch in data.batches)
+        return StepSums(
+            tokens=data.tokens * share,
+            supervised=supervised * share,
+            bad=len(data.bad) * share,
+            stop=float(self.stop_requested()),
         )
+
+    def _check_samples(self, report: StepReport) -> None:
+        self.bad_samples.check(report.result.bad, report.result.bad_messages)
 
     @torch.no_grad()
     def _router_loads(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Iterator[RouterLoad]:
@@ -177,32 +163,22 @@ class Trainer:
         for batch, weight in zip(batches, weights, strict=True):
             yield self.forward_step(self.model, batch, weight).router_load
 
-    def _log(self, stats: IntervalStats, learning_rate: float, grad_norm: float) -> None:
-        if not self.layout.is_main:
-            return
-        line = format_line(
-            stats,
-            iteration=self.progress.iteration,
-            train_iters=self.args.train_iters,
-            consumed_samples=self.progress.consumed_samples,
-            learning_rate=learning_rate,
-            global_batch_size=self.args.global_batch_size,
-            grad_norm=grad_norm,
-            log_tokens=self.args.log_tps,
-        )
-        print(line, flush=True)
-
-    def _evaluate_and_save(self) -> None:
+    def _evaluate_and_save(self, *, leaving: bool) -> None:
         args, iteration = self.args, self.progress.iteration
         last = iteration == args.train_iters
-        if self.eval_loader is not None and args.eval_interval and (iteration % args.eval_interval == 0 or last):
+        evaluates = self.eval_loader is not None and (last or iteration % args.eval_interval == 0)
+        due = bool(args.save_interval) and iteration % args.save_interval == 0
+        saves = args.save is not None and (due or last or leaving)
+        if not (evaluates or saves):
+            return
+        self.reporter.flush()
+        if evaluates:
             loss = self.evaluate()
             if self.layout.is_main:
                 print(f" validation loss at iteration {iteration} | loss: {loss:.6E} |", flush=True)
-        leaving = bool(args.exit_interval) and iteration % args.exit_interval == 0
-        due = bool(args.save_interval) and iteration % args.save_interval == 0
-        if args.save is not None and (due or last or leaving):
+        if saves:
             self.save()
+        self.reporter.restart_clock()
 
     def save(self) -> None:
         """Write a checkpoint of the present iteration."""

@@ -5,6 +5,7 @@ Usage: layouts.py CASES.json OUT.pt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -29,6 +30,7 @@ from mindspeed_mm.training.checkpoint.state import Progress
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.hf_model import step_samples, tiny_model
+from tests.helpers.host_reads import HostReads
 from tests.helpers.mcore_model import model_like
 
 
@@ -42,6 +44,7 @@ class Outcome:
         norms: of the gradients of each step, before clipping.
         gradients: of the first step, after clipping.
         parameters: after the last step.
+        host_reads: what this process's host read of tensors in each step, if the case asks for it; see HostReads.
     """
 
     losses: list[float]
@@ -49,6 +52,7 @@ class Outcome:
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    host_reads: list[list[tuple[str, str]]]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +85,8 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         if not gradients:
             gradients.update({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
 
-    optimizer.register_step_pre_hook(keep_gradients)
+    if not case.get("host_reads"):  # putting gradients together reads them
+        optimizer.register_step_pre_hook(keep_gradients)
     trainer = Trainer(
         args=args,
         model=model,
@@ -100,11 +105,14 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         merge_unit=geometry.vision.merge_unit,
         tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
     )
-    results = []
+    results, host_reads = [], []
     step = trainer.train_step
 
     def recorded() -> Any:
-        results.append(step())
+        with HostReads() if case.get("host_reads") else contextlib.nullcontext() as reads:
+            results.append(step())
+        if reads is not None:
+            host_reads.append(reads.found)
         return results[-1]
 
     trainer.train_step = recorded  # type: ignore[method-assign]
@@ -115,6 +123,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         [result.grad_norm for result in results],
         gradients,
         {name: whole(parameter) for name, parameter in model.named_parameters()},
+        host_reads,
     )
 
 

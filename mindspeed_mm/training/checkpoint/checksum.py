@@ -1,10 +1,21 @@
-"""CRC-32 checksums that can be joined: the checksum of a whole file from those of its parts, in any order of making."""
+"""CRC-32 checksums that can be joined: the checksum of a whole file from those of its parts, in any order of making.
+
+``crc32`` is the one function that sums bytes. With the package ``isal`` it uses the processor's carry-less
+multiplication, many times as fast as zlib; without it zlib gives the same values.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
-import zlib
 from pathlib import Path
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for this machine
+    from zlib import crc32
+
+__all__ = ["combine", "crc32", "file_checksum", "format_checksum"]
 
 _POLYNOMIAL = 0xEDB88320  # CRC-32 of zlib, gzip and PNG; coefficients reflected, so the highest bit is x^0
 _BLOCK = 16 << 20  # bytes read at a time
@@ -33,7 +44,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
     with Path(path).open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(min(_BLOCK, max(1, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
-            value = zlib.crc32(buffer[:count], value)
+            value = crc32(buffer[:count], value)
     return format_checksum(value)
 
 
@@ -48,6 +59,7 @@ def _multiply(left: int, right: int) -> int:
     return product
 
 
+@functools.lru_cache(maxsize=4096)  # most pieces have one of a few lengths
 def _power_of_x(exponent: int) -> int:
     """x^exponent modulo the CRC polynomial."""
     result, base = 1 << 31, 1 << 30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import ExpertLayout, WeightRule, hf_shapes, weight_map
-from mindspeed_mm.training.checkpoint.checksum import combine, file_checksum, format_checksum
+from mindspeed_mm.training.checkpoint.checksum import combine, crc32, file_checksum, format_checksum
 from mindspeed_mm.training.checkpoint.pieces import listed, split_rows
 from mindspeed_mm.training.checkpoint.safetensors_io import Header, StoredTensor, read_header, read_tensor, tensor_bytes
 
@@ -80,7 +79,7 @@ class HFSource:
         row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
         start = stored.start + first * row_bytes
         tensor = read_tensor(stored.file, start, stored.dtype, (last - first, *stored.shape[1:]))
-        crc = zlib.crc32(tensor_bytes(tensor))
+        crc = crc32(tensor_bytes(tensor))
         return tensor, ReadRange(stored.file.name, start, (last - first) * row_bytes, crc)
 
     def check_dropped(self) -> list[ReadRange]:
@@ -122,7 +121,7 @@ class HFSource:
         for name, header in self._headers.items():
             path = self.directory / name
             with path.open("rb") as file:
-                crc, end = zlib.crc32(file.read(header.length)), header.length
+                crc, end = crc32(file.read(header.length)), header.length
             for read in sorted(by_file[name], key=lambda r: r.start):
                 if read.start != end:
                     raise AssertionError(f"{name}: bytes {end} to {read.start} were never read")

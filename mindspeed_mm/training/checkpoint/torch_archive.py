@@ -11,11 +11,12 @@ import io
 import pickle
 import struct
 import sys
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mindspeed_mm.training.checkpoint.checksum import crc32
 
 _ALIGNMENT = 64  # of the values within the archive, in bytes, as torch has it
 _LIMIT = 2**32 - 1  # bytes; beyond that a zip file needs another form
@@ -71,7 +72,7 @@ def frame(tensor: Tensor, crc: int) -> tuple[bytes, bytes]:
 
 
 def _add_entry(out: bytearray, directory: bytearray, name: str, content: bytes, *, shift: int = 0) -> None:
-    _add_header(out, directory, name, zlib.crc32(content), len(content), shift=shift)
+    _add_header(out, directory, name, crc32(content), len(content), shift=shift)
     out += content
 
 

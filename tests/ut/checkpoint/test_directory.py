@@ -14,7 +14,7 @@ import pytest
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint import directory as d
-from mindspeed_mm.training.checkpoint.checksum import combine, file_checksum, format_checksum
+from mindspeed_mm.training.checkpoint.checksum import combine, crc32, file_checksum, format_checksum
 
 
 def _write(root: Path, name: str = "iter_0000010", content: bytes = b"payload", **options) -> Path:
@@ -133,6 +133,21 @@ def test_file_checksum(tmp_path: Path) -> None:
     data = os.urandom(100_000)
     (tmp_path / "f").write_bytes(data)
     assert file_checksum(tmp_path / "f") == format_checksum(zlib.crc32(data))
+
+
+def test_checksums_are_those_of_zlib() -> None:
+    rng = random.Random(1)
+    for length in (0, 1, 15, 64, 1000, 100_001):
+        data, start = rng.randbytes(length), rng.getrandbits(32)
+        assert crc32(memoryview(data), start) == zlib.crc32(data, start)
+
+
+def test_zlib_serves_where_isal_is_missing() -> None:
+    code = (
+        "import sys, zlib; sys.modules['isal'] = None\n"
+        "from mindspeed_mm.training.checkpoint import checksum; assert checksum.crc32 is zlib.crc32"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_imports_no_torch() -> None:

@@ -1,0 +1,46 @@
+"""No step reads the device's numbers before the log wants them, but for the one read of expert parallelism."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.st.test_parallel_layouts import BF16, case, run_layouts
+
+LAYERS = 3  # of the tiny model, all sparse
+EXCHANGE = ("tolist", "mindspeed_mm/parallel/expert.py:__call__")
+pytestmark = pytest.mark.st
+
+
+def reads_of(layouts, processes, directory):
+    cases = {name: {**layout, "host_reads": True} for name, layout in layouts.items()}
+    return {name: outcome["host_reads"] for name, outcome in run_layouts(processes, cases, directory).items()}
+
+
+def test_one_process_reads_nothing(tmp_path):
+    layouts = {
+        "fp32": case(8),
+        "bf16, accumulation": case(4, fsdp=BF16),
+        "recompute and chunks": case(8, choices={"recompute": "full", "loss_chunk_size": 3}),
+        "balance": {**case(4), "router_aux_loss_coef": 0.1, "loss_mode": "per_sample"},
+    }
+    for name, steps in reads_of(layouts, 1, tmp_path).items():
+        assert len(steps) == 3, name
+        assert not any(steps), (name, steps)
+
+
+def test_expert_parallelism_reads_split_sizes_once_a_layer(tmp_path):
+    layouts = {
+        "EP2": case(4, expert_size=2),
+        "EP2, recompute": case(4, choices={"recompute": "selective"}, expert_size=2),
+        "CP2": case(8, context_size=2),
+        "the loop reads too": case(4, choices={"fused_experts": False}),
+    }
+    reads = reads_of(layouts, 2, tmp_path)
+    assert not any(reads.pop("CP2"))
+    # shows that what is not allowed is found: the reference loop reads the rows of each expert
+    assert any("kernels/experts.py" in place for _, place in reads.pop("the loop reads too")[0])
+    for name, steps in reads.items():
+        for found in steps:
+            assert Counter(found) == {EXCHANGE: LAYERS}, name

@@ -1,0 +1,124 @@
+"""Steps whose outcome stays on the device: left out there if not finite, and read late without losing their place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_mm.backend.transfer import HostRead
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.optimizer import AdamW
+from mindspeed_mm.training.reports import Reporter, StepReport
+from mindspeed_mm.training.step import SampleLosses, StepResult, StepSums
+
+
+def optimizer_of(parameter: nn.Parameter) -> AdamW:
+    return AdamW([{"params": [parameter], "lr": 0.1, "weight_decay": 0.1}])
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(on_device):
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = optimizer_of(parameter)
+    assert optimizer.skips_on_device  # the CPU's kernel does, in every torch that is supported
+    optimizer.skips_on_device = on_device
+    parameter.grad = torch.full((4,), 2.0)
+    optimizer.step_where(torch.tensor(True))
+    before = [parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())]
+    parameter.grad = torch.full((4,), float("nan"))
+    optimizer.step_where(torch.tensor(False))
+    after = [parameter.detach(), *optimizer.state[parameter].values()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    parameter.grad = torch.full((4,), 2.0)
+    optimizer.step_where(torch.tensor(True))
+    assert optimizer.state[parameter]["step"] == 2
+
+
+def test_the_flag_makes_no_difference_to_a_step():
+    values, gradient = torch.rand(50), torch.rand(50)
+    results = []
+    for plain in (True, False):
+        parameter = nn.Parameter(values.clone())
+        optimizer = optimizer_of(parameter)
+        for _ in range(3):
+            parameter.grad = gradient.clone()
+            optimizer.step() if plain else optimizer.step_where(torch.tensor(True))
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
+def result(loss: float = 1.0, *, stop: float = 0.0, norm: float = 2.0, samples=()) -> StepResult:
+    sums = StepSums(loss=loss, tokens=10, supervised=4, stop=stop)
+    return StepResult(HostRead(torch.tensor([*sums, norm])), has_router_loss=False, bad_messages=(), samples=samples)
+
+
+def report(iteration: int, **of_result) -> StepReport:
+    return StepReport(iteration, 8 * iteration, 0.1, result(**of_result), waited=0.0)
+
+
+def reporter(lag: int, *hooks, log_interval: int = 1) -> Reporter:
+    return Reporter(log_interval=log_interval, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True,
+                    lag=lag, hooks=hooks)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_late_reading_prints_the_same_lines(lag, capsys):
+    seen = []
+    reports = reporter(lag, lambda step: seen.append(step.iteration))
+    for iteration in range(1, 6):
+        reports.add(report(iteration, loss=float(iteration)))
+        assert seen == list(range(1, iteration + 1 - lag))
+    reports.flush()
+    assert seen == [1, 2, 3, 4, 5]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("iteration ")[1].split("/")[0].strip() for line in lines] == ["1", "2", "3", "4", "5"]
+    assert [line.split(" loss: ")[1].split(" |")[0] for line in lines] == [f"{i:.6E}" for i in range(1, 6)]
+    assert "consumed samples:           24 |" in lines[2]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_stop_is_told_when_its_step_is_read(lag):
+    reports = reporter(lag)
+    told = [reports.add(report(1, stop=1.0)), reports.add(report(2)), reports.flush()]
+    assert told == [lag == 0, lag == 1, False]
+
+
+def test_skipped_and_nan_steps_are_counted(capsys):
+    reports = reporter(1, log_interval=5)
+    for iteration, values in enumerate(
+        [{}, {"loss": float("nan")}, {"norm": float("inf")}, {}, {"loss": float("inf")}], start=1
+    ):
+        reports.add(report(iteration, **values))
+    reports.flush()
+    line = capsys.readouterr().out
+    assert "number of skipped iterations:   3 | number of nan iterations:   2" in line
+
+
+def test_hook_may_end_the_run():
+    def refuse(step: StepReport) -> None:
+        raise UserError(f"step {step.iteration}")
+
+    with pytest.raises(UserError, match="step 1"):
+        reporter(0, refuse).add(report(1))
+
+
+def test_losses_of_samples_on_demand():
+    samples = (
+        SampleLosses([7, 9, 8], torch.tensor([0, 0, 2]), torch.tensor([1.0, 2.0, 4.0])),
+        SampleLosses([9], torch.tensor([0]), torch.tensor([float("nan")])),
+    )
+    losses = result(samples=samples).sample_losses()
+    assert losses.keys() == {7, 9, 8}
+    assert (losses[7], losses[8]) == (3.0, 4.0)
+    assert losses[9] != losses[9]
+
+
+def test_reporter_asks_the_device_once(monkeypatch):
+    reads = []
+    numbers = SimpleNamespace(tolist=lambda: reads.append(1) or [*StepSums(loss=1.0), 2.0])
+    outcome = StepResult(numbers, has_router_loss=False, bad_messages=())
+    assert (outcome.loss, outcome.grad_norm, outcome.router_loss, outcome.skipped) == (1.0, 2.0, None, False)
+    assert len(reads) == 1
