@@ -43,7 +43,8 @@ def shard_model(
     """
     policy = MixedPrecisionPolicy(
         param_dtype=_compute_dtype(config.param_dtype),
-        reduce_dtype=_compute_dtype(config.reduce_dtype),
+        # named in any case: for None FSDP2 sums in the type of the gradients, which is the compute type
+        reduce_dtype=DTYPES[config.reduce_dtype],
         cast_forward_inputs=config.cast_forward_inputs,
     )
     # The root and the loss head receive fp32 token weights, whose bits the loss needs.
@@ -96,7 +97,7 @@ def set_prefetch(
     Args:
         units: sharded modules in the order of forward.
         experts: sharded modules within the units, whose parameters are wanted after the unit's own, in either pass.
-        forward: modules gathered ahead in forward.
+        forward: units gathered ahead in forward, by a unit that computes before its own experts do.
         backward: modules gathered ahead in backward.
     """
     wanted = set(experts)
@@ -104,10 +105,12 @@ def set_prefetch(
     def with_experts(ordered: Sequence[nn.Module]) -> list[FSDPModule]:
         return [part for unit in ordered for part in (unit, *(m for m in unit.modules() if m in wanted))]
 
-    in_forward = with_experts(units)
-    for index, module in enumerate(in_forward):
-        if ahead := in_forward[index + 1 : index + 1 + forward]:
-            module.set_modules_to_forward_prefetch(ahead)
+    # Experts name nothing: when a layer runs forward again in backward, FSDP2 takes theirs for a first forward pass,
+    # and would gather the next layer in vain.
+    for index, unit in enumerate(units if forward else ()):
+        own, following = with_experts([unit])[1:], units[index + 1 : index + 1 + forward]
+        if ahead := [*own, *with_experts(following[:-1]), *following[-1:]]:
+            unit.set_modules_to_forward_prefetch(ahead)
     # Backward ends at the first unit that trains; what is frozen before it would be gathered for nothing. The last
     # names itself, which is at hand, for without a list FSDP2 would go on to that.
     trains = [any(parameter.requires_grad for parameter in unit.parameters()) for unit in units]

@@ -91,6 +91,15 @@ def test_reduce_dtype(hf_model, name):
     assert all(rounded) if name == "bf16" else not any(rounded)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", None), ("fp32", torch.float32)])
+def test_reduce_dtype_is_not_the_compute_type(hf_model, name, dtype):
+    """FSDP2 notes None where the sum is taken in the gradients' own type, here bf16."""
+    model, batch = sharded(hf_model, param_dtype="bf16", reduce_dtype=name)
+    loss_of(model, batch).backward()
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+    assert {group._reduce_dtype for group in groups if group is not None} == {dtype}
+
+
 @pytest.mark.parametrize("cast", [True, False])
 def test_cast_forward_inputs(hf_model, cast):
     model, batch = sharded(hf_model, param_dtype="bf16", cast_forward_inputs=cast)
