@@ -34,6 +34,7 @@ from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_che
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import (
     TRACKER,
+    WrittenFile,
     finish_directory,
     prepare_directory,
     resolve_checkpoint,
@@ -135,7 +136,7 @@ def dcp_to_hf(
                 "tensors": {name: fact for file in files for name, fact in records[file]["tensors"].items()},
             },
             overwrite=replace,
-            checksums={name: record["checksum"] for name, record in records.items()},
+            written={name: WrittenFile(record["size"], record["checksum"]) for name, record in records.items()},
         )
         journal.remove()
     _warn_of_square_experts(geometry)

@@ -9,25 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # the record type of the format itself
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from checkpoint.work import WRITE_BYTES, ByteBudget, Progress
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint import torch_archive
 from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_checksum
+from mindspeed_mm.training.checkpoint.dcp_metadata import StoredItem
+from mindspeed_mm.training.checkpoint.directory import WrittenFile
 from mindspeed_mm.training.checkpoint.hf_source import HFSource, ReadRange
 from mindspeed_mm.training.checkpoint.pieces import split_rows
 from mindspeed_mm.training.checkpoint.safetensors_io import tensor_bytes
@@ -59,7 +52,7 @@ class Piece:
 
 @dataclasses.dataclass
 class Item:
-    """A stored piece: where it lies in its file, and the checksum of its values."""
+    """A stored piece: where it lies in its file, the CRC-32 of its values, and the checksum of all its bytes there."""
 
     target: str
     first: int
@@ -67,6 +60,7 @@ class Item:
     offset: int
     length: int
     crc: int
+    checksum: str
 
 
 @dataclasses.dataclass
@@ -77,6 +71,11 @@ class FileRecord:
     checksum: str
     items: list[Item]
     reads: list[ReadRange]
+
+    @property
+    def written(self) -> WrittenFile:
+        """For the manifest."""
+        return WrittenFile(self.size, self.checksum, [(i.offset, i.length, i.checksum) for i in self.items])
 
     def to_json(self) -> dict[str, Any]:
         """As plain dictionaries and lists."""
@@ -125,10 +124,10 @@ def write_file(
             with budget.take(3 * piece.nbytes):
                 offset = stream.position
                 tensor, crc = _resolve(piece, source, reads)
-                stream.save(tensor, crc)
+                checksum = format_checksum(stream.save(tensor, crc))
                 del tensor
             length = stream.position - offset
-            items.append(Item(piece.rule.target, piece.first, piece.last - piece.first, offset, length, crc))
+            items.append(Item(piece.rule.target, piece.first, piece.last - piece.first, offset, length, crc, checksum))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(stream.position, format_checksum(stream.crc), items, reads)
@@ -154,16 +153,20 @@ class _CountingStream:
         self.position = 0
         self.crc = 0
 
-    def save(self, tensor: torch.Tensor, crc: int) -> None:
-        """Write a tensor as ``torch.save`` does; ``crc`` is the checksum of its values."""
-        if not torch_archive.fits(tensor):
+    def save(self, tensor: torch.Tensor, crc: int) -> int:
+        """Write a tensor as ``torch.save`` does, its values having the checksum ``crc``; returns that of the whole."""
+        before, start, self.crc = self.crc, self.position, 0
+        if torch_archive.fits(tensor):
+            head, tail = torch_archive.frame(tensor, crc)
+            self.write(head)
+            self._write_parts(tensor_bytes(tensor))
+            self.crc = combine(self.crc, crc, tensor.nbytes)
+            self.write(tail)
+        else:
             torch.save(tensor, self)
-            return
-        head, tail = torch_archive.frame(tensor, crc)
-        self.write(head)
-        self._write_parts(tensor_bytes(tensor))
-        self.crc = combine(self.crc, crc, tensor.nbytes)
-        self.write(tail)
+        whole = self.crc
+        self.crc = combine(before, whole, self.position - start)
+        return whole
 
     def write(self, data: Any) -> int:
         """Write any buffer; returns its length in bytes."""
@@ -183,24 +186,22 @@ class _CountingStream:
         self.position += len(view)
 
 
-def write_metadata(path: Path, files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> None:
-    """Write ``.metadata``, from which torch.distributed.checkpoint finds every piece."""
-    tensors: dict[str, TensorStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for file, pieces in files.items():
-        for piece, item in zip(pieces, records[file].items, strict=True):
-            name = PREFIX + piece.rule.target
-            entry = tensors.setdefault(
-                name,
-                TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(piece.rule.target_shape), []),
-            )
-            offsets = torch.Size([piece.first] + [0] * (len(piece.shape) - 1))
-            storage[MetadataIndex(name, offsets, len(entry.chunks))] = _StorageInfo(file, item.offset, item.length)
-            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.shape)))
-    # The default planner records how a nested state dict was flattened; ours is flat.
-    planner_data = {name: (name,) for name in tensors}
-    metadata = Metadata(tensors, planner_data=planner_data, storage_data=storage)
-    path.write_bytes(pickle.dumps(metadata, protocol=4))
+def stored_items(files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> list[StoredItem]:
+    """All pieces, where they lie."""
+    return [
+        StoredItem(
+            name=PREFIX + piece.rule.target,
+            dtype=piece.dtype,
+            whole=piece.rule.target_shape,
+            offsets=(piece.first, *[0] * (len(piece.shape) - 1)),
+            shape=piece.shape,
+            file=file,
+            offset=item.offset,
+            length=item.length,
+        )
+        for file, pieces in files.items()
+        for piece, item in zip(pieces, records[file].items, strict=True)
+    ]
 
 
 def tensor_facts(files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> dict[str, dict[str, Any]]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from checkpoint.dcp_writer import FileRecord, Piece, plan_files, tensor_facts, write_file, write_metadata
+from checkpoint.dcp_writer import FileRecord, Piece, plan_files, stored_items, tensor_facts, write_file
 from checkpoint.journal import Journal
 from checkpoint.work import ByteBudget, Progress, check_disk_space, default_workers, format_bytes, run_parallel
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.weight_map import WEIGHT_MAP_VERSION
+from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, write_metadata
 from mindspeed_mm.training.checkpoint.directory import (
     RELEASE,
     finish_directory,
@@ -26,6 +27,8 @@ from mindspeed_mm.training.checkpoint.hf_source import HFSource
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _SPARE_BYTES = 16 << 20  # for metadata and manifest
+_RECORDS_VERSION = 2
+"""Counts up when the journal's records get another form, so that those of an older program are not believed."""
 
 
 def hf_to_dcp(
@@ -77,7 +80,7 @@ def hf_to_dcp(
         records = {name: FileRecord.from_json(record) for name, record in journal.resume().items()}
         dropped_reads = source.check_dropped()
         _write_files(partial, files, source, records, journal, workers or default_workers())
-        write_metadata(partial / ".metadata", files, records)
+        write_metadata(partial / METADATA, stored_items(files, records))
         reads = [read for record in records.values() for read in record.reads] + dropped_reads
         finish_directory(
             partial,
@@ -98,7 +101,7 @@ def hf_to_dcp(
                 "tensors": tensor_facts(files, records),
             },
             overwrite=overwrite,
-            checksums={name: record.checksum for name, record in records.items()},
+            written={name: record.written for name, record in records.items()},
         )
         return _point_to(root, target, journal)
 
@@ -146,7 +149,8 @@ def _fingerprint(source: HFSource, files: dict[str, list[Piece]]) -> str:
     pieces = [
         [name, [[p.rule.target, p.first, p.last, str(p.dtype)] for p in pieces]] for name, pieces in files.items()
     ]
-    facts: list[Any] = [source.fingerprint(), source.layout, WEIGHT_MAP_VERSION, torch.__version__, pieces]
+    versions = [WEIGHT_MAP_VERSION, _RECORDS_VERSION, torch.__version__]
+    facts: list[Any] = [source.fingerprint(), source.layout, versions, pieces]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

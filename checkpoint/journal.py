@@ -13,7 +13,8 @@ from typing import Any
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
-from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest, write_atomically
+from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest
+from mindspeed_mm.training.checkpoint.files import write_atomically
 
 _PLAN = "plan.json"
 

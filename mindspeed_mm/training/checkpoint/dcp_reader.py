@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
+from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, read_metadata
 from mindspeed_mm.training.checkpoint.safetensors_io import read_tensor
 
 
@@ -66,16 +66,11 @@ class DcpReader:
             UserError: if ``.metadata`` is missing, unreadable or another one than recorded.
         """
         self.path = path
-        recorded = (manifest or {"files": {}})["files"].get(".metadata")
-        if recorded and file_checksum(path / ".metadata") != recorded["checksum"]:
-            raise UserError(f"{path / '.metadata'} has another checksum than recorded; restore it or make it again")
-        try:
-            self._metadata = FileSystemReader(path).read_metadata()
-            entries = self._metadata.state_dict_metadata
-        except FileNotFoundError as error:
-            raise UserError(f"{path} has no .metadata, so it is no distributed checkpoint") from error
-        except Exception as error:  # unpickling damaged bytes raises almost anything
-            raise UserError(f"{path / '.metadata'} cannot be read ({type(error).__name__}: {error})") from error
+        recorded = (manifest or {"files": {}})["files"].get(METADATA)
+        if recorded and file_checksum(path / METADATA) != recorded["checksum"]:
+            raise UserError(f"{path / METADATA} has another checksum than recorded; restore it or make it again")
+        self._metadata = read_metadata(path / METADATA)
+        entries = self._metadata.state_dict_metadata
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in entries.items()

@@ -5,7 +5,8 @@ ROOT/latest_checkpointed_iteration.txt     "release" or an iteration number; wri
 ROOT/release/ or ROOT/iter_0000010/
     .metadata  *.distcp                    PyTorch distributed checkpoint
     manifest.json                          sizes and checksums of all files, and facts about the content
-ROOT/.release.partial/                     a checkpoint that is being written, or whose writer died
+ROOT/.iter_0000010.partial/                a checkpoint that is being written, or whose writer died
+ROOT/.iter_0000010.replaced/               the one that had this name before, while another takes its place
 ```
 A directory is written under a hidden name beside its place, flushed to disk, given its manifest and only then renamed.
 So a directory without a manifest is not a checkpoint, and a crash at any moment leaves either nothing or all of it.
@@ -15,22 +16,47 @@ This module imports no torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
+from mindspeed_mm.training.checkpoint.files import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    make_directory,
+    remove,
+    set_mode,
+    sync_directory,
+    sync_file,
+    write_atomically,
+)
 
 RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 _HASH_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenFile:
+    """A file that its writer has flushed to disk and summed.
+
+    Attributes:
+        size: in bytes.
+        checksum: of the whole.
+        items: (offset, length, checksum) of each part that is read by itself; empty where these are not known.
+    """
+
+    size: int
+    checksum: str
+    items: Sequence[tuple[int, int, str]] = ()
 
 
 def iteration_name(iteration: int) -> str:
@@ -68,17 +94,6 @@ def write_tracker(root: str | os.PathLike[str], value: str | int) -> None:
     write_atomically(Path(root) / TRACKER, str(value).encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by rename, so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
-
-
 def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     """The checkpoint directory that the tracker in ``root`` points to.
 
@@ -95,6 +110,8 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
             "(step 2: mm-convert) or wait for training to save one"
         )
     path = root / checkpoint_name(value)
+    if not path.is_dir() and replaced_name(path).is_dir():
+        return replaced_name(path)  # a writer was killed while it put another in its place
     if not path.is_dir():
         raise UserError(f"{root / TRACKER} points to {path.name}, which is missing; restore it or correct the tracker")
     return path
@@ -103,6 +120,11 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
 def partial_name(target: Path) -> Path:
     """Where ``target`` lies until it is complete."""
     return target.with_name(f".{target.name}.partial")
+
+
+def replaced_name(target: Path) -> Path:
+    """Where ``target`` lies while another takes its place."""
+    return target.with_name(f".{target.name}.replaced")
 
 
 def prepare_directory(target: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> Path:
@@ -121,8 +143,9 @@ def prepare_directory(target: str | os.PathLike[str], *, overwrite: bool = False
         raise UserError(f"{target} exists; pass --overwrite to replace it, or name another directory")
     partial = partial_name(target)
     if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+    make_directory(target.parent)
+    make_directory(partial)
     return partial
 
 
@@ -132,7 +155,7 @@ def finish_directory(
     metadata: Mapping[str, Any],
     *,
     overwrite: bool = False,
-    checksums: Mapping[str, str] | None = None,
+    written: Mapping[str, WrittenFile] | None = None,
 ) -> None:
     """Flush ``partial`` to disk, write its manifest and rename it to ``target``; for one process, after all wrote.
 
@@ -141,29 +164,75 @@ def finish_directory(
         target: final place.
         metadata: JSON-able facts about the content, kept under ``metadata`` in the manifest.
         overwrite: replace an existing ``target``.
-        checksums: checksums that are known already, by relative file name; all others are computed here.
+        written: files that are on the disk and known already, by relative name; all others are flushed and summed here.
+
+    Raises:
+        UserError: if a file of ``written`` is missing or of another size; if ``target`` exists and may not be replaced.
     """
-    target, known = Path(target), dict(checksums or {})
+    target, known = Path(target), dict(written or {})
     (partial / MANIFEST).unlink(missing_ok=True)
     names = _files_below(partial)
+    _check_written(partial, known)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        found = pool.map(lambda name: known.get(name) or file_checksum(partial / name), names)
-        known = dict(zip(names, found, strict=True))
-        list(pool.map(lambda name: _sync_file(partial / name), names))
-    files = {name: {"size": (partial / name).stat().st_size, "checksum": known[name]} for name in names}
-    manifest = {"format": MANIFEST_FORMAT, "files": files, "metadata": dict(metadata)}
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-    for directory in {(partial / name).parent for name in names}:
-        _sync_directory(directory)
-    replaced = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        if not overwrite:
-            raise UserError(f"{target} exists; pass --overwrite to replace it, or name another directory")
+        entries = list(pool.map(lambda name: known.get(name) or _flush_and_sum(partial / name), names))
+    files = {name: _manifest_entry(entry) for name, entry in zip(names, entries, strict=True)}
+    directories = {parent for name in names for parent in (partial / name).parents if parent.is_relative_to(partial)}
+    for path, mode in [(partial / name, FILE_MODE) for name in names] + [(d, DIRECTORY_MODE) for d in directories]:
+        set_mode(path, mode)
+    write_atomically(partial / MANIFEST, _manifest_text(files, metadata).encode())
+    for directory in directories:
+        sync_directory(directory)
+    _put_in_place(partial, target, overwrite=overwrite)
+
+
+def _put_in_place(partial: Path, target: Path, *, overwrite: bool) -> None:
+    replaced = replaced_name(target)
+    if not target.exists():
+        os.rename(partial, target)
+    elif overwrite:
+        remove(replaced)
         os.rename(target, replaced)
-    os.rename(partial, target)
-    _sync_directory(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            os.rename(replaced, target)
+            raise
+    else:
+        raise UserError(f"{target} exists; pass --overwrite to replace it, or name another directory")
+    sync_directory(target.parent)
+    remove(replaced)
+
+
+def _check_written(partial: Path, written: Mapping[str, WrittenFile]) -> None:
+    for name, entry in written.items():
+        try:
+            size = (partial / name).stat().st_size
+        except FileNotFoundError:
+            raise UserError(
+                f"{partial / name} was written by another process and is not to be seen here; the directory must lie "
+                "on a file system that all machines share"
+            ) from None
+        if size != entry.size:
+            raise UserError(f"{partial / name} has {size} bytes instead of {entry.size}; does something else write it?")
+
+
+def _flush_and_sum(path: Path) -> WrittenFile:
+    sync_file(path)
+    return WrittenFile(path.stat().st_size, file_checksum(path))
+
+
+def _manifest_entry(file: WrittenFile) -> dict[str, Any]:
+    entry: dict[str, Any] = {"size": file.size, "checksum": file.checksum}
+    if file.items:
+        entry["items"] = [list(item) for item in file.items]
+    return entry
+
+
+def _manifest_text(files: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """JSON with a line for each file, which may have thousands of items."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
+    facts = json.dumps(dict(metadata), indent=1)
+    return f'{{\n "format": {MANIFEST_FORMAT},\n "metadata": {facts},\n "files": {{\n{lines}\n }}\n}}\n'
 
 
 @contextlib.contextmanager
@@ -181,7 +250,7 @@ def commit_directory(
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
     finish_directory(partial, target, metadata, overwrite=overwrite)
 
@@ -248,17 +317,3 @@ def verify_directory(path: str | os.PathLike[str], *, checksums: bool = False) -
 
 def _files_below(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    # Some network file systems refuse to open or sync a directory; the rename itself has happened then.
-    with contextlib.suppress(OSError):
-        _sync_file(path)

@@ -68,7 +68,7 @@ def test_known_checksums_are_taken(tmp_path: Path) -> None:
     partial = d.prepare_directory(tmp_path / "release")
     (partial / "a").write_bytes(b"a")
     (partial / "b").write_bytes(b"b")
-    d.finish_directory(partial, tmp_path / "release", {}, checksums={"a": file_checksum(partial / "a")})
+    d.finish_directory(partial, tmp_path / "release", {}, written={"a": d.WrittenFile(1, file_checksum(partial / "a"))})
     d.verify_directory(tmp_path / "release", checksums=True)
 
 

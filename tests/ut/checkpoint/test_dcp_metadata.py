@@ -1,0 +1,89 @@
+"""``.metadata``: readable by torch and by us whoever wrote it, and never a way to run code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, StoredItem, read_metadata, write_metadata
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+
+
+class Malicious:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_torchs_own_file_is_read(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3, 4, dtype=torch.bfloat16), "b": torch.tensor(2.0), "other": {"kind": "text"}}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    ours, theirs = read_metadata(tmp_path / METADATA), dcp.FileSystemReader(tmp_path).read_metadata()
+    assert ours.state_dict_metadata == theirs.state_dict_metadata and ours.storage_data == theirs.storage_data
+    assert DcpReader(tmp_path).tensors == {"a": ((3, 4), torch.bfloat16), "b": ((), torch.float32)}
+
+
+def test_torch_reads_ours(tmp_path: Path) -> None:
+    items = [StoredItem("x", torch.float32, (4, 2), (row, 0), (2, 2), "__0_0.distcp", row, 10) for row in (0, 2)]
+    write_metadata(tmp_path / METADATA, items)
+    theirs = dcp.FileSystemReader(tmp_path).read_metadata()
+    assert theirs.storage_data == read_metadata(tmp_path / METADATA).storage_data
+    assert [chunk.offsets for chunk in theirs.state_dict_metadata["x"].chunks] == [(0, 0), (2, 0)]
+    assert (tmp_path / METADATA).stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("place", ["whole", "planner_data", "state", "storage"])
+def test_malicious_pickle_runs_nothing(tmp_path: Path, place: str) -> None:
+    trap, path = Malicious(tmp_path / "proof"), tmp_path / METADATA
+    content = {
+        "whole": trap,
+        "planner_data": Metadata({}, planner_data={"x": trap}, storage_data={}),
+        "state": Metadata({"x": trap}, planner_data={}, storage_data={}),
+        "storage": Metadata({}, planner_data={}, storage_data={"x": trap}),
+    }[place]
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"asks for posix.mkdir.*not run.*trust"):
+        DcpReader(tmp_path)
+    assert not trap.path.exists()
+    pickle.loads(path.read_bytes())  # as torch's own reader does: the file is a real trap
+    assert trap.path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), pickle.dumps(Metadata(None))])
+def test_damage_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / METADATA).write_bytes(content)
+    with pytest.raises(UserError, match=r"\.metadata .*make the checkpoint again") as caught:
+        read_metadata(tmp_path / METADATA)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no distributed checkpoint"):
+        read_metadata(tmp_path / METADATA)
+
+
+def test_malicious_piece_runs_nothing(tmp_path: Path) -> None:
+    """A stored tensor is a pickle too."""
+    dcp.save({"a": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    info = next(iter(read_metadata(tmp_path / METADATA).storage_data.values()))
+    trap = Malicious(tmp_path / "proof")
+    torch.save({"a": trap}, tmp_path / info.relative_path)
+    metadata = read_metadata(tmp_path / METADATA)
+    next(iter(metadata.storage_data.values())).length = (tmp_path / info.relative_path).stat().st_size
+    (tmp_path / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="cannot be read"):
+        DcpReader(tmp_path).read("a")
+    assert not trap.path.exists()
+    torch.load(tmp_path / info.relative_path, weights_only=False)
+    assert trap.path.exists()
