@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes; 0: this process")
     parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a packed micro-batch")
-    parser.add_argument("--tokens-per-sample", type=int, default=457,
-                        help="of the data to plan for (benchmarks/data_packing.py's mix has 457)")
+    parser.add_argument("--tokens-per-sample", type=int, default=480,
+                        help="of the data to plan for (benchmarks/data_packing.py's mix has 480)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

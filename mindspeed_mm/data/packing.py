@@ -14,13 +14,11 @@ import numpy as np
 
 from mindspeed_mm.data.sampler import SampleStream, permutation
 
-_LENGTHS_TRIED = 48  # lengths next below what is left of a pack that are weighed against each other
-_VISION_WEIGHT = 0.15  # of a share of vision cost too much or too little, against a share of the budget left empty
 _MEAN = 10**9  # a rank's mean cost, in whole numbers: their sums are the same on every machine, those of floats are not
 _EVEN_ENOUGH = _MEAN * 15 // 1000  # of the mean that a rank may have too much
 _PARTNERS = 8  # ranks with the least cost that the worst rank may exchange with
 _MOST_EXCHANGES = 400
-_RESERVE = 0.01  # of the budget, left empty so that samples can change places between packs
+_MUCH_FEWER = 0.997  # of the packs: for less it is not worth having packs of equal samples, which balance badly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +65,9 @@ class Packs:
 def pack(costs: Costs, *, budget: int, seed: int) -> Packs:
     """Group all samples into packs of at most ``budget`` tokens.
 
-    A pack starts with samples in random order; the last of it are chosen so that the budget is filled, and that the
-    pack's share of vision is near that of the whole data set.
+    Samples are taken in random order, and the gap that a pack is left with is closed by the two of all remaining
+    samples that fit it best. That leaves next to nothing empty where a pack holds several samples. Where it holds two,
+    best fit by falling length does better, and is taken.
 
     Args:
         costs: of the samples; no text cost may exceed ``budget``.
@@ -84,71 +83,123 @@ def pack(costs: Costs, *, budget: int, seed: int) -> Packs:
     if len(costs.text) and costs.text.max() > budget:
         raise ValueError(f"a sample of {costs.text.max()} tokens exceeds the budget of {budget}")
     order = permutation(len(costs.text), seed=seed, epoch=None)
-    shelf = _Shelf(costs, order)
-    target = budget * float(costs.vision.sum()) / max(1.0, float(costs.text.sum()))
-    typical = 2 * float(costs.text.mean()) if len(costs.text) else 0.0
+    members, sorted_members = _close_gaps(costs.text, order, budget), _best_fit(costs.text, order, budget)
+    if len(sorted_members) < len(members) * _MUCH_FEWER:
+        members = sorted_members
+    of = np.repeat(np.arange(len(members)), [len(chosen) for chosen in members])
+    samples = np.array([sample for chosen in members for sample in chosen], dtype=np.int64)
+    text, vision = (np.zeros(len(members), dtype=np.int64) for _ in range(2))
+    np.add.at(text, of, costs.text[samples])
+    np.add.at(vision, of, costs.vision[samples])
+    return Packs(members, Costs(text, vision), budget)
+
+
+def _close_gaps(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
+    """Packs of samples in the given order, their gaps closed with the one or two samples that fit best."""
+    shelf = _Shelf(lengths, order, budget)
+    wide = 2 * float(lengths.mean()) if len(lengths) else 0.0
     members: list[list[int]] = []
-    untaken = (sample for sample in order.tolist() if not shelf.taken[sample])
-    following = next(untaken, None)
-    while following is not None:
-        chosen, room, vision = [], round(budget * (1 - _RESERVE)), 0
-        sample: int | None = following
-        while sample is not None:
-            shelf.take(sample)
-            chosen.append(sample)
-            room -= shelf.text[sample]
-            vision += shelf.vision[sample]
-            if following is not None and shelf.taken[following]:
-                following = next(untaken, None)
-            if following is not None and room >= typical and shelf.text[following] <= room:
-                sample = following  # far from full: whatever comes next in the random order
-            else:
-                sample = shelf.best(room, budget=budget, vision_left=target - vision, target=target)
+    while (following := shelf.following()) is not None:
+        chosen, room = [shelf.take(following)], budget - shelf.lengths[following]
+        while room > 0:
+            following = shelf.following()
+            if following is not None and room >= wide and shelf.lengths[following] <= room:
+                chosen.append(shelf.take(following))  # far from full: whatever comes next
+                room -= shelf.lengths[following]
+                continue
+            fitting = shelf.best(room)
+            if not fitting:
+                break
+            chosen += [shelf.take(shelf.first_of(length)) for length in fitting]
+            room -= sum(fitting)
         members.append(chosen)
-    text = np.array([sum(shelf.text[sample] for sample in chosen) for chosen in members], dtype=np.int64)
-    patches = np.array([sum(shelf.vision[sample] for sample in chosen) for chosen in members], dtype=np.int64)
-    return Packs(members, Costs(text, patches), budget)
+    return members
+
+
+def _best_fit(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
+    """Packs by best fit: the longest sample first, each into the fullest pack that has room; equals in order."""
+    members: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # room left -> packs with it
+    rooms: list[int] = []  # its keys, sorted
+    by_length = order[np.argsort(-lengths[order], kind="stable")]
+    for sample, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
+        place = bisect.bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            number = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+            members[number].append(sample)
+        else:
+            room, number = budget, len(members)
+            members.append([sample])
+        left = room - length
+        if left:
+            if left not in with_room:
+                with_room[left] = []
+                bisect.insort(rooms, left)
+            with_room[left].append(number)
+    return members
 
 
 class _Shelf:
-    """Samples that are in no pack yet, by length and then by vision cost; of equals, the first in the order."""
+    """Samples that are in no pack yet.
 
-    def __init__(self, costs: Costs, order: np.ndarray) -> None:
-        self.text, self.vision = costs.text.tolist(), costs.vision.tolist()
-        self.taken = [False] * len(self.text)
-        self._slots: dict[int, dict[int, list[int]]] = {}
-        for sample in reversed(order.tolist()):
-            self._slots.setdefault(self.text[sample], {}).setdefault(self.vision[sample], []).append(sample)
-        self._lengths = sorted(self._slots)
+    Which lengths are there is kept in the bits of two integers, so that looking for two lengths of a given sum is a few
+    operations on them: bit n of ``_there`` is set while a sample of n tokens is left, and bit budget - n of
+    ``_mirrored``.
+    """
 
-    def take(self, sample: int) -> None:
-        self.taken[sample] = True
+    def __init__(self, lengths: np.ndarray, order: np.ndarray, budget: int) -> None:
+        self.lengths = lengths.tolist()
+        self._budget = budget
+        self._order = order.tolist()
+        self._next = 0
+        self._taken = bytearray(len(self.lengths))
+        self._left = np.bincount(lengths, minlength=budget + 1).tolist()
+        self._slots: dict[int, list[int]] = {}
+        for sample in reversed(self._order):
+            self._slots.setdefault(self.lengths[sample], []).append(sample)
+        self._there = sum(1 << length for length in self._slots)
+        self._mirrored = sum(1 << budget - length for length in self._slots)
 
-    def best(self, room: int, *, budget: int, vision_left: float, target: float) -> int | None:
-        """The sample that leaves least of ``room`` and of the vision still wanted; None if none fits."""
-        best, best_cost = None, float("inf")
-        end = bisect.bisect_right(self._lengths, room)
-        tried = 0
-        for place in range(end - 1, -1, -1):
-            length = self._lengths[place]
-            left = (room - length) / budget
-            if left >= best_cost or tried >= _LENGTHS_TRIED:
-                break
-            slots = self._slots[length]
-            for vision in list(slots):
-                while slots[vision] and self.taken[slots[vision][-1]]:
-                    slots[vision].pop()
-                if not slots[vision]:
-                    del slots[vision]
-                    continue
-                cost = left + (_VISION_WEIGHT * abs(vision_left - vision) / target if target else 0.0)
-                if cost < best_cost:
-                    best, best_cost = slots[vision][-1], cost
-            if slots:
-                tried += 1
-            else:
-                del self._lengths[place], self._slots[length]
-        return best
+    def following(self) -> int | None:
+        """The next sample in the order; None if there is none left."""
+        while self._next < len(self._order) and self._taken[self._order[self._next]]:
+            self._next += 1
+        return self._order[self._next] if self._next < len(self._order) else None
+
+    def first_of(self, length: int) -> int:
+        """The first sample of this length in the order; there must be one."""
+        slot = self._slots[length]
+        while self._taken[slot[-1]]:
+            slot.pop()
+        return slot[-1]
+
+    def take(self, sample: int) -> int:
+        """Take a sample off the shelf and return it."""
+        length = self.lengths[sample]
+        self._taken[sample] = 1
+        self._left[length] -= 1
+        if not self._left[length]:
+            self._there ^= 1 << length
+            self._mirrored ^= 1 << self._budget - length
+        return sample
+
+    def best(self, room: int) -> tuple[int, ...]:
+        """Lengths of the one or two samples that leave least of ``room``; of equal pairs, the most alike."""
+        one = (self._there & (1 << room + 1) - 1).bit_length() - 1
+        if one < 0:
+            return ()
+        for total in range(room, one, -1):
+            # bit n: there is a sample of n tokens, at most half of the total, and one of total - n
+            pairs = self._there & self._mirrored >> self._budget - total & (1 << total // 2 + 1) - 1
+            if not total % 2 and self._left[total // 2] < 2:
+                pairs &= ~(1 << total // 2)
+            if pairs:
+                shorter = pairs.bit_length() - 1
+                return total - shorter, shorter
+        return (one,)
 
 
 def spread(packs: Sequence[list[int]], costs: Costs, *, budget: int, ranks: int) -> list[list[list[int]]]:
