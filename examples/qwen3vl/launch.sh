@@ -41,20 +41,24 @@ summarise() {
         /elapsed time per iteration/ {
             time[++lines] = field("elapsed time per iteration")
             tokens[lines] = field("tokens per sample")
+            packed[lines] = field("samples per iteration") # with packing: more than the batch size counts
         }
         END {
             if (!lines) exit
             first = 51; last = 150
             if (lines < last) { last = lines; first = 1 + int((lines + 9) / 10); if (first > last) first = last }
             for (line = first; line <= last; line++) {
-                count++; milliseconds += time[line]; length_sum += tokens[line]; if (tokens[line] == "") unknown = 1
+                now = packed[line] == "" ? samples : packed[line]
+                count++; milliseconds += time[line]; sample_sum += now; token_sum += now * tokens[line]
+                if (tokens[line] == "") unknown = 1
             }
             mean = milliseconds / count
-            rate = mean > 0 ? samples * 1000 / mean : 0
+            rate = mean > 0 ? sample_sum * 1000 / milliseconds : 0
+            token_rate = mean > 0 ? token_sum * 1000 / milliseconds : 0
             printf "Elapsed Time Per iteration: %.1f\n", mean
             printf "Average Samples per Second: %.3f\n", rate
             if (unknown) print "Consumed Tokens per Second: unknown (add --log-tps)"
-            else printf "Consumed Tokens per Second: %.3f\n", rate * length_sum / count
+            else printf "Consumed Tokens per Second: %.3f\n", token_rate
         }' "$1"
 }
 

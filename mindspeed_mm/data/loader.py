@@ -37,17 +37,21 @@ class StepBatches:
         bad: file, sample and reason of each sample that could not be used; a stub stands in for it.
         dropped: samples that the length rule left out while training (``preprocess_on_fly``, ``streaming``).
         tokens: of all micro-batches, before they are split within a context-parallel group.
+        samples: conversations in all micro-batches.
     """
 
     batches: list[Batch]
     bad: tuple[str, ...] = ()
     dropped: int = 0
     tokens: int = -1
+    samples: int = -1
 
     def __post_init__(self) -> None:
-        """Count the tokens while the micro-batches are whole."""
+        """Count tokens and samples while the micro-batches are whole."""
         if self.tokens < 0:
             object.__setattr__(self, "tokens", sum(batch.num_tokens for batch in self.batches))
+        if self.samples < 0:
+            object.__setattr__(self, "samples", sum(len(batch.sample_ids) for batch in self.batches))
 
 
 def _stub(index: int) -> Sample:

@@ -15,7 +15,7 @@ class IntervalStats:
     loss_sum: float = 0.0
     router_loss_sum: float | None = None
     tokens: int = 0
-    samples: int = 0
+    samples: int = 0  # conversations; with packing more than --global-batch-size counts
     skipped: int = 0
     nan: int = 0
     waited: float = 0.0
@@ -63,6 +63,7 @@ def format_line(
     global_batch_size: int,
     grad_norm: float | None,
     log_tokens: bool,
+    log_samples: bool = False,
     now: datetime.datetime | None = None,
 ) -> str:
     """The log line of an interval.
@@ -71,11 +72,12 @@ def format_line(
         stats: the interval.
         iteration: last iteration of the interval, from 1.
         train_iters: number of iterations of the whole run.
-        consumed_samples: samples consumed since the run began, over restarts.
+        consumed_samples: samples consumed since the run began, over restarts; with packing, sequences.
         learning_rate: that the last iteration used.
-        global_batch_size: samples per iteration.
+        global_batch_size: samples per iteration; with packing, sequences.
         grad_norm: of the last iteration, None where it was not computed.
         log_tokens: whether to add the mean number of tokens, text and vision, of a sample (``--log-tps``).
+        log_samples: whether to add the mean number of samples of an iteration, which packing makes vary.
         now: time stamp, the present by default.
     """
     now = now or datetime.datetime.now()
@@ -87,6 +89,8 @@ def format_line(
         f"learning rate: {learning_rate:.6E}",
         f"global batch size: {global_batch_size:5d}",
     ]
+    if log_samples:
+        fields.append(f"samples per iteration: {stats.samples / max(1, stats.iterations):.1f}")
     if log_tokens:
         fields.append(f"tokens per sample: {stats.tokens / max(1, stats.samples):.6E}")
     fields.append(f"loss: {stats.loss:.6E}")

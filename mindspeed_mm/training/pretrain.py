@@ -119,6 +119,7 @@ def _run(
         router_balance=_router_balance(recipe, geometry),
         eval_loader=eval_loader,
         bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
+        packed=recipe.data.dataset_param.basic_parameters.packs,
         checkpoint_metadata=recipe.checkpoint_metadata(),
     ).train()
     peak = backend.peak_memory_bytes() / 2**30

@@ -48,15 +48,20 @@ class Reporter:
         train_iters: int,
         global_batch_size: int,
         log_tokens: bool,
+        log_samples: bool = False,
         is_main: bool,
         lag: int,
         hooks: tuple[StepHook, ...] = (),
     ) -> None:
-        """``lag``: steps that may be on their way when another is read; 0 reads each at once."""
+        """``lag``: steps that may be on their way when another is read; 0 reads each at once.
+
+        ``log_samples``: packing makes the number of samples vary; count and log them instead of the batch size.
+        """
         self.log_interval = log_interval
         self.train_iters = train_iters
         self.global_batch_size = global_batch_size
         self.log_tokens = log_tokens
+        self.log_samples = log_samples
         self.is_main = is_main
         self.lag = lag
         self.hooks = hooks
@@ -100,7 +105,7 @@ class Reporter:
             loss=loss,
             router_loss=result.router_loss,
             tokens=result.tokens,
-            samples=self.global_batch_size,
+            samples=result.sample_count if self.log_samples else self.global_batch_size,
             skipped=result.skipped,
             nan=not math.isfinite(loss),
             waited=report.waited,
@@ -121,5 +126,6 @@ class Reporter:
             global_batch_size=self.global_batch_size,
             grad_norm=report.result.grad_norm,
             log_tokens=self.log_tokens,
+            log_samples=self.log_samples,
         )
         print(line, flush=True)

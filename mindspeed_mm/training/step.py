@@ -25,6 +25,7 @@ class StepSums(NamedTuple):
         router_loss: what the auxiliary loss adds to it, coefficient included.
         tokens: text and vision tokens.
         supervised: tokens that the loss counts.
+        samples: conversations.
         bad: samples that could not be used.
         stop: processes that were asked to stop.
         teraflop: 10^12 floating-point operations of forward and backward.
@@ -34,6 +35,7 @@ class StepSums(NamedTuple):
     router_loss: float = 0.0
     tokens: float = 0.0
     supervised: float = 0.0
+    samples: float = 0.0
     bad: float = 0.0
     stop: float = 0.0
     teraflop: float = 0.0
@@ -139,6 +141,11 @@ class StepResult:
     def supervised(self) -> int:
         """Tokens that the loss counts."""
         return round(self._values.sums.supervised)
+
+    @property
+    def sample_count(self) -> int:
+        """Conversations of the step."""
+        return round(self._values.sums.samples)
 
     @property
     def bad(self) -> int:

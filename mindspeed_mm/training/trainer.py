@@ -58,11 +58,14 @@ class Trainer:
         router_balance: RouterBalance | None = None,
         eval_loader: Iterable[StepBatches] | None = None,
         bad_samples: BadSamples | None = None,
+        packed: bool = False,
         checkpoint_metadata: dict[str, Any] | None = None,
         step_hooks: Sequence[StepHook] = (),
         stop_requested: Callable[[], bool] | None = None,
     ) -> None:
-        """``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank before it.
+        """``packed``: steps vary in their number of samples, so the log counts them.
+
+        ``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank before it.
 
         A run that any rank was asked to stop saves and ends on all of them after the same step.
         """
@@ -90,6 +93,7 @@ class Trainer:
             train_iters=args.train_iters,
             global_batch_size=args.global_batch_size,
             log_tokens=args.log_tps,
+            log_samples=packed,
             is_main=layout.is_main,
             lag=1 if backend.is_accelerator else 0,
             hooks=(self._check_samples, *step_hooks),
@@ -150,6 +154,7 @@ class Trainer:
         return StepSums(
             tokens=data.tokens * share,
             supervised=supervised * share,
+            samples=data.samples * share,
             bad=len(data.bad) * share,
             stop=float(self.stop_requested()),
         )

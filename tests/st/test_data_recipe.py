@@ -31,6 +31,12 @@ def test_packing_at_another_world_size_and_resumed(place):  # noqa: F811
     found = re.search(r"data: 96 samples in (\d+) packs of up to 256 tokens, (\S+)% full", output)
     assert found and 24 > int(found[1]) > 6 and float(found[2]) > 85  # six steps run into the second epoch
     assert re.search(r"\| data wait: \d+\.\d% \|$", output, re.MULTILINE)
+    assert re.search(r"data: \S+mllm_format_digits_train.json: 96 records, 96 kept whole", output)
+    counted = [float(value) for value in re.findall(r"samples per iteration: (\S+) \|", output)]
+    assert len(counted) == 6 and 96 <= sum(counted) <= 96 * 2 and "global batch size:     4 |" in output
+    milliseconds = [float(value) for value in re.findall(r"per iteration \(ms\): (\S+) \|", output)]
+    rate = 1000 * sum(counted[1:]) / sum(milliseconds[1:])  # the first iteration is warm-up
+    assert float(re.search(r"Average Samples per Second: (\S+)", output)[1]) == pytest.approx(rate, rel=1e-2)
     layout = {"MM_DATA": file, "MBS": "1", "GRAD_ACC_STEP": "2", "NPUS_PER_NODE": "2", "NUM_WORKERS": "1"}
     (place / "packed/latest_checkpointed_iteration.txt").write_text("3")
     second = logged(train(place, "packed", load="packed", **layout))

@@ -226,6 +226,17 @@ def test_summary_averages_lines_51_to_150(workplace, tmp_path):
     assert written == log.read_text()
 
 
+def test_summary_counts_packed_samples(workplace, tmp_path):
+    """With packing a line says how many samples an iteration had, and the batch size does not."""
+    log = tmp_path / "log"
+    log.write_text("".join(
+        _log_line(200.0, tokens).replace("| tokens", f"| samples per iteration: {samples:.1f} | tokens")
+        for samples, tokens in ((1.0, 1.0), (30.0, 100.0), (50.0, 60.0))
+    ))
+    lines = _launch(workplace, FAKE_LOG=log).stdout.splitlines()
+    assert lines[-2:] == ["Average Samples per Second: 200.000", "Consumed Tokens per Second: 15000.000"]
+
+
 def test_summary_of_a_short_run_leaves_out_the_warm_up(workplace, tmp_path):
     log = tmp_path / "log"
     log.write_text(_log_line(5000.0) + "something else\n" + _log_line(100.0) * 4)

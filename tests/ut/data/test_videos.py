@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,18 @@ from mindspeed_mm.data.videos import (
     VideoSettings,
     clip_layout,
     clip_patches,
+    clip_shape,
     clip_size,
     frame_indices,
     read_video_settings,
-    slice_seconds,
 )
 from mindspeed_mm.errors import UserError
 from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_checkpoint
+from tests.helpers.video_processor import PROCESSOR, SAMPLED
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageSettings(1024, 1 << 20, 16, 2, 2, PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255))
 UNLIMITED = 1 << 40
-PROCESSOR = {"size": {"shortest_edge": 4096, "longest_edge": 25165824}, "patch_size": 16, "merge_size": 2,
-             "temporal_patch_size": 2, "min_frames": 4, "max_frames": 768, "image_mean": [0.5] * 3,
-             "image_std": [0.5] * 3}
 
 
 def limits(*, frame: tuple[int, int] = (0, UNLIMITED), volume: tuple[int, int] = (4096, 25165824), fps: float = 2.0,
@@ -58,21 +58,6 @@ def write_video(path: Path, *, frames: int, fps: int = 10, size: tuple[int, int]
 
 def module() -> Any:
     return pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
-
-
-def test_frames_equal_the_reference() -> None:
-    generator = np.random.default_rng(0)
-    ours = limits(frames=(4, 64))
-    sampler = types.SimpleNamespace(fps=2, min_frames=4, max_frames=64, num_frames=None)
-    try:
-        sample = module().Qwen3VLVideoProcessor.sample_frames
-    except ImportError:
-        pytest.skip("this transformers hides the processor where torchvision is missing")
-    for _ in range(300):
-        total, fps = int(generator.integers(1, 3000)), float(generator.choice([1, 7.5, 24, 30000 / 1001, 60]))
-        metadata = types.SimpleNamespace(total_num_frames=total, fps=fps)
-        expected = sample(sampler, metadata, fps=2.0)
-        assert frame_indices(total, fps, ours).tolist() == np.asarray(expected).tolist()
 
 
 def test_sizes_equal_the_reference() -> None:
@@ -102,13 +87,6 @@ def test_limits_of_a_frame_hold_for_any_number_of_frames() -> None:
         clip_size(2, 480, 640, limits(frame=(0, 1024)), IMAGES)
 
 
-def test_seconds_equal_the_reference() -> None:
-    processing = pytest.importorskip("transformers.models.qwen3_vl.processing_qwen3_vl")
-    for indices, fps in (([0, 5, 10, 15], 10.0), ([0, 7, 13], 29.97), ([0], 3.0)):
-        expected = processing.Qwen3VLProcessor._calculate_timestamps(None, list(indices), fps, 2)
-        assert list(slice_seconds(np.array(indices), fps, 2)) == expected
-
-
 @pytest.mark.parametrize(("frames", "size"), [(30, (96, 64)), (33, (70, 131)), (2, (64, 64)), (1, (40, 40))])
 def test_pixels_equal_the_reference_arithmetic(tmp_path: Path, frames: int, size: tuple[int, int]) -> None:
     """Decoded with PyAV's own loop, all frames resized at once by torch, cut as transformers writes it."""
@@ -127,23 +105,43 @@ def test_pixels_equal_the_reference_arithmetic(tmp_path: Path, frames: int, size
     assert torch.equal(torch.from_numpy(patches), pieces.reshape(slices * rows * cols, -1))
 
 
-@pytest.mark.parametrize(("frames", "size"), [(30, (96, 64)), (33, (70, 131)), (400, (64, 48))])
-def test_whole_processor(tmp_path: Path, frames: int, size: tuple[int, int]) -> None:
-    """Where torchvision is installed, the processor itself."""
-    pytest.importorskip("torchvision")
-    from transformers.video_utils import load_video
+# frames, width and height, frames per second
+CLIPS = ((30, (96, 64), 10), (33, (70, 131), 10), (400, (64, 48), 25), (9, (640, 360), 24), (5, (40, 200), 3),
+         (2, (64, 64), 1))
 
-    processor = module().Qwen3VLVideoProcessor(**PROCESSOR, fps=2)
-    path = str(write_video(tmp_path / "clip.mp4", frames=frames, size=size))
-    video, metadata = load_video(
-        path, backend="pyav", sample_indices_fn=lambda metadata, **_: processor.sample_frames(metadata, fps=2.0)
-    )
-    expected = processor(videos=[video], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
-    patches, grid = clip_patches(path, limits(), IMAGES)
-    assert list(grid) == expected["video_grid_thw"][0].tolist()
-    ours = (torch.from_numpy(patches).float() / 255 - 0.5) / 0.5
-    # transformers folds rescaling and normalisation into one step, which rounds once less
-    torch.testing.assert_close(ours, expected["pixel_values_videos"], rtol=0, atol=2e-7)
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, np.ndarray]]:
+    """CLIPS, and what transformers' processor makes of them."""
+    root = tmp_path_factory.mktemp("clips")
+    paths = [str(write_video(root / f"{place}.mp4", frames=frames, size=size, fps=fps))
+             for place, (frames, size, fps) in enumerate(CLIPS)]
+    command = [sys.executable, "-m", "tests.helpers.video_processor", str(root / "reference.npz"), *paths]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    with np.load(root / "reference.npz") as content:
+        return paths, dict(content)
+
+
+def test_frames_equal_the_processors(reference: tuple) -> None:
+    for place, (frames, fps) in enumerate(SAMPLED):
+        assert frame_indices(frames, fps, limits()).tolist() == reference[1][f"sampled{place}"].tolist()
+    assert frame_indices(9, 24.0, limits(fps=30.0)).tolist() != frame_indices(9, 24.0, limits()).tolist()
+
+
+@pytest.mark.parametrize("place", range(len(CLIPS)))
+def test_the_whole_processor(reference: tuple, place: int) -> None:
+    """Frames, seconds, grid and patches of transformers' own processor; see tests/helpers/video_processor.py."""
+    paths, theirs = reference
+    shape = clip_shape(paths[place], limits())
+    assert frame_indices(shape.frames, shape.fps, limits()).tolist() == theirs[f"frames{place}"].tolist()
+    patches, grid = clip_patches(paths[place], limits(), IMAGES)
+    layout, seconds = clip_layout(paths[place], limits(), IMAGES)
+    assert grid == layout == tuple(theirs[f"grid{place}"].tolist())
+    assert seconds == tuple(theirs[f"seconds{place}"].tolist())
+    # transformers folds rescaling and normalisation into one step, which rounds once less; a byte is 0.008
+    ours, pixels = (patches.astype(np.float32) / 255 - 0.5) / 0.5, theirs[f"pixels{place}"]
+    np.testing.assert_allclose(ours, pixels, rtol=0, atol=2e-7)
+    assert np.array_equal(np.rint((pixels * 0.5 + 0.5) * 255).astype(np.uint8), patches)
 
 
 def test_a_list_of_frames_is_a_video(tmp_path: Path) -> None:
