@@ -77,8 +77,8 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
     for leftover in target.parent.glob(f"{target.name}.building-*"):  # of processes that died; we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = target.with_name(f"{target.name}.building-{os.getpid()}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         build(temporary)
         (temporary / _FINISHED).touch()
         if target.exists():
@@ -88,6 +88,11 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror or " ".join(str(error).split())
+        where = f"cache_dir {target.parent}"
+        raise UserError(f"{where} cannot be written: {reason}; make room or choose another") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -10,20 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mindspeed_mm.data.collator import Picture, Sample
+from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, Encoder
 from mindspeed_mm.data.images import ImageSettings, compiled_resampling, read_image_settings
 from mindspeed_mm.data.media import describe_media, load_media
 from mindspeed_mm.data.packing import Costs
-from mindspeed_mm.data.prepare import (
-    KEPT,
-    RECORD_COLUMNS,
-    SHORTENED,
-    Encoder,
-    Source,
-    make_encoder,
-    prepare_dataset,
-    prepare_records,
-    resolve_record,
-)
+from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records, resolve_record
 from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.data.stream import RecordFile

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mindspeed_mm.data import cache
+from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, UNUSABLE, Encoder, load_tokenizer
 from mindspeed_mm.data.images import ImageSettings
-from mindspeed_mm.data.media import measure_media
 from mindspeed_mm.data.published_template import compare_with_checkpoint
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
-from mindspeed_mm.data.template import ChatTemplate, Message
+from mindspeed_mm.data.template import ChatTemplate
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +33,12 @@ if TYPE_CHECKING:
     from mindspeed_mm.arguments.data_config import Attributes, DataConfig
 
 logger = logging.getLogger(__name__)
-KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED, UNUSABLE = range(5)
-RECORD_COLUMNS = ("roles", "texts", "images", "where")
 _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn is too long",
              "dropped: nothing supervised", "left out: cannot be used")
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-_CODE = ("prepare.py", "template.py", "published_template.py", "records.py", "images.py", "media.py", "videos.py")
+_CODE = ("prepare.py", "encoder.py", "template.py", "published_template.py", "records.py", "images.py", "media.py", "videos.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +137,7 @@ def cache_key(source: Source) -> str:
         "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.bad_limit > 0,
         "code": [_digest(Path(__file__).with_name(name)) for name in _CODE],
+        "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
@@ -151,27 +151,6 @@ def _digest(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; make it (step 3 of the guide)") from error
     return digest.hexdigest()
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's fast tokenizer, from local files.
-
-    Raises:
-        UserError: if the directory or its tokenizer is missing or unreadable.
-    """
-    if not Path(directory).is_dir():
-        raise UserError(
-            f"model_name_or_path {directory} is no directory; download the weights (step 2 of the guide) or correct it"
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
-    except Exception as error:  # transformers raises many types for files that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"no tokenizer can be loaded from {directory}: {reason}; download its small files again"
-        ) from error
 
 
 def make_encoder(source: Source) -> Encoder:
@@ -205,7 +184,8 @@ def _build(source: Source, directory: Path) -> None:
     count = len(columns["record"])
     processes = min(basic.preprocessing_num_workers or 1, os.cpu_count() or 1, count // _RECORDS_PER_PROCESS)
     encoder = make_encoder(source)
-    dataset = datasets.Dataset.from_dict(columns).map(
+    dataset = _mapped(
+        datasets.Dataset.from_dict(columns),
         encoder,
         batched=True,
         batch_size=basic.preprocessing_batch_size,
@@ -214,6 +194,7 @@ def _build(source: Source, directory: Path) -> None:
         features=_features(datasets),
         load_from_cache_file=False,
         keep_in_memory=processes <= 1,
+        cache_file_name=str(directory / "rows.arrow") if processes > 1 else None,  # not in the machine's /tmp
         new_fingerprint=directory.name,
         desc="tokenizing",
     )
@@ -230,8 +211,26 @@ def _build(source: Source, directory: Path) -> None:
         )
     rows = dataset.select(chosen) if len(chosen) < count else dataset
     rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
+    for part in directory.glob("rows*.arrow"):  # of the processes
+        part.unlink()
     (directory / "summary.txt").write_text(f"{summary}\n{encoder.doubt}".rstrip() + "\n")
     _write_bad(directory, bad)
+
+
+def _mapped(dataset: Dataset, encoder: Encoder, **options: Any) -> Dataset:
+    """``dataset.map``; a process that dies is an error of one line.
+
+    Raises:
+        UserError: if a process dies, most likely for want of memory.
+    """
+    try:
+        return dataset.map(encoder, **options)
+    except RuntimeError as error:
+        if "subprocesses" not in str(error):
+            raise
+        raise UserError(
+            "a process that tokenizes has died; it may have run out of memory: lower preprocessing_num_workers"
+        ) from error
 
 
 def _check_bad(bad: Sequence[str], source: Source) -> None:
@@ -313,69 +312,3 @@ def resolve_record(
     except ValueError as error:
         raise UserError(f"{where}: {error}; restore it or remove the record") from error
     return [message.role for message in record.messages], [message.text for message in record.messages], media, where
-
-
-@dataclasses.dataclass
-class Encoder:
-    """Tokenizes records; sent to the worker processes of ``datasets.map``.
-
-    Attributes:
-        template: of the conversations.
-        images: pixel limits and patch sizes.
-        seq_length: most tokens of a sample.
-        may_skip: whether a batch's record that cannot be used becomes a row of outcome UNUSABLE instead of an error.
-        doubt: what ``compare_with_checkpoint`` says of the template.
-    """
-
-    template: ChatTemplate
-    images: ImageSettings
-    seq_length: int
-    may_skip: bool = False
-    doubt: str = ""
-
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """The rows of a batch of records."""
-        rows = [self._row(*row) for row in zip(*(batch[name] for name in RECORD_COLUMNS), strict=True)]
-        encoded = {name: [row[name] for row in rows] for name in rows[0]}
-        return {**encoded, "record": list(batch["record"])}
-
-    def _row(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
-        try:
-            return {**self.encode(roles, texts, images, where), "problem": ""}
-        except UserError as error:
-            if not self.may_skip:
-                raise
-            return {**_nothing(UNUSABLE), "problem": str(error)}
-
-    def encode(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
-        """The row of one record; columns as the module says, without ``record``.
-
-        Raises:
-            UserError: naming ``where`` and the picture that cannot be used.
-        """
-        messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
-        try:
-            media = [measure_media(entry, self.images) for entry in images]
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        encoded = self.template.encode(messages, [one for _, one in media], max_length=self.seq_length)
-        if encoded is None:
-            return _nothing(TOO_LONG)
-        outcome = SHORTENED if encoded.dropped_messages else KEPT
-        return {
-            "input_ids": encoded.input_ids.astype(np.int32),
-            "spans": _spans(encoded.supervised),
-            "images": list(images[: encoded.num_pictures]),
-            "grids": [number for grid, _ in media[: encoded.num_pictures] for number in grid],
-            "outcome": outcome if encoded.supervised[1:].any() else NOTHING_SUPERVISED,
-        }
-
-
-def _nothing(outcome: int) -> dict[str, Any]:
-    return {"input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "grids": [], "outcome": outcome}
-
-
-def _spans(supervised: np.ndarray) -> list[int]:
-    """Borders of the runs of True: start, end, start, end, ..."""
-    edges = np.diff(np.concatenate(([False], supervised, [False])).astype(np.int8))
-    return np.flatnonzero(edges).tolist()

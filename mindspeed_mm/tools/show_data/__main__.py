@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from mindspeed_mm.arguments.data_config import DataConfig
 from mindspeed_mm.arguments.model_config import ModelConfig
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
+from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.data.images import ImageSettings, read_image_settings
-from mindspeed_mm.data.prepare import load_tokenizer
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.tools.show_data.pictures import draw_costs, draw_picture
@@ -165,6 +166,8 @@ def show(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mindspeed_mm").setLevel(logging.INFO)  # what became of the records when they were prepared
     try:
         show(_arguments(argv))
     except UserError as error:

@@ -13,6 +13,7 @@ from mindspeed_mm.errors import UserError
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"
 _SLICES_SHOWN = 12
+_BINS = 60
 
 
 def frames_of(patches: np.ndarray, grid: tuple[int, int, int], settings: ImageSettings) -> np.ndarray:
@@ -87,18 +88,19 @@ def draw_costs(path: Path, columns: dict[str, np.ndarray], *, limit: int, title:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     for axis, (name, values) in zip(axes.flat, columns.items(), strict=False):
-        axis.hist(values, bins=min(60, max(10, len(np.unique(values)))), color=_BLUE)
+        bins = _BINS if values.dtype.kind == "f" else min(_BINS, max(10, int(np.ptp(values)) + 1))
+        axis.hist(values, bins=bins, color=_BLUE)
         median, high = np.percentile(values, (50, 99))
         digits = ".2f" if values.dtype.kind == "f" else ",.0f"
         for value, style, label in ((median, "-", "median"), (high, "--", "99%")):
             axis.axvline(value, color=_ORANGE, linestyle=style, linewidth=1.3, label=f"{label} {value:{digits}}")
         if name.startswith("length") and values.max() > 0.8 * limit:
             axis.axvline(limit, color=_GREY, linestyle=":", label=f"--seq-length {limit:,}")
-        axis.set_xlabel(name)
         axis.set_ylabel("samples")
         axis.spines[["top", "right"]].set_visible(False)
-        total = "" if values.dtype.kind == "f" else f"total {values.sum():,.0f}"
-        axis.legend(edgecolor="none", framealpha=0.9, fontsize=9, title=total, title_fontsize=9, loc="upper right")
+        total = "" if values.dtype.kind == "f" else f", total {values.sum():,.0f}"
+        axis.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above the bars
+        axis.set_xlabel(f"{name}{total}")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -100,6 +101,35 @@ def test_other_processes_wait_for_the_builder(tmp_path: Path) -> None:
     assert len(outputs) == 1 and Path(f"{target}.count").read_text() == "x"
 
 
+def test_killed_builder_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from mindspeed_mm.data.cache import build_once\n"
+        "def build(directory):\n"
+        "    (directory / 'half').touch(); print('building', flush=True); time.sleep(60)\n"
+        "build_once(Path(sys.argv[1]), build)"
+    )
+    target = tmp_path / "cache" / "entry"
+    with subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE) as builder:
+        assert builder.stdout.readline() == b"building\n"
+        builder.kill()
+    assert not target.exists() and len(list(target.parent.glob("entry.building-*"))) == 1
+    cache.build_once(target, lambda directory: (directory / "whole").touch())
+    assert sorted(path.name for path in target.iterdir()) == ["finished", "whole"]
+    assert not list(target.parent.glob("entry.building-*"))
+
+
+def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    def full(directory: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"cache_dir \S+cache cannot be written: No space left on device; make room"):
+        cache.build_once(tmp_path / "cache" / "entry", full)
+    assert not list((tmp_path / "cache").glob("*building*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cache_dir \S+file cannot be made: .*choose another"):
+        cache.build_once(tmp_path / "file" / "entry", full)
+
+
 def test_truncation_drops_turns_then_samples(root: Path) -> None:
     whole, _ = build(root)
     lengths = [len(whole[index].input_ids) for index in range(12)]
@@ -166,7 +196,10 @@ def test_parallel_tokenizing_gives_the_same(root: Path, monkeypatch: pytest.Monk
                                      "preprocessing_batch_size": 3})
     for index in range(12):
         assert np.array_equal(alone[index].input_ids, together[index].input_ids)
-    monkeypatch.setattr("mindspeed_mm.data.prepare.measure_media", lambda *_: (_ for _ in ()).throw(UserError("bad")))
+    def refuse(*_: object) -> None:
+        raise UserError("bad")
+
+    monkeypatch.setattr("mindspeed_mm.data.encoder.measure_media", refuse)
     with pytest.raises(UserError, match="record 1: bad"):
         build(root, basic={"cache_dir": str(root / "third"), "preprocessing_num_workers": 2})
 

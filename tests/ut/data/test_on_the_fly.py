@@ -60,6 +60,36 @@ def test_the_same_samples_in_the_same_order_with_workers_and_resume(root: Path, 
         assert torch.equal(ours.vision.pixels, theirs.vision.pixels)
 
 
+@pytest.mark.parametrize("mode", ["preprocess_on_fly", "streaming"])
+def test_resume_at_another_world_size_and_over_an_epochs_end(root: Path, mode: str) -> None:
+    """Steps of four of 26 samples, 24 per epoch: the fifth step of one process is that of two which start there."""
+    config = config_of(root, **{mode: True})
+    alone = batches(root, config, count=18)  # nine steps of two micro-batches: the epoch ends after the sixth
+    by_step = [alone[place].sample_ids + alone[place + 1].sample_ids for place in range(0, 18, 2)]
+    assert len({sample for step in by_step[:6] for sample in step}) == 24
+    tokens = {sample: ids for batch in alone[8:] for sample, ids in _tokens(batch)}
+    ranks = []
+    for rank in range(2):
+        loader = build_train_loader(
+            config, geometry=checkpoint_geometry(root / "checkpoint"), seq_length=512,  # type: ignore[arg-type]
+            micro_batch_size=1, global_batch_size=4, dp_rank=rank, dp_size=2, seed=5, consumed_samples=16,
+            num_workers=rank,
+        )
+        ranks.append([next(loader).batches for _ in range(5)])
+        loader.close()
+    for step, parts in zip(by_step[4:], zip(*ranks, strict=True), strict=True):
+        assert sorted(sample for part in parts for batch in part for sample in batch.sample_ids) == sorted(step)
+    for batch in (batch for rank in ranks for part in rank for batch in part):
+        for sample, ids in _tokens(batch):
+            assert torch.equal(ids, tokens[sample])
+
+
+def _tokens(batch: Batch) -> list[tuple[int, torch.Tensor]]:
+    """Each sample's number and tokens."""
+    lengths = np.diff(batch.cu_seqlens_host).tolist()
+    return list(zip(batch.sample_ids, batch.input_ids.split(lengths), strict=True))
+
+
 def test_streaming_builds_nothing(tmp_path: Path) -> None:
     write_dataset(tmp_path, 6)
     config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True, "val_rate": 0.34})
