@@ -38,7 +38,8 @@ _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn 
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-_CODE = ("prepare.py", "encoder.py", "template.py", "published_template.py", "records.py", "images.py", "media.py", "videos.py")
+_CODE = ("prepare.py", "encoder.py", "template.py", "published_template.py", "records.py", "images.py", "media.py",
+         "videos.py")
 
 
 @dataclasses.dataclass(frozen=True)
