@@ -97,7 +97,7 @@ def main() -> int:
             preflight(recipe)
         from mindspeed_mm.training.pretrain import pretrain  # imports torch, which --help does not wait for
 
-        pretrain(recipe, model_provider, data_provider, forward_step)
+        return pretrain(recipe, model_provider, data_provider, forward_step)
     except UserError as error:
         # Most mistakes stop every process alike. The others leave the word to the first: torchrun ends them while
         # they wait, unless theirs is a mistake of their own.
@@ -105,7 +105,6 @@ def main() -> int:
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

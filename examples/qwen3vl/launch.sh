@@ -62,12 +62,63 @@ summarise() {
         }' "$1"
 }
 
+# Save after the present step and stop; before training begins there is nothing to save. $1: status if so.
+ask_to_stop() {
+    local processes
+    processes=$(cat "$MM_RUN_STATE"/pid.* 2>/dev/null)
+    [ -n "$processes" ] && kill -USR1 $processes 2>/dev/null && return
+    stopped_early=$1
+    kill -TERM "$torchrun"
+}
+
+# Ctrl-C: once saves, twice quits.
+interrupt() {
+    if ((++interrupts == 1)); then
+        ask_to_stop 130
+    else
+        echo "second Ctrl-C: stopped at once, without saving" >&2
+        stopped_early=130
+        kill -KILL "$torchrun" $(cat "$MM_RUN_STATE"/pid.* 2>/dev/null) 2>/dev/null
+    fi
+}
+
+# torchrun in a session of its own, and its log: a terminal's Ctrl-C and signals to this process group reach the launcher
+# alone, which passes them to the training processes. torchrun itself would kill these after 30 seconds, saved or not.
+# They tell in the directory MM_RUN_STATE who they are, and with which status the launcher is to end.
+run_torchrun() {
+    MM_RUN_STATE=$(mktemp -d) || stop "no temporary directory can be made in ${TMPDIR:-/tmp}"
+    export MM_RUN_STATE
+    trap 'rm -rf "$MM_RUN_STATE"' EXIT
+    mkfifo "$MM_RUN_STATE/log"
+    (trap '' INT TERM HUP USR1; exec tee "$1") <"$MM_RUN_STATE/log" &
+    local tee=$! answer
+    interrupts=0 stopped_early=0
+    MM_PREFLIGHT_DONE=1 setsid torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" \
+        >"$MM_RUN_STATE/log" 2>&1 &
+    torchrun=$!
+    trap interrupt INT
+    trap 'ask_to_stop 143' TERM HUP USR1
+    while :; do # a trapped signal ends the wait, but not torchrun
+        wait "$torchrun" 2>/dev/null
+        status=$?
+        kill -0 "$torchrun" 2>/dev/null || break
+    done
+    wait "$torchrun"
+    answer=$?
+    ((answer == 127)) || status=$answer # it may have ended while a signal was seen to
+    wait "$tee"
+    [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
+    ((stopped_early)) && status=$stopped_early
+}
+
 # What a launcher leaves to be the same for all models
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-6000}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
+# How often torchrun starts the processes again after one was lost; they go on from their last checkpoint
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 MM_TOOL=${MM_TOOL:-./mindspeed_mm/tools/tools.json}
 FSDP2_PATH=${FSDP2_PATH:-./examples/qwen3vl/fsdp2_config.yaml}
 SAVE_PATH=${SAVE_PATH:-save_dir}
@@ -103,6 +154,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 for degree in NPUS_PER_NODE NNODES TP PP CP EP MBS GRAD_ACC_STEP; do
     [[ ${!degree} =~ ^[1-9][0-9]*$ ]] || stop "$degree is '${!degree}'; it must be a whole number of at least 1"
 done
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || stop "MAX_RESTARTS is '$MAX_RESTARTS'; it must be a whole number, 0 or more"
 
 # The NPU's own environment, wherever its toolkit is installed.
 SET_ENV=${SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
@@ -128,6 +180,7 @@ DISTRIBUTED_ARGS=(
     --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR"
     --master_port "$MASTER_PORT"
+    --max_restarts "$MAX_RESTARTS"
 )
 
 # Flags of the recipe that change nothing here (--swiglu, --vocab-size, ...) are accepted, and left out.
@@ -190,7 +243,6 @@ WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
 [ -e "$logfile" ] && logfile=${logfile%.log}_$$.log # another launcher was started in the same second
 mkdir -p logs
-MM_PREFLIGHT_DONE=1 torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" 2>&1 | tee -i "$logfile"
-status=${PIPESTATUS[0]}
+run_torchrun "$logfile"
 summarise "$logfile"
 exit "$status"

@@ -153,6 +153,37 @@ class LogArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReliabilityArgs:
+    """Failures and alarms (docs/reliability.md)"""
+
+    max_nonfinite_steps: int = flag(
+        10, "steps in a row that may be skipped because the loss or a gradient is not finite; one more stops the run",
+        at_least=0, metavar="STEPS",
+    )
+    loss_alarm: float = flag(
+        10.0, "warn of a loss that lies so many standard deviations, robustly estimated, above the median of the last "
+        "100 steps; 0: never", at_least=0,
+    )
+    grad_norm_alarm: float = flag(20.0, "the same for the norm of the gradients; 0: never", at_least=0)
+    deterministic_mode: bool = flag(
+        False, "use deterministic kernels only, so that a second run gives the same numbers to the bit; slower on "
+        "accelerators"
+    )
+    hang_watch_factor: float = flag(
+        10.0, "a step that takes so many times the median of the last ones makes each process write where it stands; "
+        "0: never", at_least=0,
+    )
+    hang_watch_seconds: float = flag(
+        60.0, "no step is reported before it has taken so long", above=0, metavar="SECONDS"
+    )
+    exit_on_hang: bool = flag(False, "stop the run, with status 76, after such a report")
+    heartbeat_timeout: float = flag(
+        300.0, "a process that nobody has heard of for so long is named and the others stop, with status 77; 0: they "
+        "wait for --distributed-timeout-minutes", at_least=0, metavar="SECONDS",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompatibilityArgs:
     """Accepted without effect, so that launchers written for Megatron run unchanged"""
 
@@ -176,6 +207,7 @@ class CompatibilityArgs:
     no_gradient_accumulation_fusion: bool = flag(
         False, "", no_effect="gradients are accumulated by FSDP2, which knows no such fusion"
     )
+    exit_signal_handler: bool = flag(False, "", no_effect="SIGTERM and SIGUSR1 always save and stop the run")
     use_cpu_initialization: bool = flag(
         False, "", no_effect="initial values come from a checkpoint, not from a random generator"
     )
@@ -183,7 +215,8 @@ class CompatibilityArgs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingArgs(
-    FileArgs, ParallelArgs, BatchArgs, OptimizerArgs, MemoryArgs, CheckpointArgs, LogArgs, CompatibilityArgs
+    FileArgs, ParallelArgs, BatchArgs, OptimizerArgs, MemoryArgs, CheckpointArgs, LogArgs, ReliabilityArgs,
+    CompatibilityArgs,
 ):
     """All flags.
 
@@ -207,5 +240,6 @@ class TrainingArgs(
 
 
 GROUPS = (
-    FileArgs, ParallelArgs, BatchArgs, OptimizerArgs, MemoryArgs, CheckpointArgs, LogArgs, CompatibilityArgs,
+    FileArgs, ParallelArgs, BatchArgs, OptimizerArgs, MemoryArgs, CheckpointArgs, LogArgs, ReliabilityArgs,
+    CompatibilityArgs,
 )

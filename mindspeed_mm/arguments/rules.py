@@ -87,6 +87,8 @@ def check_flags(args: TrainingArgs) -> None:
             f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay_iters} steps of the decay "
             "(--lr-decay-iters, or --train-iters)"
         )
+    if args.exit_on_hang and not args.hang_watch_factor:
+        raise UserError("--exit-on-hang needs the watch that --hang-watch-factor 0 switches off; drop one of them")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 

@@ -12,9 +12,14 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm.backend.fsdp_on_cpu import mend_fsdp
+from mindspeed_mm.backend.network import interface_towards
 from mindspeed_mm.errors import UserError
 
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_DETERMINISTIC_VARIABLES = {
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"},
+    "npu": {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,17 @@ class Backend:
         torch.manual_seed(seed)
         if self._module is not None:
             self._module.manual_seed_all(seed)
+
+    def use_deterministic_kernels(self) -> None:
+        """Only kernels that give the same numbers every time; call it before the device or its collectives are used.
+
+        An operation that has no such kernel raises when it is met. Reductions between processes keep their order on
+        gloo; the other libraries are asked to by their variables, where the user has not set them.
+        """
+        for name, value in _DETERMINISTIC_VARIABLES.get(self.name, {}).items():
+            os.environ.setdefault(name, value)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a check of programs, not needed for the numbers
 
     def profiler_activities(self) -> list[Any]:
         """Activities that ``torch.profiler`` records for this device."""
@@ -149,11 +165,21 @@ def start_processes(backend: Backend, *, timeout_minutes: int) -> None:
         return
     if backend.communication == "gloo":
         mend_fsdp()
+        _choose_interface()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend.communication, timeout=timeout)
     else:
         dist.init_process_group(backend.communication, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _choose_interface() -> None:
+    """Lead gloo to the other hosts, unless the user did."""
+    several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    if several_hosts and "GLOO_SOCKET_IFNAME" not in os.environ:
+        name = interface_towards(os.environ.get("MASTER_ADDR", "localhost"))
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def stop_processes() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mindspeed_mm.backend.helpers import shield_from_signals
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
@@ -119,7 +120,15 @@ def _as_is(value: _MicroBatch) -> _MicroBatch:
 def _worker_count(num_workers: int) -> dict[str, object]:
     if not num_workers:
         return {}
-    return {"num_workers": num_workers, "persistent_workers": True, "prefetch_factor": _PREFETCHED_PER_WORKER}
+    return {
+        "num_workers": num_workers, "persistent_workers": True, "prefetch_factor": _PREFETCHED_PER_WORKER,
+        "worker_init_fn": _shield,
+    }
+
+
+def _shield(worker: int) -> None:
+    del worker
+    shield_from_signals()
 
 
 def _stop_workers(loader: DataLoader) -> None:

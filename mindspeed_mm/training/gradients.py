@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,26 +22,36 @@ def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
     return list(groups.values())
 
 
-def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+class GradientNorm(NamedTuple):
+    """Norms of a step's gradients, on the device.
+
+    Attributes:
+        total: fp32 scalar, of all together, the same on all processes.
+        parts: [n] norms of what this process holds of n parameters' gradients, and which parameters these are.
+    """
+
+    total: Tensor
+    parts: list[tuple[list[nn.Parameter], Tensor]]
+
+
+def total_norm(parameters: Sequence[nn.Parameter]) -> GradientNorm:
     """Euclidean norm of all gradients together.
 
     Each process sums the squares of what it holds, a part that several hold alike counted once between them; one
     reduction over all processes gives the whole, whatever meshes the parameters are on.
-
-    Returns:
-        fp32 scalar, the same on all processes.
     """
-    groups: dict[int, list[Tensor]] = defaultdict(list)
+    groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            groups[_holders(parameter.grad)].append(local(parameter.grad))
-    squares = [
-        torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum() / holders
-        for holders, gradients in groups.items()
+            groups[_holders(parameter.grad)].append(parameter)
+    parts = [
+        (group, torch.stack(torch._foreach_norm([local(p.grad) for p in group], dtype=torch.float32)))
+        for group in groups.values()
     ]
+    squares = [norms.square().sum() / holders for holders, (_, norms) in zip(groups, parts, strict=True)]
     total = torch.stack(squares).sum()
     dist.all_reduce(total)
-    return total.sqrt()
+    return GradientNorm(total.sqrt(), parts)
 
 
 def clip(parameters: Sequence[nn.Parameter], *, max_norm: float, norm: Tensor) -> None:

@@ -6,14 +6,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.arguments.recipe import Recipe
 from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.store import own_store
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
@@ -23,11 +24,15 @@ from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
+from mindspeed_mm.training.checkpoint.directory import verify_directory
 from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
 from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
+from mindspeed_mm.training.health import Health, reports_directory
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
+from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
+from mindspeed_mm.training.signals import StopRequest, exit_status
 from mindspeed_mm.training.trainer import ForwardStep, Trainer
+from mindspeed_mm.training.watch import Limits, Watch
 
 ModelProvider = Callable[[Recipe, Qwen3VLGeometry, Backend], Qwen3VLModel]
 DataProvider = Callable[[Recipe, Qwen3VLGeometry, Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]]
@@ -35,7 +40,7 @@ DataProvider = Callable[[Recipe, Qwen3VLGeometry, Layout, Progress], tuple[Train
 
 def pretrain(
     recipe: Recipe, model_provider: ModelProvider, data_provider: DataProvider, forward_step: ForwardStep
-) -> None:
+) -> int:
     """Run a recipe on this process, one of those that torchrun started.
 
     Args:
@@ -45,15 +50,21 @@ def pretrain(
             batches, or None.
         forward_step: loss of the model on a batch with the given token weights.
 
+    Returns:
+        The status to exit with: not 0 where the run was told to stop before its end.
+
     Raises:
         UserError: for anything that the user can mend.
     """
     backend = select_backend(recipe.args.device)
+    if recipe.args.deterministic_mode:
+        backend.use_deterministic_kernels()
     start_processes(backend, timeout_minutes=recipe.args.distributed_timeout_minutes)
     try:
-        _run(recipe, backend, model_provider, data_provider, forward_step)
+        stopped = _run(recipe, backend, model_provider, data_provider, forward_step)
     finally:
         stop_processes()
+    return exit_status(stopped=stopped)
 
 
 def _run(
@@ -62,7 +73,8 @@ def _run(
     model_provider: ModelProvider,
     data_provider: DataProvider,
     forward_step: ForwardStep,
-) -> None:
+) -> bool:
+    """Train; returns whether the run was told to stop before its end."""
     args = recipe.args
     layout = build_layout(
         device_type=backend.device.type,
@@ -98,32 +110,56 @@ def _run(
     say(
         f"data: {loader.summary}; training from iteration {progress.iteration + 1} to {args.train_iters}"
     )
-    Trainer(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        loader=loader,
-        forward_step=forward_step,
-        loss_mode=recipe.loss_mode,
-        layout=layout,
-        backend=backend,
-        progress=progress,
-        merge_unit=geometry.vision.merge_unit,
-        tools=StepTools(
-            recipe.tools,
-            rank=layout.rank,
-            activities=backend.profiler_activities(),
-            memory_history=backend.memory_history(),
-        ),
-        router_balance=_router_balance(recipe, geometry),
-        eval_loader=eval_loader,
-        bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
-        packed=recipe.data.dataset_param.basic_parameters.packs,
-        checkpoint_metadata=recipe.checkpoint_metadata(),
-    ).train()
+    with StopRequest() as stop_request, _watch(args, layout) as watch:
+        trainer = Trainer(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            loader=loader,
+            forward_step=forward_step,
+            loss_mode=recipe.loss_mode,
+            layout=layout,
+            backend=backend,
+            progress=progress,
+            merge_unit=geometry.vision.merge_unit,
+            tools=StepTools(
+                recipe.tools,
+                rank=layout.rank,
+                activities=backend.profiler_activities(),
+                memory_history=backend.memory_history(),
+            ),
+            router_balance=_router_balance(recipe, geometry),
+            eval_loader=eval_loader,
+            bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
+            packed=recipe.data.dataset_param.basic_parameters.packs,
+            checkpoint_metadata={**recipe.checkpoint_metadata(), RUN_KEY: run_identity()},
+            step_hooks=[Health(args, model=model, describe=loader.dataset.describe)],
+            stop_requested=stop_request,
+            clock=watch.clock,
+        )
+        trainer.train()
+    stopped = trainer.stopped and progress.iteration < args.train_iters
+    _say_end(args, progress, stopped=stopped, backend=backend, say=say)
+    return stopped
+
+
+def _say_end(args: TrainingArgs, progress: Progress, *, stopped: bool, backend: Backend, say: _Announcer) -> None:
+    how = "stopped, as it was told to," if stopped else "finished"
     peak = backend.peak_memory_bytes() / 2**30
-    say(f"training finished at iteration {progress.iteration}; peak memory {peak:.2f} GiB")
+    say(f"training {how} at iteration {progress.iteration}; peak memory {peak:.2f} GiB")
+    if stopped:
+        say(f"to continue: --load {args.save}" if args.save else "nothing was saved: there is no --save")
+
+
+def _watch(args: TrainingArgs, layout: Layout) -> Watch:
+    return Watch(
+        Limits.of(args),
+        rank=layout.rank,
+        world_size=layout.world_size,
+        directory=reports_directory(args),
+        connect=lambda: own_store("watch", timeout_seconds=max(1.0, args.heartbeat_timeout)),
+    )
 
 
 def _router_balance(recipe: Recipe, geometry: Qwen3VLGeometry) -> RouterBalance | None:
@@ -186,21 +222,23 @@ def _describe(model: nn.Module) -> str:
 def _load(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, say: _Announcer
 ) -> Progress:
-    args = recipe.args
-    if args.load is None:
+    start = choose_start(recipe.args)
+    for note in start.notes:
+        say(note)
+    path = start.path
+    if path is None:
         directory = recipe.model.init_from_hf_path
         load_hf_weights(model, directory)
         say(f"loaded the weights of {directory}; no --load was given")
         return Progress()
-    path = resolve_checkpoint(Path(args.load))
     verify_directory(path)
     converted = not Progress.is_training(path)
     progress = load_checkpoint(
         path,
         model=model,
-        optimizer=None if args.no_load_optim or converted else optimizer,
+        optimizer=optimizer if start.with_optimizer and not converted else None,
         backend=backend,
-        with_rng=not (args.no_load_rng or converted),
+        with_rng=start.with_rng and not converted,
     )
     say(f"loaded {path}")
     return progress

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindspeed_mm.backend.transfer import HostRead, upload
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.models.qwen3vl import ModelOutput
+from mindspeed_mm.training.gradients import GradientNorm
 
 
 class StepSums(NamedTuple):
@@ -78,11 +79,12 @@ class StepTotals:
         """Bool scalar on the device, the same on all processes: whether the parameters may take the step."""
         return torch.isfinite(self._sums[0]) & torch.isfinite(norm)
 
-    def result(self, norm: Tensor, *, has_router_loss: bool, bad_messages: Sequence[str]) -> StepResult:
+    def result(self, norm: GradientNorm, *, has_router_loss: bool, bad_messages: Sequence[str]) -> StepResult:
         """Send the sums to the host, without waiting for them."""
-        numbers = HostRead(torch.cat((self._sums, norm.view(1))))
+        numbers = HostRead(torch.cat((self._sums, norm.total.view(1))))
         return StepResult(
-            numbers, has_router_loss=has_router_loss, bad_messages=bad_messages, samples=tuple(self._samples)
+            numbers, has_router_loss=has_router_loss, bad_messages=bad_messages, samples=tuple(self._samples),
+            gradient_norms=norm.parts,
         )
 
 
@@ -105,12 +107,17 @@ class StepResult:
         has_router_loss: bool,
         bad_messages: Sequence[str],
         samples: Sequence[SampleLosses] = (),
+        gradient_norms: Sequence[tuple[list[nn.Parameter], Tensor]] = (),
     ) -> None:
-        """``numbers``: :class:`StepSums`, then the norm of the gradients; ``samples``: of each micro-batch."""
+        """``numbers``: :class:`StepSums`, then the norm of the gradients; ``samples``: of each micro-batch.
+
+        ``gradient_norms``: of this process's parts, see :class:`GradientNorm`.
+        """
         self._numbers = numbers
         self._has_router_loss = has_router_loss
         self.bad_messages = bad_messages
         self.samples = samples
+        self.gradient_norms = gradient_norms
 
     @functools.cached_property
     def _values(self) -> _Values:

@@ -33,6 +33,7 @@ from mindspeed_mm.training.loss import LossMode, step_token_weights
 from mindspeed_mm.training.optimizer import AdamW
 from mindspeed_mm.training.reports import Reporter, StepHook, StepReport
 from mindspeed_mm.training.step import StepResult, StepSums, StepTotals
+from mindspeed_mm.training.watch import StepClock
 
 ForwardStep = Callable[[nn.Module, Batch, Tensor], ModelOutput]
 
@@ -62,10 +63,13 @@ class Trainer:
         checkpoint_metadata: dict[str, Any] | None = None,
         step_hooks: Sequence[StepHook] = (),
         stop_requested: Callable[[], bool] | None = None,
+        clock: StepClock | None = None,
     ) -> None:
         """``packed``: steps vary in their number of samples, so the log counts them.
 
         ``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank before it.
+
+        ``clock`` is told what the loop is doing.
 
         A run that any rank was asked to stop saves and ends on all of them after the same step.
         """
@@ -88,6 +92,8 @@ class Trainer:
         self.split_batch = _splitter(layout, merge_unit)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stop_requested = stop_requested or (lambda: False)
+        self.stopped = False  # before the end, because a process was asked to
+        self.clock = clock or StepClock()
         self.reporter = Reporter(
             log_interval=args.log_interval,
             train_iters=args.train_iters,
@@ -111,12 +117,14 @@ class Trainer:
         stopping = False
         while progress.iteration < args.train_iters and not stopping:
             learning_rate = self.optimizer.param_groups[0]["lr"]
+            self.clock.begin_step(progress.iteration + 1)
             self.tools.step_begin(progress.iteration + 1)
             result = self.train_step()
+            self.clock.enter("reading results")
             self.schedule.step(increment=args.global_batch_size)
             progress.iteration += 1
             progress.consumed_samples += args.global_batch_size
-            stopping = self.reporter.add(
+            self.stopped = stopping = self.reporter.add(
                 StepReport(progress.iteration, progress.consumed_samples, learning_rate, result, self.feed.waited)
             )
             stopping |= bool(args.exit_interval) and progress.iteration % args.exit_interval == 0
@@ -126,7 +134,9 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One optimizer step over this rank's micro-batches, queued on the device without waiting for any result."""
+        self.clock.enter("waiting for data")
         data = self.feed.take()
+        self.clock.enter("counting tokens")
         batches = data.batches
         weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -134,17 +144,20 @@ class Trainer:
             self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
         totals = StepTotals(self._host_counts(data), self.backend.device)
         for batch, weight in zip(batches, weights, strict=True):
+            self.clock.enter("forward")
             output = self.forward_step(self.model, batch, weight)
             router_loss = None if self.router_balance is None else self.router_balance.loss(output.router_load)
             totals.add(batch, output, router_loss)
             loss = output.loss if router_loss is None else output.loss + router_loss
+            self.clock.enter("backward")
             # FSDP2's reduction averages over the processes; the loss is a sum over them
             (loss * self.layout.world_size).backward()
+        self.clock.enter("reduction")
         totals.reduce()
         norm = total_norm(self.trainable)
         if self.args.clip_grad > 0:
-            clip(self.trainable, max_norm=self.args.clip_grad, norm=norm)
-        self.optimizer.step_where(totals.is_finite(norm))
+            clip(self.trainable, max_norm=self.args.clip_grad, norm=norm.total)
+        self.optimizer.step_where(totals.is_finite(norm.total))
         return totals.result(norm, has_router_loss=self.router_balance is not None, bad_messages=data.bad)
 
     def _host_counts(self, data: StepBatches) -> StepSums:
@@ -178,10 +191,12 @@ class Trainer:
             return
         self.reporter.flush()
         if evaluates:
+            self.clock.pause("evaluation")
             loss = self.evaluate()
             if self.layout.is_main:
                 print(f" validation loss at iteration {iteration} | loss: {loss:.6E} |", flush=True)
         if saves:
+            self.clock.pause("save")
             self.save()
         self.reporter.restart_clock()
 

@@ -1,0 +1,82 @@
+"""Signals that end a run in good order: it saves after the step that it is in, on all processes together.
+
+A signal may reach one process, or all of them at different moments. Each process only notes the wish; it travels with
+the step's sums, so that all learn of it after the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOPPED_STATUS = 75
+"""Exit status of a run that was told to stop, saved, and can be continued."""
+QUIT_STATUS = 130
+"""Exit status after a second Ctrl-C: nothing was saved."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STATE_VARIABLE = "MM_RUN_STATE"
+
+
+class StopRequest:
+    """Notes the signals that arrive while the block under it runs; to be asked for before every step."""
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether this process was told to stop."""
+        return self._signal is not None
+
+    def __enter__(self) -> StopRequest:
+        """Take over SIGTERM, SIGUSR1 and SIGINT, and tell the launcher that there is something to save now."""
+        self._former = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        _tell_launcher(f"pid.{os.environ.get('LOCAL_RANK', '0')}", str(os.getpid()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self._signal is not None:
+            if number == signal.SIGINT:
+                _write(" second Ctrl-C: stopping at once, without saving\n")
+                os._exit(QUIT_STATUS)
+            return
+        self._signal = signal.Signals(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _write(f" {self._signal.name}: the run will save and stop after this step; Ctrl-C now stops it at once\n")
+
+
+def exit_status(*, stopped: bool) -> int:
+    """Status that this process should end with after training.
+
+    torchrun takes any status but 0 for a failure, which it reports at length and answers with a restart. So under
+    torchrun a process that was told to stop ends with 0, and the launcher, which is told here, with 75.
+    """
+    if not stopped:
+        return 0
+    end_launcher_with(STOPPED_STATUS)
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_STATUS
+
+
+def end_launcher_with(status: int) -> None:
+    """Ask the launcher, if there is one, to end with ``status`` instead of torchrun's."""
+    _tell_launcher("status", str(status))
+
+
+def _tell_launcher(name: str, content: str) -> None:
+    if directory := os.environ.get(_STATE_VARIABLE):
+        with contextlib.suppress(OSError):  # it is the launcher's business whether it can be told
+            (Path(directory) / name).write_text(f"{content}\n")
+
+
+def _write(message: str) -> None:
+    # a handler may interrupt a print, whose buffer cannot be entered twice
+    os.write(2, message.encode())

@@ -1,0 +1,88 @@
+"""Where a run starts, at first and when torchrun starts it again."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint.directory import commit_directory, iteration_name, write_tracker
+from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def checkpoint(root, iteration, **metadata):
+    root.mkdir(exist_ok=True)
+    with commit_directory(root / iteration_name(iteration), metadata, overwrite=True):
+        pass
+    write_tracker(root, iteration)
+    return root
+
+
+def flags(tmp_path, *more):
+    checkpoint(tmp_path / "weights", 0)
+    return parse_args([
+        "--mm-data", "d", "--mm-model", "m", "--seq-length", "8", "--train-iters", "1", "--lr", "1",
+        "--load", str(tmp_path / "weights"), "--save", str(tmp_path / "save"), *more,
+    ])
+
+
+FIRST = ("--no-load-optim", "--no-load-rng")
+
+
+def test_first_start_follows_the_flags(tmp_path):
+    start = choose_start(flags(tmp_path, *FIRST))
+    assert (start.path.parent, start.with_optimizer, start.with_rng, start.notes) == (
+        tmp_path / "weights", False, False, ()
+    )
+    start = choose_start(flags(tmp_path))
+    assert start.with_optimizer and start.with_rng
+
+
+def test_restart_goes_on_from_the_runs_own_checkpoint_with_all_it_holds(tmp_path, monkeypatch):
+    args = flags(tmp_path, *FIRST)
+    checkpoint(tmp_path / "save", 4, **{RUN_KEY: run_identity()})
+    assert choose_start(args).path.parent == tmp_path / "weights"  # no restart
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    start = choose_start(args)
+    assert start.path == tmp_path / "save/iter_0000004" and start.with_optimizer and start.with_rng
+    assert len(start.notes) == 1 and "restart 2" in start.notes[0] and "iter_0000004" in start.notes[0]
+
+
+def test_restart_says_what_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    checkpoint(tmp_path / "save", 4, **{RUN_KEY: run_identity()})
+    start = choose_start(flags(tmp_path, *FIRST, "--no-save-optim"))
+    assert not start.with_optimizer and start.with_rng
+    assert "lost" in start.notes[1] and "--no-save-optim" in start.notes[1] and "rng" not in start.notes[1]
+
+
+@pytest.mark.parametrize("metadata", [{}, {RUN_KEY: "another:1:2"}])
+def test_restart_leaves_another_runs_checkpoint_alone(tmp_path, monkeypatch, metadata):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    checkpoint(tmp_path / "save", 4, **metadata)
+    start = choose_start(flags(tmp_path, *FIRST))
+    assert start.path.parent == tmp_path / "weights" and not start.with_optimizer
+    assert "begins anew" in start.notes[0]
+
+
+def test_missing_load_is_the_users_mistake(tmp_path):
+    args = parse_args([
+        "--mm-data", "d", "--mm-model", "m", "--seq-length", "8", "--train-iters", "1", "--lr", "1",
+        "--load", str(tmp_path / "nowhere"),
+    ])
+    with pytest.raises(UserError, match="nowhere"):
+        choose_start(args)
+
+
+def test_identity_is_the_parents():
+    assert run_identity() == run_identity()
+    host, parent, began = run_identity().rsplit(":", 2)
+    assert host and int(parent) > 0 and int(began) > 0
