@@ -23,6 +23,7 @@ setup_npu() {
     export ASCEND_LAUNCH_BLOCKING=${ASCEND_LAUNCH_BLOCKING:-0}            # operators run asynchronously
     export ACLNN_CACHE_LIMIT=${ACLNN_CACHE_LIMIT:-100000}                 # prepared operators that are kept
     export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
+    export MM_DEVICE_MEMORY_GB=${MM_DEVICE_MEMORY_GB-64}                  # warn where a run is not likely to fit
     export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}      # share freed memory between streams
 }
 

@@ -1,11 +1,13 @@
 """``python -m mindspeed_mm.training.preflight FLAGS``: all that can be checked before a process is started.
 
 Takes the launcher's flags, and the number of processes from the environment variable WORLD_SIZE (default 1). Says
-nothing and exits with 0, or prints one line and exits with 2. Imports no torch, so it answers at once.
+nothing and exits with 0, or prints one line and exits with 2. Where MM_DEVICE_MEMORY_GB names a device's memory in GiB,
+a run that is not likely to fit gets a line of warning, and goes on. Imports no torch, so it answers at once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +15,8 @@ from mindspeed_mm.arguments.recipe import Recipe, check_data_files, check_weight
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.tools.memory.plan import Load, plan_run
+from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
 
 
@@ -23,11 +27,40 @@ def preflight(recipe: Recipe) -> None:
         UserError: naming what is missing or contradicts, and the step of the guide that mends it.
     """
     check_weights(recipe)
-    recipe.check_geometry(Qwen3VLGeometry.from_pretrained(recipe.model.init_from_hf_path))
+    geometry = Qwen3VLGeometry.from_pretrained(recipe.model.init_from_hf_path)
+    recipe.check_geometry(geometry)
     if recipe.args.load is not None:
         verify_directory(resolve_checkpoint(recipe.args.load))
     check_data_files(recipe)
     validate_data(recipe.data)
+    warn_of_memory(recipe, geometry, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
+
+
+def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) -> None:
+    """Print a line where samples of the full length are not likely to fit.
+
+    Args:
+        recipe: flags and files.
+        geometry: of the model.
+        memory: of one device, in GiB; empty for no warning.
+
+    Raises:
+        UserError: if ``memory`` is no number.
+    """
+    if not memory:
+        return
+    try:
+        size = float(memory)
+    except ValueError:
+        raise UserError(f"MM_DEVICE_MEMORY_GB is {memory!r}; it must be a number of GiB, or empty") from None
+    load = Load.largest(
+        recipe.args, geometry, pixels=recipe.data.dataset_param.preprocess_parameters.image_max_pixels
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_run(recipe.args, recipe.model, recipe.fsdp, geometry=geometry, world_size=world_size, load=load)
+    line = warning(plan, Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
+    if line is not None:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     # parallelism is applied to models from outside: models know nothing of it
     "mindspeed_mm.parallel": ("errors", "backend", "arguments", "data.batch", "models"),
     "mindspeed_mm.tools": ("errors", "backend", "arguments"),
+    "mindspeed_mm.tools.memory": ("errors", "arguments", "models.geometry"),
     "mindspeed_mm.tools.show_data": ("errors", "arguments", "data", "models.geometry"),
     "mindspeed_mm.training": ("errors", "backend", "arguments", "data", "models", "parallel", "tools"),
     "checkpoint": ("errors", "models", "training.checkpoint"),
@@ -42,6 +43,7 @@ ENTRY_POINTS = ("checkpoint", "pretrain_transformers", "examples", "benchmarks",
 FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.arguments": ("torch", "transformers", "megatron", "accelerate", "datasets"),
     "mindspeed_mm.data": ("torch.distributed",),
+    "mindspeed_mm.tools.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.errors": ("torch",),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm.training.checkpoint.directory import commit_directory, write_tracker
+from tests.helpers.published import config_30b
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "examples/qwen3vl/finetune_qwen3vl_30B.sh"
@@ -52,25 +53,7 @@ def workplace(tmp_path):
 
 def _write_config(path, **text):
     """The published geometry."""
-    config = {
-        "model_type": "qwen3_vl_moe", "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3,
-        "vision_end_token_id": 4, "tie_word_embeddings": False,
-        "text_config": {
-            "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
-            "head_dim": 128, "vocab_size": 151936, "intermediate_size": 6144, "hidden_act": "silu",
-            "rms_norm_eps": 1e-6, "rope_theta": 5e6,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-            "max_position_embeddings": 262144, "attention_bias": False, "initializer_range": 0.02,
-            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **text,
-        },
-        "vision_config": {
-            "depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
-            "hidden_act": "gelu_pytorch_tanh", "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
-            "in_channels": 3, "num_position_embeddings": 2304, "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-    }
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config_30b(**text)))
 
 
 def _script(path, body):
@@ -145,6 +128,18 @@ def test_npu_variables_only_where_there_is_an_npu(workplace):
     assert "TASK_QUEUE_ENABLE=1" in environment
     assert "FROM_TOOLKIT=yes" in environment
     assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True" in environment
+
+
+def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
+    assert "warning" not in _launch(workplace).stderr  # not known to be an accelerator
+    result = _launch(workplace, MM_DEVICE_MEMORY_GB=64)
+    assert result.returncode == 0 and "--global-batch-size" in result.words
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert "of 64 GiB" in line and "does not fit" in line and "16 processes" in line
+    assert "warning" not in _launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16).stderr
+    assert "warning" not in _launch(workplace, MM_DEVICE_MEMORY_GB="").stderr
+    result = _launch(workplace, MM_DEVICE_MEMORY_GB="much")
+    assert result.returncode == 2 and "MM_DEVICE_MEMORY_GB is 'much'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""``python -m mindspeed_mm.tools.memory --nproc N --mm-model FILE [flags]``: does a run fit, and what would help.
+
+Takes the flags of the launcher, of which only those that matter need to be given, and needs neither a device nor the
+weights: of the Hugging Face directory it reads config.json alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindspeed_mm.arguments.config_file import load_config
+from mindspeed_mm.arguments.data_config import DataConfig, PreprocessParameters
+from mindspeed_mm.arguments.flag import OneLineParser
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.arguments.model_config import ModelConfig
+from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.arguments.rules import check_degrees, check_flags, check_parallel, check_sharding
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.tools.memory.plan import FUSED, WRITTEN_OUT, Load, Plan, plan_run
+from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, table
+
+# what the launcher's parser insists on and the estimate does not depend on
+_REQUIRED = {"--mm-data": "unread", "--seq-length": "1024", "--train-iters": "1", "--lr": "1"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this command; every other word is a flag of the launcher."""
+    parser = OneLineParser(
+        prog="python -m mindspeed_mm.tools.memory",
+        usage="%(prog)s --nproc N --mm-model FILE [options] [flags of pretrain_transformers.py]",
+        description="Estimate memory and communication of a run. Flags of the launcher are understood as they are.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nproc", type=int, required=True, help="processes of the whole job")
+    parser.add_argument("--hf-config", metavar="DIR", help="directory of config.json (default: init_from_hf_path)")
+    parser.add_argument("--memory-gb", type=float, default=64.0, help="a device's memory in GiB (default: %(default)s)")
+    parser.add_argument(
+        "--reserve-gb", type=float, default=RESERVE_GB,
+        help="GiB of it that the driver, collectives' buffers and fragmentation take (default: %(default)s)",
+    )
+    parser.add_argument("--tokens", type=int, help="packed tokens of a micro-batch (default: samples x --seq-length)")
+    parser.add_argument(
+        "--patches", type=int, help="vision patches of it (default: one picture of image_max_pixels per sample)"
+    )
+    parser.add_argument("--supervised", type=int, help="supervised tokens of it (default: all that are not vision)")
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0,
+        help="rows of the busiest process's experts over their mean, under expert parallelism (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kernels", choices=("fused", "written-out"), default="fused",
+        help="an accelerator's own kernels, or PyTorch's operations as on a CPU (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    return parser
+
+
+def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
+    """What the command line asks about, the device, and whether JSON is wanted.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    options, words = build_parser().parse_known_args(argv)
+    for name in ("nproc", "memory_gb", "imbalance"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is out of range; it must be above 0")
+    for name, value in _REQUIRED.items():
+        if name not in words:
+            words += [name, value]
+    args = parse_args([*words, "--use-torch-fsdp2"])
+    check_flags(args)
+    args = dataclasses.replace(args, global_batch_size=check_parallel(args, world_size=options.nproc).global_batch_size)
+    model = load_config(args.mm_model, ModelConfig, flag="--mm-model")
+    fsdp = FSDPConfig()
+    if args.fsdp2_config_path is not None:
+        fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
+    check_sharding(args, sharding_size=fsdp.sharding_size, world_size=options.nproc)
+    geometry = Qwen3VLGeometry.from_pretrained(options.hf_config or model.init_from_hf_path)
+    check_degrees(args, geometry=geometry)
+    pixels = PreprocessParameters.model_fields["image_max_pixels"].default
+    if args.mm_data != _REQUIRED["--mm-data"] and Path(args.mm_data).is_file():
+        data = load_config(args.mm_data, DataConfig, flag="--mm-data")
+        pixels = data.dataset_param.preprocess_parameters.image_max_pixels
+    load = Load.largest(args, geometry, pixels=pixels)
+    given = {name: getattr(options, name) for name in ("tokens", "patches", "supervised")}
+    given = {name: value for name, value in given.items() if value is not None}
+    load = dataclasses.replace(load, **given)
+    if "supervised" not in given:
+        merged = load.patches // geometry.vision.merge_unit
+        load = dataclasses.replace(load, supervised=max(1, load.tokens - merged))
+    plan = plan_run(args, model, fsdp, geometry=geometry, world_size=options.nproc, load=load,
+                    imbalance=options.imbalance)  # fmt: skip
+    plan = dataclasses.replace(plan, kernels=FUSED if options.kernels == "fused" else WRITTEN_OUT)
+    device = Device(size=round(options.memory_gb * GIB), reserve=round(options.reserve_gb * GIB))
+    return plan, device, options.json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the estimate and return the exit status: 0 whether it fits or not, 2 for a mistake."""
+    try:
+        plan, device, wants_json = read_plan(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if wants_json:
+        print(json.dumps(as_json(plan, device), indent=1))
+    else:
+        print("\n".join(table(plan, device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

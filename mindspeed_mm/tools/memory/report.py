@@ -1,0 +1,183 @@
+"""The estimate as text: the terms, whether it fits, and which knob helps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from mindspeed_mm.tools.memory.communication import COLLECTIVES, volumes
+from mindspeed_mm.tools.memory.estimate import TERMS, Estimate, estimate
+from mindspeed_mm.tools.memory.parameters import units_of
+from mindspeed_mm.tools.memory.plan import Plan
+
+GIB = 2**30
+RESERVE_GB = 4.0
+"""GiB of a device that the driver, buffers of the collective library and fragmentation are taken to need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Memory of one device, in bytes.
+
+    Attributes:
+        size: in all.
+        reserve: of it, what the driver, the collective library's buffers and fragmentation take.
+    """
+
+    size: int
+    reserve: int
+
+    def fits(self, result: Estimate) -> bool:
+        """Whether a step fits."""
+        return result.peak.total <= self.size - self.reserve
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A change that saves memory: what to set, and the bytes of the fullest moment with it."""
+
+    text: str
+    total: int
+    fits: bool
+
+
+def knobs(plan: Plan, device: Device) -> list[Knob]:
+    """Changes that save at least 2% of the fullest moment, the largest saving first."""
+    before = estimate(plan).peak.total
+    found = []
+    for text, changes in _candidates(plan):
+        after = estimate(dataclasses.replace(plan, **changes))
+        if after.peak.total < 0.98 * before:
+            found.append(Knob(text, after.peak.total, device.fits(after)))
+    return sorted(found, key=lambda knob: knob.total)
+
+
+def _candidates(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
+    experts, everyone = plan.geometry.text.num_experts, plan.sharding_size == plan.world_size
+    if not everyone:
+        yield "sharding_size: auto", {"sharding_size": plan.world_size}
+    sharding = 2 * plan.sharding_size if everyone else plan.sharding_size
+    yield f"{2 * plan.world_size} processes", {"world_size": 2 * plan.world_size, "sharding_size": sharding}
+    if not plan.shards_on_host:
+        yield "offload_to_cpu: true (slow: the optimizer then runs on the host)", {"shards_on_host": True}
+    if plan.recompute != "full":
+        full = {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1}
+        yield "--recompute-granularity full", full
+    if plan.recompute == "none":
+        yield "--recompute-granularity selective", {"recompute": "selective"}
+    if not plan.activations_on_host:
+        yield "activation_offload true", {"activations_on_host": True}
+    for size in (8, 4, 2) if experts else ():
+        if plan.expert_size < size and not plan.sharding_size % size and not experts % size:
+            yield f"--expert-model-parallel-size {size}", {"expert_size": size}
+            break
+    if plan.loss_chunk is None:
+        yield "compute_mode chunk with chunk_size 1024", {"loss_chunk": 1024}
+    if plan.forward_prefetch or plan.backward_prefetch:
+        # for 0 in backward FSDP2 gathers one ahead by itself
+        yield "num_to_forward_prefetch 0, num_to_backward_prefetch 1", {"forward_prefetch": 0, "backward_prefetch": 1}
+    if plan.train_text and (plan.train_vision or plan.train_projector):
+        yield "freeze true in text_decoder", {"train_text": False}
+    if plan.train_vision and plan.train_text:
+        yield "freeze true in vision_encoder", {"train_vision": False}
+
+
+def table(plan: Plan, device: Device) -> list[str]:
+    """The whole report."""
+    result = estimate(plan)
+    return [
+        *_heading(plan),
+        "",
+        *_held(plan, result),
+        "",
+        *_peak(result, device),
+        *_advice(plan, device, result),
+        "",
+        *_exchanged(plan),
+    ]
+
+
+def warning(plan: Plan, device: Device) -> str | None:
+    """A line for whoever starts a run that will not fit, or None."""
+    result = estimate(plan)
+    if device.fits(result):
+        return None
+    helping = [knob.text for knob in knobs(plan, device) if knob.fits][:3]
+    advice = f"each of these alone would: {'; '.join(helping)}" if helping else "no single change would make it fit"
+    return (
+        f"full samples ({plan.tokens} tokens per micro-batch) are estimated to need {verdict(result, device)}; "
+        f"{advice}. Details: python -m mindspeed_mm.tools.memory --nproc {plan.world_size} and the launcher's flags"
+    )
+
+
+def _row(text: str, value: int) -> str:
+    return f"  {text:<70}{value / GIB:>9.2f}"
+
+
+def _heading(plan: Plan) -> list[str]:
+    units = units_of(dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1))
+    whole, trained = (sum(u.shard(training_only=only) for u in units) / 1e9 for only in (False, True))
+    names = {2: "bf16", 4: "fp32"}
+    return [
+        f"{plan.geometry.model_type}: {whole:.2f} B parameters, {trained:.2f} B of them trained; "
+        f"{plan.world_size} processes, parameters over {plan.sharding_size}, experts over {plan.expert_size}, "
+        f"a micro-batch over {plan.context_size}",
+        f"micro-batch: {plan.tokens} tokens, {plan.patches} patches, {plan.supervised} supervised tokens; "
+        f"{plan.micro_batches} per step; computed in {names[plan.compute_bytes]}, gradients summed in "
+        f"{names[plan.reduce_bytes]}; recompute: {plan.recompute}",
+    ]
+
+
+def _held(plan: Plan, result: Estimate) -> list[str]:
+    where = "in the host's memory" if plan.shards_on_host else "on the device"
+    lines = [f"{f'held by each process {where}':<72}{'GiB':>9}"]
+    for name in ("parameters", "gradients", "optimizer"):
+        lines.append(_row(TERMS[name], getattr(result, name)))
+    if result.host and not plan.shards_on_host:
+        lines.append(_row("activations in the host's memory", result.host))
+    return lines
+
+
+def _peak(result: Estimate, device: Device) -> list[str]:
+    lines = [f"{f'at the fullest moment ({result.peak.when})':<72}{'GiB':>9}"]
+    amounts = sorted(result.peak.amounts.items(), key=lambda item: -item[1])
+    lines += [_row(TERMS[name], value) for name, value in amounts if value]
+    lines.append(_row("in all", result.peak.total))
+    return lines
+
+
+def verdict(result: Estimate, device: Device) -> str:
+    """One sentence: whether it fits, and by how much."""
+    left = device.size - device.reserve - result.peak.total
+    asked = f"{result.peak.total / GIB:.1f} GiB of {device.size / GIB:.0f} GiB"
+    rest = f"{device.reserve / GIB:.0f} GiB set aside for the driver, collectives and fragmentation"
+    return f"{asked}, with {rest}: " + (
+        f"fits, {left / GIB:.1f} GiB are left" if left >= 0 else f"does not fit, {-left / GIB:.1f} GiB are missing"
+    )
+
+
+def _advice(plan: Plan, device: Device, result: Estimate) -> list[str]:
+    lines = [verdict(result, device), "", f"{'with one change':<72}{'GiB':>9}"]
+    for knob in knobs(plan, device):
+        lines.append(_row(knob.text, knob.total) + ("   fits" if knob.fits else ""))
+    return lines
+
+
+def _exchanged(plan: Plan) -> list[str]:
+    lines = [f"{'received by each process in a step':<72}{'GiB':>9}"]
+    return lines + [_row(COLLECTIVES[name], value) for name, value in volumes(plan).items() if value]
+
+
+def as_json(plan: Plan, device: Device) -> dict[str, object]:
+    """The same as plain values, in bytes."""
+    result = estimate(plan)
+    return {
+        "parameters": result.parameters,
+        "gradients": result.gradients,
+        "optimizer": result.optimizer,
+        "host": result.host,
+        "peak": {"when": result.peak.when, "total": result.peak.total, **result.peak.amounts},
+        "fits": device.fits(result),
+        "knobs": [dataclasses.asdict(knob) for knob in knobs(plan, device)],
+        "received": volumes(plan),
+    }

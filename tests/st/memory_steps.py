@@ -1,0 +1,210 @@
+"""Started by torchrun: trains models for two steps and writes what the second one allocates.
+
+Usage: memory_steps.py CASES.json OUT.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.arguments.tools_config import ToolsConfig
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.parallel import collectives
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.checkpoint.state import Progress
+from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
+from mindspeed_mm.training.trainer import Trainer
+from tests.helpers.mcore_model import PIXEL_NORM
+
+
+def samples(case: dict[str, Any], geometry: Qwen3VLGeometry, seed: int) -> list[Sample]:
+    """One sample for each (tokens, pictures of 16 x 16 patches, supervised tokens) of the case."""
+    rng = np.random.default_rng(seed)
+    side, made = 16, []
+    for index, (tokens, pictures, supervised) in enumerate(case["samples"]):
+        ids: list[int] = []
+        for _ in range(pictures):
+            placeholders = [geometry.image_token_id] * (side * side // geometry.vision.merge_unit)
+            ids += [geometry.vision_start_token_id, *placeholders, geometry.vision_end_token_id]
+        ids += rng.integers(0, 80, tokens - len(ids)).tolist()
+        patches = rng.integers(0, 256, (side * side, geometry.vision.patch_dim)).astype(np.uint8)
+        made.append(
+            Sample(np.array(ids, np.int64), np.arange(tokens) >= tokens - supervised,
+                   tuple(Picture(patches, (1, side, side)) for _ in range(pictures)), index)
+        )  # fmt: skip
+    return made
+
+
+def memory_events(path: str, until: str | None = None) -> list[int]:
+    """Bytes allocated since the profile began, after each allocation or release before the mark ``until``.
+
+    Releases of what was allocated before count for nothing. One that was missed is made up for when the address is
+    given away again.
+    """
+    with open(path) as file:
+        events = json.load(file)["traceEvents"]
+    wanted = [event for event in events if event["name"] == "[memory]" or event["name"].startswith("mark ")]
+    held: dict[int, int] = {}
+    total, seen = 0, [0]
+    for event in sorted(wanted, key=lambda event: (event["ts"], event["args"].get("Ev Idx", 0))):
+        if event["name"] == until:
+            break
+        if event["name"] != "[memory]":
+            continue
+        nbytes, address = event["args"]["Bytes"], event["args"]["Addr"]
+        total -= held.pop(address, 0)
+        if nbytes > 0:
+            held[address] = nbytes
+            total += nbytes
+        seen.append(total)
+    return seen
+
+
+def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
+    """What the tensors here occupy, a storage that several share counted once."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+
+
+@contextlib.contextmanager
+def mark(name: str) -> Iterator[None]:
+    """A mark in the profile behind what runs inside."""
+    yield
+    with record_function(f"mark {name}"):
+        pass
+
+
+class Traffic:
+    """Counts what the collectives bring from other processes, and gives gloo time to let go of its tensors.
+
+    A release in one of gloo's own threads is one that the profiler misses.
+    """
+
+    def __init__(self) -> None:
+        self.received: dict[str, int] = {}
+        for name, kind in (
+            ("all_to_all_single", "all_to_all"), ("all_gather_into_tensor", "all_gather"),
+            ("all_gather_single", "all_gather"), ("reduce_scatter_tensor", "reduce_scatter"),
+            ("reduce_scatter_single", "reduce_scatter"), ("all_reduce", "all_reduce"),
+        ):  # fmt: skip
+            if hasattr(dist, name):
+                setattr(dist, name, self._counting(getattr(dist, name), kind))
+        for name, kind in (("_gather", "all_gather"), ("_reduce_scatter", "reduce_scatter")):
+            setattr(collectives, name, self._counting(getattr(collectives, name), kind))
+
+    def _counting(self, collective: Any, kind: str) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = collective(*arguments, **options)
+            time.sleep(0.003)
+            size = dist.get_world_size(options.get("group"))
+            tensors = [*arguments, *(options[name] for name in sorted(options))]
+            largest = max(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+            factor = (2 if kind == "all_reduce" else 1) * (size - 1) / size
+            self.received[kind] = self.received.get(kind, 0) + round(largest * factor)
+            return result
+
+        return run
+
+
+def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> dict[str, Any]:
+    """Bytes on this process: what it holds, what its second step allocates at most, and what it receives."""
+    args = parse_args(case["flags"])
+    config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
+    layout = build_layout(device_type="cpu", sharding_size=config.sharding_size,
+                          expert_size=args.expert_model_parallel_size, context_size=args.context_parallel_size)
+    geometry = Qwen3VLGeometry.from_config(case["config"])
+    choices = ModelChoices(
+        **case["choices"],
+        recompute=args.recompute_granularity or "none",  # type: ignore[arg-type]
+        recompute_method=args.recompute_method,  # type: ignore[arg-type]
+        recompute_num_layers=args.recompute_num_layers,
+    )
+    with torch.device("meta"):
+        model = build_model(geometry, choices, pixel_norm=PIXEL_NORM, device="cpu")
+    parallelise(model, layout=layout, config=config)
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().normal_(std=0.02)
+    optimizer = build_optimizer(model, args)
+
+    def forward(model: Any, batch: Any, weight: Any) -> Any:
+        with mark("forward"):
+            return model(batch, weight)
+
+    trainer = Trainer(
+        args=args, model=model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
+        loader=[StepBatches([collate(samples(case, geometry, 2 * step + micro), geometry)
+                             for micro in range(case["micro_batches"])]) for step in range(2)],
+        forward_step=forward, loss_mode="per_token", layout=layout, backend=backend, progress=Progress(),
+        merge_unit=geometry.vision.merge_unit,
+        tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
+    )  # fmt: skip
+    received: dict[str, int] = {}
+    trace = f"{out}.trace{layout.rank}.json"
+    train_step, count = trainer.train_step, 0
+
+    def step() -> Any:
+        nonlocal count
+        count += 1
+        if count < 2:
+            return train_step()
+        traffic.received.clear()
+        gc.collect()  # a release of what an earlier case has left behind would count as one of this step's
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as current:
+            result = train_step()
+        received.update(traffic.received)
+        current.export_chrome_trace(trace)
+        return result
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    trainer.train()
+    state = (value for values in optimizer.state.values() for value in values.values())
+    return {
+        "parameters": storage_bytes(model.parameters()),
+        "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),
+        "optimizer": storage_bytes(value for value in state),
+        "kept": memory_events(trace, until="mark forward")[-1],
+        "peak": max(memory_events(trace)),
+        "received": received,
+    }
+
+
+def main(cases: dict[str, dict[str, Any]], out: str) -> None:
+    """Run all cases in turn."""
+    torch.set_num_threads(1)
+    traffic = Traffic()
+    backend = select_backend("cpu")
+    start_processes(backend, timeout_minutes=2)
+    outcomes = {name: run_case(case, backend, out, traffic) for name, case in cases.items()}
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(outcomes, file)
+    stop_processes()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file), sys.argv[2])

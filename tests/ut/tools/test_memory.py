@@ -1,0 +1,173 @@
+"""The memory estimate: its list of parameters, its command, and what it says of the published model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.tools.memory.__main__ import main, read_plan
+from mindspeed_mm.tools.memory.communication import volumes
+from mindspeed_mm.tools.memory.estimate import estimate
+from mindspeed_mm.tools.memory.parameters import units_of
+from mindspeed_mm.tools.memory.plan import Plan
+from mindspeed_mm.tools.memory.report import GIB, Device, knobs, verdict
+from tests.helpers.mcore_model import PIXEL_NORM
+from tests.helpers.published import config_30b
+from tests.helpers.tiny_geometry import tiny_geometry
+
+DEVICE = Device(size=64 * GIB, reserve=4 * GIB)
+
+
+def published(processes: int, **changes) -> Plan:
+    """The recipe for 30B: a picture of 1024 patches in a sample of 1024 tokens."""
+    return Plan(
+        geometry=Qwen3VLGeometry.from_config(config_30b()), world_size=processes, sharding_size=processes,
+        **{"tokens": 1024, "patches": 1024, "supervised": 768, **changes},
+    )  # fmt: skip
+
+
+def dense(geometry: Qwen3VLGeometry, *, tied: bool) -> Qwen3VLGeometry:
+    text = dataclasses.replace(geometry.text, num_experts=0, tie_word_embeddings=tied)
+    return dataclasses.replace(geometry, model_type="qwen3_vl", text=text)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense", "tied", "published"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_parameters_are_the_models(kind, aligned):
+    geometry = tiny_geometry() if kind != "published" else Qwen3VLGeometry.from_config(config_30b())
+    geometry = dense(geometry, tied=kind == "tied") if kind in ("dense", "tied") else geometry
+    choices = ModelChoices(freeze_vision_encoder=True)
+    with torch.device("meta"):
+        model = build_model(geometry, choices, pixel_norm=PIXEL_NORM, device="cpu")
+    plan = dataclasses.replace(
+        published(1), geometry=geometry, train_projector=True, small_in_root=aligned
+    )
+    listed = [parameter for unit in units_of(plan) for parameter in unit.parameters]
+    theirs = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
+    assert {p.name: (p.shape, p.trains) for p in listed} == theirs
+    assert len(listed) == len(theirs)
+
+
+def test_published_model_has_31_billion_parameters():
+    assert sum(unit.shard() for unit in units_of(published(1))) == 31_070_754_032
+
+
+def test_shards_are_padded_as_fsdp2_does():
+    embedding = next(unit for unit in units_of(published(7)) if unit.kind == "embedding")
+    assert embedding.shard() == -(-151936 // 7) * 2048
+    spread = next(unit for unit in units_of(published(16, expert_size=8)) if unit.kind == "experts")
+    # 16 of 128 experts, cut along the second axis between two processes
+    assert spread.shard() == 16 * (1024 * 1536 + 384 * 2048)
+
+
+def test_eight_devices_of_64_gib_do_not_hold_30b_and_16_do():
+    eight, sixteen = estimate(published(8)), estimate(published(16))
+    assert eight.parameters + eight.gradients + eight.optimizer > 57 * GIB
+    assert not DEVICE.fits(eight) and "does not fit" in verdict(eight, DEVICE)
+    assert DEVICE.fits(sixteen) and "fits, " in verdict(sixteen, DEVICE)
+    offloaded = estimate(published(8, shards_on_host=True))
+    assert DEVICE.fits(offloaded) and offloaded.host > 57 * GIB
+
+
+def test_knobs_are_tried_and_sorted():
+    found = knobs(published(8), DEVICE)
+    before = estimate(published(8)).peak.total
+    assert [knob.total for knob in found] == sorted(knob.total for knob in found)
+    assert all(knob.total < before for knob in found)
+    by_text = {knob.text: knob for knob in found}
+    assert by_text["16 processes"].total == estimate(published(16)).peak.total
+    assert by_text["16 processes"].fits
+
+
+@pytest.mark.parametrize(
+    ("change", "smaller"),
+    [({"recompute": "full"}, True), ({"recompute": "selective"}, True), ({"tokens": 2048, "supervised": 1500}, False),
+     ({"compute_bytes": 4}, False), ({"train_vision": True}, False), ({"expert_size": 8}, True),
+     ({"context_size": 2}, True), ({"activations_on_host": True}, True), ({"train_text": False,
+      "train_projector": True}, True), ({"micro_batches": 2}, False), ({"reshard": False}, False)],
+)
+def test_each_choice_moves_the_estimate_the_right_way(change, smaller):
+    before, after = (estimate(published(16, **more)).peak.total for more in ({}, change))
+    assert (after < before) is smaller
+
+
+def test_chunks_bound_the_logits():
+    long = {"tokens": 16384, "supervised": 16000}
+    whole, chunked = (
+        estimate(dataclasses.replace(published(16, recompute="full", loss_chunk=chunk), **long)).peak
+        for chunk in (None, 1024)
+    )
+    # 16,000 fp32 logits of 151,936 entries and a temporary of that size
+    assert whole.when == "forward, loss head" and whole.amounts["head"] > 16000 * 151936 * 8
+    assert chunked.total < whole.total - 5 * GIB
+
+
+def test_volumes_by_hand():
+    plan = published(8, expert_size=8, recompute="full")
+    # rows x width x 2 bytes x 7/8 from others, there and back, in forward, forward again and backward of 48 layers
+    assert volumes(plan)["expert_all_to_all"] == 1024 * 8 * 2048 * 2 * 7 // 8 * 2 * 3 * 48
+    gradients = sum(unit.gathered(training_only=True) for unit in units_of(published(8)))
+    assert volumes(published(8))["reduce_scatter"] == gradients * 4 * 7 // 8
+    copies = volumes(dataclasses.replace(published(16), sharding_size=8))
+    assert copies["all_reduce"] == gradients // 8 * 4
+    assert volumes(published(8, micro_batches=3)) == {k: 3 * v for k, v in volumes(published(8)).items()}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A model file whose directory holds nothing but config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(config_30b()))
+    model = {"model_id": "qwen3_vl_moe", "init_from_hf_path": str(tmp_path)}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    return tmp_path
+
+
+def test_command_takes_the_launchers_flags(files, capsys):
+    flags = ["--mm-model", str(files / "model.json"), "--micro-batch-size", "2", "--seq-length", "512", "--lr", "1e-5",
+             "--global-batch-size", "64", "--expert-model-parallel-size", "4", "--log-tps", "--use-torch-fsdp2"]
+    plan, device, _ = read_plan(["--nproc", "16", *flags])
+    assert (plan.tokens, plan.patches, plan.supervised) == (1024, 2048, 512)
+    assert (plan.micro_batches, plan.expert_size, plan.sharding_size) == (2, 4, 16)
+    assert device == DEVICE
+    assert main(["--nproc", "16", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "31.07 B parameters, 30.53 B of them trained" in text and "fits, " in text
+    assert "all-to-all of tokens" in text and "with one change" in text
+
+
+def test_json(files, capsys):
+    words = ["--nproc", "8", "--mm-model", str(files / "model.json"), "--json", "--memory-gb", "32", "--tokens", "600"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] is False and report["received"]["all_gather"] > 0
+    assert report["peak"]["total"] == sum(v for k, v in report["peak"].items() if k not in ("when", "total"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mm-model", "m"], "--nproc"),
+        (["--nproc", "0", "--mm-model", "m"], "--nproc 0 is out of range"),
+        (["--nproc", "8"], "--mm-model"),
+        (["--nproc", "8", "--mm-model", "MODEL", "--expert-model-parallel-size", "3"], "does not divide"),
+        (["--nproc", "8", "--mm-model", "MODEL", "--hf-config", "nowhere"], "nowhere"),
+        (["--nproc", "8", "--mm-model", "MODEL", "--tokns", "5"], "--tokns"),
+        (["--nproc", "8", "--mm-model", "MODEL", "--memory-gb", "-1"], "--memory-gb"),
+    ],
+)
+def test_mistakes_are_one_line(files, capsys, words, message):
+    assert main([str(files / "model.json") if word == "MODEL" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_it_needs_no_torch():
+    script = "import sys\nimport mindspeed_mm.tools.memory.__main__\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
