@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_mm.backend.kernels.rows import RowMover
+
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(rows [N, H] sorted by expert, rows per expert [E]) -> [N, H]."""
 
@@ -26,30 +28,20 @@ class Routing:
     Attributes:
         order: int64 [N].
         inverse: int64 [N], the row of each choice.
-        rows_per_expert: int64 [E].
         top_k: k.
     """
 
     order: Tensor
     inverse: Tensor
-    rows_per_expert: Tensor
     top_k: int
 
     @classmethod
-    def from_experts(cls, experts: Tensor, num_experts: int) -> Routing:
+    def from_experts(cls, experts: Tensor) -> Routing:
         """Sort the choices ``experts`` [T, k]; nothing is read back to the host."""
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        rows_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
-        rows_per_expert.scatter_add_(0, flat, torch.ones_like(flat))
-        return cls(order, inverse_permutation(order), rows_per_expert, top_k=experts.shape[-1])
-
-
-def inverse_permutation(order: Tensor) -> Tensor:
-    """int64 [N] with ``inverse[order[i]] == i``."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+        order = experts.flatten().argsort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+        return cls(order, inverse, top_k=experts.shape[-1])
 
 
 class _Permute(torch.autograd.Function):
@@ -105,25 +97,37 @@ class _Gather(torch.autograd.Function):
         return grad_rows, grad_weights, None
 
 
-def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows [N, H] -> rows[order]."""
-    return _Permute.apply(rows, order, inverse)
+class IndexedRows:
+    """A :class:`~mindspeed_mm.backend.kernels.rows.RowMover` of index operations, on any device and for any type."""
+
+    def count(self, experts: Tensor, num_experts: int) -> Tensor:
+        """int64 [E]."""
+        flat = experts.flatten()
+        return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(
+            0, flat, torch.ones_like(flat)
+        )
+
+    def to_rows(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Routing]:
+        """[T, H] -> [N, H]."""
+        routing = Routing.from_experts(experts)
+        return _Scatter.apply(tokens, routing), routing
+
+    def to_tokens(self, rows: Tensor, places: Routing, weights: Tensor | None = None) -> Tensor:
+        """[N, H] -> [T, H]."""
+        if weights is None:
+            return _Permute.apply(rows, places.inverse, places.order)
+        return _Gather.apply(rows, weights, places)
 
 
-def scatter_to_rows(tokens: Tensor, routing: Routing) -> Tensor:
-    """tokens [T, H] -> rows [N, H] sorted by expert."""
-    return _Scatter.apply(tokens, routing)
+@dataclasses.dataclass(frozen=True)
+class LocalDispatcher:
+    """All experts are here."""
 
+    mover: RowMover
 
-def gather_to_tokens(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """rows [N, H] sorted by expert, weights [T, k] -> [T, H]."""
-    return _Gather.apply(rows, weights, routing)
-
-
-def local_dispatch(
-    tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
-) -> Tensor:
-    """All experts are here; see :data:`Dispatcher`."""
-    routing = Routing.from_experts(experts, num_experts)
-    rows = scatter_to_rows(tokens, routing)
-    return gather_to_tokens(function(rows, routing.rows_per_expert), weights, routing)
+    def __call__(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
+    ) -> Tensor:
+        """See :data:`Dispatcher`."""
+        rows, places = self.mover.to_rows(tokens, experts)
+        return self.mover.to_tokens(function(rows, self.mover.count(experts, num_experts)), places, weights)

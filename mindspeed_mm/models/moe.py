@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
-from mindspeed_mm.models.dispatch import Dispatcher, local_dispatch
+from mindspeed_mm.backend.kernels.rows import RowMover
+from mindspeed_mm.models.dispatch import Dispatcher, LocalDispatcher
 from mindspeed_mm.models.geometry import TextGeometry
 
 
@@ -110,14 +111,16 @@ class MoELayer(nn.Module):
     """The MLP slot of a sparse layer. No token is dropped and none is padded.
 
     Attributes:
+        mover: sorts tokens by expert and brings results back.
         dispatch: how tokens reach their experts and come back; expert parallelism replaces it.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MoESubmodules) -> None:
+    def __init__(self, config: TransformerConfig, submodules: MoESubmodules, *, mover: RowMover) -> None:
         super().__init__()
         self.router = build_module(submodules.router, config=config)
         self.experts = build_module(submodules.experts, config=config)
-        self.dispatch: Dispatcher = local_dispatch
+        self.mover = mover
+        self.dispatch: Dispatcher = LocalDispatcher(mover)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """[T, 1, H] -> ([T, 1, H], None)."""

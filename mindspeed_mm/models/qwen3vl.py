@@ -16,6 +16,7 @@ from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_na
 from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.data.batch import Batch, PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.dispatch import IndexedRows
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.moe import MoELayer, RouterLoad
 from mindspeed_mm.models.specs import (
@@ -194,6 +195,7 @@ def build_model(
         text_attention=attention_kernel(choices.text_attention, device=device),
         vision_attention=attention_kernel(choices.vision_attention, device=device),
         experts=expert_kernel(experts, device=device),
+        rows=IndexedRows(),
         rms_norm=rms_norm_kernel(device=device),
         rotary=rotary_kernel(device=device),
     )

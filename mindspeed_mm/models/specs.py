@@ -20,6 +20,7 @@ from torch import Tensor
 from mindspeed_mm.backend.kernels.attention import AttentionKernel
 from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
+from mindspeed_mm.backend.kernels.rows import RowMover
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import TextGeometry, VisionGeometry
 from mindspeed_mm.models.moe import Experts, MoELayer, MoESubmodules, TopKRouter
@@ -39,6 +40,7 @@ class Kernels:
     text_attention: AttentionKernel
     vision_attention: AttentionKernel
     experts: ExpertKernel
+    rows: RowMover
     rms_norm: RMSNormKernel
     rotary: RotaryKernel
 
@@ -154,6 +156,7 @@ def _mlp_spec() -> ModuleSpec:
 def _moe_spec(geometry: TextGeometry, kernels: Kernels) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
+        params={"mover": kernels.rows},
         submodules=MoESubmodules(
             router=ModuleSpec(module=TopKRouter, params={"geometry": geometry}),
             experts=ModuleSpec(module=Experts, params={"geometry": geometry, "kernel": kernels.experts}),

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mindspeed_mm.models.dispatch import (
-    ExpertFunction,
-    Routing,
-    gather_to_tokens,
-    inverse_permutation,
-    permute,
-    scatter_to_rows,
-)
+from mindspeed_mm.backend.kernels.rows import RowMover
+from mindspeed_mm.models.dispatch import ExpertFunction
 from mindspeed_mm.models.moe import MoELayer
 from mindspeed_mm.parallel.collectives import all_to_all, scale_gradient
 
@@ -34,40 +28,39 @@ class ExpertParallelDispatcher:
     """
 
     group: dist.ProcessGroup
+    mover: RowMover
 
     def __call__(
         self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
     ) -> Tensor:
         """See :data:`mindspeed_mm.models.dispatch.Dispatcher`."""
         size = self.group.size()
-        routing = Routing.from_experts(experts, num_experts)
         # rows for each expert of each process, by receiver; then the same by sender
-        sent = routing.rows_per_expert.view(size, num_experts // size)
+        sent = self.mover.count(experts, num_experts).view(size, num_experts // size)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)
         send, receive = torch.stack((sent.sum(dim=1), received.sum(dim=1))).tolist()
 
-        rows = all_to_all(scatter_to_rows(tokens, routing), send, receive, self.group)
-        order = _by_expert(received, total=sum(receive))
-        back = inverse_permutation(order)
-        results = function(permute(rows, order, back), received.sum(dim=0))
-        results = all_to_all(permute(results, back, order), receive, send, self.group)
-        return gather_to_tokens(results, weights, routing)
+        rows, places = self.mover.to_rows(tokens, experts)
+        rows = all_to_all(rows, send, receive, self.group)
+        rows, arrivals = self.mover.to_rows(rows, _experts_of_rows(received, total=sum(receive)))
+        results = self.mover.to_tokens(function(rows, received.sum(dim=0)), arrivals)
+        results = all_to_all(results, receive, send, self.group)
+        return self.mover.to_tokens(results, places, weights)
 
 
-def _by_expert(received: Tensor, *, total: int) -> Tensor:
-    """Order that sorts rows that came by sender, and by expert within each, by expert.
+def _experts_of_rows(received: Tensor, *, total: int) -> Tensor:
+    """The expert, of those here, of each row that came; they lie by sender, and by expert within each.
 
     Args:
         received: int64 [senders, experts here], numbers of rows.
         total: their sum.
 
     Returns:
-        int64 [total].
+        int64 [total, 1].
     """
     experts = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
-    expert_of_row = experts.repeat_interleave(received.flatten(), output_size=total)
-    return expert_of_row.argsort(stable=True)
+    return experts.repeat_interleave(received.flatten(), output_size=total).unsqueeze(1)
 
 
 def spread_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
@@ -84,7 +77,7 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
-        layer.dispatch = ExpertParallelDispatcher(group)
+        layer.dispatch = ExpertParallelDispatcher(group, layer.mover)
         for name, parameter in list(layer.experts.named_parameters()):
             own = parameter.detach().chunk(size)[rank].contiguous()
             shard = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
