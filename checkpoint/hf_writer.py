@@ -1,0 +1,231 @@
+"""Writing safetensors files from the tensors of a checkpoint, each file in parts by several threads.
+
+A file's header says where every tensor lies, so its parts can be made in any order. Files are written one after another
+nevertheless: the fewer are open, the less an interruption costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.dcp_writer import PREFIX
+from checkpoint.work import WRITE_BYTES, ByteBudget, Progress
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.weight_map import WeightRule
+from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_checksum
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE
+from mindspeed_mm.training.checkpoint.pieces import split_rows
+from mindspeed_mm.training.checkpoint.safetensors_io import build_header, tensor_bytes
+
+_WORKERS_PER_FILE = 4
+"""Linux lets one thread at a time write to a file; the others read meanwhile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One rule as it will be written: all its Hugging Face tensors, in this type, one after another in one file."""
+
+    rule: WeightRule
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return math.prod(self.rule.target_shape) * self.dtype.itemsize
+
+    @property
+    def row_elements(self) -> int:
+        """Elements in one row of the parameter."""
+        return math.prod(self.rule.target_shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows [first, last) of an output, to be written from byte ``position`` of its file; ``number`` within the file."""
+
+    output: Output
+    first: int
+    last: int
+    position: int
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checksum:
+    """Checksum of ``length`` bytes that belong to the tensor ``name``."""
+
+    name: str
+    value: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What a finished part was made of, and what it wrote, in the order of the file."""
+
+    stored: _Checksum
+    tensors: list[_Checksum]
+
+
+def plan_files(outputs: Sequence[Output], max_shard_size: int) -> dict[str, list[Output]]:
+    """Fill files in the order of the weight map; the tensors of one rule stay together.
+
+    Args:
+        outputs: all that is written.
+        max_shard_size: bytes of tensors in one file, at most, unless those of one rule are more.
+    """
+    shards: list[list[Output]] = [[]]
+    held = 0
+    for output in outputs:
+        if held and held + output.nbytes > max_shard_size:
+            shards.append([])
+            held = 0
+        shards[-1].append(output)
+        held += output.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, start=1)}
+
+
+def write_index(directory: Path, files: Mapping[str, list[Output]]) -> None:
+    """The index that names each tensor's file; a single file has none."""
+    if list(files) == [SINGLE]:
+        return
+    weight_of = {
+        name: file for file, outputs in files.items() for output in outputs for name, _ in output.rule.sources
+    }
+    total = sum(output.nbytes for outputs in files.values() for output in outputs)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_of.items()))}
+    (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+class ShardFile:
+    """One file in the making, and what is known of its parts."""
+
+    def __init__(self, path: Path, outputs: Sequence[Output]) -> None:
+        self.path = path
+        self._entries = [(name, output.dtype, shape) for output in outputs for name, shape in output.rule.sources]
+        self._header = build_header(self._entries, {"format": "pt", LAYOUT_KEY: "hub"})
+        self.parts = list(_cut(outputs, len(self._header)))
+        self._written: dict[int, _Written] = {}
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+
+    def write(self, part: Part, tensors: Sequence[Tensor], written: _Written, progress: Progress) -> bool:
+        """Write the tensors of a part; returns whether it was the last one that was missing."""
+        # Threads that wait for the file itself would spin; those that wait for the lock leave the core to others.
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
+                os.pwrite(self._descriptor, self._header, 0)
+            position = part.position
+            for tensor in tensors:
+                view = tensor_bytes(tensor)
+                while len(view):
+                    count = os.pwrite(self._descriptor, view[:WRITE_BYTES], position)
+                    position, view = position + count, view[count:]
+                    progress.advance(count)
+            self._written[part.number] = written
+            return len(self._written) == len(self.parts)
+
+    def finish(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Flush the file to disk and return its record: size, checksum, and facts of its tensors.
+
+        Args:
+            recorded: facts of the stored parameters; what was read must have the checksums given there.
+
+        Raises:
+            UserError: naming a parameter that was read with another checksum.
+        """
+        written = [self._written[part.number] for part in self.parts]
+        for name, (value, _) in _join(part.stored for part in written).items():
+            if recorded.get(name, {}).get("checksum") not in (None, format_checksum(value)):
+                raise UserError(f"{name} has another checksum than recorded; restore its file or make it again")
+        tensors = _join(checksum for part in written for checksum in part.tensors)
+        crc, size = crc32(self._header), len(self._header)
+        for value, length in tensors.values():
+            crc, size = combine(crc, value, length), size + length
+        assert self._descriptor is not None
+        os.fsync(self._descriptor)
+        self.close()
+        facts = {
+            name: {
+                "shape": list(shape),
+                "dtype": str(dtype).removeprefix("torch."),
+                "checksum": format_checksum(tensors[name][0]),
+            }
+            for name, dtype, shape in self._entries
+        }
+        return {"size": size, "checksum": format_checksum(crc), "tensors": facts}
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _cut(outputs: Sequence[Output], position: int) -> Iterator[Part]:
+    """The parts of a file whose tensors begin at byte ``position``."""
+    numbers = itertools.count()
+    for output in outputs:
+        rows = output.rule.target_shape[0]
+        row_bytes = output.row_elements * output.stored.itemsize
+        for first, last in split_rows(rows, row_bytes) if output.rule.row_wise else [(0, rows)]:
+            yield Part(output, first, last, position, next(numbers))
+            position += (last - first) * output.row_elements * output.dtype.itemsize
+
+
+def _join(checksums: Iterable[_Checksum]) -> dict[str, tuple[int, int]]:
+    """Checksum and length of each whole tensor, from those of its successive parts."""
+    joined: dict[str, tuple[int, int]] = {}
+    for part in checksums:
+        value, length = joined.get(part.name, (0, 0))
+        joined[part.name] = (combine(value, part.value, part.length), length + part.length)
+    return joined
+
+
+class PartWriter:
+    """Makes parts from a checkpoint and writes them; used by several threads."""
+
+    def __init__(self, reader: DcpReader, progress: Progress) -> None:
+        self._reader = reader
+        self._progress = progress
+        self._budget = ByteBudget()
+
+    def write(self, file: ShardFile, part: Part) -> bool:
+        """Write one part; returns whether its file now has all of them."""
+        output, rule, name = part.output, part.output.rule, PREFIX + part.output.rule.target
+        # The stored rows, their joined pieces, and the result in its own order and type.
+        with self._budget.take(3 * (part.last - part.first) * output.row_elements * output.stored.itemsize):
+            stored = self._reader.read(name, (part.first, part.last))
+            read = _Checksum(name, crc32(tensor_bytes(stored)), stored.nbytes)
+            tensors = [tensor.to(output.dtype) for tensor in rule.to_hf(stored)]
+            same_bytes = rule.is_copy and output.dtype == output.stored
+            checksums = [
+                _Checksum(source, read.value if same_bytes else crc32(tensor_bytes(tensor)), tensor.nbytes)
+                for (source, _), tensor in zip(rule.sources, tensors, strict=True)
+            ]
+            return file.write(part, tensors, _Written(read, checksums), self._progress)
+
+
+def order_parts(files: Sequence[ShardFile], workers: int) -> list[tuple[ShardFile, Part]]:
+    """Parts in the order of writing: one file after another, or several at a time where there are many workers."""
+    lanes = max(1, workers // _WORKERS_PER_FILE)
+    parts: list[list[tuple[ShardFile, Part]]] = [
+        [(file, part) for file in files[lane::lanes] for part in file.parts] for lane in range(lanes)
+    ]
+    return [item for group in itertools.zip_longest(*parts) for item in group if item is not None]
