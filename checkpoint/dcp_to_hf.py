@@ -28,6 +28,7 @@ from mindspeed_mm.training.checkpoint.directory import (
     resolve_checkpoint,
     verify_directory,
 )
+from mindspeed_mm.training.checkpoint.files import make_directory
 from mindspeed_mm.training.checkpoint.hf_source import layout_by_shapes
 from mindspeed_mm.training.checkpoint.pieces import listed
 
@@ -84,7 +85,7 @@ def dcp_to_hf(
         print(f"checking {len(manifest['files'])} files of {checkpoint}")
         verify_directory(checkpoint, checksums=True)
     try:
-        save.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(save.parent)
     except OSError as error:
         raise UserError(f"--save_dir {save} cannot be made: {error.strerror}") from error
     with journal.locked():

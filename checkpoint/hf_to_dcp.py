@@ -23,6 +23,7 @@ from mindspeed_mm.training.checkpoint.directory import (
     prepare_directory,
     write_tracker,
 )
+from mindspeed_mm.training.checkpoint.files import make_directory
 from mindspeed_mm.training.checkpoint.hf_source import HFSource
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -68,7 +69,7 @@ def hf_to_dcp(
     files = plan_files(source, DTYPES[dtype])
     journal = Journal(target, _fingerprint(source, files))
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
     except OSError as error:
         raise UserError(f"--dcp_dir {root} cannot be made: {error.strerror}") from error
     if journal.is_done():

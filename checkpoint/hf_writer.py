@@ -25,6 +25,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_checksum
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.files import FILE_MODE
 from mindspeed_mm.training.checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE
 from mindspeed_mm.training.checkpoint.pieces import split_rows
 from mindspeed_mm.training.checkpoint.safetensors_io import build_header, tensor_bytes
@@ -129,7 +130,7 @@ class ShardFile:
         # Threads that wait for the file itself would spin; those that wait for the lock leave the core to others.
         with self._lock:
             if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
                 os.pwrite(self._descriptor, self._header, 0)
             position = part.position
             for tensor in tensors:

@@ -14,7 +14,7 @@ from typing import Any
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
 from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest
-from mindspeed_mm.training.checkpoint.files import write_atomically
+from mindspeed_mm.training.checkpoint.files import make_directory, write_atomically
 
 _PLAN = "plan.json"
 
@@ -44,7 +44,7 @@ class Journal:
         Raises:
             UserError: if another process is writing the same target.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
         with (self._directory / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +70,7 @@ class Journal:
         for path in self._partial.glob("*"):
             if path.name not in finished:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
         write_atomically(self._directory / _PLAN, json.dumps({"plan": self.plan}).encode())
         return finished
 
