@@ -1,0 +1,84 @@
+"""Memory and communication of the 30B recipe on 8 and 16 devices of 64 GiB, as Markdown: docs/memory_estimate.md.
+
+python benchmarks/memory_tables.py --hf-config ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.tools.memory.communication import volumes
+from mindspeed_mm.tools.memory.estimate import estimate
+from mindspeed_mm.tools.memory.plan import Plan
+from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device
+
+LONG = {"tokens": 8192, "patches": 8192, "supervised": 6144}
+CHOICES: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "EP 8": {"expert_size": 8},
+    "EP 8, full recompute": {"expert_size": 8, "recompute": "full"},
+    "offload_to_cpu": {"shards_on_host": True},
+    "8192 tokens": LONG,
+    "8192 tokens, full recompute": {**LONG, "recompute": "full"},
+    "8192 tokens, full recompute, EP 8, chunked loss": {
+        **LONG, "recompute": "full", "expert_size": 8, "loss_chunk": 1024,
+    },
+    "vision trains too": {"train_vision": True, "train_projector": True},
+    "projector alone trains": {"train_text": False, "train_projector": True},
+    "accumulation over 4 micro-batches, EP 8": {"micro_batches": 4, "expert_size": 8},
+}  # fmt: skip
+
+
+def rows(geometry: Qwen3VLGeometry, device: Device) -> list[dict[str, Any]]:
+    """One row per number of devices and choice, in bytes."""
+    found = []
+    for processes in (8, 16):
+        for name, changes in CHOICES.items():
+            base = {"tokens": 1024, "patches": 1024, "supervised": 768, **changes}
+            plan = Plan(geometry=geometry, world_size=processes, sharding_size=processes, **base)
+            result, received = estimate(plan), volumes(plan)
+            amounts = result.peak.amounts
+            static = sum(amounts[key] for key in ("parameters", "gradients", "optimizer"))
+            kept = sum(amounts[key] for key in ("text", "experts", "vision", "head"))
+            found.append({
+                "processes": processes, "choice": name, "static": static, "kept": kept,
+                "rest": result.peak.total - static - kept, "total": result.peak.total, "host": result.host,
+                "fits": device.fits(result), "all_gather": received["all_gather"],
+                "reduce_scatter": received["reduce_scatter"], "all_to_all": received["expert_all_to_all"],
+            })  # fmt: skip
+    return found
+
+
+def main() -> int:
+    """Print the table, and with --json the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hf-config", required=True, help="directory of the published config.json")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here, in bytes")
+    options = parser.parse_args()
+    try:
+        geometry = Qwen3VLGeometry.from_pretrained(options.hf_config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = rows(geometry, Device(size=64 * GIB, reserve=round(RESERVE_GB * GIB)))
+    print("| devices | choice | weights, gradients, AdamW | activations | gathering and work | in all | fits | "
+          "all-gather | reduce-scatter | all-to-all |\n|" + " --- |" * 10)
+    for row in table:
+        figures = [row[key] / GIB for key in ("static", "kept", "rest", "total")]
+        traffic = [row[key] / GIB for key in ("all_gather", "reduce_scatter", "all_to_all")]
+        cells = [f"{value:.1f}" for value in figures] + ["yes" if row["fits"] else "**no**"]
+        cells += [f"{value:.1f}" for value in traffic]
+        print(f"| {row['processes']} | {row['choice']} | " + " | ".join(cells) + " |")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(table, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
