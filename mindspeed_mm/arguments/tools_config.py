@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
 from mindspeed_mm.arguments.fields import StrictModel, effective, no_effect, refused
 
+DYNAMIC_FILE = "profiler_config.json"
+Counters = Literal[
+    "AiCoreNone", "PipeUtilization", "ArithmeticUtilization", "Memory", "MemoryL0", "MemoryUB", "ResourceConflictRatio",
+    "L2Cache", "MemoryAccess",
+]
+"""Hardware counters by torch_npu's names."""
+
+_NOT_TAKEN = "profiles are taken without it"
 _RANKS = "ranks that write a file; [-1]: all"
 
 
@@ -19,7 +27,7 @@ def _check_steps(start: int, end: int) -> None:
 class StaticProfile(StrictModel):
     """Profile of the steps start_step up to, not including, end_step. Null leaves a choice to the device."""
 
-    level: Literal["level0", "level1", "level2"] | None = effective(
+    level: Literal["level_none", "level0", "level1", "level2"] | None = effective(
         None, "depth of an accelerator profile, where the device's profiler has levels"
     )
     with_stack: bool = effective(False, "record the Python call stack of each operator")
@@ -32,8 +40,8 @@ class StaticProfile(StrictModel):
     data_simplification: bool | None = effective(
         None, "drop intermediate files, where the device's profiler writes any"
     )
-    aic_metrics_type: str | None = effective(
-        None, "hardware counters to record, where the device's profiler has them"
+    aic_metrics_type: Counters | None = effective(
+        None, "hardware counters to record, where the device's profiler has them; they need level1 or level2"
     )
 
     @model_validator(mode="after")
@@ -45,17 +53,64 @@ class StaticProfile(StrictModel):
 class DynamicProfile(StrictModel):
     """Profiling that is switched while training runs."""
 
-    config_path: str = no_effect("./", "only profile_type dynamic reads it, which is not implemented yet")
+    config_path: str = effective(
+        "./", f"directory whose {DYNAMIC_FILE} is looked at before each step; it is written where there is none"
+    )
+
+
+class DynamicCounters(StrictModel):
+    """``experimental_config`` of :class:`DynamicRequest`: choices of accelerators' profilers."""
+
+    profiler_level: Literal["Level_none", "Level0", "Level1", "Level2"] | None = effective(
+        None, "depth; null: as the profiler thinks best"
+    )
+    aic_metrics: Counters | None = effective(None, "hardware counters; null: none")
+    data_simplification: bool | None = effective(None, "drop intermediate files; null: as the profiler thinks best")
+    l2_cache: bool = refused(False, _NOT_TAKEN)
+    op_attr: bool = refused(False, _NOT_TAKEN)
+    record_op_args: bool = refused(False, _NOT_TAKEN)
+    msprof_tx: bool = refused(False, _NOT_TAKEN)
+    mstx: bool = refused(False, _NOT_TAKEN)
+    gc_detect_threshold: float | None = refused(None, _NOT_TAKEN)
+    export_type: Any = no_effect(None, "traces are written as text")
+
+
+class DynamicRequest(StrictModel):
+    """What ``profiler_config.json`` asks for; the fields have the names that torch_npu gives them."""
+
+    is_valid: bool = effective(False, "profile once; becomes effective whenever the file is written anew")
+    start_step: int = effective(-1, "first step; -1: the next one", ge=-1)
+    active: int = effective(1, "number of steps", ge=1)
+    prof_dir: str = effective("./profiling", "directory for the traces")
+    activities: list[str] | None = effective(None, "without CPU among them the device alone is recorded; null: both")
+    record_shapes: bool = effective(False, "record the shapes of operator inputs")
+    profile_memory: bool = effective(False, "record allocations")
+    with_stack: bool = effective(False, "record the Python call stack of each operator")
+    is_rank: bool = effective(False, "write on the ranks of rank_list alone, not on all")
+    rank_list: list[int] = effective([], "see is_rank")
+    with_flops: bool = refused(False, _NOT_TAKEN)
+    with_modules: bool = refused(False, _NOT_TAKEN)
+    warmup: int = refused(0, "the first step that is recorded is start_step itself")
+    analyse: bool = no_effect(False, "traces are always written so that they open")
+    async_mode: bool = no_effect(False, "the next step waits until a trace is written")
+    metadata: dict[str, Any] = no_effect({}, "traces hold no metadata")
+    experimental_config: DynamicCounters = DynamicCounters()
+
+    @model_validator(mode="after")
+    def _names_ranks(self) -> DynamicRequest:
+        if self.is_rank and not self.rank_list:
+            raise ValueError("is_rank is true and rank_list is empty")
+        return self
 
 
 class ProfileConfig(StrictModel):
     """Profiler."""
 
     enable: bool = effective(False, "profile at all")
-    profile_type: Literal["static", "dynamic"] = refused(
-        "static", "switching the profiler while training runs is not implemented yet"
+    profile_type: Literal["static", "dynamic"] = effective(
+        "static", "static: the steps of static_param; dynamic: whenever the file of dynamic_param asks for it"
     )
-    ranks: list[int] = effective([0], _RANKS)
+    ranks: list[int] = effective([0], f"{_RANKS}; of profile_type static")
     static_param: StaticProfile = StaticProfile()
     dynamic_param: DynamicProfile = DynamicProfile()
 

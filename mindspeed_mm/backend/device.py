@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mindspeed_mm.backend.fsdp_on_cpu import mend_fsdp
 from mindspeed_mm.backend.network import interface_towards
+from mindspeed_mm.backend.profiling import NpuProfiler, Profiler, TorchProfiler
 from mindspeed_mm.errors import UserError
 
 _COMMUNICATION = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -88,12 +89,14 @@ class Backend:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a check of programs, not needed for the numbers
 
-    def profiler_activities(self) -> list[Any]:
-        """Activities that ``torch.profiler`` records for this device."""
+    def profiler(self) -> Profiler:
+        """The device's profiler."""
+        if self.name == "npu":
+            return NpuProfiler()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.name == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        return activities
+        return TorchProfiler(activities)
 
     def memory_history(self) -> Any | None:
         """The device's memory module (``_record_memory_history``, ``_dump_snapshot``), or None on a CPU."""

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from mindspeed_mm.arguments.tools_config import MemoryProfileConfig, ProfileConfig, ToolsConfig
+from mindspeed_mm.backend.profiling import Profiler, ProfileRequest, Recording
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.tools.dynamic_profile import RequestFile
 
 ALL_RANKS = -1
-# Fields that only some devices' profilers know, each with the value that asks for nothing.
-_DEVICE_FIELDS = {"level": None, "data_simplification": None, "aic_metrics_type": None}
 
 
 class MemoryHistory(Protocol):
@@ -27,6 +27,16 @@ class MemoryHistory(Protocol):
         """The allocator's statistics as text."""
 
 
+class _Tool(Protocol):
+    """What is told of every step."""
+
+    def step_begin(self, iteration: int) -> None: ...
+
+    def step_end(self, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class StepTools:
     """Told of every step's begin and end, starts and stops what tools.json enables for this rank.
 
@@ -35,30 +45,23 @@ class StepTools:
     """
 
     def __init__(
-        self,
-        config: ToolsConfig,
-        *,
-        rank: int,
-        activities: Sequence[Any],
-        memory_history: MemoryHistory | None,
+        self, config: ToolsConfig, *, rank: int, profiler: Profiler, memory_history: MemoryHistory | None
     ) -> None:
         """Check that the device can do what is enabled.
 
         Args:
             config: tools.json.
             rank: of this process.
-            activities: what torch.profiler can record here, the host's among them.
+            profiler: the device's.
             memory_history: the device's memory module, None where allocations are not recorded.
 
         Raises:
             UserError: naming a field that cannot act on this device. Raised on every rank, chosen or not, so that no
                 rank trains on alone.
         """
-        self._tools: list[_Profiler | _MemoryRecorder] = []
+        self._tools: list[_Tool] = []
         if config.profile.enable:
-            chosen = _choose_activities(config.profile, activities)
-            if _is_chosen(rank, config.profile.ranks):
-                self._tools.append(_Profiler(config.profile, rank=rank, activities=chosen))
+            self._tools += _profiles(config.profile, rank=rank, profiler=profiler)
         if config.memory_profile.enable:
             if memory_history is None:
                 raise UserError(
@@ -71,69 +74,146 @@ class StepTools:
     def step_begin(self, iteration: int) -> None:
         """To be called before anything of ``iteration`` happens."""
         for tool in self._tools:
-            if not tool.running and tool.first <= iteration < tool.end:
-                tool.start(iteration)
-            if tool.running:
-                tool.mark_begin(iteration)
+            tool.step_begin(iteration)
 
     def step_end(self, iteration: int) -> None:
         """To be called after everything of ``iteration`` has been started on the device."""
         for tool in self._tools:
-            if tool.running:
-                tool.mark_end()
-                if iteration + 1 >= tool.end:
-                    tool.stop(iteration)
+            tool.step_end(iteration)
 
     def close(self) -> None:
         """Write what is still being recorded; the run ends."""
         for tool in self._tools:
-            if tool.running:
-                tool.stop(None)
+            tool.close()
 
 
-class _Profiler:
-    """torch.profiler over the steps first..end-1, written as one Chrome trace."""
-
-    def __init__(self, config: ProfileConfig, *, rank: int, activities: list[Any]) -> None:
-        self._static = config.static_param
-        self._rank = rank
-        self._activities = activities
-        self._profile: profile | None = None
-        self._step: Any = None
-        self._started_at = 0
-        self.first, self.end = self._static.start_step, self._static.end_step
-
-    @property
-    def running(self) -> bool:
-        return self._profile is not None
-
-    def start(self, iteration: int) -> None:
-        _make_directory(self._static.save_path, "profile.static_param.save_path")
-        self._started_at = iteration
-        self._profile = profile(
-            activities=self._activities,
-            record_shapes=self._static.record_shapes,
-            profile_memory=self._static.with_memory,
-            with_stack=self._static.with_stack,
+def _profiles(config: ProfileConfig, *, rank: int, profiler: Profiler) -> list[_Tool]:
+    """What ``profile`` asks for on this rank; raises where the device cannot do it."""
+    if config.profile_type == "dynamic":
+        return [_DynamicProfile(config.dynamic_param.config_path, rank=rank, profiler=profiler)]
+    static = config.static_param
+    request = ProfileRequest(
+        source="tools file: profile.static_param",
+        host=static.with_cpu,
+        stacks=static.with_stack,
+        memory=static.with_memory,
+        shapes=static.record_shapes,
+        level=static.level,
+        counters=static.aic_metrics_type,
+        simplified=static.data_simplification,
+    )
+    profiler.check(request)
+    if not _is_chosen(rank, config.ranks):
+        return []
+    return [
+        _Profile(
+            request, first=static.start_step, end=static.end_step, directory=(static.save_path, "save_path"),
+            rank=rank, profiler=profiler,
         )
-        self._profile.start()
+    ]  # fmt: skip
 
-    def mark_begin(self, iteration: int) -> None:
-        self._step = record_function(f"iteration {iteration}")
-        self._step.__enter__()
 
-    def mark_end(self) -> None:
+class _Profile:
+    """A profile of the steps first..end-1, each with a mark of its own."""
+
+    def __init__(
+        self,
+        request: ProfileRequest,
+        *,
+        first: int,
+        end: int,
+        directory: tuple[str, str],
+        rank: int,
+        profiler: Profiler,
+    ) -> None:
+        """``directory``: where the trace goes, and the field that says so."""
+        self.first, self.end = first, end
+        self._request = request
+        self._directory, self._field = directory
+        self._rank = rank
+        self._profiler = profiler
+        self._recording: Recording | None = None
+        self._step: Any = None
+
+    def step_begin(self, iteration: int) -> None:
+        if self._recording is None and self.first <= iteration < self.end:
+            directory = _make_directory(self._directory, f"{self._request.source}: {self._field}")
+            name = f"trace_rank{self._rank}_steps{iteration}-{self.end - 1}"
+            self._recording = self._profiler.start(self._request, directory=directory, name=name)
+        if self._recording is not None:
+            self._step = record_function(f"iteration {iteration}")
+            self._step.__enter__()
+
+    def step_end(self, iteration: int) -> None:
+        self._end_mark()
+        if iteration + 1 >= self.end:
+            self.close()
+
+    def close(self) -> None:
+        self._end_mark()
+        if self._recording is not None:
+            path = self._recording.stop()
+            print(f" profile of rank {self._rank} is in {path}", flush=True)
+            self._recording = None
+
+    def _end_mark(self) -> None:
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
 
-    def stop(self, iteration: int | None) -> None:
-        self.mark_end()
-        recorded, self._profile = self._profile, None
-        recorded.stop()
-        last = self._started_at if iteration is None else iteration
-        path = Path(self._static.save_path) / f"trace_rank{self._rank}_steps{self._started_at}-{last}.json"
-        recorded.export_chrome_trace(str(path))
+
+class _DynamicProfile:
+    """Profiles that a file asks for while training runs. A mistake in it is told, and training goes on."""
+
+    def __init__(self, directory: str, *, rank: int, profiler: Profiler) -> None:
+        self._file = RequestFile(
+            _make_directory(directory, "tools file: profile.dynamic_param.config_path"), writes=rank == 0
+        )
+        self._rank = rank
+        self._profiler = profiler
+        self._profile: _Profile | None = None
+
+    def step_begin(self, iteration: int) -> None:
+        try:
+            self._take_request(iteration)
+            if self._profile is not None:
+                self._profile.step_begin(iteration)
+        except UserError as error:
+            self._profile = None
+            print(f"warning: {error}; nothing is profiled", flush=True)
+
+    def _take_request(self, iteration: int) -> None:
+        asked = self._file.changed()
+        if asked is None or not asked.is_valid or (asked.is_rank and self._rank not in asked.rank_list):
+            return
+        first = iteration if asked.start_step == -1 else asked.start_step
+        if first < iteration:
+            raise UserError(f"{self._file.path}: start_step {first} has passed, iteration {iteration} begins")
+        counters = asked.experimental_config
+        request = ProfileRequest(
+            source=str(self._file.path),
+            host=asked.activities is None or "CPU" in asked.activities,
+            stacks=asked.with_stack,
+            memory=asked.profile_memory,
+            shapes=asked.record_shapes,
+            level=None if counters.profiler_level is None else counters.profiler_level.lower(),
+            counters=counters.aic_metrics,
+            simplified=counters.data_simplification,
+        )
+        self._profiler.check(request)
+        self.close()
+        self._profile = _Profile(
+            request, first=first, end=first + asked.active, directory=(asked.prof_dir, "prof_dir"),
+            rank=self._rank, profiler=self._profiler,
+        )  # fmt: skip
+
+    def step_end(self, iteration: int) -> None:
+        if self._profile is not None:
+            self._profile.step_end(iteration)
+
+    def close(self) -> None:
+        if self._profile is not None:
+            self._profile.close()
 
 
 class _MemoryRecorder:
@@ -143,57 +223,41 @@ class _MemoryRecorder:
         self._config = config
         self._rank = rank
         self._memory = memory
-        self.running = False
-        self.first, self.end = config.start_step, config.end_step
+        self._running = False
 
-    def start(self, iteration: int) -> None:
-        del iteration
-        _make_directory(self._config.save_path, "memory_profile.save_path")
-        options = {} if self._config.max_entries is None else {"max_entries": self._config.max_entries}
-        self._memory._record_memory_history("all", stacks=self._config.stacks, **options)
-        self.running = True
+    def step_begin(self, iteration: int) -> None:
+        config = self._config
+        if self._running or not config.start_step <= iteration < config.end_step:
+            return
+        _make_directory(config.save_path, "tools file: memory_profile.save_path")
+        options = {} if config.max_entries is None else {"max_entries": config.max_entries}
+        self._memory._record_memory_history("all", stacks=config.stacks, **options)
+        self._running = True
 
-    def mark_begin(self, iteration: int) -> None:
-        """A snapshot has no marks."""
+    def step_end(self, iteration: int) -> None:
+        if iteration + 1 >= self._config.end_step:
+            self.close()
 
-    def mark_end(self) -> None:
-        """A snapshot has no marks."""
-
-    def stop(self, iteration: int | None) -> None:
-        del iteration
+    def close(self) -> None:
+        if not self._running:
+            return
         stem = Path(self._config.save_path) / f"snapshot_rank{self._rank}"
+        # torch_npu writes over an existing file without shortening it
+        Path(f"{stem}.pickle").unlink(missing_ok=True)
         self._memory._dump_snapshot(f"{stem}.pickle")
         self._memory._record_memory_history(None)
         if self._config.mem_info:
             Path(f"{stem}.txt").write_text(self._memory.memory_summary())
-        self.running = False
+        self._running = False
 
 
 def _is_chosen(rank: int, ranks: Sequence[int]) -> bool:
     return rank in ranks or ALL_RANKS in ranks
 
 
-def _choose_activities(config: ProfileConfig, available: Sequence[Any]) -> list[Any]:
-    """Activities to record; raises where the file asks for what the device's profiler lacks."""
-    static = config.static_param
-    for name, nothing in _DEVICE_FIELDS.items():
-        value = getattr(static, name)
-        if value != nothing:
-            raise UserError(
-                f"tools file: profile.static_param.{name} is {value!r}, but this device's profiler has no such "
-                "choice; leave it out"
-            )
-    chosen = [activity for activity in available if static.with_cpu or activity is not ProfilerActivity.CPU]
-    if not chosen:
-        raise UserError(
-            "tools file: profile.static_param.with_cpu is false, but on this device the host is all there is to "
-            "profile; set it to true"
-        )
-    return chosen
-
-
-def _make_directory(path: str, field: str) -> None:
+def _make_directory(path: str, what: str) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"tools file: {field} {path} cannot be made: {error.strerror}") from error
+        raise UserError(f"{what} {path} cannot be made: {error.strerror}") from error
+    return Path(path)

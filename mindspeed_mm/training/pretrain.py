@@ -126,7 +126,7 @@ def _run(
             tools=StepTools(
                 recipe.tools,
                 rank=layout.rank,
-                activities=backend.profiler_activities(),
+                profiler=backend.profiler(),
                 memory_history=backend.memory_history(),
             ),
             router_balance=_router_balance(recipe, geometry),

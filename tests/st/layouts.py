@@ -103,7 +103,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         backend=backend,
         progress=Progress(),
         merge_unit=geometry.vision.merge_unit,
-        tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
+        tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
     )
     results, host_reads = [], []
     step = trainer.train_step

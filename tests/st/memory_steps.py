@@ -160,7 +160,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
                              for micro in range(case["micro_batches"])]) for step in range(2)],
         forward_step=forward, loss_mode="per_token", layout=layout, backend=backend, progress=Progress(),
         merge_unit=geometry.vision.merge_unit,
-        tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
+        tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
     )  # fmt: skip
     received: dict[str, int] = {}
     trace = f"{out}.trace{layout.rank}.json"

@@ -141,7 +141,8 @@ def test_defaults_and_lists_of_files():
         (FSDPConfig, {}, "recompute_modules", ["text_decoder"], "--recompute-granularity says"),
         (FSDPConfig, {}, "ignored_modules", ["image_encoder"], "what is frozen stands in the model file"),
         (ToolsConfig, {}, "profile.static_param", {"start_step": 11}, "end_step 11 must be greater than start_step 11"),
-        (ToolsConfig, {}, "profile.profile_type", "dynamic", "not implemented yet"),
+        (ToolsConfig, {}, "profile.profile_type", "always", "choose static or dynamic"),
+        (ToolsConfig, {}, "profile.static_param.aic_metrics_type", "Pipe", "choose AiCoreNone, PipeUtilization"),
     ],
 )
 def test_mistakes(config, base, path, value, message):
