@@ -13,6 +13,7 @@ from typing import NoReturn
 from mindspeed_mm.errors import UserError
 
 CONVERTERS = ("Qwen3VLConverter",)
+_HELP = ("-h", "--help", "help")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LAYOUT_HELP = (
     "how the experts lie in --hf_dir: hub is the published layout, v5 what transformers 5 saves; "
@@ -20,15 +21,27 @@ _LAYOUT_HELP = (
 )
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows one spelling of each option."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest == "help":
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {value}".rstrip()
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports mistakes as one ``error:`` line with the nearest known option."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; a path with spaces needs quotes"
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
         """Name a misspelt option before argparse complains that the right one is missing."""
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [option for action in self._actions for option in action.option_strings if option != "-h"]
         for argument in arguments:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in known:
@@ -48,7 +61,7 @@ def size(text: str) -> int:
     unit = unit if unit.endswith("B") or not unit else unit + "B"
     count = int(float(match.group(1)) * _UNITS[unit]) if match and unit in _UNITS else 0
     if count <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB, more than 0")
     return count
 
 
@@ -64,9 +77,9 @@ def positive(text: str) -> int:
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **settings: object) -> None:
-    """Add an option in both spellings, ``--hf_dir`` and ``--hf-dir``."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
+    """Add an option in both spellings, ``--hf_dir`` and ``--hf-dir``; the one given is shown."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"))
+    parser.add_argument(*spellings, dest=name.replace("-", "_"), **settings)  # type: ignore[arg-type]
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +89,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _add_hf_to_dcp(parser: argparse.ArgumentParser) -> None:
     _option(parser, "hf_dir", required=True, metavar="DIR", help="Hugging Face directory to read")
     _option(parser, "dcp_dir", required=True, metavar="DIR", help="directory to write release/ and the tracker file to")
-    _option(parser, "expert_layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
+    _option(parser, "expert-layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
     _option(
         parser, "dtype", choices=("keep", "bf16", "fp32"), default="keep",
         help="type of the tensors written (default: keep)",
@@ -116,7 +129,7 @@ def _add_dcp_to_hf(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     _option(parser, "dcp_dir", required=True, metavar="DIR", help="checkpoint, or the directory of the tracker file")
     _option(parser, "hf_dir", required=True, metavar="DIR", help="Hugging Face directory to compare with")
-    _option(parser, "expert_layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
+    _option(parser, "expert-layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
     _add_common(parser)
 
 
@@ -166,7 +179,8 @@ def _verify(options: argparse.Namespace) -> int:
     )
     for line in differing:
         print(line)
-    print(f"{len(differing)} tensors differ" if differing else "equal, bit for bit")
+    counted = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
+    print(counted if differing else "equal, bit for bit")
     return 1 if differing else 0
 
 
@@ -228,7 +242,7 @@ def _choose(kind: str, given: str, known: Sequence[str]) -> str:
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=0.4)
     hint = f"did you mean {lowered[near[0]]}?" if near else f"known: {', '.join(known)}"
-    raise UserError(f"unknown {kind} {given!r}; {hint}")
+    raise UserError(f"unknown {kind} {given!r}; {hint} (see mm-convert --help)")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -237,23 +251,31 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: for a mistake in the command line or in what it names.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in _HELP:
         converters = "\n".join(f"  {name}  Qwen3-VL, mixture-of-experts and dense" for name in CONVERTERS)
         print("usage: mm-convert CONVERTER COMMAND [options]\n\nMoves weights between Hugging Face directories and "
               "distributed checkpoints, bit for bit.\nAn interrupted conversion goes on where it was when the same "
               f"command is given again.\n\nconverters:\n{converters}\n\n{_command_list(CONVERTERS[0])}")
         return 0
+    if arguments[0] in COMMANDS:
+        raise UserError(
+            f"the converter comes before the command: mm-convert {CONVERTERS[0]} {arguments[0]} (see mm-convert --help)"
+        )
     converter = _choose("converter", arguments[0], CONVERTERS)
-    if len(arguments) == 1 or arguments[1] in ("-h", "--help"):
+    if len(arguments) == 1 or arguments[1] in _HELP:
         print(f"usage: mm-convert {converter} COMMAND [options]\n\n{_command_list(converter)}")
         return 0
+    if arguments[1].startswith("-"):
+        raise UserError(
+            f"the command comes before its options: mm-convert {converter} {'|'.join(COMMANDS)} {arguments[1]} ..."
+        )
     command = _choose("command", arguments[1], tuple(COMMANDS))
     add_options, action, description, example = COMMANDS[command]
     parser = _Parser(
         prog=f"mm-convert {converter} {command}",
         description=description,
-        epilog=f"example:\n  mm-convert {converter} {command} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Options may be spelt with - or with _.\n\nexample:\n  mm-convert {converter} {command} {example}",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     add_options(parser)
