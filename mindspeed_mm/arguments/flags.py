@@ -135,6 +135,24 @@ class CheckpointArgs:
     save_interval: int | None = flag(
         None, "optimizer steps between checkpoints; one more is written at the end", at_least=1
     )
+    async_save: bool = flag(
+        False, "write checkpoints beside the training, from a copy in host memory as large as what a process saves"
+    )
+    keep_last: int | None = flag(
+        None, "after each save delete this run's older checkpoints but the last so many (default: keep all)", at_least=1
+    )
+    keep_every: int | None = flag(
+        None, "of --keep-last: never delete those of steps that are multiples of this", at_least=1, metavar="STEPS"
+    )
+    save_failure_limit: int = flag(
+        3, "failed saves in a row, by a full disk for example, after which the run stops", at_least=1, metavar="SAVES"
+    )
+    check_load: str = flag(
+        "read",
+        "checksums to compare on --load; read: of what each process reads; all: of every file, too; sizes: none, only "
+        "the files' sizes",
+        choices=("read", "all", "sizes"),
+    )
     ckpt_format: str = flag("torch_dcp", "PyTorch distributed checkpoints", choices=("torch_dcp",))
     no_load_optim: bool = flag(False, "do not load optimizer state")
     no_load_rng: bool = flag(False, "do not load the states of the random generators")

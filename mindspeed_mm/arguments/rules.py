@@ -89,6 +89,11 @@ def check_flags(args: TrainingArgs) -> None:
         )
     if args.exit_on_hang and not args.hang_watch_factor:
         raise UserError("--exit-on-hang needs the watch that --hang-watch-factor 0 switches off; drop one of them")
+    for name in ("async_save", "keep_last", "keep_every"):
+        if getattr(args, name) and args.save is None:
+            raise UserError(f"{option_name(name)} says how to save, and nothing is saved; add --save DIR")
+    if args.keep_every is not None and args.keep_last is None:
+        raise UserError(f"--keep-every {args.keep_every} excepts steps from --keep-last; add --keep-last N")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 

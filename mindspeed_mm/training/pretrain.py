@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.directory import verify_directory
 from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
-from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.health import Health, reports_directory
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
@@ -133,7 +134,7 @@ def _run(
             eval_loader=eval_loader,
             bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
             packed=recipe.data.dataset_param.basic_parameters.packs,
-            checkpoint_metadata={**recipe.checkpoint_metadata(), RUN_KEY: run_identity()},
+            saver=_saver(recipe, model, optimizer, backend),
             step_hooks=[Health(args, model=model, describe=loader.dataset.describe)],
             stop_requested=stop_request,
             clock=watch.clock,
@@ -165,6 +166,27 @@ def _watch(args: TrainingArgs, layout: Layout) -> Watch:
 def _router_balance(recipe: Recipe, geometry: Qwen3VLGeometry) -> RouterBalance | None:
     coefficient = recipe.router_aux_loss_coef
     return RouterBalance(coefficient, top_k=geometry.text.num_experts_per_token) if coefficient else None
+
+
+def _saver(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend) -> Saver | None:
+    """What writes the run's checkpoints, if any are to be written."""
+    args = recipe.args
+    if args.save is None:
+        return None
+    optimizer_to_save = None if args.no_save_optim else optimizer
+    return Saver(
+        TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng),
+        SaveOptions(
+            root=Path(args.save),
+            asynchronous=args.async_save,
+            keep_last=args.keep_last,
+            keep_every=args.keep_every,
+            failure_limit=args.save_failure_limit,
+            timeout_minutes=args.distributed_timeout_minutes,
+        ),
+        backend=backend,
+        metadata={**recipe.checkpoint_metadata(), RUN_KEY: run_identity()},
+    )
 
 
 class _Announcer:
@@ -231,7 +253,6 @@ def _load(
         load_hf_weights(model, directory)
         say(f"loaded the weights of {directory}; no --load was given")
         return Progress()
-    verify_directory(path)
     converted = not Progress.is_training(path)
     progress = load_checkpoint(
         path,
@@ -239,8 +260,10 @@ def _load(
         optimizer=optimizer if start.with_optimizer and not converted else None,
         backend=backend,
         with_rng=start.with_rng and not converted,
+        check=recipe.args.check_load,
     )
-    say(f"loaded {path}")
+    said = {"read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"}
+    say(f"loaded {path}; {said[recipe.args.check_load]}")
     return progress
 
 

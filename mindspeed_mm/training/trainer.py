@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,8 @@ from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.state import Progress, save_checkpoint
+from mindspeed_mm.training.checkpoint.saver import Saver
+from mindspeed_mm.training.checkpoint.state import Progress
 from mindspeed_mm.training.feed import Feed
 from mindspeed_mm.training.gradients import clip, total_norm
 from mindspeed_mm.training.loss import LossMode, step_token_weights
@@ -60,7 +59,7 @@ class Trainer:
         eval_loader: Iterable[StepBatches] | None = None,
         bad_samples: BadSamples | None = None,
         packed: bool = False,
-        checkpoint_metadata: dict[str, Any] | None = None,
+        saver: Saver | None = None,
         step_hooks: Sequence[StepHook] = (),
         stop_requested: Callable[[], bool] | None = None,
         clock: StepClock | None = None,
@@ -87,7 +86,7 @@ class Trainer:
         self.router_balance = router_balance
         self.eval_loader = eval_loader
         self.bad_samples = bad_samples or BadSamples(limit=0)
-        self.checkpoint_metadata = checkpoint_metadata or {}
+        self.saver = saver
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
         self.split_batch = _splitter(layout, merge_unit)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -110,7 +109,15 @@ class Trainer:
         self.model.train()
         with contextlib.closing(Feed(self.loader, self.backend, self.split_batch)) as self.feed:
             self.reporter.restart_clock()
-            self._train_steps(self.args, self.progress)
+            try:
+                self._train_steps(self.args, self.progress)
+            except Exception:
+                if self.saver is not None:
+                    self.saver.abandon()
+                raise
+        if self.saver is not None:
+            self.clock.pause("save")
+            self.saver.finish()
         self.tools.close()
 
     def _train_steps(self, args: TrainingArgs, progress: Progress) -> None:
@@ -186,7 +193,9 @@ class Trainer:
         last = iteration == args.train_iters
         evaluates = self.eval_loader is not None and (last or iteration % args.eval_interval == 0)
         due = bool(args.save_interval) and iteration % args.save_interval == 0
-        saves = args.save is not None and (due or last or leaving)
+        saves = self.saver is not None and (due or last or leaving)
+        if self.saver is not None:
+            self.saver.poll()
         if not (evaluates or saves):
             return
         self.reporter.flush()
@@ -201,20 +210,10 @@ class Trainer:
         self.reporter.restart_clock()
 
     def save(self) -> None:
-        """Write a checkpoint of the present iteration."""
-        started = time.perf_counter()
-        self.progress.schedule = self.schedule.state_dict()
-        target = save_checkpoint(
-            Path(self.args.save),
-            progress=self.progress,
-            model=self.model,
-            optimizer=None if self.args.no_save_optim else self.optimizer,
-            backend=self.backend,
-            with_rng=not self.args.no_save_rng,
-            metadata=self.checkpoint_metadata,
-        )
-        if self.layout.is_main:
-            print(f" saved checkpoint {target} in {time.perf_counter() - started:.1f} s", flush=True)
+        """Begin a checkpoint of the present iteration, which is complete when the saver says so."""
+        if self.saver is not None:
+            self.progress.schedule = self.schedule.state_dict()
+            self.saver.start(self.progress)
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -289,10 +289,24 @@ def verify_directory(path: str | os.PathLike[str], *, checksums: bool = False) -
     Raises:
         UserError: naming the files that are missing, of another size, or of another content.
     """
-    path = Path(path)
     manifest = read_manifest(path)
+    verify_files(Path(path), manifest["files"], checksums=checksums)
+    return manifest
+
+
+def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksums: bool = True) -> None:
+    """Check some files of a checkpoint directory.
+
+    Args:
+        path: the directory.
+        files: what the manifest says of them, by name.
+        checksums: also read them and compare their checksums; sizes are always compared.
+
+    Raises:
+        UserError: naming the files that are missing, of another size, or of another content.
+    """
     faults = []
-    for name, facts in manifest["files"].items():
+    for name, facts in files.items():
         try:
             size = (path / name).stat().st_size
         except OSError:
@@ -301,18 +315,16 @@ def verify_directory(path: str | os.PathLike[str], *, checksums: bool = False) -
         if size != facts["size"]:
             faults.append(f"{name} has {size} bytes instead of {facts['size']}")
     if checksums and not faults:
-        names = list(manifest["files"])
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            found = pool.map(lambda name: file_checksum(path / name), names)
+            found = pool.map(lambda name: file_checksum(path / name), files)
             faults += [
                 f"{name} has another checksum than recorded"
-                for name, checksum in zip(names, found, strict=True)
-                if checksum != manifest["files"][name]["checksum"]
+                for name, checksum in zip(files, found, strict=True)
+                if checksum != files[name]["checksum"]
             ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{path} is damaged: {'; '.join(faults[:3])}{more}; restore these files or make it again")
-    return manifest
 
 
 def _files_below(directory: Path) -> list[str]:

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint.hf_source import HFSource
 from mindspeed_mm.training.checkpoint.pieces import split_rows
-
-Region = tuple[tuple[int, int], ...]
-"""Begin and end on each axis."""
+from mindspeed_mm.training.checkpoint.shards import Region, held
 
 
 @torch.no_grad()
@@ -35,23 +32,11 @@ def load_hf_weights(model: nn.Module, directory: str | Path) -> None:
     parameters = dict(model.named_parameters())
     for rule in source.rules:
         parameter = parameters.pop(rule.target)
-        local, region = _held(parameter)
+        local, region = held(parameter)
         if local.numel():
             _fill(local, region, rule, source)
     if parameters:
         raise AssertionError(f"the weight map does not know {sorted(parameters)[:3]}")
-
-
-def _held(parameter: Tensor) -> tuple[Tensor, Region]:
-    """The part of a parameter that lies on this process, and where in the whole it belongs."""
-    if not isinstance(parameter, DTensor):
-        return parameter.data, tuple((0, size) for size in parameter.shape)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return parameter.to_local(), tuple((start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def _fill(local: Tensor, region: Region, rule: WeightRule, source: HFSource) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint.commit import PROGRESS_FILE
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.directory import verify_directory
+from mindspeed_mm.training.checkpoint.loader import Check, agreed_error, compare, load_tensors
+from mindspeed_mm.training.checkpoint.shards import bytes_of, items_to_write
 from mindspeed_mm.training.optimizer import initialise_state
 
-PROGRESS_FILE = "progress.json"
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
 
 
@@ -48,8 +48,18 @@ class Progress:
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        """From a checkpoint directory; a converted one starts at iteration 0."""
-        return cls(**json.loads((path / PROGRESS_FILE).read_text())) if cls.is_training(path) else cls()
+        """From a checkpoint directory; a converted one starts at iteration 0.
+
+        Raises:
+            UserError: if the file is damaged, or of a version of this program that knew more than this one.
+        """
+        if not cls.is_training(path):
+            return cls()
+        try:
+            return cls(**json.loads((path / PROGRESS_FILE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            reason = f"{path / PROGRESS_FILE} cannot be read ({error})"
+            raise UserError(f"{reason}; restore it, or load another checkpoint") from error
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -71,64 +81,38 @@ def rng_state(backend: Backend, rank: int) -> dict[str, Tensor]:
     return {f"{RNG}{rank}.{device}": state for device, state in backend.rng_state().items()}
 
 
-def save_checkpoint(
-    root: Path,
-    *,
-    progress: Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    backend: Backend,
-    with_rng: bool,
-    metadata: Mapping[str, Any],
-) -> Path:
-    """Write ``root/iter_XXXXXXX`` and point the tracker at it. Called by all ranks together.
+class TrainingState:
+    """What a run's checkpoints hold, as ``saver.SavedState`` wants it."""
 
-    Args:
-        root: the ``--save`` directory.
-        progress: where the run stands.
-        model: sharded model.
-        optimizer: None to leave its state out (``--no-save-optim``).
-        backend: whose generators are saved.
-        with_rng: whether to save them (``--no-save-rng`` leaves them out).
-        metadata: recorded in the manifest.
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, backend: Backend, *, with_rng: bool
+    ) -> None:
+        """
+        Args:
+            model: sharded model.
+            optimizer: None to leave its state out (``--no-save-optim``).
+            backend: whose generators are saved.
+            with_rng: whether to save them (``--no-save-rng`` leaves them out).
+        """
+        self._model, self._optimizer, self._backend, self._with_rng = model, optimizer, backend, with_rng
 
-    Returns:
-        The directory written.
+    def shared(self) -> dict[str, Tensor]:
+        """Parameters and AdamW's state."""
+        optimizer = {} if self._optimizer is None else optimizer_state(self._model, self._optimizer)
+        return {**model_state(self._model), **optimizer}
 
-    Raises:
-        UserError: on all ranks, if writing failed; the previous checkpoint is untouched.
-    """
-    rank = dist.get_rank()
-    target = Path(root) / directory.iteration_name(progress.iteration)
-    state = model_state(model)
-    if optimizer is not None:
-        state.update(optimizer_state(model, optimizer))
-    if with_rng:
-        state.update(rng_state(backend, rank))
-    temporary = _on_main(lambda: directory.prepare_directory(target, overwrite=True))
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary))
+    def own(self) -> dict[str, Tensor]:
+        """This process's random generators."""
+        return rng_state(self._backend, dist.get_rank()) if self._with_rng else {}
 
-    def commit() -> None:
-        (Path(temporary) / PROGRESS_FILE).write_text(json.dumps(dataclasses.asdict(progress), indent=1))
-        directory.finish_directory(temporary, target, metadata=dict(metadata), overwrite=True)
-        directory.write_tracker(root, progress.iteration)
-
-    _on_main(commit)
-    return target
-
-
-def _on_main(action: Any) -> Any:
-    """Run on rank 0 and hand its result, or its failure, to every rank, so that none waits for a rank that raised."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (OSError, UserError) as error:
-            outcome[1] = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(f"the checkpoint could not be written: {outcome[1]}")
-    return outcome[0]
+    def expected_bytes(self) -> int:
+        """Bytes that this process will write, whether or not AdamW has made its state yet."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            state[name] = parameter.detach()
+            if self._optimizer is not None and parameter.requires_grad:
+                state.update({f"{name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")})
+        return bytes_of(items_to_write(state, {}, rank=dist.get_rank()))
 
 
 def load_checkpoint(
@@ -138,6 +122,7 @@ def load_checkpoint(
     optimizer: torch.optim.AdamW | None,
     backend: Backend,
     with_rng: bool,
+    check: Check = "read",
 ) -> Progress:
     """Read a checkpoint directory into the model, in place. Called by all ranks together.
 
@@ -147,13 +132,37 @@ def load_checkpoint(
         optimizer: None to leave its state as it is (``--no-load-optim``, or a converted checkpoint).
         backend: whose generators are restored.
         with_rng: whether to restore them.
+        check: which checksums to compare (``--check-load``).
 
     Raises:
-        UserError: if the checkpoint is of another model, with the first differences; or lacks what was asked for.
+        UserError: on all ranks, if the checkpoint is incomplete or damaged; if it is of another model, with the first
+            differences; or if it lacks what was asked for.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    with agreed_error():
+        reader = DcpReader(path, verify_directory(path))
+        wanted = _wanted(reader, model, optimizer, backend, with_rng=with_rng)
+        progress = Progress.read(path)
+    load_tensors(reader, wanted, check=check)
+    if with_rng:
+        backend.set_rng_state(
+            {name.rsplit(".", 1)[1]: tensor for name, tensor in wanted.items() if name.startswith(RNG)}
+        )
+    return progress
+
+
+def _wanted(
+    reader: DcpReader,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW | None,
+    backend: Backend,
+    *,
+    with_rng: bool,
+) -> dict[str, Tensor]:
+    """The tensors to fill, by their names in the checkpoint, which has them all."""
+    stored, path = reader.tensors, reader.path
     state = model_state(model)
-    _compare(path, state, {name: entry for name, entry in stored.items() if name.startswith(MODEL)})
+    exact = Progress.is_training(path)  # converted weights may be of a narrower type
+    compare(path, state, {name: entry for name, entry in stored.items() if name.startswith(MODEL)}, exact=exact)
     if optimizer is not None:
         if not any(name.startswith(OPTIMIZER) for name in stored):
             raise UserError(
@@ -162,32 +171,11 @@ def load_checkpoint(
             )
         initialise_state(optimizer)
         moments = optimizer_state(model, optimizer)
-        _compare(path, moments, {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER)})
+        compare(path, moments, {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER)})
         state.update(moments)
-    generators = rng_state(backend, dist.get_rank()) if with_rng else {}
-    if with_rng and not any(name.startswith(RNG) for name in stored):
-        raise UserError(f"{path} holds no random generator state (saved with --no-save-rng?); add --no-load-rng")
-    # a rank or a kind of device that the saving run did not have keeps the state that --seed gave it
-    state.update({name: tensor for name, tensor in generators.items() if name in stored})
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path))
     if with_rng:
-        backend.set_rng_state({name.rsplit(".", 1)[1]: tensor for name, tensor in generators.items()})
-    return Progress.read(path)
-
-
-def _compare(path: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose names or shapes are not the model's."""
-    missing = sorted(wanted.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - wanted.keys())
-    reshaped = [
-        f"{name} {tuple(entry.size)} instead of {tuple(wanted[name].shape)}"
-        for name, entry in sorted(stored.items())
-        if name in wanted and isinstance(entry, TensorStorageMetadata) and tuple(entry.size) != wanted[name].shape
-    ]
-    for kind, names in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes:", reshaped)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{path} is a checkpoint of another model: it {kind} {', '.join(names[:3])}{more}; "
-                "convert the weights that model_name_or_path and the model JSON describe"
-            )
+        if not any(name.startswith(RNG) for name in stored):
+            raise UserError(f"{path} holds no random generator state (saved with --no-save-rng?); add --no-load-rng")
+        # a rank or a kind of device that the saving run did not have keeps the state that --seed gave it
+        state.update({n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored})
+    return state

@@ -7,6 +7,7 @@ A saved tensor is a zip file, uncompressed: ``data.pkl`` describes the tensor, `
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import struct
@@ -52,13 +53,11 @@ def frame(tensor: Tensor, crc: int) -> tuple[bytes, bytes]:
     """What stands before and after the values of a tensor in its archive.
 
     Args:
-        tensor: contiguous, on the CPU, with a storage of its own size.
+        tensor: contiguous.
         crc: CRC-32 of its values.
     """
-    description = io.BytesIO()
-    _TensorPickler(description, tensor.numel()).dump(tensor)
     head, directory = bytearray(), bytearray()
-    _add_entry(head, directory, "archive/data.pkl", description.getvalue())
+    _add_entry(head, directory, "archive/data.pkl", _description(tensor.shape, tensor.dtype))
     _add_entry(head, directory, "archive/byteorder", sys.byteorder.encode())
     _add_header(head, directory, "archive/data/0", crc, tensor.nbytes, aligned=True)
     start_of_tail = len(head) + tensor.nbytes
@@ -69,6 +68,14 @@ def frame(tensor: Tensor, crc: int) -> tuple[bytes, bytes]:
     tail += directory
     tail += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), position, 0)
     return bytes(head), bytes(tail)
+
+
+@functools.lru_cache(maxsize=4096)  # layers have the same shapes
+def _description(shape: torch.Size, dtype: torch.dtype) -> bytes:
+    out = io.BytesIO()
+    tensor = torch.empty(shape, dtype=dtype)  # with a storage of its own size; the memory is never touched
+    _TensorPickler(out, tensor.numel()).dump(tensor)
+    return out.getvalue()
 
 
 def _add_entry(out: bytearray, directory: bytearray, name: str, content: bytes, *, shift: int = 0) -> None:

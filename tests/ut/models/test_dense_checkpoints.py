@@ -14,7 +14,8 @@ from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
 from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint, save_checkpoint
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM, relative
 
@@ -64,10 +65,9 @@ def test_converted_trained_and_exported(tmp_path, tied):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss.backward()
     optimizer.step()
-    saved = save_checkpoint(
-        tmp_path / "save", progress=Progress(iteration=1), model=model, optimizer=None, backend=backend,
-        with_rng=False, metadata={},
-    )
+    state = TrainingState(model, None, backend, with_rng=False)
+    Saver(state, SaveOptions(tmp_path / "save"), backend=backend).start(Progress(iteration=1))
+    saved = tmp_path / "save/iter_0000001"
     with torch.no_grad():
         trained = model(batch)
     dcp_to_hf(saved, tmp_path / "out", tmp_path / "hf", dtype="keep")

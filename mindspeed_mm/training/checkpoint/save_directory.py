@@ -1,0 +1,63 @@
+"""The ``--save`` directory at the start of a run: there, clean, writable, and the same one on all machines."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint import housekeeping
+from mindspeed_mm.training.checkpoint.files import make_directory, new_file
+
+_PATIENCE = 10.0  # seconds until a network file system has to show what another machine has written
+
+
+def open_save_directory(root: Path) -> list[str]:
+    """Make the directory, and clean it of what an interrupted run has left. Called by all processes together.
+
+    Returns:
+        On rank 0 a line for each thing that was cleaned.
+
+    Raises:
+        UserError: on all processes, if rank 0 cannot write there, or others do not see what it writes.
+    """
+    rank = dist.get_rank()
+    probe = root / f".probe-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    message: list[str | None] = [None, str(probe)]
+    done: list[str] = []
+    if rank == 0:
+        try:
+            make_directory(root)
+            with new_file(probe):
+                pass
+            done = housekeeping.clean(root)
+        except OSError as error:
+            message[0] = f"--save {root} cannot be written ({error.strerror or error}); name another directory"
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+    probe = Path(str(message[1]))
+    blind: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(blind, None if appears(probe) else f"rank {rank} on {socket.gethostname()}")
+    if rank == 0:
+        probe.unlink(missing_ok=True)
+    if any(blind):
+        raise UserError(
+            f"--save {root} is not the same directory on all machines: {next(filter(None, blind))} does not see what "
+            "rank 0 writes there; name a directory on a file system that they share"
+        )
+    return done
+
+
+def appears(path: Path) -> bool:
+    """Whether a path that exists on another machine is seen here within a few seconds."""
+    end = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
