@@ -42,7 +42,7 @@ find_python() {
 
 # detect_device: npu, cuda or cpu.
 detect_device() {
-    if command -v npu-smi >/dev/null || compgen -G '/dev/davinci*' >/dev/null || [[ -d /usr/local/Ascend ]]; then
+    if command -v npu-smi >/dev/null || compgen -G '/dev/davinci*' >/dev/null || [[ -d ${ASCEND_ROOT:-/usr/local/Ascend} ]]; then
         echo npu
     elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
         echo cuda

@@ -6,6 +6,8 @@ CALLER_DIR=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
+# shellcheck source=scripts/ascend.sh
+source scripts/ascend.sh
 
 DEFAULT_MSID=d76dbddd4517d48a2fc1cd494de8b9a6cfdbfbab
 MINDSPEED_REPO=${MINDSPEED_REPO:-https://gitcode.com/Ascend/MindSpeed.git}
@@ -28,9 +30,10 @@ usage: bash scripts/install.sh [--arch x86|arm] [options]
   --dry-run            print the plan and change nothing
   --help               print this
 
-Environment: MINDSPEED_REPO and MINDSPEED_DIR (where MindSpeed comes from and goes to), TORCH_NPU_VERSION (to match
-the CANN release, e.g. 2.7.1.post2), INSTALL_RETRY_PAUSE (seconds between attempts, default 5). Packages come from
-where pip is configured to look (pip config, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+Environment: MINDSPEED_REPO and MINDSPEED_DIR (where MindSpeed comes from and goes to), TORCH_NPU_VERSION (default: the
+release for this machine's CANN, e.g. 2.7.1.post2), ASCEND_HOME_PATH (CANN, if not in /usr/local/Ascend),
+INSTALL_RETRY_PAUSE (seconds between attempts, default 5). Packages come from where pip is configured to look (pip
+config, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 USAGE
 }
 
@@ -94,7 +97,7 @@ installed() {
     "$PY" scripts/check_install.py report "$1" | sed -E 's/^ *[^ ]+ ([^+]+).*/\1/'
 }
 
-# Sets DEVICE, TORCH, TORCH_NPU and MSID.
+# Sets DEVICE, TORCH, TORCH_NPU, CANN_HOME, CANN_VERSION and MSID.
 choose_versions() {
     local minor=0 micro=0 present
     [[ $DEVICE != auto ]] || DEVICE=$(detect_device)
@@ -113,7 +116,12 @@ choose_versions() {
     else
         TORCH=2.13.0
     fi
-    TORCH_NPU=${TORCH_NPU_VERSION:-$TORCH}
+    CANN_HOME='' CANN_VERSION=''
+    if [[ $DEVICE == npu && $FOREIGN == 0 ]]; then
+        CANN_HOME=$(cann_home) && CANN_VERSION=$(cann_version "$CANN_HOME")
+        ascend_report "$CANN_HOME" "$CANN_VERSION"
+    fi
+    TORCH_NPU=${TORCH_NPU_VERSION:-$(torch_npu_for "$TORCH" "$CANN_VERSION")}
     if [[ $DEVICE == npu ]]; then
         # only these have a torch_npu
         [[ $TORCH =~ ^2\.(7\.1|8\.0|9\.0|9\.1|10\.0|11\.0|12\.0|13\.0)$ ]] ||
@@ -164,6 +172,8 @@ find_missing() {
         "megatron-core=megatron-core==$MEGATRON_VERSION" 'requirements=@requirements.txt'
         'requirements=@examples/qwen3vl/requirements.txt' "mindspeed-mm=editable:mindspeed-mm:$PWD")
     if [[ $DEVICE == npu ]]; then
+        # CANN's own package; what it depends on stands in requirements-npu.txt
+        [[ -z $CANN_HOME || -z $(te_wheel "$CANN_HOME") ]] || wants+=('te=te')
         # any torch_npu of this torch will do, unless one was asked for: it has to match the machine's CANN
         wants+=("torch-npu=torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}"
             'requirements=@requirements-npu.txt' "MindSpeed=checkout:$MINDSPEED_DIR:$MSID"
@@ -225,6 +235,7 @@ build_plan() {
     is_missing megatron-core && add_pip megatron-core --no-deps "megatron-core==$MEGATRON_VERSION"
     # without its dependency: its x86 wheel names the build torch==V+cpu, which not every package index holds
     is_missing torch-npu && add_pip torch-npu --no-deps "torch-npu==$TORCH_NPU"
+    is_missing te && add_pip te --no-deps "$(te_wheel "$CANN_HOME")"
     is_missing MindSpeed && plan_mindspeed
     is_missing mindspeed-mm && add_pip mindspeed-mm --no-deps --no-build-isolation --editable .
     return 0
@@ -283,7 +294,7 @@ run_plan() {
 
 # The closing check: everything asked for is there, torch is the asked one, and it can be imported. Sets PROBLEMS.
 verify() {
-    local modules='import torch, megatron.core' output set_env=/usr/local/Ascend/ascend-toolkit/set_env.sh
+    local modules='import torch, megatron.core' output set_env=$ASCEND_ROOT/ascend-toolkit/set_env.sh
     BASE_PYTHON=''
     PROBLEMS=''
     if [[ $(python_version "$PY") == '' ]]; then
@@ -302,7 +313,7 @@ verify() {
 }
 
 report() {
-    local names=(torch torch-npu megatron-core transformers datasets accelerate numpy mindspeed-mm)
+    local names=(torch torch-npu te megatron-core transformers datasets accelerate numpy mindspeed-mm)
     if [[ -x $PY ]]; then
         printf '\nInstalled in %s (Python %s):\n' "$ENV_DIR" "$PY_VERSION"
         "$PY" scripts/check_install.py report "${names[@]}"

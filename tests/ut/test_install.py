@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,12 +50,42 @@ def install(tmp_path):
     def run(*options: str, **variables: str) -> subprocess.CompletedProcess:
         environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
         environment |= {"PATH": f"{stubs}:/usr/bin:/bin", "STUB_LOG": str(tmp_path / "log"), "INSTALL_RETRY_PAUSE": "0"}
+        environment = {name: value for name, value in environment.items() if not name.startswith("ASCEND_")}
+        environment["ASCEND_ROOT"] = str(tmp_path / "Ascend")
         return subprocess.run(
             ["bash", str(ROOT / "scripts/install.sh"), *options],
             cwd=tmp_path, env=environment | variables, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
     run.stubs = stubs
+    run.ascend = tmp_path / "Ascend"
+    return run
+
+
+@pytest.fixture
+def npu_machine(install, tmp_path):
+    """Runs install.sh on what looks like a machine with eight NPUs; ``cann`` is where its toolkit is made."""
+    cann = install.ascend / "ascend-toolkit/8.3.RC1"
+    (cann / "x86_64-linux").mkdir(parents=True)
+    (cann / "x86_64-linux/ascend_toolkit_install.info").write_text(
+        "package_name=Ascend-cann-toolkit\nversion=8.3.RC1\ninnerversion=V100R001C23\narch=x86_64\n"
+    )
+    (install.ascend / "ascend-toolkit/latest").symlink_to(cann)
+    (install.ascend / "driver").mkdir()
+    (install.ascend / "driver/version.info").write_text("Version=25.2.0\nascendhal_version=7.35.23\n")
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    for name in (*(f"davinci{index}" for index in range(8)), "davinci_manager"):
+        (devices / name).touch()
+    (tmp_path / "hccn.conf").write_text("address_0=10.0.0.1\n")
+    write_stub(install.stubs / "npu-smi", "#!/bin/bash\n")
+
+    def run(*options: str, **variables: str) -> subprocess.CompletedProcess:
+        variables = {"DEVICE_ROOT": str(devices), "HCCN_CONF": str(tmp_path / "hccn.conf"), **variables}
+        return install("--venv", "env", "--dry-run", *options, **variables)
+
+    run.cann = cann
+    run.ascend = install.ascend
     return run
 
 
@@ -85,7 +116,7 @@ def test_plan_for_every_machine(install, arch, device, python, tmp_path):
 
 
 def test_device_is_found_by_its_tools(install):
-    if Path("/usr/local/Ascend").exists() or list(Path("/dev").glob("davinci*")):
+    if list(Path("/dev").glob("davinci*")):
         pytest.skip("this machine has an NPU")
     write_stub(install.stubs / "nvidia-smi", "#!/bin/bash\nexit 9\n")
     assert ", cpu, " in install("--venv", "env", "--dry-run").stdout  # a driver without a GPU
@@ -93,6 +124,78 @@ def test_device_is_found_by_its_tools(install):
     assert ", cuda, " in install("--venv", "env", "--dry-run").stdout
     write_stub(install.stubs / "npu-smi", "#!/bin/bash\n")
     assert ", npu, " in install("--venv", "env", "--dry-run").stdout
+
+
+def plan_lines(result: subprocess.CompletedProcess) -> list[str]:
+    return [line.partition("] ")[2] for line in result.stdout.splitlines() if line.startswith("  ")]
+
+
+def test_the_whole_plan_on_an_npu_machine(npu_machine, tmp_path):
+    wheel = npu_machine.cann / "lib64/te-0.4.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    result = npu_machine("--msid", "0123456", "--arch", MACHINE)
+    assert result.returncode == 0, result.stderr
+    pip = f"{tmp_path}/env/bin/python -m pip install --constraint {tmp_path}/env/install-constraints.txt"
+    lines = plan_lines(result)
+    assert lines[0].endswith(f"-m venv {tmp_path}/env")
+    assert lines[1].startswith("printf '%s\\n' torch==2.7.1 megatron-core==0.12.1 torch-npu==2.7.1.\\* numpy\\<2 > ")
+    # torch before what depends on it; megatron-core, torch_npu and te without what they declare
+    assert lines[2:] == [
+        f"{pip} setuptools\\>=77",
+        f"{pip} torch==2.7.1",
+        f"{pip} -r requirements.txt -r examples/qwen3vl/requirements.txt -r requirements-npu.txt",
+        f"{pip} --no-deps megatron-core==0.12.1",
+        f"{pip} --no-deps torch-npu==2.7.1",
+        f"{pip} --no-deps {wheel}",
+        "git clone --quiet --no-checkout https://gitcode.com/Ascend/MindSpeed.git third_party/MindSpeed",
+        "git -C third_party/MindSpeed checkout --quiet --detach 0123456",
+        lines[10],
+        f"{pip} --no-deps --no-build-isolation --editable .",
+    ]
+    assert lines[10].startswith(f"printf '%s\\n' {ROOT}/third_party/MindSpeed > ")
+    assert f"note: CANN 8.3.RC1 in {npu_machine.cann}" in result.stdout
+    assert "note: driver 25.2.0, 8 NPU device(s)" in result.stdout
+    assert "hccn" not in result.stdout and "davinci_manager" not in result.stdout
+    assert "set_env.sh of CANN is not sourced" in result.stdout
+    sourced = npu_machine(ASCEND_HOME_PATH=str(npu_machine.cann))
+    assert "set_env.sh" not in sourced.stdout
+
+
+@pytest.mark.parametrize(
+    ("cann", "torch", "torch_npu"),
+    [("8.3.RC1", "2.7.1", "2.7.1"), ("8.5.0", "2.7.1", "2.7.1.post2"), ("8.5.0", "2.8.0", "2.8.0.post2"),
+     ("8.5.0", "2.9.0", "2.9.0"), ("8.3.RC2", "2.8.0", "2.8.0")],
+)
+def test_torch_npu_is_the_one_for_the_machines_cann(npu_machine, cann, torch, torch_npu):
+    (npu_machine.cann / "x86_64-linux/ascend_toolkit_install.info").unlink()
+    (npu_machine.cann / "version.cfg").write_text(
+        f"# version: 1.0\nruntime_running_version=[7.7.0.1.238:{cann}]\nruntime_upgrade_version=[7.7.0:{cann}]\n"
+    )
+    result = npu_machine("--torchversion", torch)
+    assert f"note: CANN {cann} in" in result.stdout
+    assert f"--no-deps torch-npu=={torch_npu}\n" in result.stdout
+    asked = npu_machine("--torchversion", torch, TORCH_NPU_VERSION=f"{torch}.post7")
+    assert f"--no-deps torch-npu=={torch}.post7\n" in asked.stdout
+
+
+def test_what_an_npu_machine_lacks_is_said(npu_machine, tmp_path):
+    info = npu_machine.cann / "x86_64-linux/ascend_toolkit_install.info"
+    info.write_text("version=8.0.RC3\n")
+    assert "CANN 8.0.RC3 is older than any torch_npu" in npu_machine().stdout
+    (tmp_path / "hccn.conf").unlink()
+    (tmp_path / "dev/davinci_manager").unlink()
+    shutil.rmtree(npu_machine.ascend)
+    result = npu_machine()
+    assert result.returncode == 0
+    assert "found no CANN in" in result.stdout and "hccn.conf" in result.stdout
+    assert "davinci_manager cannot be opened" in result.stdout and "driver not found, 8 NPU" in result.stdout
+
+
+def test_another_machines_plan_says_nothing_of_this_ones_cann(npu_machine):
+    result = npu_machine("--arch", OTHER)
+    assert "CANN" not in result.stdout and "driver" not in result.stdout
+    assert "--no-deps torch-npu==2.7.1\n" in result.stdout
 
 
 def test_shim_that_does_not_run_is_passed_over(install):
