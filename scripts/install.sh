@@ -294,7 +294,7 @@ run_plan() {
 
 # The closing check: everything asked for is there, torch is the asked one, and it can be imported. Sets PROBLEMS.
 verify() {
-    local modules='import torch, megatron.core' output set_env=$ASCEND_ROOT/ascend-toolkit/set_env.sh
+    local modules='import torch, megatron.core' output set_env
     BASE_PYTHON=''
     PROBLEMS=''
     if [[ $(python_version "$PY") == '' ]]; then
@@ -306,8 +306,10 @@ verify() {
     [[ -z $FAILED$MISSING ]] || return
     if [[ $DEVICE == npu ]]; then
         modules+=', torch_npu'
-        # shellcheck disable=SC1090 # of the machine's CANN, where there is one
-        [[ ! -f $set_env ]] || source "$set_env" >/dev/null 2>&1 || true
+        for set_env in "$ASCEND_ROOT"/{ascend-toolkit,cann}/set_env.sh; do
+            # shellcheck disable=SC1090 # of the machine's CANN, where there is one
+            [[ ! -f $set_env ]] || source "$set_env" >/dev/null 2>&1 || true
+        done
     fi
     output=$("$PY" -W ignore -c "$modules" 2>&1) || PROBLEMS="import: '$modules' fails: $(tail -n 1 <<<"$output")"
 }

@@ -10,9 +10,9 @@ stop() {
     exit 2
 }
 
-# Environment of an NPU. Only where there is one; each can be set from outside.
+# Environment of an NPU. Only where there is one; each can be set from outside. docs/environment.md says more.
 setup_npu() {
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}  # not 1 under FSDP2: Megatron refuses it
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}  # the guide's; nothing here reads it
     export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}  # driver log into files, not the terminal
     export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}          # errors only
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}                      # operators are queued by a second thread
@@ -158,7 +158,9 @@ done
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || stop "MAX_RESTARTS is '$MAX_RESTARTS'; it must be a whole number, 0 or more"
 
 # The NPU's own environment, wherever its toolkit is installed.
-SET_ENV=${SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
+for place in ascend-toolkit cann; do
+    [ -f "/usr/local/Ascend/$place/set_env.sh" ] && SET_ENV=${SET_ENV:-/usr/local/Ascend/$place/set_env.sh}
+done
 [ -f "$SET_ENV" ] && source "$SET_ENV"
 if [ -e /dev/davinci_manager ] || command -v npu-smi >/dev/null; then
     setup_npu

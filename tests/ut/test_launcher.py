@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -128,6 +129,42 @@ def test_npu_variables_only_where_there_is_an_npu(workplace):
     assert "TASK_QUEUE_ENABLE=1" in environment
     assert "FROM_TOOLKIT=yes" in environment
     assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True" in environment
+
+
+def _exports(function):
+    """Names and values that a function of launch.sh exports unless they are set."""
+    body = (ROOT / "examples/qwen3vl/launch.sh").read_text().partition(f"{function}() {{")[2].partition("\n}")[0]
+    return dict(re.findall(r"export (\w+)=\$\{\1:?-([^}]*)\}", body))
+
+
+def test_every_npu_variable_is_set_there_alone_and_yields_to_the_users(workplace):
+    names = _exports("setup_npu")
+    assert len(names) == 13
+    _launch(workplace)
+    environment = (workplace.parent / "words.env").read_text().splitlines()
+    assert not [line for line in environment if line.split("=")[0] in names]
+    _script(workplace.parent / "bin/npu-smi", "exit 0\n")
+    _launch(workplace)
+    environment = (workplace.parent / "words.env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in names.items()} <= set(environment)
+    assert not [line for line in environment if line.startswith("OMP_NUM_THREADS=")]
+    mine = dict.fromkeys(names, "7") | {"OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "true"}
+    _launch(workplace, **mine)
+    environment = (workplace.parent / "words.env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in mine.items()} <= set(environment)
+
+
+def test_every_variable_is_documented():
+    text = (ROOT / "examples/qwen3vl/launch.sh").read_text()
+    page = (ROOT / "docs/environment.md").read_text()
+    variables = {name for name, again in re.findall(r"(\w+)=\$\{(\w+):?-", text) if name == again}
+    variables |= set(re.findall(r'"\$\{(\w+):-', text))
+    variables |= {"SET_ENV", "OMP_NUM_THREADS", "MM_DATA", "MM_MODEL", "LOAD_PATH"}
+    assert len(variables) > 40
+    assert [name for name in sorted(variables) if f"`{name}`" not in page] == []
+    for name, value in _exports("setup_npu").items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert row.split("|")[2].strip().strip("`") == value
 
 
 def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
