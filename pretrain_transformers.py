@@ -95,7 +95,10 @@ def main() -> int:
         recipe = load_recipe(sys.argv[1:])
         if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher checks once for all processes
             preflight(recipe)
-        from mindspeed_mm.training.pretrain import pretrain  # imports torch, which --help does not wait for
+        from mindspeed_mm.backend.device import load_device  # imports torch, which --help does not wait for
+
+        load_device(recipe.args.device)  # first: what adapts megatron to a device must be there before megatron is
+        from mindspeed_mm.training.pretrain import pretrain
 
         return pretrain(recipe, model_provider, data_provider, forward_step)
     except UserError as error:

@@ -170,6 +170,8 @@ elif [ -z "$OMP_NUM_THREADS" ]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+# torch_npu is loaded where its errors can be told in one line, not by every "import torch"
+export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0}
 
 WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
 ((WORLD_SIZE % (TP * PP * CP) == 0)) ||
@@ -240,7 +242,7 @@ command -v torchrun >/dev/null ||
 TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
 [ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
-WORLD_SIZE=$WORLD_SIZE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
+WORLD_SIZE=$WORLD_SIZE LOCAL_WORLD_SIZE=$NPUS_PER_NODE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0  # the check has printed it
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log

@@ -1,155 +1,106 @@
-"""The device of this process and everything that differs between CPU, CUDA and NPU."""
+"""The choice of this process's device, and its process group."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.backend.fsdp_on_cpu import mend_fsdp
+from mindspeed_mm.backend import npu
+from mindspeed_mm.backend.fsdp_support import mend_fsdp
 from mindspeed_mm.backend.network import interface_towards
-from mindspeed_mm.backend.profiling import NpuProfiler, Profiler, TorchProfiler
+from mindspeed_mm.backend.presence import has_torch_npu
+from mindspeed_mm.backend.processor import Backend, Cuda
 from mindspeed_mm.errors import UserError
 
-_COMMUNICATION = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-_DETERMINISTIC_VARIABLES = {
-    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"},
-    "npu": {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0"},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """One process's device.
-
-    Attributes:
-        name: ``cpu``, ``cuda`` or ``npu``.
-        device: the torch device of this process.
-        communication: name of the collective library that serves ``device``.
-    """
-
-    name: str
-    device: torch.device
-    communication: str
-
-    @property
-    def _module(self) -> ModuleType | None:
-        return None if self.name == "cpu" else getattr(torch, self.name)
-
-    @property
-    def is_accelerator(self) -> bool:
-        """Whether the device has memory and queues of its own."""
-        return self._module is not None
-
-    def synchronize(self) -> None:
-        """Wait until the device has done all work queued so far."""
-        if self._module is not None:
-            self._module.synchronize()
-
-    def peak_memory_bytes(self) -> int:
-        """Largest number of bytes allocated on the device so far; on a CPU the process's largest resident size."""
-        if self._module is not None:
-            return int(self._module.max_memory_allocated())
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def rng_state(self) -> dict[str, torch.Tensor]:
-        """States of the host's and the device's random generators, as uint8 tensors on the host."""
-        state = {"cpu": torch.get_rng_state()}
-        if self._module is not None:
-            state[self.name] = self._module.get_rng_state().cpu()
-        return state
-
-    def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what :meth:`rng_state` returned; a state of another kind of device is left alone."""
-        torch.set_rng_state(state["cpu"])
-        if self._module is not None and self.name in state:
-            self._module.set_rng_state(state[self.name])
-
-    def seed(self, seed: int) -> None:
-        """Seed the host's and the device's generators."""
-        torch.manual_seed(seed)
-        if self._module is not None:
-            self._module.manual_seed_all(seed)
-
-    def use_deterministic_kernels(self) -> None:
-        """Only kernels that give the same numbers every time; call it before the device or its collectives are used.
-
-        An operation that has no such kernel raises when it is met. Reductions between processes keep their order on
-        gloo; the other libraries are asked to by their variables, where the user has not set them.
-        """
-        for name, value in _DETERMINISTIC_VARIABLES.get(self.name, {}).items():
-            os.environ.setdefault(name, value)
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check of programs, not needed for the numbers
-
-    def profiler(self) -> Profiler:
-        """The device's profiler."""
-        if self.name == "npu":
-            return NpuProfiler()
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.name == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        return TorchProfiler(activities)
-
-    def memory_history(self) -> Any | None:
-        """The device's memory module (``_record_memory_history``, ``_dump_snapshot``), or None on a CPU."""
-        return None if self._module is None else self._module.memory
+_KINDS: dict[str, type[Backend]] = {"cpu": Backend, "cuda": Cuda, "npu": npu.Npu}
+__all__ = [
+    "Backend",
+    "communication_note",
+    "find_device",
+    "known_devices",
+    "load_device",
+    "select_backend",
+    "start_processes",
+    "stop_processes",
+]
 
 
 def known_devices() -> tuple[str, ...]:
     """Names that ``--device`` takes besides ``auto``."""
-    return tuple(_COMMUNICATION)
+    return tuple(_KINDS)
+
+
+def find_device(name: str = "auto", *, processes: int = 0) -> str:
+    """The kind of device to use.
+
+    Args:
+        name: what ``--device`` says; ``auto`` for the best there is.
+        processes: how many the device must serve on this machine.
+
+    Returns:
+        ``cpu``, ``cuda`` or ``npu``.
+
+    Raises:
+        UserError: if ``name`` is unknown, that device is not usable here, or there are fewer of it than processes.
+    """
+    if name != "auto" and name not in _KINDS:
+        raise UserError(f"--device {name!r} is unknown; choose auto, {', '.join(_KINDS)}")
+    if name == "auto":
+        name = _detect()
+    elif reason := _why_unusable(name):
+        raise UserError(f"--device {name}: no usable {name} device on this machine: {reason}")
+    if name != "cpu":
+        available = getattr(torch, name).device_count()
+        if processes > available:
+            raise UserError(
+                f"{processes} processes are to run on this machine, which has {available} {name} device(s); lower "
+                "--nproc_per_node (NPUS_PER_NODE in the launcher)"
+            )
+    return name
+
+
+def load_device(name: str = "auto", *, processes: int = 0) -> str:
+    """Find the device, and import and set what it needs. To be called before megatron is imported.
+
+    Args:
+        name: see :func:`find_device`, as for the rest.
+        processes: likewise.
+    """
+    name = find_device(name, processes=processes)
+    if name == "npu":
+        npu.prepare()
+    return name
 
 
 def select_backend(name: str = "auto") -> Backend:
     """Bind this process to its device, by ``LOCAL_RANK``.
 
     Raises:
-        UserError: if ``name`` is unknown, or that device is not usable here.
+        UserError: see :func:`find_device`.
     """
-    if name != "auto" and name not in _COMMUNICATION:
-        raise UserError(f"--device {name!r} is unknown; choose auto, {', '.join(_COMMUNICATION)}")
-    if name == "auto":
-        name = _detect()
-    elif name != "cpu" and not _available(name):
-        raise UserError(
-            f"--device {name} was asked for, but torch {torch.__version__} finds no usable {name} device on this "
-            "machine; use --device auto, or repair the driver and the installation (scripts/install.sh)"
-        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    name = load_device(name, processes=local_rank + 1)
     if name == "cpu":
-        return Backend(name=name, device=torch.device("cpu"), communication=_COMMUNICATION[name])
-    module = getattr(torch, name)
-    if local_rank >= module.device_count():
-        raise UserError(
-            f"torchrun started process {local_rank + 1} on this machine, which has {module.device_count()} {name} "
-            "device(s); lower --nproc_per_node (NPUS_PER_NODE in the launcher)"
-        )
-    module.set_device(local_rank)
-    return Backend(name=name, device=torch.device(name, local_rank), communication=_COMMUNICATION[name])
+        return Backend(torch.device("cpu"))
+    getattr(torch, name).set_device(local_rank)
+    return _KINDS[name](torch.device(name, local_rank))
 
 
-def _available(name: str) -> bool:
-    if name == "npu" and not hasattr(torch, "npu"):
-        try:
-            import torch_npu  # noqa: F401  registers torch.npu
-        except (ImportError, OSError):
-            return False
-    return bool(getattr(torch, name).is_available())
+def _why_unusable(name: str) -> str | None:
+    if name == "npu":
+        return npu.why_unusable()
+    if name == "cuda" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds none; repair the driver, or install another build of torch"
+    return None
 
 
 def _detect() -> str:
-    for name in ("npu", "cuda"):
-        if _available(name):
-            return name
-    return "cpu"
+    if has_torch_npu() and npu.why_unusable() is None:
+        return "npu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def communication_note(backend: Backend, requested: str) -> str | None:
@@ -162,18 +113,26 @@ def communication_note(backend: Backend, requested: str) -> str | None:
     )
 
 
-def start_processes(backend: Backend, *, timeout_minutes: int) -> None:
-    """Join torchrun's process group (a group of one where started without torchrun)."""
+def start_processes(backend: Backend, *, timeout_minutes: int, host_tensors: bool = False) -> None:
+    """Join torchrun's process group (a group of one where started without torchrun).
+
+    Args:
+        backend: of the device.
+        timeout_minutes: how long a process waits for the others.
+        host_tensors: whether tensors in the host's memory are exchanged too.
+    """
     if dist.is_initialized():
         return
-    if backend.communication == "gloo":
-        mend_fsdp()
-        _choose_interface()
+    mend_fsdp(backend.communication)
+    _choose_interface()
+    libraries = backend.communication
+    if host_tensors and backend.is_accelerator:
+        libraries = f"cpu:gloo,{backend.name}:{libraries}"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        dist.init_process_group(backend.communication, timeout=timeout)
+        dist.init_process_group(libraries, timeout=timeout)
     else:
-        dist.init_process_group(backend.communication, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(libraries, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _choose_interface() -> None:

@@ -2,7 +2,8 @@
 
 Takes the launcher's flags, and the number of processes from the environment variable WORLD_SIZE (default 1). Says
 nothing and exits with 0, or prints one line and exits with 2. Where MM_DEVICE_MEMORY_GB names a device's memory in GiB,
-a run that is not likely to fit gets a line of warning, and goes on. Imports no torch, so it answers at once.
+a run that is not likely to fit gets a line of warning, and goes on. Imports torch only where there is an accelerator to
+look at, so it answers at once. LOCAL_WORLD_SIZE says how many processes this machine is to run (default 1).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from mindspeed_mm.arguments.recipe import Recipe, check_data_files, check_weights, load_recipe
+from mindspeed_mm.backend.presence import check_device
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
@@ -66,7 +68,9 @@ def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
     try:
-        preflight(load_recipe(argv))
+        recipe = load_recipe(argv)
+        preflight(recipe)
+        check_device(recipe.args.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -60,7 +60,11 @@ def pretrain(
     backend = select_backend(recipe.args.device)
     if recipe.args.deterministic_mode:
         backend.use_deterministic_kernels()
-    start_processes(backend, timeout_minutes=recipe.args.distributed_timeout_minutes)
+    start_processes(
+        backend,
+        timeout_minutes=recipe.args.distributed_timeout_minutes,
+        host_tensors=recipe.fsdp.offload_to_cpu,
+    )
     try:
         stopped = _run(recipe, backend, model_provider, data_provider, forward_step)
     finally:
@@ -230,8 +234,13 @@ class _LogHandler(logging.Handler):
 
 def _shard_and_allocate(model: Qwen3VLModel, recipe: Recipe, backend: Backend, layout: Layout) -> None:
     """Shard the model and give this process's shards storage on the device; the values come from a checkpoint."""
+    # FSDP2 moves what is elsewhere by exchanging a tensor's data, which not every device allows
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(backend.device))
     parallelise(model, layout=layout, config=recipe.fsdp)
     model.to_empty(device="cpu" if recipe.fsdp.offload_to_cpu else backend.device)
+    for module in model.modules():  # constants are wanted on the device wherever the parameters are kept
+        for name, constant in module.named_buffers(recurse=False):
+            setattr(module, name, constant.to(backend.device))
     model.reset_buffers()
 
 

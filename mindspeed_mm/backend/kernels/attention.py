@@ -105,7 +105,10 @@ def flash_attention(
 
 
 def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
-    """The attention called ``name`` (``eager``, ``sdpa``, ``flash_attention_2``); None picks the device's best.
+    """The attention called ``name``; None picks the device's best.
+
+    All devices have ``eager`` and ``sdpa``; CUDA ``flash_attention_2`` where the flash-attn package is installed; an
+    NPU ``npu_fusion_attention``, for which the recipe's files also say ``flash_attention_2``.
 
     Raises:
         UserError: if the device does not have it.
@@ -113,6 +116,10 @@ def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
     table: dict[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         table["flash_attention_2"] = flash_attention
+    if device == "npu":
+        from mindspeed_mm.backend.kernels.npu_attention import fusion_attention
+
+        table["npu_fusion_attention"] = table["flash_attention_2"] = fusion_attention
     if name is None:
         name = "flash_attention_2" if "flash_attention_2" in table else "sdpa"
     return pick("attn_implementation", name, table, device=device)

@@ -45,9 +45,17 @@ def torch_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rms_norm_kernel(*, device: str) -> RMSNormKernel:
     """The device's RMSNorm."""
+    if device == "npu":
+        from mindspeed_mm.backend.kernels.npu_elementwise import npu_rms_norm
+
+        return npu_rms_norm
     return torch_rms_norm
 
 
 def rotary_kernel(*, device: str) -> RotaryKernel:
     """The device's rotary product."""
+    if device == "npu":
+        from mindspeed_mm.backend.kernels.npu_elementwise import npu_rotary
+
+        return npu_rotary
     return torch_rotary

@@ -63,12 +63,15 @@ def grouped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert
     return _GroupedProduct.apply(inner, down, ends)
 
 
-def expert_kernel_name(*, fused: bool, hidden_size: int, intermediate_size: int) -> str:
-    """Which expert kernel serves a model: ``grouped_mm`` if ``fused`` and this torch can, else the reference ``loop``.
+def expert_kernel_name(*, fused: bool, hidden_size: int, intermediate_size: int, device: str) -> str:
+    """Which expert kernel serves a model: a grouped one if ``fused`` and there is one, else the reference ``loop``.
 
-    torch 2.7 has no grouped product, and later ones want rows that begin at multiples of 16 bytes, which in bf16 are 8
-    values: published models have that, toy models may not.
+    An NPU has ``npu_grouped_matmul``. Elsewhere it is torch's own ``grouped_mm``: torch 2.7 has none, and later ones
+    want rows that begin at multiples of 16 bytes, which in bf16 are 8 values: published models have that, toy models
+    may not.
     """
+    if device == "npu":
+        return "npu_grouped_matmul" if fused else "loop"
     aligned = hidden_size % 8 == 0 and intermediate_size % 8 == 0
     return "grouped_mm" if fused and aligned and hasattr(F, "grouped_mm") else "loop"
 
@@ -82,4 +85,8 @@ def expert_kernel(name: str, *, device: str) -> ExpertKernel:
     table: dict[str, ExpertKernel] = {"loop": looped_experts}
     if hasattr(F, "grouped_mm"):
         table["grouped_mm"] = grouped_experts
+    if device == "npu":
+        from mindspeed_mm.backend.kernels.npu_experts import npu_grouped_experts
+
+        table = {"loop": looped_experts, "npu_grouped_matmul": npu_grouped_experts}
     return pick("expert kernel", name, table, device=device)

@@ -25,3 +25,12 @@ class RowMover(Protocol):
         Returns:
             [T, H]; without weights k must be 1, and the rows come back as they are.
         """
+
+
+def row_mover(plain: RowMover, *, fused: bool, device: str) -> RowMover:
+    """The device's fused operators if ``fused`` and it has any, else ``plain``."""
+    if fused and device == "npu":
+        from mindspeed_mm.backend.kernels.npu_experts import PermutedRows
+
+        return PermutedRows(plain)
+    return plain

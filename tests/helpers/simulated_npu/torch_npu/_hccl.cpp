@@ -35,6 +35,14 @@ std::vector<Tensors> lend_checked(const std::vector<Tensors>& lists) {
   return lent;
 }
 
+// libtorch_npu.so has "Cannot use ReduceOp." and " with HCCL" beside the names of these.
+void check_reduction(const c10d::ReduceOp& operation) {
+  using Op = c10d::ReduceOp;
+  const char* name = operation == Op::AVG ? "AVG" : operation == Op::BAND ? "BAND" : operation == Op::BOR ? "BOR"
+      : operation == Op::BXOR ? "BXOR" : operation == Op::PREMUL_SUM ? "PREMUL_SUM" : nullptr;
+  TORCH_CHECK(name == nullptr, "Cannot use ReduceOp.", name, " with HCCL");
+}
+
 class Hccl final : public c10d::Backend {
  public:
   Hccl(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size) : c10d::Backend(rank, size), gloo_(std::move(gloo)) {}
@@ -47,23 +55,25 @@ class Hccl final : public c10d::Backend {
   }
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     auto lent = lend_checked(tensors);
-    return averaged(options, lent, [&](const auto& summed) { return gloo_->allreduce(lent, summed); });
+    check_reduction(options.reduceOp);
+    return gloo_->allreduce(lent, options);
   }
   WorkPtr allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) override {
     auto lent = lend_checked(tensors);
-    return averaged(options, lent, [&](const auto& summed) {
-      WorkPtr last;
-      for (auto& tensor : lent) {
-        Tensors one{tensor};
-        last = gloo_->allreduce(one, summed);
-        last->wait();
-      }
-      return last;
-    });
+    check_reduction(options.reduceOp);
+    WorkPtr last;
+    for (auto& tensor : lent) {
+      Tensors one{tensor};
+      last = gloo_->allreduce(one, options);
+      last->wait();
+    }
+    return last;
+
   }
   WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
     auto lent = lend_checked(tensors);
-    return averaged(options, lent, [&](const auto& summed) { return gloo_->reduce(lent, summed); });
+    check_reduction(options.reduceOp);
+    return gloo_->reduce(lent, options);
   }
   WorkPtr allgather(
       std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
@@ -94,18 +104,20 @@ class Hccl final : public c10d::Backend {
       Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ReduceScatterOptions& options) override {
     auto to = lend_checked(outputs);
     auto from = lend_checked(inputs);
-    return averaged(options, to, [&](const auto& summed) { return gloo_->reduce_scatter(to, from, summed); });
+    check_reduction(options.reduceOp);
+    return gloo_->reduce_scatter(to, from, options);
   }
   WorkPtr _reduce_scatter_base(
       at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) override {
     auto to = lend_checked(output), from = lend_checked(input);
-    return averaged(options, {to}, [&](const auto& summed) { return gloo_->_reduce_scatter_base(to, from, summed); });
+    check_reduction(options.reduceOp);
+    return gloo_->_reduce_scatter_base(to, from, options);
   }
   WorkPtr reduce_scatter_tensor_coalesced(
       Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) override {
     auto to = lend_checked(outputs), from = lend_checked(inputs);
-    return averaged(
-        options, to, [&](const auto& summed) { return gloo_->reduce_scatter_tensor_coalesced(to, from, summed); });
+    check_reduction(options.reduceOp);
+    return gloo_->reduce_scatter_tensor_coalesced(to, from, options);
   }
   WorkPtr alltoall_base(
       at::Tensor& output, at::Tensor& input, std::vector<int64_t>& receive, std::vector<int64_t>& send,
@@ -131,18 +143,6 @@ class Hccl final : public c10d::Backend {
   uint64_t getSequenceNumberForGroup() override { return 0; }
 
  private:
-  // gloo has no averages of its own in every version: a sum, waited for and divided.
-  template <typename Options, typename Run>
-  WorkPtr averaged(const Options& options, const Tensors& results, Run run) {
-    if (options.reduceOp != c10d::ReduceOp::AVG) return run(options);
-    auto summed = options;
-    summed.reduceOp = c10d::ReduceOp::SUM;
-    auto work = run(summed);
-    work->wait();
-    for (auto result : results) result.div_(getSize());
-    return work;
-  }
-
   c10::intrusive_ptr<c10d::Backend> gloo_;
 };
 

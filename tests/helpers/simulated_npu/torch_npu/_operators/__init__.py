@@ -41,10 +41,18 @@ def register(version: str) -> list[str]:
     for name, schema in SIGNATURES[version].items():
         library.define(schema)
         library.impl(name, _on_host_memory(implementations[name]), "PrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
+    _libraries.append(aten)
+    aten.impl("histc", _on_host_memory(_histc), "PrivateUse1")
     for module in _MODULES:
         for name, (backward, setup) in module.DERIVATIVES.items():
             torch.library.register_autograd(f"npu::{name}", backward, setup_context=setup, lib=library)
     return list(SIGNATURES[version])
+
+
+def _histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """Counts integers too, which torch's CPU kernel does not."""
+    return torch.histc(self.double(), bins, min, max).to(self.dtype)
 
 
 def _on_host_memory(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Legend: T packed tokens, B sequences, S tokens of one, N query heads, G key/valu
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,7 @@ def attention(
     demand(keep_prob == 1.0, "dropout is not simulated")
     demand(not any(name in unsupported for name in ("sink", "dropout_mask")), "sink and dropout_mask are not simulated")
     _check(query, key, value, head_num, input_layout)
+    _check_mask(atten_mask, sparse_mode, input_layout)
     output = torch.full_like(query, float("nan"))  # rows that belong to no sequence are never written
     shape = _statistics_shape(query, head_num, input_layout)
     highest, total = torch.zeros(shape), torch.zeros(shape)
@@ -176,22 +178,31 @@ def _mask(mask: Tensor | None, mode: int, index: _Sequence, queries: int, keys: 
     """What a sequence must not see, bool [S, S]; without a mask the mode has no effect, as documented."""
     if mask is None:
         return None
-    demand(mask.dtype in (torch.bool, torch.uint8), f"atten_mask is {mask.dtype}; bool and uint8 are supported")
     if mode in (CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
-        demand(tuple(mask.shape) == (COMPRESSED, COMPRESSED), f"mode {mode}: mask {tuple(mask.shape)}, not 2048 x 2048")
-        expected = torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool).triu_(1)
-        demand(torch.equal(mask.bool(), expected), f"mode {mode} wants ones above the diagonal and zeros elsewhere")
         shift = keys - queries if mode == CAUSAL_BOTTOM_RIGHT else 0
         return torch.ones(queries, keys, dtype=torch.bool).triu_(1 + shift)
-    demand(mode in (0, 1), f"sparse_mode {mode} is not simulated")
     if index.layout == "TND":
-        demand(mask.dim() == 2, f"with TND atten_mask must be [max S, max S], got {tuple(mask.shape)}")
         return mask[:queries, :keys].bool()
     demand(mask.shape[-2:] == (queries, keys), f"atten_mask {tuple(mask.shape)} is not [..., {queries}, {keys}]")
-    if mask.dim() == 2:
-        return mask.bool()
-    demand(mask.dim() == 4, f"atten_mask has {mask.dim()} axes; 2 and 4 are supported")
-    return mask[min(index.batch, mask.shape[0] - 1)].bool()
+    return mask.bool() if mask.dim() == 2 else mask[min(index.batch, mask.shape[0] - 1)].bool()
+
+
+def _check_mask(mask: Tensor | None, mode: int, layout: str) -> None:
+    if mask is None:
+        return
+    demand(mask.dtype in (torch.bool, torch.uint8), f"atten_mask is {mask.dtype}; bool and uint8 are supported")
+    demand(mode in (0, 1, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT), f"sparse_mode {mode} is not simulated")
+    if mode in (CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
+        demand(tuple(mask.shape) == (COMPRESSED, COMPRESSED), f"mode {mode}: mask {tuple(mask.shape)}, not 2048 x 2048")
+        demand(torch.equal(mask.bool(), _compressed_mask()), f"mode {mode} wants ones above the diagonal only")
+        return
+    axes = (2,) if layout == "TND" else (2, 4)
+    demand(mask.dim() in axes, f"atten_mask has {mask.dim()} axes; layout {layout} takes {axes}")
+
+
+@functools.cache
+def _compressed_mask() -> Tensor:
+    return torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool).triu_(1)
 
 
 def _repeat(tensor: Tensor, query: Tensor) -> Tensor:
