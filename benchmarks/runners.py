@@ -1,0 +1,231 @@
+"""One optimizer step of this project's trainer, and of Hugging Face's model in a plain loop, on the same samples."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.workload import PIXEL_NORM, hugging_face_batch
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.arguments.tools_config import ToolsConfig
+from mindspeed_mm.backend.device import Backend
+from mindspeed_mm.data.collator import Sample, collate
+from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.checkpoint.state import Progress
+from mindspeed_mm.training.feed import Feed
+from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
+from mindspeed_mm.training.step import StepResult
+from mindspeed_mm.training.trainer import Trainer
+
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-5, 0.01, 1.0
+
+Steps = Sequence[Sequence[Sequence[Sample]]]
+"""Optimizer steps, of micro-batches, of samples."""
+
+
+def initialise(model: nn.Module, seed: int = 0) -> None:
+    """Random values of the published models' size; norms and biases as they are there at the beginning."""
+    generators: dict[torch.device, torch.Generator] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if name.endswith("bias"):
+                values.zero_()
+            elif "norm" in name:
+                values.fill_(1.0)
+            else:
+                generator = generators.setdefault(
+                    values.device, torch.Generator(values.device).manual_seed(seed)
+                )
+                values.normal_(0.0, 0.02, generator=generator)
+
+
+class OurRunner:
+    """This project's trainer on one process (start_processes first)."""
+
+    def __init__(
+        self,
+        geometry: Qwen3VLGeometry,
+        steps: Steps,
+        *,
+        backend: Backend,
+        precision: str,
+        choices: ModelChoices | None = None,
+        frozen_experts: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        """``steps`` are trained on in turn, again and again."""
+        micro, accumulation = len(steps[0][0]), len(steps[0])
+        layout = build_layout(device_type=backend.device.type)
+        args = parse_args(
+            f"--mm-data x --mm-model x --use-torch-fsdp2 --micro-batch-size {micro} --global-batch-size "
+            f"{micro * accumulation * layout.data_size} --seq-length 65536 --train-iters 1000000 --lr {LEARNING_RATE} "
+            f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP} --calculate-per-token-loss".split()
+        )
+        with torch.device("meta"):
+            self.model = build_model(
+                geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=backend.name,
+                **({"dtype": torch.bfloat16} if frozen_experts else {}),
+            )
+        if frozen_experts:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(".experts." not in name)
+        config = FSDPConfig.model_construct(
+            **{**FSDPConfig().model_dump(), "param_dtype": precision, "reduce_dtype": "fp32"}
+        )
+        parallelise(self.model, layout=layout, config=config)
+        self.model.to_empty(device=backend.device)
+        self.model.reset_buffers()
+        initialise(self.model)
+        optimizer = build_optimizer(self.model, args)
+        self.trainer = Trainer(
+            args=args, model=self.model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
+            loader=_endless(steps, geometry, pin=backend.is_accelerator),
+            forward_step=lambda model, batch, weight: model(batch, weight), loss_mode="per_token", layout=layout,
+            backend=backend, progress=Progress(), merge_unit=geometry.vision.merge_unit,
+            tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
+        )
+        self.model.train()
+        self.trainer.feed = Feed(self.trainer.loader, backend, self.trainer.split_batch)
+
+    def step(self) -> StepResult:
+        """One optimizer step, queued."""
+        return self.trainer.train_step()
+
+    def close(self) -> None:
+        """Stop the feed's thread and let go of the model."""
+        self.trainer.feed.close()
+        del self.trainer, self.model
+
+
+def _endless(steps: Steps, geometry: Qwen3VLGeometry, *, pin: bool) -> Iterator[StepBatches]:
+    collated = [[collate(samples, geometry) for samples in step] for step in steps]
+    for batches in itertools.cycle(collated):
+        yield StepBatches([batch.pin_memory() for batch in batches] if pin else list(batches))
+
+
+class HuggingFaceRunner:
+    """transformers' model with grouped experts, sdpa and fused AdamW; each micro-batch padded to its longest sample."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        geometry: Qwen3VLGeometry,
+        steps: Steps,
+        *,
+        device: torch.device,
+        mode: str,
+        experts: str = "grouped_mm",
+        attention: str = "sdpa",
+        frozen_experts: bool = False,
+    ) -> None:
+        """``mode``: ``fp32``; ``autocast``: fp32 parameters, bf16 compute; ``bf16``: everything in bf16."""
+        from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+        settings = Qwen3VLMoeConfig(
+            **{key: config[key] for key in ("text_config", "vision_config", "image_token_id", "video_token_id",
+                                            "vision_start_token_id", "vision_end_token_id")},
+            tie_word_embeddings=False,
+        )
+        settings._attn_implementation = attention
+        settings._experts_implementation = experts
+        settings.text_config._experts_implementation = experts
+        dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+        with torch.device("meta"):
+            model = Qwen3VLMoeForConditionalGeneration._from_config(settings, dtype=dtype)
+        self.model = model.to_empty(device=device).train()
+        _reset_rotary(self.model, device)
+        initialise(self.model)
+        if frozen_experts:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(".experts." not in name)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        self.trainable = trainable
+        self.device, self.mode = device, mode
+        self._steps = itertools.cycle([self._prepare(step, geometry) for step in steps])
+
+    def _prepare(self, step: Sequence[Sequence[Sample]], geometry: Qwen3VLGeometry) -> list[dict[str, torch.Tensor]]:
+        batches = [hugging_face_batch(samples, geometry) for samples in step]
+        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        for batch in batches:
+            batch["num_items_in_batch"] = torch.tensor(count)
+            if self.device.type != "cpu":
+                batch.update({key: value.pin_memory() for key, value in batch.items()})
+        return batches
+
+    def step(self) -> torch.Tensor:
+        """One optimizer step, as transformers' Trainer makes it; returns the loss, on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch in next(self._steps):
+            inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+            with autocast if self.mode == "autocast" else contextlib.nullcontext():
+                loss = self.model(**inputs, use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self.trainable, CLIP)
+        self.optimizer.step()
+        return total
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self.model, self.optimizer, self.trainable
+
+
+def _reset_rotary(model: nn.Module, device: torch.device) -> None:
+    """Rotary frequencies are no parameters: make them again after the model left the meta device."""
+    for module in model.modules():
+        if hasattr(module, "compute_default_rope_parameters") or hasattr(module, "rope_init_fn"):
+            init = getattr(module, "compute_default_rope_parameters", None) or module.rope_init_fn
+            frequencies, _ = init(module.config, device)
+            module.inv_freq = frequencies
+            if hasattr(module, "original_inv_freq"):
+                module.original_inv_freq = frequencies
+        elif isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            width = module.inv_freq.numel() * 2
+            exponents = torch.arange(0, width, 2, dtype=torch.float, device=device) / width
+            module.inv_freq = 1.0 / (10000.0**exponents)
+
+
+def cut(samples: Sequence[Sample], *, micro_batch: int, accumulation: int) -> Steps:
+    """Samples in order, as optimizer steps of equal size; a remainder is left out."""
+    size = micro_batch * accumulation
+    return [
+        [samples[start + part * micro_batch : start + (part + 1) * micro_batch] for part in range(accumulation)]
+        for start in range(0, len(samples) // size * size, size)
+    ]
+
+
+def pack(samples: Sequence[Sample], *, budget: int, accumulation: int) -> Steps:
+    """Samples packed in their order up to ``budget`` tokens a micro-batch; a remainder is left out."""
+    packs: list[list[Sample]] = [[]]
+    filled = 0
+    for sample in samples:
+        if packs[-1] and filled + len(sample.input_ids) > budget:
+            packs.append([])
+            filled = 0
+        packs[-1].append(sample)
+        filled += len(sample.input_ids)
+    packs = packs[: max(1, math.floor(len(packs) / accumulation) * accumulation)]
+    return [packs[start : start + accumulation] for start in range(0, len(packs), accumulation)]
+
+
+def tokens(steps: Steps) -> tuple[float, float]:
+    """(all tokens, supervised tokens) of a step on average."""
+    flat = [sample for step in steps for batch in step for sample in batch]
+    supervised = sum(int(sample.supervised[1:].sum()) for sample in flat)
+    return sum(len(sample.input_ids) for sample in flat) / len(steps), supervised / len(steps)

@@ -1,0 +1,115 @@
+"""Tokens per second of an optimizer step, against Hugging Face's model at its best settings, in one run.
+
+    python -m benchmarks.step_speed [--models tiny 100m] [--precisions fp32 bf16] [--rounds 7] [--output step_speed.json]
+
+Both train on the same samples, alternately, one step each; medians over the rounds. Hugging Face's model runs with
+grouped experts, sdpa, fused AdamW and batches padded to their longest sample. In bf16 it runs twice: under autocast,
+which keeps parameters and moments in fp32, as ours does, and wholly in bf16, which does not; the faster one counts.
+On one thread of a CPU the processor's own time is measured, which other programs on the machine hardly change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.runners import HuggingFaceRunner, OurRunner, cut, tokens
+from benchmarks.workload import draw_samples, geometry_config, photographs
+from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+
+PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
+
+
+def alternate(runners: dict[str, Any], *, rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of each runner's step in each round, after one that does not count."""
+    clock = time.process_time if wait is None else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for round_ in range(rounds + 1):
+        for name, runner in runners.items():
+            wait()
+            started = time.perf_counter()
+            runner.step()
+            wait()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare(model: str, precision: str, options: argparse.Namespace, backend: Backend) -> dict[str, Any]:
+    """One row of the table."""
+    config = geometry_config(model)
+    geometry = Qwen3VLGeometry.from_config(config)
+    low, high = PIXELS[model]
+    count = options.micro_batch * options.accumulation * options.steps
+    steps = cut(
+        draw_samples(count, geometry, min_pixels=low, max_pixels=high),
+        micro_batch=options.micro_batch, accumulation=options.accumulation,
+    )
+    modes = ["fp32"] if precision == "fp32" else ["autocast", "bf16"]
+    runners: dict[str, Any] = {
+        f"HF {mode}": HuggingFaceRunner(config, geometry, steps, device=backend.device, mode=mode) for mode in modes
+    }
+    runners["ours"] = OurRunner(geometry, steps, backend=backend, precision=precision)
+    parameters = sum(parameter.numel() for parameter in runners["ours"].model.parameters())
+    try:
+        seconds = alternate(runners, rounds=options.rounds, wait=backend.synchronize)
+    finally:
+        runners["ours"].close()
+    per_step, supervised = tokens(steps)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    best = min((name for name in medians if name != "ours"), key=medians.__getitem__)
+    # of neighbouring steps: what slows the machine slows both
+    ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
+    return {
+        "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
+        "tokens_per_step": per_step, "supervised_per_step": supervised, "seconds": seconds, "median_seconds": medians,
+        "tokens_per_second": {name: per_step / value for name, value in medians.items()},
+        "supervised_per_second": {name: supervised / value for name, value in medians.items()},
+        "best_hugging_face": best, "ratio": ratio,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="device to run on")
+    parser.add_argument("--models", nargs="+", default=["tiny", "100m"], choices=sorted(PIXELS))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--micro-batch", type=int, default=4, help="samples of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
+    parser.add_argument("--steps", type=int, default=3, help="different steps, repeated in turn")
+    parser.add_argument("--rounds", type=int, default=6, help="measured steps of each")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    backend = select_backend(options.device)
+    start_processes(backend, timeout_minutes=10)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {photographs()[1]}")
+    rows = []
+    for model in options.models:
+        for precision in options.precisions:
+            row = compare(model, precision, options, backend)
+            rows.append(row)
+            listed = " | ".join(
+                f"{name} {1000 * row['median_seconds'][name]:.0f} ms, {value:.0f} tokens/s"
+                for name, value in row["tokens_per_second"].items()
+            )
+            print(f"{model:5} {precision} {row['parameters'] / 1e6:.0f} M | {listed} | "
+                  f"{row['ratio']:.2f}x {row['best_hugging_face']}", flush=True)
+    stop_processes()
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
