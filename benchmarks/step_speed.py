@@ -1,6 +1,6 @@
 """Tokens per second of an optimizer step, against Hugging Face's model at its best settings, in one run.
 
-    python -m benchmarks.step_speed [--models tiny 100m] [--precisions fp32 bf16] [--rounds 7] [--output step_speed.json]
+    python -m benchmarks.step_speed [--models tiny 100m] [--precisions fp32 bf16] [--output step_speed.json]
 
 Both train on the same samples, alternately, one step each; medians over the rounds. Hugging Face's model runs with
 grouped experts, sdpa, fused AdamW and batches padded to their longest sample. In bf16 it runs twice: under autocast,
@@ -30,7 +30,6 @@ PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 
 def alternate(runners: dict[str, Any], *, rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
     """Seconds of each runner's step in each round, after one that does not count."""
-    clock = time.process_time if wait is None else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for round_ in range(rounds + 1):
         for name, runner in runners.items():

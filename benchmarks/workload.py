@@ -1,4 +1,4 @@
-"""What the speed benchmarks train on: real pictures, conversations of LLaVA-Instruct's lengths, models of several sizes.
+"""What the speed benchmarks train on: real pictures, conversations of LLaVA's lengths, models of several sizes.
 
 The pictures are crops, in the shapes that are common in COCO, of the photographs that scikit-image and scikit-learn
 carry, and scikit-learn's handwritten digits; where neither is installed, noise with the spectrum of photographs. Words

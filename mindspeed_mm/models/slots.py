@@ -58,19 +58,28 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
+class Angles:
+    """Cosines and sines [T, 1, D] of the rotary angles, in the type of the arithmetic.
+
+    No dataclass: FSDP2 of some versions casts the tensors that it finds in one, of others it does not.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
+
+
 @dataclasses.dataclass
 class PackedSequence(PackedSeqParams):
     """What attention needs to know of a packed sequence; every layer of a stack gets the same one.
 
     Attributes:
         segments: boundaries that attention does not cross.
-        cos: [T, 1, D] cosines of the rotary angles.
-        sin: [T, 1, D] sines.
+        angles: of the rotary positions.
     """
 
     segments: Segments | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    angles: Angles | None = None
 
 
 class CoreAttention(nn.Module):
@@ -118,7 +127,7 @@ class PackedSelfAttention(SelfAttention):
         """[T, 1, H] -> ([T, 1, H], None)."""
         packed = packed_seq_params
         query, key, value = (tensor.squeeze(1) for tensor in self.get_query_key_value_tensors(hidden_states))
-        query = self.rotary_kernel(query, packed.cos, packed.sin)
-        key = self.rotary_kernel(key, packed.cos, packed.sin)
+        query = self.rotary_kernel(query, packed.angles.cos, packed.angles.sin)
+        key = self.rotary_kernel(key, packed.angles.cos, packed.angles.sin)
         context = self.core_attention(query, key, value, packed.segments)
         return self.linear_proj(context.flatten(1).unsqueeze(1))

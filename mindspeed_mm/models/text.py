@@ -18,7 +18,7 @@ from mindspeed_mm.models.geometry import TextGeometry
 from mindspeed_mm.models.loss_head import LossHead
 from mindspeed_mm.models.moe import MoELayer, RouterLoad
 from mindspeed_mm.models.rotary import TextRotary
-from mindspeed_mm.models.slots import PackedSequence
+from mindspeed_mm.models.slots import Angles, PackedSequence
 from mindspeed_mm.models.stack import StackPolicy, run_stack
 
 
@@ -97,9 +97,9 @@ class TextDecoder(nn.Module):
             deepstack = ()
         else:
             hidden = hidden.index_copy(0, batch.vision.placeholder_index, embeddings.to(hidden.dtype))
-        cos, sin = self.rotary(batch.position_ids, hidden.dtype)
+        angles = Angles(*self.rotary(batch.position_ids, hidden.dtype))
         segments = Segments(batch.cu_seqlens, batch.cu_seqlens_host, batch.max_seqlen)
-        packed = PackedSequence(segments=segments, cos=cos, sin=sin)
+        packed = PackedSequence(segments=segments, angles=angles)
         counted = batch.input_ids.shape[0] - batch.padding
 
         def step(index: int, hidden: Tensor) -> tuple[Tensor, ...]:

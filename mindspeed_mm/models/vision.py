@@ -18,7 +18,7 @@ from mindspeed_mm.data.batch import PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import VisionGeometry
 from mindspeed_mm.models.rotary import VisionRotary
-from mindspeed_mm.models.slots import LayerNorm, PackedSequence
+from mindspeed_mm.models.slots import Angles, LayerNorm, PackedSequence
 from mindspeed_mm.models.stack import StackPolicy, run_stack
 
 
@@ -95,9 +95,9 @@ class VisionEncoder(nn.Module):
         hidden = self.patch_embed(self.pixel_norm(vision.pixels))
         weights = vision.interp_weight.unsqueeze(-1)
         hidden = hidden + (self.pos_embed(vision.interp_index) * weights).sum(dim=0).to(hidden.dtype)
-        cos, sin = self.rotary(vision.position_ids)
         packed = PackedSequence(
-            segments=Segments(vision.cu_seqlens, vision.cu_seqlens_host, vision.max_seqlen), cos=cos, sin=sin
+            segments=Segments(vision.cu_seqlens, vision.cu_seqlens_host, vision.max_seqlen),
+            angles=Angles(*self.rotary(vision.position_ids)),
         )
 
         def step(index: int, hidden: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from mindspeed_mm.parallel.context import apply_context_parallelism
 from mindspeed_mm.parallel.expert import spread_experts
 from mindspeed_mm.parallel.fsdp import shard_model
 from mindspeed_mm.parallel.mesh import Layout
+from mindspeed_mm.parallel.whole import hold_whole
 
 
 def parallelise(model: Qwen3VLModel, *, layout: Layout, config: FSDPConfig) -> None:
@@ -21,6 +22,9 @@ def parallelise(model: Qwen3VLModel, *, layout: Layout, config: FSDPConfig) -> N
     experts = spread_experts(model, layout.expert_mesh) if layout.expert_mesh is not None else []
     if layout.context_mesh is not None:
         apply_context_parallelism(model, layout.context_mesh)
+    if layout.world_size == 1 and not config.offload_to_cpu:
+        hold_whole(model, model.units(), config)
+        return
     small = model.small_parts() if config.align_fsdp_param_groups else []
     shard_model(model, model.units(), layout=layout, config=config, experts=experts, small=small)
 

@@ -1,0 +1,128 @@
+"""All parameters on one process: nothing to shard, so nothing is copied, gathered or reduced.
+
+What FSDP2's mixed precision does stays the same, to the bit: parameters, gradients and optimizer state are fp32, the
+model computes with copies in the compute type, and each micro-batch's gradients are added up in fp32. The copies are
+made once per optimizer step instead of twice per micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.parallel.fsdp import DTYPES
+
+
+def hold_whole(model: nn.Module, units: Sequence[nn.Module], config: FSDPConfig) -> None:
+    """Let ``model`` compute in ``config.param_dtype``, in place.
+
+    Args:
+        model: parameters in fp32, possibly on the meta device.
+        units: submodules whose floating-point inputs are cast, all but the last, the loss head.
+        config: the YAML file.
+    """
+    dtype = DTYPES[config.param_dtype]
+    if all(parameter.dtype == dtype for parameter in model.parameters()):
+        return
+    if config.cast_forward_inputs:
+        for unit in units[:-1]:
+            unit.register_forward_pre_hook(_InputCast(dtype), with_kwargs=True)
+    copies = _ComputeCopies(model, dtype, sum_dtype=DTYPES[config.reduce_dtype])
+    model.register_forward_pre_hook(copies.before_forward)
+    model.register_forward_hook(copies.after_forward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InputCast:
+    """Casts a module's floating-point inputs, as FSDP2 does."""
+
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return tree_map_only(Tensor, self._cast, args), tree_map_only(Tensor, self._cast, kwargs)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+class _ComputeCopies:
+    """Puts copies of the parameters in their places for forward and backward, and the parameters back afterwards."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, sum_dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._sum_dtype = sum_dtype
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._versions: list[int] = []
+        self._in_place = False
+        self._backward_began = False
+
+    def before_forward(self, module: nn.Module, inputs: tuple) -> None:
+        """Copies in, made anew if the parameters have changed since."""
+        if self._in_place:
+            return
+        if not self._copies:
+            self._make()
+        versions = [parameter._version for parameter in self._copies]
+        if versions != self._versions:
+            with torch.no_grad():
+                torch._foreach_copy_([copy.data for copy in self._copies.values()], list(self._copies))
+            self._versions = versions
+        for owner, name, parameter in self._places:
+            owner._parameters[name] = self._copies[parameter]
+        self._in_place = True
+
+    def after_forward(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        """Parameters back, unless a backward pass follows, which puts them back when it has ended."""
+        followed = []
+
+        def watch(tensor: Tensor) -> Tensor:
+            if tensor.requires_grad:
+                tensor.register_hook(self._backward_begins)
+                followed.append(tensor)
+            return tensor
+
+        tree_map_only(Tensor, watch, output)
+        if not followed:
+            self._restore()
+
+    def _make(self) -> None:
+        for owner in self._model.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is None or parameter.dtype == self._dtype:
+                    continue
+                self._places.append((owner, name, parameter))
+                if parameter in self._copies:
+                    continue
+                copy = nn.Parameter(torch.empty_like(parameter, dtype=self._dtype), parameter.requires_grad)
+                if parameter.requires_grad:
+                    copy.register_post_accumulate_grad_hook(self._adder(parameter))
+                self._copies[parameter] = copy
+
+    def _adder(self, parameter: nn.Parameter) -> Any:
+        def add(copy: nn.Parameter) -> None:
+            grad, copy.grad = copy.grad.to(self._sum_dtype), None
+            parameter.grad = grad.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(grad)
+
+        return add
+
+    def _backward_begins(self, grad: Tensor) -> None:
+        if not self._backward_began:
+            self._backward_began = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self._backward_began = False
+        self._restore()
+
+    def _restore(self) -> None:
+        for owner, name, parameter in self._places:
+            owner._parameters[name] = parameter
+        self._in_place = False
