@@ -14,19 +14,23 @@ from mindspeed_mm.data.collator import Picture, Sample
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
 
 
-def tiny_config(*, dense: bool = False, tied: bool = False, **text_overrides: Any) -> Any:
+def tiny_config(
+    *, dense: bool = False, tied: bool = False, many_heads: bool = False, **text_overrides: Any
+) -> Any:
     """Qwen3-VL config: deepstack, interleaved mRoPE, grouped heads; no two widths are equal.
 
     Args:
         dense: a Qwen3-VL with dense MLPs; otherwise a Qwen3-VL-MoE with 8 experts, 3 of them per token.
         tied: whether embedding and output layer share their weight.
+        many_heads: 8 query and 4 key/value heads and 8 vision heads, instead of 4, 2 and 4.
         text_overrides: fields of ``text_config``.
     """
     from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
     experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
     text = {
-        "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 8 if many_heads else 4,
+        "num_key_value_heads": 4 if many_heads else 2,
         "head_dim": 16, "vocab_size": 128, "intermediate_size": 72, **({} if dense else experts),
         "max_position_embeddings": 4096, "attention_bias": False,
         "rope_parameters": {
@@ -36,7 +40,7 @@ def tiny_config(*, dense: bool = False, tied: bool = False, **text_overrides: An
         **text_overrides,
     }
     vision = {
-        "depth": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 56, "patch_size": 4,
+        "depth": 3, "hidden_size": 32, "num_heads": 8 if many_heads else 4, "intermediate_size": 56, "patch_size": 4,
         "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36,
         "deepstack_visual_indexes": [0, 2],
     }
@@ -46,12 +50,12 @@ def tiny_config(*, dense: bool = False, tied: bool = False, **text_overrides: An
     )
 
 
-def tiny_model(seed: int = 0, *, dense: bool = False, tied: bool = False, **text_overrides: Any) -> Any:
+def tiny_model(seed: int = 0, *, dense: bool = False, **options: Any) -> Any:
     """The model of :func:`tiny_config` in fp32, with weights large enough that every part matters."""
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = tiny_config(dense=dense, tied=tied, **text_overrides)
+    config = tiny_config(dense=dense, **options)
     config._attn_implementation = "eager"
     model = (Qwen3VLForConditionalGeneration if dense else Qwen3VLMoeForConditionalGeneration)(config).float()
     with torch.no_grad():
@@ -128,22 +132,23 @@ def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[st
 
 
 def step_samples(step: int, count: int) -> list[Sample]:
-    """The samples of an optimizer step: in turn one picture, two pictures, none, and a video with a picture."""
+    """The samples of an optimizer step: half of them text alone; one picture, two, a video, a video with a picture."""
     rng = np.random.default_rng(1000 + step)
 
     def side() -> int:
         return 2 * int(rng.integers(1, 4))
 
+    def video() -> tuple[int, int, int]:
+        return int(rng.integers(2, 4)), side(), side()
+
     samples = []
     for index in range(count):
         grids = [
-            [(1, side(), side())],
-            [(1, side(), side()), (1, side(), side())],
-            [],
-            [(int(rng.integers(2, 4)), side(), side()), (1, side(), side())],
-        ][index % 4]
+            [(1, side(), side())], [], [(1, side(), side()), (1, side(), side())], [],
+            [video()], [], [video(), (1, side(), side())], [],
+        ][index % 8]
         turns = [(grids, int(rng.integers(2, 8)), int(rng.integers(1, 9)))]
-        if index % 2:
+        if index % 3:
             turns.append(([], int(rng.integers(2, 5)), int(rng.integers(1, 6))))
         samples.append(random_sample(rng, index=index, turns=turns))
     return samples

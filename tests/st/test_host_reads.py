@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.st.test_parallel_layouts import BF16, case, run_layouts
+from tests.st.matrix import BF16, case, run_layouts
 
 LAYERS = 3  # of the tiny model, all sparse
 EXCHANGE = ("tolist", "mindspeed_mm/parallel/expert.py:__call__")

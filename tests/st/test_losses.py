@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, step_samples, tiny_model
 from tests.helpers.mcore_model import to_mcore
-from tests.st.test_parallel_layouts import BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
+from tests.st.matrix import BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
 
 STEPS, COEFFICIENT = 2, 0.3
 # Adam divides a gradient by its own size: where one happens to cancel to 1e-9, that makes a step of rounding, unless
@@ -108,11 +108,6 @@ LOSSES: dict[tuple[str, float, str], dict[int, dict[str, dict[str, Any]]]] = {
     },
 }
 MODELS = {"sparse": {}, "dense": {"dense": True}, "tied": TIED}
-
-
-# On a CPU, torch 2.7's FSDP2 waits in HSDP for an event that only accelerators have.
-if torch.__version__.startswith("2.7."):
-    del LOSSES[("per_token", 0.0, "tied")][4]
 
 
 def numbered(processes: int) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.mcore_model import relative
-from tests.st.test_parallel_layouts import BATCH, LR, case, hugging_face, run_layouts
+from tests.st.matrix import BATCH, LR, case, hugging_face, run_layouts
 
 STEPS, WARMUP = 10, 0.2
 FLAGS = (

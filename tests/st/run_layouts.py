@@ -1,6 +1,6 @@
 """Started by torchrun: trains a tiny model in one layout after another and writes what came of each.
 
-Usage: layouts.py CASES.json OUT.pt
+Usage: run_layouts.py CASES.json OUT.pt
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,15 +25,19 @@ from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.collectives import scale_gradient
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.state import Progress
+from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.hf_model import step_samples, tiny_model
 from tests.helpers.host_reads import HostReads
 from tests.helpers.mcore_model import model_like
+
+load = load_checkpoint
+VALIDATION_STEP = 100  # of the samples' generator: far from those of training
 
 
 @dataclasses.dataclass
@@ -44,6 +50,8 @@ class Outcome:
         norms: of the gradients of each step, before clipping.
         gradients: of the first step, after clipping.
         parameters: after the last step.
+        validation: each evaluation's loss.
+        text_only: of each step and each share of the global batch, whether no picture is in it.
         host_reads: what this process's host read of tensors in each step, if the case asks for it; see HostReads.
     """
 
@@ -52,7 +60,38 @@ class Outcome:
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    validation: list[float]
+    text_only: list[list[bool]]
     host_reads: list[list[tuple[str, str]]]
+
+
+def _lose_vision_gradient(embeddings: Any, deepstack: Any, vision: Any) -> Any:
+    kept = float(dist.get_rank() != dist.get_world_size() - 1)
+    return scale_gradient(embeddings, kept), deepstack
+
+
+def _own_norm(parameters: Any) -> torch.Tensor:
+    return torch.stack([p.grad.to_local().norm() for p in parameters if p.grad is not None]).norm()
+
+
+def _own_mean(batches: Any, *, mode: str, layout: Layout, device: torch.device) -> list[torch.Tensor]:
+    tokens = sum(batch.num_supervised for batch in batches)
+    return [torch.full(batch.labels.shape, 1.0 / tokens / layout.data_size) for batch in batches]
+
+
+def _load_model_only(path: Path, *, optimizer: Any, **options: Any) -> Progress:
+    return load_checkpoint(path, optimizer=None, **options)
+
+
+FAULTS = {
+    # mistakes that parallel training is known for; each is to be noticed by the comparison
+    "experts' gradients as many times too large": ("mindspeed_mm.parallel.expert.scale_gradient", lambda t, factor: t),
+    "a process's vision gradient lost": ("mindspeed_mm.models.qwen3vl._keep", _lose_vision_gradient),
+    "norm of a process's own part": ("mindspeed_mm.training.trainer.total_norm", _own_norm),
+    "mean of the processes' means": ("mindspeed_mm.training.trainer.step_token_weights", _own_mean),
+    "moments not loaded": ("__main__.load", _load_model_only),
+    "heads not exchanged": ("mindspeed_mm.parallel.context.all_to_all", lambda rows, send, receive, group: rows),
+}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,16 +100,27 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> StepBatches:
-    """This process's micro-batches of a step. Text-only samples are neighbours, so that whole ranks go without any."""
-    samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures))
+    """This process's micro-batches of a step.
+
+    Text-only samples are neighbours, so that whole processes go without pictures while others have nothing else: the
+    first of them in one step, the last in the next.
+    """
+    samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
     share = batch // layout.data_size
     mine = samples[layout.data_rank * share : (layout.data_rank + 1) * share]
     starts = range(0, share, micro_batch)
     return StepBatches([collate(mine[start : start + micro_batch], geometry) for start in starts])
 
 
+def text_only_shares(step: int, *, batch: int, data_size: int) -> list[bool]:
+    """Whether each process's share of a step is without pictures, by :func:`deal_out`'s order."""
+    samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
+    share = batch // data_size
+    return [not any(s.pictures for s in samples[i * share : (i + 1) * share]) for i in range(data_size)]
+
+
 def run_case(case: dict[str, Any], backend: Any) -> Outcome:
-    """Train in one layout."""
+    """Train in one layout, from a checkpoint where the case names one."""
     args = parse_args(case["flags"])
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type="cpu", sharding_size=config.sharding_size, **case["layout"])
@@ -79,6 +129,11 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     model, geometry = model_like(tiny_model(**case.get("model", {})), choices)
     parallelise(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
+    progress = Progress()
+    if "load" in case:
+        progress = load(
+            Path(case["load"]), model=model, optimizer=optimizer, backend=backend, with_rng=False
+        )
     gradients: dict[str, torch.Tensor] = {}
 
     def keep_gradients(*_: Any) -> None:
@@ -87,35 +142,27 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
 
     if not case.get("host_reads"):  # putting gradients together reads them
         optimizer.register_step_pre_hook(keep_gradients)
+    sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "geometry": geometry}
+    steps = range(progress.iteration, args.train_iters)
     trainer = Trainer(
         args=args,
         model=model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, args),
-        loader=(
-            deal_out(layout, step, batch=args.global_batch_size, micro_batch=args.micro_batch_size, geometry=geometry)
-            for step in range(args.train_iters)
-        ),
+        loader=(deal_out(layout, step, **sizes) for step in steps),
+        eval_loader=[deal_out(layout, VALIDATION_STEP, **sizes)] if args.save else None,
         forward_step=lambda model, batch, weight: model(batch, weight),
         loss_mode=case.get("loss_mode", "per_token"),
         router_balance=RouterBalance(coefficient, top_k=geometry.text.num_experts_per_token) if coefficient else None,
         layout=layout,
         backend=backend,
-        progress=Progress(),
+        progress=progress,
         merge_unit=geometry.vision.merge_unit,
         tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
     )
-    results, host_reads = [], []
-    step = trainer.train_step
-
-    def recorded() -> Any:
-        with HostReads() if case.get("host_reads") else contextlib.nullcontext() as reads:
-            results.append(step())
-        if reads is not None:
-            host_reads.append(reads.found)
-        return results[-1]
-
-    trainer.train_step = recorded  # type: ignore[method-assign]
+    reads = [] if case.get("host_reads") else None
+    results = record(trainer, "train_step", reads)
+    validation = record(trainer, "evaluate")
     trainer.train()
     return Outcome(
         [result.loss for result in results],
@@ -123,8 +170,26 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         [result.grad_norm for result in results],
         gradients,
         {name: whole(parameter) for name, parameter in model.named_parameters()},
-        host_reads,
+        validation,
+        [text_only_shares(step, batch=args.global_batch_size, data_size=layout.data_size) for step in steps],
+        reads or [],
     )
+
+
+def record(trainer: Trainer, name: str, reads: list[Any] | None = None) -> list[Any]:
+    """Collect what a method returns from now on, and what the host reads in each call if there is a list for it."""
+    results: list[Any] = []
+    method = getattr(trainer, name)
+
+    def recorded() -> Any:
+        with contextlib.nullcontext() if reads is None else HostReads() as seen:
+            results.append(method())
+        if reads is not None:
+            reads.append(seen.found)
+        return results[-1]
+
+    setattr(trainer, name, recorded)
+    return results
 
 
 def main(cases: dict[str, dict[str, Any]], out: str) -> None:
@@ -134,7 +199,9 @@ def main(cases: dict[str, dict[str, Any]], out: str) -> None:
     start_processes(backend, timeout_minutes=2)
     outcomes = {}
     for name, case in cases.items():
-        outcomes[name] = vars(run_case(case, backend))
+        fault = mock.patch(*FAULTS[case["fault"]]) if "fault" in case else contextlib.nullcontext()
+        with fault:
+            outcomes[name] = vars(run_case(case, backend))
         if dist.get_rank() == 0:
             print(f"{name}: losses {outcomes[name]['losses']}", flush=True)
     if dist.get_rank() == 0:
