@@ -36,8 +36,9 @@ SHARD_BYTES = 5_000_000_000
 MEMORY_LIMIT = 1_500_000_000
 
 
-def config_30b(layers: int) -> dict[str, Any]:
-    """``config.json`` of Qwen3-VL-30B-A3B with another number of text layers."""
+def config_30b(layers: int, depth: int = 27) -> dict[str, Any]:
+    """``config.json`` of Qwen3-VL-30B-A3B with other numbers of text layers and vision blocks."""
+    deepstack = [index for index in (8, 16, 24) if index < depth][:layers]
     return {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
         "model_type": "qwen3_vl_moe",
@@ -55,18 +56,18 @@ def config_30b(layers: int) -> dict[str, Any]:
             "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
         },
         "vision_config": {
-            "model_type": "qwen3_vl_moe", "depth": 27, "hidden_size": 1152, "num_heads": 16,
+            "model_type": "qwen3_vl_moe", "depth": depth, "hidden_size": 1152, "num_heads": 16,
             "intermediate_size": 4304, "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
             "in_channels": 3, "num_position_embeddings": 2304, "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [8, 16, 24],
+            "deepstack_visual_indexes": deepstack,
         },
     }
 
 
-def make_checkpoint(directory: Path, *, layers: int, layout: str) -> None:
+def make_checkpoint(directory: Path, *, layers: int, layout: str, depth: int = 27) -> None:
     """Write a Hugging Face directory of random bits in shards of 5 GB."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config_30b(layers)))
+    (directory / "config.json").write_text(json.dumps(config_30b(layers, depth)))
     shapes = hf_shapes(weight_map(Qwen3VLGeometry.from_pretrained(directory), expert_layout=layout))
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     held = 0

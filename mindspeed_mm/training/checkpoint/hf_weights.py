@@ -3,6 +3,7 @@ on disk."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint.hf_source import HFSource
 from mindspeed_mm.training.checkpoint.pieces import split_rows
+from mindspeed_mm.training.checkpoint.safetensors_io import StoredTensor, read_tensor
 from mindspeed_mm.training.checkpoint.shards import Region, held
 
 
@@ -18,8 +20,8 @@ from mindspeed_mm.training.checkpoint.shards import Region, held
 def load_hf_weights(model: nn.Module, directory: str | Path) -> None:
     """Fill the model's parameters, in place, from a Hugging Face directory.
 
-    Host memory stays near one tensor, or one piece of a large one. Rows of experts, embeddings and most others are
-    read as they are held; the few that are put together from several tensors are read whole, one at a time.
+    Nothing is read that this process does not hold, except that experts of the ``v5`` layout are read whole where they
+    are cut within. Host memory grows by a piece of ``PIECE_BYTES``.
 
     Args:
         model: sharded or not, with storage.
@@ -40,14 +42,48 @@ def load_hf_weights(model: nn.Module, directory: str | Path) -> None:
 
 
 def _fill(local: Tensor, region: Region, rule: WeightRule, source: HFSource) -> None:
+    """Copy into ``local`` what lies at ``region`` of the rule's parameter, piece by piece."""
     (first, last), *inner = region
     cut = tuple(slice(start, end) for start, end in inner)
-    if not rule.row_wise:
-        whole = rule.to_mcore([source.read(name)[0] for name, _ in rule.sources])
-        local.copy_(whole[(slice(first, last), *cut)])
+    if rule.is_copy and inner and inner[0] != (0, rule.target_shape[1]):
+        # experts that are cut within: a part of each, which lies together
+        stored = source.tensors[rule.sources[0][0]]
+        for row in range(first, last):
+            local[row - first].copy_(_read(stored, *inner[0], within=row))
         return
-    ((name, shape),) = rule.sources
-    row_bytes = source.tensors[name].nbytes // shape[0]
-    for start, end in split_rows(last - first, row_bytes):
-        piece, _ = source.read(name, (first + start, first + end))
-        local[start:end].copy_(rule.to_mcore([piece])[(slice(None), *cut)])
+    for at, index, start, end in _runs(rule, first, last):
+        stored = source.tensors[rule.sources[index][0]]
+        for begin, stop in split_rows(end - start, stored.nbytes // stored.shape[0]):
+            piece = _read(stored, start + begin, start + stop)
+            values = rule.to_mcore([piece]) if rule.row_wise else piece
+            local[at + begin : at + stop].copy_(values[(slice(None), *cut)])
+
+
+def _runs(rule: WeightRule, first: int, last: int) -> list[tuple[int, int, int, int]]:
+    """Where rows [first, last) of a rule's parameter come from.
+
+    Returns:
+        (row, counted from ``first``; number of the source; its first row; its last row, exclusive) of each run of rows
+        that lie together on both sides.
+    """
+    if rule.row_wise:
+        return [(0, 0, first, last)]
+    lengths = [shape[0] for _, shape in rule.sources]
+    # The rule itself says where rows go, shown their numbers; between sources one is left out, so that no run goes on.
+    starts = [sum(lengths[:index]) + index for index in range(len(lengths))]
+    numbers = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    order = rule.transform.to_mcore(numbers)[first:last]
+    begins = [0, *((order.diff() != 1).nonzero().flatten() + 1).tolist()]
+    runs = []
+    for begin, end in zip(begins, [*begins[1:], last - first], strict=True):
+        row = int(order[begin])
+        index = max(i for i, start in enumerate(starts) if start <= row)
+        runs.append((begin, index, row - starts[index], row - starts[index] + end - begin))
+    return runs
+
+
+def _read(stored: StoredTensor, start: int, end: int, *, within: int | None = None) -> Tensor:
+    """Rows [start, end) of a stored tensor, or of its row ``within``."""
+    skipped, tail = (0, stored.shape[1:]) if within is None else (within * stored.shape[1], stored.shape[2:])
+    row_bytes = math.prod(tail) * stored.dtype.itemsize
+    return read_tensor(stored.file, stored.start + (skipped + start) * row_bytes, stored.dtype, (end - start, *tail))

@@ -1,0 +1,147 @@
+"""Memory of each process while it is given its weights: meta-device initialisation, sharding, loading.
+
+    python benchmarks/load_memory.py --dir /path/on/the/disk [--layers 2] [--ranks 1 2 4] [--json out.json]
+
+Makes a checkpoint of Qwen3-VL-30B-A3B's widths with fewer layers and random weights (2 text layers and 9 vision blocks:
+4.2 GB in bf16), the same as a converted DCP, and as a DCP saved in fp32 by one training process. Every combination of
+source and number of processes is loaded under FSDP2, and under expert parallelism where there are several. A process's
+peak is the highest resident memory from before its shards exist until they are loaded, less what was resident before
+that. It should be near the shard and one tensor; "above" is what it takes beyond the shard. "read" are the bytes that
+the process asks the file system for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked the file system for."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool) -> None:
+    """One process's part, started by torchrun; rank 0 prints what all have measured."""
+    import torch
+    import torch.distributed as dist
+
+    from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+    from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+    from mindspeed_mm.data.batch import PixelNorm
+    from mindspeed_mm.models.geometry import Qwen3VLGeometry
+    from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+    from mindspeed_mm.parallel.apply import parallelise
+    from mindspeed_mm.parallel.mesh import build_layout
+    from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint
+    from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
+    from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint, save_checkpoint
+
+    torch.set_num_threads(1)
+    backend = select_backend("cpu")
+    start_processes(backend, timeout_minutes=10)
+    norm = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
+    with torch.device("meta"):
+        model = build_model(Qwen3VLGeometry.from_pretrained(hf), ModelChoices(), pixel_norm=norm, device="cpu")
+    parallelise(model, layout=build_layout(device_type="cpu", expert_size=expert_size), config=FSDPConfig())
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    resident, read = status("VmRSS"), bytes_read()
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    if source == "HF":
+        load_hf_weights(model, hf)
+    else:
+        load_checkpoint(
+            resolve_checkpoint(directory), model=model, optimizer=None, backend=backend, with_rng=False
+        )
+    shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    mine = {"shard": shard, "peak": status("VmHWM") - resident, "read": bytes_read() - read}
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, mine)
+    if dist.get_rank() == 0:
+        print(json.dumps(everything), flush=True)
+    if save:
+        progress = Progress(iteration=1)
+        save_checkpoint(
+            directory.with_name("saved"), progress=progress, model=model, optimizer=None, backend=backend,
+            with_rng=False, metadata={},
+        )
+    stop_processes()
+
+
+def measure(work: Path, source: str, ranks: int, expert_size: int, *, save: bool = False) -> list[dict[str, int]]:
+    """What each process of a torchrun has measured."""
+    directory = {"HF": work / "dcp", "DCP": work / "dcp", "DCP saved by 1": work / "saved"}[source]
+    words = ["--worker", str(work / "hf"), source, str(directory), str(expert_size), str(int(save))]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, *words],
+        stdout=subprocess.PIPE, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, required=True, help="empty or new directory; 4 x the checkpoint's size")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=9, help="vision blocks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    from convert import make_checkpoint
+
+    from checkpoint.hf_to_dcp import hf_to_dcp
+    from mindspeed_mm.models.geometry import Qwen3VLGeometry
+    from mindspeed_mm.models.weight_map import mcore_shapes, weight_map
+
+    work = options.dir
+    make_checkpoint(work / "hf", layers=options.layers, layout="hub", depth=options.depth)
+    hf_to_dcp(work / "hf", work / "dcp")
+    shapes = mcore_shapes(weight_map(Qwen3VLGeometry.from_pretrained(work / "hf"), expert_layout="hub")).values()
+    sizes = [4 * math.prod(shape) for shape in shapes]
+    print(f"{sum(sizes) / 1e9:.2f} GB of parameters in fp32, the largest {max(sizes) / 1e9:.2f} GB; on disk in bf16, "
+          "but in fp32 where training has saved them")
+    print("| source | processes | shard | peak | above | read |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for source in ("HF", "DCP", "DCP saved by 1"):
+        for ranks in options.ranks:
+            for expert_size in sorted({1, min(2, ranks)}):
+                save = source == "DCP" and ranks == 1
+                processes = measure(work, source, ranks, expert_size, save=save)
+                worst = max(processes, key=lambda one: one["peak"] - one["shard"])
+                rows.append({"source": source, "ranks": ranks, "expert_size": expert_size, "processes": processes})
+                name = f"{ranks}, EP{expert_size}" if expert_size > 1 else f"{ranks}"
+                figures = [worst["shard"], worst["peak"], worst["peak"] - worst["shard"], worst["read"]]
+                print(f"| {source} | {name} | {' | '.join(f'{x / 1e9:.2f} GB' for x in figures)} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"parameters": sum(sizes), "largest": max(sizes), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        load(
+            Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]),
+            expert_size=int(sys.argv[5]), save=sys.argv[6] == "1",
+        )
+    else:
+        main()

@@ -1,0 +1,139 @@
+"""Weights straight from a Hugging Face directory: each process of any layout reads its own slices, and only these."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Replicate, Shard
+
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.models.weight_map import weight_map
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.training.checkpoint import hf_weights
+from mindspeed_mm.training.checkpoint.hf_source import LAYOUT_KEY, HFSource
+from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
+from tests.helpers.hf_model import tiny_config, tiny_model
+from tests.helpers.mcore_model import PIXEL_NORM
+
+
+def as_rank(world_size, rank, function, *arguments):
+    """What ``function`` returns or raises in a process that takes the place of one rank; collectives do nothing there.
+
+    A process for each, since torch remembers what the first rank of a process was given.
+    """
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_in_place, (world_size, rank, function, *arguments))
+
+
+def _in_place(world_size, rank, function, *arguments):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return function(*arguments)
+
+
+def loaded(directory, *, sharding_size="auto", **layout):
+    """(the rank's parameters after meta-device initialisation and loading, bytes that it read)."""
+    geometry = Qwen3VLGeometry.from_pretrained(directory)
+    with torch.device("meta"):
+        model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+    config = FSDPConfig(param_dtype="fp32")
+    parallelise(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
+    model.to_empty(device="cpu")
+    with mock.patch.object(hf_weights, "read_tensor", side_effect=hf_weights.read_tensor) as reader:
+        load_hf_weights(model, directory)
+    read = sum(math.prod(shape) * dtype.itemsize for (_, _, dtype, shape), _ in reader.call_args_list)
+    return dict(model.named_parameters()), read
+
+
+@pytest.fixture(scope="module", params=["moe", "dense"])
+def saved(request, tmp_path_factory):
+    """(directory, {mcore name: whole parameter})."""
+    directory = tmp_path_factory.mktemp(request.param)
+    tiny_model(dense=request.param == "dense", many_heads=True).save_pretrained(directory)
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    source = HFSource(directory)
+    rules = weight_map(source.geometry, expert_layout=source.layout)
+    return directory, {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
+
+
+def shard_of(whole, parameter):
+    """What a rank must hold, cut axis by axis as the placements say."""
+    mesh = parameter.device_mesh
+    cuts = list(zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True))
+    # spread experts: axis 0 is cut by the expert axis before axis 1 is by FSDP2's
+    for placement, coordinate, size in cuts:
+        if isinstance(placement, Replicate):
+            continue
+        assert isinstance(placement, Shard)
+        parts = whole.chunk(size, dim=placement.dim)
+        whole = parts[coordinate] if coordinate < len(parts) else whole.narrow(placement.dim, 0, 0)
+    return whole
+
+
+LAYOUTS = [
+    (1, {}), (3, {}), (8, {}), (4, {"sharding_size": 2}), (2, {"expert_size": 2}),
+    (8, {"sharding_size": 4, "expert_size": 2}),
+]
+
+
+def check(directory, wholes, layout):
+    """(names of parameters that are wrong, bytes read, bytes held) of this rank."""
+    parameters, read = loaded(directory, **layout)
+    wrong = [n for n, p in parameters.items() if not torch.equal(p.to_local(), shard_of(wholes[n], p))]
+    return wrong, read, sum(parameter.to_local().nbytes for parameter in parameters.values())
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
+def test_each_rank_reads_its_own_shards_alone(saved, world_size, layout):
+    directory, wholes = saved
+    if "expert_size" in layout and "dense" in directory.name:
+        pytest.skip("no experts")
+    for rank in {0, world_size // 2, world_size - 1}:
+        wrong, read, held = as_rank(world_size, rank, check, directory, wholes, layout)
+        assert wrong == [], rank
+        # experts that transformers 5 has written lie the other way round: a part of each is no run of bytes
+        if layout.get("sharding_size", world_size) == layout.get("expert_size", 1) or "expert_size" not in layout:
+            assert read == held, rank
+
+
+def test_published_layout_is_read_within_experts(tmp_path):
+    """Of experts that are cut within, in the published layout, a rank reads its parts alone."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    rules = weight_map(Qwen3VLGeometry.from_pretrained(tmp_path), expert_layout="hub")
+    tensors = {name: torch.randn(shape) for rule in rules for name, shape in rule.sources}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={LAYOUT_KEY: "hub"})
+    wholes = {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
+    for rank in range(4):
+        wrong, read, held = as_rank(4, rank, check, tmp_path, wholes, {"expert_size": 2})
+        assert wrong == [] and read == held
+
+
+def test_wrong_values_would_be_found(saved):
+    directory, wholes = saved
+    name = "text_decoder.layers.0.self_attention.linear_qkv.weight"
+    wrong, _, _ = as_rank(2, 0, check, directory, {**wholes, name: wholes[name].flip(0)}, {})
+    assert wrong == [name]
+
+
+def test_a_missing_tensor_is_named(saved, tmp_path):
+    directory, _ = saved
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.language_model.layers.1.self_attn.k_proj.weight"
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"1 tensor missing: {name}"):
+        HFSource(tmp_path, expert_layout="v5")
