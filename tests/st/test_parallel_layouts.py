@@ -6,6 +6,8 @@ Half of the samples are text alone, so that in each step whole processes see no 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ BF16 = {"losses": 5e-3, "norms": 2e-2, "parameters": 1e-2}
 AT = 2  # steps before the checkpoint
 pytestmark = pytest.mark.st
 
-Trained = dict[int, dict[str, dict[str, Any]]]
+Trained = Callable[[int], dict[str, dict[str, Any]]]
 
 
 def saving(processes: int, directory: Path) -> dict[str, dict[str, Any]]:
@@ -68,7 +70,8 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(directory) -> Trained:
-    return {processes: run_layouts(processes, saving(processes, directory), directory) for processes in PLAIN}
+    """What came of all cases of a number of processes; each is run once."""
+    return functools.cache(lambda processes: run_layouts(processes, saving(processes, directory), directory))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_matrix_is_complete():
 @pytest.mark.parametrize("processes", PLAIN)
 def test_layouts_equal_hugging_face(trained, processes):
     for name, of in layouts(processes).items():
-        ours, theirs = trained[processes][name], reference(**of["model"])
+        ours, theirs = trained(processes)[name], reference(**of["model"])
         assert theirs["losses"][-1] != pytest.approx(theirs["losses"][0], rel=1e-3), "the steps must do something"
         found = errors(ours, theirs)
         if is_bf16(of):
@@ -101,7 +104,7 @@ def test_layouts_equal_hugging_face(trained, processes):
 def test_layouts_equal_one_process(trained, alone, processes):
     """One process takes the same micro-batches in turn; in fp32 the same bounds, in bf16 those of its rounding."""
     for name, of in layouts(processes).items():
-        found = errors(trained[processes][name], alone(of))
+        found = errors(trained(processes)[name], alone(of))
         bounds = BOUNDS
         if is_bf16(of):
             bounds = {**BF16, "gradients": max(BF16_GRADIENT[key] for key in ("", *of["layout"]))}
@@ -110,7 +113,7 @@ def test_layouts_equal_one_process(trained, alone, processes):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_some_processes_see_only_text_and_others_only_pictures(trained, processes):
-    shares = {name: outcome["text_only"] for name, outcome in trained[processes].items()}
+    shares = {name: outcome["text_only"] for name, outcome in trained(processes).items()}
     mixed = [name for name, steps in shares.items() if len(steps[0]) > 1]
     assert len(mixed) > len(shares) // 2
     for name in mixed:
@@ -122,6 +125,8 @@ def test_some_processes_see_only_text_and_others_only_pictures(trained, processe
 @pytest.mark.parametrize("processes", PLAIN)
 def test_checkpoints_continue_in_another_layout(trained, directory, processes):
     """Each layout's checkpoint, written after an evaluation, gives the third step in one other layout."""
+    evaluated = [outcome["validation"] for count in PLAIN for outcome in trained(count).values()]
+    assert len([losses for losses in evaluated if losses]) == sum(len(continued(count)) for count in PLAIN)
     cases = {}
     for dense in (False, True):
         ring = [(count, name) for count in PLAIN for name in continued(count) if is_dense(name) is dense]
@@ -130,13 +135,13 @@ def test_checkpoints_continue_in_another_layout(trained, directory, processes):
                 source = ring[(index + len(ring) // 2) % len(ring)]
                 cases[name] = continuing(count, name, place(directory, *source))
     assert_continued(run_layouts(processes, cases, directory), processes)
-    evaluated = [outcome["validation"] for outcome in trained[processes].values() if outcome["validation"]]
-    assert len(evaluated) == len(cases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", PLAIN)
 def test_every_checkpoint_continues_in_every_layout(trained, directory, processes):
+    for count in PLAIN:
+        trained(count)
     cases = {
         f"{name} from {count} {source}": continuing(processes, name, place(directory, count, source))
         for name in continued(processes)
@@ -181,6 +186,7 @@ FAULTY = {
 def test_faults_are_noticed(trained, directory):
     """The comparison can fail: mistakes that parallel training is known for, made on purpose."""
     assert FAULTY.keys() == FAULTS.keys()
+    trained(2)
     source = str(place(directory, 2, "FSDP") / f"iter_{AT:07d}")
     loads = {"moments not loaded": {"load": source}}
     cases = {fault: {**of, "fault": fault, **loads.get(fault, {})} for fault, (of, _) in FAULTY.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm.training.checkpoint.directory import commit_directory, write_tracker
-from tests.helpers.published import config_30b
+from tests.helpers.published import DIRECTORIES, published_config
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "examples/qwen3vl/finetune_qwen3vl_30B.sh"
@@ -27,15 +27,7 @@ def workplace(tmp_path):
     for source in (ROOT / "examples/qwen3vl").iterdir():
         if source.suffix in (".sh", ".json", ".yaml"):
             (root / "examples/qwen3vl" / source.name).write_bytes(source.read_bytes())
-    model = root / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct"
-    model.mkdir(parents=True)
-    (model / "tokenizer.json").write_text("{}")
-    _write_config(model / "config.json")
-    converted = root / "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp"
-    converted.mkdir(parents=True)
-    with commit_directory(converted / "release", {}) as directory:
-        (directory / "__0_0.distcp").write_bytes(b"weights")
-    write_tracker(converted, "release")
+    _write_model(root, "30B")
     (root / "data").mkdir()
     (root / "data/picture.jpg").write_bytes(b"")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}]
@@ -52,9 +44,23 @@ def workplace(tmp_path):
     return root
 
 
-def _write_config(path, **text):
-    """The published geometry."""
-    path.write_text(json.dumps(config_30b(**text)))
+def _write_model(root, model):
+    """Config, tokenizer and converted checkpoint of a published model, without its weights."""
+    directory = root / "ckpt/hf_path" / DIRECTORIES[model]
+    directory.mkdir(parents=True)
+    (directory / "tokenizer.json").write_text("{}")
+    _write_config(directory / "config.json", model)
+    converted = root / f"ckpt/dcp_path/{DIRECTORIES[model]}-dcp"
+    converted.mkdir(parents=True)
+    with commit_directory(converted / "release", {}) as release:
+        (release / "__0_0.distcp").write_bytes(b"weights")
+    write_tracker(converted, "release")
+
+
+def _write_config(path, model="30B", **text):
+    config = published_config(model)
+    config["text_config"].update(text)
+    path.write_text(json.dumps(config))
 
 
 def _script(path, body):
@@ -103,6 +109,30 @@ def test_defaults_are_the_recipes(workplace):
     assert {flag: _value(result.words, flag) for flag in expected} == expected
     assert "--no-save-optim" in result.words
     assert len(list((workplace / "logs").glob("train_*.log"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "nodes", "expert_size", "recompute"),
+    [("8B", 8, 1, 1, False), ("32B", 8, 2, 1, True), ("235B", 8, 16, 8, True)],
+)
+def test_launchers_of_the_other_models(workplace, model, processes, nodes, expert_size, recompute):
+    """Their files agree with the published configs and with each other, and pass the checks before torchrun."""
+    _write_model(workplace, model)
+    result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{model}.sh")
+    assert result.returncode == 0, result.stderr
+    expected = {
+        "--nproc_per_node": str(processes), "--nnodes": str(nodes), "--global-batch-size": str(processes * nodes),
+        "--expert-model-parallel-size": str(expert_size), "--load": f"ckpt/dcp_path/{DIRECTORIES[model]}-dcp",
+        "--mm-data": f"./examples/qwen3vl/data_{model}.json", "--mm-model": f"./examples/qwen3vl/model_{model}.json",
+    }
+    assert {flag: _value(result.words, flag) for flag in expected} == expected
+    assert ("--recompute-granularity" in result.words) is recompute
+    content = json.loads((workplace / expected["--mm-data"]).read_text())
+    assert content["dataset_param"]["preprocess_parameters"]["model_name_or_path"].endswith(DIRECTORIES[model])
+    # another model's geometry is noticed, so the files were truly compared
+    _write_config(workplace / "ckpt/hf_path" / DIRECTORIES[model] / "config.json", model, num_hidden_layers=40)
+    result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{model}.sh")
+    assert result.returncode == 2 and "contradicts text_config.num_hidden_layers 40" in result.stderr
 
 
 def test_variables_from_the_environment_and_flags_at_the_end(workplace):

@@ -1,0 +1,55 @@
+"""The published models at full size: built on the meta device and sharded as their launchers would, without memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mindspeed_mm.arguments.config_file import load_config
+from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.models.weight_map import mcore_shapes, weight_map
+from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.mesh import build_layout
+from tests.helpers.mcore_model import PIXEL_NORM
+from tests.helpers.published import published_config
+
+YAML = "examples/qwen3vl/fsdp2_config.yaml"
+# model: billions of parameters on its page; processes and expert parallelism of its launcher
+MODELS = {
+    "2B": (2.13, 8, {}), "4B": (4.44, 8, {}), "8B": (8.77, 8, {}), "32B": (33.4, 16, {}), "30B": (31.1, 8, {}),
+    "235B": (236, 128, {"expert_size": 8}),
+}
+
+
+@pytest.fixture
+def ranks():
+    """Makes this process the first of so many, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def start(world_size):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+    yield start
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_size_is_sharded_evenly(ranks, name):
+    billions, world_size, layout = MODELS[name]
+    ranks(world_size)
+    geometry = Qwen3VLGeometry.from_config(published_config(name))
+    with torch.device("meta"):
+        model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+    shapes = mcore_shapes(weight_map(geometry, expert_layout="hub"))
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == shapes
+    parallelise(model, layout=build_layout(device_type="cpu", **layout), config=load_config(YAML, FSDPConfig, flag=""))
+    parameters = dict(model.named_parameters())
+    assert {n: tuple(p.shape) for n, p in parameters.items()} == shapes
+    total = sum(parameter.numel() for parameter in parameters.values())
+    assert total / 1e9 == pytest.approx(billions, rel=0.005)
+    assert all(parameter.is_meta for parameter in parameters.values())
+    own = sum(parameter.to_local().numel() for parameter in parameters.values())
+    assert total / world_size <= own < 1.01 * total / world_size
