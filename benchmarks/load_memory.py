@@ -52,7 +52,8 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     from mindspeed_mm.parallel.mesh import build_layout
     from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint
     from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
-    from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint, save_checkpoint
+    from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+    from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 
     torch.set_num_threads(1)
     backend = select_backend("cpu")
@@ -79,11 +80,9 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     if dist.get_rank() == 0:
         print(json.dumps(everything), flush=True)
     if save:
-        progress = Progress(iteration=1)
-        save_checkpoint(
-            directory.with_name("saved"), progress=progress, model=model, optimizer=None, backend=backend,
-            with_rng=False, metadata={},
-        )
+        state = TrainingState(model, None, backend, with_rng=False)
+        options = SaveOptions(directory.with_name("saved"))
+        Saver(state, options, backend=backend, say=lambda line: None).start(Progress(iteration=1))
     stop_processes()
 
 

@@ -29,7 +29,9 @@ from mindspeed_mm.parallel.collectives import scale_gradient
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.state import Progress, load_checkpoint
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.training.gradients import GradientNorm
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.hf_model import step_samples, tiny_model
@@ -70,8 +72,9 @@ def _lose_vision_gradient(embeddings: Any, deepstack: Any, vision: Any) -> Any:
     return scale_gradient(embeddings, kept), deepstack
 
 
-def _own_norm(parameters: Any) -> torch.Tensor:
-    return torch.stack([p.grad.to_local().norm() for p in parameters if p.grad is not None]).norm()
+def _own_norm(parameters: Any) -> GradientNorm:
+    own = torch.stack([p.grad.to_local().norm() for p in parameters if p.grad is not None]).norm()
+    return GradientNorm(own, [])
 
 
 def _own_mean(batches: Any, *, mode: str, layout: Layout, device: torch.device) -> list[torch.Tensor]:
@@ -142,6 +145,10 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
 
     if not case.get("host_reads"):  # putting gradients together reads them
         optimizer.register_step_pre_hook(keep_gradients)
+    saver = None
+    if args.save:
+        state = TrainingState(model, optimizer, backend, with_rng=False)
+        saver = Saver(state, SaveOptions(Path(args.save)), backend=backend)
     sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "geometry": geometry}
     steps = range(progress.iteration, args.train_iters)
     trainer = Trainer(
@@ -157,6 +164,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         layout=layout,
         backend=backend,
         progress=progress,
+        saver=saver,
         merge_unit=geometry.vision.merge_unit,
         tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
     )
