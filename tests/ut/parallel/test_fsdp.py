@@ -11,8 +11,7 @@ from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3vl import ModelChoices
-from mindspeed_mm.parallel.apply import parallelise
-from mindspeed_mm.parallel.fsdp import reshard
+from mindspeed_mm.parallel.fsdp import reshard, shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
@@ -35,7 +34,13 @@ def sharded(hf_model, *, choices=None, **fields):
     """(our model under an FSDP2 file with these fields, a batch)."""
     model, geometry = model_like(hf_model, choices)
     config = FSDPConfig(**{"param_dtype": "fp32", **fields})
-    parallelise(model, layout=build_layout(device_type="cpu", sharding_size=config.sharding_size), config=config)
+    shard_model(
+        model,
+        model.units(),
+        layout=build_layout(device_type="cpu", sharding_size=config.sharding_size),
+        config=config,
+        small=model.small_parts() if config.align_fsdp_param_groups else [],
+    )
     return model, collate(mixed_samples(), geometry)
 
 
