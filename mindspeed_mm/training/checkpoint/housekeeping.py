@@ -19,6 +19,8 @@ from mindspeed_mm.training.checkpoint.directory import (
 from mindspeed_mm.training.checkpoint.files import remove, temporary_name
 
 _COMPLETE = re.compile(r"iter_(\d{7,})")
+PROBE = ".probe-"
+"""Begins the name of a file by which processes see whether they share a directory."""
 _LEFT_OVER = re.compile(r"\.(iter_\d{7,})\.(partial|replaced|deleted)")
 
 
@@ -32,6 +34,8 @@ def clean(root: Path) -> list[str]:
     """
     done = []
     for path in sorted(root.iterdir()):
+        if path.name.startswith(PROBE):
+            remove(path)
         match = _LEFT_OVER.fullmatch(path.name)
         if match is None:
             continue

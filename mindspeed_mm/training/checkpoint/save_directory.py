@@ -26,15 +26,15 @@ def open_save_directory(root: Path) -> list[str]:
         UserError: on all processes, if rank 0 cannot write there, or others do not see what it writes.
     """
     rank = dist.get_rank()
-    probe = root / f".probe-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    probe = root / f"{housekeeping.PROBE}{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     message: list[str | None] = [None, str(probe)]
     done: list[str] = []
     if rank == 0:
         try:
             make_directory(root)
+            done = housekeeping.clean(root)
             with new_file(probe):
                 pass
-            done = housekeeping.clean(root)
         except OSError as error:
             message[0] = f"--save {root} cannot be written ({error.strerror or error}); name another directory"
     dist.broadcast_object_list(message)

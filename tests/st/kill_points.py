@@ -1,0 +1,380 @@
+"""Kills or hinders processes that resume, save and delete checkpoints, at chosen points, and looks at what is left.
+
+Usage: python -m tests.st.kill_points SWEEPS.json RESULTS.json
+
+A point is any moment before one of the system calls in ``CALLS``, or in the middle of a write. A case names the
+processes, the way of saving, and what happens at which point of which process; a sweep is many cases of one kind. The
+processes are forked from this one, which is quick; when one dies, the others are killed too, as torchrun does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # here, once, because FSDP2 imports it in every process
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint import directory, shards
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.training.optimizer import initialise_state
+
+CALLS = (
+    "open", "write", "fsync", "replace", "rename", "mkdir", "chmod", "unlink", "rmdir", "listdir", "scandir", "preadv",
+)
+LAST = 4  # iteration at which a run ends
+_QUICK = 0.02  # seconds between two looks at the processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One fault.
+
+    Attributes:
+        ranks: number of processes.
+        asynchronous: ``--async-save``.
+        fault: ``kill`` (SIGKILL of the process), ``kill all``, ``torn`` (half of a write, then SIGKILL), ``full disk``,
+            ``I/O error``, or ``none``.
+        rank: the process that it happens to.
+        point: the number of the point, from 1; 0 for none.
+        seconds: kill all after this time instead.
+    """
+
+    ranks: int
+    asynchronous: bool
+    fault: str = "none"
+    rank: int = 0
+    point: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether the processes cannot go on by themselves."""
+        return self.fault in ("kill", "kill all", "torn")
+
+
+class Switch:
+    """Counts the points of this process, and strikes at the chosen one.
+
+    Attributes:
+        count: points passed.
+        phase: what the process is doing, for the report.
+        armed: whether points count now.
+    """
+
+    def __init__(self, case: Case, rank: int, report: Callable[..., None]) -> None:
+        self.count, self.phase, self.armed = 0, "start", False
+        self._case, self._rank, self._report = case, rank, report
+        self._lock = threading.RLock()
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self._wrapped(name, getattr(os, name)))
+
+    def _wrapped(self, name: str, call: Callable) -> Callable:
+        def wrapped(*arguments, **options):
+            if self._strikes():
+                self._report(struck=self.phase)
+                self._strike(name, call, arguments)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    def _strikes(self) -> bool:
+        with self._lock:
+            if not self.armed:
+                return False
+            self.count += 1
+            return self.count == self._case.point and self._rank == self._case.rank
+
+    def _strike(self, name: str, call: Callable, arguments: tuple) -> None:
+        fault = self._case.fault
+        if fault == "torn" and name == "write":
+            descriptor, data = arguments
+            call(descriptor, data[: len(data) // 2])
+        if fault in ("kill", "torn"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "kill all":
+            os.killpg(0, signal.SIGKILL)
+        if fault in ("full disk", "I/O error"):
+            code = errno.ENOSPC if fault == "full disk" else errno.EIO
+            raise OSError(code, os.strerror(code))
+
+
+def value(name: str, shape: tuple[int, ...], iteration: int) -> Tensor:
+    """What a tensor holds at an iteration."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count, dtype=torch.float32) + 1000 * iteration + len(name)).view(shape)
+
+
+class Run:
+    """A run whose state is known at every iteration."""
+
+    def __init__(self, root: Path, case: Case) -> None:
+        self.backend = select_backend("cpu")
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+        mesh = init_device_mesh("cpu", (case.ranks,))
+        for layer in self.model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        initialise_state(self.optimizer)
+        self.root, self.case = root, case
+
+    def set_state(self, iteration: int) -> None:
+        """Train: every tensor takes its value of this iteration."""
+        for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
+            local, region = shards.held(tensor)
+            whole = value(name, tuple(tensor.shape), iteration)
+            local.copy_(whole[tuple(slice(begin, end) for begin, end in region)])
+
+    def go(self, switch: Switch, say: Callable[[str], None]) -> None:
+        """Resume, and save at every iteration up to the last."""
+        switch.armed, switch.phase = True, "resume"
+        path = directory.resolve_checkpoint(self.root)
+        progress = load_checkpoint(
+            path, model=self.model, optimizer=self.optimizer, backend=self.backend, with_rng=False, check="all"
+        )
+        for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            assert torch.equal(whole, value(name, tuple(whole.shape), progress.iteration)), f"{name} was read wrongly"
+        switch.phase = "start"
+        saver = Saver(
+            TrainingState(self.model, self.optimizer, self.backend, with_rng=True),
+            SaveOptions(self.root, asynchronous=self.case.asynchronous, keep_last=1, failure_limit=3),
+            backend=self.backend,
+            say=say,
+        )
+        switch.phase = "save"
+        for iteration in range(progress.iteration + 1, LAST + 1):
+            self.set_state(iteration)
+            progress.iteration = iteration
+            saver.start(progress)
+            self.set_state(-1)  # what is trained while it is written must not be saved
+        with contextlib.suppress(UserError) if not self.case.ends_the_run else contextlib.nullcontext():
+            saver.finish()
+        switch.armed = False
+
+
+def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:
+    """One process of a run; never returns."""
+    write = os.write
+
+    def report(**facts: Any) -> None:
+        write(pipe, (json.dumps({"rank": rank, **facts}) + "\n").encode())
+
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the process group complains at length of those that die
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
+        run = Run(root, case)
+        switch = Switch(case, rank, report)
+        switch.install()
+        run.go(switch, lambda line: report(said=line))
+        report(points=switch.count)
+        dist.barrier()
+        status = 0
+    except BaseException as error:
+        report(raised=f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(status)
+
+
+@dataclasses.dataclass
+class Attempt:
+    """What the processes of one run did: exit statuses, what they reported, seconds."""
+
+    statuses: list[int]
+    reports: list[dict[str, Any]]
+    seconds: float
+
+    def of(self, key: str) -> list[Any]:
+        """All values reported under ``key``."""
+        return [report[key] for report in self.reports if key in report]
+
+
+class Stage:
+    """Where runs happen: a directory each, and the store that the processes meet in."""
+
+    def __init__(self, directory_: Path) -> None:
+        self._directory = directory_
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._number = 0
+
+    def attempt(self, case: Case, root: Path, body: Callable[..., None] = child) -> Attempt:
+        """Run the processes of a case to their end, whatever it is."""
+        self._number += 1
+        read_end, write_end = os.pipe()
+        started, children = time.monotonic(), []
+        for rank in range(case.ranks):
+            pid = os.fork()
+            if pid == 0:
+                os.setpgid(0, children[0] if children else 0)
+                client = dist.TCPStore("localhost", self._store.port, is_master=False, wait_for_workers=False)
+                body(rank, case, root, dist.PrefixStore(str(self._number), client), write_end)
+            with contextlib.suppress(OSError):
+                os.setpgid(pid, children[0] if children else pid)
+            children.append(pid)
+        os.close(write_end)
+        statuses, text = self._watch(children, read_end, started + case.seconds if case.seconds else None)
+        reports = [json.loads(line) for line in text.decode().splitlines() if line.endswith("}")]
+        return Attempt(statuses, reports, time.monotonic() - started)
+
+    def _watch(self, children: list[int], pipe: int, kill_at: float | None) -> tuple[list[int], bytes]:
+        """Wait for all, kill all when one was killed or the time has come; a run that hangs is an error."""
+        statuses: dict[int, int] = {}
+        text, deadline = b"", time.monotonic() + 60
+        while len(statuses) < len(children):
+            if select.select([pipe], [], [], _QUICK)[0]:
+                text += os.read(pipe, 1 << 16)
+            for pid in children:
+                if pid not in statuses:
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    if done:
+                        statuses[pid] = status
+            now = time.monotonic()
+            if any(map(os.WIFSIGNALED, statuses.values())) or now > (kill_at or deadline):
+                for pid in children:
+                    if pid not in statuses:
+                        os.kill(pid, signal.SIGKILL)
+            if now > deadline + 10:
+                raise AssertionError("processes that cannot be killed")
+        while more := os.read(pipe, 1 << 16):
+            text += more
+        os.close(pipe)
+        return [statuses[pid] for pid in children], text
+
+
+def prepare(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:
+    """A run that saves iteration 3, of another course, and then iteration 1, to which the tracker points."""
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
+        run = Run(root, case)
+        state = TrainingState(run.model, run.optimizer, run.backend, with_rng=True)
+        saver = Saver(state, SaveOptions(root), backend=run.backend, say=lambda line: None)
+        for iteration in (3, 1):
+            run.set_state(iteration)
+            saver.start(Progress(iteration=iteration))
+        dist.barrier()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def examine(root: Path, case: Case, said: list[str]) -> int:
+    """Check what a run has left; returns the iteration that the next run resumes from."""
+    tracked = directory.read_tracker(root)
+    assert isinstance(tracked, int), "the tracker is gone"
+    promised = [int(line.split("iter_")[1][:7]) for line in said if line.startswith(" saved checkpoint")]
+    assert tracked >= max([1, *promised]), f"iteration {max(promised)} was said to be saved, the tracker says {tracked}"
+    path = directory.resolve_checkpoint(root)
+    reader = DcpReader(path, directory.verify_directory(path, checksums=True))
+    for name in reader.tensors:
+        if not name.startswith("rng."):
+            expected = value(name, reader.tensors[name][0], tracked)
+            assert torch.equal(reader.read(name), expected), f"{name} is not that of iteration {tracked}"
+    assert len([name for name in reader.tensors if name.startswith("rng.")]) == case.ranks
+    for other in root.glob("iter_*"):
+        directory.verify_directory(other, checksums=True)
+    return tracked
+
+
+def survive(stage: Stage, case: Case, template: Path, root: Path) -> dict[str, Any]:
+    """Let a fault happen, look at what is left, and finish the run."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(template, root)
+    result = {**dataclasses.asdict(case), "struck": "nothing", "error": None}
+    try:
+        first = stage.attempt(case, root)
+        result["struck"] = next(iter(first.of("struck")), "random" if case.seconds else "nothing")
+        if not case.ends_the_run:
+            bad = [text for text in first.of("raised") if not text.startswith("UserError")]
+            assert not bad, f"a traceback instead of a message: {bad[0]}"
+            assert not any(map(os.WIFSIGNALED, first.statuses)), "the run hung"
+        result["resumed_from"] = examine(root, case, first.of("said"))
+        again = stage.attempt(dataclasses.replace(case, fault="none", point=0, seconds=0.0), root)
+        assert not any(again.statuses), f"the run could not be finished: {again.of('raised')}"
+        assert examine(root, case, again.of("said")) == LAST
+        left = sorted(set(os.listdir(root)) - {directory.TRACKER, directory.iteration_name(LAST)})
+        # a checkpoint that an interrupted run completed and did not yet point to is one more, and is whole
+        assert all(name.startswith("iter_") for name in left), f"left over: {left}"
+    except (AssertionError, UserError, OSError) as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    return result
+
+
+def points_of(stage: Stage, sweep: dict[str, Any], template: Path, root: Path) -> tuple[list[int], float]:
+    """Points of each process in a run without a fault, and its seconds."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(template, root)
+    case = Case(sweep["ranks"], sweep["asynchronous"])
+    attempt = stage.attempt(case, root)
+    assert not any(attempt.statuses), f"the run fails without a fault: {attempt.reports}"
+    counts = {report["rank"]: report["points"] for report in attempt.reports if "points" in report}
+    return [counts[rank] for rank in range(case.ranks)], attempt.seconds
+
+
+def main(sweeps: list[dict[str, Any]], results: Path) -> None:
+    """Do all sweeps and write what came of each case.
+
+    Args:
+        sweeps: ``ranks``, ``asynchronous``, ``fault``, ``rank``, and ``count``: how many points to try, spread evenly
+            over all; 0 for every one. ``fault`` may be ``random time``.
+        results: file to write.
+    """
+    torch.set_num_threads(1)
+    rng = random.Random(0)
+    work = results.parent / "stage"
+    work.mkdir()
+    stage = Stage(work)
+    outcomes: list[dict[str, Any]] = []
+    known: dict[tuple[int, bool], tuple[list[int], float]] = {}
+    for sweep in sweeps:
+        ranks, asynchronous = sweep["ranks"], sweep["asynchronous"]
+        template = work / f"template{ranks}"
+        if not template.exists():
+            template.mkdir()
+            assert not any(stage.attempt(Case(ranks, False), template, prepare).statuses)
+            shutil.copytree(template / "iter_0000001", template / ".iter_0000002.partial")
+        if (ranks, asynchronous) not in known:
+            known[ranks, asynchronous] = points_of(stage, sweep, template, work / "root")
+        counts, seconds = known[ranks, asynchronous]
+        total, wanted, rank = counts[sweep["rank"]], sweep["count"], sweep["rank"]
+        if sweep["fault"] == "random time":
+            cases = [Case(ranks, asynchronous, "kill all", seconds=rng.uniform(0.01, seconds)) for _ in range(wanted)]
+        else:
+            step = total / wanted if wanted else 1.0
+            points = sorted({min(total, 1 + int((index + rng.random()) * step)) for index in range(wanted or total)})
+            points = points if wanted else list(range(1, total + 1))
+            cases = [Case(ranks, asynchronous, sweep["fault"], rank, point) for point in points]
+        outcomes += [survive(stage, case, template, work / "root") for case in cases]
+        print(f"{sweep}: {len(cases)} cases", flush=True)
+    results.write_text(json.dumps({"cases": outcomes, "points": {str(key): value[0] for key, value in known.items()}}))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

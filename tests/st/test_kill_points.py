@@ -1,0 +1,117 @@
+"""Faults at chosen points of resuming, saving and deleting: nothing that was saved is lost, and the run goes on.
+
+The fast share runs with the other tests. All of it, with a table of the faults:
+
+    python -m pytest -m slow -s tests/st/test_kill_points.py tests/ut/checkpoint/test_convert_kill.py
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.st
+
+
+def sweep(ranks: int, way: str, fault: str, rank: int, count: int) -> dict[str, Any]:
+    """See ``kill_points.main``; a count of 0 is every point."""
+    return {"ranks": ranks, "asynchronous": way == "async", "fault": fault, "rank": rank, "count": count}
+
+
+FAST = [
+    sweep(1, "sync", "kill", 0, 8),
+    sweep(1, "async", "kill", 0, 8),
+    sweep(2, "async", "kill", 0, 6),
+    sweep(2, "async", "kill", 1, 4),
+    sweep(2, "async", "torn", 0, 3),
+    sweep(2, "async", "kill all", 0, 3),
+    sweep(1, "async", "full disk", 0, 5),
+    sweep(2, "async", "I/O error", 1, 4),
+]
+WHOLE = {
+    "sync": [sweep(1, "sync", "kill", 0, 0), sweep(1, "sync", "torn", 0, 60), sweep(2, "sync", "kill", 1, 0)],
+    "async": [sweep(1, "async", "kill", 0, 0), sweep(2, "async", "kill", 0, 0), sweep(2, "async", "kill", 1, 0)],
+    "together": [
+        sweep(2, "async", "kill all", 0, 100),
+        sweep(2, "async", "torn", 0, 60),
+        sweep(2, "async", "random time", 0, 100),
+    ],
+    "errors": [
+        sweep(1, "async", "full disk", 0, 0),
+        sweep(2, "async", "full disk", 1, 0),
+        sweep(2, "sync", "I/O error", 0, 100),
+    ],
+}
+
+
+def run(sweeps: list[dict[str, Any]], directory: Path, timeout: float) -> list[dict[str, Any]]:
+    """Do the sweeps; returns what came of each case, after printing a table."""
+    (directory / "sweeps.json").write_text(json.dumps(sweeps))
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "tests.st.kill_points", str(directory / "sweeps.json"), str(directory / "results.json")],
+        check=True, cwd=root, timeout=timeout, stdout=sys.__stderr__,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    cases = json.loads((directory / "results.json").read_text())["cases"]
+    rows: collections.Counter[tuple] = collections.Counter()
+    survived: collections.Counter[tuple] = collections.Counter()
+    for case in cases:
+        way = "async" if case["asynchronous"] else "sync"
+        key = (case["fault"], "at a random time" if case["seconds"] else f"during {case['struck']}", case["ranks"], way)
+        rows[key] += 1
+        survived[key] += case["error"] is None
+    print("\n| fault | when | processes | saving | tried | survived |\n| --- | --- | --- | --- | --- | --- |")
+    for key in sorted(rows):
+        print("| " + " | ".join(map(str, (*key, rows[key], survived[key]))) + " |")
+    return cases
+
+
+def assert_nothing_lost(cases: list[dict[str, Any]], at_least: int) -> None:
+    assert len(cases) >= at_least
+    lost = [case for case in cases if case["error"]]
+    assert not lost, f"{len(lost)} of {len(cases)}: {lost[:3]}"
+    assert {case["resumed_from"] for case in cases} >= {1, 2, 3}  # faults before, between and after saves
+
+
+def test_some_faults(tmp_path: Path) -> None:
+    cases = run(FAST, tmp_path, timeout=240)
+    assert_nothing_lost(cases, at_least=40)
+    assert "nothing" not in {case["struck"] for case in cases}  # every fault happened
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", WHOLE)
+def test_every_fault(tmp_path: Path, part: str) -> None:
+    assert_nothing_lost(run(WHOLE[part], tmp_path, timeout=7200), at_least=200)
+
+
+def test_a_saver_that_is_not_atomic_is_caught(tmp_path: Path) -> None:
+    """The driver is shown a saver that moves the tracker before the checkpoint is in its place."""
+    code = (
+        "import sys\n"
+        "from mindspeed_mm.training.checkpoint import directory, housekeeping\n"
+        "finish = directory.finish_directory\n"
+        "def early(partial, target, *arguments, **options):\n"
+        "    directory.write_tracker(target.parent, int(target.name[5:]))\n"
+        "    finish(partial, target, *arguments, **options)\n"
+        "directory.finish_directory = early\n"
+        "from tests.st import kill_points\n"
+        "import json, pathlib\n"
+        "kill_points.main(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-c", code, json.dumps([sweep(1, "sync", "kill", 0, 25)]), str(tmp_path / "results.json")],
+        check=True, cwd=root, timeout=240, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    cases = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert any(case["error"] for case in cases)
