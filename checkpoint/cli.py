@@ -121,7 +121,7 @@ def _add_dcp_to_hf(parser: argparse.ArgumentParser) -> None:
     _option(parser, "overwrite", action="store_true", help="replace an existing model in --save_dir")
     _option(
         parser, "skip_check", action="store_true",
-        help="do not read a training checkpoint's files once more to compare their checksums first",
+        help="do not compare checksums, to save what can be saved of a damaged checkpoint",
     )
     _add_common(parser)
 

@@ -15,6 +15,7 @@ from checkpoint.assets import check_replaceable, config_dtype, copy_assets
 from checkpoint.dcp_writer import PREFIX
 from checkpoint.hf_writer import Output, Part, PartWriter, ShardFile, order_parts, plan_files, write_index
 from checkpoint.journal import Journal
+from checkpoint.stored import StoredParameters
 from checkpoint.work import Progress, check_disk_space, default_workers, format_bytes, run_parallel
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
@@ -27,6 +28,7 @@ from mindspeed_mm.training.checkpoint.directory import (
     prepare_directory,
     resolve_checkpoint,
     verify_directory,
+    verify_files,
 )
 from mindspeed_mm.training.checkpoint.files import make_directory
 from mindspeed_mm.training.checkpoint.hf_source import layout_by_shapes
@@ -61,7 +63,7 @@ def dcp_to_hf(
         max_shard_size: bytes of tensors in one file, at most, unless those of one parameter are more.
         workers: threads; None for two for each core, 8 at most.
         overwrite: replace ``save_dir``.
-        check: compare the files of a training checkpoint with their recorded checksums first.
+        check: compare what is read with the recorded checksums.
 
     Raises:
         UserError: if anything about checkpoint, assets or target is not as it should be.
@@ -80,10 +82,11 @@ def dcp_to_hf(
         journal.remove()
         return save
     check_replaceable(save, overwrite=overwrite, keep=(checkpoint, assets))
-    if check and "tensors" not in manifest["metadata"]:
-        # A training checkpoint has checksums of files only; those of tensors are compared as they are read.
-        print(f"checking {len(manifest['files'])} files of {checkpoint}")
-        verify_directory(checkpoint, checksums=True)
+    stored = StoredParameters(reader, check=check)
+    whole = stored.files_without(PREFIX + rule.target for rule in rules)
+    if check and whole:
+        print(f"checking {len(whole)} files of {checkpoint}, which have no checksums of their parts")
+        verify_files(checkpoint, {name: manifest["files"][name] for name in sorted(whole)})
     try:
         make_directory(save.parent)
     except OSError as error:
@@ -93,8 +96,7 @@ def dcp_to_hf(
         replace = overwrite or save.is_dir()
         partial = prepare_directory(save, overwrite=replace, resume=True)
         records = journal.resume()
-        recorded = manifest["metadata"].get("tensors", {})
-        _write_files(partial, files, records, journal, reader, recorded, workers or default_workers())
+        _write_files(partial, files, records, journal, stored, workers or default_workers())
         write_index(partial, files)
         written = {output.dtype for output in outputs}
         copy_assets(assets, partial, dtype=written.pop() if len(written) == 1 else None)
@@ -165,15 +167,10 @@ def _write_files(
     files: Mapping[str, list[Output]],
     records: dict[str, dict[str, Any]],
     journal: Journal,
-    reader: DcpReader,
-    recorded: Mapping[str, Mapping[str, Any]],
+    stored: StoredParameters,
     workers: int,
 ) -> None:
-    """Write the files that have no record yet; adds theirs to ``records``.
-
-    Args:
-        recorded: the manifest's facts of tensors; what is read must have the checksums given there.
-    """
+    """Write the files that have no record yet; adds theirs to ``records``."""
     missing = {name: outputs for name, outputs in files.items() if name not in records}
     total = sum(output.nbytes for outputs in missing.values() for output in outputs)
     check_disk_space(partial, total + _SPARE_BYTES)
@@ -181,12 +178,12 @@ def _write_files(
         kept = sum(record["size"] for record in records.values())
         print(f"resuming: {len(records)} of {len(files)} files ({format_bytes(kept)}) are already written and verified")
     progress = Progress("dcp_to_hf", total)
-    writer = PartWriter(reader, progress)
-    shards = [ShardFile(partial / name, outputs) for name, outputs in missing.items()]
+    writer = PartWriter(stored, progress)
+    shards = [ShardFile(partial / name, outputs, stored) for name, outputs in missing.items()]
 
     def write(shard: ShardFile, part: Part) -> None:
         if writer.write(shard, part):
-            record = shard.finish(recorded)
+            record = shard.finish()
             journal.add(shard.path.name, record)
             records[shard.path.name] = record
 

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from checkpoint.dcp_writer import PREFIX
+from checkpoint.stored import StoredParameters
 from checkpoint.work import WRITE_BYTES, ByteBudget, Progress
-from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.weight_map import WeightRule
 from mindspeed_mm.training.checkpoint.checksum import combine, crc32, format_checksum
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.files import FILE_MODE
 from mindspeed_mm.training.checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE
-from mindspeed_mm.training.checkpoint.pieces import split_rows
 from mindspeed_mm.training.checkpoint.safetensors_io import build_header, tensor_bytes
 
 _WORKERS_PER_FILE = 4
@@ -73,14 +71,6 @@ class _Checksum:
     length: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    """What a finished part was made of, and what it wrote, in the order of the file."""
-
-    stored: _Checksum
-    tensors: list[_Checksum]
-
-
 def plan_files(outputs: Sequence[Output], max_shard_size: int) -> dict[str, list[Output]]:
     """Fill files in the order of the weight map; the tensors of one rule stay together.
 
@@ -116,16 +106,18 @@ def write_index(directory: Path, files: Mapping[str, list[Output]]) -> None:
 class ShardFile:
     """One file in the making, and what is known of its parts."""
 
-    def __init__(self, path: Path, outputs: Sequence[Output]) -> None:
+    def __init__(self, path: Path, outputs: Sequence[Output], stored: StoredParameters) -> None:
         self.path = path
         self._entries = [(name, output.dtype, shape) for output in outputs for name, shape in output.rule.sources]
         self._header = build_header(self._entries, {"format": "pt", LAYOUT_KEY: "hub"})
-        self.parts = list(_cut(outputs, len(self._header)))
-        self._written: dict[int, _Written] = {}
+        self.parts = list(_cut(outputs, len(self._header), stored))
+        self._written: dict[int, list[_Checksum]] = {}
         self._descriptor: int | None = None
         self._lock = threading.Lock()
 
-    def write(self, part: Part, tensors: Sequence[Tensor], written: _Written, progress: Progress) -> bool:
+    def write(
+        self, part: Part, tensors: Sequence[Tensor], checksums: list[_Checksum], progress: Progress
+    ) -> bool:
         """Write the tensors of a part; returns whether it was the last one that was missing."""
         # Threads that wait for the file itself would spin; those that wait for the lock leave the core to others.
         with self._lock:
@@ -139,23 +131,12 @@ class ShardFile:
                     count = os.pwrite(self._descriptor, view[:WRITE_BYTES], position)
                     position, view = position + count, view[count:]
                     progress.advance(count)
-            self._written[part.number] = written
+            self._written[part.number] = checksums
             return len(self._written) == len(self.parts)
 
-    def finish(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Flush the file to disk and return its record: size, checksum, and facts of its tensors.
-
-        Args:
-            recorded: facts of the stored parameters; what was read must have the checksums given there.
-
-        Raises:
-            UserError: naming a parameter that was read with another checksum.
-        """
-        written = [self._written[part.number] for part in self.parts]
-        for name, (value, _) in _join(part.stored for part in written).items():
-            if recorded.get(name, {}).get("checksum") not in (None, format_checksum(value)):
-                raise UserError(f"{name} has another checksum than recorded; restore its file or make it again")
-        tensors = _join(checksum for part in written for checksum in part.tensors)
+    def finish(self) -> dict[str, Any]:
+        """Flush the file to disk and return its record: size, checksum, and facts of its tensors."""
+        tensors = _join(checksum for part in self.parts for checksum in self._written[part.number])
         crc, size = crc32(self._header), len(self._header)
         for value, length in tensors.values():
             crc, size = combine(crc, value, length), size + length
@@ -179,13 +160,12 @@ class ShardFile:
             self._descriptor = None
 
 
-def _cut(outputs: Sequence[Output], position: int) -> Iterator[Part]:
+def _cut(outputs: Sequence[Output], position: int, stored: StoredParameters) -> Iterator[Part]:
     """The parts of a file whose tensors begin at byte ``position``."""
     numbers = itertools.count()
     for output in outputs:
-        rows = output.rule.target_shape[0]
-        row_bytes = output.row_elements * output.stored.itemsize
-        for first, last in split_rows(rows, row_bytes) if output.rule.row_wise else [(0, rows)]:
+        rule = output.rule
+        for first, last in stored.ranges(PREFIX + rule.target) if rule.row_wise else [(0, rule.target_shape[0])]:
             yield Part(output, first, last, position, next(numbers))
             position += (last - first) * output.row_elements * output.dtype.itemsize
 
@@ -202,8 +182,8 @@ def _join(checksums: Iterable[_Checksum]) -> dict[str, tuple[int, int]]:
 class PartWriter:
     """Makes parts from a checkpoint and writes them; used by several threads."""
 
-    def __init__(self, reader: DcpReader, progress: Progress) -> None:
-        self._reader = reader
+    def __init__(self, stored: StoredParameters, progress: Progress) -> None:
+        self._stored = stored
         self._progress = progress
         self._budget = ByteBudget()
 
@@ -212,15 +192,13 @@ class PartWriter:
         output, rule, name = part.output, part.output.rule, PREFIX + part.output.rule.target
         # The stored rows, their joined pieces, and the result in its own order and type.
         with self._budget.take(3 * (part.last - part.first) * output.row_elements * output.stored.itemsize):
-            stored = self._reader.read(name, (part.first, part.last))
-            read = _Checksum(name, crc32(tensor_bytes(stored)), stored.nbytes)
+            stored = self._stored.read(name, (part.first, part.last))
             tensors = [tensor.to(output.dtype) for tensor in rule.to_hf(stored)]
-            same_bytes = rule.is_copy and output.dtype == output.stored
             checksums = [
-                _Checksum(source, read.value if same_bytes else crc32(tensor_bytes(tensor)), tensor.nbytes)
+                _Checksum(source, crc32(tensor_bytes(tensor)), tensor.nbytes)
                 for (source, _), tensor in zip(rule.sources, tensors, strict=True)
             ]
-            return file.write(part, tensors, _Written(read, checksums), self._progress)
+            return file.write(part, tensors, checksums, self._progress)
 
 
 def order_parts(files: Sequence[ShardFile], workers: int) -> list[tuple[ShardFile, Part]]:

@@ -259,14 +259,24 @@ def test_faults_of_the_checkpoint(hf: Path, tmp_path: Path, fault: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_training_checkpoint(hf: Path, tmp_path: Path) -> None:
-    """Training records checksums of files, not of tensors."""
+def _forget_items(manifest: dict) -> None:
+    for facts in manifest["files"].values():
+        facts.pop("items", None)
+
+
+@pytest.mark.parametrize("with_items", [True, False])
+def test_damaged_training_checkpoint(hf: Path, tmp_path: Path, with_items: bool, capsys) -> None:
+    """Ours records checksums of each item; another program may record those of files only."""
     path = hf_to_dcp(hf, tmp_path / "dcp")
     _edit_json(path / "manifest.json", lambda manifest: manifest.update(metadata={"iteration": 1}))
+    if not with_items:
+        _edit_json(path / "manifest.json", _forget_items)
     dcp_to_hf(path, tmp_path / "out", hf)
+    assert ("checking 1 files" in capsys.readouterr().out) == (not with_items)
     _spoil_data(path)
-    with pytest.raises(UserError, match="__0_0.distcp has another checksum"):
+    with pytest.raises(UserError, match="gate_up_proj has another" if with_items else "__0_0.distcp has another"):
         dcp_to_hf(path, tmp_path / "out2", hf)
+    assert not (tmp_path / "out2").exists()
     dcp_to_hf(path, tmp_path / "out3", hf, check=False)
 
 
