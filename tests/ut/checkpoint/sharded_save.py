@@ -1,42 +1,88 @@
-"""Saves a training checkpoint from two processes in a mixed sharding. Run by ``test_convert_sharded.py`` with torchrun.
+"""Saves training checkpoints from four processes in mixed shardings. Run by ``test_convert_sharded.py`` with torchrun.
 
-Usage: torchrun --nproc_per_node 2 sharded_save.py TENSORS.safetensors TARGET
+Usage: torchrun --nproc_per_node 4 sharded_save.py TENSORS.safetensors ROOT
+
+Writes ``ROOT/ours/iter_0000005`` by this project's saver, ``ROOT/bare/iter_0000005`` likewise without the optimizer's
+state, and ``ROOT/torch/iter_0000005`` by torch.distributed.checkpoint, which records no checksums of items.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.training.checkpoint import directory, shard_writer, shards
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+
+
+@dataclasses.dataclass
+class Standing:
+    iteration: int
+
+
+@dataclasses.dataclass
+class State:
+    tensors: dict[str, Tensor]
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+    def own(self) -> Mapping[str, Tensor]:
+        return {f"rng.{dist.get_rank()}.cpu": torch.arange(50, dtype=torch.uint8)}
+
+    def expected_bytes(self) -> int:
+        return 10_000_000
+
+
+def layouts_of(name: str, tensor: Tensor) -> list[tuple[Placement, Placement]]:
+    """Placements on a mesh of 2 x 2; experts are spread over both axes, as expert parallelism and FSDP2 do."""
+    if ".experts." in name:
+        return [(Shard(0), Shard(1)), (Replicate(), Shard(1)), (Shard(0), Replicate())]
+    # FSDP2 over all, HSDP, FSDP2 of rows of the last axis, and the same tensor everywhere; uneven shards among them
+    return [
+        (Shard(0), Shard(0)), (Replicate(), Shard(0)), (Replicate(), Shard(tensor.dim() - 1)),
+        (Replicate(), Replicate()),
+    ]
 
 
 def main() -> None:
-    tensors, target = load_file(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    state = {}
-    for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        placements = [Shard(0), Replicate(), Shard(tensor.dim() - 1)]  # uneven shards among them
-        placement = placements[number % 3]
-        state[name] = distribute_tensor(tensor, mesh, [placement])
-        state[f"optimizer.{name}.exp_avg"] = distribute_tensor(torch.zeros_like(tensor), mesh, [placement])
+    tensors, root = load_file(sys.argv[1]), Path(sys.argv[2])
+    backend = select_backend("cpu")
+    start_processes(backend, timeout_minutes=1)
+    shards.ITEM_BYTES, shard_writer.FILE_BYTES = 3000, 50_000
+    mesh = init_device_mesh("cpu", (2, 2))
+    parameters, moments, counter = {}, {}, itertools.count()
+    for name, tensor in sorted(tensors.items()):
+        choices = layouts_of(name, tensor)
+        placements = choices[next(counter) % len(choices)]
+        parameters[name] = distribute_tensor(tensor, mesh, placements)
+        moments[f"optimizer.{name}.exp_avg"] = distribute_tensor(torch.zeros_like(tensor), mesh, placements)
+    for place, state in (("ours", parameters | moments), ("bare", parameters)):
+        saver = Saver(State(state), SaveOptions(root / place), backend=backend, say=lambda _: None)
+        saver.start(Standing(5))
+        saver.finish()
+    target = root / "torch" / "iter_0000005"
     partial = directory.partial_name(target)
     if dist.get_rank() == 0:
         directory.prepare_directory(target)
     dist.barrier()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, thread_count=2))
+    dcp.save(parameters | moments, storage_writer=dcp.FileSystemWriter(partial, thread_count=2))
     dist.barrier()
     if dist.get_rank() == 0:
         directory.finish_directory(partial, target, {"iteration": 5})
-    dist.destroy_process_group()
+    stop_processes()
 
 
 if __name__ == "__main__":
