@@ -5,7 +5,8 @@
 Makes records of that file's turns and lengths, and that many JPEG files (hard links to 200 photographs of COCO's sizes,
 since building reads their headers only), converts them with the guide's step 3, and then does, each in a process of its
 own and timed from its start: the launcher's check before training; --processes at once that all want the data set, of
-which one builds it; one more that finds it built; and one that also packs it. Peak memory is the process's own.
+which one builds it; one more that finds it built; and one that also packs it. Processor time includes the processes
+that tokenize; peak memory is that of the largest process.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.work:
         report = work(Path(options.work[0]), options.work[1])
-        print(json.dumps({**report, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        report["cpu"] = sum(one.ru_utime + one.ru_stime for one in used)
+        print(json.dumps({**report, "gb": max(one.ru_maxrss for one in used) / 2**20}))
         return 0
     with tempfile.TemporaryDirectory(dir=options.dir) as place:
         root = Path(place)
@@ -118,6 +121,7 @@ def main() -> int:
     print(f"{options.records} records, {options.images} pictures, {os.cpu_count()} cores, cache {size:.0f} MB")
     for name, reports in results.items():
         print(f"{name:32s}{max(report['seconds'] for report in reports):8.1f} s"
+              f"{sum(report['cpu'] for report in reports):8.1f} s of processor time"
               f"{max(report['gb'] for report in reports):8.2f} GB")
     if options.json:
         about = {"records": options.records, "images": options.images, "cores": os.cpu_count(), "cache_mb": size}
