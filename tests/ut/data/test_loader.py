@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import multiprocessing
 import re
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.data import build_eval_loader, build_train_loader
 from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.loader import TrainLoader
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
@@ -124,6 +126,30 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
     assert batch.sample_ids == [0, 1] and batch.supervised_per_sample[0] and not batch.supervised_per_sample[1]
     assert next(loader).bad == ()
     loader.close()
+
+
+def test_placeholders_without_pictures_travel_with_the_step(root: Path) -> None:
+    """As from a cache entry that was tampered with: the sample is left out, its neighbours are not."""
+    config = make_config(root, dataset=str(root / "data.json"), loader={"shuffle": False})
+    loader = build_train_loader(config, **loader_options(root, global_batch_size=4, micro_batch_size=4))
+    (whole,) = next(loader).batches
+    read = loader.dataset.__class__.__getitem__
+
+    class Tampered(loader.dataset.__class__):
+        def __getitem__(self, index: int) -> Sample:
+            sample = read(self, index)
+            return dataclasses.replace(sample, pictures=()) if index == 1 else sample
+
+    loader.dataset.__class__ = Tampered
+    loader = build_train_loader(
+        config, dataset=loader.dataset, **loader_options(root, global_batch_size=4, micro_batch_size=4))
+    step = next(loader)
+    (message,) = step.bad
+    assert re.search(r"sample 1 \(record 1\): sample 1: .*placeholder", message)
+    (batch,) = step.batches
+    counts = whole.supervised_per_sample
+    assert batch.supervised_per_sample == [counts[0], 0, *counts[2:]] and counts[1]
+    assert len(batch.vision.grid_thw) == len(whole.vision.grid_thw) - 1
 
 
 def test_killed_worker_is_one_line(root: Path) -> None:
