@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _MAX_ASPECT_RATIO = 200
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restarts, JFIF, comment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,20 +189,42 @@ def load_pixels(path: str) -> np.ndarray:
     """
     try:
         content = Path(path).read_bytes()
+        decode = jpeg_decoder()
+        if decode is not None and (is_plain_jpeg(content) or _is_upright_jpeg(content)):
+            try:
+                return decode(content)
+            except ValueError:
+                pass  # damaged, or unusual: Pillow decides, whose pixels and complaints are the reference
         with Image.open(io.BytesIO(content)) as image:
-            decode = jpeg_decoder()
-            if decode is not None and image.format == "JPEG" and image.mode == "RGB" and not _is_turned(image):
-                try:
-                    return decode(content)
-                except ValueError:
-                    pass  # damaged, or unusual: Pillow decides, whose pixels and complaints are the reference
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unusable(path, error) from error
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+def _is_upright_jpeg(content: bytes) -> bool:
+    with Image.open(io.BytesIO(content)) as image:
+        upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+        return upright and image.format == "JPEG" and image.mode == "RGB"
+
+
+def is_plain_jpeg(content: bytes) -> bool:
+    """Whether a file's header is that of a JPEG in colour with nothing that Pillow would act on but its pixels.
+
+    EXIF and XMP (orientation), Adobe's segment (other colours) and a second picture make it not plain: there Pillow has
+    to look. So has it at a picture so large that it would refuse it.
+    """
+    place = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while place + 10 <= len(content) and content[place] == 0xFF:
+        marker = content[place + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = (int.from_bytes(content[at : at + 2], "big") for at in (place + 5, place + 7))
+            depth, channels = content[place + 4], content[place + 9]
+            return (depth, channels) == (8, 3) and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+        is_profile = marker == 0xE2 and content.startswith(b"ICC_PROFILE\0", place + 4)
+        if marker not in _JPEG_TABLES and not is_profile:
+            return False
+        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return False
 
 
 @cache
@@ -261,8 +285,8 @@ def image_patches(pixels: np.ndarray, settings: ImageSettings) -> tuple[np.ndarr
     grid = (1, height // patch, width // patch)
     resample = compiled_resampling()
     if resample is not None:
-        resized = resample.resize(pixels, height, width, resample.pillow_order())
-        return resample.cut_patches(resized, patch, merge, frames), grid
+        planes = resample.resize_planes(pixels, height, width, resample.pillow_order())
+        return resample.cut_patches(planes, patch, merge, frames), grid
     if pixels.shape[:2] != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), resample=Image.Resampling.BICUBIC))
     return cut_patches(np.broadcast_to(pixels, (frames, height, width, 3)), settings), grid

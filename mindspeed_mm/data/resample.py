@@ -4,7 +4,8 @@ Pillow resizes one axis after the other and rounds to bytes in between; each wei
 bits. The same sums are made here, in an order that a processor's vector units like. Needs numba; ``images.py`` can do
 without.
 
-Letters: H, W rows and columns of the picture; h, w of the resized one; 3 channels, interleaved.
+Letters: H, W rows and columns of the picture; h, w of the resized one. A picture comes as [H, W, 3]; once its columns
+are resized it goes on as three planes, [3, H, w], of which patches are cut in whole words.
 """
 
 from __future__ import annotations
@@ -70,10 +71,13 @@ def _clip(value: int) -> int:
 
 @numba.njit(_OUT(_PIXELS, numba.int64), nogil=True, cache=True)
 def _resize_columns(source: np.ndarray, width: int) -> np.ndarray:
-    """[H, W, 3] -> [H, w, 3]. Rows go in groups, turned so that one weight meets neighbouring numbers."""
+    """[H, W, 3] -> [3, H, at least w]. Rows go in groups, turned so that one weight meets neighbouring numbers.
+
+    Lines are padded to an odd number of cache lines: at powers of two the lines of a group would evict each other.
+    """
     height, columns, _ = source.shape
     starts, counts, weights = _weights(columns, width)
-    out = np.empty((height, width, 3), np.uint8)
+    out = np.empty((3, height, ((width + 63) // 64 | 1) * 64), np.uint8)
     turned = np.zeros((columns, _ROWS * 3), np.uint8)
     total, rounded = np.empty(_ROWS * 3, np.int32), np.empty(_ROWS * 3, np.uint8)
     for first in range(0, height, _ROWS):
@@ -93,54 +97,72 @@ def _resize_columns(source: np.ndarray, width: int) -> np.ndarray:
                 rounded[lane] = _clip(total[lane])
             for row in range(rows):
                 for channel in range(3):
-                    out[first + row, column, channel] = rounded[row * 3 + channel]
+                    out[channel, first + row, column] = rounded[row * 3 + channel]
     return out
 
 
-@numba.njit(_OUT(_PIXELS, numba.int64), nogil=True, cache=True)
-def _resize_rows(source: np.ndarray, height: int) -> np.ndarray:
-    """[H, W, 3] -> [h, W, 3]."""
-    lanes = source.shape[1] * 3
-    lines = source.reshape(len(source), lanes)
-    starts, counts, weights = _weights(len(source), height)
-    out, total = np.empty((height, lanes), np.uint8), np.empty(lanes, np.int32)
+@numba.njit(_OUT(_PIXELS), nogil=True, cache=True)
+def _planes(source: np.ndarray) -> np.ndarray:
+    """[H, W, 3] -> [3, H, W]."""
+    height, width, _ = source.shape
+    out = np.empty((3, height, width), np.uint8)
     for row in range(height):
-        for lane in range(lanes):
-            total[lane] = _HALF
-        for tap in range(counts[row]):
-            weight, pixels = weights[row, tap], lines[starts[row] + tap]
+        for channel in range(3):
+            for column in range(width):
+                out[channel, row, column] = source[row, column, channel]
+    return out
+
+
+@numba.njit(_OUT(_PIXELS, numba.int64, numba.int64), nogil=True, cache=True)
+def _resize_rows(planes: np.ndarray, height: int, lanes: int) -> np.ndarray:
+    """[planes, H, at least lanes] -> [planes, h, lanes]."""
+    count, size, _ = planes.shape
+    starts, counts, weights = _weights(size, height)
+    out, total = np.empty((count, height, lanes), np.uint8), np.empty(lanes, np.int32)
+    for plane in range(count):
+        for row in range(height):
             for lane in range(lanes):
-                total[lane] += np.int32(pixels[lane]) * weight
-        for lane in range(lanes):
-            out[row, lane] = _clip(total[lane])
-    return out.reshape(height, source.shape[1], 3)
+                total[lane] = _HALF
+            for tap in range(counts[row]):
+                weight, pixels = weights[row, tap], planes[plane, starts[row] + tap]
+                for lane in range(lanes):
+                    total[lane] += np.int32(pixels[lane]) * weight
+            for lane in range(lanes):
+                out[plane, row, lane] = _clip(total[lane])
+    return out
 
 
-@numba.njit(numba.uint8[:, ::1](_PIXELS, numba.int64, numba.int64, numba.int64), nogil=True, cache=True)
-def cut_patches(pixels: np.ndarray, patch: int, merge: int, frames: int) -> np.ndarray:
-    """Cut a resized picture, uint8 [h, w, 3], into patches of ``frames`` copies of it.
+_CUTS = [word[:, :, :, :, ::1](word[:, :, ::1], *[numba.int64] * 4) for word in (numba.uint64, numba.uint8)]
+
+
+@numba.njit(_CUTS, nogil=True, cache=True)
+def _cut(planes: np.ndarray, patch: int, merge: int, frames: int, words: int) -> np.ndarray:
+    """[3, h, w / word] -> [patches, 3, frames, patch, words]; ``words`` of a patch's line."""
+    rows, columns = planes.shape[1] // patch, planes.shape[2] // words
+    out = np.empty((rows * columns, 3, frames, patch, words), planes.dtype)
+    for row in range(rows):
+        for column in range(columns):
+            block = row // merge * (columns // merge) + column // merge
+            place = (block * merge + row % merge) * merge + column % merge
+            for channel in range(3):
+                for line in range(patch):
+                    for word in range(words):
+                        value = planes[channel, row * patch + line, column * words + word]
+                        for frame in range(frames):
+                            out[place, channel, frame, line, word] = value
+    return out
+
+
+def cut_patches(planes: np.ndarray, patch: int, merge: int, frames: int) -> np.ndarray:
+    """Cut a resized picture, uint8 [3, h, w], into patches of ``frames`` copies of it.
 
     Returns:
         uint8 [patches, 3 * frames * patch * patch], each merge block contiguous, within a patch ordered channel,
         frame, row, column.
     """
-    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-    out = np.empty((rows * columns, 3, frames, patch, patch), np.uint8)
-    for row in range(rows):
-        for column in range(columns):
-            block = row // merge * (columns // merge) + column // merge
-            place = (block * merge + row % merge) * merge + column % merge
-            for line in range(patch):
-                for channel in range(3):
-                    for pixel in range(patch):
-                        value = pixels[row * patch + line, column * patch + pixel, channel]
-                        out[place, channel, 0, line, pixel] = value
-            for channel in range(3):
-                for frame in range(1, frames):
-                    for line in range(patch):
-                        for pixel in range(patch):
-                            out[place, channel, frame, line, pixel] = out[place, channel, 0, line, pixel]
-    return out.reshape(rows * columns, 3 * frames * patch * patch)
+    size = 8 if patch % 8 == 0 else 1  # bytes of a word
+    cut = _cut(planes.view(np.uint64) if size == 8 else planes, patch, merge, frames, patch // size)
+    return cut.view(np.uint8).reshape(len(cut), -1)
 
 
 # Which axis Pillow resizes first, by the sizes (H, W, h, w). It matters, for bytes are rounded in between. Pillow has
@@ -169,12 +191,18 @@ def pillow_order() -> RowsFirst | None:
     return None
 
 
-def resize(pixels: np.ndarray, height: int, width: int, rows_first: RowsFirst) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to uint8 [h, w, 3], in the order that ``rows_first`` (``pillow_order``) gives."""
+def resize_planes(pixels: np.ndarray, height: int, width: int, rows_first: RowsFirst) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to uint8 [3, h, w], in the order that ``rows_first`` (``pillow_order``) gives."""
+    columns = pixels.shape[1]
     if rows_first(*pixels.shape[:2], height, width):
-        pixels = _resize_rows(pixels, height)
-    if pixels.shape[1] != width:
-        pixels = _resize_columns(pixels, width)
-    if pixels.shape[0] != height:
-        pixels = _resize_rows(pixels, height)
-    return pixels
+        lines = pixels.reshape(1, len(pixels), columns * 3)
+        pixels = _resize_rows(lines, height, columns * 3).reshape(height, columns, 3)
+    planes = _planes(pixels) if columns == width else _resize_columns(pixels, width)
+    if planes.shape[1] != height:
+        return _resize_rows(planes, height, width)
+    return np.ascontiguousarray(planes[:, :, :width])
+
+
+def resize(pixels: np.ndarray, height: int, width: int, rows_first: RowsFirst) -> np.ndarray:
+    """The same as uint8 [h, w, 3]."""
+    return resize_planes(pixels, height, width, rows_first).transpose(1, 2, 0)

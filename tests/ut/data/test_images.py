@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mindspeed_mm.data import images
 from mindspeed_mm.data.images import (
@@ -16,6 +17,7 @@ from mindspeed_mm.data.images import (
     PixelNorm,
     image_grid,
     image_patches,
+    is_plain_jpeg,
     load_pixels,
     read_image_settings,
     resized_size,
@@ -72,6 +74,36 @@ def test_jpeg_decoding_equals_pillow(tmp_path: Path, options: dict, monkeypatch:
     assert np.array_equal(ours, np.asarray(Image.open(path)))
     monkeypatch.setattr(images, "jpeg_decoder", lambda: None)
     assert np.array_equal(load_pixels(str(path)), ours)
+
+
+def test_which_jpegs_pillow_has_to_look_at(tmp_path: Path) -> None:
+    photo = Image.fromarray(sample_photos()[0][:40, :60])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+
+    def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return file.getvalue()
+
+    plain = [saved(photo), saved(photo, progressive=True), saved(photo, comment=b"hello"), saved(photo, dpi=(300, 300)),
+             saved(photo, icc_profile=b"p" * 200), saved(photo, restart_marker_rows=1, subsampling=0)]
+    upright = Image.Exif()
+    upright[0x0131] = "camera"
+    others = [saved(photo, exif=upright), saved(photo, exif=exif), saved(photo, xmp=xmp), saved(photo.convert("CMYK")),
+              saved(photo.convert("L")), saved(photo, "PNG"), saved(photo, "MPO", save_all=True, append_images=[photo]),
+              b"", b"\xff\xd8\xff\xe0", plain[0][:30], plain[0][:2] + plain[0][4:]]
+    assert [is_plain_jpeg(content) for content in plain] == [True] * len(plain)
+    assert [is_plain_jpeg(content) for content in others] == [False] * len(others)
+    path = tmp_path / "photo"
+    for content in plain + others[:7]:
+        path.write_bytes(content)
+        expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        assert np.array_equal(load_pixels(str(path)), np.asarray(expected))
+    path.write_bytes(plain[0][:-300])  # cut off: as damaged as Pillow says it is
+    with pytest.raises(UserError, match="(?i)truncated"):
+        load_pixels(str(path))
 
 
 def test_compiled_resizing_equals_pillow() -> None:
