@@ -21,7 +21,7 @@ from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.arguments.parser import parse_args
 from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-from mindspeed_mm.data.collator import collate
+from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.parallel.apply import parallelise
@@ -102,13 +102,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> StepBatches:
-    """This process's micro-batches of a step.
+def in_order(step: int, batch: int) -> list[Sample]:
+    """The samples of a step as they are dealt out.
 
     Text-only samples are neighbours, so that whole processes go without pictures while others have nothing else: the
     first of them in one step, the last in the next.
     """
-    samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
+    return sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
+
+
+def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> StepBatches:
+    """This process's micro-batches of a step."""
+    samples = in_order(step, batch)
     share = batch // layout.data_size
     mine = samples[layout.data_rank * share : (layout.data_rank + 1) * share]
     starts = range(0, share, micro_batch)
@@ -116,8 +121,8 @@ def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometr
 
 
 def text_only_shares(step: int, *, batch: int, data_size: int) -> list[bool]:
-    """Whether each process's share of a step is without pictures, by :func:`deal_out`'s order."""
-    samples = sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
+    """Whether each process's share of a step is without pictures."""
+    samples = in_order(step, batch)
     share = batch // data_size
     return [not any(s.pictures for s in samples[i * share : (i + 1) * share]) for i in range(data_size)]
 
