@@ -54,6 +54,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
     from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
     from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
+    from mindspeed_mm.training.gradients import local
 
     torch.set_num_threads(1)
     backend = select_backend("cpu")
@@ -73,7 +74,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
         load_checkpoint(
             resolve_checkpoint(directory), model=model, optimizer=None, backend=backend, with_rng=False
         )
-    shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    shard = sum(local(parameter).nbytes for parameter in model.parameters())
     mine = {"shard": shard, "peak": status("VmHWM") - resident, "read": bytes_read() - read}
     everything: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everything, mine)
