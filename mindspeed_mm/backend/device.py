@@ -13,6 +13,7 @@ from mindspeed_mm.backend.fsdp_support import mend_fsdp
 from mindspeed_mm.backend.network import interface_towards
 from mindspeed_mm.backend.presence import has_torch_npu
 from mindspeed_mm.backend.processor import Backend, Cuda
+from mindspeed_mm.backend.store import group_store
 from mindspeed_mm.errors import UserError
 
 _KINDS: dict[str, type[Backend]] = {"cpu": Backend, "cuda": Cuda, "npu": npu.Npu}
@@ -130,7 +131,11 @@ def start_processes(backend: Backend, *, timeout_minutes: int, host_tensors: boo
         libraries = f"cpu:gloo,{backend.name}:{libraries}"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        dist.init_process_group(libraries, timeout=timeout)
+        store = group_store(timeout=timeout)
+        place = {} if store is None else {
+            "store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])
+        }
+        dist.init_process_group(libraries, timeout=timeout, **place)
     else:
         dist.init_process_group(libraries, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 

@@ -1,4 +1,4 @@
-"""A connection of one's own to the job's key-value store, beside the one that the process group uses."""
+"""Connections to the key-value store through which a job's processes meet."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ from typing import Any
 import torch.distributed as dist
 
 
-def own_store(prefix: str, *, timeout_seconds: float) -> Any | None:
-    """Connect to the store that torchrun's processes met through; None where the process was not started by it.
+def group_store(*, timeout: datetime.timedelta) -> Any | None:
+    """For the process group: torchrun's store, with a place of its own for each of its restarts.
 
-    The process group's own connection must not be shared with another thread: whoever waits on it blocks the other.
+    torchrun keeps one store over all restarts. A process group that is started again on the bare store may read where
+    the processes before it could be reached, and wait for them until its time is up.
+
+    Returns:
+        The store; None where torchrun keeps none, so that rank 0 has to.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return _connect("group", timeout)
+
+
+def own_store(prefix: str, *, timeout_seconds: float) -> Any | None:
+    """A connection beside the process group's; None where this process was not started by torchrun.
+
+    The process group's own must not be shared with another thread: whoever waits on it blocks the other.
 
     Args:
-        prefix: put before all keys, together with the number of torchrun's restarts.
+        prefix: put before all keys.
         timeout_seconds: of one operation, where the store answers at all.
     """
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return None
+    return _connect(prefix, datetime.timedelta(seconds=timeout_seconds))
+
+
+def _connect(prefix: str, timeout: datetime.timedelta) -> Any:
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=timeout,
         wait_for_workers=False,
     )
     return dist.PrefixStore(f"{prefix}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -1,0 +1,134 @@
+"""Started by torchrun: goes through runs one after the other in the same processes, and writes what each logged.
+
+Usage: resume_driver.py RUNS.json OUT.json
+
+Each run is {"flags": [...], "fault": {...}}. A fault happens on one rank:
+    {"rank": 1, "iteration": 5, "phase": "backward", "kind": "kill" | "sleep" | "nan" | "signal"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import pretrain_transformers
+from mindspeed_mm.arguments.recipe import load_recipe
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training import pretrain
+from mindspeed_mm.training.health import Health
+from mindspeed_mm.training.reports import StepReport
+from mindspeed_mm.training.watch import StepClock
+
+Fault = dict[str, Any]
+
+
+class Recorder(Health):
+    """Writes down every step on top of judging it."""
+
+    steps: dict[int, dict[str, Any]]
+
+    def __call__(self, report: StepReport) -> None:
+        """Keep the numbers to the last bit, and which samples this rank saw."""
+        self.steps[report.iteration] = {
+            "loss": report.result.loss.hex(),
+            "norm": report.result.grad_norm.hex(),
+            "learning_rate": report.learning_rate.hex(),
+            "consumed": report.consumed_samples,
+            "skipped": report.result.skipped,
+            "samples": [list(part.sample_ids) for part in report.result.samples],
+        }
+        super().__call__(report)
+
+
+def with_fault(fault: Fault | None) -> Any:
+    """A clock that makes the fault happen when its rank gets to its phase."""
+    plain = StepClock.enter
+
+    def enter(clock: StepClock, phase: str) -> None:
+        plain(clock, phase)
+        due = fault and (phase, clock.iteration, dist.get_rank()) == (fault["phase"], fault["iteration"], fault["rank"])
+        if not due or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            return
+        if fault["kind"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault["kind"] == "sleep":
+            time.sleep(fault["seconds"])
+        elif fault["kind"] == "signal":
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
+
+    return enter
+
+
+def forward_with_fault(fault: Fault | None, recorded: dict[int, Any]) -> Any:
+    """The recipe's forward step, whose loss is NaN on the fault's rank from its iteration on."""
+
+    def forward(model: Any, batch: Any, weight: Any) -> Any:
+        torch.rand(())  # or the generator would not move, and a state that was not restored would pass for one that was
+        output = pretrain_transformers.forward_step(model, batch, weight)
+        iteration = max(recorded, default=0) + 1
+        if fault and fault["kind"] == "nan" and iteration in fault["iterations"] and dist.get_rank() == fault["rank"]:
+            losses = output.token_losses.clone()
+            losses[batch.label_sample == 0] = float("nan")
+            output = output._replace(loss=output.loss * float("nan"), token_losses=losses)
+        return output
+
+    return forward
+
+
+def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
+    """One run, in what could be a fresh process: the generators are in a state of their own."""
+    torch.manual_seed(random.SystemRandom().randrange(2**32))
+    random.seed()
+    recorded: dict[int, Any] = {}
+    Recorder.steps = recorded
+    pretrain.Health = Recorder  # type: ignore[misc]
+    plain = StepClock.enter
+    StepClock.enter = with_fault(fault)  # type: ignore[method-assign]
+    outcome: dict[str, Any] = {"status": 0, "error": None}
+    try:
+        outcome["status"] = pretrain.pretrain(
+            load_recipe(words),
+            pretrain_transformers.model_provider,
+            pretrain_transformers.data_provider,
+            forward_with_fault(fault, recorded),
+        )
+    except UserError as error:
+        outcome.update(status=2, error=str(error))
+    finally:
+        StepClock.enter = plain  # type: ignore[method-assign]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {"steps": recorded, **outcome})
+    same = [{step: {**facts, "samples": None} for step, facts in own["steps"].items()} for own in gathered]
+    assert all(own == same[0] for own in same), "ranks differ"
+    steps = {
+        step: {**facts, "samples": [own["steps"][step]["samples"] for own in gathered]}
+        for step, facts in recorded.items()
+    }
+    return {**outcome, "steps": steps}
+
+
+def main(runs: list[dict[str, Any]], out: str) -> None:
+    """All runs in turn; the results are complete as far as the runs got."""
+    torch.set_num_threads(1)
+    pretrain.stop_processes, stop = lambda: None, pretrain.stop_processes
+    results = []
+    for number, description in enumerate(runs):
+        results.append(run(description["flags"], description.get("fault")))
+        if dist.get_rank() == 0:
+            print(f"run {number}: status {results[-1]['status']}", flush=True)
+            with open(out, "w") as file:
+                json.dump(results, file)
+    stop()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file), sys.argv[2])
