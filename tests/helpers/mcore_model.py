@@ -29,17 +29,19 @@ def to_mcore(geometry: Qwen3VLGeometry, tensors: Mapping[str, Tensor]) -> dict[s
     return {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
 
 
-def model_like(hf_model: Any, choices: ModelChoices | None = None) -> tuple[Qwen3VLModel, Qwen3VLGeometry]:
-    """Build our model for ``hf_model``'s config and give it its weights."""
+def model_like(
+    hf_model: Any, choices: ModelChoices | None = None, *, device: str = "cpu"
+) -> tuple[Qwen3VLModel, Qwen3VLGeometry]:
+    """Build our model for ``hf_model``'s config with the kernels of ``device`` and give it its weights."""
     geometry = Qwen3VLGeometry.from_config(hf_model.config.to_dict())
-    model = build_model(geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+    model = build_model(geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=device)
     weights = to_mcore(geometry, hf_model.state_dict())
     parameters = dict(model.named_parameters())
     assert parameters.keys() == weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return model, geometry
+    return model.to(device), geometry
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +135,18 @@ def is_bf16(of: dict[str, Any]) -> bool:
     return of["fsdp"]["param_dtype"] == "bf16"
 
 
-def run_layouts(processes: int, cases: dict[str, dict[str, Any]], directory: Path) -> dict[str, dict[str, Any]]:
-    """Run all cases in one torchrun; returns what came of each."""
+def run_layouts(
+    processes: int, cases: dict[str, dict[str, Any]], directory: Path, environment: Mapping[str, str] = os.environ
+) -> dict[str, dict[str, Any]]:
+    """Run all cases in one torchrun, on the device that MM_TEST_DEVICE names (cpu); returns what came of each."""
     (directory / "cases.json").write_text(json.dumps(cases))
     root = Path(__file__).parents[2]
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
          str(Path(__file__).with_name("run_layouts.py")), str(directory / "cases.json"), str(directory / "out.pt")],
         check=True, cwd=root, timeout=900, stdout=sys.__stderr__,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(root), environment.get("PYTHONPATH", "")]),
+             "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     return torch.load(directory / "out.pt", weights_only=True)
 

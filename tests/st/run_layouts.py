@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ FAULTS = {
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is spread over processes, put together."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
 def in_order(step: int, batch: int) -> list[Sample]:
@@ -131,10 +132,10 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     """Train in one layout, from a checkpoint where the case names one."""
     args = parse_args(case["flags"])
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
-    layout = build_layout(device_type="cpu", sharding_size=config.sharding_size, **case["layout"])
+    layout = build_layout(device_type=backend.name, sharding_size=config.sharding_size, **case["layout"])
     coefficient = case.get("router_aux_loss_coef", 0.0)
     choices = ModelChoices(**case.get("choices", {}), router_load=coefficient > 0)
-    model, geometry = model_like(tiny_model(**case.get("model", {})), choices)
+    model, geometry = model_like(tiny_model(**case.get("model", {})), choices, device=backend.name)
     parallelise(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
     progress = Progress()
@@ -208,7 +209,7 @@ def record(trainer: Trainer, name: str, reads: list[Any] | None = None) -> list[
 def main(cases: dict[str, dict[str, Any]], out: str) -> None:
     """Run all cases in turn."""
     torch.set_num_threads(1)
-    backend = select_backend("cpu")
+    backend = select_backend(os.environ.get("MM_TEST_DEVICE", "cpu"))
     start_processes(backend, timeout_minutes=2)
     outcomes = {}
     for name, case in cases.items():

@@ -1,0 +1,207 @@
+"""Every NPU kernel against the reference on the host: values and gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch_npu
+
+from mindspeed_mm.backend.kernels import npu_attention
+from mindspeed_mm.backend.kernels.attention import Segments, attention_kernel, eager_attention
+from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel, torch_rms_norm, torch_rotary
+from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, looped_experts
+from mindspeed_mm.backend.kernels.npu_experts import PermutedRows
+from mindspeed_mm.backend.kernels.rows import row_mover
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.dispatch import IndexedRows
+
+TOLERANCE = 2e-6  # fp32, other order of additions
+
+
+def pairs(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Leaves with the same values on the host and on the device."""
+    host = [tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    return host, [tensor.detach().npu().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+
+
+def check(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert ours.device.type == "npu" and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    difference = (ours.detach().cpu().float() - theirs.detach().float()).norm()
+    assert difference <= tolerance * theirs.detach().float().norm(), float(difference)
+
+
+def check_gradients(device: list[torch.Tensor], host: list[torch.Tensor], tolerance: float = TOLERANCE) -> None:
+    for ours, theirs in zip(device, host, strict=True):
+        check(ours.grad, theirs.grad, tolerance)
+
+
+def segments(lengths: list[int], device: str) -> Segments:
+    offsets = [0, *itertools.accumulate(lengths)]
+    return Segments(torch.tensor(offsets, dtype=torch.int32, device=device), offsets, max(lengths))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["text", "vision"])
+@pytest.mark.parametrize("lengths", [[5], [3, 1, 4, 0, 2]], ids=str)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 8), (8, 1, 16), (3, 3, 72)])
+def test_attention(causal, lengths, heads, groups, width):
+    torch.manual_seed(0)
+    total = sum(lengths)
+    host, device = pairs(*(torch.randn(total, count, width) for count in (heads, groups, groups)))
+    weight = torch.randn(total, heads, width)
+    kept = [length for length in lengths if length]
+    theirs = eager_attention(*host, segments=segments(kept, "cpu"), causal=causal, scale=width**-0.5)
+    ours = attention_kernel(None, device="npu")(
+        *device, segments=segments(lengths, "npu"), causal=causal, scale=width**-0.5
+    )
+    check(ours, theirs)
+    (theirs * weight).sum().backward()
+    (ours * weight.npu()).sum().backward()
+    check_gradients(device, host)
+
+
+def test_attention_over_more_segments_than_a_call_takes(monkeypatch):
+    torch.manual_seed(1)
+    lengths = [1 + index % 3 for index in range(npu_attention.MOST_SEGMENTS + 5)]
+    host, device = pairs(*(torch.randn(sum(lengths), 2, 4) for _ in range(3)))
+    calls, real = [], torch_npu.npu_fusion_attention
+    monkeypatch.setattr(
+        torch_npu, "npu_fusion_attention", lambda *args, **keywords: calls.append(1) or real(*args, **keywords)
+    )
+    theirs = eager_attention(*host, segments=segments(lengths, "cpu"), causal=True, scale=0.5)
+    ours = npu_attention.fusion_attention(*device, segments=segments(lengths, "npu"), causal=True, scale=0.5)
+    assert len(calls) == 2
+    check(ours, theirs)
+    theirs.square().sum().backward()
+    ours.square().sum().backward()
+    check_gradients(device, host)
+
+
+def test_attention_names():
+    fused = attention_kernel(None, device="npu")
+    assert attention_kernel("npu_fusion_attention", device="npu") is fused
+    assert attention_kernel("flash_attention_2", device="npu") is fused  # the original's name for it
+    assert attention_kernel("sdpa", device="npu") is not fused
+    with pytest.raises(UserError, match="not available on cpu; choose one of eager, sdpa"):
+        attention_kernel("npu_fusion_attention", device="cpu")
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [10, 0, 0, 0], [0, 0, 0, 1], [6]], ids=str)
+def test_grouped_experts(counts):
+    torch.manual_seed(2)
+    experts, hidden, inner = len(counts), 8, 12
+    host, device = pairs(
+        torch.randn(sum(counts), hidden), torch.randn(experts, hidden, 2 * inner), torch.randn(experts, inner, hidden)
+    )
+    weight = torch.randn(sum(counts), hidden)
+    theirs = looped_experts(*host, torch.tensor(counts))
+    name = expert_kernel_name(fused=True, hidden_size=hidden, intermediate_size=inner, device="npu")
+    assert name == "npu_grouped_matmul"
+    before = torch_npu._C.host_waits()
+    ours = expert_kernel(name, device="npu")(*device, torch.tensor(counts).npu())
+    (ours * weight.npu()).sum().backward()
+    assert torch_npu._C.host_waits() == before  # the counts stay on the device
+    (theirs * weight).sum().backward()
+    check(ours, theirs)
+    check_gradients(device, host)
+
+
+def test_experts_without_rows_get_gradients_of_zero():
+    _, device = pairs(torch.empty(0, 8), torch.randn(4, 8, 24), torch.randn(4, 12, 8))
+    counts = torch.zeros(4, dtype=torch.int64).npu()
+    output = expert_kernel("npu_grouped_matmul", device="npu")(*device, counts)
+    assert output.shape == (0, 8)
+    output.sum().backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in device)
+
+
+def test_frozen_experts_get_no_gradient():
+    _, device = pairs(torch.randn(5, 8), torch.randn(2, 8, 24), torch.randn(2, 12, 8))
+    for weight in device[1:]:
+        weight.requires_grad_(False)
+    expert_kernel("npu_grouped_matmul", device="npu")(*device, torch.tensor([2, 3]).npu()).sum().backward()
+    assert device[0].grad is not None and device[1].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_rows(dtype, top_k):
+    """Small whole numbers, whose sums are exact in bf16 too: the rows that travel are the same to the bit."""
+    torch.manual_seed(3)
+    tokens, weights = (torch.randint(-2, 3, shape).to(dtype) for shape in ((9, 8), (9, top_k)))
+    experts = torch.stack([torch.randperm(6)[:top_k] for _ in range(9)])
+    factor = torch.randint(-2, 3, (9, 8)).to(dtype)
+    plain, fused = IndexedRows(), row_mover(IndexedRows(), fused=True, device="npu")
+    assert isinstance(fused, PermutedRows)
+    results = []
+    before = torch_npu._C.host_waits()
+    for mover, values in zip((plain, fused), pairs(tokens, weights), strict=True):
+        own = values[0].device
+        rows, places = mover.to_rows(values[0], experts.to(own))
+        output = mover.to_tokens(rows * 2, places, values[1])
+        (output * factor.to(own)).sum().backward()
+        results.append([rows, output, values[0].grad, values[1].grad, mover.count(experts.to(own), 6)])
+    assert torch_npu._C.host_waits() == before
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert ours.device.type == "npu" and torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_come_back_as_they_went(dtype):
+    """What expert parallelism does with rows that came from other processes."""
+    tokens = torch.arange(24, dtype=torch.float32).view(6, 4).to(dtype).npu().requires_grad_()
+    mover = row_mover(IndexedRows(), fused=True, device="npu")
+    rows, places = mover.to_rows(tokens, torch.tensor([[2], [0], [1], [0], [2], [0]]).npu())
+    assert rows[:, 0].tolist() == [4, 12, 20, 8, 0, 16]
+    back = mover.to_tokens(rows, places)
+    assert torch.equal(back, tokens)
+    (back * tokens.detach()).sum().backward()
+    assert torch.equal(tokens.grad, tokens.detach())
+
+
+def test_no_rows():
+    mover = row_mover(IndexedRows(), fused=True, device="npu")
+    tokens = torch.empty(0, 4, dtype=torch.bfloat16, device="npu", requires_grad=True)
+    experts = torch.empty(0, 1, dtype=torch.int64, device="npu")
+    rows, places = mover.to_rows(tokens, experts)
+    assert mover.count(experts, 3).tolist() == [0, 0, 0]
+    mover.to_tokens(rows, places).sum().backward()
+    assert tokens.grad.shape == (0, 4)
+
+
+def test_reference_experts_use_no_fused_operator():
+    plain = IndexedRows()
+    assert row_mover(plain, fused=False, device="npu") is plain and row_mover(plain, fused=True, device="cpu") is plain
+    assert expert_kernel_name(fused=False, hidden_size=8, intermediate_size=8, device="npu") == "loop"
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (6, 1, 16), (6, 4, 16)], ids=str)
+def test_rms_norm(shape):
+    torch.manual_seed(4)
+    host, device = pairs(torch.randn(shape), torch.randn(16))
+    factor = torch.randn(shape)
+    theirs, ours = torch_rms_norm(*host, 1e-6), rms_norm_kernel(device="npu")(*device, 1e-6)
+    check(ours, theirs)
+    (theirs * factor).sum().backward()
+    (ours * factor.npu()).sum().backward()
+    check_gradients(device, host)
+
+
+@pytest.mark.parametrize(("tensor_type", "angle_type"), [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)
+])
+@pytest.mark.parametrize("width", [8, 72])
+def test_rotary(tensor_type, angle_type, width):
+    torch.manual_seed(5)
+    (tensor,), (ours,) = pairs(torch.randn(7, 3, width).to(tensor_type))
+    angles = torch.randn(7, 1, width)
+    cos, sin = angles.cos().to(angle_type), angles.sin().to(angle_type)
+    factor = torch.randn(7, 3, width).to(tensor_type)
+    expected, result = torch_rotary(tensor, cos, sin), rotary_kernel(device="npu")(ours, cos.npu(), sin.npu())
+    # between bf16 angles and values the host rounds each product, the operator the sum
+    tolerance = 1e-2 if angle_type is torch.bfloat16 else 4e-3 if tensor_type is torch.bfloat16 else TOLERANCE
+    check(result, expected, tolerance)
+    (expected * factor).sum().backward()
+    (result * factor.npu()).sum().backward()
+    check_gradients([ours], [tensor], tolerance)

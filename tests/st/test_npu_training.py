@@ -1,0 +1,112 @@
+"""Training on the simulated NPU: layouts against Hugging Face's model, the launcher against its own run on the host."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.mcore_model import relative
+from tests.helpers.npu_environment import HAS_COMPILER, npu_environment
+from tests.st.matrix import GRADIENT, LOSS, PARAMETER, case, errors, reference, run_layouts
+from tests.st.test_recipe import edited, logged, place, run, stored, train  # noqa: F401  place is a fixture
+
+pytestmark = [
+    pytest.mark.st,
+    pytest.mark.skipif(not HAS_COMPILER, reason="the simulated NPU is compiled on first use, and there is no g++"),
+]
+BF16 = {"param_dtype": "bf16"}
+CASES = {
+    "FSDP2": case(4),
+    "EP2": case(4, expert_size=2),
+    "CP2": case(8, context_size=2),
+    "EP2, reference experts": case(4, expert_size=2, choices={"fused_experts": False}),
+    "EP2, full recompute": case(4, expert_size=2, choices={"recompute": "full"}),
+    "FSDP2, bf16": case(4, fsdp=BF16),
+    "EP2, bf16": case(4, fsdp=BF16, expert_size=2),
+}
+
+
+def test_layouts_equal_hugging_face(tmp_path):
+    """By the tolerances of the host's own matrix."""
+    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu"}
+    for name, outcome in run_layouts(2, CASES, tmp_path, environment).items():
+        found = errors(outcome, reference())
+        if "bf16" in name:
+            assert found["losses"] < 0.01 and found["norms"] < 0.1, (name, found)
+            continue
+        assert found["losses"] <= LOSS and found["norms"] <= GRADIENT, (name, found)
+        assert found["gradients"] <= GRADIENT and found["parameters"] <= PARAMETER, (name, found)
+
+
+def numbers(output: str) -> dict[int, tuple[float, float]]:
+    """Iteration -> (loss, gradient norm) of a launcher's log."""
+    return {
+        int(iteration): (float(loss), float(norm))
+        for iteration, loss, norm in re.findall(r"iteration +(\d+)/.*? \| loss: (\S+) .*? \| grad norm: (\S+) ", output)
+    }
+
+
+@pytest.mark.parametrize("expert_size", [pytest.param("1", marks=pytest.mark.slow), "2"])
+def test_launcher_trains_as_on_the_host(place: Path, expert_size: str):  # noqa: F811
+    layout = {"NPUS_PER_NODE": "2", "MBS": "6", "EP": expert_size, "TRAIN_ITERS": "4", "SAVE_INTERVAL": "4"}
+    host = train(place, f"host{expert_size}", **layout)
+    device = train(place, f"npu{expert_size}", **layout, PYTHONPATH=npu_environment()["PYTHONPATH"])
+    assert "2 process(es) on cpu" in host and "2 process(es) on npu" in device
+    theirs, ours = numbers(host), numbers(device)
+    assert sorted(ours) == sorted(theirs) == [1, 2, 3, 4]
+    for iteration, (loss, norm) in theirs.items():
+        assert math.isclose(ours[iteration][0], loss, rel_tol=1e-5), (iteration, ours, theirs)
+        assert math.isclose(ours[iteration][1], norm, rel_tol=1e-3), (iteration, ours, theirs)  # printed with 3 digits
+    first, second = stored(place / f"host{expert_size}/iter_0000004"), stored(place / f"npu{expert_size}/iter_0000004")
+    weights = [name for name in first if name.startswith("model.")]
+    assert not first.keys() - second.keys() and len(weights) > 60
+    heads = json.loads((place / "ckpt/hf_path/Qwen3-VL-tiny/config.json").read_text())["vision_config"]["num_heads"]
+    for name in weights:
+        theirs, ours = (with_gradient(name, tensors[name], heads=heads) for tensors in (first, second))
+        assert relative(ours, theirs) <= PARAMETER, (name, relative(ours, theirs))
+
+
+def with_gradient(name: str, tensor: torch.Tensor, *, heads: int) -> torch.Tensor:
+    """The part of a parameter whose gradient is not zero in exact arithmetic.
+
+    A bias of all keys alike shifts all scores of a row alike, which the softmax takes out again: AdamW makes steps of
+    full size of what rounding leaves of that gradient.
+    """
+    if name.endswith("linear_qkv.bias"):
+        return tensor.view(heads, 3, -1)[:, (0, 2)]
+    return tensor
+
+
+def test_asking_for_an_npu_where_there_is_none(place: Path):  # noqa: F811
+    output = train(place, "none", "--device", "npu", status=2)
+    (line,) = output.strip().splitlines()
+    assert line.startswith("error: --device npu: no usable npu device on this machine: torch_npu is not installed")
+
+
+def test_more_processes_than_npus(place: Path):  # noqa: F811
+    environment = npu_environment(count=1)
+    output = train(
+        place, "many", status=2, NPUS_PER_NODE="2", MBS="6", PYTHONPATH=environment["PYTHONPATH"],
+        SIMULATED_NPU_COUNT="1",
+    )
+    assert output.strip().splitlines() == [
+        "error: 2 processes are to run on this machine, which has 1 npu device(s); lower --nproc_per_node "
+        "(NPUS_PER_NODE in the launcher)"
+    ]
+
+
+def test_torch_npu_that_cannot_be_loaded(place: Path, tmp_path: Path):  # noqa: F811
+    """CANN's environment was not sourced: its libraries are not found."""
+    (tmp_path / "torch_npu.py").write_text(
+        "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')\n"
+    )
+    root = str(Path(__file__).parents[2])
+    output = train(place, "broken", status=2, PYTHONPATH=f"{tmp_path}:{root}")
+    (line,) = output.strip().splitlines()
+    assert line.startswith("error: torch_npu cannot be loaded (libhccl.so: cannot open shared object file")
+    assert "set_env.sh" in line and "--device" in line
