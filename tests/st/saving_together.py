@@ -1,0 +1,159 @@
+"""Started by torchrun with two processes: what they have to agree on when they save.
+
+Usage: torchrun --nproc_per_node 2 saving_together.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint import directory, save_directory, save_job
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.loader import load_tensors
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+
+WHOLE = {f"model.{number}": torch.arange(7.0 * 30).view(7, 30) + number for number in range(12)}
+
+
+@dataclasses.dataclass
+class Standing:
+    iteration: int
+
+
+class State:
+    """Tensors that are cut on either axis, unevenly, or held by both processes."""
+
+    def __init__(self, turn: int = 0) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        placements = [Replicate(), Shard(0), Shard(1)]
+        self.tensors: dict[str, Tensor] = {
+            name: distribute_tensor(tensor.clone(), mesh, [placements[(number + turn) % 3]])
+            for number, (name, tensor) in enumerate(WHOLE.items())
+        }
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return {**self.tensors, "optimizer.step": torch.tensor(5.0)}
+
+    def own(self) -> Mapping[str, Tensor]:
+        return {f"rng.{dist.get_rank()}.cpu": torch.full((10,), dist.get_rank(), dtype=torch.uint8)}
+
+    def expected_bytes(self) -> int:
+        return 10_000
+
+
+def saver_of(root: Path, lines: list[str]) -> Saver:
+    return Saver(State(), SaveOptions(root, asynchronous=True), backend=select_backend("cpu"), say=lines.append)
+
+
+def every_element_once(root: Path, lines: list[str]) -> None:
+    """What both hold is written by one of them, by turns; any other sharding reads it."""
+    saver = saver_of(root, lines)
+    saver.start(Standing(1))
+    saver.finish()
+    path = root / "iter_0000001"
+    reader = DcpReader(path, directory.verify_directory(path, checksums=True))
+    for name, tensor in WHOLE.items():
+        assert torch.equal(reader.read(name), tensor)
+        assert sum(torch.Size(chunk.sizes).numel() for chunk, _ in reader.items(name)) == tensor.numel()
+    writers = {info.relative_path[2] for name in list(WHOLE)[::3] for _, info in reader.items(name)}
+    assert writers == {"0", "1"}  # of those that both hold
+    assert {name for name in reader.tensors if name.startswith("rng.")} == {"rng.0.cpu", "rng.1.cpu"}
+    for turn in (0, 1, 2):
+        state = State(turn)
+        for tensor in state.tensors.values():
+            tensor.to_local().fill_(-1)
+        load_tensors(reader, state.tensors)
+        assert all(torch.equal(tensor.full_tensor(), WHOLE[name]) for name, tensor in state.tensors.items())
+
+
+def damage_on_one_is_told_to_all(root: Path, lines: list[str]) -> None:
+    """A process whose pieces are whole does not wait for one whose are not."""
+    saver = saver_of(root, lines)
+    saver.start(Standing(1))
+    saver.finish()
+    path = root / "iter_0000001"
+    reader = DcpReader(path, directory.verify_directory(path))
+    if dist.get_rank() == 0:
+        _, info = next(item for item in reader.items("model.1") if item[1].relative_path.startswith("__1"))
+        content = bytearray((path / info.relative_path).read_bytes())
+        content[info.offset + info.length // 2] ^= 1
+        (path / info.relative_path).write_bytes(content)
+    dist.barrier()
+    try:
+        load_tensors(reader, State().tensors)
+    except UserError as error:
+        assert "__1_0.distcp" in str(error) and "another checksum" in str(error)
+    else:
+        raise AssertionError("damage went unnoticed")
+
+
+def directory_of_one_machine(root: Path, lines: list[str]) -> None:
+    """A relative path, and another working directory on each: not the same directory."""
+    save_directory._PATIENCE = 0.2
+    home, own = os.getcwd(), root / f"machine{dist.get_rank()}"
+    own.mkdir(parents=True)
+    os.chdir(own)
+    try:
+        saver_of(Path("save"), lines)
+    except UserError as error:
+        assert "is not the same directory on all machines: rank 1 on" in str(error)
+    else:
+        raise AssertionError("nobody noticed")
+    finally:
+        os.chdir(home)
+
+
+def files_that_do_not_arrive(root: Path, lines: list[str]) -> None:
+    """The second process writes to a directory that only looks like the first's."""
+    saver = saver_of(root, lines)
+    saver.start(Standing(1))
+    saver.wait()
+    write = save_job.write_shards
+
+    def elsewhere(directory_: Path, *arguments, **options):
+        shards = write(directory_, *arguments, **options)
+        if dist.get_rank() == 1:
+            for shard in shards:
+                (directory_ / shard.name).unlink()
+        return shards
+
+    save_job.write_shards = elsewhere
+    saver.start(Standing(2))
+    saver.wait()
+    save_job.write_shards = write
+    assert saver.failures == 1 and directory.read_tracker(root) == 1
+    if dist.get_rank() == 0:
+        assert "__1_0.distcp was written by another process and is not to be seen here" in lines[-1], lines
+    saver.start(Standing(3))
+    saver.finish()
+    assert saver.failures == 0 and directory.read_tracker(root) == 3
+
+
+def main(work: Path) -> None:
+    """Run all, each in a directory of its own."""
+    torch.set_num_threads(1)
+    start_processes(select_backend("cpu"), timeout_minutes=1)
+    for action in (
+        every_element_once, damage_on_one_is_told_to_all, directory_of_one_machine, files_that_do_not_arrive
+    ):
+        action(work / action.__name__, [])
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"{action.__name__}: as it should be", flush=True)
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,199 @@
+"""Loading is strict: another model, damage of any byte, and missing parts are refused before training."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint.checksum import file_checksum
+from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, read_metadata
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.training.optimizer import initialise_state
+
+BACKEND = select_backend("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process() -> Iterator[None]:
+    torch.set_num_threads(1)
+    start_processes(BACKEND, timeout_minutes=1)
+    yield
+    stop_processes()
+
+
+def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A small model and its optimizer, with moments."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters())
+    initialise_state(optimizer)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.fill_(seed + 0.5)
+    return model, optimizer
+
+
+def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, with_rng: bool = True) -> Path:
+    saver = Saver(TrainingState(model, optimizer, BACKEND, with_rng=with_rng), SaveOptions(root), backend=BACKEND,
+                  say=lambda line: None)
+    saver.start(Progress(iteration=1))
+    return root / "iter_0000001"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save(tmp_path / "save", *make(seed=1))
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, **options) -> Progress:
+    return load_checkpoint(path, model=model, optimizer=optimizer, backend=BACKEND, with_rng=False, **options)
+
+
+def test_everything_comes_back(saved: Path) -> None:
+    (model, optimizer), (original, _) = make(seed=2), make(seed=1)
+    assert load(saved, model, optimizer).iteration == 1
+    for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        state = optimizer.state[ours]
+        assert all(bool((value == 1.5).all()) for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 3}, r"it lacks model\.2\.bias, model\.2\.weight;"),
+        ({"layers": 1}, r"it has unexpected model\.1\.bias, model\.1\.weight;"),
+        ({"width": 4}, r"other shapes: model\.0\.bias \(8,\) instead of \(4,\), model\.0\.weight .* and 1 more;"),
+        ({"dtype": torch.bfloat16}, r"other types: model\.0\.bias float32 instead of bfloat16, .* and 1 more;"),
+    ],
+)
+def test_another_model_is_refused(saved: Path, options, message: str) -> None:
+    model, optimizer = make(**options)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(UserError, match=message):
+        load(saved, model, optimizer)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_converted_weights_may_be_narrower_and_no_others(tmp_path: Path) -> None:
+    path = save(tmp_path, make(dtype=torch.bfloat16, seed=1)[0], None, with_rng=False)
+    with pytest.raises(UserError, match="other types"):  # training's are those that it trained
+        load(path, make()[0], None)
+    edit_manifest(path, drop=["progress.json"])
+    model = make()[0]
+    load(path, model, None)
+    assert torch.equal(model[0].weight.bfloat16(), make(dtype=torch.bfloat16, seed=1)[0][0].weight)
+    assert torch.equal(model[0].weight.bfloat16().float(), model[0].weight)
+    with pytest.raises(UserError, match="other types"):
+        load(path, make(dtype=torch.float16)[0], None)
+
+
+@pytest.mark.parametrize("left_out", ["optimizer", "rng"])
+def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
+    model, optimizer = make()
+    path = save(tmp_path, model, None if left_out == "optimizer" else optimizer, with_rng=left_out != "rng")
+    with pytest.raises(UserError, match=f"--no-load-{left_out[:5]}"):
+        load_checkpoint(
+            path, model=model, optimizer=optimizer if left_out == "optimizer" else None, backend=BACKEND, with_rng=True
+        )
+
+
+def edit_manifest(path: Path, *, drop: list[str] = (), without_items: bool = False) -> None:
+    """Take files out of a checkpoint, or make its manifest one of a time when pieces had no checksums."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in drop:
+        del manifest["files"][name]
+        (path / name).unlink()
+    for facts in manifest["files"].values():
+        if without_items:
+            facts.pop("items", None)
+        file = path / next(name for name, other in manifest["files"].items() if other is facts)
+        facts.update(size=file.stat().st_size, checksum=file_checksum(file))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def places(path: Path, prefix: str) -> list[tuple[Path, int, int]]:
+    """File, offset and length of all stored pieces of tensors with a prefix."""
+    entries = read_metadata(path / METADATA).storage_data.items()
+    return [(path / at.relative_path, at.offset, at.length) for key, at in entries if key.fqn.startswith(prefix)]
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("without_items", [False, True])
+def test_no_byte_of_what_is_read_may_differ(saved: Path, tmp_path: Path, without_items: bool) -> None:
+    edit_manifest(saved, without_items=without_items)
+    file, offset, length = places(saved, "model.0.weight")[0]
+    for position in range(0, length, 37):
+        shutil.copytree(saved, tmp_path / "damaged")
+        flip(tmp_path / "damaged" / file.name, offset + position)
+        with pytest.raises(UserError, match=r"another checksum.*restore|damaged"):
+            load(tmp_path / "damaged", *make())
+        shutil.rmtree(tmp_path / "damaged")
+    load(saved, *make())
+
+
+def test_which_checksums_are_compared(saved: Path) -> None:
+    file, offset, length = places(saved, "rng.")[0]
+    flip(file, offset + length // 2)
+    load(saved, *make())  # nobody read it
+    load(saved, *make(), check="sizes")
+    with pytest.raises(UserError, match="another checksum"):
+        load(saved, *make(), check="all")
+
+
+@pytest.mark.parametrize("name", [METADATA, "progress.json", "__0_0.distcp"])
+def test_missing_and_truncated_files(saved: Path, name: str) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{name} has {len(content) - 1} bytes instead of {len(content)}"):
+        load(saved, *make(), check="sizes")
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        load(saved, *make(), check="sizes")
+
+
+def test_pieces_must_cover_a_tensor(saved: Path) -> None:
+    metadata = read_metadata(saved / METADATA)
+    metadata.state_dict_metadata["model.1.weight"].chunks.clear()
+    (saved / METADATA).write_bytes(pickle.dumps(metadata))
+    edit_manifest(saved)
+    with pytest.raises(UserError, match=r"model\.1\.weight is not completely stored"):
+        load(saved, *make())
+
+
+def test_pieces_must_lie_in_the_checkpoint(saved: Path) -> None:
+    metadata = read_metadata(saved / METADATA)
+    next(iter(metadata.storage_data.values())).relative_path = "../../secret"
+    (saved / METADATA).write_bytes(pickle.dumps(metadata))
+    edit_manifest(saved)
+    with pytest.raises(UserError, match=r"names \.\./\.\./secret, which the manifest does not have"):
+        load(saved, *make())
+
+
+def test_progress_of_another_version(saved: Path) -> None:
+    (saved / "progress.json").write_text('{"iteration": 1, "mood": "good"}')
+    edit_manifest(saved)
+    with pytest.raises(UserError, match=r"progress\.json cannot be read .*mood"):
+        load(saved, *make())
+
+
+def test_directory_without_manifest_is_no_checkpoint(saved: Path) -> None:
+    (saved / directory.MANIFEST).unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load(saved, *make())
