@@ -179,8 +179,8 @@ def _verify(options: argparse.Namespace) -> int:
     )
     for line in differing:
         print(line)
-    counted = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
-    print(counted if differing else "equal, bit for bit")
+    count = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
+    print(count if differing else "equal, bit for bit")
     return 1 if differing else 0
 
 
@@ -296,7 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        remedy = "; change its permissions, or run as its owner" if isinstance(error, PermissionError) else ""
+        print(f"error: {place}{error.strerror or error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)

@@ -15,22 +15,20 @@ from checkpoint.assets import check_replaceable, config_dtype, copy_assets
 from checkpoint.dcp_writer import PREFIX
 from checkpoint.hf_writer import Output, Part, PartWriter, ShardFile, order_parts, plan_files, write_index
 from checkpoint.journal import Journal
+from checkpoint.locate import check_huggingface, find_checkpoint
 from checkpoint.stored import StoredParameters
-from checkpoint.work import Progress, check_disk_space, default_workers, format_bytes, run_parallel
+from checkpoint.work import Progress, check_disk_space, counted, default_workers, format_bytes, run_parallel, writing
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.weight_map import WEIGHT_MAP_VERSION, WeightRule, weight_map
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import (
-    TRACKER,
     WrittenFile,
     finish_directory,
     prepare_directory,
-    resolve_checkpoint,
     verify_directory,
     verify_files,
 )
-from mindspeed_mm.training.checkpoint.files import make_directory
 from mindspeed_mm.training.checkpoint.hf_source import layout_by_shapes
 from mindspeed_mm.training.checkpoint.pieces import listed
 
@@ -69,7 +67,8 @@ def dcp_to_hf(
         UserError: if anything about checkpoint, assets or target is not as it should be.
     """
     load, save, assets = Path(load_dir), Path(save_dir), Path(model_assets_dir)
-    checkpoint = resolve_checkpoint(load) if (load / TRACKER).is_file() else load
+    checkpoint = find_checkpoint(load, "--load_dir")
+    check_huggingface(assets, "--model_assets_dir")
     manifest = verify_directory(checkpoint)
     geometry = Qwen3VLGeometry.from_pretrained(assets)
     reader = DcpReader(checkpoint, manifest)
@@ -85,18 +84,14 @@ def dcp_to_hf(
     stored = StoredParameters(reader, check=check)
     whole = stored.files_without(PREFIX + rule.target for rule in rules)
     if check and whole:
-        print(f"checking {len(whole)} files of {checkpoint}, which have no checksums of their parts")
+        print(f"checking {counted(len(whole), 'file')} of {checkpoint}, without checksums of parts")
         verify_files(checkpoint, {name: manifest["files"][name] for name in sorted(whole)})
-    try:
-        make_directory(save.parent)
-    except OSError as error:
-        raise UserError(f"--save_dir {save} cannot be made: {error.strerror}") from error
-    with journal.locked():
+    with writing(save), journal.locked():
         # An empty directory in the target's place is no loss.
         replace = overwrite or save.is_dir()
         partial = prepare_directory(save, overwrite=replace, resume=True)
         records = journal.resume()
-        _write_files(partial, files, records, journal, stored, workers or default_workers())
+        _write_files(partial, files, records, journal, stored, workers or default_workers(), replaces=replace)
         write_index(partial, files)
         written = {output.dtype for output in outputs}
         copy_assets(assets, partial, dtype=written.pop() if len(written) == 1 else None)
@@ -169,11 +164,13 @@ def _write_files(
     journal: Journal,
     stored: StoredParameters,
     workers: int,
+    *,
+    replaces: bool,
 ) -> None:
     """Write the files that have no record yet; adds theirs to ``records``."""
     missing = {name: outputs for name, outputs in files.items() if name not in records}
     total = sum(output.nbytes for outputs in missing.values() for output in outputs)
-    check_disk_space(partial, total + _SPARE_BYTES)
+    check_disk_space(partial.parent, total + _SPARE_BYTES, replaces=replaces)
     if records:
         kept = sum(record["size"] for record in records.values())
         print(f"resuming: {len(records)} of {len(files)} files ({format_bytes(kept)}) are already written and verified")
@@ -190,9 +187,6 @@ def _write_files(
     jobs = [functools.partial(write, shard, part) for shard, part in order_parts(shards, workers)]
     try:
         run_parallel(jobs, workers=workers, progress=progress)
-    except OSError as error:
-        reason = f"{partial} cannot be written: {error.strerror}"
-        raise UserError(f"{reason}; finished files are kept, run the command again") from error
     finally:
         progress.close()
         for shard in shards:

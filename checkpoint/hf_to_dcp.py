@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 
+from checkpoint.assets import config_dtype
 from checkpoint.dcp_writer import FileRecord, Piece, plan_files, stored_items, tensor_facts, write_file
 from checkpoint.journal import Journal
-from checkpoint.work import ByteBudget, Progress, check_disk_space, default_workers, format_bytes, run_parallel
+from checkpoint.locate import check_huggingface
+from checkpoint.work import (
+    ByteBudget,
+    Progress,
+    check_disk_space,
+    default_workers,
+    format_bytes,
+    run_parallel,
+    writing,
+)
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.weight_map import WEIGHT_MAP_VERSION
 from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, write_metadata
@@ -23,7 +33,6 @@ from mindspeed_mm.training.checkpoint.directory import (
     prepare_directory,
     write_tracker,
 )
-from mindspeed_mm.training.checkpoint.files import make_directory
 from mindspeed_mm.training.checkpoint.hf_source import HFSource
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -59,7 +68,9 @@ def hf_to_dcp(
     Raises:
         UserError: if anything about source or target is not as it should be.
     """
+    check_huggingface(Path(hf_dir), "--hf_dir")
     source = HFSource(hf_dir, expert_layout=expert_layout)
+    _check_types(source, dtype)
     if tie_weight and not source.geometry.text.tie_word_embeddings:
         raise UserError(
             f"--tie_weight was given, but {source.directory / 'config.json'} has tie_word_embeddings false; "
@@ -67,20 +78,21 @@ def hf_to_dcp(
         )
     root, target = Path(dcp_dir), Path(dcp_dir) / RELEASE
     files = plan_files(source, DTYPES[dtype])
-    journal = Journal(target, _fingerprint(source, files))
-    try:
-        make_directory(root)
-    except OSError as error:
-        raise UserError(f"--dcp_dir {root} cannot be made: {error.strerror}") from error
+    version = source.fingerprint()
+    journal = Journal(target, _fingerprint(version, source, files))
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--dcp_dir {root} is a file; name a directory")
     if journal.is_done():
         return _point_to(root, target, journal)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it, or name another --dcp_dir")
-    with journal.locked():
+    with writing(target), journal.locked():
         partial = prepare_directory(target, overwrite=overwrite, resume=True)
         records = {name: FileRecord.from_json(record) for name, record in journal.resume().items()}
         dropped_reads = source.check_dropped()
         _write_files(partial, files, source, records, journal, workers or default_workers())
+        if source.fingerprint() != version:
+            raise UserError(f"files of {hf_dir} were changed while they were read; run the same command again")
         write_metadata(partial / METADATA, stored_items(files, records))
         reads = [read for record in records.values() for read in record.reads] + dropped_reads
         finish_directory(
@@ -118,7 +130,7 @@ def _write_files(
     """Write the files that have no record yet; adds theirs to ``records``."""
     missing = [name for name in files if name not in records]
     total = sum(piece.nbytes for name in missing for piece in files[name])
-    check_disk_space(partial, total + _SPARE_BYTES)
+    check_disk_space(partial.parent, total + _SPARE_BYTES, replaces=(partial.parent / RELEASE).exists())
     if records:
         kept = sum(record.size for record in records.values())
         print(f"resuming: {len(records)} of {len(files)} files ({format_bytes(kept)}) are already written and verified")
@@ -132,9 +144,6 @@ def _write_files(
 
     try:
         run_parallel([functools.partial(write, name) for name in missing], workers=workers, progress=progress)
-    except OSError as error:
-        reason = f"{partial} cannot be written: {error.strerror}"
-        raise UserError(f"{reason}; finished files are kept, run the command again") from error
     finally:
         progress.close()
 
@@ -145,13 +154,25 @@ def _point_to(root: Path, target: Path, journal: Journal) -> Path:
     return target
 
 
-def _fingerprint(source: HFSource, files: dict[str, list[Piece]]) -> str:
+def _check_types(source: HFSource, dtype: str) -> None:
+    """Types are kept only where all tensors have the one that ``config.json`` names."""
+    named = config_dtype(source.directory)
+    wrong = [name for name, tensor in source.tensors.items() if tensor.dtype != named]
+    if dtype == "keep" and named is not None and wrong:
+        names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise UserError(
+            f"{source.directory / 'config.json'} says {str(named).removeprefix('torch.')}, but the type is another in "
+            f"{names}; pass --dtype bf16 or fp32 to convert all, or correct config.json"
+        )
+
+
+def _fingerprint(version: list[list[Any]], source: HFSource, files: dict[str, list[Piece]]) -> str:
     """Changes whenever the bytes of the result could."""
     pieces = [
         [name, [[p.rule.target, p.first, p.last, str(p.dtype)] for p in pieces]] for name, pieces in files.items()
     ]
     versions = [WEIGHT_MAP_VERSION, _RECORDS_VERSION, torch.__version__]
-    facts: list[Any] = [source.fingerprint(), source.layout, versions, pieces]
+    facts: list[Any] = [version, source.layout, versions, pieces]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

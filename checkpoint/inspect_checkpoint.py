@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from checkpoint.work import format_bytes
-from mindspeed_mm.errors import UserError
+from checkpoint.locate import find_checkpoint, is_huggingface
+from checkpoint.work import counted, format_bytes
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.directory import TRACKER, read_tracker, resolve_checkpoint, verify_directory
+from mindspeed_mm.training.checkpoint.directory import read_tracker, verify_directory
 from mindspeed_mm.training.checkpoint.hf_source import LAYOUT_KEY, layout_by_shapes, read_headers
 
 Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -31,14 +31,10 @@ def inspect(directory: str | Path, *, every_tensor: bool = False) -> str:
         UserError: if the directory is of neither format, or incomplete.
     """
     path = Path(directory)
-    if (path / TRACKER).is_file():
-        path = resolve_checkpoint(path)
-    if (path / ".metadata").is_file():
-        facts, entries = _describe_dcp(path)
-    elif (path / "config.json").is_file():
+    if is_huggingface(path):
         facts, entries = _describe_hf(path)
     else:
-        raise UserError(f"{directory} is neither a Hugging Face directory nor a checkpoint; name one of them")
+        facts, entries = _describe_dcp(find_checkpoint(path, "--dir"))
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries.values())
     elements = sum(math.prod(shape) for shape, _ in entries.values())
     facts["tensors"] = f"{len(entries)}, {elements:,} elements, {format_bytes(total)}"
@@ -59,7 +55,8 @@ def _describe_hf(path: Path) -> tuple[dict[str, str], Entries]:
     else:
         decided = layout_by_shapes({name: shape for name, (shape, _) in entries.items()}, geometry)
         layout = f"{decided} (by shapes)" if decided else "undecided: the shapes fit both, pass --expert-layout"
-    facts = {"directory": str(path), "format": f"Hugging Face, {len(headers)} weight files", "expert layout": layout}
+    kind = f"Hugging Face, weights in {counted(len(headers), 'file')}"
+    facts = {"directory": str(path), "format": kind, "expert layout": layout}
     return facts | _describe_geometry(geometry), entries
 
 
@@ -69,14 +66,14 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
     tracker = read_tracker(path.parent)
     facts = {
         "directory": str(path),
-        "format": f"distributed checkpoint, {len(manifest['files'])} files, sizes as recorded",
+        "format": f"distributed checkpoint, {counted(len(manifest['files']), 'file')}, sizes as recorded",
         "kind": metadata.get("kind", "training"),
         "tracker": "none" if tracker is None else str(tracker),
         "expert layout": str(metadata.get("expert_layout", "hub")),
     }
     if metadata.get("kind") == "converted":
         source = metadata["source"]
-        facts["made from"] = f"{len(source['files'])} files in {source['expert_layout']} layout"
+        facts["made from"] = f"{counted(len(source['files']), 'file')} in {source['expert_layout']} layout"
     geometry = metadata.get("geometry")
     if isinstance(geometry, Mapping):
         text = geometry.get("text", {})
@@ -100,6 +97,11 @@ def _describe_geometry(geometry: Qwen3VLGeometry) -> dict[str, str]:
     }
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers within names by value: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def _table(entries: Entries, *, every_tensor: bool) -> list[str]:
     """Rows of name, shape, type and size; tensors that differ only in a layer number share one."""
     groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = {}
@@ -107,7 +109,7 @@ def _table(entries: Entries, *, every_tensor: bool) -> list[str]:
         pattern = name if every_tensor else re.sub(r"\.\d+(?=\.|$)", ".*", name)
         groups.setdefault((pattern, shape, dtype), []).append(name)
     rows = [("tensor", "count", "shape", "type", "size")]
-    for (pattern, shape, dtype), names in groups.items():
+    for (pattern, shape, dtype), names in sorted(groups.items(), key=lambda group: _natural(group[0][0])):
         size = format_bytes(len(names) * math.prod(shape) * dtype.itemsize)
         rows.append((pattern, str(len(names)), str(list(shape)), str(dtype).removeprefix("torch."), size))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from checkpoint.work import counted
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
 from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest
-from mindspeed_mm.training.checkpoint.files import make_directory, write_atomically
+from mindspeed_mm.training.checkpoint.files import make_directory, remove, write_atomically
 
 _PLAN = "plan.json"
 
@@ -41,6 +42,8 @@ class Journal:
     def locked(self) -> Iterator[None]:
         """Hold the target for this process; the lock falls with the process, however it ends.
 
+        After an error, what was written is removed if no file of it is finished.
+
         Raises:
             UserError: if another process is writing the same target.
         """
@@ -49,8 +52,14 @@ class Journal:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another process is writing {self._partial}; wait for it to end") from error
-            yield
+                raise UserError(f"another process is writing {self._target}; wait for it to end") from error
+            try:
+                yield
+            except BaseException:
+                if not any(self._directory.glob("*.record")):
+                    remove(self._partial)
+                    remove(self._directory)
+                raise
 
     def resume(self) -> dict[str, dict[str, Any]]:
         """Records of the finished files of an earlier attempt at the same plan, by file name.
@@ -62,6 +71,8 @@ class Journal:
             records = {
                 path.name.removesuffix(".record"): self._read(path.name) for path in self._directory.glob("*.record")
             }
+            if records:
+                print(f"checking {counted(len(records), 'file')} that an interrupted run has finished")
             with ThreadPoolExecutor() as pool:
                 intact = pool.map(lambda name: self._intact(name, records[name]), records)
                 finished = {name: records[name] for name, good in zip(records, intact, strict=True) if good}

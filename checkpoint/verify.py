@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from checkpoint.dcp_writer import PREFIX
+from checkpoint.locate import check_huggingface, find_checkpoint
 from checkpoint.work import ByteBudget, Progress, default_workers, run_parallel
 from mindspeed_mm.models.weight_map import WeightRule, mcore_shapes
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.directory import TRACKER, resolve_checkpoint, verify_directory
+from mindspeed_mm.training.checkpoint.directory import verify_directory
 from mindspeed_mm.training.checkpoint.hf_source import HFSource
 from mindspeed_mm.training.checkpoint.pieces import split_rows
 
@@ -34,8 +35,8 @@ def verify(
     Raises:
         UserError: if either side cannot be read or is incomplete.
     """
-    dcp = Path(dcp_dir)
-    checkpoint = resolve_checkpoint(dcp) if (dcp / TRACKER).is_file() else dcp
+    checkpoint = find_checkpoint(Path(dcp_dir), "--dcp_dir")
+    check_huggingface(Path(hf_dir), "--hf_dir")
     manifest = verify_directory(checkpoint)
     source = HFSource(hf_dir, expert_layout=expert_layout)
     reader = DcpReader(checkpoint, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import threading
@@ -116,6 +117,37 @@ def run_parallel(jobs: Sequence[Callable[[], T]], *, workers: int, progress: Pro
         return [future.result() for future in futures]
 
 
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn errors of the disk into one line that says what to do.
+
+    Args:
+        target: what is being made; hidden files beside it are written as well.
+
+    Raises:
+        UserError: instead of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk of {target} is full; finished files are kept: make room and run the same command again"
+            ) from error
+        reason = error.strerror or str(error)
+        if error.filename and not Path(error.filename).absolute().is_relative_to(target.absolute().parent):
+            raise UserError(f"{error.filename} cannot be read: {reason}") from error
+        raise UserError(
+            f"{target} cannot be written: {reason}; finished files are kept: run the same command again, or name "
+            "another directory"
+        ) from error
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes for people: 1234567 -> ``1.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -125,12 +157,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def check_disk_space(directory: Path, needed: int) -> None:
+def check_disk_space(directory: Path, needed: int, *, replaces: bool) -> None:
     """Refuse to start where the result does not fit.
 
     Args:
         directory: an existing directory on the disk to be written.
         needed: bytes still to be written.
+        replaces: whether something is replaced, which stays until the result is complete.
 
     Raises:
         UserError: with both numbers.
@@ -139,7 +172,8 @@ def check_disk_space(directory: Path, needed: int) -> None:
 
     free = shutil.disk_usage(directory).free
     if free < needed:
+        old = " (what it replaces stays until it is complete)" if replaces else ""
         raise UserError(
-            f"{directory} has {format_bytes(free)} free and the result needs {format_bytes(needed)}; "
+            f"the disk of {directory} has {format_bytes(free)} free and the result needs {format_bytes(needed)}{old}; "
             "make room or name another disk"
         )

@@ -1,6 +1,6 @@
 """Kills a conversion at chosen points and finishes it, many times. Run as a program by ``test_convert_kill.py``.
 
-Usage: python kill_driver.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS
+Usage: python kill_driver.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS [overwrite]
 
 A point is any moment at which the process opens, renames, makes or removes a file below WORKDIR, or has written a part
 of one. The conversion runs in a forked child, which kills itself with SIGKILL at the point.
@@ -26,6 +26,8 @@ from mindspeed_mm.training.checkpoint import directory, pieces
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+COMMIT_POINTS = 40
+"""Points from the last part of a tensor to the end of the process."""
 
 
 class KillSwitch:
@@ -83,43 +85,80 @@ def content(directory_: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory_)): p.read_bytes() for p in sorted(directory_.rglob("*")) if p.is_file()}
 
 
+class Conversion:
+    """One of the two commands below ``root / "work"``, with or without something that it replaces."""
+
+    def __init__(self, root: Path, command: str, *, replaces: bool) -> None:
+        self.place, self._root, self._command, self._replaces = root / "work", root, command, replaces
+        self.target = self.place / "result" / ("release" if command == "hf_to_dcp" else "")
+        write_hf_directory(root / "hf", random_config(random.Random(1), moe=True), layout="v5")
+        if command == "dcp_to_hf":
+            hf_to_dcp(root / "hf", root / "dcp")
+        if replaces:
+            self._run("fp32")
+            self.place.rename(root / "before")
+
+    def prepare(self) -> None:
+        """What is there before the command is given."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        if self._replaces:
+            shutil.copytree(self._root / "before", self.place)
+
+    def run(self) -> None:
+        self._run("keep")
+
+    def _run(self, dtype: str) -> None:
+        options = {"workers": 2, "overwrite": self._replaces, "dtype": dtype}
+        if self._command == "hf_to_dcp":
+            hf_to_dcp(self._root / "hf", self.place / "result", **options)
+        else:
+            dcp_to_hf(
+                self._root / "dcp", self.place / "result", self._root / "hf", max_shard_size=30_000, **options
+            )
+
+    def check_killed(self) -> bool:
+        """What is there is complete, and the tracker points to it; returns whether the target is there."""
+        complete = self.target.exists()
+        if complete:
+            directory.verify_directory(self.target, checksums=True)
+        elif self._replaces:
+            directory.verify_directory(directory.replaced_name(self.target), checksums=True)
+        if self._command == "hf_to_dcp" and directory.read_tracker(self.place / "result") is not None:
+            directory.verify_directory(directory.resolve_checkpoint(self.place / "result"), checksums=True)
+        return complete
+
+
+def chosen_points(rng: random.Random, total: int, points: int) -> list[int]:
+    """A third of them among the last, where the result takes its place, the others anywhere."""
+    late = total - COMMIT_POINTS
+    return sorted(rng.sample(range(1, late), points - points // 3) + rng.sample(range(late, total + 1), points // 3))
+
+
 def main() -> None:
     root, command, points = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
+    replaces = sys.argv[4:] == ["overwrite"]
     torch.set_num_threads(1)
     pieces.PIECE_BYTES, dcp_writer.FILE_BYTES = 2000, 30_000
     rng = random.Random(0)
-    write_hf_directory(root / "hf", random_config(random.Random(1), moe=True), layout="v5")
-    if command == "dcp_to_hf":
-        hf_to_dcp(root / "hf", root / "dcp")
-
-    place = root / "work"
-    target = place / "result" / "release" if command == "hf_to_dcp" else place / "result"
-
-    def convert() -> None:
-        if command == "hf_to_dcp":
-            hf_to_dcp(root / "hf", place / "result", workers=2)
-        else:
-            dcp_to_hf(root / "dcp", place / "result", root / "hf", workers=2, max_shard_size=30_000)
-
-    status, total = in_child(convert, root, None)
+    conversion = Conversion(root, command, replaces=replaces)
+    place = conversion.place
+    conversion.prepare()
+    status, total = in_child(conversion.run, root, None)
     assert status == 0
     reference = content(place)
-    kept = 0
-    for kill_at in sorted(rng.sample(range(1, total + 1), points)):
-        shutil.rmtree(place)
-        status, _ = in_child(convert, root, kill_at)
+    kept = absent = 0
+    for kill_at in chosen_points(rng, total, points):
+        conversion.prepare()
+        status, _ = in_child(conversion.run, root, kill_at)
         assert os.WIFSIGNALED(status) or status == 0, f"point {kill_at}: status {status}"
-        complete = target.exists()
-        if complete:
-            directory.verify_directory(target, checksums=True)
-        if command == "hf_to_dcp" and directory.read_tracker(place / "result") is not None:
-            assert complete, f"point {kill_at}: the tracker points to nothing"
+        complete = conversion.check_killed()
+        absent += not complete
         kept += len(list(place.rglob("*.record"))) > 0
-        if not complete or list(place.rglob("plan.json")):
-            status, _ = in_child(convert, root, None)
+        if replaces or not complete or list(place.rglob("plan.json")):
+            status, _ = in_child(conversion.run, root, None)
             assert status == 0, f"point {kill_at}: going on failed"
         assert content(place) == reference, f"point {kill_at}: another result"
-    print(f"{points} of {total} points, {kept} with finished files to keep")
+    print(f"{points} of {total} points, {kept} with finished files to keep, {absent} without the target")
 
 
 if __name__ == "__main__":

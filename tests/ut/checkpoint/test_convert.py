@@ -52,17 +52,20 @@ def expected_mcore(hub: Tensors, hf: Path) -> Tensors:
     return {f"model.{rule.target}": rule.to_mcore([hub[name] for name, _ in rule.sources]) for rule in rules}
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 240))]
+)
 def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any geometry, from either layout and both kinds of square experts, in any type and with any bits."""
     rng = random.Random(seed)
     if seed % 2:
         monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
         monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
-    square, layout = seed % 4 == 3, rng.choice(["hub", "v5"])
-    config = random_config(rng, square=square)
+    layout, square = ("hub", "v5")[seed // 2 % 2], (0, 2, 1)[seed // 4 % 3]
+    config = random_config(rng, square=square, moe=True if square else None)
+    dtype = rng.choice([torch.bfloat16, torch.float32, torch.float16])
     hub = write_hf_directory(
-        tmp_path / "hf", config, layout=layout, shards=rng.choice([1, 3]), seed=seed,
-        dtype=rng.choice([torch.bfloat16, torch.float32, torch.float16]),
+        tmp_path / "hf", config, layout=layout, shards=rng.choice([1, 3]), seed=seed, dtype=dtype, any_bits=True
     )
     hf_to_dcp(tmp_path / "hf", tmp_path / "dcp", expert_layout=layout if square else "auto", workers=2)
     assert (tmp_path / "dcp" / directory.TRACKER).read_text() == "release"
@@ -78,6 +81,9 @@ def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (tmp_path / "hf" / "tokenizer.json").read_text()
     # what we wrote records its layout, so that it needs no option even where shapes do not tell
     assert verify(tmp_path / "dcp", tmp_path / "out") == []
+    hf_to_dcp(tmp_path / "out", tmp_path / "again", workers=2)
+    for path in (tmp_path / "dcp" / "release").glob("*.distcp"):
+        assert path.read_bytes() == (tmp_path / "again" / "release" / path.name).read_bytes()
 
 
 def test_manifest(tmp_path: Path, small_pieces: None) -> None:
@@ -194,7 +200,7 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, layout: str, moe: bo
 
     # transformers 4 reads the published layout whatever the widths, 5 misreads it where a matrix is square
     before_5 = int(transformers.__version__.split(".")[0]) < 5
-    config = random_config(random.Random(13), moe=moe, square=before_5)
+    config = random_config(random.Random(13), moe=moe, square=2 if before_5 else 0)
     write_hf_directory(tmp_path / "published", config, dtype=torch.float32)
     write_hf_directory(tmp_path / "hf", config, layout=layout, dtype=torch.float32)
     hf_to_dcp(tmp_path / "hf", tmp_path / "dcp", expert_layout=layout)
@@ -241,7 +247,7 @@ def test_verify_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_inspect(tmp_path: Path) -> None:
-    write_hf_directory(tmp_path / "hf", random_config(random.Random(15), moe=True, square=True), layout="v5")
+    write_hf_directory(tmp_path / "hf", random_config(random.Random(15), moe=True, square=2), layout="v5")
     assert "undecided" in inspect(tmp_path / "hf")
     hf_to_dcp(tmp_path / "hf", tmp_path / "dcp", expert_layout="v5")
     text = inspect(tmp_path / "dcp")

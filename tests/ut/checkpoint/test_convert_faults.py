@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +15,14 @@ from checkpoint.cli import main
 from checkpoint.dcp_to_hf import dcp_to_hf
 from checkpoint.hf_to_dcp import hf_to_dcp
 from checkpoint.journal import Journal
+from checkpoint.verify import verify
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint import directory
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.hf_source import HFSource
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
+NORM = "model.language_model.layers.0.input_layernorm.weight"
 Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -114,6 +115,18 @@ SOURCE_FAULTS = {
     "types within one parameter": (
         lambda hf: _edit_tensors(hf, Q_PROJ, lambda t: t.update({Q_PROJ: t[Q_PROJ].float()})),
         [Q_PROJ, "differ in type"],
+    ),
+    "type of one tensor": (
+        lambda hf: _edit_tensors(hf, NORM, lambda t: t.update({NORM: t[NORM].float()})),
+        ["config.json says bfloat16", NORM, "--dtype bf16 or fp32"],
+    ),
+    "type of all tensors": (
+        lambda hf: _edit_json(hf / "config.json", lambda c: c.update(dtype="float16")),
+        ["config.json says float16", ", ...; pass --dtype"],
+    ),
+    "a distributed checkpoint": (
+        lambda hf: ((hf / "config.json").unlink(), (hf / ".metadata").touch()),
+        ["is a distributed checkpoint; name a Hugging Face directory"],
     ),
     "config of another width": (
         lambda hf: _edit_json(hf / "config.json", lambda c: c["text_config"].update(vocab_size=97)),
@@ -211,7 +224,7 @@ def test_full_disk(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
     with pytest.raises(UserError, match="1.0 kB free"):
         hf_to_dcp(hf, tmp_path / "dcp")
-    assert not (tmp_path / "dcp" / "release").exists()
+    assert list((tmp_path / "dcp").iterdir()) == []  # nothing was written, so nothing is left
 
 
 def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +232,27 @@ def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(work.Progress, "advance", fail)
-    with pytest.raises(UserError, match="No space left on device; finished files are kept"):
+    with pytest.raises(UserError, match="the disk of .* is full; finished files are kept: make room"):
         hf_to_dcp(hf, tmp_path / "dcp")
     monkeypatch.undo()
     hf_to_dcp(hf, tmp_path / "dcp")
     directory.verify_directory(tmp_path / "dcp" / "release", checksums=True)
+
+
+def test_source_that_changes_while_it_is_read(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = HFSource.check_dropped
+
+    def meddle(source: HFSource) -> list:
+        _flip(hf / "model-00002-of-00003.safetensors", -1)
+        return check(source)
+
+    monkeypatch.setattr(HFSource, "check_dropped", meddle)
+    with pytest.raises(UserError, match="were changed while they were read; run the same command again"):
+        hf_to_dcp(hf, tmp_path / "dcp")
+    assert not (tmp_path / "dcp" / "release").exists()
+    monkeypatch.undo()
+    path = hf_to_dcp(hf, tmp_path / "dcp")
+    assert verify(path, hf) == []
 
 
 def test_two_at_once(hf: Path, tmp_path: Path) -> None:
@@ -272,7 +301,7 @@ def test_damaged_training_checkpoint(hf: Path, tmp_path: Path, with_items: bool,
     if not with_items:
         _edit_json(path / "manifest.json", _forget_items)
     dcp_to_hf(path, tmp_path / "out", hf)
-    assert ("checking 1 files" in capsys.readouterr().out) == (not with_items)
+    assert ("checking 1 file" in capsys.readouterr().out) == (not with_items)
     _spoil_data(path)
     with pytest.raises(UserError, match="gate_up_proj has another" if with_items else "__0_0.distcp has another"):
         dcp_to_hf(path, tmp_path / "out2", hf)
@@ -304,54 +333,3 @@ def test_assets_of_another_model(hf: Path, tmp_path: Path) -> None:
     write_hf_directory(tmp_path / "other", other)
     with pytest.raises(UserError, match=r"tensors unexpected.*of another shape.*--model_assets_dir"):
         dcp_to_hf(path, tmp_path / "out", tmp_path / "other")
-
-
-def test_no_step_was_done_yet(hf: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        dcp_to_hf(tmp_path / "nothing", tmp_path / "out", hf)
-    path = hf_to_dcp(hf, tmp_path / "dcp")
-    with pytest.raises(UserError, match="config.json does not exist"):
-        dcp_to_hf(path, tmp_path / "out", tmp_path / "nothing")
-
-
-COMMAND_LINES = [
-    (["Qwen3vlConvertor", "hf_to_dcp"], "did you mean Qwen3VLConverter?"),
-    (["Qwen3VLConverter", "hf_2_dcp"], "did you mean hf_to_dcp?"),
-    (["Qwen3VLConverter", "hf_to_dcp", "--hfdir", "x"], "did you mean --hf_dir?"),
-    (["hf_to_dcp", "--hf_dir", "x"], "mm-convert Qwen3VLConverter hf_to_dcp"),
-    (["Qwen3VLConverter", "--hf_dir", "x"], "the command comes before its options"),
-    (["Qwen3VLConverter", "hf_to_dcp", "--hf_dir", "x"], "--dcp_dir"),
-    (["Qwen3VLConverter", "hf_to_dcp", "--hf_dir", "my", "model", "--dcp_dir", "x"], "a path with spaces needs quotes"),
-    (["Qwen3VLConverter", "hf_to_dcp", "--expert_layout", "hubb"], "'auto', 'hub', 'v5'"),
-    (["Qwen3VLConverter", "dcp_to_hf", "--max_shard_size", "5XB"], "5GB"),
-    (["Qwen3VLConverter", "dcp_to_hf", "--workers", "0"], "at least 1"),
-    (["Qwen3VLConverter", "hf_to_dcp", "--dtype", "int8"], "fp32"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "expected"), COMMAND_LINES)
-def test_command_lines(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
-
-
-def test_help_is_complete_and_imports_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == main(["--help"]) == main(["Qwen3VLConverter", "--help"]) == 0
-    assert "hf_to_dcp" in capsys.readouterr().out
-    code = (
-        "import sys\nfrom checkpoint.cli import main\n"
-        "try:\n    main(['Qwen3VLConverter', 'dcp_to_hf', '--help'])\nfinally:\n    assert 'torch' not in sys.modules\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "default: 5GB" in result.stdout and "example:" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("5GB", 5 * 10**9), ("500mb", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("4096", 4096), ("2G", 2 * 10**9)],
-)
-def test_sizes(text: str, value: int) -> None:
-    from checkpoint.cli import size
-
-    assert size(text) == value

@@ -11,20 +11,21 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("command", "points"),
+    ("points", "mode"),
     [
-        ("hf_to_dcp", 5),
-        ("dcp_to_hf", 4),
-        pytest.param("hf_to_dcp", 50, marks=pytest.mark.slow),
-        pytest.param("dcp_to_hf", 50, marks=pytest.mark.slow),
+        (4, []),
+        pytest.param(50, [], marks=pytest.mark.slow),
+        pytest.param(30, ["overwrite"], marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_any_moment(tmp_path: Path, command: str, points: int) -> None:
+@pytest.mark.parametrize("command", ["hf_to_dcp", "dcp_to_hf"])
+def test_killed_at_any_moment(tmp_path: Path, command: str, points: int, mode: list[str]) -> None:
     driver = Path(__file__).with_name("kill_driver.py")
     repository = Path(__file__).parents[3]
     result = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path), command, str(points)],
-        capture_output=True, text=True, timeout=300, cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)},
+        [sys.executable, str(driver), str(tmp_path), command, str(points), *mode],
+        capture_output=True, text=True, timeout=600, cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"{points} of " in result.stdout
+    print(result.stdout.splitlines()[-1])

@@ -51,7 +51,7 @@ class Converter:
 
         with self._patch.context() as patch:
             patch.setattr(work.Progress, "advance", limited)
-            with pytest.raises(UserError, match="No space left on device; finished files are kept"):
+            with pytest.raises(UserError, match="is full; finished files are kept: make room"):
                 self.run()
         assert not self.target().exists()
         journal = self.target().with_name(f".{self.target().name}.journal")

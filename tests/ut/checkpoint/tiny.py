@@ -13,7 +13,7 @@ def random_config(
     rng: random.Random,
     *,
     moe: bool | None = None,
-    square: bool = False,
+    square: int = 0,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     tie: bool | None = None,
@@ -22,7 +22,7 @@ def random_config(
 
     Args:
         moe: with experts or dense; random when None.
-        square: 2I == H, so that shapes do not tell the two expert layouts apart.
+        square: 2 for 2I == H, 1 for I == H, so that shapes do not tell the two expert layouts apart.
         text, vision: fields that override the random ones.
         tie: tied embeddings; random when None.
     """
@@ -51,7 +51,7 @@ def random_config(
         text_config |= {
             "num_experts": rng.choice([3, 4]),
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": width // 2 if square else rng.choice([8, 28, 48]),
+            "moe_intermediate_size": width // square if square else rng.choice([8, 28, 48]),
             "decoder_sparse_step": rng.choice([1, 1, 2]),
             "mlp_only_layers": rng.choice([[], [], [0]]),
         }
@@ -113,10 +113,12 @@ def write_hf_directory(
     dtype: torch.dtype = torch.bfloat16,
     shards: int = 3,
     seed: int = 0,
+    any_bits: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write config, weights and a few processor files; returns the tensors in the published layout.
 
-    Weights are written by safetensors itself in ``shards`` files (1: one file without an index).
+    Weights are written by safetensors itself in ``shards`` files (1: one file without an index). With ``any_bits``
+    they are any bits whatever: NaN of every kind, infinities, -0 and denormals among them.
     """
     import json
 
@@ -128,8 +130,15 @@ def write_hf_directory(
     directory.mkdir(parents=True)
     geometry = Qwen3VLGeometry.from_config(config)
     generator = torch.Generator().manual_seed(seed)
+
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        if not any_bits:
+            return (torch.randn(shape, generator=generator) * 0.1).to(dtype)
+        size = (*shape[:-1], shape[-1] * dtype.itemsize)
+        return torch.randint(256, size, generator=generator, dtype=torch.uint8).view(dtype)
+
     hub = {
-        name: (torch.randn(shape, generator=generator) * 0.1).to(dtype)
+        name: values(shape)
         for name, shape in hf_shapes(weight_map(geometry, expert_layout="hub")).items()
     }
     written = {

@@ -1,0 +1,192 @@
+"""Mistakes in the command line and in what it names are one line that says what to do, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint import dcp_to_hf, hf_to_dcp, inspect_checkpoint, verify  # noqa: F401 (before privileges are given up)
+from checkpoint.cli import main
+from mindspeed_mm.training.checkpoint import directory
+from tests.ut.checkpoint.tiny import random_config, write_hf_directory
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Hugging Face directory ``hf`` and a converted checkpoint ``dcp``, in a place that any user can reach."""
+    root = Path(tempfile.mkdtemp(prefix="with spaces "))
+    write_hf_directory(root / "hf", random_config(random.Random(1), moe=True, tie=False))
+    hf_to_dcp.hf_to_dcp(root / "hf", root / "dcp")
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755)
+    (root / "out").mkdir()
+    (root / "out").chmod(0o777)
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def run(places: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line, with ``@`` for the place; returns what it says when it fails as it should."""
+
+    def fail(*arguments: str) -> str:
+        assert main(["Qwen3VLConverter", *(word.replace("@", str(places) + "/") for word in arguments)]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("error: "), message
+        return message.replace(str(places) + "/", "@")
+
+    return fail
+
+
+TO_DCP, TO_HF = ("hf_to_dcp", "--hf_dir", "@hf", "--dcp_dir"), ("dcp_to_hf", "--model_assets_dir", "@hf", "--save_dir")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("hf_to_dcp", "--hf_dir", "@dcp", "--dcp_dir", "@x"), "@dcp is a distributed checkpoint"),
+        (("verify", "--dcp_dir", "@hf", "--hf_dir", "@dcp"), "--dcp_dir @hf is a Hugging Face directory"),
+        (("verify", "--dcp_dir", "@dcp", "--hf_dir", "@dcp"), "--hf_dir @dcp is a distributed checkpoint"),
+        ((*TO_HF, "@x", "--load_dir", "@hf"), "--load_dir @hf is a Hugging Face directory"),
+        ((*TO_HF, "@x", "--load_dir", "@nothing"), "--load_dir @nothing does not exist"),
+        ((*TO_HF, "@x", "--load_dir", "@hf/config.json"), "is a file; name the checkpoint's directory"),
+        ((*TO_HF, "@x", "--load_dir", "@"), "neither latest_checkpointed_iteration.txt nor manifest.json"),
+        (("dcp_to_hf", "--model_assets_dir", "@nothing", "--save_dir", "@x", "--load_dir", "@dcp"),
+         "@nothing/config.json does not exist"),
+        ((*TO_HF, "@hf/config.json", "--load_dir", "@dcp"), "is a file; name another directory"),
+        ((*TO_DCP, "@hf/config.json"), "is a file; name a directory"),
+        ((*TO_DCP, "@hf/config.json/below"), "cannot be written: Not a directory"),
+        (("inspect", "--dir", "@nothing"), "@nothing does not exist"),
+        (("inspect", "--dir", "@"), "so it is no checkpoint"),
+    ],
+)
+def test_wrong_places(run: Run, places: Path, arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in run(*arguments)
+    assert not (places / "x").exists() and sorted(os.listdir(places)) == ["dcp", "hf", "out"]
+
+
+def test_an_unfinished_conversion_is_named(run: Run, places: Path, tmp_path: Path) -> None:
+    directory.partial_name(tmp_path / "release").mkdir()
+    for command in (("inspect", "--dir"), (*TO_HF, "@x", "--load_dir")):
+        assert "holds an unfinished conversion; run the same hf_to_dcp command again" in run(*command, str(tmp_path))
+
+
+@pytest.fixture
+def unprivileged(places: Path) -> Iterator[None]:
+    """An ordinary user, for whom permissions count."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def without_permission(places: Path) -> Iterator[Callable[[str, int], None]]:
+    """Changes permissions, and gives them back at the end."""
+    changed: list[tuple[Path, int]] = []
+
+    def change(name: str, mode: int) -> None:
+        path = places / name
+        changed.append((path, path.stat().st_mode & 0o777))
+        path.chmod(mode)
+
+    yield change
+    for path, mode in reversed(changed):
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("hf", (*TO_DCP, "@out/x")),
+        ("hf/config.json", (*TO_DCP, "@out/x")),
+        ("hf/model-00002-of-00003.safetensors", (*TO_DCP, "@out/x")),
+        ("hf/model.safetensors.index.json", (*TO_DCP, "@out/x")),
+        ("dcp/release", (*TO_HF, "@out/x", "--load_dir", "@dcp")),
+        ("dcp/release/manifest.json", (*TO_HF, "@out/x", "--load_dir", "@dcp")),
+        ("dcp/release/__0_0.distcp", (*TO_HF, "@out/x", "--load_dir", "@dcp")),
+        ("hf", ("inspect", "--dir", "@hf")),
+    ],
+)
+def test_unreadable(
+    run: Run, without_permission: Callable[[str, int], None], request: pytest.FixtureRequest, name: str,
+    arguments: tuple[str, ...], places: Path,
+) -> None:
+    """Said before anything is written, or with nothing left of it."""
+    without_permission(name, 0)
+    request.getfixturevalue("unprivileged")
+    message = run(*arguments)
+    assert "Permission denied" in message and f"@{name}" in message
+    assert not list((places / "out").rglob("*"))
+
+
+def test_unwritable_target(
+    run: Run, without_permission: Callable[[str, int], None], request: pytest.FixtureRequest, places: Path
+) -> None:
+    (places / "locked").mkdir(mode=0o555)
+    try:
+        request.getfixturevalue("unprivileged")
+        for name in ("locked", "locked/below"):
+            message = run(*TO_DCP, f"@{name}")
+            assert "cannot be written: Permission denied" in message and "name another directory" in message
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        (places / "locked").rmdir()
+
+
+COMMAND_LINES = [
+    (["Qwen3vlConvertor", "hf_to_dcp"], "did you mean Qwen3VLConverter?"),
+    (["Qwen3VLConverter", "hf_2_dcp"], "did you mean hf_to_dcp?"),
+    (["Qwen3VLConverter", "hf_to_dcp", "--hfdir", "x"], "did you mean --hf_dir?"),
+    (["hf_to_dcp", "--hf_dir", "x"], "mm-convert Qwen3VLConverter hf_to_dcp"),
+    (["Qwen3VLConverter", "--hf_dir", "x"], "the command comes before its options"),
+    (["Qwen3VLConverter", "hf_to_dcp", "--hf_dir", "x"], "--dcp_dir"),
+    (["Qwen3VLConverter", "hf_to_dcp", "--hf_dir", "my", "model", "--dcp_dir", "x"], "a path with spaces needs quotes"),
+    (["Qwen3VLConverter", "hf_to_dcp", "--expert_layout", "hubb"], "'auto', 'hub', 'v5'"),
+    (["Qwen3VLConverter", "dcp_to_hf", "--max_shard_size", "5XB"], "5GB"),
+    (["Qwen3VLConverter", "dcp_to_hf", "--workers", "0"], "at least 1"),
+    (["Qwen3VLConverter", "hf_to_dcp", "--dtype", "int8"], "fp32"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), COMMAND_LINES)
+def test_command_lines(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+
+
+def test_help_is_complete_and_imports_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["--help"]) == main(["Qwen3VLConverter", "--help"]) == 0
+    assert "hf_to_dcp" in capsys.readouterr().out
+    code = (
+        "import sys\nfrom checkpoint.cli import main\n"
+        "try:\n    main(['Qwen3VLConverter', 'dcp_to_hf', '--help'])\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "default: 5GB" in result.stdout and "example:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5GB", 5 * 10**9), ("500mb", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("4096", 4096), ("2G", 2 * 10**9)],
+)
+def test_sizes(text: str, value: int) -> None:
+    from checkpoint.cli import size
+
+    assert size(text) == value
