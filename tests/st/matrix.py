@@ -1,6 +1,6 @@
 """The matrix of parallel layouts, what Hugging Face's model gives for the same steps, and the differences.
 
-``python -m tests.st.matrix`` prints it as a table.
+``python -m tests.st.matrix`` prints it as a table, ``python -m tests.st.matrix 8`` that of eight processes alone.
 """
 
 from __future__ import annotations
@@ -113,9 +113,22 @@ FURTHER: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 
+# with 8 query, 4 key/value and 8 vision heads; too many processes for CI
+MANY_HEADS = {"many_heads": True}
+EIGHT: dict[str, dict[str, Any]] = {
+    "CP8": case(8, context_size=8, model=MANY_HEADS),
+    "CP8, accumulation 4": case(2, context_size=8, model=MANY_HEADS),
+    "CP8, dense": case(8, context_size=8, model={**MANY_HEADS, **DENSE}),
+    "EP8 x CP8": case(8, context_size=8, expert_size=8, model=MANY_HEADS),
+    "HSDP x EP2 x CP4": case(4, context_size=4, expert_size=2, model=MANY_HEADS, fsdp={"sharding_size": 4}),
+    "CP8, bf16": case(8, context_size=8, model=MANY_HEADS, fsdp=BF16),
+}
+
 
 def layouts(processes: int) -> dict[str, dict[str, Any]]:
     """All cases of a number of processes: each layout with each model in each type, and the further ones."""
+    if processes == 8:
+        return EIGHT
     return {
         **{
             name + model + dtype: case(
@@ -231,9 +244,10 @@ def main() -> None:
     print("| processes | layout | loss | gradient norm | worst gradient | worst parameter | gradient, one process |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
-        everything = [of for processes in PLAIN for of in layouts(processes).values()]
+        counts = [int(word) for word in sys.argv[1:]] or list(PLAIN)
+        everything = [of for processes in counts for of in layouts(processes).values()]
         alone = one_process(everything, Path(directory))
-        for processes in PLAIN:
+        for processes in counts:
             cases = layouts(processes)
             for name, outcome in run_layouts(processes, cases, Path(directory)).items():
                 found = errors(outcome, reference(**cases[name]["model"]))

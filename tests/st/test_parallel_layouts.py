@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.hf_model import step_samples
 from tests.st.matrix import (
+    BATCH,
+    EIGHT,
     GRADIENT,
     LOSS,
     PARAMETER,
     PLAIN,
+    STEPS,
     case,
     errors,
     is_bf16,
@@ -109,6 +113,25 @@ def test_layouts_equal_one_process(trained, alone, processes):
         if is_bf16(of):
             bounds = {**BF16, "gradients": max(BF16_GRADIENT[key] for key in ("", *of["layout"]))}
         assert all(found[key] <= bound for key, bound in bounds.items()), (name, found)
+
+
+@pytest.mark.slow
+def test_context_parallelism_over_eight_processes(tmp_path):
+    """With 4 key/value heads, so that two processes hold the same one, and numbers of tokens that 8 does not divide."""
+    for step in range(STEPS):
+        tokens = sum(len(sample.input_ids) for sample in step_samples(step, BATCH))
+        assert tokens % 8, "this would not show what padding does"
+    alone = one_process(list(EIGHT.values()), tmp_path)
+    for name, ours in run_layouts(8, EIGHT, tmp_path).items():
+        of = EIGHT[name]
+        found = {"Hugging Face": errors(ours, reference(**of["model"])), "one process": errors(ours, alone(of))}
+        if is_bf16(of):
+            bounds = {**BF16, "gradients": BF16_GRADIENT["context_size"]}
+            found.pop("Hugging Face")
+        else:
+            bounds = BOUNDS
+        for whom, worst in found.items():
+            assert all(worst[key] <= bound for key, bound in bounds.items()), (name, whom, worst)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
