@@ -1,6 +1,8 @@
-"""Parity with Hugging Face at the widths of Qwen3-VL-30B-A3B: 2 text layers, 9 vision blocks, all 128 experts.
+"""Parity with Hugging Face at the widths of published models: 2 text layers, 9 vision blocks, all experts.
 
-``python -m tests.st.real_widths`` needs about 18 GB of memory, 8 GB of disk and a few minutes; CI leaves it out.
+``python -m tests.st.real_widths`` takes Qwen3-VL-30B-A3B's and needs about 18 GB of memory, 8 GB of disk and a few
+minutes; ``python -m tests.st.real_widths 2B`` (or 4B) those of the dense models with tied embeddings, and 8 GB (11 GB).
+CI leaves them out.
 """
 
 from __future__ import annotations
@@ -24,30 +26,24 @@ from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
 from mindspeed_mm.models.weight_map import weight_map
 from tests.helpers.hf_model import hf_inputs
 from tests.helpers.mcore_model import PIXEL_NORM, memory_layout, relative
+from tests.helpers.published import published_config
 
 LOSS, LOGITS, GRADIENT = 1e-6, 1e-5, 1e-5
 IMAGE, VISION_START, VISION_END = 151655, 151652, 151653
 
 
-def config() -> Any:
-    """The published geometry with fewer layers; deepstack after as many blocks as there are text layers."""
-    from transformers import Qwen3VLMoeConfig
+def config(name: str) -> Any:
+    """A published geometry with 2 text layers, 9 vision blocks and as many deepstack outputs as fit."""
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
-    return Qwen3VLMoeConfig(
-        text_config={
-            "num_hidden_layers": 2, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
-            "head_dim": 128, "vocab_size": 151936, "intermediate_size": 6144, "num_experts": 128,
-            "num_experts_per_tok": 8, "moe_intermediate_size": 768, "max_position_embeddings": 262144,
-            "rope_parameters": {
-                "rope_theta": 5e6, "rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True,
-            },
-            "attention_bias": False, "tie_word_embeddings": False,
-        },
-        vision_config={
-            "depth": 9, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304, "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [4, 8],
-        },
-        tie_word_embeddings=False,
+    content = published_config(name, layers=2, blocks=9)
+    text, vision = content["text_config"], content["vision_config"]
+    text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": float(text.pop("rope_theta"))}
+    vision["deepstack_visual_indexes"] = [4, 8]
+    kind = Qwen3VLMoeConfig if content["model_type"] == "qwen3_vl_moe" else Qwen3VLConfig
+    return kind(
+        text_config=text, vision_config=vision, tie_word_embeddings=content["tie_word_embeddings"],
+        **{key: value for key, value in content.items() if key.endswith("_token_id")},
     )
 
 
@@ -70,12 +66,14 @@ def samples() -> list[Sample]:
     return [sample(0, [(1, 16, 20), (1, 4, 8)]), sample(1, [(1, 10, 6)]), sample(2, [])]
 
 
-def hugging_face(path: Path) -> tuple[Any, float, torch.Tensor]:
+def hugging_face(name: str, path: Path) -> tuple[Any, float, torch.Tensor]:
     """Loss and logits of Hugging Face's model; its gradients go to ``path``, to make room for the other model."""
-    from transformers import Qwen3VLMoeForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
     torch.manual_seed(0)
-    model = Qwen3VLMoeForConditionalGeneration(config()).float()
+    own = config(name)
+    kind = Qwen3VLForConditionalGeneration if own.model_type == "qwen3_vl" else Qwen3VLMoeForConditionalGeneration
+    model = kind(own).float()
     count = sum(int(sample.supervised[1:].sum()) for sample in samples())
     loss, logits = 0.0, []
     for sample in samples():
@@ -88,17 +86,17 @@ def hugging_face(path: Path) -> tuple[Any, float, torch.Tensor]:
         part.backward()
         loss += part.item()
         logits.append(predicted.detach())
-    save_file({name: parameter.grad for name, parameter in model.named_parameters()}, path)
+    save_file({key: parameter.grad for key, parameter in model.named_parameters()}, path)
     model.zero_grad(set_to_none=True)
     return model, loss, torch.cat(logits)
 
 
-def main() -> int:
-    """Print the figures; the exit status tells whether they are within the bounds."""
+def main(name: str = "30B") -> int:
+    """Print the figures of a model; the exit status tells whether they are within the bounds."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "gradients.safetensors"
-        hf_model, hf_loss, hf_logits = hugging_face(path)
+        hf_model, hf_loss, hf_logits = hugging_face(name, path)
         print(f"Hugging Face: loss {hf_loss:.7f} ({time.perf_counter() - started:.0f} s)", flush=True)
         geometry = Qwen3VLGeometry.from_config(hf_model.config.to_dict())
         rules = weight_map(geometry, expert_layout=memory_layout())
@@ -138,4 +136,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -58,14 +58,16 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def train(place: Path, save: str, *flags: str, load: str = "dcp", status: int = 0, **variables: str) -> str:
-    """Run the tiny launcher for 6 iterations of 12 samples, with full checkpoints."""
+def train(
+    place: Path, save: str, *flags: str, load: str = "dcp", status: int = 0, model: str = "tiny", **variables: str
+) -> str:
+    """Run the tiny model for 6 iterations of 12 samples, by its own launcher or another's, with full checkpoints."""
     environment = {
         "NPUS_PER_NODE": "1", "MBS": "12", "TRAIN_ITERS": "6", "SAVE_INTERVAL": "3", "CKPT_ARGS": "",
         "MM_DATA": str(place / "data_tiny.json"), "MM_MODEL": str(place / "model_tiny.json"),
         "LOAD_PATH": str(place / load), "SAVE_PATH": str(place / save), "MASTER_PORT": free_port(), **variables,
     }
-    return run("bash", EXAMPLE / "finetune_qwen3vl_tiny.sh", *flags, status=status, **environment)
+    return run("bash", EXAMPLE / f"finetune_qwen3vl_{model}.sh", *flags, status=status, **environment)
 
 
 def free_port() -> str:
@@ -177,6 +179,21 @@ def test_weights_straight_from_hugging_face(place, whole_run, variables):
     assert sorted(losses) == [1, 2, 3]
     for iteration, loss in losses.items():
         assert float(loss) == pytest.approx(float(whole_run[iteration]), rel=1e-5), iteration
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow) for name in ("8B", "30B", "32B")] + ["235B"]
+)
+def test_launchers_of_the_large_models_train_the_tiny_one(place, whole_run, model):
+    """Their own flags and the FSDP2 file of the recipe, in bf16; but for the sizes of model, batch and machine."""
+    variables = {"NPUS_PER_NODE": "2", "NNODES": "1", "MBS": "6", "SEQ_LEN": "256", "LR": "1.0e-3", "NUM_WORKERS": "0"}
+    if model == "235B":
+        variables["EP"] = "2"
+    losses = logged(train(place, f"by {model}", "--exit-interval", "3", model=model, **variables))
+    assert sorted(losses) == [1, 2, 3]
+    # the same samples and weights; warm-up is counted in the same way, and the first step has a learning rate of 0
+    for iteration in (1, 2):
+        assert float(losses[iteration]) == pytest.approx(float(whole_run[iteration]), rel=0.01)
 
 
 def test_export_is_the_trained_model(place, whole_run):
