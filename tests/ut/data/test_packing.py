@@ -91,7 +91,7 @@ def test_llava_like_mixes_are_full_and_even(text_only: float) -> None:
     for budget, per_rank in ((1024, 16), (2048, 8), (4096, 4)):
         packs = pack(costs, budget=budget, seed=42)
         most = costs.text.sum() / (least_packs(costs.text, budget) * budget)
-        assert packs.fill >= (most - 0.01 if budget == 1024 else 0.985)
+        assert most - 0.005 <= packs.fill <= most or packs.fill >= 0.98  # the bound is no packing's with much text only
         assert packs.fill >= 0.97 or most < 0.97
         ranks = 8 if budget == 2048 else 64
         result = balance(packs, costs, ranks=ranks, packs_per_rank=per_rank, seed=7)
