@@ -52,8 +52,9 @@ class Backend:
         return {"cpu": torch.get_rng_state()}
 
     def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what :meth:`rng_state` returned; a state of another kind of device is left alone."""
-        torch.set_rng_state(state["cpu"])
+        """Restore what :meth:`rng_state` returned; what is not in ``state`` stays as it is."""
+        if "cpu" in state:  # a rank that the saving run did not have finds none
+            torch.set_rng_state(state["cpu"])
 
     def seed(self, seed: int) -> None:
         """Seed the host's and the device's generators."""
