@@ -95,7 +95,7 @@ class OurRunner:
             loader=_endless(steps, geometry, pin=backend.is_accelerator),
             forward_step=lambda model, batch, weight: model(batch, weight), loss_mode="per_token", layout=layout,
             backend=backend, progress=Progress(), merge_unit=geometry.vision.merge_unit,
-            tools=StepTools(ToolsConfig(), rank=layout.rank, activities=[], memory_history=None),
+            tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
         )
         self.model.train()
         self.trainer.feed = Feed(self.trainer.loader, backend, self.trainer.split_batch)

@@ -28,17 +28,19 @@ from mindspeed_mm.models.geometry import Qwen3VLGeometry
 PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 
 
-def alternate(runners: dict[str, Any], *, rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+def alternate(
+    runners: dict[str, Any], *, rounds: int, wait: Callable[[], None], clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each runner's step in each round, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for round_ in range(rounds + 1):
         for name, runner in runners.items():
             wait()
-            started = time.perf_counter()
+            started = clock()
             runner.step()
             wait()
             if round_:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
@@ -59,7 +61,9 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     runners["ours"] = OurRunner(geometry, steps, backend=backend, precision=precision)
     parameters = sum(parameter.numel() for parameter in runners["ours"].model.parameters())
     try:
-        seconds = alternate(runners, rounds=options.rounds, wait=backend.synchronize)
+        alone = not backend.is_accelerator and torch.get_num_threads() == 1
+        clock = time.process_time if alone else time.perf_counter
+        seconds = alternate(runners, rounds=options.rounds, wait=backend.synchronize, clock=clock)
     finally:
         runners["ours"].close()
     per_step, supervised = tokens(steps)
@@ -68,7 +72,7 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     # of neighbouring steps: what slows the machine slows both
     ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
     return {
-        "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
+        "clock": "processor" if alone else "wall", "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
         "tokens_per_step": per_step, "supervised_per_step": supervised, "seconds": seconds, "median_seconds": medians,
         "tokens_per_second": {name: per_step / value for name, value in medians.items()},
         "supervised_per_second": {name: supervised / value for name, value in medians.items()},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.rows import RowMover
+from mindspeed_mm.backend.kernels.rows import RowMover, RowSum, gathered_sum
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(rows [N, H] sorted by expert, rows per expert [E]) -> [N, H]."""
@@ -43,6 +43,16 @@ class Routing:
         inverse[order] = torch.arange(order.numel(), device=order.device)
         return cls(order, inverse, top_k=experts.shape[-1])
 
+    @property
+    def rows_of_tokens(self) -> Tensor:
+        """int64 [T, k], the rows of each token."""
+        return self.inverse.view(-1, self.top_k)
+
+    @property
+    def token_of_row(self) -> Tensor:
+        """int64 [N]."""
+        return self.order // self.top_k
+
 
 class _Permute(torch.autograd.Function):
     """rows [N, H] -> rows[order]; gathers both ways, so that no atomic addition decides an order."""
@@ -62,43 +72,42 @@ class _Scatter(torch.autograd.Function):
     """tokens [T, H] -> rows [N, H], each token once for each of its k experts."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return tokens.index_select(0, routing.order // routing.top_k)
+    def forward(ctx: Any, tokens: Tensor, routing: Routing, row_sum: RowSum) -> Tensor:
+        ctx.routing, ctx.row_sum = routing, row_sum
+        return tokens.index_select(0, routing.token_of_row)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        routing = ctx.routing
-        choices = grad.index_select(0, routing.inverse)
-        return choices.view(-1, routing.top_k, grad.shape[-1]).sum(dim=1), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.row_sum(grad, ctx.routing.rows_of_tokens, None), None, None
 
 
 class _Gather(torch.autograd.Function):
     """rows [N, H], weights [T, k] -> the weighted sum of each token's rows [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing, row_sum: RowSum) -> Tensor:
         ctx.save_for_backward(rows, weights)
         ctx.routing = routing
-        choices = rows.index_select(0, routing.inverse).view(*weights.shape, -1)
-        return torch.einsum("tkh,tk->th", choices, weights)
+        return row_sum(rows, routing.rows_of_tokens, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, weights = ctx.saved_tensors
         routing = ctx.routing
-        grad_by_row = grad.index_select(0, routing.order // routing.top_k)
+        grad_by_row = grad.index_select(0, routing.token_of_row)
         grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = grad_by_row * weights.flatten()[routing.order].unsqueeze(-1)
         if ctx.needs_input_grad[1]:
-            products = (grad_by_row.float() * rows.float()).sum(dim=-1)
-            grad_weights = products[routing.inverse].view_as(weights).to(weights.dtype)
-        return grad_rows, grad_weights, None
+            grad_weights = torch.linalg.vecdot(grad_by_row, rows)[routing.inverse].view_as(weights).to(weights.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_rows = grad_by_row.mul_(weights.flatten()[routing.order].unsqueeze(-1))
+        return grad_rows, grad_weights, None, None
 
 
 class IndexedRows:
     """A :class:`~mindspeed_mm.backend.kernels.rows.RowMover` of index operations, on any device and for any type."""
+
+    def __init__(self, row_sum: RowSum = gathered_sum) -> None:
+        self._row_sum = row_sum
 
     def count(self, experts: Tensor, num_experts: int) -> Tensor:
         """int64 [E]."""
@@ -110,13 +119,13 @@ class IndexedRows:
     def to_rows(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Routing]:
         """[T, H] -> [N, H]."""
         routing = Routing.from_experts(experts)
-        return _Scatter.apply(tokens, routing), routing
+        return _Scatter.apply(tokens, routing, self._row_sum), routing
 
     def to_tokens(self, rows: Tensor, places: Routing, weights: Tensor | None = None) -> Tensor:
         """[N, H] -> [T, H]."""
         if weights is None:
             return _Permute.apply(rows, places.inverse, places.order)
-        return _Gather.apply(rows, weights, places)
+        return _Gather.apply(rows, weights, places, self._row_sum)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mindspeed_mm.backend.activations import host_offload, synchronizer
 from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
-from mindspeed_mm.backend.kernels.rows import row_mover
+from mindspeed_mm.backend.kernels.rows import row_mover, row_sum
 from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.data.batch import Batch, PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError
@@ -197,7 +197,7 @@ def build_model(
         text_attention=attention_kernel(choices.text_attention, device=device),
         vision_attention=attention_kernel(choices.vision_attention, device=device),
         experts=expert_kernel(experts, device=device),
-        rows=row_mover(IndexedRows(), fused=choices.fused_experts, device=device),
+        rows=row_mover(IndexedRows(row_sum(device=device)), fused=choices.fused_experts, device=device),
         rms_norm=rms_norm_kernel(device=device),
         rotary=rotary_kernel(device=device),
     )

@@ -32,6 +32,7 @@ from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.checkpoint.state import Progress
+from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.mcore_model import PIXEL_NORM
@@ -147,7 +148,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.to_local().normal_(std=0.02)
+            local(parameter).normal_(std=0.02)
     optimizer = build_optimizer(model, args)
 
     def forward(model: Any, batch: Any, weight: Any) -> Any:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels import pick
+from mindspeed_mm.backend.kernels.short_attention import LONGEST, short_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: flo
     )
 
 
+def cpu_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    """``sdpa`` on a CPU, whose backward is slow in bf16: there plain products take its place for short segments."""
+    if query.dtype != torch.bfloat16 or segments.max_length > LONGEST:
+        return sdpa_attention(query, key, value, segments=segments, causal=causal, scale=scale)
+    parts = zip(*(tensor.split(segments.lengths) for tensor in (query, key, value)), strict=True)
+    return torch.cat([short_attention(*part, causal=causal, scale=scale) for part in parts])
+
+
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
 ) -> Tensor:
@@ -114,6 +125,8 @@ def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
         UserError: if the device does not have it.
     """
     table: dict[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+    if device == "cpu":
+        table["sdpa"] = cpu_attention
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         table["flash_attention_2"] = flash_attention
     if device == "npu":

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindspeed_mm.backend.kernels import by_hand
+
 RMSNormKernel = Callable[[Tensor, Tensor, float], Tensor]
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,6 +47,8 @@ def torch_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rms_norm_kernel(*, device: str) -> RMSNormKernel:
     """The device's RMSNorm."""
+    if device == "cpu":  # which has no fused one
+        return by_hand.rms_norm
     if device == "npu":
         from mindspeed_mm.backend.kernels.npu_elementwise import npu_rms_norm
 
@@ -54,6 +58,8 @@ def rms_norm_kernel(*, device: str) -> RMSNormKernel:
 
 def rotary_kernel(*, device: str) -> RotaryKernel:
     """The device's rotary product."""
+    if device in ("cpu", "cuda"):
+        return by_hand.rotary
     if device == "npu":
         from mindspeed_mm.backend.kernels.npu_elementwise import npu_rotary
 

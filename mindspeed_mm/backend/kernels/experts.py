@@ -5,13 +5,13 @@ Legend: N rows sorted by expert, E experts, H hidden width, I intermediate width
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels import pick
+from mindspeed_mm.backend.kernels import by_hand, pick
 
 
 class ExpertKernel(Protocol):
@@ -38,29 +38,38 @@ def looped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert:
     return rows + (gate_up.sum() + down.sum()) * 0
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """rows [N, K] @ weight [E, K, M] by group, with both gradients as grouped products too."""
+class _GroupedExperts(torch.autograd.Function):
+    """All experts' feed-forward networks; every product, of gradients too, is one grouped product.
+
+    Keeps the rows and what the first product makes of them [N, 2I]; SwiGLU runs again in backward.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, ends)
-        return F.grouped_mm(rows, weight, offs=ends)
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+        hidden = F.grouped_mm(rows, gate_up, offs=ends)
+        ctx.save_for_backward(rows, gate_up, down, ends, hidden)
+        return F.grouped_mm(by_hand.swiglu(hidden), down, offs=ends)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, ends = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate_up, down, ends, hidden = ctx.saved_tensors
         # grouped_mm refuses strides of zero, which an expanded gradient such as sum()'s has
         grad = grad.contiguous()
-        grad_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=ends) if ctx.needs_input_grad[0] else None
-        grad_weight = F.grouped_mm(rows.t(), grad, offs=ends) if ctx.needs_input_grad[1] else None
-        return grad_rows, grad_weight, None
+        grad_inner = F.grouped_mm(grad, down.transpose(1, 2), offs=ends)
+        inner, grad_hidden = by_hand.swiglu_again(hidden, grad_inner)
+        grad_rows = grad_gate_up = grad_down = None
+        if ctx.needs_input_grad[2]:
+            grad_down = F.grouped_mm(inner.t(), grad, offs=ends)
+        if ctx.needs_input_grad[0]:
+            grad_rows = F.grouped_mm(grad_hidden, gate_up.transpose(1, 2), offs=ends)
+        if ctx.needs_input_grad[1]:
+            grad_gate_up = F.grouped_mm(rows.t(), grad_hidden, offs=ends)
+        return grad_rows, grad_gate_up, grad_down, None
 
 
 def grouped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
     """``torch.nn.functional.grouped_mm``: the row counts stay on the device."""
-    ends = rows_per_expert.cumsum(0).to(torch.int32)
-    inner = swiglu(_GroupedProduct.apply(rows, gate_up, ends))
-    return _GroupedProduct.apply(inner, down, ends)
+    return _GroupedExperts.apply(rows, gate_up, down, rows_per_expert.cumsum(0).to(torch.int32))
 
 
 def expert_kernel_name(*, fused: bool, hidden_size: int, intermediate_size: int, device: str) -> str:

@@ -5,9 +5,15 @@ Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+RowSum = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""(rows [N, H], which of them int64 [T, k], weights [T, k] or None for ones) -> their sums [T, H]; no autograd."""
 
 
 class RowMover(Protocol):
@@ -34,3 +40,19 @@ def row_mover(plain: RowMover, *, fused: bool, device: str) -> RowMover:
 
         return PermutedRows(plain)
     return plain
+
+
+def gathered_sum(rows: Tensor, which: Tensor, weights: Tensor | None) -> Tensor:
+    """A :data:`RowSum` of a copy of the rows in the order of the tokens."""
+    chosen = rows.index_select(0, which.flatten()).view(*which.shape, -1)
+    return chosen.sum(dim=1) if weights is None else torch.einsum("tkh,tk->th", chosen, weights)
+
+
+def bag_sum(rows: Tensor, which: Tensor, weights: Tensor | None) -> Tensor:
+    """A :data:`RowSum` that reads each row once and writes nothing but the sums."""
+    return F.embedding_bag(which, rows, mode="sum", per_sample_weights=weights)
+
+
+def row_sum(*, device: str) -> RowSum:
+    """The device's best."""
+    return bag_sum if device in ("cpu", "cuda") else gathered_sum

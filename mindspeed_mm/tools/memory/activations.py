@@ -94,7 +94,8 @@ def _experts(plan: Plan) -> tuple[int, int, int, int]:
     rows, width, inner = text.num_experts_per_token, text.hidden_size, text.moe_intermediate_size
     here = rows * (plan.imbalance if plan.expert_size > 1 else 1.0)
     routing = 4 * text.num_experts + (8 + 4 + c + 16) * rows
-    inside = c * here * (2 * inner + inner + (0 if kernels.fused_swiglu else inner))
+    after_swiglu = 0 if kernels.inner_again else inner + (0 if kernels.fused_swiglu else inner)
+    inside = c * here * (2 * inner + after_swiglu)
     kept = routing + c * here * width + inside + c * rows * width
     exchanged = c * here * width if plan.expert_size > 1 else 0
     forward = c * rows * width + exchanged

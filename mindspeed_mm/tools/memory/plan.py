@@ -27,6 +27,7 @@ class Kernels:
         joins_segments: attention runs segment by segment and joins the results, which then exist twice.
         reduction_copies: the collective library reduces a copy of what it is given.
         fp32_weighting: the gradient of the experts' weights is computed from fp32 copies of all rows.
+        inner_again: grouped experts keep what enters SwiGLU, and compute what leaves it again.
     """
 
     fused_norm: bool
@@ -35,17 +36,18 @@ class Kernels:
     softmax_bytes: int
     joins_segments: bool
     fp32_weighting: bool
+    inner_again: bool
     reduction_copies: bool
 
 
 WRITTEN_OUT = Kernels(
-    fused_norm=False, fused_swiglu=False, rotary_keeps_input=False, softmax_bytes=4, joins_segments=True,
-    fp32_weighting=True, reduction_copies=True,
+    fused_norm=True, fused_swiglu=False, rotary_keeps_input=False, softmax_bytes=4, joins_segments=True,
+    fp32_weighting=False, inner_again=True, reduction_copies=True,
 )
 """PyTorch's operations, as on a CPU."""
 FUSED = Kernels(
     fused_norm=True, fused_swiglu=True, rotary_keeps_input=True, softmax_bytes=64, joins_segments=False,
-    fp32_weighting=False, reduction_copies=False,
+    fp32_weighting=False, inner_again=False, reduction_copies=False,
 )
 """An accelerator's own kernels; its attention keeps the softmax's maximum and sum, eight fp32 copies of each."""
 

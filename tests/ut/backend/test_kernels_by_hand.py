@@ -1,0 +1,102 @@
+"""Kernels with backward passes written out, against autograd's own; values and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mindspeed_mm.backend.kernels import by_hand, elementwise, experts, rows
+from mindspeed_mm.backend.kernels.attention import Segments, cpu_attention, eager_attention, sdpa_attention
+from mindspeed_mm.models.dispatch import IndexedRows
+from tests.helpers.mcore_model import relative
+
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TYPES = list(BOUND)
+
+
+def outcome(function, *inputs):
+    """The result, and the gradients of all inputs that are floating-point, under one fixed gradient of the result."""
+    inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
+    result = function(*inputs)
+    result.backward(torch.rand(result.shape, generator=torch.Generator().manual_seed(9)).to(result.dtype) - 0.3)
+    return [result, *(value.grad for value in inputs if value.requires_grad)]
+
+
+def agree(ours, theirs, dtype, *inputs):
+    found, wanted = outcome(ours, *inputs), outcome(theirs, *(value.float() if value.is_floating_point() else value
+                                                              for value in inputs))
+    assert len(found) == len(wanted)
+    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert relative(one.float(), other) <= BOUND[dtype], index
+
+
+def random(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(7, 24), (5, 3, 16), (0, 24)])
+def test_rms_norm(dtype, shape):
+    hidden, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
+    if shape[0] == 0:
+        assert by_hand.rms_norm(hidden, weight, 1e-6).shape == hidden.shape
+        return
+    agree(lambda x, w: by_hand.rms_norm(x, w, 1e-3), lambda x, w: elementwise.torch_rms_norm(x, w, 1e-3), dtype,
+          hidden, weight)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("angles", TYPES)
+def test_rotary(dtype, angles):
+    tensor = random(6, 3, 8, dtype=dtype)
+    cos, sin = (random(6, 1, 8, dtype=angles, seed=seed) for seed in (1, 2))  # of two different halves
+    found = outcome(lambda x: by_hand.rotary(x, cos, sin), tensor)
+    wanted = outcome(lambda x: elementwise.torch_rotary(x, cos.float(), sin.float()), tensor.float())
+    assert all(relative(one.float(), other) <= BOUND[dtype] for one, other in zip(found, wanted, strict=True))
+    assert found[0].dtype == dtype
+    turned_back = outcome(lambda x: by_hand.rotary(x, cos, -sin), tensor)
+    assert relative(turned_back[1].float(), wanted[1]) > 0.1
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0]])
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped product")
+def test_grouped_experts(dtype, counts):
+    inputs = random(10, 16, dtype=dtype), random(4, 16, 48, dtype=dtype, seed=1), random(4, 24, 16, dtype=dtype, seed=2)
+    per_expert = torch.tensor(counts)
+    agree(lambda *args: experts.grouped_experts(*args, per_expert),
+          lambda *args: experts.looped_experts(*args, per_expert), dtype, *inputs)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("row_sum", [rows.bag_sum, rows.gathered_sum])
+def test_rows_and_back(dtype, row_sum):
+    experts_of = torch.tensor([[2, 0], [1, 2], [0, 3], [2, 1], [3, 2]])
+    tokens, weights = random(5, 12, dtype=dtype), torch.rand(5, 2).to(dtype)
+    mover = IndexedRows(row_sum)
+
+    def there_and_back(tokens, weights):
+        moved, places = mover.to_rows(tokens, experts_of)
+        assert torch.equal(mover.count(experts_of, 4), torch.tensor([2, 2, 4, 2]))
+        return mover.to_tokens(moved * torch.arange(10)[:, None], places, weights)
+
+    def directly(tokens, weights):
+        order = experts_of.flatten().argsort(stable=True)
+        moved = tokens[order // 2] * torch.arange(10)[:, None] * weights.flatten()[order][:, None]
+        return torch.zeros_like(tokens).index_add(0, order // 2, moved)
+
+    agree(there_and_back, directly, dtype, tokens, weights)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4]])
+@pytest.mark.parametrize("kernel", [cpu_attention, sdpa_attention])
+def test_attention(kernel, lengths, causal, dtype):
+    offsets = [0, *itertools.accumulate(lengths)]
+    segments = Segments(torch.tensor(offsets, dtype=torch.int32), offsets, max(lengths))
+    inputs = random(offsets[-1], 4, 8, dtype=dtype), *(random(offsets[-1], 2, 8, dtype=dtype, seed=i) for i in (1, 2))
+    options = {"segments": segments, "causal": causal, "scale": 0.3}
+    agree(lambda *args: kernel(*args, **options), lambda *args: eager_attention(*args, **options), dtype, *inputs)
