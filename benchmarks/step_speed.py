@@ -72,7 +72,8 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     # of neighbouring steps: what slows the machine slows both
     ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
     return {
-        "clock": "processor" if alone else "wall", "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
+        "clock": "processor" if alone else "wall",
+        "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
         "tokens_per_step": per_step, "supervised_per_step": supervised, "seconds": seconds, "median_seconds": medians,
         "tokens_per_second": {name: per_step / value for name, value in medians.items()},
         "supervised_per_second": {name: supervised / value for name, value in medians.items()},

@@ -7,13 +7,13 @@ from typing import Literal
 from mindspeed_mm.arguments.fields import REQUIRED, StrictModel, effective, no_effect, refused
 
 LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
-AttentionName = Literal["eager", "sdpa", "flash_attention_2", "npu_fusion_attention"]
+AttentionName = Literal["eager", "sdpa", "products", "varlen", "flash_attention_2", "npu_fusion_attention"]
 
 _CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"
 _ATTENTION = (
-    "attention kernel: eager (written out, slow), sdpa (PyTorch's), flash_attention_2 (the device's fused kernel for "
-    "packed sequences: flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's "
-    "best"
+    "attention kernel: eager (written out, slow), sdpa (PyTorch's), products (a CPU's, faster in bf16), varlen "
+    "(PyTorch's for packed sequences, on a GPU), flash_attention_2 (the device's fused kernel for packed sequences: "
+    "flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's best"
 )
 _LAYOUT = "micro-batches are packed, which is the layout TND"
 _SYNCHRONIZE = (

@@ -136,6 +136,8 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     geometry = Qwen3VLGeometry.from_config(case["config"])
     choices = ModelChoices(
         **case["choices"],
+        text_attention="sdpa",  # the estimate knows what this keeps
+        vision_attention="sdpa",
         recompute=args.recompute_granularity or "none",  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
         recompute_num_layers=args.recompute_num_layers,
@@ -183,12 +185,15 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     trainer.train_step = step  # type: ignore[method-assign]
     trainer.train()
     state = (value for values in optimizer.state.values() for value in values.values())
+    # one process keeps its copies in the compute type from the first step on
+    copied = layout.world_size == 1 and config.param_dtype == "bf16"
+    copies = 2 * sum(parameter.numel() for parameter in model.parameters()) if copied else 0
     return {
         "parameters": storage_bytes(model.parameters()),
         "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": storage_bytes(value for value in state),
-        "kept": memory_events(trace, until="mark forward")[-1],
-        "peak": max(memory_events(trace)),
+        "kept": memory_events(trace, until="mark forward")[-1] + copies,
+        "peak": max(memory_events(trace)) + copies,
         "received": received,
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mindspeed_mm.backend.kernels import pick
 from mindspeed_mm.backend.kernels.short_attention import LONGEST, short_attention
+from mindspeed_mm.backend.kernels.varlen_attention import find_varlen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +87,24 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: flo
     )
 
 
-def cpu_attention(
+def products_attention(
     query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
 ) -> Tensor:
-    """``sdpa`` on a CPU, whose backward is slow in bf16: there plain products take its place for short segments."""
+    """``sdpa``, but for short segments in bf16, where a CPU's fused backward is slow and plain products are faster."""
     if query.dtype != torch.bfloat16 or segments.max_length > LONGEST:
         return sdpa_attention(query, key, value, segments=segments, causal=causal, scale=scale)
     parts = zip(*(tensor.split(segments.lengths) for tensor in (query, key, value)), strict=True)
     return torch.cat([short_attention(*part, causal=causal, scale=scale) for part in parts])
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    """``torch.nn.attention.varlen``: one call for all segments; in fp32, which it does not take, ``sdpa``."""
+    kernel = find_varlen(query.device.type)
+    if query.dtype == torch.float32 or kernel is None:
+        return sdpa_attention(query, key, value, segments=segments, causal=causal, scale=scale)
+    return kernel(query, key, value, segments.offsets, segments.max_length, causal=causal, scale=scale)
 
 
 def flash_attention(
@@ -118,15 +129,18 @@ def flash_attention(
 def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
     """The attention called ``name``; None picks the device's best.
 
-    All devices have ``eager`` and ``sdpa``; CUDA ``flash_attention_2`` where the flash-attn package is installed; an
-    NPU ``npu_fusion_attention``, for which the recipe's files also say ``flash_attention_2``.
+    All devices have ``eager`` and ``sdpa``; a CPU ``products``; CUDA ``flash_attention_2`` where the flash-attn package
+    is installed, and ``varlen`` where torch's own kernel for packed sequences works; an NPU ``npu_fusion_attention``,
+    for which the recipe's files also say ``flash_attention_2``.
 
     Raises:
         UserError: if the device does not have it.
     """
     table: dict[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
     if device == "cpu":
-        table["sdpa"] = cpu_attention
+        table["products"] = products_attention
+    if device == "cuda" and find_varlen(device) is not None:
+        table["varlen"] = varlen_attention
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         table["flash_attention_2"] = flash_attention
     if device == "npu":
@@ -134,5 +148,5 @@ def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
 
         table["npu_fusion_attention"] = table["flash_attention_2"] = fusion_attention
     if name is None:
-        name = "flash_attention_2" if "flash_attention_2" in table else "sdpa"
+        name = next(best for best in ("flash_attention_2", "varlen", "products", "sdpa") if best in table)
     return pick("attn_implementation", name, table, device=device)

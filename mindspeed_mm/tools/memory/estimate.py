@@ -86,6 +86,9 @@ class _Step:
         self.on_host = 0
         root = self.units[0]
         self.root = plan.compute_bytes * root.gathered()
+        if plan.is_whole:
+            copied = sum(unit.gathered() for unit in self.units)
+            self.root = plan.compute_bytes * copied if plan.compute_bytes < MASTER else 0
         self.experts = {unit.index: unit for unit in self.units if unit.kind == "experts"}
         self.reducing = 0
         self.stay: list[int] = []
@@ -146,6 +149,8 @@ class _Step:
 
     def gathered(self, unit: Unit, *, forward: bool) -> int:
         """The running unit's gathered parameters, and those of its experts where they are spread."""
+        if self.plan.is_whole:
+            return 0
         own = [unit, *([self.experts[unit.index]] if unit.kind == "decoder" and unit.index in self.experts else [])]
         copies = [2 if forward and part.holders > 1 else 1 for part in own]
         return self.plan.compute_bytes * sum(n * part.gathered() for n, part in zip(copies, own, strict=True))
@@ -176,7 +181,7 @@ class _Step:
                 on_host = plan.activations_on_host and unit.kind == "decoder"
                 self.on_host += value if on_host else 0
                 self.kept[name] += 0 if on_host else value
-            if not plan.reshard or unit.kind == "head":
+            if not plan.is_whole and (not plan.reshard or unit.kind == "head"):
                 self.stay.append(plan.compute_bytes * unit.gathered())
 
     def _kept_while_running(self, part: Part) -> int:
@@ -205,7 +210,7 @@ class _Step:
         if plan.recompute_method == "uniform" and again:
             recomputed *= plan.recompute_layers
         # what stays after forward, as the loss head always does, is there already
-        stays = not plan.reshard or unit.kind == "head"
+        stays = not plan.is_whole and (not plan.reshard or unit.kind == "head")
         held = {
             "gathered": 0 if stays else self.gathered(unit, forward=False),
             "prefetched": self.buffers(ahead) if plan.reshard else 0,
@@ -231,7 +236,7 @@ class _Step:
         """The unit's gradients are summed over processes; its gathered parameters are gone."""
         plan = self.plan
         whole, shard = unit.gathered(training_only=True), unit.shard(training_only=True)
-        self.reducing = plan.reduce_bytes * whole
+        self.reducing = 0 if plan.is_whole else plan.reduce_bytes * whole
         copies = 2 if unit.axis else 1
         copied = plan.reduce_bytes * whole if plan.kernels.reduction_copies and unit.holders > 1 else 0
         result = plan.reduce_bytes * shard if plan.micro_batches > 1 or plan.shards_on_host else 0

@@ -129,6 +129,11 @@ class Plan:
         return -(-self.supervised // self.context_size)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether one process holds all parameters, without FSDP2, beside a copy in the compute type."""
+        return self.world_size == 1 and not self.shards_on_host
+
+    @property
     def replicas(self) -> int:
         """Copies of the parameters."""
         return self.world_size // self.sharding_size

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mindspeed_mm.backend.kernels import by_hand, elementwise, experts, rows
-from mindspeed_mm.backend.kernels.attention import Segments, cpu_attention, eager_attention, sdpa_attention
+from mindspeed_mm.backend.kernels.attention import Segments, eager_attention, products_attention, sdpa_attention
+from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
 from mindspeed_mm.models.dispatch import IndexedRows
 from tests.helpers.mcore_model import relative
 
@@ -93,10 +95,47 @@ def test_rows_and_back(dtype, row_sum):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4]])
-@pytest.mark.parametrize("kernel", [cpu_attention, sdpa_attention])
+@pytest.mark.parametrize("kernel", [products_attention, sdpa_attention])
 def test_attention(kernel, lengths, causal, dtype):
     offsets = [0, *itertools.accumulate(lengths)]
     segments = Segments(torch.tensor(offsets, dtype=torch.int32), offsets, max(lengths))
     inputs = random(offsets[-1], 4, 8, dtype=dtype), *(random(offsets[-1], 2, 8, dtype=dtype, seed=i) for i in (1, 2))
     options = {"segments": segments, "causal": causal, "scale": 0.3}
     agree(lambda *args: kernel(*args, **options), lambda *args: eager_attention(*args, **options), dtype, *inputs)
+
+
+def varlen_of(version):
+    """``varlen_attn`` as a version of torch has it, in plain arithmetic."""
+    seen = SimpleNamespace(options={})
+
+    def function(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        seen.options = options
+        causal = options.get("window_size") == (-1, 0) or options.get("is_causal", False)
+        assert causal and set(options) <= version
+        if "enable_gqa" in version and query.shape[1] != key.shape[1]:
+            assert options["enable_gqa"]
+        return _plain(query, key, value, cu_seq_q, max_q, causal=True, scale=options.get("scale", 0.125))
+
+    return function, seen
+
+
+@pytest.mark.parametrize(
+    "version", [{"is_causal"}, {"scale", "window_size"}, {"scale", "window_size", "enable_gqa"}], ids=str
+)
+@pytest.mark.parametrize("repeat_heads", [False, True])
+def test_varlen_is_called_as_each_torch_wants_it(version, repeat_heads):
+    function, seen = varlen_of(version)
+    assert _agrees(Varlen(function, frozenset(version), repeat_heads), "cpu")
+    assert ("enable_gqa" in seen.options) == ("enable_gqa" in version and not repeat_heads)
+
+
+def test_varlen_that_is_wrong_or_fails_is_not_offered():
+    def without_causality(query, key, value, offsets, _, longest, __, **options):
+        segments = Segments(offsets, offsets.tolist(), longest)
+        return eager_attention(query, key, value, segments=segments, causal=False, scale=0.125)
+
+    def failing(*_, **__):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
+
+    for function in (without_causality, failing):
+        assert not _agrees(Varlen(function, frozenset({"window_size", "scale"})), "cpu")
