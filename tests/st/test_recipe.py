@@ -110,10 +110,16 @@ def whole_run(place) -> dict[int, str]:
 
 def test_resumed_run_is_the_same_run(place, whole_run):
     assert (place / "whole/latest_checkpointed_iteration.txt").read_text() == "6"
-    first = logged(train(place, "parts", "--exit-interval", "3", NUM_WORKERS="2"))
+    saving = ("--async-save", "--keep-last", "1")  # and beside the training the same is saved as in front of it
+    first = logged(train(place, "parts", "--exit-interval", "3", *saving, NUM_WORKERS="2", SAVE_INTERVAL="1"))
     assert sorted(first) == [1, 2, 3]
-    second = logged(train(place, "parts", load="parts"))
+    output = train(place, "parts", *saving, load="parts", SAVE_INTERVAL="1")
+    second = logged(output)
     assert sorted(second) == [4, 5, 6]
+    assert output.count("beside the training, which stood still for") == 3
+    assert sorted(path.name for path in (place / "parts").iterdir()) == [
+        "iter_0000006", "latest_checkpointed_iteration.txt"
+    ]
     assert {**first, **second} == whole_run
     whole, parts = stored(place / "whole/iter_0000006"), stored(place / "parts/iter_0000006")
     assert whole.keys() == parts.keys() and any(name.startswith("optimizer.") for name in whole)

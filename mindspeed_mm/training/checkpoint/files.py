@@ -27,6 +27,7 @@ def make_directory(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, DIRECTORY_MODE)
         set_mode(path, DIRECTORY_MODE)
+        sync_directory(path.parent)
 
 
 def set_mode(path: Path, mode: int) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 ITEM_BYTES = 64 << 20
@@ -39,8 +42,13 @@ def held(tensor: Tensor) -> tuple[Tensor, Region]:
     """The part of a tensor that lies on this process, and where in the whole it belongs."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), tuple((0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.detach().to_local(), tuple((start, start + size) for start, size in zip(offset, shape, strict=True))
+    return tensor.detach().to_local(), _region(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+@functools.lru_cache(maxsize=4096)  # layers and moments have the same shapes
+def _region(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Region:
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple((start, start + size) for start, size in zip(offset, local, strict=True))
 
 
 def items_to_write(shared: Mapping[str, Tensor], own: Mapping[str, Tensor], *, rank: int) -> list[Item]:
