@@ -166,6 +166,11 @@ class LogArgs:
 
     log_interval: int = flag(100, "optimizer steps between log lines", at_least=1)
     log_tps: bool = flag(False, "add the tokens per sample to the log line")
+    peak_tflops: float | None = flag(
+        None, "10^12 operations per second that one device could do in the compute type, of which the log then gives "
+        "the share as MFU; 0: measure it at the start with one large matrix product",
+        at_least=0,
+    )
     eval_interval: int = flag(1000, "optimizer steps between evaluations on the held-out data", at_least=1)
     eval_iters: int = flag(100, "most global batches per evaluation; 0: never evaluate", at_least=0)
 

@@ -19,6 +19,8 @@ class IntervalStats:
     skipped: int = 0
     nan: int = 0
     waited: float = 0.0
+    supervised: int = 0
+    teraflop: float = 0.0
 
     def add(
         self,
@@ -31,6 +33,8 @@ class IntervalStats:
         nan: bool,
         router_loss: float | None = None,
         waited: float = 0.0,
+        supervised: int = 0,
+        teraflop: float = 0.0,
     ) -> None:
         """Count one iteration; a loss that is not finite stays visible as the next line's loss.
 
@@ -43,6 +47,8 @@ class IntervalStats:
         self.skipped += skipped
         self.nan += nan
         self.waited += waited
+        self.supervised += supervised
+        self.teraflop += teraflop
         self.loss_sum += loss
         if router_loss is not None:
             self.router_loss_sum = (self.router_loss_sum or 0.0) + router_loss
@@ -51,6 +57,35 @@ class IntervalStats:
     def loss(self) -> float:
         """Mean loss of the interval, NaN if any was."""
         return self.loss_sum / max(1, self.iterations)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSpeed:
+    """What the speed of a run is divided by and compared with.
+
+    Attributes:
+        devices: number of them.
+        peak_tflops: 10^12 operations per second that one could do; None where nothing is compared.
+        peak_memory_bytes: most that this process's has allocated so far; None to leave it out.
+    """
+
+    devices: int
+    peak_tflops: float | None = None
+    peak_memory_bytes: int | None = None
+
+    def fields(self, stats: IntervalStats) -> list[str]:
+        """Fields of the log line; each number is for one device."""
+        by_time = 1.0 / (max(1e-9, stats.seconds) * self.devices)
+        fields = [
+            f"tokens/s per device: {stats.tokens * by_time:.1f}",
+            f"supervised tokens/s per device: {stats.supervised * by_time:.1f}",
+            f"TFLOP/s per device: {stats.teraflop * by_time:.4g}",
+        ]
+        if self.peak_tflops:
+            fields.append(f"MFU: {100.0 * stats.teraflop * by_time / self.peak_tflops:.1f}%")
+        if self.peak_memory_bytes is not None:
+            fields.append(f"peak memory (GiB): {self.peak_memory_bytes / 2**30:.2f}")
+        return fields
 
 
 def format_line(
@@ -64,6 +99,7 @@ def format_line(
     grad_norm: float | None,
     log_tokens: bool,
     log_samples: bool = False,
+    speed: DeviceSpeed | None = None,
     now: datetime.datetime | None = None,
 ) -> str:
     """The log line of an interval.
@@ -78,6 +114,7 @@ def format_line(
         grad_norm: of the last iteration, None where it was not computed.
         log_tokens: whether to add the mean number of tokens, text and vision, of a sample (``--log-tps``).
         log_samples: whether to add the mean number of samples of an iteration, which packing makes vary.
+        speed: adds the fields of :class:`DeviceSpeed` at the end.
         now: time stamp, the present by default.
     """
     now = now or datetime.datetime.now()
@@ -104,4 +141,6 @@ def format_line(
         f"number of nan iterations: {stats.nan:3d}",
         f"data wait: {100.0 * stats.waited / max(1e-9, stats.seconds):.1f}%",
     ]
+    if speed is not None:
+        fields += speed.fields(stats)
     return " | ".join(fields) + " |"

@@ -15,12 +15,15 @@ from torch import nn
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.arguments.recipe import Recipe
 from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.rate import matrix_rate
 from mindspeed_mm.backend.store import own_store
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.flops import FlopCount
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import Qwen3VLModel
 from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
@@ -135,6 +138,8 @@ def _run(
                 memory_history=backend.memory_history(),
             ),
             router_balance=_router_balance(recipe, geometry),
+            flop_count=_flop_count(recipe, geometry),
+            peak_tflops=_peak_tflops(recipe, backend, say),
             eval_loader=eval_loader,
             bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
             packed=recipe.data.dataset_param.basic_parameters.packs,
@@ -165,6 +170,25 @@ def _watch(args: TrainingArgs, layout: Layout) -> Watch:
         directory=reports_directory(args),
         connect=lambda: own_store("watch", timeout_seconds=max(1.0, args.heartbeat_timeout)),
     )
+
+
+def _flop_count(recipe: Recipe, geometry: Qwen3VLGeometry) -> FlopCount:
+    encoder = recipe.model.image_encoder
+    return FlopCount(
+        geometry=geometry,
+        train_vision=not encoder.vision_encoder.freeze,
+        train_projector=not encoder.vision_projector.freeze,
+        train_text=not recipe.model.text_decoder.freeze,
+    )
+
+
+def _peak_tflops(recipe: Recipe, backend: Backend, say: _Announcer) -> float | None:
+    """What MFU compares with: as given, or measured for 0."""
+    if recipe.args.peak_tflops != 0:
+        return recipe.args.peak_tflops
+    rate = matrix_rate(backend, DTYPES[recipe.fsdp.param_dtype])
+    say(f"one large {recipe.fsdp.param_dtype} matrix product runs at {rate:.3g} TFLOP/s here: MFU compares with that")
+    return rate
 
 
 def _router_balance(recipe: Recipe, geometry: Qwen3VLGeometry) -> RouterBalance | None:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 
-from mindspeed_mm.training.log import IntervalStats, format_line
+from mindspeed_mm.training.log import DeviceSpeed, IntervalStats, format_line
 from mindspeed_mm.training.step import StepResult
 
 
@@ -52,6 +52,7 @@ class Reporter:
         is_main: bool,
         lag: int,
         hooks: tuple[StepHook, ...] = (),
+        speed: Callable[[], DeviceSpeed] | None = None,
     ) -> None:
         """``lag``: steps that may be on their way when another is read; 0 reads each at once.
 
@@ -65,6 +66,7 @@ class Reporter:
         self.is_main = is_main
         self.lag = lag
         self.hooks = hooks
+        self.speed = speed
         self._pending: collections.deque[StepReport] = collections.deque()
         self._stats = IntervalStats()
         self._clock = time.perf_counter()
@@ -109,6 +111,8 @@ class Reporter:
             skipped=result.skipped,
             nan=not math.isfinite(loss),
             waited=report.waited,
+            supervised=result.supervised,
+            teraflop=result.teraflop,
         )
         if report.iteration % self.log_interval == 0 or report.iteration == self.train_iters:
             self._log(report)
@@ -127,5 +131,6 @@ class Reporter:
             grad_norm=report.result.grad_norm,
             log_tokens=self.log_tokens,
             log_samples=self.log_samples,
+            speed=None if self.speed is None else self.speed(),
         )
         print(line, flush=True)

@@ -28,6 +28,7 @@ from mindspeed_mm.training.checkpoint.saver import Saver
 from mindspeed_mm.training.checkpoint.state import Progress
 from mindspeed_mm.training.feed import Feed
 from mindspeed_mm.training.gradients import clip, total_norm
+from mindspeed_mm.training.log import DeviceSpeed
 from mindspeed_mm.training.loss import LossMode, step_token_weights
 from mindspeed_mm.training.optimizer import AdamW
 from mindspeed_mm.training.reports import Reporter, StepHook, StepReport
@@ -63,12 +64,17 @@ class Trainer:
         step_hooks: Sequence[StepHook] = (),
         stop_requested: Callable[[], bool] | None = None,
         clock: StepClock | None = None,
+        flop_count: Callable[[Batch], float] | None = None,
+        peak_tflops: float | None = None,
     ) -> None:
         """``packed``: steps vary in their number of samples, so the log counts them.
 
         ``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank before it.
 
         ``clock`` is told what the loop is doing.
+
+        ``flop_count`` gives 10^12 operations of a whole micro-batch, ``peak_tflops`` what a device could do of them in
+        a second: for the log.
 
         A run that any rank was asked to stop saves and ends on all of them after the same step.
         """
@@ -102,7 +108,9 @@ class Trainer:
             is_main=layout.is_main,
             lag=1 if backend.is_accelerator else 0,
             hooks=(self._check_samples, *step_hooks),
+            speed=lambda: DeviceSpeed(layout.world_size, peak_tflops, backend.peak_memory_bytes()),
         )
+        self.flop_count = flop_count or (lambda batch: 0.0)
 
     def train(self) -> None:
         """Run the remaining iterations."""
@@ -177,6 +185,7 @@ class Trainer:
             samples=data.samples * share,
             bad=len(data.bad) * share,
             stop=float(self.stop_requested()),
+            teraflop=sum(map(self.flop_count, data.batches)) * share,
         )
 
     def _check_samples(self, report: StepReport) -> None:

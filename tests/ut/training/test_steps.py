@@ -10,6 +10,7 @@ from torch import nn
 
 from mindspeed_mm.backend.transfer import HostRead
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.log import DeviceSpeed, IntervalStats, format_line
 from mindspeed_mm.training.optimizer import AdamW
 from mindspeed_mm.training.reports import Reporter, StepReport
 from mindspeed_mm.training.step import SampleLosses, StepResult, StepSums
@@ -122,3 +123,16 @@ def test_reporter_asks_the_device_once(monkeypatch):
     outcome = StepResult(numbers, has_router_loss=False, bad_messages=())
     assert (outcome.loss, outcome.grad_norm, outcome.router_loss, outcome.skipped) == (1.0, 2.0, None, False)
     assert len(reads) == 1
+
+
+def test_speed_is_for_one_device(capsys):
+    stats = IntervalStats()
+    stats.add(seconds=2.0, loss=1.0, tokens=800, samples=4, skipped=False, nan=False, supervised=200, teraflop=24.0)
+    options = {"iteration": 1, "train_iters": 1, "consumed_samples": 4, "learning_rate": 0.1, "global_batch_size": 4,
+               "grad_norm": 1.0, "log_tokens": False}
+    line = format_line(stats, **options, speed=DeviceSpeed(4, 10.0, 3 * 2**29))
+    assert line.endswith(
+        "| data wait: 0.0% | tokens/s per device: 100.0 | supervised tokens/s per device: 25.0 | TFLOP/s per device: 3 "
+        "| MFU: 30.0% | peak memory (GiB): 1.50 |"
+    )
+    assert "MFU" not in format_line(stats, **options, speed=DeviceSpeed(4))

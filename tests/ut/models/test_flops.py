@@ -1,0 +1,64 @@
+"""Counted operations against those that torch counts in a real forward and backward pass."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.flops import FlopCount
+from mindspeed_mm.models.qwen3vl import ModelChoices
+from tests.helpers.hf_model import mixed_samples, tiny_model
+from tests.helpers.mcore_model import model_like
+
+CASES = {
+    "all trains": ({}, {}),
+    "frozen vision": ({"freeze_vision_encoder": True, "freeze_vision_projector": True}, {}),
+    "projector alone": ({"freeze_vision_encoder": True, "freeze_text_decoder": True}, {}),
+    "dense, recompute": ({"recompute": "full"}, {"dense": True}),
+}
+
+
+def counted(model, batch) -> float:
+    """By torch, which sees every product that is run."""
+    with FlopCounterMode(display=False) as counter:
+        loss = model(batch, torch.full((batch.num_supervised,), 0.01)).loss
+        loss.backward()
+    return counter.get_total_flops() / 1e12
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_product_is_counted(case):
+    choices, kind = CASES[case]
+    plain = {"text_attention": "eager", "vision_attention": "eager", "fused_experts": False}
+    model, geometry = model_like(tiny_model(**kind), ModelChoices(**plain, **choices))
+    batch = collate(mixed_samples(), geometry)
+    count = FlopCount(
+        geometry=geometry,
+        train_vision=not choices.get("freeze_vision_encoder", False),
+        train_projector=not choices.get("freeze_vision_projector", False),
+        train_text=not choices.get("freeze_text_decoder", False),
+    )
+    text = geometry.text
+    lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens_host)]
+    # eager attention also multiplies what causality then hides
+    hidden_pairs = sum(length * (length - 1) // 2 for length in lengths)
+    backward = 2 if count.train_text or count.train_projector else 0
+    hidden = 2 * 2 * text.num_heads * text.head_dim * hidden_pairs * text.num_layers * (1 + backward) / 1e12
+    found = counted(model, batch) - hidden
+    if choices.get("recompute") != "full":
+        assert count(batch) == pytest.approx(found, rel=1e-6)
+    else:
+        assert count(batch) < 0.85 * found  # what runs again is not counted
+
+
+def test_frozen_experts_have_no_weight_gradients():
+    _, geometry = model_like(tiny_model())
+    lengths = {"tokens": [20], "patches": [], "supervised": 5}
+    text = geometry.text
+    all_trains, frozen = (FlopCount(geometry=geometry, train_experts=trains) for trains in (True, False))
+    one = 2 * 20 * text.num_experts_per_token * 3 * text.hidden_size * text.moe_intermediate_size * text.num_layers
+    assert all_trains.of_lengths(**lengths) - frozen.of_lengths(**lengths) == pytest.approx(one / 1e12)
