@@ -69,6 +69,15 @@ class Agreement:
         """Whether some process could not write."""
         return self._has(_FAILURE)
 
+    def beat(self, count: int) -> None:
+        """Let the others see that this process gets on: ``count`` is any number that grows."""
+        self._store.set(f"beat/{self.rank}", str(count))
+
+    def beats(self) -> list[bytes | None]:
+        """The last word of every process, in the order of ranks; the same list twice means that nobody got on."""
+        keys = [f"beat/{rank}" for rank in range(self._world_size)]
+        return [self._store.get(key) if self._has(key) else None for key in keys]
+
     def reports(self) -> list[Any]:
         """On rank 0: the reports of all processes, in the order of ranks; none of them writes any more then."""
         return [self._get(f"report/{rank}") for rank in range(self._world_size)]

@@ -171,8 +171,8 @@ def finish_directory(
     """
     target, known = Path(target), dict(written or {})
     (partial / MANIFEST).unlink(missing_ok=True)
-    names = _files_below(partial)
     _check_written(partial, known)
+    names = sorted({*_files_below(partial), *known})  # a network file system may list late what others wrote
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         entries = list(pool.map(lambda name: known.get(name) or _flush_and_sum(partial / name), names))
     files = {name: _manifest_entry(entry) for name, entry in zip(names, entries, strict=True)}

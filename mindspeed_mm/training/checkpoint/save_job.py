@@ -83,7 +83,7 @@ class SaveJob:
         self._items, self._progress, self._metadata = items, progress, metadata
         self._keep_last, self._keep_every = keep_last, keep_every
         self._agreement, self._started = agreement, started
-        self._asked = 0.0
+        self._asked, self._beats = 0.0, 0
         self._thread = threading.Thread(target=self._run, name="save", daemon=True)
 
     def begin(self) -> None:
@@ -103,6 +103,10 @@ class SaveJob:
     def unfinished(self) -> list[int]:
         """Ranks that are still writing."""
         return self._agreement.missing_reports()
+
+    def beats(self) -> list[Any]:
+        """Changes as long as any process gets on with writing."""
+        return [*self._agreement.beats(), self.unfinished()]
 
     def _run(self) -> None:
         try:
@@ -157,6 +161,8 @@ class SaveJob:
         if now - self._asked < _ASK_SECONDS:
             return True
         self._asked = now
+        self._beats += 1
+        self._agreement.beat(self._beats)
         return not self._agreement.has_failed()
 
     def _commit(self, partial: Path, reports: Sequence[Mapping[str, Any]], nbytes: int) -> Conclusion:

@@ -56,7 +56,7 @@ class SaveOptions:
         keep_last: ``--keep-last``; None to keep all.
         keep_every: ``--keep-every``; None where no iteration is kept for its number.
         failure_limit: ``--save-failure-limit``: failed saves in a row that end the run.
-        timeout_minutes: how long a save may be waited for.
+        timeout_minutes: how long a save may be waited for in which no process gets on.
     """
 
     root: Path
@@ -203,17 +203,20 @@ class Saver:
             )
 
     def _join(self, job: SaveJob) -> None:
-        """Wait for a save, saying now and then for which processes."""
-        began = time.monotonic()
+        """Wait for a save, saying now and then for which processes; for ever, as long as any gets on."""
+        began = got_on = time.monotonic()
+        beats: list[Any] = []
         while not job.join(_REPORT_SECONDS):
-            waited = time.monotonic() - began
+            now = time.monotonic()
+            waited, before, beats = now - began, beats, job.beats()
+            got_on = got_on if beats == before else now
             unfinished = ", ".join(map(str, job.unfinished())) or "none, rank 0 is committing"
             self._say(
                 f" waiting for the save of iteration {job.iteration} for {waited:.0f} s; still writing: {unfinished}"
             )
-            if waited > 60 * self._options.timeout_minutes:
+            if now - got_on > 60 * self._options.timeout_minutes:
                 raise UserError(
-                    f"the save of iteration {job.iteration} has not ended in {self._options.timeout_minutes} minutes "
+                    f"the save of iteration {job.iteration} has not got on for {self._options.timeout_minutes} minutes "
                     f"(--distributed-timeout-minutes); ranks still writing: {unfinished}; see to the file system of "
                     f"--save {self._options.root}"
                 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint import directory, shard_writer, shards
+from mindspeed_mm.training.checkpoint import saver as saver_module
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.loader import load_tensors
 from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
@@ -145,6 +146,20 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, gate: threading.Ev
     saver.wait()
     assert_same(stored(tmp_path / "iter_0000001"), before)
     assert not torch.equal(before["model.a"], state.tensors["model.a"])
+
+
+def test_a_file_system_that_hangs_ends_the_run(tmp_path: Path, gate: threading.Event, monkeypatch) -> None:
+    gate.set()
+    monkeypatch.setattr(saver_module, "_REPORT_SECONDS", 0.05)
+    lines: list[str] = []
+    saver = saver_of(State(), tmp_path, lines, asynchronous=True, timeout_minutes=0.01)
+    gate.clear()
+    saver.start(Standing(1))
+    with pytest.raises(UserError, match=r"iteration 1 has not got on for 0.01 minutes.*ranks still writing: 0;"):
+        saver.wait()
+    assert "waiting for the save of iteration 1" in lines[0]
+    gate.set()
+    saver.wait()
 
 
 def test_one_save_in_flight(tmp_path: Path, gate: threading.Event) -> None:
