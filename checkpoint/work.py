@@ -107,6 +107,7 @@ def run_parallel(jobs: Sequence[Callable[[], T]], *, workers: int, progress: Pro
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
             progress.stopped = True
+            print("\nstopping as soon as the disk has taken what is being written", file=sys.stderr)
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         failures = [error for future in done if (error := future.exception()) is not None]
