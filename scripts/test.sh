@@ -4,14 +4,30 @@
 #   bash scripts/test.sh -m "slow or not slow" everything
 #   bash scripts/test.sh -m st                 launchers and several processes only
 #   bash scripts/test.sh tests/ut/data -k mask as pytest understands it
+#   bash scripts/test.sh --stack npu           in an environment as NPU users have it: Python 3.10, torch 2.7.1, the newest
+#                                              transformers and numpy for these, in .venv-npu-stack (or STACK_VENV)
 set -euo pipefail
 exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
-bash scripts/install.sh --arch "$(machine_arch)" --dev
-PATH=$(cd "$(environment_dir "")" && pwd)/bin:$PATH
+directory=$(environment_dir "")
+if [[ ${1:-} == --stack ]]; then
+    [[ ${2:-} == npu ]] || { echo "error: --stack is '${2:-}'; choose npu" >&2 && exit 2; }
+    shift 2
+    directory=${STACK_VENV:-.venv-npu-stack}
+    bash scripts/install.sh --arch "$(machine_arch)" --dev --device cpu --venv "$directory" --python python3.10 \
+        --torchversion 2.7.1
+    # what an NPU user has besides, among it numpy 1
+    "$directory/bin/python" -m pip install --quiet --constraint "$directory/install-constraints.txt" \
+        -r requirements.txt -r examples/qwen3vl/requirements.txt -r requirements-npu.txt
+    VIRTUAL_ENV=$(cd "$directory" && pwd)
+    export VIRTUAL_ENV
+else
+    bash scripts/install.sh --arch "$(machine_arch)" --dev
+fi
+PATH=$(cd "$directory" && pwd)/bin:$PATH
 export PATH
 
 status=0
