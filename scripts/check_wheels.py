@@ -27,7 +27,7 @@ MACHINES = {"x86": "x86_64", "arm": "aarch64"}
 PYTHONS = ("3.10", "3.11")
 SHOWN = ("torch", "torch-npu", "megatron-core", "transformers", "numpy")
 # what a system with glibc 2.28 or later takes
-MANYLINUX = ("_2_28", "_2_27", "_2_26", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1")
+MANYLINUX = (*(f"_2_{minor}" for minor in range(28, 4, -1)), "2014", "2010", "1")
 
 
 @dataclasses.dataclass(frozen=True)

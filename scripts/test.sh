@@ -5,7 +5,8 @@
 #   bash scripts/test.sh -m st                 launchers and several processes only
 #   bash scripts/test.sh tests/ut/data -k mask as pytest understands it
 #   bash scripts/test.sh --stack npu           in an environment as NPU users have it: Python 3.10, torch 2.7.1, the newest
-#                                              transformers and numpy for these, in .venv-npu-stack (or STACK_VENV)
+#                                              transformers and numpy for these, in .venv-npu-stack (or
+#                                              STACK_VENV), by STACK_PYTHON or python3.10
 set -euo pipefail
 exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +18,7 @@ if [[ ${1:-} == --stack ]]; then
     [[ ${2:-} == npu ]] || { echo "error: --stack is '${2:-}'; choose npu" >&2 && exit 2; }
     shift 2
     directory=${STACK_VENV:-.venv-npu-stack}
-    bash scripts/install.sh --arch "$(machine_arch)" --dev --device cpu --venv "$directory" --python python3.10 \
+    bash scripts/install.sh --arch "$(machine_arch)" --dev --device cpu --venv "$directory" --python "${STACK_PYTHON:-python3.10}" \
         --torchversion 2.7.1
     # what an NPU user has besides, among it numpy 1
     "$directory/bin/python" -m pip install --quiet --constraint "$directory/install-constraints.txt" \

@@ -33,6 +33,7 @@ from torch_npu import _build  # noqa: E402
 _C = _build.load()
 
 import torch_npu.npu  # noqa: E402
+from torch_npu import _graph_mode  # noqa: E402
 from torch_npu._operators import register  # noqa: E402
 
 __version__ = os.environ.get("SIMULATED_NPU_VERSION", "2.7.1")
@@ -59,5 +60,6 @@ def _autoload() -> None:
 
 
 _register_device()
+_graph_mode.register()
 for _name in register(__version__):
     globals()[_name] = getattr(torch.ops.npu, _name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ def is_initialized() -> bool:
 
 def init() -> None:
     pass
+
+
+def _lazy_call(function: Callable[[], None], **_: Any) -> None:
+    """What is to be done once the device is initialised, which it is."""
+    function()
 
 
 def _is_in_bad_fork() -> bool:

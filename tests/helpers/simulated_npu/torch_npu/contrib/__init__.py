@@ -1,0 +1,1 @@
+"""Parts of torch_npu that a program imports by name."""
