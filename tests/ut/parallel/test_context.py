@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +14,7 @@ from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.training.loss import step_token_weights
 from tests.helpers.hf_model import mixed_samples, random_sample, tiny_config
 from tests.helpers.mcore_model import relative
+from tests.helpers.thread_group import all_to_all_single, in_threads
 
 
 @pytest.fixture(scope="module")
@@ -26,33 +24,6 @@ def geometry():
     return Qwen3VLGeometry.from_config(tiny_config().to_dict())
 
 
-class Member:
-    """One thread's view of a group of threads."""
-
-    def __init__(self, rank, board, barrier):
-        self.rank, self.board, self.barrier = rank, board, barrier
-
-    def size(self):
-        return len(self.board)
-
-
-def exchange(output, rows, receive, send, *, group):
-    """``all_to_all_single`` between threads."""
-    group.board[group.rank] = rows.split(send)
-    group.barrier.wait()
-    output.copy_(torch.cat([parts[group.rank] for parts in group.board]))
-    assert [len(parts[group.rank]) for parts in group.board] == list(receive)
-    group.barrier.wait()
-
-
-def in_threads(size, function):
-    """``function(member)`` of all members of a group at once; their results by rank."""
-    board, barrier = [None] * size, threading.Barrier(size, timeout=60)
-    members = [Member(rank, board, barrier) for rank in range(size)]
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(function, members))
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("size", "heads", "kv_heads"),
@@ -60,7 +31,7 @@ def in_threads(size, function):
 )
 def test_ulysses_attention_equals_the_kernel(monkeypatch, size, heads, kv_heads, causal):
     """30B's 32 heads with 4 key/value heads on up to 16 processes, its 16 vision heads on 8; boundaries anywhere."""
-    monkeypatch.setattr(collectives.dist, "all_to_all_single", exchange)
+    monkeypatch.setattr(collectives.dist, "all_to_all_single", all_to_all_single)
     generator = torch.Generator().manual_seed(size)
     cuts = sorted(torch.randint(1, 61, (5,), generator=generator).tolist())
     offsets = sorted({0, *cuts, 61})
