@@ -96,3 +96,20 @@ def test_parameters_are_back_after_each_pass():
         for parameter in parameters.values():
             parameter.mul_(0.5)
         assert model(batch, weight).loss != first  # copies follow the parameters
+
+
+def test_copies_follow_the_optimizer():
+    config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), "param_dtype": "bf16"})
+    model, geometry = model_like(tiny_model())
+    hold_whole(model, model.units(), config)
+    optimizer = AdamW([{"params": list(model.parameters()), "lr": 1e-2}])
+    batch = collate(mixed_samples(), geometry)
+    weight = torch.full((batch.num_supervised,), 0.01)
+    losses = []
+    for _ in range(3):
+        loss = model(batch, weight).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] > losses[1] > losses[2]
