@@ -1,0 +1,65 @@
+"""Saving from a device: through page-locked copies beside the training, piece by piece in front of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.loader import load_tensors
+from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process() -> Iterator[None]:
+    start_processes(select_backend("npu"), timeout_minutes=1)
+    yield
+    stop_processes()
+
+
+@dataclasses.dataclass
+class Standing:
+    iteration: int
+
+
+class State:
+    """Tensors on the device."""
+
+    def __init__(self) -> None:
+        self.tensors = {
+            "model.a": torch.arange(300.0).view(20, 15).to("npu"),
+            "model.b": torch.arange(8.0).to(torch.bfloat16).to("npu"),
+            "optimizer.step": torch.tensor(3.0, device="npu"),
+        }
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+    def own(self) -> Mapping[str, Tensor]:
+        return {"rng.0.cpu": torch.get_rng_state()}
+
+    def expected_bytes(self) -> int:
+        return 10_000
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_saved_from_the_device(tmp_path: Path, asynchronous: bool) -> None:
+    state = State()
+    before = {name: tensor.cpu() for name, tensor in state.tensors.items()}
+    saver = Saver(state, SaveOptions(tmp_path, asynchronous=asynchronous), backend=select_backend("npu"))
+    for iteration in (1, 2):
+        saver.start(Standing(iteration))
+        for tensor in state.tensors.values():
+            tensor.add_(1)
+    saver.finish()
+    reader = DcpReader(tmp_path / "iter_0000002", directory.verify_directory(tmp_path / "iter_0000002", checksums=True))
+    load_tensors(reader, state.tensors)
+    for name, tensor in state.tensors.items():
+        assert tensor.device.type == "npu" and torch.equal(tensor.cpu(), before[name] + 1), name
