@@ -92,6 +92,8 @@ def agreed_error() -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'the checkpoint'} cannot be read: {error.strerror or error}"
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     found = next((text for text in messages if text is not None), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -44,7 +45,8 @@ def open_save_directory(root: Path) -> list[str]:
     blind: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(blind, None if appears(probe) else f"rank {rank} on {socket.gethostname()}")
     if rank == 0:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next start removes it
+            probe.unlink(missing_ok=True)
     if any(blind):
         raise UserError(
             f"--save {root} is not the same directory on all machines: {next(filter(None, blind))} does not see what "

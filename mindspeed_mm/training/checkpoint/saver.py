@@ -249,7 +249,10 @@ class Saver:
         return Agreement(self._store, number=next(_numbers), rank=self._rank, world_size=dist.get_world_size())
 
     def _newest(self) -> str:
-        tracked = directory.read_tracker(self._options.root)
+        try:
+            tracked = directory.read_tracker(self._options.root)
+        except UserError as error:  # the trouble that is being reported
+            return f"not known: {error}"
         if tracked is None:
             return f"none: nothing has been saved in {self._options.root}"
         return str(self._options.root / directory.checkpoint_name(tracked))
