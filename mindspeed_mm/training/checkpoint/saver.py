@@ -178,6 +178,7 @@ class Saver:
             UserError: on all processes, if it failed.
         """
         self.wait()
+        dist.barrier()  # whoever leaves first may take the store along, from which the others still have to hear
         if self.failures:
             raise UserError(
                 f"the last checkpoint of the run was not written: {self._last_error}. "
