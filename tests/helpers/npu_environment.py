@@ -10,6 +10,13 @@ SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
+def host_waits() -> int:
+    """How often the host has waited for the device; always 0 on a real one, which does not count."""
+    import torch_npu
+
+    return getattr(torch_npu._C, "host_waits", int)()
+
+
 def npu_environment(*, version: str = "2.7.1", count: int = 8) -> dict[str, str]:
     """Environment of a process on a machine with ``count`` NPUs and torch_npu ``version``."""
     paths = [str(SIMULATED_NPU), str(SIMULATED_NPU.parents[2]), os.environ.get("PYTHONPATH", "")]

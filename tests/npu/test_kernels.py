@@ -16,6 +16,7 @@ from mindspeed_mm.backend.kernels.npu_experts import PermutedRows
 from mindspeed_mm.backend.kernels.rows import row_mover
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.dispatch import IndexedRows
+from tests.helpers.npu_environment import host_waits
 
 TOLERANCE = 2e-6  # fp32, other order of additions
 
@@ -98,10 +99,10 @@ def test_grouped_experts(counts):
     theirs = looped_experts(*host, torch.tensor(counts))
     name = expert_kernel_name(fused=True, hidden_size=hidden, intermediate_size=inner, device="npu")
     assert name == "npu_grouped_matmul"
-    before = torch_npu._C.host_waits()
+    before = host_waits()
     ours = expert_kernel(name, device="npu")(*device, torch.tensor(counts).npu())
     (ours * weight.npu()).sum().backward()
-    assert torch_npu._C.host_waits() == before  # the counts stay on the device
+    assert host_waits() == before  # the counts stay on the device
     (theirs * weight).sum().backward()
     check(ours, theirs)
     check_gradients(device, host)
@@ -135,14 +136,14 @@ def test_rows(dtype, top_k):
     plain, fused = IndexedRows(), row_mover(IndexedRows(), fused=True, device="npu")
     assert isinstance(fused, PermutedRows)
     results = []
-    before = torch_npu._C.host_waits()
+    before = host_waits()
     for mover, values in zip((plain, fused), pairs(tokens, weights), strict=True):
         own = values[0].device
         rows, places = mover.to_rows(values[0], experts.to(own))
         output = mover.to_tokens(rows * 2, places, values[1])
         (output * factor.to(own)).sum().backward()
         results.append([rows, output, values[0].grad, values[1].grad, mover.count(experts.to(own), 6)])
-    assert torch_npu._C.host_waits() == before
+    assert host_waits() == before
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours.device.type == "npu" and torch.equal(ours.cpu(), theirs)
 

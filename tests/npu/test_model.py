@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch_npu
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.kernels import npu_attention, npu_elementwise, npu_experts
@@ -16,6 +15,7 @@ from mindspeed_mm.models.moe import MoELayer
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.models.slots import CoreAttention, PackedSelfAttention, RMSNorm
 from tests.helpers.mcore_model import model_like, relative, to_mcore
+from tests.helpers.npu_environment import host_waits
 from tests.ut.models.test_parity import GRADIENT, LOGITS, LOSS, reference  # noqa: F401  a fixture
 
 BACKEND = select_backend("npu")
@@ -30,10 +30,10 @@ def step(
     model.reset_buffers()
     batch = collate(samples, geometry).to(torch.device(device))
     weight = torch.full((batch.num_supervised,), 1.0 / batch.num_supervised, device=device)
-    before = torch_npu._C.host_waits()
+    before = host_waits()
     loss, *_ = model(batch, weight)
     loss.backward()
-    assert torch_npu._C.host_waits() == before or not choices.get("fused_experts", True)
+    assert host_waits() == before or not choices.get("fused_experts", True)
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return model, float(loss), gradients
 

@@ -220,6 +220,9 @@ def main(cases: dict[str, dict[str, Any]], out: str) -> None:
             print(f"{name}: losses {outcomes[name]['losses']}", flush=True)
     if dist.get_rank() == 0:
         torch.save(outcomes, out)
+        if "MM_TEST_OPERATORS" in os.environ:
+            used = sys.modules["torch_npu"]._C.used_operators()
+            Path(os.environ["MM_TEST_OPERATORS"]).write_text("\n".join(sorted(used)))
     stop_processes()
 
 

@@ -24,6 +24,8 @@ import yaml
 from tests.helpers.npu_environment import SIMULATED_NPU
 
 FILE = SIMULATED_NPU / "torch_npu/signatures.yaml"
+OPERATORS = SIMULATED_NPU / "torch_npu/operators.txt"
+CALLERS = {"repeat_interleave.Tensor": "repeat_interleave.self_Tensor"}  # what torch makes of which, torch_npu does not
 KERNELS = Path(__file__).parents[2] / "mindspeed_mm/backend/kernels"
 IN_WHEEL = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 HEADER = """# Signatures of the operators that the NPU kernels use, as torch_npu's wheels publish them in
@@ -77,6 +79,21 @@ def test_wheels_publish_the_recorded_signatures(version, tmp_path_factory):
     assert "_fused_adamw_" in theirs
     names = re.findall(r" (\w+)(?:=\w+)?[,)]", theirs["_fused_adamw_"].partition("->")[0])
     assert [argument.name for argument in torch.ops.aten._fused_adamw_.default._schema.arguments] == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", recorded())
+def test_wheels_register_every_operator_of_a_step(version, tmp_path_factory):
+    """One that is not would run on the host, with a warning, after waiting for the device."""
+    with zipfile.ZipFile(wheel(version, tmp_path_factory.getbasetemp())) as archive:
+        texts = [archive.read(name).decode() for name in (IN_WHEEL, IN_WHEEL.replace("_by_codegen", ""))]
+    theirs = {name for text in texts for name in re.findall(r"^\s*(?:- )?(?:func: |- )([\w.]+)", text, re.MULTILINE)}
+    assert len(theirs) > 1000
+    for operator in OPERATORS.read_text().split():
+        name = operator.partition("::")[2]
+        # torch leads an operator that returns its result to the one that writes it; torch_npu has one of them
+        returning = re.sub(r"\.(grad_input|out)$|_out$", "", name)
+        assert {name, returning, CALLERS.get(name)} & theirs, operator
 
 
 @pytest.mark.parametrize("version", recorded())

@@ -1,17 +1,21 @@
-"""Training on the simulated NPU: layouts against Hugging Face's model, the launcher against its own run on the host."""
+"""Training on the simulated NPU: layouts against Hugging Face's model, the launcher against its own run on the host.
+
+``python -m tests.st.test_npu_training`` prints the figures of the layouts.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.mcore_model import relative
-from tests.helpers.npu_environment import HAS_COMPILER, npu_environment
+from tests.helpers.npu_environment import HAS_COMPILER, SIMULATED_NPU, npu_environment
 from tests.st.matrix import GRADIENT, LOSS, PARAMETER, case, errors, reference, run_layouts
 from tests.st.test_recipe import edited, logged, place, run, stored, train  # noqa: F401  place is a fixture
 
@@ -19,6 +23,7 @@ pytestmark = [
     pytest.mark.st,
     pytest.mark.skipif(not HAS_COMPILER, reason="the simulated NPU is compiled on first use, and there is no g++"),
 ]
+OPERATORS = SIMULATED_NPU / "torch_npu/operators.txt"
 BF16 = {"param_dtype": "bf16"}
 CASES = {
     "FSDP2": case(4),
@@ -32,8 +37,8 @@ CASES = {
 
 
 def test_layouts_equal_hugging_face(tmp_path):
-    """By the tolerances of the host's own matrix."""
-    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu"}
+    """By the tolerances of the host's own matrix; with operators that torch_npu has, see test_npu_signatures."""
+    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu", "MM_TEST_OPERATORS": str(tmp_path / "operators")}
     for name, outcome in run_layouts(2, CASES, tmp_path, environment).items():
         found = errors(outcome, reference())
         if "bf16" in name:
@@ -41,6 +46,8 @@ def test_layouts_equal_hugging_face(tmp_path):
             continue
         assert found["losses"] <= LOSS and found["norms"] <= GRADIENT, (name, found)
         assert found["gradients"] <= GRADIENT and found["parameters"] <= PARAMETER, (name, found)
+    used = set((tmp_path / "operators").read_text().split())
+    assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
 
 
 def numbers(output: str) -> dict[int, tuple[float, float]]:
@@ -110,3 +117,20 @@ def test_torch_npu_that_cannot_be_loaded(place: Path, tmp_path: Path):  # noqa: 
     (line,) = output.strip().splitlines()
     assert line.startswith("error: torch_npu cannot be loaded (libhccl.so: cannot open shared object file")
     assert "set_env.sh" in line and "--device" in line
+
+
+def main() -> None:
+    """Print how far each layout on the simulated NPU is from Hugging Face's model on the host."""
+    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu"}
+    with tempfile.TemporaryDirectory() as directory:
+        outcomes = run_layouts(2, CASES, Path(directory), environment)
+    print("| layout | loss | gradient norm | worst gradient | worst parameter |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, outcome in outcomes.items():
+        found = errors(outcome, reference())
+        figures = " | ".join(f"{found[key]:.1e}" for key in ("losses", "norms", "gradients", "parameters"))
+        print(f"| {name} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()

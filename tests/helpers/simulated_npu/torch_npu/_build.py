@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils import cpp_extension
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("_device.cpp", "_hccl.cpp"))
 HEADER = Path(__file__).with_name("_device.h")
@@ -40,7 +39,10 @@ def build() -> Path:
 
 
 def _compile(directory: Path, library: Path) -> None:
-    include = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
+    # not by torch.utils.cpp_extension, which prints what it thinks of the machine's CUDA
+    home = Path(torch.__file__).parent
+    headers = (home / "include", home / "include/torch/csrc/api/include", sysconfig.get_path("include"))
+    include = [f"-I{path}" for path in headers]
     flags = [
         "-std=c++20" if torch.__version__ >= (2, 10) else "-std=c++17",
         "-O1", "-fPIC", "-fvisibility=hidden", "-w",
@@ -58,10 +60,9 @@ def _compile(directory: Path, library: Path) -> None:
         [compiler, *flags, *include, "-c", str(source), "-o", str(target)]
         for source, target in zip(SOURCES, objects, strict=True)
     ])
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     unfinished = library.with_suffix(".unfinished")
     _run_together([[
-        compiler, "-shared", *map(str, objects), *libraries,
+        compiler, "-shared", *map(str, objects), f"-L{home / 'lib'}",
         "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(unfinished),
     ]])
     unfinished.rename(library)

@@ -20,6 +20,7 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 
 #include "_device.h"
@@ -353,7 +354,15 @@ struct Call {
   }
 };
 
+// What a process has asked a backend's own kernels for.
+std::mutex used_mutex;
+std::set<std::string> used;
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  {
+    std::lock_guard<std::mutex> guard(used_mutex);
+    used.insert(toString(op.operator_name()));
+  }
   Call call{op.schema()};
   const auto& arguments = call.schema.arguments();
   const size_t first = stack->size() - arguments.size();
@@ -490,6 +499,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("allocated", [] { return allocated.load(); });
   module.def("peak", [] { return peak.load(); });
   module.def("reset_peak", [] { peak = allocated.load(); });
+  module.def("used_operators", [] {
+    std::lock_guard<std::mutex> guard(used_mutex);
+    return used;
+  });
   module.def("host_waits", [] { return host_waits.load(); });
   module.def("manual_seed", [](int index, uint64_t seed) { 
     auto generator = default_generator(static_cast<c10::DeviceIndex>(index));
