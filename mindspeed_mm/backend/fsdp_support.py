@@ -19,12 +19,16 @@ def mend_fsdp(communication: str) -> None:
     its all-reduce raises; later versions know gloo's limits. Calling it again is harmless.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     original = getattr(collectives, "_get_gradient_divide_factors", None)
     parameters = [] if original is None else list(inspect.signature(original).parameters)
     if parameters == _OF_TORCH_2_7 and communication != "nccl":
         collectives._get_gradient_divide_factors = _add_then_divide
         torch.cpu.Stream.record_event = _record_event
+        group = _fsdp_param_group.FSDPParamGroup
+        if communication == "gloo" and not hasattr(group.finalize_backward, "__wrapped__"):
+            group.finalize_backward = _without_event(group.finalize_backward)
     elif "force_sum_reduction_for_comms" in parameters and communication == "hccl":
         collectives._get_gradient_divide_factors = _forcing_sums(original)
 
@@ -52,3 +56,15 @@ def _forcing_sums(original: Callable[..., Any]) -> Callable[..., Any]:
 def _record_event(stream: torch.cpu.Stream) -> torch.cpu.Event:
     """An event, on which waiting does nothing. The original's is None, and HSDP's all-reduce asserts that it is not."""
     return torch.cpu.Event()
+
+
+def _without_event(finalize: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What was gathered in vain is dropped at the end of backward; the original waits by asking for an accelerator."""
+
+    @functools.wraps(finalize)
+    def finalize_backward(group: Any) -> None:
+        if group._all_gather_result is not None:
+            group._all_gather_result = group._all_gather_result._replace(all_gather_event=None)
+        finalize(group)
+
+    return finalize_backward

@@ -171,3 +171,14 @@ def test_align_fsdp_param_groups(hf_model, aligned):
     assert torch.equal(loss, theirs) and names == [name for name, _ in plain.named_parameters()]
     gradients = dict(plain.named_parameters())
     assert [n for n, p in model.named_parameters() if not torch.equal(p.grad, gradients[n].grad)] == []
+
+
+def test_what_was_gathered_in_vain_is_dropped(hf_model):
+    """Under torch 2.7 on a machine without an accelerator FSDP2 asked for one to wait for it."""
+    model, batch = sharded(hf_model)
+    loss_of(model, batch).backward()
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+    group = next(group for group in groups if group is not None)
+    group.unshard()
+    group.finalize_backward()
+    assert group._all_gather_result is None
