@@ -55,8 +55,8 @@ class Case:
     Attributes:
         ranks: number of processes.
         asynchronous: ``--async-save``.
-        fault: ``kill`` (SIGKILL of the process), ``kill all``, ``torn`` (half of a write, then SIGKILL), ``full disk``,
-            ``I/O error``, or ``none``.
+        fault: ``kill`` (SIGKILL of the process), ``kill all``, ``torn`` (half of a write, then SIGKILL), ``power cut``
+            (SIGKILL, and half of what was not flushed is gone), ``full disk``, ``I/O error``, or ``none``.
         rank: the process that it happens to.
         point: the number of the point, from 1; 0 for none.
         seconds: kill all after this time instead.
@@ -72,7 +72,7 @@ class Case:
     @property
     def ends_the_run(self) -> bool:
         """Whether the processes cannot go on by themselves."""
-        return self.fault in ("kill", "kill all", "torn")
+        return self.fault in ("kill", "kill all", "torn", "power cut")
 
 
 class Switch:
@@ -87,6 +87,7 @@ class Switch:
     def __init__(self, case: Case, rank: int, report: Callable[..., None]) -> None:
         self.count, self.phase, self.armed = 0, "start", False
         self._case, self._rank, self._report = case, rank, report
+        self._unflushed: set[int] = set()  # inodes
         self._lock = threading.RLock()
 
     def install(self) -> None:
@@ -96,9 +97,14 @@ class Switch:
     def _wrapped(self, name: str, call: Callable) -> Callable:
         def wrapped(*arguments, **options):
             if self._strikes():
-                self._report(struck=self.phase)
+                self._report(struck=self.phase, unflushed=sorted(self._unflushed))
                 self._strike(name, call, arguments)
-            return call(*arguments, **options)
+            if self.armed and name == "write":
+                self._unflushed.add(os.fstat(arguments[0]).st_ino)
+            result = call(*arguments, **options)
+            if name == "fsync":
+                self._unflushed.discard(os.fstat(arguments[0]).st_ino)
+            return result
 
         return wrapped
 
@@ -114,7 +120,7 @@ class Switch:
         if fault == "torn" and name == "write":
             descriptor, data = arguments
             call(descriptor, data[: len(data) // 2])
-        if fault in ("kill", "torn"):
+        if fault in ("kill", "torn", "power cut"):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "kill all":
             os.killpg(0, signal.SIGKILL)
@@ -303,6 +309,14 @@ def examine(root: Path, case: Case, said: list[str]) -> int:
     return tracked
 
 
+def lose(root: Path, inodes: set[int]) -> None:
+    """Take away half of the files that were not flushed to disk."""
+    for path in root.rglob("*"):
+        facts = path.stat()
+        if path.is_file() and facts.st_ino in inodes:
+            os.truncate(path, facts.st_size // 2)
+
+
 def survive(stage: Stage, case: Case, template: Path, root: Path) -> dict[str, Any]:
     """Let a fault happen, look at what is left, and finish the run."""
     shutil.rmtree(root, ignore_errors=True)
@@ -311,6 +325,8 @@ def survive(stage: Stage, case: Case, template: Path, root: Path) -> dict[str, A
     try:
         first = stage.attempt(case, root)
         result["struck"] = next(iter(first.of("struck")), "random" if case.seconds else "nothing")
+        if case.fault == "power cut":
+            lose(root, set(first.of("unflushed")[0]))
         if not case.ends_the_run:
             bad = [text for text in first.of("raised") if not text.startswith("UserError")]
             assert not bad, f"a traceback instead of a message: {bad[0]}"

@@ -32,11 +32,12 @@ FAST = [
     sweep(2, "async", "kill", 1, 4),
     sweep(2, "async", "torn", 0, 3),
     sweep(2, "async", "kill all", 0, 3),
+    sweep(1, "async", "power cut", 0, 6),
     sweep(1, "async", "full disk", 0, 5),
     sweep(2, "async", "I/O error", 1, 4),
 ]
 WHOLE = {
-    "sync": [sweep(1, "sync", "kill", 0, 0), sweep(1, "sync", "torn", 0, 60), sweep(2, "sync", "kill", 1, 0)],
+    "sync": [sweep(1, "sync", "kill", 0, 0), sweep(1, "sync", "power cut", 0, 0), sweep(2, "sync", "kill", 1, 0)],
     "async": [sweep(1, "async", "kill", 0, 0), sweep(2, "async", "kill", 0, 0), sweep(2, "async", "kill", 1, 0)],
     "together": [
         sweep(2, "async", "kill all", 0, 100),
@@ -93,23 +94,33 @@ def test_every_fault(tmp_path: Path, part: str) -> None:
     assert_nothing_lost(run(WHOLE[part], tmp_path, timeout=7200), at_least=200)
 
 
-def test_a_saver_that_is_not_atomic_is_caught(tmp_path: Path) -> None:
-    """The driver is shown a saver that moves the tracker before the checkpoint is in its place."""
-    code = (
-        "import sys\n"
-        "from mindspeed_mm.training.checkpoint import directory, housekeeping\n"
+MISTAKES = {
+    "the tracker moves first": (
+        "kill",
         "finish = directory.finish_directory\n"
         "def early(partial, target, *arguments, **options):\n"
         "    directory.write_tracker(target.parent, int(target.name[5:]))\n"
         "    finish(partial, target, *arguments, **options)\n"
-        "directory.finish_directory = early\n"
+        "directory.finish_directory = early\n",
+    ),
+    "nothing is flushed": ("power cut", "files.OutputFile.sync = lambda self: None\n"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_saver_that_is_not_safe_is_caught(tmp_path: Path, mistake: str) -> None:
+    """The driver is shown savers with a mistake."""
+    fault, change = MISTAKES[mistake]
+    code = (
+        "import json, pathlib, sys\n"
+        "from mindspeed_mm.training.checkpoint import directory, files\n"
+        f"{change}"
         "from tests.st import kill_points\n"
-        "import json, pathlib\n"
         "kill_points.main(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
     )
     root = Path(__file__).parents[2]
     subprocess.run(
-        [sys.executable, "-c", code, json.dumps([sweep(1, "sync", "kill", 0, 25)]), str(tmp_path / "results.json")],
+        [sys.executable, "-c", code, json.dumps([sweep(1, "sync", fault, 0, 12)]), str(tmp_path / "results.json")],
         check=True, cwd=root, timeout=240, capture_output=True,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
