@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.arguments.model_config import ModelConfig
@@ -127,7 +128,11 @@ def plan_of(one: dict[str, Any]) -> Plan:
     )  # fmt: skip
     # segments of one length are attended to in one call
     uneven = len({length for length, _, _ in one["samples"]}) > 1
-    return dataclasses.replace(plan, kernels=dataclasses.replace(WRITTEN_OUT, joins_segments=uneven))
+    # without grouped products each expert's SwiGLU is autograd's
+    grouped = hasattr(torch.nn.functional, "grouped_mm")
+    return dataclasses.replace(
+        plan, kernels=dataclasses.replace(WRITTEN_OUT, joins_segments=uneven, inner_again=grouped)
+    )
 
 
 def measure(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -161,3 +161,9 @@ def test_registry_is_found(parts):
     # in two parts, because this file is searched too
     assert len(structure.registry_violations("first line\n" + "".join(parts), Path("README.md"))) == 1
     assert structure.registry_violations("a simple sentence about mirrors", Path("README.md")) == []
+
+
+def test_directories_of_tests_are_packages():
+    """Or two files of one name, in different directories, stop pytest from collecting any."""
+    directories = {path.parent for path in structure.repository_files() if path.match("tests/**/test_*.py")}
+    assert [str(directory) for directory in sorted(directories) if not (directory / "__init__.py").is_file()] == []
