@@ -25,6 +25,7 @@ from mindspeed_mm.training.checkpoint import directory
 from mindspeed_mm.training.checkpoint.agreement import Agreement
 from mindspeed_mm.training.checkpoint.commit import gigabytes
 from mindspeed_mm.training.checkpoint.host_copies import HostCopies, check_host_memory
+from mindspeed_mm.training.checkpoint.loader import agreed_error
 from mindspeed_mm.training.checkpoint.save_directory import open_save_directory
 from mindspeed_mm.training.checkpoint.save_job import SaveJob
 from mindspeed_mm.training.checkpoint.shards import items_to_write
@@ -112,7 +113,8 @@ class Saver:
         self._reserving: threading.Thread | None = None
         if options.asynchronous:
             nbytes = state.expected_bytes()
-            check_host_memory(nbytes)
+            with agreed_error():
+                check_host_memory(nbytes)
             self._reserving = threading.Thread(
                 target=self._copies.reserve, args=(nbytes,), name="save memory", daemon=True
             )
@@ -192,15 +194,13 @@ class Saver:
             self.poll()
 
     def _await_previous(self, iteration: int) -> None:
-        if self._job is None:
-            return
-        previous, started = self._job.iteration, time.perf_counter()
+        previous, started = self._job, time.perf_counter()
         self.wait()
         waited = time.perf_counter() - started
-        if waited > 0.1:
+        if previous is not None and waited > 0.1:
             self._say(
-                f" waited {waited:.1f} s for the save of iteration {previous} to end before that of {iteration} could "
-                "begin: a save takes longer than --save-interval steps"
+                f" waited {waited:.1f} s for the save of iteration {previous.iteration} to end before that of "
+                f"{iteration} could begin: a save takes longer than --save-interval steps"
             )
 
     def _join(self, job: SaveJob) -> None:

@@ -278,6 +278,26 @@ def test_too_many_failures_end_the_run(tmp_path: Path, monkeypatch, asynchronous
     assert directory.read_tracker(tmp_path) == 1
 
 
+def test_a_limit_of_one_holds_beside_the_training(tmp_path: Path, monkeypatch) -> None:
+    saver = saver_of(State(), tmp_path, asynchronous=True, failure_limit=1)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=2)
+        saver.start(Standing(2))
+        while saver.failures == 0:
+            saver.poll()
+    with pytest.raises(UserError, match=r"1 save failed \(--save-failure-limit 1\)"):
+        saver.start(Standing(3))
+
+
+def test_copies_must_fit_into_memory(tmp_path: Path, monkeypatch) -> None:
+    state = State()
+    monkeypatch.setattr(state, "expected_bytes", lambda: 10**15)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--async-save .* 2000000.0 GB for the 2 processes .*leave --async-save out"):
+        saver_of(state, tmp_path, asynchronous=True)
+    saver_of(state, tmp_path).start(Standing(1))
+
+
 def test_failure_of_the_last_save_is_an_error(tmp_path: Path, monkeypatch) -> None:
     saver = saver_of(State(), tmp_path, asynchronous=True)
     with monkeypatch.context() as patch:
