@@ -11,7 +11,7 @@ import torch
 
 from checkpoint.dcp_writer import PREFIX
 from checkpoint.locate import check_huggingface, find_checkpoint
-from checkpoint.work import ByteBudget, Progress, default_workers, run_parallel
+from checkpoint.work import ByteBudget, Progress, counted, default_workers, run_parallel
 from mindspeed_mm.models.weight_map import WeightRule, mcore_shapes
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.training.checkpoint.directory import verify_directory
@@ -92,4 +92,7 @@ def _compare(
                 if not torch.equal(ours, theirs):
                     elements[hf_name] = elements.get(hf_name, 0) + int((ours != theirs).sum())
         progress.advance((last - first) * row_bytes)
-    return [f"{hf_name} ({name}): {count} elements differ" for hf_name, count in elements.items()]
+    return [
+        f"{hf_name} ({name}): {counted(count, 'element')} differ{'s' * (count == 1)}"
+        for hf_name, count in elements.items()
+    ]

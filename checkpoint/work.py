@@ -138,6 +138,8 @@ def writing(target: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.filename and not Path(error.filename).absolute().is_relative_to(target.absolute().parent):
             raise UserError(f"{error.filename} cannot be read: {reason}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"{target} cannot be written: {reason}; name another directory") from error
         raise UserError(
             f"{target} cannot be written: {reason}; finished files are kept: run the same command again, or name "
             "another directory"

@@ -242,7 +242,7 @@ def test_verify_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["Qwen3VLConverter", "verify", *arguments]) == 1
     out = capsys.readouterr().out
-    assert f"{name} (model.text_decoder.layers.1.self_attention.linear_qkv.weight): 1 elements differ" in out
+    assert f"{name} (model.text_decoder.layers.1.self_attention.linear_qkv.weight): 1 element differs" in out
     assert "1 tensor differs" in out and hub
 
 
