@@ -11,15 +11,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mindspeed_mm.arguments.recipe import Recipe, check_data_files, check_weights, load_recipe
 from mindspeed_mm.backend.presence import check_device
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.tools.memory.plan import Load, plan_run
+from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
+from mindspeed_mm.tools.memory.plan import Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
+from mindspeed_mm.training.checkpoint.room import check_place, warning_of_room
 
 
 def preflight(recipe: Recipe) -> None:
@@ -33,9 +36,35 @@ def preflight(recipe: Recipe) -> None:
     recipe.check_geometry(geometry)
     if recipe.args.load is not None:
         verify_directory(resolve_checkpoint(recipe.args.load))
+    if recipe.args.save is not None:
+        check_place(Path(recipe.args.save))
     check_data_files(recipe)
     validate_data(recipe.data)
     warn_of_memory(recipe, geometry, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
+    warn_of_room(recipe, geometry)
+
+
+def warn_of_room(recipe: Recipe, geometry: Qwen3VLGeometry) -> None:
+    """Print a line where the run's checkpoints do not fit on the disk."""
+    args = recipe.args
+    if args.save is None:
+        return
+    line = warning_of_room(
+        Path(args.save),
+        nbytes=checkpoint_bytes(_plan(recipe, geometry), moments=not args.no_save_optim),
+        count=1 if args.save_interval is None else -(-args.train_iters // args.save_interval),
+        keep_last=args.keep_last,
+    )
+    if line is not None:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _plan(recipe: Recipe, geometry: Qwen3VLGeometry) -> Plan:
+    load = Load.largest(
+        recipe.args, geometry, pixels=recipe.data.dataset_param.preprocess_parameters.image_max_pixels
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return plan_run(recipe.args, recipe.model, recipe.fsdp, geometry=geometry, world_size=world_size, load=load)
 
 
 def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) -> None:
@@ -55,12 +84,7 @@ def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) ->
         size = float(memory)
     except ValueError:
         raise UserError(f"MM_DEVICE_MEMORY_GB is {memory!r}; it must be a number of GiB, or empty") from None
-    load = Load.largest(
-        recipe.args, geometry, pixels=recipe.data.dataset_param.preprocess_parameters.image_max_pixels
-    )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_run(recipe.args, recipe.model, recipe.fsdp, geometry=geometry, world_size=world_size, load=load)
-    line = warning(plan, Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
+    line = warning(_plan(recipe, geometry), Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
     if line is not None:
         print(f"warning: {line}", file=sys.stderr)
 

@@ -197,16 +197,26 @@ def test_every_variable_is_documented():
         assert row.split("|")[2].strip().strip("`") == value
 
 
+def _warnings(result, word: str) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("warning: ") and word in line]
+
+
 def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
-    assert "warning" not in _launch(workplace).stderr  # not known to be an accelerator
+    assert not _warnings(_launch(workplace), "GiB")  # not known to be an accelerator
     result = _launch(workplace, MM_DEVICE_MEMORY_GB=64)
     assert result.returncode == 0 and "--global-batch-size" in result.words
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    (line,) = _warnings(result, "GiB")
     assert "of 64 GiB" in line and "does not fit" in line and "16 processes" in line
-    assert "warning" not in _launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16).stderr
-    assert "warning" not in _launch(workplace, MM_DEVICE_MEMORY_GB="").stderr
+    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16), "GiB")
+    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=""), "GiB")
     result = _launch(workplace, MM_DEVICE_MEMORY_GB="much")
     assert result.returncode == 2 and "MM_DEVICE_MEMORY_GB is 'much'" in result.stderr
+
+
+def test_checkpoints_that_will_not_fit_are_warned_of(workplace):
+    result = _launch(workplace, SAVE_INTERVAL=1)  # ten thousand of 124 GB each
+    (line,) = _warnings(result, "--save save_dir has")
+    assert result.returncode == 0 and "a checkpoint of this run takes about 124.3 GB" in line
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,16 @@ def _decoder_layer(text: TextGeometry, layer: int) -> Shapes:
     }
 
 
+def checkpoint_bytes(plan: Plan, *, moments: bool) -> int:
+    """Bytes of a training checkpoint: fp32 parameters and, if ``moments``, AdamW's two of those that train."""
+    whole = dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1, context_size=1)
+    return sum(
+        4 * math.prod(parameter.shape) * (3 if parameter.trains and moments else 1)
+        for unit in units_of(whole)
+        for parameter in unit.parameters
+    )
+
+
 def _small(shapes: Shapes, wanted: bool) -> Shapes:
     """Norms and routers, or all but these."""
     return {name: shape for name, shape in shapes.items() if ("norm" in name or "router" in name) is wanted}
