@@ -1,9 +1,10 @@
-"""How long the training stands still for a save, written in front of it and beside it.
+"""How long the training stands still for a save, written in front of it and beside it, and what checksums cost a load.
 
     python benchmarks/checkpoint_save.py --dir DIRECTORY_ON_THE_DISK --gigabytes 2 --processes 1 2
 
 The state is fp32, spread over the processes as FSDP2 does. Both ways are timed by turns in the same run; the medians
-and their ratio are printed and written to ``DIR/checkpoint_save.json``.
+and their ratio are printed and written to ``DIR/checkpoint_save.json``. What is loaded lies in the page cache, so that
+the checksums have no slow disk to hide behind.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.directory import read_manifest, resolve_checkpoint
+from mindspeed_mm.training.checkpoint.loader import load_tensors
 from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +107,7 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
                 whole.append(time.perf_counter() - started)
     for saver in savers.values():
         saver.finish()
+    loads = time_loads(directory / "beside", state, repeats)
     if dist.get_rank() == 0:
         front, beside = statistics.median(stood_still["front"]), statistics.median(stood_still["beside"])
         result = {
@@ -114,9 +119,24 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
             "ratio": beside / front,
             "whole": statistics.median(whole),
             "training_speed": statistics.median(speeds),
+            **{f"load_{check}": seconds for check, seconds in loads.items()},
         }
         print("RESULT " + json.dumps(result), flush=True)
     stop_processes()
+
+
+def time_loads(root: Path, state: State, repeats: int) -> dict[str, float]:
+    """Median seconds to load what was saved, without and with its checksums."""
+    path = resolve_checkpoint(root)
+    reader = DcpReader(path, read_manifest(path))
+    seconds: dict[str, list[float]] = {"sizes": [], "read": []}
+    for _ in range(repeats):
+        for check, times in seconds.items():
+            dist.barrier()
+            started = time.perf_counter()
+            load_tensors(reader, state.tensors, check=check)  # returns when all have loaded
+            times.append(time.perf_counter() - started)
+    return {check: statistics.median(times) for check, times in seconds.items()}
 
 
 def main() -> None:
@@ -134,7 +154,7 @@ def main() -> None:
     args.dir.mkdir(parents=True, exist_ok=True)
     results = []
     print("| processes | state | save in front, s | stands still beside, s | of it, first | share | save beside, s | "
-          "training meanwhile |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
+          "training meanwhile | load, s | with checksums, s |\n|" + " --- |" * 10)
     for processes in args.processes:
         work = args.dir / f"work{processes}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -147,7 +167,8 @@ def main() -> None:
         results.append(result)
         print(f"| {result['processes']} | {result['gigabytes']:.2f} GB | {result['front']:.2f} | "
               f"{result['beside']:.2f} | {result['beside_first']:.2f} | {100 * result['ratio']:.0f} % | "
-              f"{result['whole']:.2f} | {100 * result['training_speed']:.0f} % |", flush=True)
+              f"{result['whole']:.2f} | {100 * result['training_speed']:.0f} % | {result['load_sizes']:.2f} | "
+              f"{result['load_read']:.2f} |", flush=True)
     (args.dir / "checkpoint_save.json").write_text(json.dumps(results, indent=1))
 
 
