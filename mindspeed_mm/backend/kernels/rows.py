@@ -44,7 +44,7 @@ def row_mover(plain: RowMover, *, fused: bool, device: str) -> RowMover:
 
 def gathered_sum(rows: Tensor, which: Tensor, weights: Tensor | None) -> Tensor:
     """A :data:`RowSum` of a copy of the rows in the order of the tokens."""
-    chosen = rows.index_select(0, which.flatten()).view(*which.shape, -1)
+    chosen = rows.index_select(0, which.flatten()).view(*which.shape, rows.shape[-1])
     return chosen.sum(dim=1) if weights is None else torch.einsum("tkh,tk->th", chosen, weights)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm.backend.kernels.experts import expert_kernel
+from mindspeed_mm.backend.kernels.rows import bag_sum, gathered_sum
 from mindspeed_mm.models.dispatch import IndexedRows, LocalDispatcher
 from mindspeed_mm.parallel.expert import ExpertParallelDispatcher
 from tests.helpers.mcore_model import relative
@@ -29,10 +30,11 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.parametrize("row_sum", [gathered_sum, bag_sum])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("size", COUNTS)
-def test_equals_one_process(monkeypatch, size, routing, kernel):
+def test_equals_one_process(monkeypatch, size, routing, kernel, row_sum):
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     generator = torch.Generator().manual_seed(size)
     counts, total = COUNTS[size], sum(COUNTS[size])
@@ -43,7 +45,7 @@ def test_equals_one_process(monkeypatch, size, routing, kernel):
     tokens, weights, seed = random(total, HIDDEN), random(total, TOP_K).softmax(-1), random(total, HIDDEN)
     gate_up, down = random(EXPERTS, HIDDEN, 2 * INNER) / 4, random(EXPERTS, INNER, HIDDEN) / 4
     experts = ROUTINGS[routing](total, generator)
-    product, mover = expert_kernel(kernel, device="cpu"), IndexedRows()
+    product, mover = expert_kernel(kernel, device="cpu"), IndexedRows(row_sum)
 
     def run(dispatch, part, own):
         """Results and gradients of a process's tokens, weights, and the experts that it holds."""
