@@ -42,6 +42,10 @@ def memory_stats(device: Any = None) -> dict[str, int]:
     return {"allocated_bytes.all.current": _C.allocated(), "allocated_bytes.all.peak": _C.peak()}
 
 
+def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in memory_stats(device).items())
+
+
 def _record_memory_history(
     enabled: str | None = "all", context: str | None = "all", stacks: str = "all", max_entries: int = 2**31 - 1,
     device: Any = None,
