@@ -71,8 +71,10 @@ class StepTotals:
             self._sums[1] += router_loss.detach()
         self._samples.append(SampleLosses(batch.sample_ids, batch.label_sample, output.token_losses))
 
-    def reduce(self) -> None:
-        """Sum over all processes."""
+    def reduce(self, *, stop: bool) -> None:
+        """Sum over all processes; ``stop``: whether this one has been asked to, up to now."""
+        if stop:
+            self._sums[StepSums._fields.index("stop")] += 1.0
         dist.all_reduce(self._sums)
 
     def is_finite(self, norm: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class StepResult:
 
     @property
     def stop(self) -> bool:
-        """Whether any process was asked to stop before this step."""
+        """Whether any process was asked to stop before the end of this step."""
         return self._values.sums.stop > 0
 
     @property

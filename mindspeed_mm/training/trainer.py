@@ -69,7 +69,7 @@ class Trainer:
     ) -> None:
         """``packed``: steps vary in their number of samples, so the log counts them.
 
-        ``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank before it.
+        ``step_hooks`` see each step once its numbers are read; ``stop_requested`` is asked on each rank in it.
 
         ``clock`` is told what the loop is doing.
 
@@ -168,7 +168,7 @@ class Trainer:
             # FSDP2's reduction averages over the processes; the loss is a sum over them
             (loss * self.layout.world_size).backward()
         self.clock.enter("reduction")
-        totals.reduce()
+        totals.reduce(stop=self.stop_requested())
         norm = total_norm(self.trainable)
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm.total)
@@ -184,7 +184,6 @@ class Trainer:
             supervised=supervised * share,
             samples=data.samples * share,
             bad=len(data.bad) * share,
-            stop=float(self.stop_requested()),
             teraflop=sum(map(self.flop_count, data.batches)) * share,
         )
 
