@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mindspeed_mm.arguments.recipe import Recipe, load_recipe
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.preflight import preflight
+from mindspeed_mm.training.signals import end_launcher_with
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,6 +108,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
+        end_launcher_with(2)
         return 2
 
 

@@ -35,6 +35,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         """Take over SIGTERM, SIGUSR1 and SIGINT, and tell the launcher that there is something to save now."""
         self._former = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        end_launcher_with(None)  # with torchrun's, whatever an attempt before this one ended with
         _tell_launcher(f"pid.{os.environ.get('LOCAL_RANK', '0')}", str(os.getpid()))
         return self
 
@@ -66,15 +67,15 @@ def exit_status(*, stopped: bool) -> int:
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_STATUS
 
 
-def end_launcher_with(status: int) -> None:
-    """Ask the launcher, if there is one, to end with ``status`` instead of torchrun's."""
-    _tell_launcher("status", str(status))
+def end_launcher_with(status: int | None) -> None:
+    """Ask the launcher, if there is one, to end with ``status``, or with torchrun's for None."""
+    _tell_launcher("status", "" if status is None else str(status))
 
 
 def _tell_launcher(name: str, content: str) -> None:
     if directory := os.environ.get(_STATE_VARIABLE):
         with contextlib.suppress(OSError):  # it is the launcher's business whether it can be told
-            (Path(directory) / name).write_text(f"{content}\n")
+            (Path(directory) / name).write_text(content and f"{content}\n")
 
 
 def _write(message: str) -> None:

@@ -55,7 +55,7 @@ def test_bad_sample_stops_all_processes_or_is_left_out(place):  # noqa: F811
     shutil.copy(picture, place / "kept")
     picture.write_bytes(b"damaged")
     try:
-        output = train(place, "bad", status=1, **layout)
+        output = train(place, "bad", status=2, **layout)
         (line,) = {line for line in output.splitlines() if line.startswith("error: ")}  # all processes agree
         assert picture.name in line and "record" in line and "cannot be used" in line
         output = train(place, "bad", MM_DATA=skip, **layout)

@@ -104,6 +104,7 @@ MATRIX = {
     "EP 2": (2, [3], {"expert_model_parallel_size": 2}),
     "CP 2": (2, [3], {"context_parallel_size": 2, "micro_batch_size": 4}),
     "EP 2 and CP 2": (4, [3], {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
+    "saving beside training": (2, [3, 6], {"async_save": True, "save_interval": 2}),
     "balanced experts": (2, [3], {"moe_aux_loss_coeff": 0.1}),
 }
 
@@ -133,10 +134,17 @@ def test_stopped_and_resumed_in_every_combination(root, tmp_path, name):
     check_case(root, tmp_path, name, MATRIX)
 
 
-@pytest.mark.parametrize("phase", ["backward", pytest.param("save", marks=pytest.mark.slow)])
-def test_killed_process_is_started_again_and_nothing_is_lost(root, tmp_path, phase):
+@pytest.mark.parametrize(
+    ("phase", "options"),
+    [
+        ("backward", {}),
+        pytest.param("save", {}, marks=pytest.mark.slow),
+        pytest.param("backward", {"async_save": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_process_is_started_again_and_nothing_is_lost(root, tmp_path, phase, options):
     """SIGKILL in a step, or with a save half done; torchrun starts again, from this run's checkpoint with all in it."""
-    first = {"load": None, "save_interval": 3, "no_load_optim": True, "no_load_rng": True}
+    first = {"load": None, "save_interval": 3, "no_load_optim": True, "no_load_rng": True, **options}
     iteration = 6 if phase == "save" else 5
     fault = {"rank": 1, "iteration": iteration, "phase": phase, "kind": "kill"}
     whole, _ = torchrun(root, [{"flags": recipe_flags(root, save=tmp_path / "whole", **first)}], processes=2)

@@ -28,7 +28,7 @@ def state(tmp_path, monkeypatch):
 def test_a_signal_is_noted_and_handlers_are_given_back(state, number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert (state / "pid.3").read_text() == f"{os.getpid()}\n"
+        assert (state / "pid.3").read_text() == f"{os.getpid()}\n" and (state / "status").read_text() == ""
         assert not stop()
         os.kill(os.getpid(), number)
         assert stop()
