@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -131,6 +132,24 @@ def _shield(worker: int) -> None:
     shield_from_signals()
 
 
+@contextlib.contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """What torch raises when a worker process dies becomes an error of one line.
+
+    Torch raises it in a signal handler: in the main thread, wherever that happens to be, also far from the loader.
+
+    Raises:
+        UserError: if a worker process dies.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{reason}; it may have run out of memory: lower --num-workers") from error
+
+
 def _stop_workers(loader: DataLoader) -> None:
     iterator = getattr(loader, "_iterator", None)  # where DataLoader keeps persistent workers
     if iterator is not None:
@@ -197,18 +216,13 @@ class BatchLoader:
         return self._steps(iter(self._loader))
 
     def _steps(self, loaded: Iterator[_MicroBatch]) -> Iterator[StepBatches]:
-        try:
+        with dead_workers_named():
             while parts := list(itertools.islice(loaded, self._micro_batches)):
                 yield StepBatches(
                     [part.batch for part in parts],
                     tuple(message for part in parts for message in part.bad),
                     sum(part.dropped for part in parts),
                 )
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(f"{reason}; it may have run out of memory: lower --num-workers") from error
 
 
 class TrainLoader(BatchLoader):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.batch import Batch
-from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.data.loader import StepBatches, dead_workers_named
 from mindspeed_mm.models.moe import RouterLoad
 from mindspeed_mm.models.qwen3vl import ModelOutput
 from mindspeed_mm.parallel.context import split_batch
@@ -115,7 +115,7 @@ class Trainer:
     def train(self) -> None:
         """Run the remaining iterations."""
         self.model.train()
-        with contextlib.closing(Feed(self.loader, self.backend, self.split_batch)) as self.feed:
+        with dead_workers_named(), contextlib.closing(Feed(self.loader, self.backend, self.split_batch)) as self.feed:
             self.reporter.restart_clock()
             try:
                 self._train_steps(self.args, self.progress)
