@@ -143,10 +143,11 @@ def dead_workers_named() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # the latter two where a worker was lost with a batch on its way
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) if isinstance(error, RuntimeError) else "a DataLoader worker was lost"
         raise UserError(f"{reason}; it may have run out of memory: lower --num-workers") from error
 
 
