@@ -46,7 +46,8 @@ def test_layouts_equal_hugging_face(tmp_path):
             continue
         assert found["losses"] <= LOSS and found["norms"] <= GRADIENT, (name, found)
         assert found["gradients"] <= GRADIENT and found["parameters"] <= PARAMETER, (name, found)
-    used = set((tmp_path / "operators").read_text().split())
+    # FSDP2's own copies are operators too in torch 2.7; torch registers them for any device, made of the others
+    used = {name for name in (tmp_path / "operators").read_text().split() if not name.startswith("fsdp::")}
     assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
 
 
