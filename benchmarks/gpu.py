@@ -1,0 +1,291 @@
+"""Everything about speed that needs an accelerator, in one command of at most nine minutes.
+
+    python -m benchmarks.gpu [--minutes 9] [--output docs/performance_gpu.md]
+    python -m benchmarks.gpu --device cpu --tiny --output /tmp/performance.md     # the same way on a CPU
+
+Needs torch 2.10 or later, transformers and megatron-core 0.12.1 on the path, and no network. Each part's result is
+written, to the page and to a JSON file beside it, as soon as it is there; a part that fails or finds no time left is
+named with the reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import platform
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.runners import HuggingFaceRunner, OurRunner, Steps, cut, pack, tokens
+from benchmarks.workload import draw_samples, geometry_config, photographs
+from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.kernels.attention import attention_kernel
+from mindspeed_mm.backend.kernels.experts import expert_kernel
+from mindspeed_mm.backend.rate import matrix_rate
+from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.flops import FlopCount
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+
+GAP_MICROSECONDS = 50
+
+
+@dataclasses.dataclass
+class Bench:
+    """What all parts share."""
+
+    backend: Backend
+    tiny: bool
+    deadline: float
+    output: Path
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """Widths of the model."""
+        return "tiny" if self.tiny else "30b"
+
+    def module(self) -> Any | None:
+        """torch's module of the accelerator; None on a CPU."""
+        return getattr(torch, self.backend.name) if self.backend.is_accelerator else None
+
+    def run(self, name: str, seconds: float, part: Callable[[Bench], Any]) -> None:
+        """Run a part if about ``seconds`` are left for it, and save what came of it."""
+        left = self.deadline - time.perf_counter()
+        started = time.perf_counter()
+        if left < seconds:
+            self.results[name] = {"left out": f"{left:.0f} s left of {seconds:.0f} s that it takes"}
+        else:
+            try:
+                self.results[name] = part(self)
+            except Exception as error:  # whatever it is, the other parts are still wanted
+                self.results[name] = {"failed": f"{type(error).__name__}: {error}"[:500],
+                                      "trace": traceback.format_exc()[-1500:]}
+        gc.collect()
+        if self.module() is not None:
+            self.module().empty_cache()
+            self.module().reset_peak_memory_stats()
+        print(f"{name} ({time.perf_counter() - started:.0f} s): {_brief(self.results[name])}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write the page and the JSON file."""
+        self.output.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
+        lines = ["# Performance on an accelerator", "", "Written by `python -m benchmarks.gpu`.", ""]
+        for name, result in self.results.items():
+            lines += [f"## {name}", "", "| | |", "| --- | --- |"]
+            lines += [f"| {key} | {_text(value)} |" for key, value in result.items() if key not in ("seconds", "trace")]
+            lines.append("")
+        self.output.write_text("\n".join(lines))
+
+
+def _text(value: Any) -> str:
+    text = f"{value:.5g}" if isinstance(value, float) else "<br>".join(map(str, value)) if isinstance(
+        value, list) else str(value)
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def _brief(result: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_text(value)}" for key, value in result.items() if key not in ("seconds", "trace"))[:400]
+
+
+def environment(bench: Bench) -> dict[str, Any]:
+    """Device, versions, and what is there of optional packages."""
+    import transformers
+
+    module = bench.module()
+    return {
+        "device": module.get_device_name() if module is not None else platform.processor() or "CPU",
+        "torch": torch.__version__, "transformers": transformers.__version__, "pictures": photographs()[1],
+        "attention": getattr(attention_kernel(None, device=bench.backend.name), "__name__", "?"),
+        "grouped product": hasattr(F, "grouped_mm"),
+        "matrix rate, TFLOP/s in bf16": matrix_rate(bench.backend, torch.bfloat16, seconds=2.0),
+    }
+
+
+def _rate(bench: Bench) -> float:
+    return bench.results.get("Environment", {}).get("matrix rate, TFLOP/s in bf16", float("nan"))
+
+
+def _config(bench: Bench, layers: int) -> dict[str, Any]:
+    return geometry_config(bench.size, text={"num_hidden_layers": layers})
+
+
+def _samples(bench: Bench, geometry: Qwen3VLGeometry, count: int) -> Any:
+    low, high = (16384, 65536) if bench.tiny else (65536, 262144)
+    return draw_samples(8 if bench.tiny else count, geometry, min_pixels=low, max_pixels=high)
+
+
+def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str, Any]:
+    """Seconds of steps after two that do not count, and what follows from them."""
+    seconds = []
+    for index in range(repeats + 2):
+        bench.backend.synchronize()
+        started = time.perf_counter()
+        runner.step()
+        bench.backend.synchronize()
+        if index >= 2:
+            seconds.append(time.perf_counter() - started)
+    all_tokens, supervised = tokens(steps)
+    median = statistics.median(seconds)
+    return {"seconds": seconds, "ms per step": 1000 * median, "tokens/s": all_tokens / median,
+            "supervised tokens/s": supervised / median,
+            "peak memory, GiB": bench.backend.peak_memory_bytes() / 2**30}
+
+
+def _ours(
+    bench: Bench, *, layers: int, frozen: bool, accumulation: int, packed: bool, extra: Callable | None = None
+) -> dict[str, Any]:
+    """Our trainer; the utilisation is against the matrix rate measured in this run."""
+    geometry = Qwen3VLGeometry.from_config(_config(bench, layers))
+    samples = _samples(bench, geometry, 40 * accumulation if packed else 4 * accumulation)
+    budget = 1024 if bench.tiny else 8192
+    steps = pack(samples, budget=budget, accumulation=accumulation)[:1] if packed else cut(
+        samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
+    runner = OurRunner(geometry, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen)
+    try:
+        result = _timed(bench, runner, steps, repeats=3)
+        count = FlopCount(geometry=geometry, train_experts=not frozen)
+        teraflop = sum(count(collate(batch, geometry)) for batch in steps[0])
+        rate = teraflop / (result["ms per step"] / 1000)
+        result.update({
+            "layers": layers, "tokens per step": tokens(steps)[0], "micro-batches": len(steps[0]),
+            "parameters, M": sum(p.numel() for p in runner.model.parameters()) / 1e6, "TFLOP/s": rate,
+            "share of the matrix rate, %": 100 * rate / _rate(bench),
+            "data wait, ms": 1000 * runner.trainer.feed.waited,
+        })  # fmt: skip
+        if extra is not None:
+            result.update(extra(bench, runner))
+    finally:
+        runner.close()
+    return result
+
+
+def _waits(bench: Bench, runner: OurRunner) -> dict[str, Any]:
+    """Whether a step makes the host wait, by torch's own check, and what a step's time goes to."""
+    module, found = bench.module(), "not asked: no accelerator"
+    if module is not None and hasattr(module, "set_sync_debug_mode"):
+        module.set_sync_debug_mode("error")
+        try:
+            runner.step()
+            found = "none"
+        except RuntimeError as error:
+            found = f"{error} {traceback.format_exc()[-400:]}"
+        finally:
+            module.set_sync_debug_mode("default")
+    return {"host waits in a step": found, **_profile(bench, runner)}
+
+
+def _profile(bench: Bench, runner: OurRunner) -> dict[str, Any]:
+    """The ten largest kernels of a step, and its gaps."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.backend.is_accelerator:
+        activities.append(getattr(torch.profiler.ProfilerActivity, bench.backend.name.upper()))
+    with torch.profiler.profile(activities=activities) as profile:
+        runner.step()
+        bench.backend.synchronize()
+    kernels = [event for event in profile.events() if bench.backend.is_accelerator
+               and event.device_type != torch.autograd.DeviceType.CPU]
+    if not kernels:
+        largest = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:10]
+        return {"largest operators": [f"{event.key}: {event.self_cpu_time_total / 1000:.2f} ms" for event in largest]}
+    sums: dict[str, float] = {}
+    for event in kernels:
+        sums[event.name] = sums.get(event.name, 0.0) + event.time_range.elapsed_us()
+    largest = sorted(sums.items(), key=lambda item: -item[1])[:10]
+    kernels.sort(key=lambda event: event.time_range.start)
+    gaps, until, before = [], kernels[0].time_range.end, kernels[0].name
+    for event in kernels[1:]:
+        gap = event.time_range.start - until
+        if gap > GAP_MICROSECONDS:
+            gaps.append(f"{gap:.0f} us between {before[:60]} and {event.name[:60]}")
+        if event.time_range.end > until:
+            until, before = event.time_range.end, event.name
+    return {"largest kernels": [f"{name[:90]}: {value / 1000:.2f} ms" for name, value in largest],
+            "gaps above 50 us": [f"{len(gaps)} in all", *gaps[:20]]}
+
+
+def _theirs(bench: Bench, *, layers: int, frozen: bool, accumulation: int, mode: str) -> dict[str, Any]:
+    """Hugging Face's model on the samples of the unpacked step of ours."""
+    config = _config(bench, layers)
+    geometry = Qwen3VLGeometry.from_config(config)
+    samples = _samples(bench, geometry, 4 * accumulation)
+    steps = cut(samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
+    runner = HuggingFaceRunner(config, geometry, steps, device=bench.backend.device, mode=mode, frozen_experts=frozen)
+    try:
+        return {"layers": layers, "mode": mode, **_timed(bench, runner, steps, repeats=3)}
+    finally:
+        runner.close()
+
+
+def grouped_experts(bench: Bench) -> dict[str, Any]:
+    """Forward and backward of one layer's experts, against one large product of the same number of operations."""
+    text = geometry_config(bench.size)["text_config"]
+    count, width, inner = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
+    rows = (256 if bench.tiny else 8192) * text["num_experts_per_tok"]
+    device, dtype = bench.backend.device, torch.bfloat16
+    per_expert = torch.bincount(torch.randint(0, count, (rows,), device=device), minlength=count)
+    shapes = ((rows, width), (count, width, 2 * inner), (count, inner, width))
+    inputs = [(torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_() for shape in shapes]
+    names = ["loop", *(["grouped_mm"] if hasattr(F, "grouped_mm") else [])]
+    kernels = {name: expert_kernel(name, device=bench.backend.name) for name in names}
+    calls = {name: lambda name=name: kernels[name](*inputs, per_expert) for name in names}
+    whole = [(torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_()
+             for shape in ((rows, width), (width, 2 * inner), (inner, width))]
+    calls["one product"] = lambda: (whole[0] @ whole[1])[:, :inner] @ whole[2]
+    grad = torch.randn(rows, width, device=device).to(dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(6):
+        for name, call in calls.items():
+            bench.backend.synchronize()
+            started = time.perf_counter()
+            call().backward(grad)
+            bench.backend.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {"rows": rows, **{f"{name}, ms": 1000 * value for name, value in medians.items()},
+            **{f"{name}, % of one product's rate": 100 * medians["one product"] / medians[name] for name in names}}
+
+
+def main() -> None:
+    """Run all parts within the time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="device to run on")
+    parser.add_argument("--tiny", action="store_true", help="small numbers everywhere, to try the way")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers that are trained with fp32 parameters")
+    parser.add_argument("--output", type=Path, default=Path("docs/performance_gpu.md"), help="page to write")
+    options = parser.parse_args()
+    backend = select_backend(options.device)
+    start_processes(backend, timeout_minutes=10)
+    bench = Bench(backend, options.tiny, time.perf_counter() + 60 * options.minutes - 10, options.output)
+    few, many = (2, 4) if options.tiny else (options.layers, 48)
+    few = max(few, 3) if bench.size != "tiny" else 3  # each deepstack output needs a layer
+    bench.run("Environment", 10, environment)
+    bench.run("Grouped experts of one layer, forward and backward", 15, grouped_experts)
+    bench.run("All parameters trained, packed to 8k tokens", 60, lambda b: _ours(
+        b, layers=few, frozen=False, accumulation=1 if b.tiny else 4, packed=True, extra=_waits))
+    bench.run("All parameters trained, 4 samples a micro-batch, ours", 40, lambda b: _ours(
+        b, layers=few, frozen=False, accumulation=2, packed=False))
+    for mode in ("autocast", "bf16"):
+        bench.run(f"All parameters trained, 4 samples a micro-batch, Hugging Face, {mode}", 40, lambda b, mode=mode: (
+            _theirs(b, layers=few, frozen=False, accumulation=2, mode=mode)))
+    bench.run("All layers, experts frozen, packed to 8k tokens", 70, lambda b: _ours(
+        b, layers=many, frozen=True, accumulation=1, packed=True))
+    bench.run("All layers, experts frozen, 4 samples a micro-batch, ours", 60, lambda b: _ours(
+        b, layers=many, frozen=True, accumulation=2, packed=False))
+    bench.run("All layers, experts frozen, 4 samples a micro-batch, Hugging Face", 60, lambda b: _theirs(
+        b, layers=many, frozen=True, accumulation=2, mode="bf16"))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The accelerator's benchmark goes its whole way, in small, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.st, pytest.mark.slow]
+
+
+def run(page: Path, *options: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--output", str(page), *options]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=600)
+    return json.loads(page.with_suffix(".json").read_text())
+
+
+def test_every_part_gives_a_result(tmp_path):
+    results = run(tmp_path / "page.md")
+    assert len(results) == 9
+    assert not [(name, result) for name, result in results.items() if "failed" in result or "left out" in result]
+    assert all(f"## {name}" in (tmp_path / "page.md").read_text() for name in results)
+
+
+def test_parts_without_time_are_named(tmp_path):
+    results = run(tmp_path / "page.md", "--minutes", "0.2")
+    assert all("left out" in result for result in list(results.values())[1:])
