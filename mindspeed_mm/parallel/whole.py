@@ -2,7 +2,7 @@
 
 What FSDP2's mixed precision does stays the same, to the bit: parameters, gradients and optimizer state are fp32, the
 model computes with copies in the compute type, and each micro-batch's gradients are added up in fp32. The copies are
-made once per optimizer step instead of twice per micro-batch.
+made once per micro-batch instead of twice.
 """
 
 from __future__ import annotations
@@ -28,27 +28,33 @@ def hold_whole(model: nn.Module, units: Sequence[nn.Module], config: FSDPConfig)
         config: the YAML file.
     """
     dtype = DTYPES[config.param_dtype]
+    for unit in units:
+        cast = dtype if config.cast_forward_inputs and unit is not units[-1] else None
+        unit.register_forward_pre_hook(_UnitInputs(cast), with_kwargs=True)
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return
-    if config.cast_forward_inputs:
-        for unit in units[:-1]:
-            unit.register_forward_pre_hook(_InputCast(dtype), with_kwargs=True)
     copies = _ComputeCopies(model, dtype, sum_dtype=DTYPES[config.reduce_dtype])
     model.register_forward_pre_hook(copies.before_forward)
     model.register_forward_hook(copies.after_forward)
 
 
 @dataclasses.dataclass(frozen=True)
-class _InputCast:
-    """Casts a module's floating-point inputs, as FSDP2 does."""
+class _UnitInputs:
+    """What FSDP2 does with a module's inputs: casts them, and gives each a place of its own in the graph.
 
-    dtype: torch.dtype
+    Gradients of a tensor that several modules take are added up in the order in which these places stand, which decides
+    their last bits.
+    """
+
+    dtype: torch.dtype | None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return tree_map_only(Tensor, self._cast, args), tree_map_only(Tensor, self._cast, kwargs)
+        return tree_map_only(Tensor, self._prepare, args), tree_map_only(Tensor, self._prepare, kwargs)
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+    def _prepare(self, tensor: Tensor) -> Tensor:
+        if self.dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor
 
 
 class _ComputeCopies:
@@ -60,21 +66,17 @@ class _ComputeCopies:
         self._sum_dtype = sum_dtype
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._copies: dict[nn.Parameter, nn.Parameter] = {}
-        self._versions: list[int] = []
         self._in_place = False
         self._backward_began = False
 
     def before_forward(self, module: nn.Module, inputs: tuple) -> None:
-        """Copies in, made anew if the parameters have changed since."""
+        """Copies in, made anew: whatever changed the parameters, none is out of date."""
         if self._in_place:
             return
         if not self._copies:
             self._make()
-        versions = [parameter._version for parameter in self._copies]
-        if versions != self._versions:
-            with torch.no_grad():
-                torch._foreach_copy_([copy.data for copy in self._copies.values()], list(self._copies))
-            self._versions = versions
+        with torch.no_grad():
+            torch._foreach_copy_([copy.data for copy in self._copies.values()], list(self._copies))
         for owner, name, parameter in self._places:
             owner._parameters[name] = self._copies[parameter]
         self._in_place = True

@@ -25,7 +25,6 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(groups, fused=True, **options)
-        self.register_step_post_hook(_count_change)
         self.skips_on_device = _skips_on_device(next(iter(optimized_parameters(self))).device)
 
     def step_where(self, finite: Tensor) -> None:
@@ -49,11 +48,6 @@ class AdamW(torch.optim.AdamW):
         for tensors in lists:
             tensors[:] = [local(tensor) for tensor in tensors]
         return has_complex
-
-
-def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Tell that the parameters have changed: the fused kernels do not, and copies of the old values would be kept."""
-    torch.autograd.graph.increment_version(list(optimized_parameters(optimizer)))
 
 
 @torch.no_grad()
