@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) -> Qwen3VLModel:
     """Qwen3-VL of the given geometry, as the model file wants it, with uninitialised parameters."""
-    from mindspeed_mm.data.images import read_image_settings
+    from mindspeed_mm.data.media_settings import read_image_settings
     from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
 
     encoder, decoder, loss = recipe.model.image_encoder, recipe.model.text_decoder, recipe.model.loss_cfg

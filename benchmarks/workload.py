@@ -18,7 +18,8 @@ from PIL import Image
 
 from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.collator import Picture, Sample
-from mindspeed_mm.data.images import ImageSettings, image_patches
+from mindspeed_mm.data.images import image_patches
+from mindspeed_mm.data.media_settings import ImageSettings
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 
 PIXEL_NORM = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)

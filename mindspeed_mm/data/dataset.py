@@ -11,14 +11,14 @@ import numpy as np
 
 from mindspeed_mm.data.collator import Picture, Sample
 from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, Encoder
-from mindspeed_mm.data.images import ImageSettings, compiled_resampling, read_image_settings
+from mindspeed_mm.data.images import compiled_resampling
 from mindspeed_mm.data.media import describe_media, load_media
+from mindspeed_mm.data.media_settings import ImageSettings, read_image_settings, read_video_settings
 from mindspeed_mm.data.packing import Costs
 from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records, resolve_record
 from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.data.stream import RecordFile
-from mindspeed_mm.data.videos import read_video_settings
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 

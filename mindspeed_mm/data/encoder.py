@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_mm.data.images import ImageSettings
 from mindspeed_mm.data.media import measure_media
+from mindspeed_mm.data.media_settings import ImageSettings
 from mindspeed_mm.data.template import ChatTemplate, Message
 from mindspeed_mm.errors import UserError
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from mindspeed_mm.data.images import ImageSettings, image_grid, image_patches, load_pixels
+from mindspeed_mm.data.images import image_grid, image_patches, load_pixels
+from mindspeed_mm.data.media_settings import ImageSettings, VideoSettings
 from mindspeed_mm.data.records import as_video
 from mindspeed_mm.data.template import Clip
-from mindspeed_mm.data.videos import VideoSettings, clip_layout, clip_patches
+from mindspeed_mm.data.videos import clip_layout, clip_patches
 from mindspeed_mm.errors import UserError
 
 GridTHW = tuple[int, int, int]

@@ -21,7 +21,7 @@ import numpy as np
 
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, UNUSABLE, Encoder, load_tokenizer
-from mindspeed_mm.data.images import ImageSettings
+from mindspeed_mm.data.media_settings import ImageSettings
 from mindspeed_mm.data.published_template import compare_with_checkpoint
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
 from mindspeed_mm.data.template import ChatTemplate
@@ -39,7 +39,7 @@ _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it s
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 _CODE = ("prepare.py", "encoder.py", "template.py", "published_template.py", "records.py", "images.py", "media.py",
-         "videos.py")
+         "media_settings.py", "videos.py")
 
 
 @dataclasses.dataclass(frozen=True)

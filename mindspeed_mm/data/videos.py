@@ -9,41 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mindspeed_mm.data.images import ImageSettings, cut_patches, load_pixels, read_processor_config
+from mindspeed_mm.data.images import cut_patches, load_pixels
+from mindspeed_mm.data.media_settings import ImageSettings, VideoSettings
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
 
 _MAX_ASPECT_RATIO = 200
 Video = str | Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSettings:
-    """What decides a video's frames and their size. Areas are in pixels.
-
-    Attributes:
-        min_pixels: least area of a frame, by the data file.
-        max_pixels: largest area of a frame, by the data file.
-        min_volume: least area of all frames together, by the checkpoint's processor.
-        max_volume: largest area of all frames together, by the checkpoint's processor.
-        fps: frames to take per second.
-        min_frames: take at least so many, where the video has them.
-        max_frames: take at most so many.
-    """
-
-    min_pixels: int
-    max_pixels: int
-    min_volume: int
-    max_volume: int
-    fps: float
-    min_frames: int
-    max_frames: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,42 +31,6 @@ class ClipShape:
     fps: float
     height: int
     width: int
-
-
-def read_video_settings(
-    directory: str | Path, *, min_pixels: int, max_pixels: int, fps: float, max_frames: int, images: ImageSettings
-) -> VideoSettings:
-    """Join the data file's limits with those of the checkpoint's video processor.
-
-    Args:
-        directory: Hugging Face directory with ``video_preprocessor_config.json`` (or a ``processor_config.json`` that
-            holds it, as transformers 5 writes).
-        min_pixels: ``video_min_pixels`` of the data file.
-        max_pixels: ``video_max_pixels`` of the data file.
-        fps: ``video_fps`` of the data file.
-        max_frames: ``video_maxlen`` of the data file.
-        images: the image processor's settings, which must normalise in the same way.
-
-    Raises:
-        UserError: if the file is missing or unreadable, or normalises pixels in another way than images.
-    """
-    path, content = read_processor_config(
-        Path(directory),
-        name="video_preprocessor_config.json",
-        part="video_processor",
-        why=", and attr.videos names a column of videos",
-    )
-    size = content.get("size") or {}
-    least, most = size.get("shortest_edge"), size.get("longest_edge")
-    if not least or not most:
-        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
-    for name, ours in (("image_mean", images.norm.mean), ("image_std", images.norm.std)):
-        theirs = tuple(content.get(name) or ours)
-        if theirs != ours:
-            raise UserError(f"{path}: {name} is {list(theirs)}, but {list(ours)} for images; both must be the same")
-    most_frames = min(max_frames, content.get("max_frames") or max_frames)
-    least_frames = min(content.get("min_frames") or 4, most_frames)
-    return VideoSettings(min_pixels, max_pixels, least, most, fps, least_frames, most_frames)
 
 
 def frame_indices(frames: int, fps: float, settings: VideoSettings) -> np.ndarray:

@@ -13,7 +13,8 @@ from mindspeed_mm.backend.activations import host_offload, synchronizer
 from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
-from mindspeed_mm.backend.kernels.rows import row_mover, row_sum
+from mindspeed_mm.backend.kernels.movers import row_mover
+from mindspeed_mm.backend.kernels.rows import row_sum
 from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.data.batch import Batch, PixelNorm, VisionBatch
 from mindspeed_mm.errors import UserError

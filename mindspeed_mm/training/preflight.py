@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.arguments.recipe import Recipe, check_data_files, check_weights, load_recipe
-from mindspeed_mm.backend.presence import check_device
+from mindspeed_mm.backend.device_check import check_device
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry

@@ -9,11 +9,12 @@ import torch
 import torch_npu
 
 from mindspeed_mm.backend.kernels import npu_attention
-from mindspeed_mm.backend.kernels.attention import Segments, attention_kernel, eager_attention
+from mindspeed_mm.backend.kernels.attention import attention_kernel, eager_attention
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel, torch_rms_norm, torch_rotary
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, looped_experts
+from mindspeed_mm.backend.kernels.movers import row_mover
 from mindspeed_mm.backend.kernels.npu_experts import PermutedRows
-from mindspeed_mm.backend.kernels.rows import row_mover
+from mindspeed_mm.backend.kernels.segments import Segments
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.dispatch import IndexedRows
 from tests.helpers.npu_environment import host_waits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -113,6 +114,21 @@ def import_violations(source: str, path: Path) -> list[str]:
                 allowed = ", ".join(ALLOWED_IMPORTS[part]) or "nothing of this project"
                 found.append(f"{path}:{line}: {part} imports {name}; it may import {allowed}")
     return found
+
+
+def import_circles(sources: dict[Path, str]) -> list[str]:
+    """Modules that import each other, directly or through others; by names from a package, the module that has them."""
+    modules = {module_name(path): path for path in sources}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = imported_modules(ast.parse(sources[path]), module, is_package=path.name == "__init__.py")
+        parts = {_part(name, dict.fromkeys(modules, ())) for _, name in names}
+        graph[module] = {part for part in parts if part is not None} - {module}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(error.args[1])]
+    return []
 
 
 def device_violations(source: str, path: Path) -> list[str]:

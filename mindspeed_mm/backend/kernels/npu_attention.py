@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.attention import Segments
+from mindspeed_mm.backend.kernels.segments import Segments
 
 MOST_SEGMENTS = 1024  # of one call in the packed layout
 _CAUSAL = 3  # sparse_mode: the mask's diagonal ends at the lower right corner of each segment

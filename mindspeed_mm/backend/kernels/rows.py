@@ -33,15 +33,6 @@ class RowMover(Protocol):
         """
 
 
-def row_mover(plain: RowMover, *, fused: bool, device: str) -> RowMover:
-    """The device's fused operators if ``fused`` and it has any, else ``plain``."""
-    if fused and device == "npu":
-        from mindspeed_mm.backend.kernels.npu_experts import PermutedRows
-
-        return PermutedRows(plain)
-    return plain
-
-
 def gathered_sum(rows: Tensor, which: Tensor, weights: Tensor | None) -> Tensor:
     """A :data:`RowSum` of a copy of the rows in the order of the tokens."""
     chosen = rows.index_select(0, which.flatten()).view(*which.shape, rows.shape[-1])

@@ -25,7 +25,7 @@ from mindspeed_mm.arguments.model_config import ModelConfig
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
-from mindspeed_mm.data.images import ImageSettings, read_image_settings
+from mindspeed_mm.data.media_settings import ImageSettings, read_image_settings
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.tools.show_data.pictures import draw_costs, draw_picture

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_mm.data.images import ImageSettings
+from mindspeed_mm.data.media_settings import ImageSettings
 from mindspeed_mm.errors import UserError
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"

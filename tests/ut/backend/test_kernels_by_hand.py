@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mindspeed_mm.backend.kernels import by_hand, elementwise, experts, rows
-from mindspeed_mm.backend.kernels.attention import Segments, eager_attention, products_attention, sdpa_attention
+from mindspeed_mm.backend.kernels.attention import eager_attention, products_attention, sdpa_attention
+from mindspeed_mm.backend.kernels.segments import Segments
 from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
 from mindspeed_mm.models.dispatch import IndexedRows
 from tests.helpers.mcore_model import relative

@@ -12,16 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from mindspeed_mm.data import images
-from mindspeed_mm.data.images import (
-    ImageSettings,
-    PixelNorm,
-    image_grid,
-    image_patches,
-    is_plain_jpeg,
-    load_pixels,
-    read_image_settings,
-    resized_size,
-)
+from mindspeed_mm.data.batch import PixelNorm
+from mindspeed_mm.data.images import image_grid, image_patches, is_plain_jpeg, load_pixels, resized_size
+from mindspeed_mm.data.media_settings import ImageSettings, read_image_settings
 from mindspeed_mm.errors import UserError
 from tests.helpers.tiny_geometry import tiny_geometry
 

@@ -15,18 +15,11 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data import build_datasets, collate, records, validate_data
-from mindspeed_mm.data.images import ImageSettings, PixelNorm
+from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.media import load_media, measure_media
+from mindspeed_mm.data.media_settings import ImageSettings, VideoSettings, read_video_settings
 from mindspeed_mm.data.records import video_entry
-from mindspeed_mm.data.videos import (
-    VideoSettings,
-    clip_layout,
-    clip_patches,
-    clip_shape,
-    clip_size,
-    frame_indices,
-    read_video_settings,
-)
+from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
 from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_checkpoint
 from tests.helpers.video_processor import PROCESSOR, SAMPLED

@@ -13,7 +13,9 @@ from PIL import Image
 from mindspeed_mm.arguments.config_file import load_config
 from mindspeed_mm.arguments.data_config import DataConfig
 from mindspeed_mm.data import build_datasets
-from mindspeed_mm.data.images import ImageSettings, PixelNorm, cut_patches
+from mindspeed_mm.data.batch import PixelNorm
+from mindspeed_mm.data.images import cut_patches
+from mindspeed_mm.data.media_settings import ImageSettings
 from mindspeed_mm.tools.show_data.__main__ import main
 from mindspeed_mm.tools.show_data.pictures import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
