@@ -185,7 +185,9 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
         )
     if not result.kept:
         raise InputError(f"{source} has no record that can be used; " + result.summary().replace("\n", "; "))
-    content = b"[\n" + b",\n".join(map(dump, result.kept)) + b"\n]\n"
+    # A line for each record. Within a text these quotes would have backslashes, so only records begin like this.
+    lines = dump(result.kept).replace(b']},{"images":', b']},\n{"images":')
+    content = b"[\n%b\n]\n" % memoryview(lines)[1:-1]
     done = _write(output, content, overwrite=overwrite)
     print(f"{done}\n{result.summary()}")
     return 1 if result.malformed else 0
