@@ -29,6 +29,7 @@ from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
 from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
+from mindspeed_mm.training.checkpoint.save_directory import held_save_directory
 from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
 from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.health import Health, reports_directory
@@ -69,7 +70,8 @@ def pretrain(
         host_tensors=recipe.fsdp.offload_to_cpu,
     )
     try:
-        stopped = _run(recipe, backend, model_provider, data_provider, forward_step)
+        with held_save_directory(recipe.args.save):
+            stopped = _run(recipe, backend, model_provider, data_provider, forward_step)
     finally:
         stop_processes()
     return exit_status(stopped=stopped)

@@ -37,6 +37,7 @@ from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint import directory, shards
 from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.training.checkpoint.save_directory import held_save_directory
 from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
 from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.optimizer import initialise_state
@@ -81,11 +82,11 @@ class Switch:
     Attributes:
         count: points passed.
         phase: what the process is doing, for the report.
-        armed: whether points count now.
+        armed: whether points count yet.
     """
 
     def __init__(self, case: Case, rank: int, report: Callable[..., None]) -> None:
-        self.count, self.phase, self.armed = 0, "start", False
+        self.count, self.phase, self.armed = 0, "lock", False
         self._case, self._rank, self._report = case, rank, report
         self._unflushed: set[int] = set()  # inodes
         self._lock = threading.RLock()
@@ -158,7 +159,7 @@ class Run:
 
     def go(self, switch: Switch, say: Callable[[str], None]) -> None:
         """Resume, and save at every iteration up to the last."""
-        switch.armed, switch.phase = True, "resume"
+        switch.phase = "resume"
         path = directory.resolve_checkpoint(self.root)
         progress = load_checkpoint(
             path, model=self.model, optimizer=self.optimizer, backend=self.backend, with_rng=False, check="all"
@@ -181,7 +182,6 @@ class Run:
             self.set_state(-1)  # what is trained while it is written must not be saved
         with contextlib.suppress(UserError) if not self.case.ends_the_run else contextlib.nullcontext():
             saver.finish()
-        switch.armed = False
 
 
 def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:
@@ -198,7 +198,9 @@ def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> No
         run = Run(root, case)
         switch = Switch(case, rank, report)
         switch.install()
-        run.go(switch, lambda line: report(said=line))
+        switch.armed = True
+        with held_save_directory(str(root)):
+            run.go(switch, lambda line: report(said=line))
         report(points=switch.count)
         dist.barrier()
         status = 0

@@ -1,4 +1,4 @@
-"""The ``--save`` directory at the start of a run: there, clean, writable, and the same one on all machines."""
+"""The ``--save`` directory: one run's at a time; at its start there, clean, writable, the same one on all machines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,8 +14,33 @@ import torch.distributed as dist
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint import housekeeping
 from mindspeed_mm.training.checkpoint.files import make_directory, new_file
+from mindspeed_mm.training.checkpoint.loader import agreed_error
+from mindspeed_mm.training.checkpoint.save_lock import SaveLock
 
 _PATIENCE = 10.0  # seconds until a network file system has to show what another machine has written
+
+
+@contextlib.contextmanager
+def held_save_directory(root: str | None) -> Iterator[None]:
+    """Keep other runs from saving into ``root`` inside the block. Entered by all processes together.
+
+    Args:
+        root: ``--save``; nothing is held for None.
+
+    Raises:
+        UserError: on all processes, if another run saves there now.
+    """
+    lock = SaveLock(Path(root)) if root is not None and dist.get_rank() == 0 else None
+    try:
+        if root is not None:
+            with agreed_error():
+                note = lock.take() if lock is not None else None
+            if note is not None:
+                print(f" {note}", flush=True)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def open_save_directory(root: Path) -> list[str]:
