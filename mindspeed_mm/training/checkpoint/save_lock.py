@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint.files import FILE_MODE, make_directory
+from mindspeed_mm.training.checkpoint.files import FILE_MODE, make_directory, set_mode
 
 LOCK = ".lock"
 _PATIENCE = 5.0  # seconds that a process which was told to end, or killed, may need to be gone
@@ -55,7 +55,7 @@ class SaveLock:
                 if time.monotonic() > end:
                     raise UserError(
                         f"--save {self._root} is being written by another run ({self._holder()}); wait until that has "
-                        "ended, or name another directory"
+                        f"ended, name another directory, or, if that host is lost for good, remove {self._path}"
                     )
                 time.sleep(0.1)
         except OSError as error:
@@ -70,7 +70,8 @@ class SaveLock:
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                self._path.unlink()
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
         self._descriptor = None
@@ -93,6 +94,8 @@ class SaveLock:
             os.close(descriptor)
             return False
         self._descriptor = descriptor
+        with contextlib.suppress(OSError):
+            set_mode(self._path, FILE_MODE)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         content = f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n".encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds without
