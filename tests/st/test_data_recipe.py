@@ -13,18 +13,18 @@ from tests.st.test_recipe import edited, logged, place, train  # noqa: F401  pla
 pytestmark = pytest.mark.st
 
 
-def data_json(place: Path, *, basic: dict | None = None, loader: dict | None = None) -> str:  # noqa: F811
-    """A copy of the data file with some fields changed."""
+def data_json(place: Path, name: str, *, basic: dict | None = None, loader: dict | None = None) -> str:  # noqa: F811
+    """A copy of the data file with some fields changed, under a name of its own."""
 
     def change(config: dict) -> None:
         config["dataset_param"]["basic_parameters"].update(basic or {})
         config["dataloader_param"].update(loader or {})
 
-    return edited(place, "data_tiny.json", change)
+    return str(Path(edited(place, "data_tiny.json", change)).rename(place / f"{name}.json"))
 
 
 def test_packing_at_another_world_size_and_resumed(place):  # noqa: F811
-    file = data_json(place, basic={"packing": True}, loader={"drop_last": False})
+    file = data_json(place, "packing", basic={"packing": True}, loader={"drop_last": False})
     output = train(place, "packed", MM_DATA=file, MBS="1", GRAD_ACC_STEP="4")
     whole = logged(output)
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
@@ -45,17 +45,23 @@ def test_packing_at_another_world_size_and_resumed(place):  # noqa: F811
         assert float(loss) == pytest.approx(float(whole[iteration]), rel=1e-5)
 
 
-def test_bad_sample_stops_all_processes_or_is_left_out(place):  # noqa: F811
+@pytest.mark.parametrize("basic", [
+    pytest.param({}, id="built"),
+    pytest.param({"preprocess_on_fly": True}, id="on_the_fly", marks=pytest.mark.slow),
+    pytest.param({"streaming": True}, id="streaming", marks=pytest.mark.slow),
+])
+def test_bad_sample_stops_all_processes_or_is_left_out(place, basic):  # noqa: F811
     layout = {"NPUS_PER_NODE": "2", "MBS": "6", "TRAIN_ITERS": "9"}  # 108 samples: more than an epoch
-    skip = data_json(place, loader={"on_bad_sample": "skip", "max_bad_samples": 5})
-    for options in ({}, {"MM_DATA": skip}):  # builds both data sets while the picture is whole
-        train(place, "cached", **{**layout, "TRAIN_ITERS": "1", **options})
+    stop = data_json(place, "stop", basic=basic)
+    skip = data_json(place, "skip", basic=basic, loader={"on_bad_sample": "skip", "max_bad_samples": 5})
+    for file in (stop, skip):  # builds both data sets while the picture is whole
+        train(place, "cached", MM_DATA=file, **{**layout, "TRAIN_ITERS": "1"})
     used = re.findall(r"[^\"]+\.\w+(?=\")", (place / "data/mllm_format_digits_train.json").read_text())
     picture = Path(sorted(name for name in used if "images" in name)[0])
     shutil.copy(picture, place / "kept")
     picture.write_bytes(b"damaged")
     try:
-        output = train(place, "bad", status=2, **layout)
+        output = train(place, "bad", status=2, MM_DATA=stop, **layout)
         (line,) = {line for line in output.splitlines() if line.startswith("error: ")}  # all processes agree
         assert picture.name in line and "record" in line and "cannot be used" in line
         output = train(place, "bad", MM_DATA=skip, **layout)
