@@ -151,5 +151,14 @@ def _choose_interface() -> None:
 
 def stop_processes() -> None:
     """Leave the process group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    # torch 2.7 takes a group apart under Python's lock, and waits there for the threads of its library, which want the
+    # lock to give up the tensors of their last exchange: neither would go on. The libraries themselves are taken apart
+    # without the lock, so these references to them are the last to go.
+    libraries = [
+        group._get_backend(torch.device(device))
+        for group in dist.distributed_c10d._world.pg_map for device in group._device_types
+    ]
+    dist.destroy_process_group()
+    libraries.clear()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.backend.device import stop_processes
 from mindspeed_mm.backend.transfer import HostRead
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.gradients import total_norm
@@ -23,7 +24,7 @@ from mindspeed_mm.training.step import SampleLosses, StepResult, StepSums
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    stop_processes()
 
 
 MODEL = nn.ModuleDict({"good": nn.Linear(2, 2, bias=False), "bad": nn.Linear(2, 2)})

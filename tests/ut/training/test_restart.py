@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from mindspeed_mm.arguments.parser import parse_args
+from mindspeed_mm.backend.device import stop_processes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.directory import commit_directory, iteration_name, write_tracker
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
@@ -15,7 +16,7 @@ from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    stop_processes()
 
 
 def checkpoint(root, iteration, **metadata):

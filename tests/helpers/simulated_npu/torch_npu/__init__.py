@@ -39,10 +39,14 @@ from torch_npu._operators import register  # noqa: E402
 __version__ = os.environ.get("SIMULATED_NPU_VERSION", "2.7.1")
 
 
+_gloo_groups: list[Any] = []  # kept: torch 2.7 cannot take one apart from within another, see stop_processes
+
+
 def _create_hccl(options: Any, group_options: Any) -> Any:
     gloo = torch.distributed.ProcessGroupGloo(
         options.store, options.group_rank, options.group_size, options.timeout
     )
+    _gloo_groups.append(gloo)
     return _C.hccl(gloo, options.group_rank, options.group_size)
 
 
