@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,20 +63,46 @@ def upload(values: Sequence[float], device: torch.device, *, dtype: torch.dtype 
     return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
 
 
+class Moment:
+    """A place in the device's queue of work; on a CPU, whose work is done when it has been queued, a point in time."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Mark the end of what has been queued so far."""
+        self._seconds, self._event = time.perf_counter(), None
+        if device.type != "cpu":
+            module = getattr(torch, device.type)
+            self._event = module.Event(enable_timing=True)
+            self._event.record(module.current_stream(device))
+
+    def wait(self) -> None:
+        """Let the host wait until the device has come here."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Time that the device took from there to here, which is waited for; by its own clock, not by the host's."""
+        self.wait()
+        if self._event is None:
+            return self._seconds - earlier._seconds
+        return earlier._event.elapsed_time(self._event) / 1000.0
+
+
 class HostRead:
-    """Numbers of the device on their way to the host: queued when this is made, waited for when they are wanted."""
+    """Numbers of the device on their way to the host: queued when this is made, waited for when they are wanted.
+
+    Attributes:
+        made: when the device has made them.
+    """
 
     def __init__(self, numbers: torch.Tensor) -> None:
         """Queue the copy behind the work that makes ``numbers``, which nobody may overwrite on a CPU afterwards."""
-        self._host, self._event = numbers.detach(), None
+        self._host = numbers.detach()
         if numbers.device.type != "cpu":
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             self._host.copy_(numbers, non_blocking=True)
-            module = getattr(torch, numbers.device.type)
-            self._event = module.current_stream(numbers.device).record_event()
+        self.made = Moment(numbers.device)
 
     def tolist(self) -> list[Any]:
         """The numbers, as soon as the device has made them."""
-        if self._event is not None:
-            self._event.synchronize()
+        self.made.wait()
         return self._host.tolist()

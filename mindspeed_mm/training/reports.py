@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 
+from mindspeed_mm.backend.transfer import Moment
 from mindspeed_mm.training.log import DeviceSpeed, IntervalStats, format_line
 from mindspeed_mm.training.step import StepResult
 
@@ -39,6 +39,7 @@ class Reporter:
     """Reads steps' numbers, hands them to the hooks and prints the log line of each interval.
 
     An accelerator's steps are read when the next one is queued already, so that the device never waits for the host.
+    Their times are the device's own, from the end of one to the end of the next, whenever the host comes to read them.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class Reporter:
         log_samples: bool = False,
         is_main: bool,
         lag: int,
+        mark: Callable[[], Moment],
         hooks: tuple[StepHook, ...] = (),
         speed: Callable[[], DeviceSpeed] | None = None,
     ) -> None:
         """``lag``: steps that may be on their way when another is read; 0 reads each at once.
+
+        ``mark`` makes a moment of the device.
 
         ``log_samples``: packing makes the number of samples vary; count and log them instead of the batch size.
         """
@@ -65,11 +69,12 @@ class Reporter:
         self.log_samples = log_samples
         self.is_main = is_main
         self.lag = lag
+        self.mark = mark
         self.hooks = hooks
         self.speed = speed
         self._pending: collections.deque[StepReport] = collections.deque()
         self._stats = IntervalStats()
-        self._clock = time.perf_counter()
+        self._previous = mark()
 
     def add(self, report: StepReport) -> bool:
         """Take a step that was queued; read those that are due.
@@ -85,8 +90,8 @@ class Reporter:
         return self._read(keep=0)
 
     def restart_clock(self) -> None:
-        """Begin the next step's time now: what happened since the last one belongs to no step."""
-        self._clock = time.perf_counter()
+        """Begin the next step's time now, when all are read: what happened since the last one belongs to no step."""
+        self._previous = self.mark()
 
     def _read(self, *, keep: int) -> bool:
         stop = False
@@ -99,11 +104,11 @@ class Reporter:
         return stop
 
     def _count(self, report: StepReport) -> None:
-        result, started = report.result, self._clock
+        result, previous = report.result, self._previous
         loss = result.loss  # waits for the device
-        self._clock = time.perf_counter()
+        self._previous = result.made
         self._stats.add(
-            seconds=self._clock - started,
+            seconds=result.made.seconds_since(previous),
             loss=loss,
             router_loss=result.router_loss,
             tokens=result.tokens,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mindspeed_mm.backend.transfer import HostRead, upload
+from mindspeed_mm.backend.transfer import HostRead, Moment, upload
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.models.qwen3vl import ModelOutput
 from mindspeed_mm.training.gradients import GradientNorm
@@ -125,6 +125,11 @@ class StepResult:
     def _values(self) -> _Values:
         *sums, norm = self._numbers.tolist()
         return _Values(StepSums(*sums), norm)
+
+    @property
+    def made(self) -> Moment:
+        """When the device has finished the step."""
+        return self._numbers.made
 
     @property
     def loss(self) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.backend.device import Backend
+from mindspeed_mm.backend.transfer import Moment
 from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.data.loader import StepBatches, dead_workers_named
 from mindspeed_mm.models.moe import RouterLoad
@@ -107,6 +108,7 @@ class Trainer:
             log_samples=packed,
             is_main=layout.is_main,
             lag=1 if backend.is_accelerator else 0,
+            mark=lambda: Moment(backend.device),
             hooks=(self._check_samples, *step_hooks),
             speed=lambda: DeviceSpeed(layout.world_size, peak_tflops, backend.peak_memory_bytes()),
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 import torch
 import torch_npu
+
+from mindspeed_mm.backend.transfer import HostRead, Moment
 
 
 def test_results_are_the_cpus_and_devices_do_not_mix():
@@ -53,6 +56,16 @@ def test_random_numbers_are_the_devices_own():
     with pytest.raises(RuntimeError, match="generator"):
         torch.randn(2, device="npu", generator=torch.Generator())
     assert torch.randn(2, device="npu", generator=torch.Generator(device="npu").manual_seed(1)).device.type == "npu"
+
+
+def test_time_between_places_in_the_queue():
+    device = torch.device("npu")
+    first, read = Moment(device), HostRead(torch.full((2,), 3.0, device=device))
+    time.sleep(0.02)
+    last = Moment(device)
+    assert read.tolist() == [3.0, 3.0]
+    assert 0.02 <= last.seconds_since(first) < 5.0
+    assert last.seconds_since(first) == pytest.approx(last.seconds_since(read.made) + read.made.seconds_since(first))
 
 
 def test_pinned_memory_streams_and_waits():

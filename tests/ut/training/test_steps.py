@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from mindspeed_mm.backend.transfer import HostRead
+from mindspeed_mm.backend.transfer import HostRead, Moment
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.log import DeviceSpeed, IntervalStats, format_line
 from mindspeed_mm.training.optimizer import AdamW
@@ -62,7 +63,101 @@ def report(iteration: int, **of_result) -> StepReport:
 
 def reporter(lag: int, *hooks, log_interval: int = 1) -> Reporter:
     return Reporter(log_interval=log_interval, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True,
-                    lag=lag, hooks=hooks)
+                    lag=lag, mark=lambda: Moment(torch.device("cpu")), hooks=hooks)
+
+
+class Queue:
+    """A device that does its work one after another while the host goes on; seconds of both, without waiting for any.
+
+    ``work`` takes ``host`` seconds to queue and ``device`` seconds to do. Nobody knows when the device is at some place
+    of the queue before the host has waited for it.
+    """
+
+    def __init__(self):
+        self.host = self.free = 0.0
+
+    def work(self, *, host, device):
+        self.host += host
+        self.free = max(self.free, self.host) + device
+
+    def mark(self):
+        return Place(self, max(self.free, self.host))
+
+
+class Place:
+    def __init__(self, device, at):
+        self.device, self.at = device, at
+
+    def wait(self):
+        self.device.host = max(self.device.host, self.at)
+
+    def seconds_since(self, earlier):
+        self.wait()
+        return self.at - earlier.at
+
+
+class QueuedNumbers:
+    def __init__(self, device):
+        self.made = device.mark()
+
+    def tolist(self):
+        self.made.wait()
+        return [*StepSums(loss=1.0), 2.0]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("host", "device", "seconds"), [
+    (1.0, 4.0, [5.0, 4.0, 4.0, 4.0, 4.0]),  # the first has nothing before it to be queued behind
+    (4.0, 1.0, [5.0, 4.0, 4.0, 4.0, 4.0]),  # and here the last is done when it is read, and the device waits
+], ids=["device is slower", "host is slower"])
+@pytest.mark.parametrize("log_interval", [1, 2, 5])
+def test_time_of_a_step_is_the_devices(lag, host, device, seconds, log_interval, capsys):
+    """The same whenever the host comes to read it, the first and the last step included."""
+    queue = Queue()
+    queue.host = 100.0
+    reports = Reporter(log_interval=log_interval, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True,
+                       lag=lag, mark=queue.mark)
+    queue.host += 30.0  # a start that belongs to no step
+    reports.restart_clock()
+    if lag == 0:  # the host waits, so that each step begins with the device idle
+        seconds = [5.0] * 5
+    for iteration in range(1, 6):
+        queue.work(host=host, device=device)
+        outcome = StepResult(QueuedNumbers(queue), has_router_loss=False, bad_messages=())
+        reports.add(StepReport(iteration, 8 * iteration, 0.1, outcome, waited=0.0))
+    reports.flush()
+    logged = [float(line.split("(ms): ")[1].split(" |")[0]) for line in capsys.readouterr().out.splitlines()]
+    ends = [*range(log_interval, 5, log_interval), 5]
+    starts = [0, *ends[:-1]]
+    assert logged == pytest.approx([
+        1000.0 * sum(seconds[start:end]) / (end - start) for start, end in zip(starts, ends, strict=True)
+    ], abs=0.1)
+
+
+def test_a_pause_belongs_to_no_step(capsys):
+    """As a checkpoint or an evaluation between two steps."""
+    queue = Queue()
+    reports = Reporter(log_interval=1, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True, lag=1,
+                       mark=queue.mark)
+    for iteration in range(1, 6):
+        queue.work(host=1.0, device=4.0)
+        outcome = StepResult(QueuedNumbers(queue), has_router_loss=False, bad_messages=())
+        reports.add(StepReport(iteration, 8 * iteration, 0.1, outcome, waited=0.0))
+        if iteration == 3:
+            reports.flush()
+            queue.work(host=50.0, device=70.0)
+            queue.mark().wait()
+            reports.restart_clock()
+    reports.flush()
+    logged = [float(line.split("(ms): ")[1].split(" |")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert logged == [5000.0, 4000.0, 4000.0, 5000.0, 4000.0]
+
+
+def test_moments_of_the_host():
+    first = Moment(torch.device("cpu"))
+    time.sleep(0.02)
+    second = Moment(torch.device("cpu"))
+    assert 0.02 <= second.seconds_since(first) < 1.0 and first.seconds_since(second) < 0
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,7 +118,9 @@ class Stream(torch.Stream):
 
 
 class Event(torch.Event):
-    """The time at which it was recorded."""
+    """The time at which it was recorded, in seconds; the device has done all work that was queued by then."""
+
+    seconds: float | None = None
 
     def __new__(
         cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
@@ -125,6 +128,21 @@ class Event(torch.Event):
         return super().__new__(
             cls, device=torch.device("npu"), enable_timing=enable_timing, blocking=blocking, interprocess=interprocess
         )
+
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+        self.timed = enable_timing
+
+    def record(self, stream: Stream | None = None) -> None:
+        super().record(current_stream() if stream is None else stream)
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Milliseconds from this to another."""
+        if not (self.timed and end_event.timed):
+            raise RuntimeError("both events must be made with enable_timing=True")
+        if self.seconds is None or end_event.seconds is None:
+            raise RuntimeError("both events must be recorded before their time is asked for")
+        return 1000.0 * (end_event.seconds - self.seconds)
 
 
 def _stream(identity: int, index: int) -> Stream:
