@@ -72,16 +72,23 @@ def test_what_is_patched(checkout: Path) -> None:
 
 @of_each_checkout
 def test_launcher_trains_as_without_it(checkout: Path, place: Path) -> None:  # noqa: F811
+    """To the bit, random numbers of host and device included; and a run that is resumed is the uninterrupted one."""
     layout = {"NPUS_PER_NODE": "2", "MBS": "6", "EP": "2", "TRAIN_ITERS": "3", "SAVE_INTERVAL": "3"}
+    without, within = npu_environment()["PYTHONPATH"], environment(checkout)["PYTHONPATH"]
     runs = {}
-    for name, variables in {"without": npu_environment(), "with": environment(checkout)}.items():
+    for name, path, flags in (
+        ("without", without, ()), ("with", within, ()), ("resumed", within, ("--exit-interval", "2"))
+    ):
         directory = f"{checkout.name}_{name}"
-        output = train(place, directory, **layout, PYTHONPATH=variables["PYTHONPATH"])
-        assert "2 process(es) on npu" in output and ("mindspeed.megatron_adaptor" in output) is (name == "with")
+        output = train(place, directory, *flags, **layout, PYTHONPATH=path)
+        if name == "resumed":
+            output += train(place, directory, load=directory, **layout, PYTHONPATH=path)
+        assert "2 process(es) on npu" in output and ("mindspeed.megatron_adaptor" in output) is (path == within)
         runs[name] = numbers(output), stored(place / directory / "iter_0000003")
-    (losses, weights), (expected, reference_weights) = runs["with"], runs["without"]
-    assert sorted(losses) == [1, 2, 3] and losses == expected
-    # all but the host's random numbers, which MindSpeed draws from when it is imported, and training does not
-    names = [name for name in weights if not name.startswith("rng.")]
-    assert weights.keys() == reference_weights.keys() and len(names) > 100
-    assert [name for name in names if not weights[name].equal(reference_weights[name])] == []
+    expected, reference_state = runs["without"]
+    assert sorted(expected) == [1, 2, 3]
+    assert {f"rng.{rank}.{device}" for rank in (0, 1) for device in ("cpu", "npu")} < reference_state.keys()
+    for name in ("with", "resumed"):
+        losses, state = runs[name]
+        assert losses == expected and state.keys() == reference_state.keys()
+        assert [key for key in state if not state[key].equal(reference_state[key])] == [], name

@@ -10,9 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 import torch_npu.npu
 import torch_npu.profiler
+
+# Before any of them is wrapped, torch must have remembered which functions ``with torch.device(...)`` concerns, or a
+# model under it would be built on the host. torch_npu does this too.
+_device_constructors()
 
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "normal",
