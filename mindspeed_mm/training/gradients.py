@@ -23,7 +23,7 @@ def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
 
 
 class GradientNorm(NamedTuple):
-    """Norms of a step's gradients, on the device.
+    """Norms of a step's gradients, where these are: on the device, or with ``offload_to_cpu`` in the host's memory.
 
     Attributes:
         total: fp32 scalar, of all together, the same on all processes.

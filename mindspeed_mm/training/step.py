@@ -78,12 +78,14 @@ class StepTotals:
         dist.all_reduce(self._sums)
 
     def is_finite(self, norm: Tensor) -> Tensor:
-        """Bool scalar on the device, the same on all processes: whether the parameters may take the step."""
-        return torch.isfinite(self._sums[0]) & torch.isfinite(norm)
+        """Bool scalar, the same on all processes: whether the parameters may take the step. Where ``norm`` is, so that
+        the host waits for the loss if it is what steps.
+        """
+        return torch.isfinite(self._sums[0]).to(norm.device) & torch.isfinite(norm)
 
     def result(self, norm: GradientNorm, *, has_router_loss: bool, bad_messages: Sequence[str]) -> StepResult:
         """Send the sums to the host, without waiting for them."""
-        numbers = HostRead(torch.cat((self._sums, norm.total.view(1))))
+        numbers = HostRead(torch.cat((self._sums, norm.total.to(self._sums.device).view(1))))
         return StepResult(
             numbers, has_router_loss=has_router_loss, bad_messages=bad_messages, samples=tuple(self._samples),
             gradient_norms=norm.parts,

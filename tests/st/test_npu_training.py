@@ -17,7 +17,7 @@ import torch
 from tests.helpers.mcore_model import relative
 from tests.helpers.npu_environment import HAS_COMPILER, SIMULATED_NPU, npu_environment
 from tests.st.matrix import GRADIENT, LOSS, PARAMETER, case, errors, reference, run_layouts
-from tests.st.test_recipe import edited, logged, place, run, stored, train  # noqa: F401  place is a fixture
+from tests.st.test_recipe import EXAMPLE, place, stored, train  # noqa: F401  place is a fixture
 
 pytestmark = [
     pytest.mark.st,
@@ -77,6 +77,26 @@ def test_launcher_trains_as_on_the_host(place: Path, expert_size: str):  # noqa:
     for name in weights:
         theirs, ours = (with_gradient(name, tensors[name], heads=heads) for tensors in (first, second))
         assert relative(ours, theirs) <= PARAMETER, (name, relative(ours, theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert_size", ["1", "2"])
+def test_parameters_in_the_hosts_memory_change_no_bit(place: Path, tmp_path: Path, expert_size: str):  # noqa: F811
+    """``offload_to_cpu``: the host has shards, gradients and optimizer, and the device computes."""
+    text = (EXAMPLE / "fsdp2_tiny.yaml").read_text()
+    (tmp_path / "host.yaml").write_text(text.replace("offload_to_cpu: false", "offload_to_cpu: true"))
+    layout = {"NPUS_PER_NODE": "2", "MBS": "6", "EP": expert_size, "TRAIN_ITERS": "3", "SAVE_INTERVAL": "3"}
+    runs, peaks = [], []
+    for name, file in {"device": EXAMPLE / "fsdp2_tiny.yaml", "host": tmp_path / "host.yaml"}.items():
+        directory = f"shards_on_{name}{expert_size}"
+        output = train(place, directory, **layout, FSDP2_PATH=str(file), PYTHONPATH=npu_environment()["PYTHONPATH"])
+        runs.append((numbers(output), stored(place / directory / "iter_0000003")))
+        peaks.append(float(re.findall(r"peak memory \(GiB\): (\S+)", output)[-1]))
+    (losses, state), (expected, reference_state) = runs[1], runs[0]
+    assert sorted(expected) == [1, 2, 3] and losses == expected
+    assert state.keys() == reference_state.keys() and any(name.startswith("optimizer.") for name in state)
+    assert [name for name in state if not state[name].equal(reference_state[name])] == []
+    assert peaks[1] < peaks[0]  # of the device
 
 
 def with_gradient(name: str, tensor: torch.Tensor, *, heads: int) -> torch.Tensor:
