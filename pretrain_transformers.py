@@ -28,6 +28,7 @@ def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) 
     """Qwen3-VL of the given geometry, as the model file wants it, with uninitialised parameters."""
     from mindspeed_mm.data.media_settings import read_image_settings
     from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+    from mindspeed_mm.parallel.fsdp import DTYPES
 
     encoder, decoder, loss = recipe.model.image_encoder, recipe.model.text_decoder, recipe.model.loss_cfg
     choices = ModelChoices(
@@ -53,7 +54,9 @@ def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) 
         max_pixels=images.image_max_pixels,
         vision=geometry.vision,
     )
-    return build_model(geometry, choices, pixel_norm=settings.norm, device=backend.name)
+    return build_model(
+        geometry, choices, pixel_norm=settings.norm, device=backend.name, compute_dtype=DTYPES[recipe.fsdp.param_dtype]
+    )
 
 
 def data_provider(

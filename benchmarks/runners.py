@@ -21,6 +21,7 @@ from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
 from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.checkpoint.state import Progress
@@ -77,6 +78,7 @@ class OurRunner:
         with torch.device("meta"):
             self.model = build_model(
                 geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=backend.name,
+                compute_dtype=DTYPES[precision],
                 **({"dtype": torch.bfloat16} if frozen_experts else {}),
             )
         if frozen_experts:

@@ -3,8 +3,9 @@
     python -m benchmarks.step_speed [--models tiny 100m] [--precisions fp32 bf16] [--output step_speed.json]
 
 Both train on the same samples, alternately, one step each; medians over the rounds. Hugging Face's model runs with
-grouped experts, sdpa, fused AdamW and batches padded to their longest sample. In bf16 it runs twice: under autocast,
-which keeps parameters and moments in fp32, as ours does, and wholly in bf16, which does not; the faster one counts.
+sdpa, fused AdamW and batches padded to their longest sample, with grouped experts and with its loop over experts. In
+bf16 each runs twice: under autocast, which keeps parameters and moments in fp32, as ours does, and wholly in bf16,
+which does not. The fastest of all counts.
 On one thread of a CPU the processor's own time is measured, which other programs on the machine hardly change.
 """
 
@@ -49,14 +50,16 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     config = geometry_config(model)
     geometry = Qwen3VLGeometry.from_config(config)
     low, high = PIXELS[model]
-    count = options.micro_batch * options.accumulation * options.steps
+    count = options.micro_batch * options.accumulation * (options.steps or options.rounds + 1)
     steps = cut(
         draw_samples(count, geometry, min_pixels=low, max_pixels=high),
         micro_batch=options.micro_batch, accumulation=options.accumulation,
     )
     modes = ["fp32"] if precision == "fp32" else ["autocast", "bf16"]
     runners: dict[str, Any] = {
-        f"HF {mode}": HuggingFaceRunner(config, geometry, steps, device=backend.device, mode=mode) for mode in modes
+        f"HF {mode} {experts}": HuggingFaceRunner(
+            config, geometry, steps, device=backend.device, mode=mode, experts=experts)
+        for mode in modes for experts in ("grouped_mm", "eager")
     }
     runners["ours"] = OurRunner(geometry, steps, backend=backend, precision=precision)
     parameters = sum(parameter.numel() for parameter in runners["ours"].model.parameters())
@@ -89,7 +92,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--micro-batch", type=int, default=4, help="samples of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--steps", type=int, default=3, help="different steps, repeated in turn")
+    parser.add_argument("--steps", type=int, default=0, help="different steps, repeated in turn; 0: none is repeated")
     parser.add_argument("--rounds", type=int, default=6, help="measured steps of each")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
     parser.add_argument("--output", type=Path, help="JSON file to write")

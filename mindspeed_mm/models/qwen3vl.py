@@ -170,6 +170,7 @@ def build_model(
     pixel_norm: PixelNorm,
     device: str,
     dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Qwen3VLModel:
     """Assemble the model from megatron-core specs, with uninitialised parameters.
 
@@ -181,6 +182,7 @@ def build_model(
         pixel_norm: how uint8 pixels become the tower's input.
         device: kind of device (``Backend.name``) whose kernels are plugged in.
         dtype: of the parameters.
+        compute_dtype: what it will compute in, by which kernels are chosen.
 
     Raises:
         UserError: if an implementation is not available on the device, or the geometry wants something unsupported.
@@ -193,6 +195,7 @@ def build_model(
         hidden_size=geometry.text.hidden_size,
         intermediate_size=geometry.text.moe_intermediate_size,
         device=device,
+        dtype=compute_dtype,
     )
     kernels = Kernels(
         text_attention=attention_kernel(choices.text_attention, device=device),

@@ -98,7 +98,8 @@ def test_grouped_experts(counts):
     )
     weight = torch.randn(sum(counts), hidden)
     theirs = looped_experts(*host, torch.tensor(counts))
-    name = expert_kernel_name(fused=True, hidden_size=hidden, intermediate_size=inner, device="npu")
+    name = expert_kernel_name(fused=True, hidden_size=hidden, intermediate_size=inner, device="npu",
+                              dtype=torch.bfloat16)
     assert name == "npu_grouped_matmul"
     before = host_waits()
     ours = expert_kernel(name, device="npu")(*device, torch.tensor(counts).npu())
@@ -175,7 +176,9 @@ def test_no_rows():
 def test_reference_experts_use_no_fused_operator():
     plain = IndexedRows()
     assert row_mover(plain, fused=False, device="npu") is plain and row_mover(plain, fused=True, device="cpu") is plain
-    assert expert_kernel_name(fused=False, hidden_size=8, intermediate_size=8, device="npu") == "loop"
+    assert expert_kernel_name(
+        fused=False, hidden_size=8, intermediate_size=8, device="npu", dtype=torch.bfloat16
+    ) == "loop"
 
 
 @pytest.mark.parametrize("shape", [(6, 16), (6, 1, 16), (6, 4, 16)], ids=str)

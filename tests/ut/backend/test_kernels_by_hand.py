@@ -73,6 +73,16 @@ def test_grouped_experts(dtype, counts):
           lambda *args: experts.looped_experts(*args, per_expert), dtype, *inputs)
 
 
+def test_expert_kernel_by_device_and_type():
+    def name(device, dtype, fused=True):
+        return experts.expert_kernel_name(
+            fused=fused, hidden_size=16, intermediate_size=24, device=device, dtype=dtype)
+
+    grouped = "grouped_mm" if hasattr(torch.nn.functional, "grouped_mm") else "loop"
+    assert [name("cpu", torch.float32), name("cuda", torch.bfloat16)] == [grouped] * 2
+    assert name("cpu", torch.bfloat16) == name("cuda", torch.bfloat16, fused=False) == "loop"
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("row_sum", [rows.bag_sum, rows.gathered_sum])
 def test_rows_and_back(dtype, row_sum):
