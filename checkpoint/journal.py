@@ -14,7 +14,7 @@ from typing import Any
 from checkpoint.work import counted
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.checkpoint.checksum import file_checksum
-from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest
+from mindspeed_mm.training.checkpoint.directory import partial_name, read_manifest, replaced_name
 from mindspeed_mm.training.checkpoint.files import make_directory, remove, write_atomically
 
 _PLAN = "plan.json"
@@ -105,7 +105,11 @@ class Journal:
                 path.unlink()
 
     def remove(self) -> None:
-        """Remove the journal; the target is complete. The plan goes last, so that removal can be taken up again."""
+        """Remove the journal, and what the target replaced if that is still there; the target is complete.
+
+        The plan goes last, so that removal can be taken up again.
+        """
+        remove(replaced_name(self._target))
         for path in sorted(self._directory.glob("*"), key=lambda path: path.name == _PLAN):
             path.unlink()
         self._directory.rmdir()

@@ -184,7 +184,9 @@ class Watch:
             summary += f" (no report: {path}: {error.strerror})"
         self._pulse.post_summary(iteration, summary)
         if self._rank == 0:
-            taken = "" if overdue is None else f" has taken {overdue[0]:.1f} s, the median is {overdue[1]:.2f} s;"
+            taken = " takes another process too long;"
+            if overdue is not None:
+                taken = f" has taken {overdue[0]:.1f} s, the median is {overdue[1]:.2f} s;"
             summaries = self._pulse.gather_summaries(iteration, own=summary, seconds=self._limits.answer_seconds)
             lines = [f" warning: iteration {iteration}{taken} stacks of all processes: {path.parent}"]
             lines += [f"   rank {rank}: {text or 'no answer'}" for rank, text in sorted(summaries.items())]

@@ -2,16 +2,15 @@
 
 Usage: python -m tests.st.kill_points SWEEPS.json RESULTS.json
 
-A point is any moment before one of the system calls in ``CALLS``, or in the middle of a write. A case names the
-processes, the way of saving, and what happens at which point of which process; a sweep is many cases of one kind. The
-processes are forked from this one, which is quick; when one dies, the others are killed too, as torchrun does.
+A case names the processes, the way of saving, and what happens at which point of which process (``kill_switch.py``); a
+sweep is many cases of one kind. The processes are forked from this one, which is quick; when one dies, the others are
+killed too, as torchrun does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import random
@@ -19,7 +18,6 @@ import select
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,93 +39,10 @@ from mindspeed_mm.training.checkpoint.save_directory import held_save_directory
 from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
 from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.optimizer import initialise_state
+from tests.st.kill_switch import Case, Switch
 
-CALLS = (
-    "open", "write", "fsync", "replace", "rename", "mkdir", "chmod", "unlink", "rmdir", "listdir", "scandir", "preadv",
-)
 LAST = 4  # iteration at which a run ends
 _QUICK = 0.02  # seconds between two looks at the processes
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One fault.
-
-    Attributes:
-        ranks: number of processes.
-        asynchronous: ``--async-save``.
-        fault: ``kill`` (SIGKILL of the process), ``kill all``, ``torn`` (half of a write, then SIGKILL), ``power cut``
-            (SIGKILL, and half of what was not flushed is gone), ``full disk``, ``I/O error``, or ``none``.
-        rank: the process that it happens to.
-        point: the number of the point, from 1; 0 for none.
-        seconds: kill all after this time instead.
-    """
-
-    ranks: int
-    asynchronous: bool
-    fault: str = "none"
-    rank: int = 0
-    point: int = 0
-    seconds: float = 0.0
-
-    @property
-    def ends_the_run(self) -> bool:
-        """Whether the processes cannot go on by themselves."""
-        return self.fault in ("kill", "kill all", "torn", "power cut")
-
-
-class Switch:
-    """Counts the points of this process, and strikes at the chosen one.
-
-    Attributes:
-        count: points passed.
-        phase: what the process is doing, for the report.
-        armed: whether points count yet.
-    """
-
-    def __init__(self, case: Case, rank: int, report: Callable[..., None]) -> None:
-        self.count, self.phase, self.armed = 0, "lock", False
-        self._case, self._rank, self._report = case, rank, report
-        self._unflushed: set[int] = set()  # inodes
-        self._lock = threading.RLock()
-
-    def install(self) -> None:
-        for name in CALLS:
-            setattr(os, name, self._wrapped(name, getattr(os, name)))
-
-    def _wrapped(self, name: str, call: Callable) -> Callable:
-        def wrapped(*arguments, **options):
-            if self._strikes():
-                self._report(struck=self.phase, unflushed=sorted(self._unflushed))
-                self._strike(name, call, arguments)
-            if self.armed and name == "write":
-                self._unflushed.add(os.fstat(arguments[0]).st_ino)
-            result = call(*arguments, **options)
-            if name == "fsync":
-                self._unflushed.discard(os.fstat(arguments[0]).st_ino)
-            return result
-
-        return wrapped
-
-    def _strikes(self) -> bool:
-        with self._lock:
-            if not self.armed:
-                return False
-            self.count += 1
-            return self.count == self._case.point and self._rank == self._case.rank
-
-    def _strike(self, name: str, call: Callable, arguments: tuple) -> None:
-        fault = self._case.fault
-        if fault == "torn" and name == "write":
-            descriptor, data = arguments
-            call(descriptor, data[: len(data) // 2])
-        if fault in ("kill", "torn", "power cut"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if fault == "kill all":
-            os.killpg(0, signal.SIGKILL)
-        if fault in ("full disk", "I/O error"):
-            code = errno.ENOSPC if fault == "full disk" else errno.EIO
-            raise OSError(code, os.strerror(code))
 
 
 def value(name: str, shape: tuple[int, ...], iteration: int) -> Tensor:
@@ -174,7 +89,7 @@ class Run:
             backend=self.backend,
             say=say,
         )
-        switch.phase = "save"
+        switch.phase, switch.before_saving = "save", switch.count
         for iteration in range(progress.iteration + 1, LAST + 1):
             self.set_state(iteration)
             progress.iteration = iteration
@@ -201,7 +116,7 @@ def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> No
         switch.armed = True
         with held_save_directory(str(root)):
             run.go(switch, lambda line: report(said=line))
-        report(points=switch.count)
+        report(points=(switch.before_saving, switch.count))
         dist.barrier()
         status = 0
     except BaseException as error:
@@ -345,23 +260,34 @@ def survive(stage: Stage, case: Case, template: Path, root: Path) -> dict[str, A
     return result
 
 
-def points_of(stage: Stage, sweep: dict[str, Any], template: Path, root: Path) -> tuple[list[int], float]:
-    """Points of each process in a run without a fault, and its seconds."""
+def points_of(
+    stage: Stage, sweep: dict[str, Any], template: Path, root: Path
+) -> tuple[list[tuple[int, int]], float]:
+    """Points of each process, before the first save and in all, in a run without a fault, and its seconds."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(template, root)
     case = Case(sweep["ranks"], sweep["asynchronous"])
     attempt = stage.attempt(case, root)
     assert not any(attempt.statuses), f"the run fails without a fault: {attempt.reports}"
     counts = {report["rank"]: report["points"] for report in attempt.reports if "points" in report}
-    return [counts[rank] for rank in range(case.ranks)], attempt.seconds
+    return [tuple(counts[rank]) for rank in range(case.ranks)], attempt.seconds
+
+
+def spread(low: int, high: int, wanted: int, rng: random.Random) -> list[int]:
+    """So many points after ``low`` up to ``high``, one at random in each of as many equal parts; 0: every point."""
+    if not wanted or wanted >= high - low:
+        return list(range(low + 1, high + 1))
+    step = (high - low) / wanted
+    return sorted({min(high, low + 1 + int((index + rng.random()) * step)) for index in range(wanted)})
 
 
 def main(sweeps: list[dict[str, Any]], results: Path) -> None:
     """Do all sweeps and write what came of each case.
 
     Args:
-        sweeps: ``ranks``, ``asynchronous``, ``fault``, ``rank``, and ``count``: how many points to try, spread evenly
-            over all; 0 for every one. ``fault`` may be ``random time``.
+        sweeps: ``ranks``, ``asynchronous``, ``fault``, ``rank``, ``when``: ``before`` the first save, from then on
+            (``saving``) or ``ever``, and ``count``: how many points of these to try, spread evenly; 0 for every one.
+            ``fault`` may be ``random time``.
         results: file to write.
     """
     torch.set_num_threads(1)
@@ -370,7 +296,7 @@ def main(sweeps: list[dict[str, Any]], results: Path) -> None:
     work.mkdir()
     stage = Stage(work)
     outcomes: list[dict[str, Any]] = []
-    known: dict[tuple[int, bool], tuple[list[int], float]] = {}
+    known: dict[tuple[int, bool], tuple[list[tuple[int, int]], float]] = {}
     for sweep in sweeps:
         ranks, asynchronous = sweep["ranks"], sweep["asynchronous"]
         template = work / f"template{ranks}"
@@ -381,13 +307,13 @@ def main(sweeps: list[dict[str, Any]], results: Path) -> None:
         if (ranks, asynchronous) not in known:
             known[ranks, asynchronous] = points_of(stage, sweep, template, work / "root")
         counts, seconds = known[ranks, asynchronous]
-        total, wanted, rank = counts[sweep["rank"]], sweep["count"], sweep["rank"]
+        wanted, rank = sweep["count"], sweep["rank"]
         if sweep["fault"] == "random time":
             cases = [Case(ranks, asynchronous, "kill all", seconds=rng.uniform(0.01, seconds)) for _ in range(wanted)]
         else:
-            step = total / wanted if wanted else 1.0
-            points = sorted({min(total, 1 + int((index + rng.random()) * step)) for index in range(wanted or total)})
-            points = points if wanted else list(range(1, total + 1))
+            saving, end = counts[rank]
+            low, high = {"before": (0, saving), "saving": (saving, end), "ever": (0, end)}[sweep["when"]]
+            points = spread(low, high, wanted, rng)
             cases = [Case(ranks, asynchronous, sweep["fault"], rank, point) for point in points]
         outcomes += [survive(stage, case, template, work / "root") for case in cases]
         print(f"{sweep}: {len(cases)} cases", flush=True)

@@ -116,11 +116,14 @@ def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
 
 
 def main(runs: list[dict[str, Any]], out: str) -> None:
-    """All runs in turn; the results are complete as far as the runs got."""
+    """All runs in turn; the results are complete as far as the runs got, and a restart goes on from there."""
     torch.set_num_threads(1)
     pretrain.stop_processes, stop = lambda: None, pretrain.stop_processes
     results = []
-    for number, description in enumerate(runs):
+    if os.path.exists(out):
+        with open(out) as file:
+            results = json.load(file)
+    for number, description in enumerate(runs[len(results) :], len(results)):
         results.append(run(description["flags"], description.get("fault")))
         if dist.get_rank() == 0:
             print(f"run {number}: status {results[-1]['status']}", flush=True)

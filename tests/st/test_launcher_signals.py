@@ -28,6 +28,25 @@ def root(tmp_path_factory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
+RUNNING: list[Launcher] = []
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """No launcher of a test that has failed trains on."""
+    yield
+    for launcher in RUNNING:
+        if launcher.process.poll() is None:
+            os.killpg(launcher.process.pid, signal.SIGINT)
+            os.killpg(launcher.process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                launcher.process.wait(20)
+            for process in launcher.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
+    RUNNING.clear()
+
+
 class Launcher:
     """The tiny launcher in a process group of its own, as a terminal would start it, and what it prints."""
 
@@ -45,7 +64,9 @@ class Launcher:
             [*prefix, "bash", "examples/qwen3vl/finetune_qwen3vl_tiny.sh", *flags], cwd=ROOT, env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind
         )
+        RUNNING.append(self)
         self.output = ""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

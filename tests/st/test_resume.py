@@ -5,180 +5,132 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.tiny_recipe import recipe_flags, write_data_file, write_recipe
+from tests.st.resumed_runs import (
+    EVERYTHING,
+    LAST,
+    PLAIN,
+    STEPS,
+    Runs,
+    add_killed,
+    assert_same_checkpoint,
+    assert_same_run,
+)
 from tests.st.test_recipe import stored
 
-ROOT = Path(__file__).parents[2]
-STEPS = 8  # of 4 of the 26 samples: the seventh step runs into the second epoch
 pytestmark = pytest.mark.st
+
+OPTIONS = {
+    "plain": PLAIN,
+    "workers": {"num_workers": 2},
+    "packing": {"packing": True},
+    "recompute": {"recompute_granularity": "full"},
+    "selective": {"recompute_granularity": "selective"},
+    "micro-batches of 1": {"micro_batch_size": 1},
+    "everything": EVERYTHING,
+    "EP 2": {"expert_model_parallel_size": 2},
+    "CP 2": {"context_parallel_size": 2, "micro_batch_size": 4},
+    "EP 2 and CP 2": {"expert_model_parallel_size": 2, "context_parallel_size": 2},
+    "saving beside training": {"async_save": True, "save_interval": 2},
+    "balanced experts": {"moe_aux_loss_coeff": 0.1},
+}
+# (processes, stopped after these steps, name in OPTIONS)
+MATRIX = [
+    (processes, stops, name) for processes in (1, 2) for stops in ([1], [4], [7]) for name in list(OPTIONS)[:7]
+] + [
+    (2, [3], "EP 2"),
+    (2, [3], "CP 2"),
+    (4, [3], "EP 2 and CP 2"),
+    (2, [3, 6], "saving beside training"),
+    (2, [3], "balanced experts"),
+]
+
+
+def check_resumed(runs: Runs, whole: str, resumed: str) -> None:
+    """To the bit: every step's numbers and samples, and all that the last checkpoint holds."""
+    assert_same_run(runs.steps(whole), runs.parts(resumed))
+    assert_same_checkpoint(runs.place / whole, runs.place / resumed)
+
+
+def test_two_processes_with_everything_resume_to_the_bit(quick):
+    check_resumed(quick, "whole, everything", "resumed, everything")
+
+
+def test_one_process_resumes_to_the_bit(recipe, tmp_path):
+    runs = Runs(recipe, tmp_path, processes=1)
+    runs.add("whole")
+    runs.add_stopped("resumed", [3, 6])
+    runs.go()
+    check_resumed(runs, "whole", "resumed")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+def matrix(request, recipe, tmp_path_factory) -> Callable[[int], Runs]:
+    """The runs of a number of processes, made when they are first asked for: those that the tests chosen need."""
+    made: dict[int, Runs] = {}
 
+    def of(processes: int) -> Runs:
+        if processes not in made:
+            made[processes] = runs = Runs(recipe, tmp_path_factory.mktemp("matrix"), processes=processes)
+            chosen = [item.callspec.params for item in request.session.items if "matrix" in item.fixturenames]
+            for stops, name in ((of["stops"], of["name"]) for of in chosen if of["processes"] == processes):
+                if name not in runs:
+                    runs.add(name, **OPTIONS[name])
+                runs.add_stopped(f"{name} {stops}", stops, **OPTIONS[name])
+            runs.go()
+        return made[processes]
 
-def torchrun(
-    root: Path, runs: list[dict[str, Any]], *, processes: int, restarts: int = 0, status: int = 0
-) -> tuple[list[dict[str, Any]], str]:
-    """Go through ``runs`` with some processes; returns what each logged, and what was printed."""
-    (root / "runs.json").write_text(json.dumps(runs))
-    (root / "out.json").unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        "--max-restarts", str(restarts), str(ROOT / "tests/st/resume_driver.py"), str(root / "runs.json"),
-        str(root / "out.json"),
-    ]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=600,
-    )
-    output = result.stdout + result.stderr
-    assert (result.returncode == 0) == (status == 0), output
-    found = json.loads((root / "out.json").read_text()) if (root / "out.json").exists() else []
-    return found, output
-
-
-def steps_of(run: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    assert run["status"] == 0, run["error"]
-    return {int(step): facts for step, facts in run["steps"].items()}
-
-
-def assert_same_run(whole: dict[int, Any], parts: list[dict[int, Any]]) -> None:
-    """Every step happened in exactly one part, with the numbers and samples of the whole, to the bit."""
-    assert sorted(step for part in parts for step in part) == sorted(whole) == list(range(1, STEPS + 1))
-    for part in parts:
-        for step, facts in part.items():
-            assert facts == whole[step], step
-
-
-def assert_same_checkpoint(one: Path, other: Path, *, without: str = "-") -> None:
-    ours, theirs = stored(one), stored(other)
-    assert ours.keys() == theirs.keys()
-    assert {name.split(".")[0] for name in ours} == {"model", "optimizer", "rng"}
-    assert [name for name in ours if not name.startswith(without) and not torch.equal(ours[name], theirs[name])] == []
-
-
-def case(root: Path, *, packing: bool = False, **flags: Any) -> dict[str, Any]:
-    """Flags of a case; ``micro_batch_size`` and the rest as in ``recipe_flags``."""
-    if packing:
-        flags["mm_data"] = write_data_file(root, "packed.json", basic={"packing": True})
-        flags.update(seq_length=96, micro_batch_size=1)
-    return flags
-
-
-PLAIN: dict[str, Any] = {}
-EVERYTHING = {
-    "packing": True, "num_workers": 2, "recompute_granularity": "full", "eval_interval": 2,
-}
-# (processes, stops after these steps, options)
-QUICK = {
-    "1 process": (1, [3, 6], PLAIN),
-    "2 processes, packing, workers, recompute": (2, [4], EVERYTHING),
-}
-MATRIX = {
-    f"{processes} processes, {stops}, {name}": (processes, stops, options)
-    for processes in (1, 2)
-    for stops in ([1], [4], [7])
-    for name, options in {
-        "plain": PLAIN,
-        "workers": {"num_workers": 2},
-        "packing": {"packing": True},
-        "recompute": {"recompute_granularity": "full"},
-        "selective": {"recompute_granularity": "selective"},
-        "micro-batches of 1": {"micro_batch_size": 1},
-        "everything": EVERYTHING,
-    }.items()
-} | {
-    "EP 2": (2, [3], {"expert_model_parallel_size": 2}),
-    "CP 2": (2, [3], {"context_parallel_size": 2, "micro_batch_size": 4}),
-    "EP 2 and CP 2": (4, [3], {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
-    "saving beside training": (2, [3, 6], {"async_save": True, "save_interval": 2}),
-    "balanced experts": (2, [3], {"moe_aux_loss_coeff": 0.1}),
-}
-
-
-def check_case(root: Path, save: Path, name: str, table: dict[str, Any]) -> None:
-    processes, stops, options = table[name]
-    flags = case(root, **options)
-    runs = [{"flags": recipe_flags(root, save=save / "whole", **flags)}]
-    for number, stop in enumerate([*stops, None]):
-        load = save / "parts" if number else None
-        runs.append({"flags": recipe_flags(root, save=save / "parts", load=load, exit_interval=stop, **flags)})
-    (whole, *parts), _ = torchrun(root, runs, processes=processes)
-    assert_same_run(steps_of(whole), [steps_of(part) for part in parts])
-    samples = [facts["samples"] for facts in steps_of(whole).values()]
-    assert len({json.dumps(ids) for ids in samples}) == STEPS  # the comparison would see another order
-    assert_same_checkpoint(save / f"whole/iter_{STEPS:07d}", save / f"parts/iter_{STEPS:07d}")
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_stopped_and_resumed_is_the_same_run(root, tmp_path, name):
-    check_case(root, tmp_path, name, QUICK)
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MATRIX)
-def test_stopped_and_resumed_in_every_combination(root, tmp_path, name):
-    check_case(root, tmp_path, name, MATRIX)
+@pytest.mark.parametrize(("processes", "stops", "name"), MATRIX)
+def test_stopped_and_resumed_in_every_combination(matrix, processes, stops, name):
+    check_resumed(matrix(processes), name, f"{name} {stops}")
 
 
-@pytest.mark.parametrize(
-    ("phase", "options"),
-    [
-        ("backward", {}),
-        pytest.param("save", {}, marks=pytest.mark.slow),
-        pytest.param("backward", {"async_save": True}, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_process_is_started_again_and_nothing_is_lost(root, tmp_path, phase, options):
-    """SIGKILL in a step, or with a save half done; torchrun starts again, from this run's checkpoint with all in it."""
-    first = {"load": None, "save_interval": 3, "no_load_optim": True, "no_load_rng": True, **options}
-    iteration = 6 if phase == "save" else 5
-    fault = {"rank": 1, "iteration": iteration, "phase": phase, "kind": "kill"}
-    whole, _ = torchrun(root, [{"flags": recipe_flags(root, save=tmp_path / "whole", **first)}], processes=2)
-    run = {"flags": recipe_flags(root, save=tmp_path / "killed", **first), "fault": fault}
-    killed, output = torchrun(root, [run], processes=2, restarts=1)
-    assert "restart 1 by torchrun: continuing from" in output and "iter_0000003" in output
-    whole, rest = steps_of(whole[0]), steps_of(killed[0])
+def check_killed(runs: Runs) -> None:
+    """The restart continued from the checkpoint of step 3, with all in it, whatever the flags said of loading."""
+    assert "restart 1 by torchrun: continuing from" in runs.output and "iter_0000003" in runs.output
+    whole, rest = runs.steps("whole"), runs.steps("killed")
     assert sorted(rest) == [4, 5, 6, 7, 8] and all(rest[step] == whole[step] for step in rest)
-    assert_same_checkpoint(tmp_path / f"whole/iter_{STEPS:07d}", tmp_path / f"killed/iter_{STEPS:07d}")
+    assert_same_checkpoint(runs.place / "whole", runs.place / "killed")
 
 
-def test_flags_leave_out_what_they_say_and_no_more(root, tmp_path):
+def test_killed_process_is_started_again_and_nothing_is_lost(quick):
+    check_killed(quick)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "phase", "options"),
+    [(1, "backward", {}), (2, "save", {}), (2, "backward", {"async_save": True}), (2, "backward", EVERYTHING)],
+)
+def test_killed_elsewhere_and_started_again(recipe, tmp_path, processes, phase, options):
+    """SIGKILL in a step, or with a save half done."""
+    runs = Runs(recipe, tmp_path, processes=processes)
+    runs.add("whole", **options)
+    add_killed(runs, phase, rank=processes - 1, **options)
+    check_killed(runs.go(restarts=1))
+
+
+def test_flags_leave_out_what_they_say_and_no_more(quick):
     """The moments and the generators can be left out of saving and loading; schedule and samples go on in any case."""
-
-    def run(save: str, load: str | None = None, **flags: Any) -> dict[str, Any]:
-        target = None if load is None else tmp_path / load
-        return {"flags": recipe_flags(root, save=tmp_path / save, load=target, **flags)}
-
-    runs = [
-        run("whole"),
-        run("full", exit_interval=3),
-        run("bare", exit_interval=3, no_save_optim=True, no_save_rng=True),
-        run("1", "full", no_load_optim=True),
-        run("2", "full", no_load_rng=True),
-        run("3", "bare", no_load_optim=True, no_load_rng=True),
-        run("4", "bare", no_load_rng=True),
-        run("5", "bare", no_load_optim=True),
-    ]
-    found, output = torchrun(root, runs, processes=2)
-    whole = steps_of(found[0])
-    names = {save: {key.split(".")[0] for key in stored(tmp_path / save / "iter_0000003")} for save in ("full", "bare")}
+    whole = quick.steps("whole")
+    names = {
+        save: {key.split(".")[0] for key in stored(quick.place / save / "iter_0000003")} for save in ("full", "bare")
+    }
     assert names == {"full": {"model", "optimizer", "rng"}, "bare": {"model"}}
-    assert "will be saved without AdamW's moments and random generator states" in output
-    without_moments, without_rng, without_both = (steps_of(run) for run in found[3:6])
+    assert "will be saved without AdamW's moments and random generator states" in quick.output
+    without_moments, without_rng, without_both = (
+        quick.steps(name) for name in ("without moments", "without generators", "without both")
+    )
     for steps in (without_moments, without_rng, without_both):
         assert sorted(steps) == [4, 5, 6, 7, 8]
         for step, facts in steps.items():  # the original's learning rate restarts together with the moments
@@ -186,35 +138,50 @@ def test_flags_leave_out_what_they_say_and_no_more(root, tmp_path):
                 assert facts[same] == whole[step][same]
     assert without_moments == without_both and without_moments[4] == whole[4] and without_moments[5] != whole[5]
     assert all(without_rng[step] == whole[step] for step in without_rng)  # nothing in this model draws random numbers
-    last = f"iter_{STEPS:07d}"
-    assert_same_checkpoint(tmp_path / "whole" / last, tmp_path / "2" / last, without="rng")
-    assert not all(
-        torch.equal(value, stored(tmp_path / "2" / last)[name])
-        for name, value in stored(tmp_path / "whole" / last).items() if name.startswith("rng")
-    )
-    assert [run["status"] for run in found[6:]] == [2, 2]
-    assert "no optimizer state" in found[6]["error"] and "--no-load-optim" in found[6]["error"]
-    assert "no random generator state" in found[7]["error"] and "--no-load-rng" in found[7]["error"]
+    ours, theirs = quick.place / "whole", quick.place / "without generators"
+    assert_same_checkpoint(ours, theirs, without="rng")
+    ours, theirs = stored(ours / LAST), stored(theirs / LAST)
+    assert not all(torch.equal(value, theirs[name]) for name, value in ours.items() if name.startswith("rng"))
+    refused = [quick["moments wanted"], quick["generators wanted"]]
+    assert [run["status"] for run in refused] == [2, 2]
+    assert "no optimizer state" in refused[0]["error"] and "--no-load-optim" in refused[0]["error"]
+    assert "no random generator state" in refused[1]["error"] and "--no-load-rng" in refused[1]["error"]
+
+
+# (processes, until this step, layout)
+LAYOUTS: list[tuple[int, int, dict[str, int]]] = [
+    (2, 2, {}), (4, 4, {"expert_model_parallel_size": 2}), (2, 6, {"context_parallel_size": 2}), (1, STEPS, {}),
+]
+WAYS = {"padded": {"micro_batch_size": 1}, "packed": {"packing": True}}
+
+
+@pytest.fixture(scope="module")
+def moved(recipe, tmp_path_factory) -> dict[str, tuple[dict[int, Any], dict[int, Any]]]:
+    """For each way the steps of a run of two processes, and of one that went through the layouts."""
+    place = tmp_path_factory.mktemp("moved")
+    whole: dict[str, dict[int, Any]] = {}
+    parts: dict[str, dict[int, Any]] = {way: {} for way in WAYS}
+    for processes, until, layout in LAYOUTS:
+        runs = Runs(recipe, place, processes=processes)
+        for way, options in WAYS.items():
+            if not parts[way]:
+                runs.add(f"{way}, whole", **options)
+            load, stop = (way if parts[way] else None), (None if until == STEPS else until)
+            runs.add(way, load=load, exit_interval=stop, **{**options, **layout})
+        runs.go()
+        for way in WAYS:
+            whole.setdefault(way, {}).update({} if parts[way] else runs.steps(f"{way}, whole"))
+            parts[way].update(runs.steps(way))
+    return {way: (whole[way], parts[way]) for way in WAYS}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
-def test_other_processes_and_layouts_go_on_with_the_same_run(root, tmp_path, packing):
+@pytest.mark.parametrize("way", WAYS)
+def test_other_processes_and_layouts_go_on_with_the_same_run(moved, way):
     """FSDP over 2 -> 4 with experts spread -> 2 with context parallelism -> 1: same samples, losses within 1e-5."""
-    options = {**case(root, packing=packing), "micro_batch_size": 1}
-    (whole,), _ = torchrun(root, [{"flags": recipe_flags(root, save=tmp_path / "whole", **options)}], processes=2)
-    layouts = [
-        (2, 2, {}), (4, 4, {"expert_model_parallel_size": 2}), (2, 6, {"context_parallel_size": 2}), (1, STEPS, {}),
-    ]
-    parts: dict[int, Any] = {}
-    for number, (processes, until, layout) in enumerate(layouts):
-        load = tmp_path / "moved" if number else None
-        stop = None if until == STEPS else until
-        flags = recipe_flags(root, save=tmp_path / "moved", load=load, exit_interval=stop, **options, **layout)
-        (run,), _ = torchrun(root, [{"flags": flags}], processes=processes)
-        parts.update(steps_of(run))
+    whole, parts = moved[way]
     assert sorted(parts) == list(range(1, STEPS + 1))
-    for step, facts in steps_of(whole).items():
+    for step, facts in whole.items():
         for name in ("loss", "norm"):
             ours, theirs = (float.fromhex(of[name]) for of in (parts[step], facts))
             assert math.isclose(ours, theirs, rel_tol=1e-5 if name == "loss" else 1e-4), (step, name)

@@ -14,8 +14,8 @@ import pytest
     ("points", "mode"),
     [
         (4, []),
-        pytest.param(50, [], marks=pytest.mark.slow),
-        pytest.param(30, ["overwrite"], marks=pytest.mark.slow),
+        pytest.param(70, [], marks=pytest.mark.slow),
+        pytest.param(40, ["overwrite"], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("command", ["hf_to_dcp", "dcp_to_hf"])
