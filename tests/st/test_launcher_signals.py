@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,8 +52,9 @@ class Launcher:
     """The tiny launcher in a process group of its own, as a terminal would start it, and what it prints."""
 
     def __init__(self, root: Path, save: Path, *flags: str, prefix: tuple[str, ...] = (), **variables: str) -> None:
-        self.temporary = save.parent / f"tmp {save.name} {len(list(save.parent.glob('tmp*')))}"
-        self.temporary.mkdir()
+        # a short path: data workers put sockets there, whose paths may have 107 characters
+        self._directory = tempfile.TemporaryDirectory(prefix="mm ")
+        self.temporary = Path(self._directory.name)
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TMPDIR": str(self.temporary), "MASTER_PORT": free_port(), "NPUS_PER_NODE": "2", "MBS": "2",

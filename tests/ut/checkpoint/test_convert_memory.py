@@ -55,9 +55,10 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, layout: str) -
     repository = str(Path(__file__).parents[3])
     result = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=repository,
-        env={**os.environ, "PYTHONPATH": repository},
+        # what is freed goes back to the system at once, and is not counted with what malloc keeps of it for later
+        env={**os.environ, "PYTHONPATH": repository, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )
     before, *after = json.loads(result.stdout.splitlines()[-1])
     growth = [round((peak - before) / 1e6) for peak in after]
-    # The budget of this test is 12 MB; malloc and Python's own structures take as much again.
-    assert max(growth) < 40, f"MB more than for a small checkpoint: {growth}; {total=} {largest=}"
+    # The budget of this test is 12 MB; Python's own structures take as much again.
+    assert max(growth) < 30, f"MB more than for a small checkpoint: {growth}; {total=} {largest=}"
