@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_mm.backend.kernels import by_hand, elementwise, experts, rows
+from mindspeed_mm.backend.kernels import bucketed_experts, by_hand, elementwise, experts, rows
 from mindspeed_mm.backend.kernels.attention import eager_attention, products_attention, sdpa_attention
 from mindspeed_mm.backend.kernels.segments import Segments
 from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
@@ -73,6 +73,23 @@ def test_grouped_experts(dtype, counts):
           lambda *args: experts.looped_experts(*args, per_expert), dtype, *inputs)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 37, 18, 5], [40, 3, 0, 17], [1, 1, 1, 57], [60, 0, 0, 0]])
+def test_bucketed_experts(dtype, counts):
+    """Whatever rows lie before an expert's own: none, fewer than its span wants, those of several experts."""
+    inputs = (random(sum(counts), 16, dtype=dtype), random(4, 16, 48, dtype=dtype, seed=1),
+              random(4, 24, 16, dtype=dtype, seed=2))
+    per_expert = torch.tensor(counts)
+    agree(lambda *args: bucketed_experts.bucketed_experts(*args, per_expert),
+          lambda *args: experts.looped_experts(*args, per_expert), dtype, *inputs)
+
+
+def test_buckets_are_few():
+    sizes = [bucketed_experts.bucket(count) for count in range(1, 4097)]
+    assert all(count <= size < count + max(16, count / 8) for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 90
+
+
 def test_expert_kernel_by_device_and_type():
     def name(device, dtype, fused=True):
         return experts.expert_kernel_name(
@@ -80,7 +97,8 @@ def test_expert_kernel_by_device_and_type():
 
     grouped = "grouped_mm" if hasattr(torch.nn.functional, "grouped_mm") else "loop"
     assert [name("cpu", torch.float32), name("cuda", torch.bfloat16)] == [grouped] * 2
-    assert name("cpu", torch.bfloat16) == name("cuda", torch.bfloat16, fused=False) == "loop"
+    assert name("cpu", torch.bfloat16) == "bucketed"
+    assert name("cpu", torch.bfloat16, fused=False) == name("cuda", torch.bfloat16, fused=False) == "loop"
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -15,7 +15,7 @@ from tests.helpers.thread_group import all_to_all_single, in_threads
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 16, 24
 COUNTS = {2: [5, 9], 4: [3, 1, 7, 4], 8: [2, 1, 3, 1, 4, 1, 5, 9]}  # tokens of each process
-KERNELS = ["loop"] + ["grouped_mm"] * hasattr(torch.nn.functional, "grouped_mm")
+KERNELS = ["loop", "bucketed"] + ["grouped_mm"] * hasattr(torch.nn.functional, "grouped_mm")
 
 
 def any_two(tokens, generator):

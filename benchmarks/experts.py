@@ -1,0 +1,142 @@
+"""One layer's experts, forward and backward: the loop, Hugging Face's grouped_mm and ours, against one large product.
+
+    python -m benchmarks.experts [--device cpu] [--sizes tiny 100m] [--precisions fp32 bf16] [--output experts.json]
+
+Tokens, weights and routing go in, weighted sums come out, so that sorting rows and bringing them back count. The bound
+is the two products, and their gradients, of one network with as many rows and weights that all rows share; it sorts
+nothing. Routing is drawn anew in each round. Medians over the rounds; on one thread of a CPU, processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.workload import WIDTHS
+from mindspeed_mm.backend.device import Backend, select_backend
+from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
+from mindspeed_mm.backend.kernels.movers import row_mover
+from mindspeed_mm.backend.kernels.rows import row_sum
+from mindspeed_mm.models.dispatch import IndexedRows, LocalDispatcher
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def hugging_face(text: dict[str, Any], experts: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """transformers' module of experts, uninitialised."""
+    from transformers import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
+
+    config = Qwen3VLMoeTextConfig(**text, hidden_act="silu")
+    config._experts_implementation = experts
+    return Qwen3VLMoeTextExperts(config).to(device, dtype)
+
+
+def implementations(
+    text: dict[str, Any], *, backend: Backend, dtype: torch.dtype
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """(tokens [T, H], weights [T, k], experts [T, k]) -> [T, H], by name."""
+    count, width, inner = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
+    device = backend.device
+
+    def parameter(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_()
+
+    gate_up, down = parameter(count, width, 2 * inner), parameter(count, inner, width)
+    wide, narrow = parameter(width, 2 * inner), parameter(inner, width)
+    chosen = expert_kernel_name(
+        fused=True, hidden_size=width, intermediate_size=inner, device=backend.name, dtype=dtype)
+    names = {"loop": "loop"}
+    if hasattr(F, "grouped_mm"):
+        names["grouped"] = "grouped_mm"
+    names["chosen"] = chosen
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    for label, name in names.items():
+        kernel = expert_kernel(name, device=backend.name)
+        mover = row_mover(IndexedRows(row_sum(device=backend.name)), fused=True, device=backend.name)
+        dispatch = LocalDispatcher(mover)
+        title = f"ours, chosen ({name})" if label == "chosen" else f"ours, {name}"
+        found[title] = lambda tokens, weights, experts, kernel=kernel, dispatch=dispatch: dispatch(
+            tokens, weights, experts, lambda rows, n: kernel(rows, gate_up, down, n), count)
+    for name in ("eager", "grouped_mm"):
+        module = hugging_face(text, name, device, dtype)
+        with torch.no_grad():
+            for value in module.parameters():
+                value.normal_(0.0, 0.02)
+        found[f"Hugging Face, {name}"] = lambda tokens, weights, experts, module=module: module(
+            tokens, experts, weights)
+
+    def bound(tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        # as many rows as the experts get
+        rows = tokens.repeat_interleave(text["num_experts_per_tok"], dim=0)
+        return ((rows @ wide)[:, :inner] @ narrow)[: tokens.shape[0]]
+
+    found["one large product"] = bound
+    return found
+
+
+def measure(size: str, precision: str, *, tokens: int, rounds: int, backend: Backend) -> dict[str, Any]:
+    """Median seconds of each implementation."""
+    text, dtype, device = WIDTHS[size]["text"], DTYPES[precision], backend.device
+    functions = implementations(text, backend=backend, dtype=dtype)
+    on_processor = not backend.is_accelerator and torch.get_num_threads() == 1
+    clock = time.process_time if on_processor else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(rounds + 2):
+        for name, function in functions.items():
+            logits = torch.randn(tokens, text["num_experts"], device=device)
+            weights, experts = logits.softmax(-1).topk(text["num_experts_per_tok"])
+            hidden, grad = (torch.randn(tokens, text["hidden_size"], device=device).to(dtype) for _ in range(2))
+            inputs = hidden.clone().requires_grad_(), weights.to(dtype).requires_grad_()
+            backend.synchronize()
+            started = clock()
+            function(*inputs, experts).backward(grad)
+            backend.synchronize()
+            if round_ >= 2:
+                seconds[name].append(clock() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    bound = medians["one large product"]
+    return {"size": size, "precision": precision, "tokens": tokens, "device": str(device),
+            "threads": torch.get_num_threads(), "seconds": medians,
+            "share_of_bound": {name: bound / value for name, value in medians.items()}}
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="device to run on")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "100m"], choices=sorted(WIDTHS), help="widths")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--tokens", type=int, default=1040, help="tokens that are routed; 8192 suits an accelerator")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    backend = select_backend(options.device)
+    torch.manual_seed(0)
+    rows = []
+    print("| widths | precision | implementation | ms | % of one product |\n| --- | --- | --- | --- | --- |")
+    for size in options.sizes:
+        for precision in options.precisions:
+            row = measure(size, precision, tokens=options.tokens, rounds=options.rounds, backend=backend)
+            rows.append(row)
+            for name, value in row["seconds"].items():
+                share = 100 * row["share_of_bound"][name]
+                print(f"| {size} | {precision} | {name} | {1000 * value:.1f} | {share:.0f} |", flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
