@@ -22,7 +22,7 @@ Span = tuple[int, int, int]
 
 
 def bucket(count: int) -> int:
-    """``count`` rounded up: to a multiple of 16 up to 511, above to one of 16 sizes between a power of 2 and the next."""
+    """``count`` rounded up: to a multiple of 16 below 512, above to one of 16 sizes between powers of 2."""
     step = max(16, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
