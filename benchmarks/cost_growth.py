@@ -1,0 +1,154 @@
+"""How tokens per second and memory change with sequence length, picture size, experts and layers, one at a time.
+
+    python -m benchmarks.cost_growth [--device cpu] [--axes length picture experts layers] [--output cost_growth.json]
+        [--plot cost_growth.png]
+
+Forward and backward of one packed micro-batch, fp32 on a CPU and bf16 elsewhere; medians, on one thread of a
+CPU of processor time. Beside the measured figures:
+the operations that FlopCount counts, and which share of them attention's pairs, the vision tower and the rest take.
+Memory is the most that is held beyond the parameters, as in benchmarks.loss_head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.loss_head import peak_bytes
+from benchmarks.runners import initialise
+from benchmarks.workload import PIXEL_NORM, geometry_config
+from mindspeed_mm.backend.device import Backend, select_backend
+from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.models.flops import FlopCount
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+
+LENGTH, SIDE = 1024, 256
+VALUES = {"length": [1024, 2048, 4096, 8192, 16384, 32768], "picture": [128, 256, 512, 1024],
+          "experts": [4, 8, 16, 32, 64], "layers": [3, 4, 8, 16]}
+
+
+def sample_of(geometry: Qwen3VLGeometry, *, length: int, side: int) -> Sample:
+    """One conversation with one square picture of ``side`` pixels and at least ``length`` tokens."""
+    vision, generator = geometry.vision, np.random.default_rng(0)
+    edge = side // vision.patch_size
+    patches = generator.integers(0, 256, (edge * edge, vision.patch_dim), np.uint8)
+    merged = len(patches) // vision.merge_unit
+    ids = [geometry.vision_start_token_id, *[geometry.image_token_id] * merged, geometry.vision_end_token_id]
+    words = max(64, length - len(ids))
+    start = len(ids) + words // 2
+    ids += generator.integers(0, geometry.text.vocab_size - 4, words).tolist()
+    picture = Picture(patches, (1, edge, edge))
+    return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, (picture,), 0)
+
+
+def point(axis: str, value: int, *, size: str, backend: Backend, rounds: int) -> dict[str, Any]:
+    """Time, memory and operations of one size."""
+    text = {"experts": {"num_experts": value}, "layers": {"num_hidden_layers": value}}.get(axis, {})
+    geometry = Qwen3VLGeometry.from_config(geometry_config(size, text=text))
+    shape = {"length": LENGTH, "side": SIDE} | {{"picture": "side"}.get(axis, axis): value}
+    sample = sample_of(geometry, length=shape["length"], side=shape["side"])
+    batch = collate([sample], geometry)
+    dtype = torch.bfloat16 if backend.is_accelerator else torch.float32
+    model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device=backend.name, dtype=dtype,
+                        compute_dtype=dtype).to(backend.device)
+    initialise(model)
+    there = batch.to(backend.device)
+    weight = torch.full((batch.num_supervised,), 1 / batch.num_supervised, device=backend.device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(there, weight).loss.backward()
+
+    step()
+    seconds = []
+    on_processor = not backend.is_accelerator and torch.get_num_threads() == 1
+    clock = time.process_time if on_processor else time.perf_counter
+    for _ in range(rounds):
+        backend.synchronize()
+        started = clock()
+        step()
+        backend.synchronize()
+        seconds.append(clock() - started)
+    count, patches = len(sample.input_ids), len(sample.pictures[0].patches)
+    operations = FlopCount(geometry=geometry)
+    whole = operations.of_lengths([count], patches=[patches], supervised=batch.num_supervised)
+    blind = operations.of_lengths([count], patches=[], supervised=batch.num_supervised)
+    # tokens that see only themselves: what is left of attention is next to nothing
+    apart = operations.of_lengths([1] * count, patches=[], supervised=batch.num_supervised)
+    median = statistics.median(seconds)
+    return {"axis": axis, "value": value, "tokens": count, "patches": patches, "seconds": median,
+            "tokens_per_second": count / median, "peak_bytes": peak_bytes(step, backend), "teraflop": whole,
+            "share": {"attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole}}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second, memory and shares against each axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    figure, panels = plt.subplots(2, len(axes), figsize=(4 * len(axes), 6), squeeze=False)
+    for column, axis in enumerate(axes):
+        chosen = [row for row in rows if row["axis"] == axis]
+        values = [row["value"] for row in chosen]
+        above, below = panels[:, column]
+        above.plot(values, [row["tokens_per_second"] for row in chosen], "o-", label="tokens/s")
+        memory = above.twinx()
+        memory.plot(values, [row["peak_bytes"] / 2**20 for row in chosen], "s--", color="tab:red")
+        memory.set_ylabel("peak MiB", color="tab:red")
+        above.set_ylabel("tokens/s")
+        names = ("rest", "attention", "vision")
+        below.stackplot(values, [[100 * row["share"][name] for row in chosen] for name in names], labels=names)
+        below.set_xlabel(axis)
+        below.set_ylabel("% of the operations")
+        below.legend(loc="lower left")
+        for panel in (above, below):
+            panel.set_xscale("log", base=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="device to run on")
+    parser.add_argument("--size", default="tiny", help="model of benchmarks.workload")
+    parser.add_argument("--axes", nargs="+", default=sorted(VALUES), choices=sorted(VALUES))
+    parser.add_argument("--longest", type=int, default=32768, help="leave out longer sequences")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each size")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file to write; needs matplotlib")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    backend = select_backend(options.device)
+    rows = []
+    print("| axis | value | tokens/s | peak MiB | GFLOP | attention % | vision % | rest % |\n" + "| --- " * 8 + "|")
+    for axis in options.axes:
+        for value in VALUES[axis]:
+            if axis == "length" and value > options.longest:
+                continue
+            row = point(axis, value, size=options.size, backend=backend, rounds=options.rounds)
+            rows.append(row)
+            shares = " | ".join(f"{100 * row['share'][name]:.0f}" for name in ("attention", "vision", "rest"))
+            print(f"| {axis} | {value} | {row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f} | "
+                  f"{1000 * row['teraflop']:.1f} | {shares} |", flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
