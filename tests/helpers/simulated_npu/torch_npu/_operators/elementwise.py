@@ -43,7 +43,7 @@ def rotary_mul(
 def rotary_mul_backward(
     grad: Tensor, self: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_rotary(self, r1, r2, rotary_mode)
+    _check_rotary(self, r1, r2, rotary_mode, with_gradient=True)
     wide, turned = grad.float(), grad.float() * r2.float()
     # the transpose of the rotation
     dx = wide * r1.float() - _rotated(turned, rotary_mode)
@@ -61,7 +61,7 @@ def _rotated(tensor: Tensor, mode: str) -> Tensor:
     return torch.stack((-second, first), dim=-1).flatten(-2)
 
 
-def _check_rotary(self: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
+def _check_rotary(self: Tensor, r1: Tensor, r2: Tensor, mode: str, *, with_gradient: bool = False) -> None:
     demand(mode in ("half", "interleave"), f"rotary_mode only support half or interleave, got {mode}")
     for name, tensor in (("input", self), ("r1", r1), ("r2", r2)):
         demand_type(name, tensor, FLOATS)
@@ -82,6 +82,8 @@ def _check_rotary(self: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
             if tuple(r1.shape) != shape:
                 continue
             small = self.shape[batch] < 1000 and self.shape[heads] < 1000
+            if with_gradient:
+                small = small and self.shape[batch] * self.shape[heads] <= 1024
             if mode == "interleave":
                 small = self.shape[batch] * self.shape[heads] < 1000
             if small:
