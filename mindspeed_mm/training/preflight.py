@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from mindspeed_mm.tools.memory.plan import Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
 from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
 from mindspeed_mm.training.checkpoint.room import check_place, warning_of_room
+
+# a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678
+_LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
 
 
 def preflight(recipe: Recipe) -> None:
@@ -38,10 +42,26 @@ def preflight(recipe: Recipe) -> None:
         verify_directory(resolve_checkpoint(recipe.args.load))
     if recipe.args.save is not None:
         check_place(Path(recipe.args.save))
+    check_temporary_directory(recipe.args.num_workers)
     check_data_files(recipe)
     validate_data(recipe.data)
     warn_of_memory(recipe, geometry, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
     warn_of_room(recipe, geometry)
+
+
+def check_temporary_directory(num_workers: int) -> None:
+    """Data workers hand over tensors through sockets there, and without one training would wait for them for ever.
+
+    Raises:
+        UserError: if the paths of the sockets would be longer than the system allows.
+    """
+    directory = tempfile.gettempdir()
+    length = len(os.fsencode(directory))
+    if num_workers and length > _LONGEST_TEMPORARY_DIRECTORY:
+        raise UserError(
+            f"TMPDIR {directory} has {length} characters, and the data workers' sockets there may have "
+            f"{_LONGEST_TEMPORARY_DIRECTORY}; set TMPDIR to a shorter path, or --num-workers 0"
+        )
 
 
 def warn_of_room(recipe: Recipe, geometry: Qwen3VLGeometry) -> None:
