@@ -65,7 +65,6 @@ class OurRunner:
         precision: str,
         choices: ModelChoices | None = None,
         frozen_experts: bool = False,
-        recompute: bool = False,
     ) -> None:
         """``steps`` are trained on in turn, again and again."""
         micro, accumulation = len(steps[0][0]), len(steps[0])
