@@ -30,11 +30,14 @@ def to_mcore(geometry: Qwen3VLGeometry, tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def model_like(
-    hf_model: Any, choices: ModelChoices | None = None, *, device: str = "cpu"
+    hf_model: Any, choices: ModelChoices | None = None, *, device: str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Qwen3VLModel, Qwen3VLGeometry]:
-    """Build our model for ``hf_model``'s config with the kernels of ``device`` and give it its weights."""
+    """Build our model for ``hf_model``'s config, with ``device``'s kernels for ``compute_dtype``, and its weights."""
     geometry = Qwen3VLGeometry.from_config(hf_model.config.to_dict())
-    model = build_model(geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=device)
+    model = build_model(
+        geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=device, compute_dtype=compute_dtype
+    )
     weights = to_mcore(geometry, hf_model.state_dict())
     parameters = dict(model.named_parameters())
     assert parameters.keys() == weights.keys()

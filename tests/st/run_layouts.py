@@ -27,6 +27,7 @@ from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.collectives import scale_gradient
+from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.balance import RouterBalance
@@ -135,7 +136,11 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     layout = build_layout(device_type=backend.name, sharding_size=config.sharding_size, **case["layout"])
     coefficient = case.get("router_aux_loss_coef", 0.0)
     choices = ModelChoices(**case.get("choices", {}), router_load=coefficient > 0)
-    model, geometry = model_like(tiny_model(**case.get("model", {})), choices, device=backend.name)
+    # a CPU's experts in bf16 read their row counts, which an accelerator's never do: where reads are counted, those of
+    # fp32, which are the accelerators' own
+    compute_dtype = DTYPES["fp32" if case.get("host_reads") else config.param_dtype]
+    hf_model = tiny_model(**case.get("model", {}))
+    model, geometry = model_like(hf_model, choices, device=backend.name, compute_dtype=compute_dtype)
     parallelise(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
     progress = Progress()
