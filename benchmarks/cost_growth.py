@@ -4,27 +4,23 @@
         [--plot cost_growth.png]
 
 Forward and backward of one packed micro-batch, fp32 on a CPU and bf16 elsewhere; medians, on one thread of a
-CPU of processor time. Beside the measured figures:
-the operations that FlopCount counts, and which share of them attention's pairs, the vision tower and the rest take.
-Memory is the most that is held beyond the parameters, as in benchmarks.loss_head.
+CPU of processor time. Beside the measured figures: the operations that FlopCount counts, and which share of them
+attention's pairs, the vision tower and the rest take. Memory is the most that is held beyond the parameters.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.loss_head import peak_bytes
+from benchmarks.measuring import option_parser, peak_bytes, prepare, seconds_of, write_results
 from benchmarks.runners import initialise
 from benchmarks.workload import PIXEL_NORM, geometry_config
-from mindspeed_mm.backend.device import Backend, select_backend
+from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.collator import Picture, Sample, collate
 from mindspeed_mm.models.flops import FlopCount
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
@@ -68,22 +64,13 @@ def point(axis: str, value: int, *, size: str, backend: Backend, rounds: int) ->
         model(there, weight).loss.backward()
 
     step()
-    seconds = []
-    on_processor = not backend.is_accelerator and torch.get_num_threads() == 1
-    clock = time.process_time if on_processor else time.perf_counter
-    for _ in range(rounds):
-        backend.synchronize()
-        started = clock()
-        step()
-        backend.synchronize()
-        seconds.append(clock() - started)
+    median = statistics.median(seconds_of(step, backend) for _ in range(rounds))
     count, patches = len(sample.input_ids), len(sample.pictures[0].patches)
     operations = FlopCount(geometry=geometry)
     whole = operations.of_lengths([count], patches=[patches], supervised=batch.num_supervised)
     blind = operations.of_lengths([count], patches=[], supervised=batch.num_supervised)
     # tokens that see only themselves: what is left of attention is next to nothing
     apart = operations.of_lengths([1] * count, patches=[], supervised=batch.num_supervised)
-    median = statistics.median(seconds)
     return {"axis": axis, "value": value, "tokens": count, "patches": patches, "seconds": median,
             "tokens_per_second": count / median, "peak_bytes": peak_bytes(step, backend), "teraflop": whole,
             "share": {"attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole}}
@@ -120,19 +107,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print a table, write JSON and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="device to run on")
+    parser = option_parser(__doc__, rounds=3)
     parser.add_argument("--size", default="tiny", help="model of benchmarks.workload")
     parser.add_argument("--axes", nargs="+", default=sorted(VALUES), choices=sorted(VALUES))
     parser.add_argument("--longest", type=int, default=32768, help="leave out longer sequences")
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each size")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG file to write; needs matplotlib")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    backend = select_backend(options.device)
+    backend = prepare(options)
     rows = []
     print("| axis | value | tokens/s | peak MiB | GFLOP | attention % | vision % | rest % |\n" + "| --- " * 8 + "|")
     for axis in options.axes:
@@ -144,8 +125,7 @@ def main() -> None:
             shares = " | ".join(f"{100 * row['share'][name]:.0f}" for name in ("attention", "vision", "rest"))
             print(f"| {axis} | {value} | {row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f} | "
                   f"{1000 * row['teraflop']:.1f} | {shares} |", flush=True)
-            if options.output:
-                options.output.write_text(json.dumps(rows, indent=1) + "\n")
+            write_results(options, rows)
     if options.plot:
         plot(rows, options.plot)
 

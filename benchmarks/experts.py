@@ -9,26 +9,23 @@ nothing. Routing is drawn anew in each round. Medians over the rounds; on one th
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.workload import WIDTHS
-from mindspeed_mm.backend.device import Backend, select_backend
+from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
 from mindspeed_mm.backend.kernels.movers import row_mover
 from mindspeed_mm.backend.kernels.rows import row_sum
 from mindspeed_mm.models.dispatch import IndexedRows, LocalDispatcher
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from mindspeed_mm.parallel.fsdp import DTYPES
 
 
 def hugging_face(text: dict[str, Any], experts: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -54,7 +51,8 @@ def implementations(
     gate_up, down = parameter(count, width, 2 * inner), parameter(count, inner, width)
     wide, narrow = parameter(width, 2 * inner), parameter(inner, width)
     chosen = expert_kernel_name(
-        fused=True, hidden_size=width, intermediate_size=inner, device=backend.name, dtype=dtype)
+        fused=True, hidden_size=width, intermediate_size=inner, device=backend.name, dtype=dtype
+    )
     names = {"loop": "loop"}
     if hasattr(F, "grouped_mm"):
         names["grouped"] = "grouped_mm"
@@ -84,12 +82,14 @@ def implementations(
     return found
 
 
+def _both_ways(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> None:
+    function(*inputs).backward(grad)
+
+
 def measure(size: str, precision: str, *, tokens: int, rounds: int, backend: Backend) -> dict[str, Any]:
     """Median seconds of each implementation."""
     text, dtype, device = WIDTHS[size]["text"], DTYPES[precision], backend.device
     functions = implementations(text, backend=backend, dtype=dtype)
-    on_processor = not backend.is_accelerator and torch.get_num_threads() == 1
-    clock = time.process_time if on_processor else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 2):
         for name, function in functions.items():
@@ -97,12 +97,9 @@ def measure(size: str, precision: str, *, tokens: int, rounds: int, backend: Bac
             weights, experts = logits.softmax(-1).topk(text["num_experts_per_tok"])
             hidden, grad = (torch.randn(tokens, text["hidden_size"], device=device).to(dtype) for _ in range(2))
             inputs = hidden.clone().requires_grad_(), weights.to(dtype).requires_grad_()
-            backend.synchronize()
-            started = clock()
-            function(*inputs, experts).backward(grad)
-            backend.synchronize()
+            taken = seconds_of(functools.partial(_both_ways, function, *inputs, experts, grad=grad), backend)
             if round_ >= 2:
-                seconds[name].append(clock() - started)
+                seconds[name].append(taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     bound = medians["one large product"]
     return {"size": size, "precision": precision, "tokens": tokens, "device": str(device),
@@ -112,19 +109,12 @@ def measure(size: str, precision: str, *, tokens: int, rounds: int, backend: Bac
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="device to run on")
+    parser = option_parser(__doc__, rounds=9)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "100m"], choices=sorted(WIDTHS), help="widths")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
     parser.add_argument("--tokens", type=int, default=1040, help="tokens that are routed; 8192 suits an accelerator")
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    backend = select_backend(options.device)
-    torch.manual_seed(0)
+    backend = prepare(options)
     rows = []
     print("| widths | precision | implementation | ms | % of one product |\n| --- | --- | --- | --- | --- |")
     for size in options.sizes:
@@ -134,8 +124,7 @@ def main() -> None:
             for name, value in row["seconds"].items():
                 share = 100 * row["share_of_bound"][name]
                 print(f"| {size} | {precision} | {name} | {1000 * value:.1f} | {share:.0f} |", flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(options, rows)
 
 
 if __name__ == "__main__":

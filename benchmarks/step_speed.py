@@ -12,36 +12,31 @@ On one thread of a CPU the processor's own time is measured, which other program
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.runners import HuggingFaceRunner, OurRunner, cut, tokens
 from benchmarks.workload import draw_samples, geometry_config, photographs
-from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import Backend, start_processes, stop_processes
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 
 PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 
 
-def alternate(
-    runners: dict[str, Any], *, rounds: int, wait: Callable[[], None], clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of each runner's step in each round, after one that does not count."""
+def alternate(runners: dict[str, Any], *, rounds: int, backend: Backend) -> dict[str, list[float]]:
+    """Seconds of each runner's step in each round, after one that does not count.
+
+    Every other round goes backwards: who steps first prepares what several need, such as a CPU's products by shape.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for round_ in range(rounds + 1):
-        for name, runner in runners.items():
-            wait()
-            started = clock()
-            runner.step()
-            wait()
+        for name in list(runners)[:: 1 if round_ % 2 else -1]:
+            taken = seconds_of(runners[name].step, backend)
             if round_:
-                seconds[name].append(clock() - started)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -64,9 +59,7 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     runners["ours"] = OurRunner(geometry, steps, backend=backend, precision=precision)
     parameters = sum(parameter.numel() for parameter in runners["ours"].model.parameters())
     try:
-        alone = not backend.is_accelerator and torch.get_num_threads() == 1
-        clock = time.process_time if alone else time.perf_counter
-        seconds = alternate(runners, rounds=options.rounds, wait=backend.synchronize, clock=clock)
+        seconds = alternate(runners, rounds=options.rounds, backend=backend)
     finally:
         runners["ours"].close()
     per_step, supervised = tokens(steps)
@@ -75,7 +68,6 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     # of neighbouring steps: what slows the machine slows both
     ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
     return {
-        "clock": "processor" if alone else "wall",
         "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
         "tokens_per_step": per_step, "supervised_per_step": supervised, "seconds": seconds, "median_seconds": medians,
         "tokens_per_second": {name: per_step / value for name, value in medians.items()},
@@ -86,20 +78,14 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="device to run on")
+    parser = option_parser(__doc__, rounds=6)
     parser.add_argument("--models", nargs="+", default=["tiny", "100m"], choices=sorted(PIXELS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--micro-batch", type=int, default=4, help="samples of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=0, help="different steps, repeated in turn; 0: none is repeated")
-    parser.add_argument("--rounds", type=int, default=6, help="measured steps of each")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    backend = select_backend(options.device)
+    backend = prepare(options)
     start_processes(backend, timeout_minutes=10)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {photographs()[1]}")
     rows = []
@@ -114,8 +100,7 @@ def main() -> None:
             print(f"{model:5} {precision} {row['parameters'] / 1e6:.0f} M | {listed} | "
                   f"{row['ratio']:.2f}x {row['best_hugging_face']}", flush=True)
     stop_processes()
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(options, rows)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,7 @@ def expert_kernel_name(
 
     An NPU has ``npu_grouped_matmul``. Elsewhere it is torch's own ``grouped_mm``: torch 2.7 has none, and later ones
     want rows that begin at multiples of 16 bytes, which in bf16 are 8 values: published models have that, toy models
-    may not. A CPU in bf16 has ``bucketed``: a step of a 112 M
-    model takes 4.1 s with it, 5.1 s with the loop and 5.9 s with ``grouped_mm``.
+    may not. A CPU in bf16 has ``bucketed``, which is faster there than either (docs/performance.md).
 
     Args:
         fused: whether a grouped kernel is wanted.
