@@ -85,6 +85,7 @@ def damage_on_one_is_told_to_all(root: Path, lines: list[str]) -> None:
     saver.finish()
     path = root / "iter_0000001"
     reader = DcpReader(path, directory.verify_directory(path))
+    dist.barrier()  # writing the damage makes the file empty for a moment, which the other would find in verifying
     if dist.get_rank() == 0:
         _, info = next(item for item in reader.items("model.1") if item[1].relative_path.startswith("__1"))
         content = bytearray((path / info.relative_path).read_bytes())
