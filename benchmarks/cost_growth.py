@@ -27,6 +27,9 @@ from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
 
 LENGTH, SIDE = 1024, 256
+PATIENCE_SECONDS = 60.0
+UNITS = {"length": "tokens of the sequence", "picture": "side of the picture, pixels", "experts": "experts",
+         "layers": "decoder layers"}
 VALUES = {"length": [1024, 2048, 4096, 8192, 16384, 32768], "picture": [128, 256, 512, 1024],
           "experts": [4, 8, 16, 32, 64], "layers": [3, 4, 8, 16]}
 
@@ -64,7 +67,11 @@ def point(axis: str, value: int, *, size: str, backend: Backend, rounds: int) ->
         model(there, weight).loss.backward()
 
     step()
-    median = statistics.median(seconds_of(step, backend) for _ in range(rounds))
+    seconds = [seconds_of(step, backend)]
+    # the longest sequences take minutes on a CPU, and next to them the clock's noise is small
+    while len(seconds) < rounds and sum(seconds) < PATIENCE_SECONDS:
+        seconds.append(seconds_of(step, backend))
+    median = statistics.median(seconds)
     count, patches = len(sample.input_ids), len(sample.pictures[0].patches)
     operations = FlopCount(geometry=geometry)
     whole = operations.of_lengths([count], patches=[patches], supervised=batch.num_supervised)
@@ -72,7 +79,8 @@ def point(axis: str, value: int, *, size: str, backend: Backend, rounds: int) ->
     # tokens that see only themselves: what is left of attention is next to nothing
     apart = operations.of_lengths([1] * count, patches=[], supervised=batch.num_supervised)
     return {"axis": axis, "value": value, "tokens": count, "patches": patches, "seconds": median,
-            "tokens_per_second": count / median, "peak_bytes": peak_bytes(step, backend), "teraflop": whole,
+            "rounds": len(seconds), "tokens_per_second": count / median, "peak_bytes": peak_bytes(step, backend),
+            "teraflop": whole,
             "share": {"attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole}}
 
 
@@ -96,11 +104,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         above.set_ylabel("tokens/s")
         names = ("rest", "attention", "vision")
         below.stackplot(values, [[100 * row["share"][name] for row in chosen] for name in names], labels=names)
-        below.set_xlabel(axis)
+        below.set_xlabel(UNITS[axis])
         below.set_ylabel("% of the operations")
         below.legend(loc="lower left")
         for panel in (above, below):
             panel.set_xscale("log", base=2)
+            panel.set_xticks(values, [str(value) for value in values], rotation=45)
+        for panel in (above, memory):
+            panel.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 

@@ -52,7 +52,8 @@ class PixelNormalisation(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, patch_dim], channels first within a row -> fp32 [N, patch_dim]."""
         by_channel = pixels.view(pixels.shape[0], self.mean.shape[1], -1).float()
-        return ((by_channel / self.divisor - self.mean) / self.std).view(pixels.shape)
+        # in place: a pack's pixels in fp32 are larger than any other activation of it
+        return by_channel.div_(self.divisor).sub_(self.mean).div_(self.std).view(pixels.shape)
 
 
 class PatchEmbedding(nn.Module):

@@ -42,11 +42,14 @@ def sdpa_attention(
         shape = (len(lengths), lengths[0])
         q, k, v = (tensor.view(*shape, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value))
         return _sdpa(q, k, v, causal=causal, scale=scale).transpose(1, 2).reshape(query.shape)
-    outputs = []
-    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
-        q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
-        outputs.append(_sdpa(q, k, v, causal=causal, scale=scale).squeeze(0).transpose(0, 1))
-    return torch.cat(outputs)
+    parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_segment(*part, causal=causal, scale=scale) for part in parts])
+
+
+def _segment(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """``sdpa`` of one segment, [L, heads, D]."""
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    return _sdpa(q, k, v, causal=causal, scale=scale).squeeze(0).transpose(0, 1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> Tensor:
@@ -60,10 +63,12 @@ def products_attention(
     query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
 ) -> Tensor:
     """``sdpa``, but for short segments in bf16, where a CPU's fused backward is slow and plain products are faster."""
-    if query.dtype != torch.bfloat16 or segments.max_length > LONGEST:
+    if query.dtype != torch.bfloat16:
         return sdpa_attention(query, key, value, segments=segments, causal=causal, scale=scale)
     parts = zip(*(tensor.split(segments.lengths) for tensor in (query, key, value)), strict=True)
-    return torch.cat([short_attention(*part, causal=causal, scale=scale) for part in parts])
+    return torch.cat([
+        (short_attention if len(part[0]) <= LONGEST else _segment)(*part, causal=causal, scale=scale) for part in parts
+    ])
 
 
 def varlen_attention(

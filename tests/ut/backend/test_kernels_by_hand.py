@@ -11,6 +11,7 @@ import torch
 from mindspeed_mm.backend.kernels import bucketed_experts, by_hand, elementwise, experts, rows
 from mindspeed_mm.backend.kernels.attention import eager_attention, products_attention, sdpa_attention
 from mindspeed_mm.backend.kernels.segments import Segments
+from mindspeed_mm.backend.kernels.short_attention import LONGEST
 from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
 from mindspeed_mm.models.dispatch import IndexedRows
 from tests.helpers.mcore_model import relative
@@ -123,7 +124,7 @@ def test_rows_and_back(dtype, row_sum):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4]])
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4], [32, 40], [3, LONGEST + 1]], ids=str)
 @pytest.mark.parametrize("kernel", [products_attention, sdpa_attention])
 def test_attention(kernel, lengths, causal, dtype):
     offsets = [0, *itertools.accumulate(lengths)]
