@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_mm.arguments.recipe import Recipe, load_recipe
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.collector import uncollected_imports
 from mindspeed_mm.training.preflight import preflight
 from mindspeed_mm.training.signals import end_launcher_with
 
@@ -99,10 +100,11 @@ def main() -> int:
         recipe = load_recipe(sys.argv[1:])
         if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher checks once for all processes
             preflight(recipe)
-        from mindspeed_mm.backend.device import load_device  # imports torch, which --help does not wait for
+        with uncollected_imports():
+            from mindspeed_mm.backend.device import load_device  # imports torch, which --help does not wait for
 
-        load_device(recipe.args.device)  # first: what adapts megatron to a device must be there before megatron is
-        from mindspeed_mm.training.pretrain import pretrain
+            load_device(recipe.args.device)  # first: what adapts megatron to a device must be there before megatron is
+            from mindspeed_mm.training.pretrain import pretrain
 
         return pretrain(recipe, model_provider, data_provider, forward_step)
     except UserError as error:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import torch
+
 from mindspeed_mm.errors import UserError
 
 SUPPORTED_VERSION = "0.12.1"
+
+# megatron-core has torch.compile decorate its fused functions while it is imported, which loads the whole compiler, a
+# second of every start. This project's specs use none of them.
+with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated)):
+    import megatron.core.fusions.fused_bias_dropout
+    import megatron.core.transformer.transformer_layer  # noqa: F401
 
 
 def prepare_megatron() -> None:

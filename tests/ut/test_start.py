@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks.startup import OURS, phases_of
+from mindspeed_mm.training.collector import uncollected_imports
+
+ROOT = Path(__file__).parents[2]
+
 
 def seconds_of(*command: str) -> float:
     """Processor time of a child process, which other programs on the machine hardly change."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[2], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -22,3 +31,28 @@ def test_help_is_instant():
 
 def test_a_heavy_import_would_be_noticed():
     assert seconds_of("-c", "import torch") > 0.5
+
+
+def test_training_loads_no_compiler():
+    listed = ("import sys, pretrain_transformers, mindspeed_mm.training.pretrain; "
+              "print(*(name for name in sys.modules if name.startswith(('torch._inductor', 'triton'))))")
+    found = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == []
+
+
+def test_collector_leaves_out_imports_and_works_afterwards():
+    with uncollected_imports():
+        assert not gc.isenabled()
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        atexit.unregister(gc.freeze)
+
+
+def test_phases_of_a_start():
+    arrivals = [(1.0, "torchrun begins"), (3.0, "[   0.0 s] 1 process(es) on cpu"), (3.5, "[ 0.1 s] loaded x"),
+                (4.0, "[ 0.1 s] data: 3"), (6.0, "[2026] iteration        1/       1 | x")]
+    assert phases_of(arrivals, OURS, finished=7.5) == [1.0, 2.0, 0.5, 0.5, 2.0, 1.5]
+    with pytest.raises(SystemExit, match="loaded"):
+        phases_of(arrivals[:2], OURS, finished=7.5)
