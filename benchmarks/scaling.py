@@ -3,8 +3,9 @@
     python -m benchmarks.scaling [--processes 1 2 4] [--size tiny] [--steps 5] [--output scaling.json]
 
 Each process trains on as many samples, the same ones, under FSDP2 (one process: without), on one thread. Efficiency is
-the time of a step on one process over that on several, over the share of a core that each process has: with as many
-processes as cores it is the usual one; beyond, 1.0 means that nothing but the cores is shared.
+the time of a step on as many processes at once that know nothing of each other, over that of the processes together:
+what the cores cannot do in either case is no loss. Beside it, of the first process: processor time of the thread that
+computes, which FSDP2's copies are part of, of the other threads, which communicate, and the rest of the time: waiting.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+CLOCKS = (time.perf_counter, time.process_time, time.thread_time)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -39,15 +40,15 @@ def work(options: argparse.Namespace) -> None:
     samples = draw_samples(4 * options.accumulation, geometry, min_pixels=16384, max_pixels=65536)
     steps = cut(samples, micro_batch=4, accumulation=options.accumulation)
     runner = OurRunner(geometry, steps, backend=backend, precision="fp32")
-    seconds = []
+    seconds: list[tuple[float, ...]] = []
     try:
         for index in range(options.steps + 2):
             torch.distributed.barrier()
-            started = time.perf_counter()
+            started = [clock() for clock in CLOCKS]
             runner.step()
             torch.distributed.barrier()
             if index >= 2:
-                seconds.append(time.perf_counter() - started)
+                seconds.append(tuple(clock() - start for clock, start in zip(CLOCKS, started, strict=True)))
     finally:
         runner.close()
     if rank == 0:
@@ -55,14 +56,27 @@ def work(options: argparse.Namespace) -> None:
     stop_processes()
 
 
-def launch(processes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run :func:`work` on ``processes`` processes; what the first one printed."""
+def launch(processes: int, options: argparse.Namespace, *, groups: int = 1) -> dict[str, float]:
+    """Run :func:`work` on ``processes`` processes, in ``groups`` groups at once.
+
+    Returns:
+        ``wall``, ``process`` and ``thread`` seconds of a step, and its ``tokens``: medians over the steps of the first
+        process, and over the groups.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m",
                "benchmarks.scaling", "--worker", "--size", options.size, "--steps", str(options.steps),
                "--accumulation", str(options.accumulation)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, timeout=540)
-    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"seconds"')))
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(groups)]
+    found = []
+    for process in started:
+        printed, _ = process.communicate(timeout=540)
+        if process.returncode:
+            raise SystemExit(f"{processes} processes ended with status {process.returncode}")
+        found.append(json.loads(next(line for line in printed.splitlines() if line.startswith('{"seconds"'))))
+    steps = [[statistics.median(column) for column in zip(*group["seconds"], strict=True)] for group in found]
+    medians = [statistics.median(column) for column in zip(*steps, strict=True)]
+    return dict(zip(("wall", "process", "thread"), medians, strict=True)) | {"tokens": found[0]["tokens"]}
 
 
 def main() -> None:
@@ -78,17 +92,17 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    rows: list[dict[str, Any]] = []
-    print(f"{CORES} cores\n\n| processes | ms per step | tokens/s of all | efficiency |\n| --- | --- | --- | --- |")
+    rows: list[dict[str, float]] = []
+    print(f"{CORES} cores\n\n| processes | ms per step | tokens/s of all | ms apart | efficiency | ms computing | "
+          "ms communicating | ms waiting |\n" + "| --- " * 8 + "|")
     for processes in options.processes:
-        found = launch(processes, options)
-        median = statistics.median(found["seconds"])
-        rows.append({"processes": processes, "cores": CORES, "median_seconds": median, **found,
-                     "tokens_per_second": processes * found["tokens"] / median})
-        share = min(1.0, CORES / processes)
-        rows[-1]["efficiency"] = rows[0]["median_seconds"] / median / share
-        print(f"| {processes} | {1000 * median:.0f} | {rows[-1]['tokens_per_second']:.0f} | "
-              f"{rows[-1]['efficiency']:.2f} |", flush=True)
+        together, apart = launch(processes, options), launch(1, options, groups=processes)
+        wall, process, thread = together["wall"], together["process"], together["thread"]
+        rows.append({"processes": processes, "cores": CORES, **together, "apart": apart["wall"],
+                     "efficiency": apart["wall"] / wall, "tokens_per_second": processes * together["tokens"] / wall})
+        print(f"| {processes} | {1000 * wall:.0f} | {rows[-1]['tokens_per_second']:.0f} | {1000 * apart['wall']:.0f} | "
+              f"{rows[-1]['efficiency']:.2f} | {1000 * thread:.0f} | {1000 * (process - thread):.0f} | "
+              f"{1000 * max(0.0, wall - process):.0f} |", flush=True)
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 
