@@ -70,7 +70,9 @@ def find_varlen(device: str) -> Varlen | None:
 def _agrees(kernel: Varlen, device: str) -> bool:
     """Whether values and gradients are those of plain arithmetic, on two segments with shared key heads."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(24, heads, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2)]
+    # models are built under a default device, the meta device, which these numbers must not be made on
+    inputs = [torch.randn(24, heads, 64, generator=generator, device="cpu").to(device, torch.bfloat16)
+              for heads in (4, 2, 2)]
     results = []
     for function in (kernel, _plain):
         own = [tensor.clone().requires_grad_() for tensor in inputs]
