@@ -40,13 +40,16 @@ def hugging_face(text: dict[str, Any], experts: str, device: torch.device, dtype
 
 def implementations(
     text: dict[str, Any], *, backend: Backend, dtype: torch.dtype
-) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """(tokens [T, H], weights [T, k], experts [T, k]) -> [T, H], by name."""
+) -> tuple[dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]], list[Tensor]]:
+    """(tokens [T, H], weights [T, k], experts [T, k]) -> [T, H], by name; and all their parameters."""
     count, width, inner = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
     device = backend.device
+    parameters: list[Tensor] = []
 
     def parameter(*shape: int) -> Tensor:
-        return (torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_()
+        made = (torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_()
+        parameters.append(made)
+        return made
 
     gate_up, down = parameter(count, width, 2 * inner), parameter(count, inner, width)
     wide, narrow = parameter(width, 2 * inner), parameter(inner, width)
@@ -70,6 +73,7 @@ def implementations(
         with torch.no_grad():
             for value in module.parameters():
                 value.normal_(0.0, 0.02)
+                parameters.append(value)
         found[f"Hugging Face, {name}"] = lambda tokens, weights, experts, module=module: module(
             tokens, experts, weights)
 
@@ -79,7 +83,7 @@ def implementations(
         return ((rows @ wide)[:, :inner] @ narrow)[: tokens.shape[0]]
 
     found["one large product"] = bound
-    return found
+    return found, parameters
 
 
 def _both_ways(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> None:
@@ -89,13 +93,15 @@ def _both_ways(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -
 def measure(size: str, precision: str, *, tokens: int, rounds: int, backend: Backend) -> dict[str, Any]:
     """Median seconds of each implementation."""
     text, dtype, device = WIDTHS[size]["text"], DTYPES[precision], backend.device
-    functions = implementations(text, backend=backend, dtype=dtype)
+    functions, parameters = implementations(text, backend=backend, dtype=dtype)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 2):
         for name, function in functions.items():
             logits = torch.randn(tokens, text["num_experts"], device=device)
             weights, experts = logits.softmax(-1).topk(text["num_experts_per_tok"])
             hidden, grad = (torch.randn(tokens, text["hidden_size"], device=device).to(dtype) for _ in range(2))
+            for parameter in parameters:
+                parameter.grad = None  # adding to one would count for those with many parameters
             inputs = hidden.clone().requires_grad_(), weights.to(dtype).requires_grad_()
             taken = seconds_of(functools.partial(_both_ways, function, *inputs, experts, grad=grad), backend)
             if round_ >= 2:

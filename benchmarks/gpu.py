@@ -13,23 +13,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib.util
 import json
 import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks import experts
 from benchmarks.runners import HuggingFaceRunner, OurRunner, Steps, cut, pack, tokens
 from benchmarks.workload import draw_samples, geometry_config, photographs
 from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
 from mindspeed_mm.backend.kernels.attention import attention_kernel
-from mindspeed_mm.backend.kernels.experts import expert_kernel
 from mindspeed_mm.backend.rate import matrix_rate
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.flops import FlopCount
@@ -127,7 +129,7 @@ def _samples(bench: Bench, geometry: Qwen3VLGeometry, count: int) -> Any:
 
 def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str, Any]:
     """Seconds of steps after two that do not count, and what follows from them."""
-    seconds = []
+    seconds, waited = [], 0.0
     for index in range(repeats + 2):
         bench.backend.synchronize()
         started = time.perf_counter()
@@ -135,10 +137,11 @@ def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str
         bench.backend.synchronize()
         if index >= 2:
             seconds.append(time.perf_counter() - started)
+            waited += runner.waited()
     all_tokens, supervised = tokens(steps)
     median = statistics.median(seconds)
     return {"seconds": seconds, "ms per step": 1000 * median, "tokens/s": all_tokens / median,
-            "supervised tokens/s": supervised / median,
+            "supervised tokens/s": supervised / median, "data wait, %": 100 * waited / sum(seconds),
             "peak memory, GiB": bench.backend.peak_memory_bytes() / 2**30}
 
 
@@ -164,7 +167,6 @@ def _ours(
             "layers": layers, "tokens per step": tokens(steps)[0], "micro-batches": len(steps[0]),
             "parameters, M": sum(p.numel() for p in runner.model.parameters()) / 1e6, "TFLOP/s": rate,
             "share of the matrix rate, %": 100 * rate / _rate(bench),
-            "data wait, ms": 1000 * runner.trainer.feed.waited,
         })  # fmt: skip
         if extra is not None:
             result.update(extra(bench, runner))
@@ -174,18 +176,20 @@ def _ours(
 
 
 def _waits(bench: Bench, runner: OurRunner) -> dict[str, Any]:
-    """Whether a step makes the host wait, by torch's own check, and what a step's time goes to."""
-    module, found = bench.module(), "not asked: no accelerator"
+    """How often a step makes the host wait, by torch's own check, and what a step's time goes to."""
+    module = bench.module()
+    counted: dict[str, Any] = {"host waits in a step": "not asked: no accelerator"}
     if module is not None and hasattr(module, "set_sync_debug_mode"):
-        module.set_sync_debug_mode("error")
-        try:
-            runner.step()
-            found = "none"
-        except RuntimeError as error:
-            found = f"{error} {traceback.format_exc()[-400:]}"
-        finally:
-            module.set_sync_debug_mode("default")
-    return {"host waits in a step": found, **_profile(bench, runner)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module.set_sync_debug_mode("warn")
+            try:
+                runner.step()
+            finally:
+                module.set_sync_debug_mode("default")
+        places = [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+        counted = {"host waits in a step": len(places), "where": sorted(set(places))}
+    return {**counted, **_profile(bench, runner)}
 
 
 def _profile(bench: Bench, runner: OurRunner) -> dict[str, Any]:
@@ -206,57 +210,46 @@ def _profile(bench: Bench, runner: OurRunner) -> dict[str, Any]:
         sums[event.name] = sums.get(event.name, 0.0) + event.time_range.elapsed_us()
     largest = sorted(sums.items(), key=lambda item: -item[1])[:10]
     kernels.sort(key=lambda event: event.time_range.start)
+    host = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
     gaps, until, before = [], kernels[0].time_range.end, kernels[0].name
     for event in kernels[1:]:
         gap = event.time_range.start - until
         if gap > GAP_MICROSECONDS:
-            gaps.append(f"{gap:.0f} us between {before[:60]} and {event.name[:60]}")
+            gaps.append(f"{gap:.0f} us between {before[:60]} and {event.name[:60]}; "
+                        f"on the host: {_innermost(host, until + gap / 2)[:60]}")
         if event.time_range.end > until:
             until, before = event.time_range.end, event.name
     return {"largest kernels": [f"{name[:90]}: {value / 1000:.2f} ms" for name, value in largest],
             "gaps above 50 us": [f"{len(gaps)} in all", *gaps[:20]]}
 
 
-def _theirs(bench: Bench, *, layers: int, frozen: bool, accumulation: int, mode: str) -> dict[str, Any]:
+def _innermost(events: Sequence[Any], moment: float) -> str:
+    """Name of the shortest event that lasts at ``moment``: what the host was in."""
+    lasting = [event for event in events if event.time_range.start <= moment <= event.time_range.end]
+    return min(lasting, key=lambda event: event.time_range.elapsed_us()).name if lasting else "nothing that is recorded"
+
+
+def _theirs(
+    bench: Bench, *, layers: int, frozen: bool, accumulation: int, mode: str, attention: str = "sdpa"
+) -> dict[str, Any]:
     """Hugging Face's model on the samples of the unpacked step of ours."""
     config = _config(bench, layers)
     geometry = Qwen3VLGeometry.from_config(config)
     samples = _samples(bench, geometry, 4 * accumulation)
     steps = cut(samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
-    runner = HuggingFaceRunner(config, geometry, steps, device=bench.backend.device, mode=mode, frozen_experts=frozen)
+    runner = HuggingFaceRunner(config, geometry, steps, device=bench.backend.device, mode=mode, attention=attention,
+                               frozen_experts=frozen)
     try:
-        return {"layers": layers, "mode": mode, **_timed(bench, runner, steps, repeats=3)}
+        return {"layers": layers, "mode": mode, "attention": attention, **_timed(bench, runner, steps, repeats=3)}
     finally:
         runner.close()
 
 
 def grouped_experts(bench: Bench) -> dict[str, Any]:
-    """Forward and backward of one layer's experts, against one large product of the same number of operations."""
-    text = geometry_config(bench.size)["text_config"]
-    count, width, inner = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
-    rows = (256 if bench.tiny else 8192) * text["num_experts_per_tok"]
-    device, dtype = bench.backend.device, torch.bfloat16
-    per_expert = torch.bincount(torch.randint(0, count, (rows,), device=device), minlength=count)
-    shapes = ((rows, width), (count, width, 2 * inner), (count, inner, width))
-    inputs = [(torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_() for shape in shapes]
-    names = ["loop", *(["grouped_mm"] if hasattr(F, "grouped_mm") else [])]
-    kernels = {name: expert_kernel(name, device=bench.backend.name) for name in names}
-    calls = {name: lambda name=name: kernels[name](*inputs, per_expert) for name in names}
-    whole = [(torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_()
-             for shape in ((rows, width), (width, 2 * inner), (inner, width))]
-    calls["one product"] = lambda: (whole[0] @ whole[1])[:, :inner] @ whole[2]
-    grad = torch.randn(rows, width, device=device).to(dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(6):
-        for name, call in calls.items():
-            bench.backend.synchronize()
-            started = time.perf_counter()
-            call().backward(grad)
-            bench.backend.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    return {"rows": rows, **{f"{name}, ms": 1000 * value for name, value in medians.items()},
-            **{f"{name}, % of one product's rate": 100 * medians["one product"] / medians[name] for name in names}}
+    """One layer's experts, forward and backward, against one large product of the same number of operations."""
+    found = experts.measure(bench.size, "bf16", tokens=256 if bench.tiny else 8192, rounds=5, backend=bench.backend)
+    return {f"{name}, {unit}": value for name in found["seconds"] for unit, value in (
+        ("ms", 1000 * found["seconds"][name]), ("% of one product", 100 * found["share_of_bound"][name]))}
 
 
 def _layers(bench: Bench, *, frozen: bool) -> int:
@@ -293,9 +286,11 @@ def main() -> None:
         b, layers=few, frozen=False, accumulation=1 if b.tiny else 4, packed=True, extra=_waits))
     bench.run("All parameters trained, 4 samples a micro-batch, ours", 40, lambda b: _ours(
         b, layers=few, frozen=False, accumulation=2, packed=False))
-    for mode in ("autocast", "bf16"):
-        bench.run(f"All parameters trained, 4 samples a micro-batch, Hugging Face, {mode}", 40, lambda b, mode=mode: (
-            _theirs(b, layers=few, frozen=False, accumulation=2, mode=mode)))
+    flash = ["flash_attention_2"] if bench.module() is not None and importlib.util.find_spec("flash_attn") else []
+    for mode, attention in [("autocast", "sdpa"), ("bf16", "sdpa"), *(("bf16", name) for name in flash)]:
+        name = f"All parameters trained, 4 samples a micro-batch, Hugging Face, {mode}, {attention}"
+        bench.run(name, 40, lambda b, mode=mode, attention=attention: _theirs(
+            b, layers=few, frozen=False, accumulation=2, mode=mode, attention=attention))
     bench.run("Most layers that fit, experts frozen, packed to 8k tokens", 70, lambda b: _ours(
         b, layers=many, frozen=True, accumulation=1, packed=True))
     bench.run("Most layers that fit, experts frozen, 4 samples a micro-batch, ours", 60, lambda b: _ours(

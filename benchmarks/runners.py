@@ -105,6 +105,10 @@ class OurRunner:
         """One optimizer step, queued."""
         return self.trainer.train_step()
 
+    def waited(self) -> float:
+        """Seconds that the last step waited for its data."""
+        return self.trainer.feed.waited
+
     def close(self) -> None:
         """Stop the feed's thread and let go of the model."""
         self.trainer.feed.close()
@@ -181,6 +185,10 @@ class HuggingFaceRunner:
         nn.utils.clip_grad_norm_(self.trainable, CLIP)
         self.optimizer.step()
         return total
+
+    def waited(self) -> float:
+        """Seconds that the last step waited for its data, which are prepared before: none."""
+        return 0.0
 
     def close(self) -> None:
         """Let go of the model."""
