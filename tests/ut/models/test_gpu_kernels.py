@@ -1,0 +1,53 @@
+"""The model as a GPU gets it, on the meta device: torch checks types, shapes and alignment, and computes nothing."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.workload import PIXEL_NORM, geometry_config
+from mindspeed_mm.backend.kernels import attention
+from mindspeed_mm.backend.kernels.varlen_attention import Varlen
+from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+
+
+def sample(geometry: Qwen3VLGeometry, edge: int, words: int) -> Sample:
+    vision = geometry.vision
+    patches = np.zeros((edge * edge, vision.patch_dim), np.uint8)
+    ids = [geometry.vision_start_token_id, *[geometry.image_token_id] * (edge * edge // vision.merge_unit),
+           geometry.vision_end_token_id, *range(words)]
+    return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= len(ids) - words // 2,
+                  (Picture(patches, (1, edge, edge)),), 0)
+
+
+@pytest.mark.parametrize("repeat_heads", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_forward_and_backward_in_bf16(monkeypatch, recompute, repeat_heads):
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch 2.10 or later")
+    accepts = frozenset(inspect.signature(varlen.varlen_attn).parameters)
+    called = []
+
+    def counted(*args, **options):
+        called.append(options)
+        return varlen.varlen_attn(*args, **options)
+
+    monkeypatch.setattr(attention, "find_varlen", lambda device: Varlen(counted, accepts, repeat_heads))
+    geometry = Qwen3VLGeometry.from_config(
+        geometry_config("30b", text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]}))
+    with torch.device("meta"):
+        model = build_model(geometry, ModelChoices(recompute=recompute), pixel_norm=PIXEL_NORM, device="cuda",
+                            dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    model.to_empty(device="meta")
+    batch = collate([sample(geometry, 16, 40), sample(geometry, 8, 21)], geometry)
+    weight = torch.full((batch.num_supervised,), 1 / batch.num_supervised, device="meta")
+    model(batch.to(torch.device("meta")), weight).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    again = {"none": 0, "selective": 4, "full": 4}[recompute]
+    assert len(called) == 4 + again
+    assert sum(options.get("window_size") == (-1, 0) for options in called) == 2 + again / 2
