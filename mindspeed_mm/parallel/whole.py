@@ -2,13 +2,14 @@
 
 What FSDP2's mixed precision does stays the same, to the bit: parameters, gradients and optimizer state are fp32, the
 model computes with copies in the compute type, and each micro-batch's gradients are added up in fp32. The copies are
-made once per micro-batch instead of twice.
+made once per step instead of twice per micro-batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def hold_whole(model: nn.Module, units: Sequence[nn.Module], config: FSDPConfig)
     copies = _ComputeCopies(model, dtype, sum_dtype=DTYPES[config.reduce_dtype])
     model.register_forward_pre_hook(copies.before_forward)
     model.register_forward_hook(copies.after_forward)
+    model.compute_copies = copies
+
+
+@contextlib.contextmanager
+def parameters_at_rest(model: nn.Module) -> Iterator[None]:
+    """While nobody changes the parameters, copies of them made for one forward pass serve the following ones too."""
+    copies = getattr(model, "compute_copies", None)
+    if not isinstance(copies, _ComputeCopies):
+        yield
+        return
+    copies.rest(True)
+    try:
+        yield
+    finally:
+        copies.rest(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +84,22 @@ class _ComputeCopies:
         self._copies: dict[nn.Parameter, nn.Parameter] = {}
         self._in_place = False
         self._backward_began = False
+        self._at_rest = self._up_to_date = False
+
+    def rest(self, resting: bool) -> None:
+        """Begin or end a time in which the parameters stay as they are."""
+        self._at_rest, self._up_to_date = resting, False
 
     def before_forward(self, module: nn.Module, inputs: tuple) -> None:
-        """Copies in, made anew: whatever changed the parameters, none is out of date."""
+        """Copies in, made anew unless the parameters are at rest: whatever changed them, no copy is out of date."""
         if self._in_place:
             return
         if not self._copies:
             self._make()
-        with torch.no_grad():
-            torch._foreach_copy_([copy.data for copy in self._copies.values()], list(self._copies))
+        if not self._up_to_date:
+            with torch.no_grad():
+                torch._foreach_copy_([copy.data for copy in self._copies.values()], list(self._copies))
+            self._up_to_date = self._at_rest
         for owner, name, parameter in self._places:
             owner._parameters[name] = self._copies[parameter]
         self._in_place = True
@@ -110,7 +133,9 @@ class _ComputeCopies:
 
     def _adder(self, parameter: nn.Parameter) -> Any:
         def add(copy: nn.Parameter) -> None:
-            grad, copy.grad = copy.grad.to(self._sum_dtype), None
+            grad, copy.grad = copy.grad, None
+            if torch.promote_types(grad.dtype, self._sum_dtype) != self._sum_dtype:
+                grad = grad.to(self._sum_dtype)  # a wider type loses nothing, and the sum has it in any case
             parameter.grad = grad.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(grad)
 
         return add

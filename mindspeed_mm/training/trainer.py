@@ -22,6 +22,7 @@ from mindspeed_mm.models.qwen3vl import ModelOutput
 from mindspeed_mm.parallel.context import split_batch
 from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.mesh import Layout
+from mindspeed_mm.parallel.whole import parameters_at_rest
 from mindspeed_mm.tools.profiler import StepTools
 from mindspeed_mm.training.bad_samples import BadSamples
 from mindspeed_mm.training.balance import RouterBalance
@@ -160,15 +161,16 @@ class Trainer:
         if self.router_balance is not None:
             self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
         totals = StepTotals(self._host_counts(data), self.backend.device)
-        for batch, weight in zip(batches, weights, strict=True):
-            self.clock.enter("forward")
-            output = self.forward_step(self.model, batch, weight)
-            router_loss = None if self.router_balance is None else self.router_balance.loss(output.router_load)
-            totals.add(batch, output, router_loss)
-            loss = output.loss if router_loss is None else output.loss + router_loss
-            self.clock.enter("backward")
-            # FSDP2's reduction averages over the processes; the loss is a sum over them
-            (loss * self.layout.world_size).backward()
+        with parameters_at_rest(self.model):
+            for batch, weight in zip(batches, weights, strict=True):
+                self.clock.enter("forward")
+                output = self.forward_step(self.model, batch, weight)
+                router_loss = None if self.router_balance is None else self.router_balance.loss(output.router_load)
+                totals.add(batch, output, router_loss)
+                loss = output.loss if router_loss is None else output.loss + router_loss
+                self.clock.enter("backward")
+                # FSDP2's reduction averages over the processes; the loss is a sum over them
+                (loss * self.layout.world_size).backward()
         self.clock.enter("reduction")
         totals.reduce(stop=self.stop_requested())
         norm = total_norm(self.trainable)
@@ -230,13 +232,14 @@ class Trainer:
         """Mean cross-entropy of the supervised tokens over at most ``--eval-iters`` steps of held-out data."""
         self.model.eval()
         sums, bad = torch.zeros(3, device=self.backend.device), []
-        for data in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
-            bad += data.bad
-            for batch in data.batches:
-                batch = self.split_batch(batch).to(self.backend.device)
-                weight = torch.ones_like(batch.labels, dtype=torch.float32)
-                sums[0] += self.forward_step(self.model, batch, weight).loss
-                sums[1] += weight.numel()
+        with parameters_at_rest(self.model):
+            for data in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
+                bad += data.bad
+                for batch in data.batches:
+                    batch = self.split_batch(batch).to(self.backend.device)
+                    weight = torch.ones_like(batch.labels, dtype=torch.float32)
+                    sums[0] += self.forward_step(self.model, batch, weight).loss
+                    sums[1] += weight.numel()
         sums[2] = len(bad) / self.layout.context_size
         dist.all_reduce(sums)
         reshard(self.model)

@@ -11,7 +11,7 @@ from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3vl import ModelChoices
 from mindspeed_mm.parallel.fsdp import shard_model
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.parallel.whole import hold_whole
+from mindspeed_mm.parallel.whole import hold_whole, parameters_at_rest
 from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.optimizer import AdamW
 from tests.helpers.hf_model import mixed_samples, step_samples, tiny_model
@@ -29,11 +29,12 @@ def train(model, geometry):
     """Losses and gradients of two micro-batches, and the parameters after a step."""
     optimizer = AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-2}])
     losses = []
-    for samples in (mixed_samples(0)[:2], step_samples(0, 4)):
-        batch = collate(samples, geometry)
-        loss = model(batch, torch.full((batch.num_supervised,), 0.01)).loss
-        loss.backward()
-        losses.append(loss.detach())
+    with parameters_at_rest(model):
+        for samples in (mixed_samples(0)[:2], step_samples(0, 4)):
+            batch = collate(samples, geometry)
+            loss = model(batch, torch.full((batch.num_supervised,), 0.01)).loss
+            loss.backward()
+            losses.append(loss.detach())
     gradients = {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     return losses, gradients, {name: local(p.detach()) for name, p in model.named_parameters()}
@@ -108,3 +109,33 @@ def test_copies_follow_the_optimizer():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[0] > losses[1] > losses[2]
+
+
+def test_copies_are_made_once_while_parameters_rest(monkeypatch):
+    config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), "param_dtype": "bf16"})
+    model, geometry = model_like(tiny_model())
+    hold_whole(model, model.units(), config)
+    made, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: made.append(copy(*args)))
+    batch = collate(mixed_samples(), geometry)
+    weight = torch.full((batch.num_supervised,), 0.01)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return model(batch, weight).loss.item()
+
+    with parameters_at_rest(model):
+        first = [loss(), loss()]
+    assert len(made) == 1 and first[0] == first[1]
+    with torch.no_grad():
+        next(model.text_decoder.parameters()).mul_(0.5)
+    with parameters_at_rest(model):
+        second = [loss(), loss()]
+    assert len(made) == 2 and second[0] == second[1] != first[0]
+    assert loss() == loss() and len(made) == 4
+
+
+def test_rest_of_a_model_without_copies_is_nothing():
+    model = torch.nn.Linear(2, 2)
+    with parameters_at_rest(model):
+        model(torch.ones(1, 2))
