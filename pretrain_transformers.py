@@ -47,6 +47,7 @@ def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) 
         synchronize_vision_layers=encoder.vision_encoder.synchronize_per_layer,
         synchronize_text_layers=decoder.synchronize_per_layer,
         router_load=recipe.router_aux_loss_coef > 0,
+        compile_small_operators=recipe.args.compile_small_operators,
     )
     images = recipe.data.dataset_param.preprocess_parameters
     settings = read_image_settings(

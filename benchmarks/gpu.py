@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from benchmarks import experts
 from benchmarks.runners import HuggingFaceRunner, OurRunner, Steps, cut, pack, tokens
+from benchmarks.small_operators import measure as measure_small_operators
 from benchmarks.workload import draw_samples, geometry_config, photographs
 from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
 from mindspeed_mm.backend.kernels.attention import attention_kernel
@@ -146,7 +147,8 @@ def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str
 
 
 def _ours(
-    bench: Bench, *, layers: int, frozen: bool, accumulation: int, packed: bool, extra: Callable | None = None
+    bench: Bench, *, layers: int, frozen: bool, accumulation: int, packed: bool, compiled: bool = False,
+    extra: Callable | None = None,
 ) -> dict[str, Any]:
     """Our trainer; the utilisation is against the matrix rate measured in this run."""
     geometry = Qwen3VLGeometry.from_config(_config(bench, layers))
@@ -155,7 +157,7 @@ def _ours(
     steps = pack(samples, budget=budget, accumulation=accumulation)[:1] if packed else cut(
         samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
     # all layers' activations of a full pack would not fit beside all parameters
-    choices = ModelChoices(recompute="full" if frozen and packed else "none")
+    choices = ModelChoices(recompute="full" if frozen and packed else "none", compile_small_operators=compiled)
     runner = OurRunner(
         geometry, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen, choices=choices)
     try:
@@ -252,6 +254,13 @@ def grouped_experts(bench: Bench) -> dict[str, Any]:
         ("ms", 1000 * found["seconds"][name]), ("% of one product", 100 * found["share_of_bound"][name]))}
 
 
+def small_operators(bench: Bench) -> dict[str, Any]:
+    """Norm, rotary positions, SwiGLU and router: operators one by one, by hand, chosen and compiled."""
+    rows = measure_small_operators(bench.size, "bf16", bench.backend, rounds=9)
+    return {f"{row['operation']}, {name}, ms": 1000 * seconds for row in rows
+            for name, seconds in row["median_seconds"].items()}
+
+
 def _layers(bench: Bench, *, frozen: bool) -> int:
     """As many decoder layers as the device's memory holds, at 30B's widths.
 
@@ -283,7 +292,7 @@ def main() -> None:
     bench.run("Environment", 10, environment)
     bench.run("Grouped experts of one layer, forward and backward", 15, grouped_experts)
     bench.run("All parameters trained, packed to 8k tokens", 60, lambda b: _ours(
-        b, layers=few, frozen=False, accumulation=1 if b.tiny else 4, packed=True, extra=_waits))
+        b, layers=few, frozen=False, accumulation=1 if b.tiny else 8, packed=True, extra=_waits))
     bench.run("All parameters trained, 4 samples a micro-batch, ours", 40, lambda b: _ours(
         b, layers=few, frozen=False, accumulation=2, packed=False))
     flash = ["flash_attention_2"] if bench.module() is not None and importlib.util.find_spec("flash_attn") else []
@@ -297,6 +306,9 @@ def main() -> None:
         b, layers=many, frozen=True, accumulation=2, packed=False))
     bench.run("Most layers that fit, experts frozen, 4 samples a micro-batch, Hugging Face", 60, lambda b: _theirs(
         b, layers=many, frozen=True, accumulation=2, mode="bf16"))
+    bench.run("All parameters trained, packed to 8k tokens, small operators compiled", 120, lambda b: _ours(
+        b, layers=few, frozen=False, accumulation=1 if b.tiny else 8, packed=True, compiled=True))
+    bench.run("Small operators, forward and backward", 60, small_operators)
     stop_processes()
 
 

@@ -16,24 +16,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.workload import WIDTHS
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.kernels import by_hand
+from mindspeed_mm.backend.kernels.compiled import BY_HAND, Swiglu, compiled_swiglu
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel, torch_rms_norm, torch_rotary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = {"tiny": 1040, "100m": 1040, "30b": 8192}
 Operation = Callable[..., Tensor]
-
-
-def norm(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[T, H] -> [T, H]."""
-    return torch_rms_norm(hidden, weight, 1e-6)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -42,17 +38,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class _SwigluByHand(torch.autograd.Function):
-    """As the expert kernels do it within their own."""
+class _Swiglu(torch.autograd.Function):
+    """As the expert kernels do it within their own: what comes out is made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, kernels: Swiglu) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return by_hand.swiglu(gate_up)
+        ctx.kernels = kernels
+        return kernels.forward(gate_up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return by_hand.swiglu_again(*ctx.saved_tensors, grad)[1]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.kernels.again(*ctx.saved_tensors, grad)[1], None
 
 
 def router(logits: Tensor, *, top_k: int) -> Tensor:
@@ -66,24 +63,30 @@ def operations(size: str, backend: Backend) -> dict[str, tuple[dict[str, Operati
     text = WIDTHS[size]["text"]
     width, heads, head_dim = text["hidden_size"], text["num_attention_heads"], text["head_dim"]
     experts, top_k, inner = text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"]
-    chosen_norm, chosen_rotary = rms_norm_kernel(device=backend.name), rotary_kernel(device=backend.name)
 
-    def routed(logits: Tensor) -> Tensor:
-        return router(logits, top_k=top_k)
+    def with_eps(kernel: Operation) -> Operation:
+        return lambda hidden, weight: kernel(hidden, weight, 1e-6)
 
+    norms = {"torch": with_eps(torch_rms_norm), "by hand": with_eps(by_hand.rms_norm),
+             "chosen": with_eps(rms_norm_kernel(device=backend.name)),
+             "compiled": with_eps(rms_norm_kernel(device=backend.name, compiled=True))}
+    routed = functools.partial(router, top_k=top_k)
+    by_us, by_compiler = (functools.partial(_swiglu, kernels=kernels) for kernels in (BY_HAND, compiled_swiglu()))
     return {
-        "norm": ({"torch": norm, "by hand": lambda hidden, weight: by_hand.rms_norm(hidden, weight, 1e-6),
-                  "chosen": lambda hidden, weight: chosen_norm(hidden, weight, 1e-6)},
-                 lambda tokens: [torch.randn(tokens, width), torch.ones(width)]),
-        "head norm": ({"torch": norm, "by hand": lambda hidden, weight: by_hand.rms_norm(hidden, weight, 1e-6),
-                       "chosen": lambda hidden, weight: chosen_norm(hidden, weight, 1e-6)},
-                      lambda tokens: [torch.randn(tokens, heads, head_dim), torch.ones(head_dim)]),
-        "rotary": ({"torch": torch_rotary, "by hand": by_hand.rotary, "chosen": chosen_rotary},
+        "norm": (norms, lambda tokens: [torch.randn(tokens, width), torch.ones(width)]),
+        "head norm": (norms, lambda tokens: [torch.randn(tokens, heads, head_dim), torch.ones(head_dim)]),
+        "rotary": ({"torch": torch_rotary, "by hand": by_hand.rotary, "chosen": rotary_kernel(device=backend.name),
+                    "compiled": rotary_kernel(device=backend.name, compiled=True)},
                    lambda tokens: [torch.randn(tokens, heads, head_dim), *torch.randn(2, tokens, 1, head_dim)]),
-        "SwiGLU": ({"torch": swiglu, "by hand": _SwigluByHand.apply, "chosen": _SwigluByHand.apply},
+        "SwiGLU": ({"torch": swiglu, "by hand": by_us, "chosen": by_us, "compiled": by_compiler},
                    lambda tokens: [torch.randn(tokens * top_k, 2 * inner)]),
-        "router": ({"torch": routed, "chosen": routed}, lambda tokens: [torch.randn(tokens, experts)]),
+        "router": ({"torch": routed, "chosen": routed, "compiled": torch.compile(routed, dynamic=True)},
+                   lambda tokens: [torch.randn(tokens, experts)]),
     }
+
+
+def _swiglu(gate_up: Tensor, *, kernels: Swiglu) -> Tensor:
+    return _Swiglu.apply(gate_up, kernels)
 
 
 def call(operation: Operation, inputs: list[Tensor]) -> None:
@@ -102,22 +105,19 @@ def measure(size: str, precision: str, backend: Backend, *, rounds: int) -> list
                 one.requires_grad_(name != "rotary" or index == 0)
             return made
 
-        torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-        compiled = torch.compile(implementations["torch"], dynamic=True, backend=counter)
-        started = time.perf_counter()
+        before, started = counters["stats"]["unique_graphs"], time.perf_counter()
         for tokens in (TOKENS[size], TOKENS[size] + 1, 777, 512, 64, 2049):
-            call(compiled, inputs_of(tokens))
+            call(implementations["compiled"], inputs_of(tokens))
         compiling = time.perf_counter() - started
-        calls: dict[str, Operation] = {**implementations, "compiled": compiled}
         inputs = inputs_of(TOKENS[size])
-        seconds: dict[str, list[float]] = {each: [] for each in calls}
+        seconds: dict[str, list[float]] = {each: [] for each in implementations}
         for _ in range(rounds + 1):
-            for each, operation in calls.items():
+            for each, operation in implementations.items():
                 seconds[each].append(seconds_of(functools.partial(call, operation, inputs), backend))
         medians = {each: statistics.median(values[1:]) for each, values in seconds.items()}
         rows.append({"size": size, "precision": precision, "operation": name, "tokens": TOKENS[size],
-                     "median_seconds": medians, "compilations": counter.frame_count, "compile_seconds": compiling})
+                     "median_seconds": medians, "compile_seconds": compiling,
+                     "compilations": counters["stats"]["unique_graphs"] - before})
     return rows
 
 

@@ -24,6 +24,7 @@ from benchmarks.runners import HuggingFaceRunner, OurRunner, cut, tokens
 from benchmarks.workload import draw_samples, geometry_config, photographs
 from mindspeed_mm.backend.device import Backend, start_processes, stop_processes
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3vl import ModelChoices
 
 PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 
@@ -59,14 +60,19 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
         for mode in modes for experts in ("grouped_mm", "eager")
     }
     runners["ours"] = OurRunner(geometry, steps, backend=backend, precision=precision)
+    if options.compiled:
+        runners["ours compiled"] = OurRunner(
+            geometry, steps, backend=backend, precision=precision, choices=ModelChoices(compile_small_operators=True))
     parameters = sum(parameter.numel() for parameter in runners["ours"].model.parameters())
     try:
         seconds = alternate(runners, rounds=options.rounds, backend=backend)
     finally:
-        runners["ours"].close()
+        for name in runners:
+            if name.startswith("ours"):
+                runners[name].close()
     per_step, supervised = tokens(steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    best = min((name for name in medians if name != "ours"), key=medians.__getitem__)
+    best = min((name for name in medians if not name.startswith("ours")), key=medians.__getitem__)
     # of neighbouring steps: what slows the machine slows both
     ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
     return {
@@ -83,6 +89,7 @@ def main() -> None:
     parser = option_parser(__doc__, rounds=6)
     parser.add_argument("--models", nargs="+", default=["tiny", "100m"], choices=sorted(PIXELS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--compiled", action="store_true", help="ours with --compile-small-operators too")
     parser.add_argument("--micro-batch", type=int, default=4, help="samples of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=0, help="different steps, repeated in turn; 0: none is repeated")

@@ -32,6 +32,10 @@ class ParallelArgs:
     """Processes and parallel layout"""
 
     device: str = flag("auto", "kind of device to train on; auto: the accelerator that this machine has")
+    compile_small_operators: bool = flag(
+        False, "norms, rotary positions and the experts' SwiGLU by torch.compile, on a GPU or a CPU; needs a C++ "
+        "compiler, and time when it first runs (docs/performance.md)"
+    )
     distributed_backend: str = flag(
         "auto", "collective library; whichever is named, the device's own is used, and the log says which"
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.backend.activations import host_offload, synchronizer
 from mindspeed_mm.backend.kernels.attention import attention_kernel
+from mindspeed_mm.backend.kernels.compiled import check_compiler
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
 from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
 from mindspeed_mm.backend.kernels.movers import row_mover
@@ -54,6 +55,7 @@ class ModelChoices:
         synchronize_vision_layers: wait for the device after each vision block.
         synchronize_text_layers: wait for the device after each decoder layer.
         router_load: return the routers' load, which a loss that balances experts is made of.
+        compile_small_operators: norms, rotary positions and SwiGLU of grouped experts by torch.compile.
     """
 
     text_attention: str | None = None
@@ -70,6 +72,7 @@ class ModelChoices:
     synchronize_vision_layers: bool = False
     synchronize_text_layers: bool = False
     router_load: bool = False
+    compile_small_operators: bool = False
 
 
 class ModelOutput(NamedTuple):
@@ -190,6 +193,9 @@ def build_model(
     prepare_megatron()
     if geometry.text.attention_bias:
         raise UserError("config.json has attention_bias true; Qwen3-VL's decoder has no attention bias")
+    by_compiler = choices.compile_small_operators
+    if by_compiler:
+        check_compiler(device=device)
     experts = expert_kernel_name(
         fused=choices.fused_experts,
         hidden_size=geometry.text.hidden_size,
@@ -200,10 +206,10 @@ def build_model(
     kernels = Kernels(
         text_attention=attention_kernel(choices.text_attention, device=device),
         vision_attention=attention_kernel(choices.vision_attention, device=device),
-        experts=expert_kernel(experts, device=device),
+        experts=expert_kernel(experts, device=device, compiled=by_compiler),
         rows=row_mover(IndexedRows(row_sum(device=device)), fused=choices.fused_experts, device=device),
-        rms_norm=rms_norm_kernel(device=device),
-        rotary=rotary_kernel(device=device),
+        rms_norm=rms_norm_kernel(device=device, compiled=by_compiler),
+        rotary=rotary_kernel(device=device, compiled=by_compiler),
     )
     of_vision, of_text = vision_config(geometry.vision, dtype), text_config(geometry.text, dtype)
     text_decoder = TextDecoder(

@@ -20,7 +20,7 @@ def run(page: Path, *options: str) -> dict:
 
 def test_every_part_gives_a_result(tmp_path):
     results = run(tmp_path / "page.md")
-    assert len(results) == 9
+    assert len(results) == 11
     assert not [(name, result) for name, result in results.items() if "failed" in result or "left out" in result]
     assert all(f"## {name}" in (tmp_path / "page.md").read_text() for name in results)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels import by_hand
+from mindspeed_mm.backend.kernels.compiled import BY_HAND, Swiglu
 
 Span = tuple[int, int, int]
 """First row computed, first row of the expert's own, end."""
@@ -65,17 +65,20 @@ class _BucketedExperts(torch.autograd.Function):
     """Keeps what the grouped kernel keeps: the rows and what the first product makes of them [N, 2I]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, swiglu: Swiglu
+    ) -> Tensor:
+        ctx.swiglu = swiglu
         ctx.spans = _spans(rows_per_expert.tolist())
         hidden = _multiply(rows, gate_up, ctx.spans)
         ctx.save_for_backward(rows, gate_up, down, hidden)
-        return _multiply(by_hand.swiglu(hidden), down, ctx.spans)
+        return _multiply(swiglu.forward(hidden), down, ctx.spans)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate_up, down, hidden = ctx.saved_tensors
         spans, grad = ctx.spans, grad.contiguous()
-        inner, grad_hidden = by_hand.swiglu_again(hidden, _multiply(grad, down.transpose(1, 2), spans))
+        inner, grad_hidden = ctx.swiglu.again(hidden, _multiply(grad, down.transpose(1, 2), spans))
         grad_rows = grad_gate_up = grad_down = None
         if ctx.needs_input_grad[2]:
             grad_down = _outer(inner, grad, spans, clear=inner)
@@ -83,9 +86,11 @@ class _BucketedExperts(torch.autograd.Function):
             grad_rows = _multiply(grad_hidden, gate_up.transpose(1, 2), spans)
         if ctx.needs_input_grad[1]:
             grad_gate_up = _outer(rows, grad_hidden, spans, clear=grad_hidden)
-        return grad_rows, grad_gate_up, grad_down, None
+        return grad_rows, grad_gate_up, grad_down, None, None
 
 
-def bucketed_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
+def bucketed_experts(
+    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: Swiglu = BY_HAND
+) -> Tensor:
     """An :class:`~mindspeed_mm.backend.kernels.experts.ExpertKernel`; reads the row counts, which a CPU has at hand."""
-    return _BucketedExperts.apply(rows, gate_up, down, rows_per_expert)
+    return _BucketedExperts.apply(rows, gate_up, down, rows_per_expert, swiglu)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels import by_hand
+from mindspeed_mm.backend.kernels.compiled import compiled as by_compiler
 
 RMSNormKernel = Callable[[Tensor, Tensor, float], Tensor]
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,8 +46,10 @@ def torch_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (tensor * cos + rotate_half(tensor) * sin).to(tensor.dtype)
 
 
-def rms_norm_kernel(*, device: str) -> RMSNormKernel:
-    """The device's RMSNorm."""
+def rms_norm_kernel(*, device: str, compiled: bool = False) -> RMSNormKernel:
+    """The device's RMSNorm; ``compiled``: the one that torch.compile makes."""
+    if compiled:
+        return by_compiler(torch_rms_norm)
     if device == "cpu":  # which has no fused one
         return by_hand.rms_norm
     if device == "npu":
@@ -56,8 +59,10 @@ def rms_norm_kernel(*, device: str) -> RMSNormKernel:
     return torch_rms_norm
 
 
-def rotary_kernel(*, device: str) -> RotaryKernel:
-    """The device's rotary product."""
+def rotary_kernel(*, device: str, compiled: bool = False) -> RotaryKernel:
+    """The device's rotary product; ``compiled``: the one that torch.compile makes."""
+    if compiled:
+        return by_compiler(torch_rotary)
     if device in ("cpu", "cuda"):
         return by_hand.rotary
     if device == "npu":

@@ -5,14 +5,16 @@ Legend: N rows sorted by expert, E experts, H hidden width, I intermediate width
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels import by_hand, pick
+from mindspeed_mm.backend.kernels import pick
 from mindspeed_mm.backend.kernels.bucketed_experts import bucketed_experts
+from mindspeed_mm.backend.kernels.compiled import BY_HAND, Swiglu, compiled_swiglu
 
 
 class ExpertKernel(Protocol):
@@ -46,10 +48,13 @@ class _GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, swiglu: Swiglu
+    ) -> Tensor:
         hidden = F.grouped_mm(rows, gate_up, offs=ends)
         ctx.save_for_backward(rows, gate_up, down, ends, hidden)
-        return F.grouped_mm(by_hand.swiglu(hidden), down, offs=ends)
+        ctx.swiglu = swiglu
+        return F.grouped_mm(swiglu.forward(hidden), down, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,7 +62,7 @@ class _GroupedExperts(torch.autograd.Function):
         # grouped_mm refuses strides of zero, which an expanded gradient such as sum()'s has
         grad = grad.contiguous()
         grad_inner = F.grouped_mm(grad, down.transpose(1, 2), offs=ends)
-        inner, grad_hidden = by_hand.swiglu_again(hidden, grad_inner)
+        inner, grad_hidden = ctx.swiglu.again(hidden, grad_inner)
         grad_rows = grad_gate_up = grad_down = None
         if ctx.needs_input_grad[2]:
             grad_down = F.grouped_mm(inner.t(), grad, offs=ends)
@@ -65,12 +70,14 @@ class _GroupedExperts(torch.autograd.Function):
             grad_rows = F.grouped_mm(grad_hidden, gate_up.transpose(1, 2), offs=ends)
         if ctx.needs_input_grad[1]:
             grad_gate_up = F.grouped_mm(rows.t(), grad_hidden, offs=ends)
-        return grad_rows, grad_gate_up, grad_down, None
+        return grad_rows, grad_gate_up, grad_down, None, None
 
 
-def grouped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
+def grouped_experts(
+    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: Swiglu = BY_HAND
+) -> Tensor:
     """``torch.nn.functional.grouped_mm``: the row counts stay on the device."""
-    return _GroupedExperts.apply(rows, gate_up, down, rows_per_expert.cumsum(0).to(torch.int32))
+    return _GroupedExperts.apply(rows, gate_up, down, rows_per_expert.cumsum(0).to(torch.int32), swiglu)
 
 
 def expert_kernel_name(
@@ -97,8 +104,8 @@ def expert_kernel_name(
     return "grouped_mm" if fused and aligned and hasattr(F, "grouped_mm") else "loop"
 
 
-def expert_kernel(name: str, *, device: str) -> ExpertKernel:
-    """The expert kernel called ``name``.
+def expert_kernel(name: str, *, device: str, compiled: bool = False) -> ExpertKernel:
+    """The expert kernel called ``name``; ``compiled``: with SwiGLU by torch.compile, where a kernel has a choice.
 
     Raises:
         UserError: if the device or this torch does not have it.
@@ -108,6 +115,10 @@ def expert_kernel(name: str, *, device: str) -> ExpertKernel:
         table["grouped_mm"] = grouped_experts
     if device == "cpu":
         table["bucketed"] = bucketed_experts
+    if compiled:
+        swiglu = compiled_swiglu()
+        for grouped in table.keys() - {"loop"}:
+            table[grouped] = functools.partial(table[grouped], swiglu=swiglu)
     if device == "npu":
         from mindspeed_mm.backend.kernels.npu_experts import npu_grouped_experts
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mindspeed_mm.backend.kernels import bucketed_experts, by_hand, elementwise, experts, rows
+from mindspeed_mm.backend.kernels import bucketed_experts, by_hand, compiled, elementwise, experts, rows
 from mindspeed_mm.backend.kernels.attention import eager_attention, products_attention, sdpa_attention
 from mindspeed_mm.backend.kernels.segments import Segments
 from mindspeed_mm.backend.kernels.short_attention import LONGEST
 from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.dispatch import IndexedRows
 from tests.helpers.mcore_model import relative
 
@@ -72,6 +74,26 @@ def test_grouped_experts(dtype, counts):
     per_expert = torch.tensor(counts)
     agree(lambda *args: experts.grouped_experts(*args, per_expert),
           lambda *args: experts.looped_experts(*args, per_expert), dtype, *inputs)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
+def test_compiled_swiglu(dtype):
+    gate_up, grad = random(10, 48, dtype=dtype), random(10, 24, dtype=dtype, seed=1)
+    swiglu = compiled.compiled_swiglu()
+    agreed = [swiglu.forward(gate_up), *swiglu.again(gate_up, grad)], [
+        by_hand.swiglu(gate_up), *by_hand.swiglu_again(gate_up, grad)]
+    for one, other in zip(*agreed, strict=True):
+        assert one.dtype == dtype and relative(one.float(), other.float()) <= BOUND[dtype]
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="an NPU has fused operators"):
+        compiled.check_compiler(device="npu")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match="no g\\+\\+ or clang"):
+        compiled.check_compiler(device="cpu")
 
 
 @pytest.mark.parametrize("dtype", TYPES)

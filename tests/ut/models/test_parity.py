@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,25 @@ def reference():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fused", [True, False], ids=["grouped", "loop"])
 def test_packed_batch_equals_hf(reference, attention, fused):
+    equals_hf(reference, ModelChoices(text_attention=attention, vision_attention=attention, fused_experts=fused))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
+def test_compiled_operators_equal_hf(reference):
+    """And are compiled once, not for each number of tokens."""
+    model, geometry = equals_hf(reference, ModelChoices(compile_small_operators=True))
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compilations > 0
+    for count in (1, 3):
+        batch = collate(reference[1][:count], geometry)
+        model(batch, torch.full((batch.num_supervised,), 1.0)).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+
+
+def equals_hf(reference, choices):
+    """Loss, logits and gradients of the model with ``choices``; returns it and its geometry."""
     hf_model, samples, hf_loss, hf_logits = reference
-    model, geometry = model_like(
-        hf_model, ModelChoices(text_attention=attention, vision_attention=attention, fused_experts=fused)
-    )
+    model, geometry = model_like(hf_model, choices)
     batch = collate(samples, geometry)
     loss, token_losses, _ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
     loss.backward()
@@ -49,6 +66,7 @@ def test_packed_batch_equals_hf(reference, attention, fused):
     errors = {name: relative(parameter.grad, theirs[name]) for name, parameter in model.named_parameters()}
     assert len(errors) == len(theirs) > 60
     assert max(errors.values()) <= GRADIENT, sorted(errors.items(), key=lambda item: -item[1])[:3]
+    return model, geometry
 
 
 def test_order_and_packing_change_nothing(reference):
