@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from mindspeed_mm.backend.kernels.rows import RowMover
+from mindspeed_mm.backend.transfer import HostRead
 from mindspeed_mm.models.dispatch import ExpertFunction
 from mindspeed_mm.models.moe import MoELayer
 from mindspeed_mm.parallel.collectives import all_to_all, scale_gradient
@@ -39,9 +40,10 @@ class ExpertParallelDispatcher:
         sent = self.mover.count(experts, num_experts).view(size, num_experts // size)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)
-        send, receive = torch.stack((sent.sum(dim=1), received.sum(dim=1))).tolist()
-
+        numbers = HostRead(torch.stack((sent.sum(dim=1), received.sum(dim=1))))
+        # sorting the rows is queued before the host waits, so that the device has work until the host goes on
         rows, places = self.mover.to_rows(tokens, experts)
+        send, receive = numbers.tolist()
         rows = all_to_all(rows, send, receive, self.group)
         rows, arrivals = self.mover.to_rows(rows, _experts_of_rows(received, total=sum(receive)))
         results = self.mover.to_tokens(function(rows, received.sum(dim=0)), arrivals)
