@@ -1,7 +1,7 @@
 """How tokens per second and memory change with sequence length, picture size, experts and layers, one at a time.
 
     python -m benchmarks.cost_growth [--device cpu] [--axes length picture experts layers] [--output cost_growth.json]
-        [--plot cost_growth.png]
+        [--size tiny] [--count-only] [--plot cost_growth.png]
 
 Forward and backward of one packed micro-batch, fp32 on a CPU and bf16 elsewhere; medians, on one thread of a
 CPU of processor time. Beside the measured figures: the operations that FlopCount counts, and which share of them
@@ -48,13 +48,31 @@ def sample_of(geometry: Qwen3VLGeometry, *, length: int, side: int) -> Sample:
     return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, (picture,), 0)
 
 
-def point(axis: str, value: int, *, size: str, backend: Backend, rounds: int) -> dict[str, Any]:
-    """Time, memory and operations of one size."""
+def operations(geometry: Qwen3VLGeometry, *, tokens: int, patches: int, supervised: int) -> dict[str, Any]:
+    """What FlopCount counts of one sequence with one picture, and the shares of its terms."""
+    count = FlopCount(geometry=geometry)
+    whole = count.of_lengths([tokens], patches=[patches], supervised=supervised)
+    blind = count.of_lengths([tokens], patches=[], supervised=supervised)
+    # tokens that see only themselves: what is left of attention is next to nothing
+    apart = count.of_lengths([1] * tokens, patches=[], supervised=supervised)
+    return {"teraflop": whole, "share": {
+        "attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole}}
+
+
+def point(
+    axis: str, value: int, *, size: str, backend: Backend, rounds: int, count_only: bool = False
+) -> dict[str, Any]:
+    """Time, memory and operations of one size; ``count_only``: operations alone."""
     text = {"experts": {"num_experts": value}, "layers": {"num_hidden_layers": value}}.get(axis, {})
     geometry = Qwen3VLGeometry.from_config(geometry_config(size, text=text))
     shape = {"length": LENGTH, "side": SIDE} | {{"picture": "side"}.get(axis, axis): value}
     sample = sample_of(geometry, length=shape["length"], side=shape["side"])
     batch = collate([sample], geometry)
+    tokens, patches = len(sample.input_ids), len(sample.pictures[0].patches)
+    row = {"axis": axis, "value": value, "tokens": tokens, "patches": patches,
+           **operations(geometry, tokens=tokens, patches=patches, supervised=batch.num_supervised)}
+    if count_only:
+        return row
     dtype = torch.bfloat16 if backend.is_accelerator else torch.float32
     model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device=backend.name, dtype=dtype,
                         compute_dtype=dtype).to(backend.device)
@@ -72,16 +90,8 @@ def point(axis: str, value: int, *, size: str, backend: Backend, rounds: int) ->
     while len(seconds) < rounds and sum(seconds) < PATIENCE_SECONDS:
         seconds.append(seconds_of(step, backend))
     median = statistics.median(seconds)
-    count, patches = len(sample.input_ids), len(sample.pictures[0].patches)
-    operations = FlopCount(geometry=geometry)
-    whole = operations.of_lengths([count], patches=[patches], supervised=batch.num_supervised)
-    blind = operations.of_lengths([count], patches=[], supervised=batch.num_supervised)
-    # tokens that see only themselves: what is left of attention is next to nothing
-    apart = operations.of_lengths([1] * count, patches=[], supervised=batch.num_supervised)
-    return {"axis": axis, "value": value, "tokens": count, "patches": patches, "seconds": median,
-            "rounds": len(seconds), "tokens_per_second": count / median, "peak_bytes": peak_bytes(step, backend),
-            "teraflop": whole,
-            "share": {"attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole}}
+    return {**row, "seconds": median, "rounds": len(seconds), "tokens_per_second": tokens / median,
+            "peak_bytes": peak_bytes(step, backend)}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -122,6 +132,7 @@ def main() -> None:
     parser.add_argument("--size", default="tiny", help="model of benchmarks.workload")
     parser.add_argument("--axes", nargs="+", default=sorted(VALUES), choices=sorted(VALUES))
     parser.add_argument("--longest", type=int, default=32768, help="leave out longer sequences")
+    parser.add_argument("--count-only", action="store_true", help="measure nothing: operations and shares alone")
     parser.add_argument("--plot", type=Path, help="PNG file to write; needs matplotlib")
     options = parser.parse_args()
     backend = prepare(options)
@@ -131,13 +142,15 @@ def main() -> None:
         for value in VALUES[axis]:
             if axis == "length" and value > options.longest:
                 continue
-            row = point(axis, value, size=options.size, backend=backend, rounds=options.rounds)
+            row = point(axis, value, size=options.size, backend=backend, rounds=options.rounds,
+                        count_only=options.count_only)
             rows.append(row)
             shares = " | ".join(f"{100 * row['share'][name]:.0f}" for name in ("attention", "vision", "rest"))
-            print(f"| {axis} | {value} | {row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f} | "
-                  f"{1000 * row['teraflop']:.1f} | {shares} |", flush=True)
+            measured = "- | -" if options.count_only else (
+                f"{row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f}")
+            print(f"| {axis} | {value} | {measured} | {1000 * row['teraflop']:.1f} | {shares} |", flush=True)
             write_results(options, rows)
-    if options.plot:
+    if options.plot and not options.count_only:
         plot(rows, options.plot)
 
 
