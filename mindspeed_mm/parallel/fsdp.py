@@ -74,9 +74,6 @@ def shard_model(
     set_prefetch(
         units, experts, forward=config.num_to_forward_prefetch, backward=config.num_to_backward_prefetch
     )
-    if layout.mesh.device_type == "cpu":
-        # without streams it is the operation itself that must not wait, or nothing would be gathered ahead of time
-        model._set_unshard_async_op(True)
 
 
 def _offload_policy(config: FSDPConfig, layout: Layout) -> OffloadPolicy:
