@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_mm.arguments.recipe import Recipe, load_recipe
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.collector import uncollected_imports
+from mindspeed_mm.training.garbage_collector import uncollected_imports
 from mindspeed_mm.training.preflight import preflight
 from mindspeed_mm.training.signals import end_launcher_with
 

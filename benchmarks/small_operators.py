@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -24,32 +23,33 @@ from benchmarks.measuring import option_parser, prepare, seconds_of, write_resul
 from benchmarks.workload import WIDTHS
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.kernels import by_hand
-from mindspeed_mm.backend.kernels.compiled import BY_HAND, Swiglu, compiled_swiglu
-from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel, torch_rms_norm, torch_rotary
+from mindspeed_mm.backend.kernels.elementwise import (
+    SwigluKernel,
+    rms_norm_kernel,
+    rotary_kernel,
+    swiglu_kernel,
+    torch_rms_norm,
+    torch_rotary,
+    torch_swiglu,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = {"tiny": 1040, "100m": 1040, "30b": 8192}
 Operation = Callable[..., Tensor]
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """[N, 2I] -> [N, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 class _Swiglu(torch.autograd.Function):
     """As the expert kernels do it within their own: what comes out is made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, kernels: Swiglu) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, kernel: SwigluKernel) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.kernels = kernels
-        return kernels.forward(gate_up)
+        ctx.kernel = kernel
+        return kernel.forward(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.kernels.again(*ctx.saved_tensors, grad)[1], None
+        return ctx.kernel.again(*ctx.saved_tensors, grad)[1], None
 
 
 def router(logits: Tensor, *, top_k: int) -> Tensor:
@@ -71,22 +71,23 @@ def operations(size: str, backend: Backend) -> dict[str, tuple[dict[str, Operati
              "chosen": with_eps(rms_norm_kernel(device=backend.name)),
              "compiled": with_eps(rms_norm_kernel(device=backend.name, compiled=True))}
     routed = functools.partial(router, top_k=top_k)
-    by_us, by_compiler = (functools.partial(_swiglu, kernels=kernels) for kernels in (BY_HAND, compiled_swiglu()))
+    by_us, by_compiler = (functools.partial(_swiglu, kernel=swiglu_kernel(compiled=compiled))
+                          for compiled in (False, True))
     return {
         "norm": (norms, lambda tokens: [torch.randn(tokens, width), torch.ones(width)]),
         "head norm": (norms, lambda tokens: [torch.randn(tokens, heads, head_dim), torch.ones(head_dim)]),
         "rotary": ({"torch": torch_rotary, "by hand": by_hand.rotary, "chosen": rotary_kernel(device=backend.name),
                     "compiled": rotary_kernel(device=backend.name, compiled=True)},
                    lambda tokens: [torch.randn(tokens, heads, head_dim), *torch.randn(2, tokens, 1, head_dim)]),
-        "SwiGLU": ({"torch": swiglu, "by hand": by_us, "chosen": by_us, "compiled": by_compiler},
+        "SwiGLU": ({"torch": torch_swiglu, "by hand": by_us, "chosen": by_us, "compiled": by_compiler},
                    lambda tokens: [torch.randn(tokens * top_k, 2 * inner)]),
         "router": ({"torch": routed, "chosen": routed, "compiled": torch.compile(routed, dynamic=True)},
                    lambda tokens: [torch.randn(tokens, experts)]),
     }
 
 
-def _swiglu(gate_up: Tensor, *, kernels: Swiglu) -> Tensor:
-    return _Swiglu.apply(gate_up, kernels)
+def _swiglu(gate_up: Tensor, *, kernel: SwigluKernel) -> Tensor:
+    return _Swiglu.apply(gate_up, kernel)
 
 
 def call(operation: Operation, inputs: list[Tensor]) -> None:

@@ -158,10 +158,10 @@ class Trainer:
         batches = data.batches
         weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.router_balance is not None:
-            self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
         totals = StepTotals(self._host_counts(data), self.backend.device)
         with parameters_at_rest(self.model):
+            if self.router_balance is not None:
+                self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
             for batch, weight in zip(batches, weights, strict=True):
                 self.clock.enter("forward")
                 output = self.forward_step(self.model, batch, weight)

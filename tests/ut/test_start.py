@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.startup import OURS, phases_of
-from mindspeed_mm.training.collector import uncollected_imports
+from mindspeed_mm.training.garbage_collector import uncollected_imports
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.compiled import BY_HAND, Swiglu
+from mindspeed_mm.backend.kernels.elementwise import BY_HAND, SwigluKernel
 
 Span = tuple[int, int, int]
 """First row computed, first row of the expert's own, end."""
@@ -66,7 +66,7 @@ class _BucketedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, swiglu: Swiglu
+        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, swiglu: SwigluKernel
     ) -> Tensor:
         ctx.swiglu = swiglu
         ctx.spans = _spans(rows_per_expert.tolist())
@@ -90,7 +90,7 @@ class _BucketedExperts(torch.autograd.Function):
 
 
 def bucketed_experts(
-    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: Swiglu = BY_HAND
+    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: SwigluKernel = BY_HAND
 ) -> Tensor:
     """An :class:`~mindspeed_mm.backend.kernels.experts.ExpertKernel`; reads the row counts, which a CPU has at hand."""
     return _BucketedExperts.apply(rows, gate_up, down, rows_per_expert, swiglu)

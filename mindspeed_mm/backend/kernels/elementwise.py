@@ -1,8 +1,9 @@
-"""Small operations with device-specific implementations: RMSNorm and rotary positions."""
+"""Small operations with several implementations: RMSNorm, rotary positions and SwiGLU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,21 @@ from mindspeed_mm.backend.kernels.compiled import compiled as by_compiler
 
 RMSNormKernel = Callable[[Tensor, Tensor, float], Tensor]
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class SwigluKernel(NamedTuple):
+    """SwiGLU for kernels that have a backward pass of their own; neither has autograd.
+
+    Attributes:
+        forward: see :func:`mindspeed_mm.backend.kernels.by_hand.swiglu`.
+        again: see :func:`mindspeed_mm.backend.kernels.by_hand.swiglu_again`.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+BY_HAND = SwigluKernel(by_hand.swiglu, by_hand.swiglu_again)
 
 
 def torch_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,6 +62,20 @@ def torch_rotary(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (tensor * cos + rotate_half(tensor) * sin).to(tensor.dtype)
 
 
+def torch_swiglu(gate_up: Tensor) -> Tensor:
+    """[N, 2I] (gate columns, then up columns) -> silu(gate) * up [N, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _torch_swiglu_again(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    share = gate.sigmoid()
+    active = gate * share
+    grad_gate = grad * up * (share + active * (1.0 - share))
+    return (active * up).to(gate_up.dtype), torch.cat((grad_gate, grad * active), dim=-1).to(gate_up.dtype)
+
+
 def rms_norm_kernel(*, device: str, compiled: bool = False) -> RMSNormKernel:
     """The device's RMSNorm; ``compiled``: the one that torch.compile makes."""
     if compiled:
@@ -70,3 +100,10 @@ def rotary_kernel(*, device: str, compiled: bool = False) -> RotaryKernel:
 
         return npu_rotary
     return torch_rotary
+
+
+def swiglu_kernel(*, compiled: bool = False) -> SwigluKernel:
+    """SwiGLU of a CPU and a GPU; ``compiled``: the one that torch.compile makes, in one pass each way."""
+    if compiled:
+        return SwigluKernel(by_compiler(torch_swiglu), by_compiler(_torch_swiglu_again))
+    return BY_HAND

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mindspeed_mm.backend.kernels import pick
 from mindspeed_mm.backend.kernels.bucketed_experts import bucketed_experts
-from mindspeed_mm.backend.kernels.compiled import BY_HAND, Swiglu, compiled_swiglu
+from mindspeed_mm.backend.kernels.elementwise import BY_HAND, SwigluKernel, swiglu_kernel, torch_swiglu
 
 
 class ExpertKernel(Protocol):
@@ -24,17 +24,11 @@ class ExpertKernel(Protocol):
         """``(silu(x @ gate) * (x @ up)) @ down`` with each row's own expert."""
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """[N, 2I] (gate columns, then up columns) -> silu(gate) * up [N, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def looped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
     """One pair of products per expert that has rows: the reference. Reads the row counts on the host."""
     # unbind, since indexing would make backward fill a zero tensor of all experts for each of them
     parts = zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(0), down.unbind(0), strict=True)
-    outputs = [swiglu(part @ first) @ second for part, first, second in parts if part.shape[0] > 0]
+    outputs = [torch_swiglu(part @ first) @ second for part, first, second in parts if part.shape[0] > 0]
     if outputs:
         return torch.cat(outputs)
     # A rank may get no row at all; its experts take part in backward nevertheless, with gradients of zero.
@@ -49,7 +43,7 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, swiglu: Swiglu
+        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, swiglu: SwigluKernel
     ) -> Tensor:
         hidden = F.grouped_mm(rows, gate_up, offs=ends)
         ctx.save_for_backward(rows, gate_up, down, ends, hidden)
@@ -74,7 +68,7 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 def grouped_experts(
-    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: Swiglu = BY_HAND
+    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: SwigluKernel = BY_HAND
 ) -> Tensor:
     """``torch.nn.functional.grouped_mm``: the row counts stay on the device."""
     return _GroupedExperts.apply(rows, gate_up, down, rows_per_expert.cumsum(0).to(torch.int32), swiglu)
@@ -116,7 +110,7 @@ def expert_kernel(name: str, *, device: str, compiled: bool = False) -> ExpertKe
     if device == "cpu":
         table["bucketed"] = bucketed_experts
     if compiled:
-        swiglu = compiled_swiglu()
+        swiglu = swiglu_kernel(compiled=True)
         for grouped in table.keys() - {"loop"}:
             table[grouped] = functools.partial(table[grouped], swiglu=swiglu)
     if device == "npu":

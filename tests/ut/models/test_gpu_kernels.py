@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import inspect
 
-import numpy as np
 import pytest
 import torch
 
+from benchmarks.cost_growth import sample_of
 from benchmarks.workload import PIXEL_NORM, geometry_config
 from mindspeed_mm.backend.kernels import attention
 from mindspeed_mm.backend.kernels.varlen_attention import Varlen
-from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.geometry import Qwen3VLGeometry
 from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-
-
-def sample(geometry: Qwen3VLGeometry, edge: int, words: int) -> Sample:
-    vision = geometry.vision
-    patches = np.zeros((edge * edge, vision.patch_dim), np.uint8)
-    ids = [geometry.vision_start_token_id, *[geometry.image_token_id] * (edge * edge // vision.merge_unit),
-           geometry.vision_end_token_id, *range(words)]
-    return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= len(ids) - words // 2,
-                  (Picture(patches, (1, edge, edge)),), 0)
 
 
 @pytest.mark.parametrize("repeat_heads", [False, True])
@@ -43,7 +34,7 @@ def test_forward_and_backward_in_bf16(monkeypatch, recompute, repeat_heads):
         model = build_model(geometry, ModelChoices(recompute=recompute), pixel_norm=PIXEL_NORM, device="cuda",
                             dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
     model.to_empty(device="meta")
-    batch = collate([sample(geometry, 16, 40), sample(geometry, 8, 21)], geometry)
+    batch = collate([sample_of(geometry, length=140, side=256), sample_of(geometry, length=90, side=128)], geometry)
     weight = torch.full((batch.num_supervised,), 1 / batch.num_supervised, device="meta")
     model(batch.to(torch.device("meta")), weight).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
