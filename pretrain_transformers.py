@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from mindspeed_mm.arguments.recipe import Recipe, load_recipe
+from mindspeed_mm.config.job import JobConfig, load_job_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.garbage_collector import uncollected_imports
 from mindspeed_mm.training.preflight import preflight
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mindspeed_mm.backend.device import Backend
-    from mindspeed_mm.data.batch import Batch
+    from mindspeed_mm.checkpoint.state import Progress
     from mindspeed_mm.data.loader import BatchLoader, TrainLoader
-    from mindspeed_mm.models.geometry import Qwen3VLGeometry
-    from mindspeed_mm.models.qwen3vl import ModelOutput, Qwen3VLModel
+    from mindspeed_mm.interfaces.batch import Batch
+    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+    from mindspeed_mm.models.qwen3_vl.model import ModelOutput, Qwen3VLModel
     from mindspeed_mm.parallel.mesh import Layout
-    from mindspeed_mm.training.checkpoint.state import Progress
 
 
-def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) -> Qwen3VLModel:
+def model_provider(job: JobConfig, model_config: Qwen3VLConfig, backend: Backend) -> Qwen3VLModel:
     """Qwen3-VL of the given geometry, as the model file wants it, with uninitialised parameters."""
-    from mindspeed_mm.data.media_settings import read_image_settings
-    from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+    from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+    from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
     from mindspeed_mm.parallel.fsdp import DTYPES
 
-    encoder, decoder, loss = recipe.model.image_encoder, recipe.model.text_decoder, recipe.model.loss_cfg
-    choices = ModelChoices(
+    encoder, decoder, loss = job.model.image_encoder, job.model.text_decoder, job.model.loss_cfg
+    choices = ModelBuildOptions(
         text_attention=decoder.attn_implementation,
         vision_attention=encoder.vision_encoder.attn_implementation,
         fused_experts=decoder.use_npu_fused_moe,
@@ -40,37 +40,37 @@ def model_provider(recipe: Recipe, geometry: Qwen3VLGeometry, backend: Backend) 
         freeze_vision_encoder=encoder.vision_encoder.freeze,
         freeze_vision_projector=encoder.vision_projector.freeze,
         freeze_text_decoder=decoder.freeze,
-        recompute=recipe.args.recompute_granularity or "none",
-        recompute_method=recipe.args.recompute_method,
-        recompute_num_layers=recipe.args.recompute_num_layers,
+        recompute=job.args.recompute_granularity or "none",
+        recompute_method=job.args.recompute_method,
+        recompute_num_layers=job.args.recompute_num_layers,
         offload_activations=decoder.activation_offload,
         synchronize_vision_layers=encoder.vision_encoder.synchronize_per_layer,
         synchronize_text_layers=decoder.synchronize_per_layer,
-        router_load=recipe.router_aux_loss_coef > 0,
-        compile_small_operators=recipe.args.compile_small_operators,
+        router_load=job.router_aux_loss_coef > 0,
+        compile_small_operators=job.args.compile_small_operators,
     )
-    images = recipe.data.dataset_param.preprocess_parameters
+    images = job.data.dataset_param.preprocess_parameters
     settings = read_image_settings(
         images.model_name_or_path,
         min_pixels=images.image_min_pixels,
         max_pixels=images.image_max_pixels,
-        vision=geometry.vision,
+        vision=model_config.vision,
     )
     return build_model(
-        geometry, choices, pixel_norm=settings.norm, device=backend.name, compute_dtype=DTYPES[recipe.fsdp.param_dtype]
+        model_config, choices, pixel_norm=settings.norm, device=backend.name, compute_dtype=DTYPES[job.fsdp.param_dtype]
     )
 
 
 def data_provider(
-    recipe: Recipe, geometry: Qwen3VLGeometry, layout: Layout, progress: Progress
+    job: JobConfig, model_config: Qwen3VLConfig, layout: Layout, progress: Progress
 ) -> tuple[TrainLoader, BatchLoader | None]:
     """Training batches from where ``progress`` stands on, and held-out batches if the data file names any."""
     from mindspeed_mm.data import build_datasets, build_eval_loader, build_train_loader
 
-    args = recipe.args
-    train, held_out = build_datasets(recipe.data, geometry=geometry, seq_length=args.seq_length, seed=args.seed)
+    args = job.args
+    train, held_out = build_datasets(job.data, model_config=model_config, seq_length=args.seq_length, seed=args.seed)
     common = {
-        "geometry": geometry,
+        "geometry": model_config,
         "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size,
         "dp_rank": layout.data_rank,
@@ -79,7 +79,7 @@ def data_provider(
         "seed": args.seed,
     }
     loader = build_train_loader(
-        recipe.data,
+        job.data,
         dataset=train,
         global_batch_size=args.global_batch_size,
         consumed_samples=progress.consumed_samples,
@@ -87,27 +87,27 @@ def data_provider(
     )
     if held_out is None or not args.eval_iters:
         return loader, None
-    return loader, build_eval_loader(recipe.data, dataset=held_out, **common)
+    return loader, build_eval_loader(job.data, dataset=held_out, **common)
 
 
-def forward_step(model: nn.Module, batch: Batch, token_weight: Tensor) -> ModelOutput:
+def forward_step(model: nn.Module, batch: Batch, loss_weight: Tensor) -> ModelOutput:
     """Loss of one micro-batch: the sum of its tokens' cross-entropies, each times its weight."""
-    return model(batch, token_weight)
+    return model(batch, loss_weight)
 
 
 def main() -> int:
     """Run the recipe that the command line describes."""
     try:
-        recipe = load_recipe(sys.argv[1:])
+        job = load_job_config(sys.argv[1:])
         if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher checks once for all processes
-            preflight(recipe)
+            preflight(job)
         with uncollected_imports():
             from mindspeed_mm.backend.device import load_device  # imports torch, which --help does not wait for
 
-            load_device(recipe.args.device)  # first: what adapts megatron to a device must be there before megatron is
+            load_device(job.args.device)  # first: what adapts megatron to a device must be there before megatron is
             from mindspeed_mm.training.pretrain import pretrain
 
-        return pretrain(recipe, model_provider, data_provider, forward_step)
+        return pretrain(job, model_provider, data_provider, forward_step)
     except UserError as error:
         # Most mistakes stop every process alike. The others leave the word to the first: torchrun ends them while
         # they wait, unless theirs is a mistake of their own.

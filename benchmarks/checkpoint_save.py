@@ -28,10 +28,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.directory import read_manifest, resolve_checkpoint
-from mindspeed_mm.training.checkpoint.loader import load_tensors
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
+from mindspeed_mm.checkpoint.loader import load_tensors
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 TENSOR_BYTES = 96 << 20  # as of a layer's expert projection on one of 16 processes
@@ -84,7 +84,7 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
     start_processes(backend, timeout_minutes=10)
     state = State(int(gigabytes * 1e9))
     savers = {
-        way: Saver(
+        way: CheckpointManager(
             state,
             SaveOptions(directory / way, asynchronous=way == "beside", keep_last=1),
             backend=backend,

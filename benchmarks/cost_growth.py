@@ -22,41 +22,55 @@ from benchmarks.runners import initialise
 from benchmarks.workload import PIXEL_NORM, geometry_config
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.collator import Picture, Sample, collate
-from mindspeed_mm.models.flops import FlopCount
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.flops import FlopCount
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 
 LENGTH, SIDE = 1024, 256
 PATIENCE_SECONDS = 60.0
-UNITS = {"length": "tokens of the sequence", "picture": "side of the picture, pixels", "experts": "experts",
-         "layers": "decoder layers"}
-VALUES = {"length": [1024, 2048, 4096, 8192, 16384, 32768], "picture": [128, 256, 512, 1024],
-          "experts": [4, 8, 16, 32, 64], "layers": [3, 4, 8, 16]}
+UNITS = {
+    "length": "tokens of the sequence",
+    "picture": "side of the picture, pixels",
+    "experts": "experts",
+    "layers": "decoder layers",
+}
+VALUES = {
+    "length": [1024, 2048, 4096, 8192, 16384, 32768],
+    "picture": [128, 256, 512, 1024],
+    "experts": [4, 8, 16, 32, 64],
+    "layers": [3, 4, 8, 16],
+}
 
 
-def sample_of(geometry: Qwen3VLGeometry, *, length: int, side: int) -> Sample:
+def sample_of(model_config: Qwen3VLConfig, *, length: int, side: int) -> Sample:
     """One conversation with one square picture of ``side`` pixels and at least ``length`` tokens."""
-    vision, generator = geometry.vision, np.random.default_rng(0)
+    vision, generator = model_config.vision, np.random.default_rng(0)
     edge = side // vision.patch_size
     patches = generator.integers(0, 256, (edge * edge, vision.patch_dim), np.uint8)
     merged = len(patches) // vision.merge_unit
-    ids = [geometry.vision_start_token_id, *[geometry.image_token_id] * merged, geometry.vision_end_token_id]
+    ids = [
+        model_config.vision_start_token_id,
+        *[model_config.image_token_id] * merged,
+        model_config.vision_end_token_id,
+    ]
     words = max(64, length - len(ids))
     start = len(ids) + words // 2
-    ids += generator.integers(0, geometry.text.vocab_size - 4, words).tolist()
+    ids += generator.integers(0, model_config.text.vocab_size - 4, words).tolist()
     picture = Picture(patches, (1, edge, edge))
     return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, (picture,), 0)
 
 
-def operations(geometry: Qwen3VLGeometry, *, tokens: int, patches: int, supervised: int) -> dict[str, Any]:
+def operations(model_config: Qwen3VLConfig, *, tokens: int, patches: int, target_tokens: int) -> dict[str, Any]:
     """What FlopCount counts of one sequence with one picture, and the shares of its terms."""
-    count = FlopCount(geometry=geometry)
-    whole = count.of_lengths([tokens], patches=[patches], supervised=supervised)
-    blind = count.of_lengths([tokens], patches=[], supervised=supervised)
+    count = FlopCount(model_config=model_config)
+    whole = count.of_lengths([tokens], patches=[patches], target_tokens=target_tokens)
+    blind = count.of_lengths([tokens], patches=[], target_tokens=target_tokens)
     # tokens that see only themselves: what is left of attention is next to nothing
-    apart = count.of_lengths([1] * tokens, patches=[], supervised=supervised)
-    return {"teraflop": whole, "share": {
-        "attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole}}
+    apart = count.of_lengths([1] * tokens, patches=[], target_tokens=target_tokens)
+    return {
+        "teraflop": whole,
+        "share": {"attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole},
+    }
 
 
 def point(
@@ -64,21 +78,27 @@ def point(
 ) -> dict[str, Any]:
     """Time, memory and operations of one size; ``count_only``: operations alone."""
     text = {"experts": {"num_experts": value}, "layers": {"num_hidden_layers": value}}.get(axis, {})
-    geometry = Qwen3VLGeometry.from_config(geometry_config(size, text=text))
+    model_config = Qwen3VLConfig.from_config(geometry_config(size, text=text))
     shape = {"length": LENGTH, "side": SIDE} | {{"picture": "side"}.get(axis, axis): value}
-    sample = sample_of(geometry, length=shape["length"], side=shape["side"])
-    batch = collate([sample], geometry)
+    sample = sample_of(model_config, length=shape["length"], side=shape["side"])
+    batch = collate([sample], model_config)
     tokens, patches = len(sample.input_ids), len(sample.pictures[0].patches)
-    row = {"axis": axis, "value": value, "tokens": tokens, "patches": patches,
-           **operations(geometry, tokens=tokens, patches=patches, supervised=batch.num_supervised)}
+    row = {
+        "axis": axis,
+        "value": value,
+        "tokens": tokens,
+        "patches": patches,
+        **operations(model_config, tokens=tokens, patches=patches, target_tokens=batch.num_target_tokens),
+    }
     if count_only:
         return row
     dtype = torch.bfloat16 if backend.is_accelerator else torch.float32
-    model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device=backend.name, dtype=dtype,
-                        compute_dtype=dtype).to(backend.device)
+    model = build_model(
+        model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device=backend.name, dtype=dtype, compute_dtype=dtype
+    ).to(backend.device)
     initialise(model)
     there = batch.to(backend.device)
-    weight = torch.full((batch.num_supervised,), 1 / batch.num_supervised, device=backend.device)
+    weight = torch.full((batch.num_target_tokens,), 1 / batch.num_target_tokens, device=backend.device)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -90,8 +110,13 @@ def point(
     while len(seconds) < rounds and sum(seconds) < PATIENCE_SECONDS:
         seconds.append(seconds_of(step, backend))
     median = statistics.median(seconds)
-    return {**row, "seconds": median, "rounds": len(seconds), "tokens_per_second": tokens / median,
-            "peak_bytes": peak_bytes(step, backend)}
+    return {
+        **row,
+        "seconds": median,
+        "rounds": len(seconds),
+        "tokens_per_second": tokens / median,
+        "peak_bytes": peak_bytes(step, backend),
+    }
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -142,12 +167,14 @@ def main() -> None:
         for value in VALUES[axis]:
             if axis == "length" and value > options.longest:
                 continue
-            row = point(axis, value, size=options.size, backend=backend, rounds=options.rounds,
-                        count_only=options.count_only)
+            row = point(
+                axis, value, size=options.size, backend=backend, rounds=options.rounds, count_only=options.count_only
+            )
             rows.append(row)
             shares = " | ".join(f"{100 * row['share'][name]:.0f}" for name in ("attention", "vision", "rest"))
-            measured = "- | -" if options.count_only else (
-                f"{row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f}")
+            measured = (
+                "- | -" if options.count_only else (f"{row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f}")
+            )
             print(f"| {axis} | {value} | {measured} | {1000 * row['teraflop']:.1f} | {shares} |", flush=True)
             write_results(options, rows)
     if options.plot and not options.count_only:

@@ -25,8 +25,8 @@ from typing import Any
 from benchmarks.data_packing import PICTURES
 from benchmarks.data_throughput import PROCESSOR, TINY_MODEL, photographs
 from benchmarks.llava_conversion import SCRIPT, make_files
-from mindspeed_mm.arguments.config_file import validate_config
-from mindspeed_mm.arguments.data_config import DataConfig
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import validate_config
 
 _SOURCES = 200
 
@@ -64,12 +64,12 @@ def work(root: Path, task: str) -> dict[str, Any]:
 
         return {"records": validate_data(config)}
     from mindspeed_mm.data import build_datasets, build_train_loader
-    from mindspeed_mm.models.geometry import Qwen3VLGeometry
+    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
-    geometry = Qwen3VLGeometry.from_pretrained(root / "checkpoint")
-    dataset, _ = build_datasets(config, geometry=geometry, seq_length=1024, seed=42)
+    model_config = Qwen3VLConfig.from_pretrained(root / "checkpoint")
+    dataset, _ = build_datasets(config, model_config=model_config, seq_length=1024, seed=42)
     if task == "pack":
-        loader = build_train_loader(config, geometry=geometry, seq_length=1024, micro_batch_size=4,
+        loader = build_train_loader(config, model_config=model_config, seq_length=1024, micro_batch_size=4,
                                     global_batch_size=32, dp_rank=0, dp_size=8, seed=42, dataset=dataset)
         return {"summary": loader.summary}
     return {"samples": len(dataset)}

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
-from mindspeed_mm.arguments.config_file import validate_config
-from mindspeed_mm.arguments.data_config import DataConfig
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import validate_config
 from mindspeed_mm.data import ChatDataset, build_datasets, build_train_loader
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 TINY_MODEL = Path(__file__).parents[1] / "examples/qwen3vl/quickstart/make_tiny_model.py"
 PROCESSOR = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
@@ -97,7 +97,7 @@ def write_data(root: Path, samples: int) -> DataConfig:
 def measure(
     config: DataConfig,
     dataset: ChatDataset,
-    geometry: Qwen3VLGeometry,
+    model_config: Qwen3VLConfig,
     *,
     seq_length: int,
     workers: int,
@@ -105,8 +105,16 @@ def measure(
 ) -> dict[str, float]:
     """Run the training loader for so many seconds; samples per second of wall clock and of processor time."""
     loader = build_train_loader(
-        config, geometry=geometry, seq_length=seq_length, micro_batch_size=1, global_batch_size=1, dp_rank=0, dp_size=1,
-        seed=1, num_workers=workers, dataset=dataset,
+        config,
+        model_config=model_config,
+        seq_length=seq_length,
+        micro_batch_size=1,
+        global_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        seed=1,
+        num_workers=workers,
+        dataset=dataset,
     )
     next(loader)  # starts the workers
     for _ in range(4 * workers):  # what they decoded ahead before the clock started
@@ -148,12 +156,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         config = write_data(root, options.samples)
-        geometry = Qwen3VLGeometry.from_pretrained(root / "checkpoint")
-        dataset, _ = build_datasets(config, geometry=geometry, seq_length=options.seq_length, seed=1)
+        model_config = Qwen3VLConfig.from_pretrained(root / "checkpoint")
+        dataset, _ = build_datasets(config, model_config=model_config, seq_length=options.seq_length, seed=1)
         rows = []
         print(f"{'workers':>7} {'samples/s':>10} {'per core':>9} {'cores for a device':>19}")
         for workers in options.workers:
-            row = measure(config, dataset, geometry, seq_length=options.seq_length, workers=workers,
+            row = measure(config, dataset, model_config, seq_length=options.seq_length, workers=workers,
                           seconds=options.seconds)
             needed = DEVICE_TOKENS_PER_SECOND / options.tokens_per_sample
             row["cores_for_a_device"] = needed / row["samples_per_s_and_core"]

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.workload import WIDTHS
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name
-from mindspeed_mm.backend.kernels.movers import row_mover
-from mindspeed_mm.backend.kernels.rows import row_sum
-from mindspeed_mm.models.dispatch import IndexedRows, LocalDispatcher
+from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, token_permuter
+from mindspeed_mm.backend.kernels.permutation import row_sum
+from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher
 from mindspeed_mm.parallel.fsdp import DTYPES
 
 
@@ -63,8 +62,8 @@ def implementations(
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     for label, name in names.items():
         kernel = expert_kernel(name, device=backend.name)
-        mover = row_mover(IndexedRows(row_sum(device=backend.name)), fused=True, device=backend.name)
-        dispatch = LocalDispatcher(mover)
+        permuter = token_permuter(IndexPermuter(row_sum(device=backend.name)), fused=True, device=backend.name)
+        dispatch = LocalDispatcher(permuter)
         title = f"ours, chosen ({name})" if label == "chosen" else f"ours, {name}"
         found[title] = lambda tokens, weights, experts, kernel=kernel, dispatch=dispatch: dispatch(
             tokens, weights, experts, lambda rows, n: kernel(rows, gate_up, down, n), count)

@@ -33,11 +33,11 @@ from benchmarks.small_operators import measure as measure_small_operators
 from benchmarks.workload import draw_samples, geometry_config, photographs
 from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
 from mindspeed_mm.backend.kernels.attention import attention_kernel
-from mindspeed_mm.backend.rate import matrix_rate
+from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.flops import FlopCount
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.flops import FlopCount
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 
 GAP_MICROSECONDS = 50
 
@@ -111,7 +111,7 @@ def environment(bench: Bench) -> dict[str, Any]:
         "torch": torch.__version__, "transformers": transformers.__version__, "pictures": photographs()[1],
         "attention": getattr(attention_kernel(None, device=bench.backend.name), "__name__", "?"),
         "grouped product": hasattr(F, "grouped_mm"),
-        "matrix rate, TFLOP/s in bf16": matrix_rate(bench.backend, torch.bfloat16, seconds=2.0),
+        "matrix rate, TFLOP/s in bf16": measure_peak_tflops(bench.backend, torch.bfloat16, seconds=2.0),
     }
 
 
@@ -123,9 +123,9 @@ def _config(bench: Bench, layers: int) -> dict[str, Any]:
     return geometry_config(bench.size, text={"num_hidden_layers": layers})
 
 
-def _samples(bench: Bench, geometry: Qwen3VLGeometry, count: int) -> Any:
+def _samples(bench: Bench, model_config: Qwen3VLConfig, count: int) -> Any:
     low, high = (16384, 65536) if bench.tiny else (65536, 262144)
-    return draw_samples(8 if bench.tiny else count, geometry, min_pixels=low, max_pixels=high)
+    return draw_samples(8 if bench.tiny else count, model_config, min_pixels=low, max_pixels=high)
 
 
 def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str, Any]:
@@ -139,10 +139,10 @@ def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str
         if index >= 2:
             seconds.append(time.perf_counter() - started)
             waited += runner.waited()
-    all_tokens, supervised = tokens(steps)
+    all_tokens, target_tokens = tokens(steps)
     median = statistics.median(seconds)
     return {"seconds": seconds, "ms per step": 1000 * median, "tokens/s": all_tokens / median,
-            "supervised tokens/s": supervised / median, "data wait, %": 100 * waited / sum(seconds),
+            "supervised tokens/s": target_tokens / median, "data wait, %": 100 * waited / sum(seconds),
             "peak memory, GiB": bench.backend.peak_memory_bytes() / 2**30}
 
 
@@ -151,19 +151,19 @@ def _ours(
     extra: Callable | None = None,
 ) -> dict[str, Any]:
     """Our trainer; the utilisation is against the matrix rate measured in this run."""
-    geometry = Qwen3VLGeometry.from_config(_config(bench, layers))
-    samples = _samples(bench, geometry, 40 * accumulation if packed else 4 * accumulation)
+    model_config = Qwen3VLConfig.from_config(_config(bench, layers))
+    samples = _samples(bench, model_config, 40 * accumulation if packed else 4 * accumulation)
     budget = 1024 if bench.tiny else 8192
     steps = pack(samples, budget=budget, accumulation=accumulation)[:1] if packed else cut(
         samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
     # all layers' activations of a full pack would not fit beside all parameters
-    choices = ModelChoices(recompute="full" if frozen and packed else "none", compile_small_operators=compiled)
+    choices = ModelBuildOptions(recompute="full" if frozen and packed else "none", compile_small_operators=compiled)
     runner = OurRunner(
-        geometry, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen, choices=choices)
+        model_config, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen, choices=choices)
     try:
         result = _timed(bench, runner, steps, repeats=3)
-        count = FlopCount(geometry=geometry, train_experts=not frozen)
-        teraflop = sum(count(collate(batch, geometry)) for batch in steps[0])
+        count = FlopCount(model_config=model_config, train_experts=not frozen)
+        teraflop = sum(count(collate(batch, model_config)) for batch in steps[0])
         rate = teraflop / (result["ms per step"] / 1000)
         result.update({
             "layers": layers, "tokens per step": tokens(steps)[0], "micro-batches": len(steps[0]),
@@ -236,10 +236,10 @@ def _theirs(
 ) -> dict[str, Any]:
     """Hugging Face's model on the samples of the unpacked step of ours."""
     config = _config(bench, layers)
-    geometry = Qwen3VLGeometry.from_config(config)
-    samples = _samples(bench, geometry, 4 * accumulation)
+    model_config = Qwen3VLConfig.from_config(config)
+    samples = _samples(bench, model_config, 4 * accumulation)
     steps = cut(samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
-    runner = HuggingFaceRunner(config, geometry, steps, device=bench.backend.device, mode=mode, attention=attention,
+    runner = HuggingFaceRunner(config, model_config, steps, device=bench.backend.device, mode=mode, attention=attention,
                                frozen_experts=frozen)
     try:
         return {"layers": layers, "mode": mode, "attention": attention, **_timed(bench, runner, steps, repeats=3)}

@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data import images
-from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.images import image_patches, load_pixels
-from mindspeed_mm.data.media_settings import ImageSettings
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 SIZES = ((640, 480), (480, 640), (500, 375), (1920, 1080))
 HALF = (0.5, 0.5, 0.5)

@@ -43,17 +43,17 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     import torch
     import torch.distributed as dist
 
-    from mindspeed_mm.arguments.fsdp_config import FSDPConfig
     from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-    from mindspeed_mm.data.batch import PixelNorm
-    from mindspeed_mm.models.geometry import Qwen3VLGeometry
-    from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-    from mindspeed_mm.parallel.apply import parallelise
+    from mindspeed_mm.checkpoint.directory import resolve_checkpoint
+    from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
+    from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+    from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+    from mindspeed_mm.config.fsdp_config import FSDPConfig
+    from mindspeed_mm.interfaces.batch import PixelNorm
+    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+    from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
     from mindspeed_mm.parallel.mesh import build_layout
-    from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint
-    from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
-    from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
-    from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
+    from mindspeed_mm.parallel.parallelize import parallelise
     from mindspeed_mm.training.gradients import local
 
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     start_processes(backend, timeout_minutes=10)
     norm = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
     with torch.device("meta"):
-        model = build_model(Qwen3VLGeometry.from_pretrained(hf), ModelChoices(), pixel_norm=norm, device="cpu")
+        model = build_model(Qwen3VLConfig.from_pretrained(hf), ModelBuildOptions(), pixel_norm=norm, device="cpu")
     parallelise(model, layout=build_layout(device_type="cpu", expert_size=expert_size), config=FSDPConfig())
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -83,7 +83,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     if save:
         state = TrainingState(model, None, backend, with_rng=False)
         options = SaveOptions(directory.with_name("saved"))
-        Saver(state, options, backend=backend, say=lambda line: None).start(Progress(iteration=1))
+        CheckpointManager(state, options, backend=backend, say=lambda line: None).start(Progress(iteration=1))
     stop_processes()
 
 
@@ -109,14 +109,14 @@ def main() -> None:
     options = parser.parse_args()
     from convert import make_checkpoint
 
-    from checkpoint.hf_to_dcp import hf_to_dcp
-    from mindspeed_mm.models.geometry import Qwen3VLGeometry
-    from mindspeed_mm.models.weight_map import mcore_shapes, weight_map
+    from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import mcore_shapes, weight_map
 
     work = options.dir
     make_checkpoint(work / "hf", layers=options.layers, layout="hub", depth=options.depth)
     hf_to_dcp(work / "hf", work / "dcp")
-    shapes = mcore_shapes(weight_map(Qwen3VLGeometry.from_pretrained(work / "hf"), expert_layout="hub")).values()
+    shapes = mcore_shapes(weight_map(Qwen3VLConfig.from_pretrained(work / "hf"), expert_layout="hub")).values()
     sizes = [4 * math.prod(shape) for shape in shapes]
     print(f"{sum(sizes) / 1e9:.2f} GB of parameters in fp32, the largest {max(sizes) / 1e9:.2f} GB; on disk in bf16, "
           "but in fp32 where training has saved them")

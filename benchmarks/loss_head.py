@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measuring import option_parser, peak_bytes, prepare, seconds_of, write_results
-from mindspeed_mm.models.loss_head import LossHead
+from mindspeed_mm.models.layers.loss_head import LossHead
 
 
 def ways(options: argparse.Namespace, hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The loss of hidden states [T, H] and an output layer [V, H], by name."""
-    device, count = hidden.device, int(options.tokens * options.supervised)
+    device, count = hidden.device, int(options.tokens * options.target_tokens)
     index = torch.arange(options.tokens - count, options.tokens, device=device)
     labels = torch.randint(0, options.vocab, (count,), device=device)
     all_labels = torch.full((options.tokens,), -100, device=device)

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
 from mindspeed_mm.tools.memory.plan import Plan
@@ -34,13 +34,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def rows(geometry: Qwen3VLGeometry, device: Device) -> list[dict[str, Any]]:
+def rows(model_config: Qwen3VLConfig, device: Device) -> list[dict[str, Any]]:
     """One row per number of devices and choice, in bytes."""
     found = []
     for processes in (8, 16):
         for name, changes in CHOICES.items():
             base = {"tokens": 1024, "patches": 1024, "supervised": 768, **changes}
-            plan = Plan(geometry=geometry, world_size=processes, sharding_size=processes, **base)
+            plan = Plan(model_config=model_config, world_size=processes, sharding_size=processes, **base)
             result, received = estimate(plan), volumes(plan)
             amounts = result.peak.amounts
             static = sum(amounts[key] for key in ("parameters", "gradients", "optimizer"))
@@ -61,11 +61,11 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the numbers here, in bytes")
     options = parser.parse_args()
     try:
-        geometry = Qwen3VLGeometry.from_pretrained(options.hf_config)
+        model_config = Qwen3VLConfig.from_pretrained(options.hf_config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = rows(geometry, Device(size=64 * GIB, reserve=round(RESERVE_GB * GIB)))
+    table = rows(model_config, Device(size=64 * GIB, reserve=round(RESERVE_GB * GIB)))
     print("| devices | choice | weights, gradients, AdamW | activations | gathering and work | in all | fits | "
           "all-gather | reduce-scatter | all-to-all |\n|" + " --- |" * 10)
     for row in table:

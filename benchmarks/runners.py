@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 from benchmarks.workload import PIXEL_NORM, hugging_face_batch
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.arguments.parser import parse_args
-from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import Backend
+from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.parallel.parallelize import parallelise
 from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.checkpoint.state import Progress
-from mindspeed_mm.training.feed import Feed
+from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.step import StepResult
 from mindspeed_mm.training.trainer import Trainer
@@ -58,12 +58,12 @@ class OurRunner:
 
     def __init__(
         self,
-        geometry: Qwen3VLGeometry,
+        model_config: Qwen3VLConfig,
         steps: Steps,
         *,
         backend: Backend,
         precision: str,
-        choices: ModelChoices | None = None,
+        choices: ModelBuildOptions | None = None,
         frozen_experts: bool = False,
     ) -> None:
         """``steps`` are trained on in turn, again and again."""
@@ -76,7 +76,7 @@ class OurRunner:
         )
         with torch.device("meta"):
             self.model = build_model(
-                geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=backend.name,
+                model_config, choices or ModelBuildOptions(), pixel_norm=PIXEL_NORM, device=backend.name,
                 compute_dtype=DTYPES[precision],
                 **({"dtype": torch.bfloat16} if frozen_experts else {}),
             )
@@ -93,13 +93,13 @@ class OurRunner:
         optimizer = build_optimizer(self.model, args)
         self.trainer = Trainer(
             args=args, model=self.model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
-            loader=_endless(steps, geometry, pin=backend.is_accelerator),
+            loader=_endless(steps, model_config, pin=backend.is_accelerator),
             forward_step=lambda model, batch, weight: model(batch, weight), loss_mode="per_token", layout=layout,
-            backend=backend, progress=Progress(), merge_unit=geometry.vision.merge_unit,
+            backend=backend, progress=Progress(), merge_unit=model_config.vision.merge_unit,
             tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
         )
         self.model.train()
-        self.trainer.feed = Feed(self.trainer.loader, backend, self.trainer.split_batch)
+        self.trainer.prefetcher = DevicePrefetcher(self.trainer.loader, backend, self.trainer.split_batch)
 
     def step(self) -> StepResult:
         """One optimizer step, queued."""
@@ -107,16 +107,16 @@ class OurRunner:
 
     def waited(self) -> float:
         """Seconds that the last step waited for its data."""
-        return self.trainer.feed.waited
+        return self.trainer.prefetcher.waited
 
     def close(self) -> None:
         """Stop the feed's thread and let go of the model."""
-        self.trainer.feed.close()
+        self.trainer.prefetcher.close()
         del self.trainer, self.model
 
 
-def _endless(steps: Steps, geometry: Qwen3VLGeometry, *, pin: bool) -> Iterator[StepBatches]:
-    collated = [[collate(samples, geometry) for samples in step] for step in steps]
+def _endless(steps: Steps, model_config: Qwen3VLConfig, *, pin: bool) -> Iterator[StepBatches]:
+    collated = [[collate(samples, model_config) for samples in step] for step in steps]
     for batches in itertools.cycle(collated):
         yield StepBatches([batch.pin_memory() for batch in batches] if pin else list(batches))
 
@@ -127,7 +127,7 @@ class HuggingFaceRunner:
     def __init__(
         self,
         config: dict[str, Any],
-        geometry: Qwen3VLGeometry,
+        model_config: Qwen3VLConfig,
         steps: Steps,
         *,
         device: torch.device,
@@ -160,10 +160,10 @@ class HuggingFaceRunner:
         self.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.trainable = trainable
         self.device, self.mode = device, mode
-        self._steps = itertools.cycle([self._prepare(step, geometry) for step in steps])
+        self._steps = itertools.cycle([self._prepare(step, model_config) for step in steps])
 
-    def _prepare(self, step: Sequence[Sequence[Sample]], geometry: Qwen3VLGeometry) -> list[dict[str, torch.Tensor]]:
-        batches = [hugging_face_batch(samples, geometry) for samples in step]
+    def _prepare(self, step: Sequence[Sequence[Sample]], model_config: Qwen3VLConfig) -> list[dict[str, torch.Tensor]]:
+        batches = [hugging_face_batch(samples, model_config) for samples in step]
         count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         for batch in batches:
             batch["num_items_in_batch"] = torch.tensor(count)
@@ -236,5 +236,5 @@ def pack(samples: Sequence[Sample], *, budget: int, accumulation: int) -> Steps:
 def tokens(steps: Steps) -> tuple[float, float]:
     """(all tokens, supervised tokens) of a step on average."""
     flat = [sample for step in steps for batch in step for sample in batch]
-    supervised = sum(int(sample.supervised[1:].sum()) for sample in flat)
-    return sum(len(sample.input_ids) for sample in flat) / len(steps), supervised / len(steps)
+    target_tokens = sum(int(sample.target_tokens[1:].sum()) for sample in flat)
+    return sum(len(sample.input_ids) for sample in flat) / len(steps), target_tokens / len(steps)

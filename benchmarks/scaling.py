@@ -30,16 +30,16 @@ def work(options: argparse.Namespace) -> None:
     from benchmarks.runners import OurRunner, cut, tokens
     from benchmarks.workload import draw_samples, geometry_config
     from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-    from mindspeed_mm.models.geometry import Qwen3VLGeometry
+    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
     torch.set_num_threads(1)
     backend = select_backend("cpu")
     start_processes(backend, timeout_minutes=5)
     rank = int(os.environ["RANK"])
-    geometry = Qwen3VLGeometry.from_config(geometry_config(options.size))
-    samples = draw_samples(4 * options.accumulation, geometry, min_pixels=16384, max_pixels=65536)
+    model_config = Qwen3VLConfig.from_config(geometry_config(options.size))
+    samples = draw_samples(4 * options.accumulation, model_config, min_pixels=16384, max_pixels=65536)
     steps = cut(samples, micro_batch=4, accumulation=options.accumulation)
-    runner = OurRunner(geometry, steps, backend=backend, precision="fp32")
+    runner = OurRunner(model_config, steps, backend=backend, precision="fp32")
     seconds: list[tuple[float, ...]] = []
     try:
         for index in range(options.steps + 2):

@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.workload import WIDTHS
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.kernels import by_hand
+from mindspeed_mm.backend.kernels import autograd_functions
 from mindspeed_mm.backend.kernels.elementwise import (
     SwigluKernel,
     rms_norm_kernel,
@@ -67,7 +67,7 @@ def operations(size: str, backend: Backend) -> dict[str, tuple[dict[str, Operati
     def with_eps(kernel: Operation) -> Operation:
         return lambda hidden, weight: kernel(hidden, weight, 1e-6)
 
-    norms = {"torch": with_eps(torch_rms_norm), "by hand": with_eps(by_hand.rms_norm),
+    norms = {"torch": with_eps(torch_rms_norm), "by hand": with_eps(autograd_functions.rms_norm),
              "chosen": with_eps(rms_norm_kernel(device=backend.name)),
              "compiled": with_eps(rms_norm_kernel(device=backend.name, compiled=True))}
     routed = functools.partial(router, top_k=top_k)
@@ -76,13 +76,23 @@ def operations(size: str, backend: Backend) -> dict[str, tuple[dict[str, Operati
     return {
         "norm": (norms, lambda tokens: [torch.randn(tokens, width), torch.ones(width)]),
         "head norm": (norms, lambda tokens: [torch.randn(tokens, heads, head_dim), torch.ones(head_dim)]),
-        "rotary": ({"torch": torch_rotary, "by hand": by_hand.rotary, "chosen": rotary_kernel(device=backend.name),
-                    "compiled": rotary_kernel(device=backend.name, compiled=True)},
-                   lambda tokens: [torch.randn(tokens, heads, head_dim), *torch.randn(2, tokens, 1, head_dim)]),
-        "SwiGLU": ({"torch": torch_swiglu, "by hand": by_us, "chosen": by_us, "compiled": by_compiler},
-                   lambda tokens: [torch.randn(tokens * top_k, 2 * inner)]),
-        "router": ({"torch": routed, "chosen": routed, "compiled": torch.compile(routed, dynamic=True)},
-                   lambda tokens: [torch.randn(tokens, experts)]),
+        "rotary": (
+            {
+                "torch": torch_rotary,
+                "by hand": autograd_functions.rotary,
+                "chosen": rotary_kernel(device=backend.name),
+                "compiled": rotary_kernel(device=backend.name, compiled=True),
+            },
+            lambda tokens: [torch.randn(tokens, heads, head_dim), *torch.randn(2, tokens, 1, head_dim)],
+        ),
+        "SwiGLU": (
+            {"torch": torch_swiglu, "by hand": by_us, "chosen": by_us, "compiled": by_compiler},
+            lambda tokens: [torch.randn(tokens * top_k, 2 * inner)],
+        ),
+        "router": (
+            {"torch": routed, "chosen": routed, "compiled": torch.compile(routed, dynamic=True)},
+            lambda tokens: [torch.randn(tokens, experts)],
+        ),
     }
 
 

@@ -23,8 +23,8 @@ from benchmarks.measuring import option_parser, prepare, seconds_of, write_resul
 from benchmarks.runners import HuggingFaceRunner, OurRunner, cut, tokens
 from benchmarks.workload import draw_samples, geometry_config, photographs
 from mindspeed_mm.backend.device import Backend, start_processes, stop_processes
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 
 PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 
@@ -46,23 +46,28 @@ def alternate(runners: dict[str, Any], *, rounds: int, backend: Backend) -> dict
 def compare(model: str, precision: str, options: argparse.Namespace, backend: Backend) -> dict[str, Any]:
     """One row of the table."""
     config = geometry_config(model)
-    geometry = Qwen3VLGeometry.from_config(config)
+    model_config = Qwen3VLConfig.from_config(config)
     low, high = PIXELS[model]
     count = options.micro_batch * options.accumulation * (options.steps or options.rounds + 1)
     steps = cut(
-        draw_samples(count, geometry, min_pixels=low, max_pixels=high),
+        draw_samples(count, model_config, min_pixels=low, max_pixels=high),
         micro_batch=options.micro_batch, accumulation=options.accumulation,
     )
     modes = ["fp32"] if precision == "fp32" else ["autocast", "bf16"]
     runners: dict[str, Any] = {
         f"HF {mode} {experts}": HuggingFaceRunner(
-            config, geometry, steps, device=backend.device, mode=mode, experts=experts)
+            config, model_config, steps, device=backend.device, mode=mode, experts=experts)
         for mode in modes for experts in ("grouped_mm", "eager")
     }
-    runners["ours"] = OurRunner(geometry, steps, backend=backend, precision=precision)
+    runners["ours"] = OurRunner(model_config, steps, backend=backend, precision=precision)
     if options.compiled:
         runners["ours compiled"] = OurRunner(
-            geometry, steps, backend=backend, precision=precision, choices=ModelChoices(compile_small_operators=True))
+            model_config,
+            steps,
+            backend=backend,
+            precision=precision,
+            choices=ModelBuildOptions(compile_small_operators=True),
+        )
     parameters = sum(parameter.numel() for parameter in runners["ours"].model.parameters())
     try:
         seconds = alternate(runners, rounds=options.rounds, backend=backend)
@@ -70,17 +75,24 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
         for name in runners:
             if name.startswith("ours"):
                 runners[name].close()
-    per_step, supervised = tokens(steps)
+    per_step, target_tokens = tokens(steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     best = min((name for name in medians if not name.startswith("ours")), key=medians.__getitem__)
     # of neighbouring steps: what slows the machine slows both
     ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
     return {
-        "model": model, "parameters": parameters, "precision": precision, "threads": torch.get_num_threads(),
-        "tokens_per_step": per_step, "supervised_per_step": supervised, "seconds": seconds, "median_seconds": medians,
+        "model": model,
+        "parameters": parameters,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "tokens_per_step": per_step,
+        "supervised_per_step": target_tokens,
+        "seconds": seconds,
+        "median_seconds": medians,
         "tokens_per_second": {name: per_step / value for name, value in medians.items()},
-        "supervised_per_second": {name: supervised / value for name, value in medians.items()},
-        "best_hugging_face": best, "ratio": ratio,
+        "supervised_per_second": {name: target_tokens / value for name, value in medians.items()},
+        "best_hugging_face": best,
+        "ratio": ratio,
     }
 
 

@@ -16,21 +16,38 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.collator import Picture, Sample
 from mindspeed_mm.data.images import image_patches
-from mindspeed_mm.data.media_settings import ImageSettings
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 PIXEL_NORM = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
 PHOTOGRAPHS = {
-    "skimage": ("data", ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png",
-                         "hubble_deep_field.jpg", "retina.jpg")),
+    "skimage": (
+        "data",
+        (
+            "astronaut.png",
+            "coffee.png",
+            "chelsea.png",
+            "rocket.jpg",
+            "motorcycle_left.png",
+            "hubble_deep_field.jpg",
+            "retina.jpg",
+        ),
+    ),
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
 }
 # height, width, share: the common sizes of COCO's photographs
-SHAPES = ((480, 640, 0.36), (640, 480, 0.12), (427, 640, 0.20), (640, 427, 0.09), (640, 640, 0.04), (375, 500, 0.12),
-          (360, 640, 0.07))
+SHAPES = (
+    (480, 640, 0.36),
+    (640, 480, 0.12),
+    (427, 640, 0.20),
+    (640, 427, 0.09),
+    (640, 640, 0.04),
+    (375, 500, 0.12),
+    (360, 640, 0.07),
+)
 # share, median and spread (of the logarithm) of the text tokens of: conversations, detailed descriptions, reasoning
 TEXTS = ((0.37, 260, 0.35), (0.15, 130, 0.25), (0.48, 160, 0.30))
 SUPERVISED_SHARE = 0.6
@@ -38,25 +55,70 @@ TEXT_ONLY_SHARE = 0.06
 # tiny: 3 M parameters; 100m: 105 M, a fifth of them active per token; 30b: Qwen3-VL-30B-A3B
 WIDTHS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
-        "text": {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-                 "head_dim": 32, "vocab_size": 1024, "intermediate_size": 320, "num_experts": 8,
-                 "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-        "vision": {"depth": 4, "hidden_size": 96, "num_heads": 4, "intermediate_size": 224,
-                   "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1, 2]},
+        "text": {
+            "num_hidden_layers": 4,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 1024,
+            "intermediate_size": 320,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+        "vision": {
+            "depth": 4,
+            "hidden_size": 96,
+            "num_heads": 4,
+            "intermediate_size": 224,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
     },
     "100m": {
-        "text": {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
-                 "head_dim": 64, "vocab_size": 4096, "intermediate_size": 1536, "num_experts": 32,
-                 "num_experts_per_tok": 4, "moe_intermediate_size": 224},
-        "vision": {"depth": 6, "hidden_size": 288, "num_heads": 4, "intermediate_size": 1076,
-                   "num_position_embeddings": 2304, "deepstack_visual_indexes": [1, 2, 3]},
+        "text": {
+            "num_hidden_layers": 8,
+            "hidden_size": 512,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 4096,
+            "intermediate_size": 1536,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 224,
+        },
+        "vision": {
+            "depth": 6,
+            "hidden_size": 288,
+            "num_heads": 4,
+            "intermediate_size": 1076,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [1, 2, 3],
+        },
     },
     "30b": {
-        "text": {"num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
-                 "head_dim": 128, "vocab_size": 151936, "intermediate_size": 6144, "num_experts": 128,
-                 "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-        "vision": {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
-                   "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24]},
+        "text": {
+            "num_hidden_layers": 48,
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "intermediate_size": 6144,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        "vision": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "num_heads": 16,
+            "intermediate_size": 4304,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
     },
 }
 
@@ -67,19 +129,37 @@ def geometry_config(size: str, **changes: dict[str, Any]) -> dict[str, Any]:
     half, last = text["head_dim"] // 2, text["vocab_size"]
     side = half * 5 // 16
     return {
-        "model_type": "qwen3_vl_moe", "tie_word_embeddings": False,
-        "image_token_id": last - 4, "video_token_id": last - 3, "vision_start_token_id": last - 2,
+        "model_type": "qwen3_vl_moe",
+        "tie_word_embeddings": False,
+        "image_token_id": last - 4,
+        "video_token_id": last - 3,
+        "vision_start_token_id": last - 2,
         "vision_end_token_id": last - 1,
         "text_config": {
-            "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "attention_bias": False,
-            "initializer_range": 0.02, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
-                                "mrope_section": [half - 2 * side, side, side]},
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 262144,
+            "attention_bias": False,
+            "initializer_range": 0.02,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_interleaved": True,
+                "mrope_section": [half - 2 * side, side, side],
+            },
             **text,
         },
         "vision_config": {
-            "hidden_act": "gelu_pytorch_tanh", "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
-            "in_channels": 3, "out_hidden_size": text["hidden_size"], **vision,
+            "hidden_act": "gelu_pytorch_tanh",
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "in_channels": 3,
+            "out_hidden_size": text["hidden_size"],
+            **vision,
         },
     }
 
@@ -111,7 +191,7 @@ def photographs() -> tuple[list[np.ndarray], str]:
 
 def draw_samples(
     count: int,
-    geometry: Qwen3VLGeometry,
+    model_config: Qwen3VLConfig,
     *,
     min_pixels: int,
     max_pixels: int,
@@ -122,12 +202,14 @@ def draw_samples(
     """Conversations, most with one picture, which was resized to an area within the two limits."""
     generator = np.random.default_rng(seed)
     pictures, _ = photographs()
-    vision = geometry.vision
+    vision = model_config.vision
     settings = ImageSettings(
         min_pixels, max_pixels, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, PIXEL_NORM
     )
-    kinds, shapes = (np.array([share for *_, share in SHAPES]) if table is SHAPES else
-                     np.array([share for share, *_ in table]) for table in (TEXTS, SHAPES))
+    kinds, shapes = (
+        np.array([share for *_, share in SHAPES]) if table is SHAPES else np.array([share for share, *_ in table])
+        for table in (TEXTS, SHAPES)
+    )
     samples = []
     for index in range(count):
         _, median, spread = TEXTS[generator.choice(len(TEXTS), p=kinds / kinds.sum())]
@@ -138,10 +220,13 @@ def draw_samples(
             height, width, _ = SHAPES[generator.choice(len(SHAPES), p=shapes / shapes.sum())]
             patches, grid = image_patches(_crop(pictures, height, width, generator), settings)
             chosen = (Picture(patches, grid),)
-            ids = [geometry.vision_start_token_id, *[geometry.image_token_id] * (len(patches) // vision.merge_unit),
-                   geometry.vision_end_token_id]
+            ids = [
+                model_config.vision_start_token_id,
+                *[model_config.image_token_id] * (len(patches) // vision.merge_unit),
+                model_config.vision_end_token_id,
+            ]
         start = len(ids) + int(words * (1 - SUPERVISED_SHARE))
-        ids += generator.integers(0, geometry.text.vocab_size - 4, words).tolist()
+        ids += generator.integers(0, model_config.text.vocab_size - 4, words).tolist()
         samples.append(Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, chosen, index))
     return samples
 
@@ -151,12 +236,13 @@ def _crop(pictures: Sequence[np.ndarray], height: int, width: int, generator: np
     picture = pictures[generator.integers(len(pictures))]
     scale = min(picture.shape[0] / height, picture.shape[1] / width, 1.0)
     rows, cols = int(height * scale), int(width * scale)
-    top, left = (int(generator.integers(0, have - want + 1))
-                 for have, want in zip(picture.shape, (rows, cols), strict=False))
+    top, left = (
+        int(generator.integers(0, have - want + 1)) for have, want in zip(picture.shape, (rows, cols), strict=False)
+    )
     return np.ascontiguousarray(picture[top : top + rows, left : left + cols])
 
 
-def hugging_face_batch(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> dict[str, torch.Tensor]:
+def hugging_face_batch(samples: Sequence[Sample], model_config: Qwen3VLConfig) -> dict[str, torch.Tensor]:
     """Samples as ``Qwen3VLMoeForConditionalGeneration`` takes them, padded on the right to the longest of them."""
     length = max(len(sample.input_ids) for sample in samples)
     ids = np.zeros((len(samples), length), np.int64)
@@ -165,10 +251,13 @@ def hugging_face_batch(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> 
     for row, sample in enumerate(samples):
         own = len(sample.input_ids)
         ids[row, :own], mask[row, :own] = sample.input_ids, 1
-        labels[row, :own] = np.where(sample.supervised, sample.input_ids, -100)
-    batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask),
-             "labels": torch.from_numpy(labels)}
-    batch["mm_token_type_ids"] = (batch["input_ids"] == geometry.image_token_id).int()
+        labels[row, :own] = np.where(sample.target_tokens, sample.input_ids, -100)
+    batch = {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(labels),
+    }
+    batch["mm_token_type_ids"] = (batch["input_ids"] == model_config.image_token_id).int()
     pictures = [picture for sample in samples for picture in sample.pictures]
     if pictures:
         pixels = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()

@@ -139,7 +139,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _hf_to_dcp(options: argparse.Namespace) -> int:
-    from checkpoint.hf_to_dcp import hf_to_dcp
+    from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 
     path = hf_to_dcp(
         options.hf_dir,
@@ -155,7 +155,7 @@ def _hf_to_dcp(options: argparse.Namespace) -> int:
 
 
 def _dcp_to_hf(options: argparse.Namespace) -> int:
-    from checkpoint.dcp_to_hf import dcp_to_hf
+    from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 
     path = dcp_to_hf(
         options.load_dir,
@@ -172,7 +172,7 @@ def _dcp_to_hf(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from checkpoint.verify import verify
+    from mindspeed_mm.checkpoint.verify import verify
 
     differing = verify(
         options.dcp_dir, options.hf_dir, expert_layout=options.expert_layout, workers=options.workers
@@ -185,7 +185,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from checkpoint.inspect_checkpoint import inspect
+    from mindspeed_mm.checkpoint.inspect_checkpoint import inspect
 
     print(inspect(options.dir, every_tensor=options.all))
     return 0

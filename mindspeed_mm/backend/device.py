@@ -8,12 +8,10 @@ import os
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.backend import npu
-from mindspeed_mm.backend.fsdp_support import mend_fsdp
-from mindspeed_mm.backend.network import interface_towards
-from mindspeed_mm.backend.presence import has_torch_npu
-from mindspeed_mm.backend.processor import Backend, Cuda
-from mindspeed_mm.backend.store import group_store
+from mindspeed_mm.backend import has_torch_npu, npu
+from mindspeed_mm.backend.accelerator import Backend, Cuda
+from mindspeed_mm.backend.fsdp_compat import mend_fsdp
+from mindspeed_mm.backend.rendezvous import group_store, interface_towards
 from mindspeed_mm.errors import UserError
 
 _KINDS: dict[str, type[Backend]] = {"cpu": Backend, "cuda": Cuda, "npu": npu.Npu}

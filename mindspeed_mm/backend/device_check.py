@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.backend.presence import has_torch_npu
+from mindspeed_mm.backend import has_torch_npu
 
 
 def check_device(name: str, *, processes: int) -> None:

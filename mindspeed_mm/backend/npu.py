@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import torch
 
+from mindspeed_mm.backend import has_torch_npu
+from mindspeed_mm.backend.accelerator import Accelerator
 from mindspeed_mm.backend.mindspeed import adapt_megatron
-from mindspeed_mm.backend.presence import has_torch_npu
-from mindspeed_mm.backend.processor import Accelerator
 from mindspeed_mm.backend.profiling import NpuProfiler, Profiler
 from mindspeed_mm.errors import UserError
 

@@ -63,7 +63,7 @@ def upload(values: Sequence[float], device: torch.device, *, dtype: torch.dtype 
     return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
 
 
-class Moment:
+class DeviceEvent:
     """A place in the device's queue of work; on a CPU, whose work is done when it has been queued, a point in time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class Moment:
         if self._event is not None:
             self._event.synchronize()
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: DeviceEvent) -> float:
         """Time that the device took from there to here, which is waited for; by its own clock, not by the host's."""
         self.wait()
         if self._event is None:
@@ -87,7 +87,7 @@ class Moment:
         return earlier._event.elapsed_time(self._event) / 1000.0
 
 
-class HostRead:
+class DeferredHostRead:
     """Numbers of the device on their way to the host: queued when this is made, waited for when they are wanted.
 
     Attributes:
@@ -100,7 +100,7 @@ class HostRead:
         if numbers.device.type != "cpu":
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             self._host.copy_(numbers, non_blocking=True)
-        self.made = Moment(numbers.device)
+        self.made = DeviceEvent(numbers.device)
 
     def tolist(self) -> list[Any]:
         """The numbers, as soon as the device has made them."""

@@ -9,15 +9,11 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Batch": "batch",
-    "VisionBatch": "batch",
     "Picture": "collator",
     "Sample": "collator",
     "collate": "collator",
     "ChatDataset": "dataset",
     "build_datasets": "dataset",
-    "PixelNorm": "batch",
-    "read_image_settings": "images",
     "BatchLoader": "loader",
     "TrainLoader": "loader",
     "build_eval_loader": "loader",

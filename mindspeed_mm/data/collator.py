@@ -8,10 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mindspeed_mm.data.batch import Batch, VisionBatch
-from mindspeed_mm.data.positions import GridTHW, frame_grids, interpolation_taps, patch_rows_cols, token_positions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry, VisionGeometry
+from mindspeed_mm.interfaces.batch import Batch, VisionBatch
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig, Qwen3VLVisionConfig
+from mindspeed_mm.models.qwen3_vl.positions import (
+    GridTHW,
+    frame_grids,
+    interpolation_taps,
+    patch_rows_cols,
+    token_positions,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +45,12 @@ class Sample:
     """
 
     input_ids: np.ndarray
-    supervised: np.ndarray
+    loss_mask: np.ndarray
     pictures: tuple[Picture, ...]
     index: int
 
 
-def collate(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> Batch:
+def collate(samples: Sequence[Sample], model_config: Qwen3VLConfig) -> Batch:
     """Pack ``samples`` in the given order into one sequence.
 
     Args:
@@ -57,8 +63,8 @@ def collate(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> Batch:
     Raises:
         UserError: naming the sample whose placeholders do not match its pictures.
     """
-    merge = geometry.vision.spatial_merge_size
-    media_tokens = (geometry.image_token_id, geometry.video_token_id)
+    merge = model_config.vision.spatial_merge_size
+    media_tokens = (model_config.image_token_id, model_config.video_token_id)
     placeholders, positions = [], []
     for sample in samples:
         is_placeholder = np.isin(sample.input_ids, media_tokens)
@@ -71,7 +77,7 @@ def collate(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> Batch:
 
     input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64, copy=False)
     boundaries = np.cumsum([0] + [len(sample.input_ids) for sample in samples]).tolist()
-    targets = [np.flatnonzero(sample.supervised[1:]) for sample in samples]
+    targets = [np.flatnonzero(sample.loss_mask[1:]) for sample in samples]
     starts = boundaries[:-1]
     label_index = np.concatenate([target + start for target, start in zip(targets, starts, strict=True)])
     label_index = label_index.astype(np.int64, copy=False)
@@ -85,17 +91,17 @@ def collate(samples: Sequence[Sample], geometry: Qwen3VLGeometry) -> Batch:
         label_index=torch.from_numpy(label_index),
         labels=torch.from_numpy(input_ids[label_index + 1]),
         label_sample=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int64), counts)),
-        supervised_per_sample=counts,
+        target_tokens_per_sample=counts,
         sample_ids=[sample.index for sample in samples],
         vision=_collate_vision(
             [picture for sample in samples for picture in sample.pictures],
             np.flatnonzero(np.concatenate(placeholders)).astype(np.int64),
-            geometry.vision,
+            model_config.vision,
         ),
     )
 
 
-def _collate_vision(pictures: list[Picture], placeholder_index: np.ndarray, vision: VisionGeometry) -> VisionBatch:
+def _collate_vision(pictures: list[Picture], placeholder_index: np.ndarray, vision: Qwen3VLVisionConfig) -> VisionBatch:
     """Concatenate the pictures' patches with their position data.
 
     Every rank must run the vision tower in every micro-batch, or sharded collectives hang; so where there is no

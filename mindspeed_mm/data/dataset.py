@@ -13,17 +13,17 @@ from mindspeed_mm.data.collator import Picture, Sample
 from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, Encoder
 from mindspeed_mm.data.images import compiled_resampling
 from mindspeed_mm.data.media import describe_media, load_media
-from mindspeed_mm.data.media_settings import ImageSettings, read_image_settings, read_video_settings
 from mindspeed_mm.data.packing import Costs
 from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records, resolve_record
 from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.data.sampler import permutation
-from mindspeed_mm.data.stream import RecordFile
+from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, read_image_settings, read_video_settings
 
 if TYPE_CHECKING:
-    from mindspeed_mm.arguments.data_config import DataConfig
+    from mindspeed_mm.config.data_config import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +115,10 @@ class ChatDataset:
             pictures = tuple(self._picture(path, tuple(grid)) for path, grid in paths)
         except UserError as error:
             raise UserError(f"{self.describe(index)}: {error}") from error
-        supervised = np.zeros(len(row["input_ids"]), dtype=bool)
+        loss_mask = np.zeros(len(row["input_ids"]), dtype=bool)
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
-            supervised[start:end] = True
-        return Sample(np.array(row["input_ids"], dtype=np.int64), supervised, pictures, int(index))
+            loss_mask[start:end] = True
+        return Sample(np.array(row["input_ids"], dtype=np.int64), loss_mask, pictures, int(index))
 
     def costs(self) -> Costs:
         """Tokens and patches of every sample, without reading any of them.
@@ -137,7 +137,7 @@ class ChatDataset:
         costs = Costs(text.value_lengths().to_numpy().astype(np.int64), areas[ends] - areas[starts])
         return costs if self._chosen is None else costs.take(self._chosen)
 
-    def supervised_counts(self) -> np.ndarray:
+    def target_token_counts(self) -> np.ndarray:
         """Supervised tokens of every sample, int64 [n], without reading any of them.
 
         Raises:
@@ -180,7 +180,7 @@ class ChatDataset:
 
 
 def build_datasets(
-    config: DataConfig, *, geometry: Qwen3VLGeometry, seq_length: int, seed: int
+    config: DataConfig, *, model_config: Qwen3VLConfig, seq_length: int, seed: int
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The training data set and the one to evaluate on, if the data file asks for one.
 
@@ -202,7 +202,7 @@ def build_datasets(
         preprocess.model_name_or_path,
         min_pixels=preprocess.image_min_pixels,
         max_pixels=preprocess.image_max_pixels,
-        vision=geometry.vision,
+        vision=model_config.vision,
     )
     if parameters.attr.videos:
         videos = read_video_settings(

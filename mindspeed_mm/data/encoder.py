@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.data.media import measure_media
-from mindspeed_mm.data.media_settings import ImageSettings
-from mindspeed_mm.data.template import ChatTemplate, Message
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate, Message
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED, UNUSABLE = range(5)  # what becomes of a record
 RECORD_COLUMNS = ("roles", "texts", "images", "where")
@@ -88,10 +88,10 @@ class Encoder:
         outcome = SHORTENED if encoded.dropped_messages else KEPT
         return {
             "input_ids": encoded.input_ids.astype(np.int32),
-            "spans": _spans(encoded.supervised),
+            "spans": _spans(encoded.loss_mask),
             "images": list(images[: encoded.num_pictures]),
             "grids": [number for grid, _ in media[: encoded.num_pictures] for number in grid],
-            "outcome": outcome if encoded.supervised[1:].any() else NOTHING_SUPERVISED,
+            "outcome": outcome if encoded.loss_mask[1:].any() else NOTHING_SUPERVISED,
         }
 
 
@@ -99,7 +99,7 @@ def _nothing(outcome: int) -> dict[str, Any]:
     return {"input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "grids": [], "outcome": outcome}
 
 
-def _spans(supervised: np.ndarray) -> list[int]:
+def _spans(loss_mask: np.ndarray) -> list[int]:
     """Borders of the runs of True: start, end, start, end, ..."""
-    edges = np.diff(np.concatenate(([False], supervised, [False])).astype(np.int8))
+    edges = np.diff(np.concatenate(([False], loss_mask, [False])).astype(np.int8))
     return np.flatnonzero(edges).tolist()

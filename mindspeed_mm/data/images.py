@@ -17,8 +17,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageOps
 
-from mindspeed_mm.data.media_settings import ImageSettings
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 logger = logging.getLogger(__name__)
 _MAX_ASPECT_RATIO = 200

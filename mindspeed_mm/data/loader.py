@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mindspeed_mm.backend.helpers import shield_from_signals
-from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.backend.worker_signals import shield_from_signals
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
 from mindspeed_mm.data.packing import PackedSampler, pack
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.interfaces.batch import Batch
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 if TYPE_CHECKING:
-    from mindspeed_mm.arguments.data_config import DataConfig
+    from mindspeed_mm.config.data_config import DataConfig
 
 _PREFETCHED_PER_WORKER = 4
 _PADDING = -1  # stands for a sample that only keeps this rank in step with the others
@@ -68,9 +68,9 @@ class _MicroBatches(torch.utils.data.Dataset):
     travels with the batch, and all ranks decide together.
     """
 
-    def __init__(self, dataset: ChatDataset, geometry: Qwen3VLGeometry) -> None:
+    def __init__(self, dataset: ChatDataset, model_config: Qwen3VLConfig) -> None:
         self._dataset = dataset
-        self._geometry = geometry
+        self._geometry = model_config
 
     def __getitem__(self, indices: Sequence[int]) -> _MicroBatch:
         bad: list[str] = []
@@ -173,7 +173,7 @@ class BatchLoader:
         dataset: ChatDataset,
         sampler: Iterable[list[int]],
         *,
-        geometry: Qwen3VLGeometry,
+        model_config: Qwen3VLConfig,
         micro_batches: int,
         samples_per_epoch: int,
         summary: str,
@@ -197,7 +197,7 @@ class BatchLoader:
         self.summary = summary
         self._micro_batches = micro_batches
         self._loader = DataLoader(
-            _MicroBatches(dataset, geometry),
+            _MicroBatches(dataset, model_config),
             sampler=sampler,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_is,
@@ -250,7 +250,7 @@ class TrainLoader(BatchLoader):
 def build_train_loader(
     config: DataConfig,
     *,
-    geometry: Qwen3VLGeometry,
+    model_config: Qwen3VLConfig,
     seq_length: int,
     micro_batch_size: int,
     global_batch_size: int,
@@ -285,7 +285,7 @@ def build_train_loader(
         UserError: for data that cannot be trained on, and sizes that do not divide.
     """
     if dataset is None:
-        dataset, _ = build_datasets(config, geometry=geometry, seq_length=seq_length, seed=seed)
+        dataset, _ = build_datasets(config, model_config=model_config, seq_length=seq_length, seed=seed)
     options = config.dataloader_param
     per_round = micro_batch_size * dp_size
     if global_batch_size % per_round:
@@ -313,7 +313,7 @@ def build_train_loader(
     return TrainLoader(
         dataset,
         sampler,
-        geometry=geometry,
+        model_config=model_config,
         micro_batches=global_batch_size // per_round,
         samples_per_epoch=stream.samples_per_epoch * unit,
         summary=summary,
@@ -325,7 +325,7 @@ def build_train_loader(
 def build_eval_loader(
     config: DataConfig,
     *,
-    geometry: Qwen3VLGeometry,
+    model_config: Qwen3VLConfig,
     seq_length: int,
     micro_batch_size: int,
     dp_rank: int,
@@ -340,13 +340,13 @@ def build_eval_loader(
     gets one with nothing supervised. Arguments as in ``build_train_loader``.
     """
     if dataset is None:
-        _, dataset = build_datasets(config, geometry=geometry, seq_length=seq_length, seed=seed)
+        _, dataset = build_datasets(config, model_config=model_config, seq_length=seq_length, seed=seed)
     if dataset is None:
         return None
     return BatchLoader(
         dataset,
         _eval_indices(len(dataset), micro_batch_size, dp_rank, dp_size),
-        geometry=geometry,
+        model_config=model_config,
         micro_batches=1,
         samples_per_epoch=len(dataset),
         summary=f"{len(dataset)} samples",

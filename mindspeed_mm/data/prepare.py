@@ -21,16 +21,16 @@ import numpy as np
 
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, UNUSABLE, Encoder, load_tokenizer
-from mindspeed_mm.data.media_settings import ImageSettings
-from mindspeed_mm.data.published_template import compare_with_checkpoint
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
-from mindspeed_mm.data.template import ChatTemplate
+from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mindspeed_mm.arguments.data_config import Attributes, DataConfig
+    from mindspeed_mm.config.data_config import Attributes, DataConfig
 
 logger = logging.getLogger(__name__)
 _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn is too long",
@@ -38,8 +38,8 @@ _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn 
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-_CODE = ("prepare.py", "encoder.py", "template.py", "published_template.py", "records.py", "images.py", "media.py",
-         "media_settings.py", "videos.py")
+_CODE = ("data/prepare.py", "data/encoder.py", "data/template_check.py", "data/records.py", "data/images.py",
+         "data/media.py", "data/videos.py", "models/qwen3_vl/chat_template.py", "models/qwen3_vl/processor.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def cache_key(source: Source) -> str:
         "attr": dict(parameters.attr),
         "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.bad_limit > 0,
-        "code": [_digest(Path(__file__).with_name(name)) for name in _CODE],
+        "code": [_digest(Path(__file__).parents[1] / name) for name in _CODE],
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.data.template import (
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.chat_template import (
     IMAGE_TAG,
     VIDEO_TAG,
     Message,
@@ -20,10 +21,9 @@ from mindspeed_mm.data.template import (
     tool_call_text,
     tools_text,
 )
-from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
-    from mindspeed_mm.arguments.data_config import Attributes
+    from mindspeed_mm.config.data_config import Attributes
 
 
 @dataclasses.dataclass(frozen=True)

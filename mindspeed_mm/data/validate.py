@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
-from mindspeed_mm.data.stream import RecordFile
-from mindspeed_mm.data.template import check_template
+from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.chat_template import check_template
 
 if TYPE_CHECKING:
-    from mindspeed_mm.arguments.data_config import Attributes, DataConfig
+    from mindspeed_mm.config.data_config import Attributes, DataConfig
 
 _STREAMED_ROWS = 1000
 

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from mindspeed_mm.data.images import cut_patches, load_pixels
-from mindspeed_mm.data.media_settings import ImageSettings, VideoSettings
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, VideoSettings
 
 _MAX_ASPECT_RATIO = 200
 Video = str | Sequence[str]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.parallel.mesh import Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

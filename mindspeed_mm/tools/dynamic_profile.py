@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mindspeed_mm.arguments.config_file import load_config
-from mindspeed_mm.arguments.tools_config import DYNAMIC_FILE, DynamicRequest
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.tools_config import DYNAMIC_FILE, DynamicRequest
 from mindspeed_mm.errors import UserError
 
 _SHOWN = (

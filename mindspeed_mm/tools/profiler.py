@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch.profiler import record_function
 
-from mindspeed_mm.arguments.tools_config import MemoryProfileConfig, ProfileConfig, ToolsConfig
 from mindspeed_mm.backend.profiling import Profiler, ProfileRequest, Recording
+from mindspeed_mm.config.tools_config import MemoryProfileConfig, ProfileConfig, ToolsConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.tools.dynamic_profile import RequestFile
 

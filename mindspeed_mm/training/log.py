@@ -19,7 +19,7 @@ class IntervalStats:
     skipped: int = 0
     nan: int = 0
     waited: float = 0.0
-    supervised: int = 0
+    target_tokens: int = 0
     teraflop: float = 0.0
 
     def add(
@@ -33,7 +33,7 @@ class IntervalStats:
         nan: bool,
         router_loss: float | None = None,
         waited: float = 0.0,
-        supervised: int = 0,
+        target_tokens: int = 0,
         teraflop: float = 0.0,
     ) -> None:
         """Count one iteration; a loss that is not finite stays visible as the next line's loss.
@@ -47,7 +47,7 @@ class IntervalStats:
         self.skipped += skipped
         self.nan += nan
         self.waited += waited
-        self.supervised += supervised
+        self.target_tokens += target_tokens
         self.teraflop += teraflop
         self.loss_sum += loss
         if router_loss is not None:
@@ -78,7 +78,7 @@ class DeviceSpeed:
         by_time = 1.0 / (max(1e-9, stats.seconds) * self.devices)
         fields = [
             f"tokens/s per device: {stats.tokens * by_time:.1f}",
-            f"supervised tokens/s per device: {stats.supervised * by_time:.1f}",
+            f"supervised tokens/s per device: {stats.target_tokens * by_time:.1f}",
             f"TFLOP/s per device: {stats.teraflop * by_time:.4g}",
         ]
         if self.peak_tflops:

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm.backend.transfer import upload
-from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.parallel.mesh import Layout
 
 LossMode = Literal["per_token", "per_sample", "square", "default"]
 
 
-def step_token_weights(
+def step_loss_weights(
     batches: Sequence[Batch], *, mode: LossMode, layout: Layout, device: torch.device
 ) -> list[Tensor]:
     """fp32 [S] for each micro-batch of this rank's step.
@@ -41,14 +41,14 @@ def step_token_weights(
         device: of the results. The sum over ranks stays there: nothing is read back to the host, and no copy to the
             device is waited for.
     """
-    shares = [_sample_shares(batch.supervised_per_sample, mode) for batch in batches]
+    shares = [_sample_shares(batch.target_tokens_per_sample, mode) for batch in batches]
     if mode == "default":
         total = torch.full((), float(len(batches) * layout.data_size), device=device)
     else:
         local = sum(
             count * share
             for batch, own in zip(batches, shares, strict=True)
-            for count, share in zip(batch.supervised_per_sample, own, strict=True)
+            for count, share in zip(batch.target_tokens_per_sample, own, strict=True)
         )
         total = torch.full((), float(local), dtype=torch.float32, device=device)
         dist.all_reduce(total)
@@ -60,12 +60,12 @@ def step_token_weights(
     ]
 
 
-def _sample_shares(supervised: Sequence[int], mode: LossMode) -> list[float]:
+def _sample_shares(target_tokens: Sequence[int], mode: LossMode) -> list[float]:
     """Share of a token of each sample, before the division by the step's total."""
     if mode == "per_token":
-        return [1.0] * len(supervised)
+        return [1.0] * len(target_tokens)
     if mode == "per_sample":
-        return [1.0 / count if count else 0.0 for count in supervised]
+        return [1.0 / count if count else 0.0 for count in target_tokens]
     if mode == "square":
-        return [1.0 / math.sqrt(count) if count else 0.0 for count in supervised]
-    return [1.0 / max(1, sum(supervised))] * len(supervised)
+        return [1.0 / math.sqrt(count) if count else 0.0 for count in target_tokens]
+    return [1.0 / max(1, sum(target_tokens))] * len(target_tokens)

@@ -13,7 +13,7 @@ from mindspeed_mm.training.gradients import by_mesh, local
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from mindspeed_mm.arguments.flags import TrainingArgs
+    from mindspeed_mm.config.flags import TrainingArgs
 
 
 class AdamW(torch.optim.AdamW):

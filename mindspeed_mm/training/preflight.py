@@ -14,39 +14,39 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.arguments.recipe import Recipe, check_data_files, check_weights, load_recipe
 from mindspeed_mm.backend.device_check import check_device
+from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
+from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
+from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
 from mindspeed_mm.tools.memory.plan import Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
-from mindspeed_mm.training.checkpoint.directory import resolve_checkpoint, verify_directory
-from mindspeed_mm.training.checkpoint.room import check_place, warning_of_room
 
 # a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678
 _LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
 
 
-def preflight(recipe: Recipe) -> None:
+def preflight(job: JobConfig) -> None:
     """Check that the guide's earlier steps are done and fit the recipe, in their order.
 
     Raises:
         UserError: naming what is missing or contradicts, and the step of the guide that mends it.
     """
-    check_weights(recipe)
-    geometry = Qwen3VLGeometry.from_pretrained(recipe.model.init_from_hf_path)
-    recipe.check_geometry(geometry)
-    if recipe.args.load is not None:
-        verify_directory(resolve_checkpoint(recipe.args.load))
-    if recipe.args.save is not None:
-        check_place(Path(recipe.args.save))
-    check_temporary_directory(recipe.args.num_workers)
-    check_data_files(recipe)
-    validate_data(recipe.data)
-    warn_of_memory(recipe, geometry, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
-    warn_of_room(recipe, geometry)
+    check_weights(job)
+    model_config = Qwen3VLConfig.from_pretrained(job.model.init_from_hf_path)
+    job.check_model_config(model_config)
+    if job.args.load is not None:
+        verify_directory(resolve_checkpoint(job.args.load))
+    if job.args.save is not None:
+        check_place(Path(job.args.save))
+    check_temporary_directory(job.args.num_workers)
+    check_data_files(job)
+    validate_data(job.data)
+    warn_of_memory(job, model_config, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
+    warn_of_room(job, model_config)
 
 
 def check_temporary_directory(num_workers: int) -> None:
@@ -64,14 +64,14 @@ def check_temporary_directory(num_workers: int) -> None:
         )
 
 
-def warn_of_room(recipe: Recipe, geometry: Qwen3VLGeometry) -> None:
+def warn_of_room(job: JobConfig, model_config: Qwen3VLConfig) -> None:
     """Print a line where the run's checkpoints do not fit on the disk."""
-    args = recipe.args
+    args = job.args
     if args.save is None:
         return
     line = warning_of_room(
         Path(args.save),
-        nbytes=checkpoint_bytes(_plan(recipe, geometry), moments=not args.no_save_optim),
+        nbytes=checkpoint_bytes(_plan(job, model_config), moments=not args.no_save_optim),
         count=1 if args.save_interval is None else -(-args.train_iters // args.save_interval),
         keep_last=args.keep_last,
     )
@@ -79,15 +79,15 @@ def warn_of_room(recipe: Recipe, geometry: Qwen3VLGeometry) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _plan(recipe: Recipe, geometry: Qwen3VLGeometry) -> Plan:
+def _plan(job: JobConfig, model_config: Qwen3VLConfig) -> Plan:
     load = Load.largest(
-        recipe.args, geometry, pixels=recipe.data.dataset_param.preprocess_parameters.image_max_pixels
+        job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
     )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan_run(recipe.args, recipe.model, recipe.fsdp, geometry=geometry, world_size=world_size, load=load)
+    return plan_run(job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size, load=load)
 
 
-def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) -> None:
+def warn_of_memory(job: JobConfig, model_config: Qwen3VLConfig, *, memory: str) -> None:
     """Print a line where samples of the full length are not likely to fit.
 
     Args:
@@ -104,7 +104,7 @@ def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) ->
         size = float(memory)
     except ValueError:
         raise UserError(f"MM_DEVICE_MEMORY_GB is {memory!r}; it must be a number of GiB, or empty") from None
-    line = warning(_plan(recipe, geometry), Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
+    line = warning(_plan(job, model_config), Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
     if line is not None:
         print(f"warning: {line}", file=sys.stderr)
 
@@ -112,9 +112,9 @@ def warn_of_memory(recipe: Recipe, geometry: Qwen3VLGeometry, *, memory: str) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
     try:
-        recipe = load_recipe(argv)
-        preflight(recipe)
-        check_device(recipe.args.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        job = load_job_config(argv)
+        preflight(job)
+        check_device(job.args.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,39 +12,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from mindspeed_mm.arguments.flags import TrainingArgs
-from mindspeed_mm.arguments.recipe import Recipe
 from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
-from mindspeed_mm.backend.rate import matrix_rate
-from mindspeed_mm.backend.store import own_store
+from mindspeed_mm.backend.peak_flops import measure_peak_tflops
+from mindspeed_mm.backend.rendezvous import own_store
+from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.save_directory import held_save_directory
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.flops import FlopCount
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import Qwen3VLModel
-from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.flops import FlopCount
+from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
+from mindspeed_mm.parallel.parallelize import parallelise
 from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.bad_samples import BadSamples
-from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
-from mindspeed_mm.training.checkpoint.save_directory import held_save_directory
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
-from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
-from mindspeed_mm.training.health import Health, reports_directory
+from mindspeed_mm.training.anomaly_detection import AnomalyDetector, reports_directory
+from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
 from mindspeed_mm.training.signals import StopRequest, exit_status
+from mindspeed_mm.training.skipped_samples import BadSamples
 from mindspeed_mm.training.trainer import ForwardStep, Trainer
-from mindspeed_mm.training.watch import Limits, Watch
+from mindspeed_mm.training.watchdog import Watchdog, WatchdogLimits
 
-ModelProvider = Callable[[Recipe, Qwen3VLGeometry, Backend], Qwen3VLModel]
-DataProvider = Callable[[Recipe, Qwen3VLGeometry, Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]]
+ModelProvider = Callable[[JobConfig, Qwen3VLConfig, Backend], Qwen3VLModel]
+DataProvider = Callable[[JobConfig, Qwen3VLConfig, Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]]
 
 
 def pretrain(
-    recipe: Recipe, model_provider: ModelProvider, data_provider: DataProvider, forward_step: ForwardStep
+    job: JobConfig, model_provider: ModelProvider, data_provider: DataProvider, forward_step: ForwardStep
 ) -> int:
     """Run a recipe on this process, one of those that torchrun started.
 
@@ -61,62 +61,62 @@ def pretrain(
     Raises:
         UserError: for anything that the user can mend.
     """
-    backend = select_backend(recipe.args.device)
-    if recipe.args.deterministic_mode:
+    backend = select_backend(job.args.device)
+    if job.args.deterministic_mode:
         backend.use_deterministic_kernels()
     start_processes(
         backend,
-        timeout_minutes=recipe.args.distributed_timeout_minutes,
-        host_tensors=recipe.fsdp.offload_to_cpu,
+        timeout_minutes=job.args.distributed_timeout_minutes,
+        host_tensors=job.fsdp.offload_to_cpu,
     )
     try:
-        with held_save_directory(recipe.args.save):
-            stopped = _run(recipe, backend, model_provider, data_provider, forward_step)
+        with held_save_directory(job.args.save):
+            stopped = _run(job, backend, model_provider, data_provider, forward_step)
     finally:
         stop_processes()
     return exit_status(stopped=stopped)
 
 
 def _run(
-    recipe: Recipe,
+    job: JobConfig,
     backend: Backend,
     model_provider: ModelProvider,
     data_provider: DataProvider,
     forward_step: ForwardStep,
 ) -> bool:
     """Train; returns whether the run was told to stop before its end."""
-    args = recipe.args
+    args = job.args
     layout = build_layout(
         device_type=backend.device.type,
-        sharding_size=recipe.fsdp.sharding_size,
+        sharding_size=job.fsdp.sharding_size,
         expert_size=args.expert_model_parallel_size,
         context_size=args.context_parallel_size,
     )
-    recipe.check_world(world_size=layout.world_size)
+    job.check_world(world_size=layout.world_size)
     say = _Announcer(layout)
     say(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
     if note := communication_note(backend, args.distributed_backend):
         say(note)
-    for line in recipe.describe_ignored():
+    for line in job.describe_ignored():
         say(line)
 
     backend.seed(args.seed)
-    geometry = Qwen3VLGeometry.from_pretrained(recipe.model.init_from_hf_path)
-    recipe.check_geometry(geometry)
+    model_config = Qwen3VLConfig.from_pretrained(job.model.init_from_hf_path)
+    job.check_model_config(model_config)
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
-        model = model_provider(recipe, geometry, backend)
-    _shard_and_allocate(model, recipe, backend, layout)
+        model = model_provider(job, model_config, backend)
+    _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args)
     say(_describe(model))
-    progress = _load(recipe, model, optimizer, backend, say)
-    _restore_schedule(recipe, schedule, progress)
+    progress = _load(job, model, optimizer, backend, say)
+    _restore_schedule(job, schedule, progress)
 
     with say.log():
-        loader, eval_loader = data_provider(recipe, geometry, layout, progress)
-    _check_order(recipe, progress, loader, say)
+        loader, eval_loader = data_provider(job, model_config, layout, progress)
+    _check_order(job, progress, loader, say)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
-    _warn_of_losses(recipe, say)
+    _warn_of_losses(job, say)
     say(
         f"data: {loader.summary}; training from iteration {progress.iteration + 1} to {args.train_iters}"
     )
@@ -128,25 +128,25 @@ def _run(
             schedule=schedule,
             loader=loader,
             forward_step=forward_step,
-            loss_mode=recipe.loss_mode,
+            loss_mode=job.loss_mode,
             layout=layout,
             backend=backend,
             progress=progress,
-            merge_unit=geometry.vision.merge_unit,
+            merge_unit=model_config.vision.merge_unit,
             tools=StepTools(
-                recipe.tools,
+                job.tools,
                 rank=layout.rank,
                 profiler=backend.profiler(),
                 memory_history=backend.memory_history(),
             ),
-            router_balance=_router_balance(recipe, geometry),
-            flop_count=_flop_count(recipe, geometry),
-            peak_tflops=_peak_tflops(recipe, backend, say),
+            load_balancing_loss=_router_balance(job, model_config),
+            flop_count=_flop_count(job, model_config),
+            peak_tflops=_peak_tflops(job, backend, say),
             eval_loader=eval_loader,
-            bad_samples=BadSamples(recipe.data.dataloader_param.bad_sample_limit),
-            packed=recipe.data.dataset_param.basic_parameters.packs,
-            saver=_saver(recipe, model, optimizer, backend),
-            step_hooks=[Health(args, model=model, describe=loader.dataset.describe)],
+            bad_samples=BadSamples(job.data.dataloader_param.bad_sample_limit),
+            packed=job.data.dataset_param.basic_parameters.packs,
+            checkpoint_manager=_saver(job, model, optimizer, backend),
+            step_hooks=[AnomalyDetector(args, model=model, describe=loader.dataset.describe)],
             stop_requested=stop_request,
             clock=watch.clock,
         )
@@ -164,9 +164,9 @@ def _say_end(args: TrainingArgs, progress: Progress, *, stopped: bool, backend: 
         say(f"to continue: --load {args.save}" if args.save else "nothing was saved: there is no --save")
 
 
-def _watch(args: TrainingArgs, layout: Layout) -> Watch:
-    return Watch(
-        Limits.of(args),
+def _watch(args: TrainingArgs, layout: Layout) -> Watchdog:
+    return Watchdog(
+        WatchdogLimits.of(args),
         rank=layout.rank,
         world_size=layout.world_size,
         directory=reports_directory(args),
@@ -174,37 +174,39 @@ def _watch(args: TrainingArgs, layout: Layout) -> Watch:
     )
 
 
-def _flop_count(recipe: Recipe, geometry: Qwen3VLGeometry) -> FlopCount:
-    encoder = recipe.model.image_encoder
+def _flop_count(job: JobConfig, model_config: Qwen3VLConfig) -> FlopCount:
+    encoder = job.model.image_encoder
     return FlopCount(
-        geometry=geometry,
+        model_config=model_config,
         train_vision=not encoder.vision_encoder.freeze,
         train_projector=not encoder.vision_projector.freeze,
-        train_text=not recipe.model.text_decoder.freeze,
+        train_text=not job.model.text_decoder.freeze,
     )
 
 
-def _peak_tflops(recipe: Recipe, backend: Backend, say: _Announcer) -> float | None:
+def _peak_tflops(job: JobConfig, backend: Backend, say: _Announcer) -> float | None:
     """What MFU compares with: as given, or measured for 0."""
-    if recipe.args.peak_tflops != 0:
-        return recipe.args.peak_tflops
-    rate = matrix_rate(backend, DTYPES[recipe.fsdp.param_dtype])
-    say(f"one large {recipe.fsdp.param_dtype} matrix product runs at {rate:.3g} TFLOP/s here: MFU compares with that")
+    if job.args.peak_tflops != 0:
+        return job.args.peak_tflops
+    rate = measure_peak_tflops(backend, DTYPES[job.fsdp.param_dtype])
+    say(f"one large {job.fsdp.param_dtype} matrix product runs at {rate:.3g} TFLOP/s here: MFU compares with that")
     return rate
 
 
-def _router_balance(recipe: Recipe, geometry: Qwen3VLGeometry) -> RouterBalance | None:
-    coefficient = recipe.router_aux_loss_coef
-    return RouterBalance(coefficient, top_k=geometry.text.num_experts_per_token) if coefficient else None
+def _router_balance(job: JobConfig, model_config: Qwen3VLConfig) -> LoadBalancingLoss | None:
+    coefficient = job.router_aux_loss_coef
+    return LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token) if coefficient else None
 
 
-def _saver(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend) -> Saver | None:
+def _saver(
+    job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend
+) -> CheckpointManager | None:
     """What writes the run's checkpoints, if any are to be written."""
-    args = recipe.args
+    args = job.args
     if args.save is None:
         return None
     optimizer_to_save = None if args.no_save_optim else optimizer
-    return Saver(
+    return CheckpointManager(
         TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng),
         SaveOptions(
             root=Path(args.save),
@@ -215,7 +217,7 @@ def _saver(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, b
             timeout_minutes=args.distributed_timeout_minutes,
         ),
         backend=backend,
-        metadata={**recipe.checkpoint_metadata(), RUN_KEY: run_identity()},
+        metadata={**job.checkpoint_metadata(), RUN_KEY: run_identity()},
     )
 
 
@@ -258,12 +260,12 @@ class _LogHandler(logging.Handler):
         self._say(record.getMessage())
 
 
-def _shard_and_allocate(model: Qwen3VLModel, recipe: Recipe, backend: Backend, layout: Layout) -> None:
+def _shard_and_allocate(model: Qwen3VLModel, job: JobConfig, backend: Backend, layout: Layout) -> None:
     """Shard the model and give this process's shards storage on the device; the values come from a checkpoint."""
     # FSDP2 moves what is elsewhere by exchanging a tensor's data, which not every device allows
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(backend.device))
-    parallelise(model, layout=layout, config=recipe.fsdp)
-    model.to_empty(device="cpu" if recipe.fsdp.offload_to_cpu else backend.device)
+    parallelise(model, layout=layout, config=job.fsdp)
+    model.to_empty(device="cpu" if job.fsdp.offload_to_cpu else backend.device)
     for module in model.modules():  # constants are wanted on the device wherever the parameters are kept
         for name, constant in module.named_buffers(recurse=False):
             setattr(module, name, constant.to(backend.device))
@@ -277,14 +279,14 @@ def _describe(model: nn.Module) -> str:
 
 
 def _load(
-    recipe: Recipe, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, say: _Announcer
+    job: JobConfig, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, say: _Announcer
 ) -> Progress:
-    start = choose_start(recipe.args)
+    start = choose_start(job.args)
     for note in start.notes:
         say(note)
     path = start.path
     if path is None:
-        directory = recipe.model.init_from_hf_path
+        directory = job.model.init_from_hf_path
         load_hf_weights(model, directory)
         say(f"loaded the weights of {directory}; no --load was given")
         return Progress()
@@ -295,14 +297,14 @@ def _load(
         optimizer=optimizer if start.with_optimizer and not converted else None,
         backend=backend,
         with_rng=start.with_rng and not converted,
-        check=recipe.args.check_load,
+        check=job.args.check_load,
     )
     said = {"read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"}
-    say(f"loaded {path}; {said[recipe.args.check_load]}")
+    say(f"loaded {path}; {said[job.args.check_load]}")
     return progress
 
 
-def _restore_schedule(recipe: Recipe, schedule: Any, progress: Progress) -> None:
+def _restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
     """Continue the learning-rate schedule; one that differs from the flags' is the user's to decide."""
     if progress.schedule is None:
         return
@@ -312,17 +314,17 @@ def _restore_schedule(recipe: Recipe, schedule: Any, progress: Progress) -> None
         for key, saved in progress.schedule.items()
         if key not in ("num_steps", "wd_incr_steps") and current.get(key) != saved
     ]
-    if differing and not recipe.args.override_opt_param_scheduler:
+    if differing and not job.args.override_opt_param_scheduler:
         raise UserError(
-            f"the learning-rate schedule of {recipe.args.load} differs from the flags' ({'; '.join(differing)}); pass "
+            f"the learning-rate schedule of {job.args.load} differs from the flags' ({'; '.join(differing)}); pass "
             "the flags of the first run, or --override-opt-param-scheduler to continue under the new schedule"
         )
     schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
 
 
-def _warn_of_losses(recipe: Recipe, say: _Announcer) -> None:
+def _warn_of_losses(job: JobConfig, say: _Announcer) -> None:
     """Say what a run resumed from this run's checkpoints will not have."""
-    args = recipe.args
+    args = job.args
     left_out = [
         what
         for flag, what in ((args.no_save_optim, "AdamW's moments"), (args.no_save_rng, "random generator states"))
@@ -335,10 +337,10 @@ def _warn_of_losses(recipe: Recipe, say: _Announcer) -> None:
         )
 
 
-def _check_order(recipe: Recipe, progress: Progress, loader: Any, say: _Announcer) -> None:
+def _check_order(job: JobConfig, progress: Progress, loader: Any, say: _Announcer) -> None:
     """Say so where the resumed run will not see the samples in the order of the first."""
     for name, saved, current in (
-        ("--seed", progress.seed, recipe.args.seed),
+        ("--seed", progress.seed, job.args.seed),
         ("the number of samples per epoch", progress.samples_per_epoch, loader.samples_per_epoch),
     ):
         if saved is not None and saved != current:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from mindspeed_mm.backend.transfer import Moment
+from mindspeed_mm.backend.transfer import DeviceEvent
 from mindspeed_mm.training.log import DeviceSpeed, IntervalStats, format_line
 from mindspeed_mm.training.step import StepResult
 
@@ -52,7 +52,7 @@ class Reporter:
         log_samples: bool = False,
         is_main: bool,
         lag: int,
-        mark: Callable[[], Moment],
+        mark: Callable[[], DeviceEvent],
         hooks: tuple[StepHook, ...] = (),
         speed: Callable[[], DeviceSpeed] | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class Reporter:
             skipped=result.skipped,
             nan=not math.isfinite(loss),
             waited=report.waited,
-            supervised=result.supervised,
+            target_tokens=result.target_tokens,
             teraflop=result.teraflop,
         )
         if report.iteration % self.log_interval == 0 or report.iteration == self.train_iters:

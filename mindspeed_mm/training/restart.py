@@ -11,9 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mindspeed_mm.arguments.flags import TrainingArgs
+from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
+from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint.directory import read_manifest, resolve_checkpoint
 
 RUN_KEY = "run"
 """Entry of a manifest's metadata: which run wrote the checkpoint."""

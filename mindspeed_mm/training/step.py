@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mindspeed_mm.backend.transfer import HostRead, Moment, upload
-from mindspeed_mm.data.batch import Batch
-from mindspeed_mm.models.qwen3vl import ModelOutput
+from mindspeed_mm.backend.transfer import DeferredHostRead, DeviceEvent, upload
+from mindspeed_mm.interfaces.batch import Batch
+from mindspeed_mm.models.qwen3_vl.model import ModelOutput
 from mindspeed_mm.training.gradients import GradientNorm
 
 
@@ -35,7 +35,7 @@ class StepSums(NamedTuple):
     loss: float = 0.0
     router_loss: float = 0.0
     tokens: float = 0.0
-    supervised: float = 0.0
+    target_tokens: float = 0.0
     samples: float = 0.0
     bad: float = 0.0
     stop: float = 0.0
@@ -85,7 +85,7 @@ class StepTotals:
 
     def result(self, norm: GradientNorm, *, has_router_loss: bool, bad_messages: Sequence[str]) -> StepResult:
         """Send the sums to the host, without waiting for them."""
-        numbers = HostRead(torch.cat((self._sums, norm.total.to(self._sums.device).view(1))))
+        numbers = DeferredHostRead(torch.cat((self._sums, norm.total.to(self._sums.device).view(1))))
         return StepResult(
             numbers, has_router_loss=has_router_loss, bad_messages=bad_messages, samples=tuple(self._samples),
             gradient_norms=norm.parts,
@@ -106,7 +106,7 @@ class StepResult:
 
     def __init__(
         self,
-        numbers: HostRead,
+        numbers: DeferredHostRead,
         *,
         has_router_loss: bool,
         bad_messages: Sequence[str],
@@ -129,7 +129,7 @@ class StepResult:
         return _Values(StepSums(*sums), norm)
 
     @property
-    def made(self) -> Moment:
+    def made(self) -> DeviceEvent:
         """When the device has finished the step."""
         return self._numbers.made
 
@@ -154,9 +154,9 @@ class StepResult:
         return round(self._values.sums.tokens)
 
     @property
-    def supervised(self) -> int:
+    def target_tokens(self) -> int:
         """Tokens that the loss counts."""
-        return round(self._values.sums.supervised)
+        return round(self._values.sums.target_tokens)
 
     @property
     def sample_count(self) -> int:

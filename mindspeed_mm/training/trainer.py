@@ -12,30 +12,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mindspeed_mm.arguments.flags import TrainingArgs
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.transfer import Moment
-from mindspeed_mm.data.batch import Batch
+from mindspeed_mm.backend.transfer import DeviceEvent
+from mindspeed_mm.checkpoint.manager import CheckpointManager
+from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.data.loader import StepBatches, dead_workers_named
-from mindspeed_mm.models.moe import RouterLoad
-from mindspeed_mm.models.qwen3vl import ModelOutput
-from mindspeed_mm.parallel.context import split_batch
+from mindspeed_mm.interfaces.batch import Batch
+from mindspeed_mm.models.layers.moe import RouterLoad
+from mindspeed_mm.models.qwen3_vl.model import ModelOutput
+from mindspeed_mm.parallel.context_parallel import split_batch
 from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.mesh import Layout
-from mindspeed_mm.parallel.whole import parameters_at_rest
+from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.bad_samples import BadSamples
-from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.saver import Saver
-from mindspeed_mm.training.checkpoint.state import Progress
-from mindspeed_mm.training.feed import Feed
+from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
 from mindspeed_mm.training.gradients import clip, total_norm
+from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.log import DeviceSpeed
-from mindspeed_mm.training.loss import LossMode, step_token_weights
+from mindspeed_mm.training.loss import LossMode, step_loss_weights
 from mindspeed_mm.training.optimizer import AdamW
 from mindspeed_mm.training.reports import Reporter, StepHook, StepReport
+from mindspeed_mm.training.skipped_samples import BadSamples
 from mindspeed_mm.training.step import StepResult, StepSums, StepTotals
-from mindspeed_mm.training.watch import StepClock
+from mindspeed_mm.training.watchdog import PhaseTimer
 
 ForwardStep = Callable[[nn.Module, Batch, Tensor], ModelOutput]
 
@@ -58,14 +58,14 @@ class Trainer:
         progress: Progress,
         merge_unit: int,
         tools: StepTools,
-        router_balance: RouterBalance | None = None,
+        load_balancing_loss: LoadBalancingLoss | None = None,
         eval_loader: Iterable[StepBatches] | None = None,
         bad_samples: BadSamples | None = None,
         packed: bool = False,
-        saver: Saver | None = None,
+        checkpoint_manager: CheckpointManager | None = None,
         step_hooks: Sequence[StepHook] = (),
         stop_requested: Callable[[], bool] | None = None,
-        clock: StepClock | None = None,
+        clock: PhaseTimer | None = None,
         flop_count: Callable[[Batch], float] | None = None,
         peak_tflops: float | None = None,
     ) -> None:
@@ -91,16 +91,16 @@ class Trainer:
         self.backend = backend
         self.progress = progress
         self.tools = tools
-        self.router_balance = router_balance
+        self.load_balancing_loss = load_balancing_loss
         self.eval_loader = eval_loader
         self.bad_samples = bad_samples or BadSamples(limit=0)
-        self.saver = saver
+        self.checkpoint_manager = checkpoint_manager
         self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
         self.split_batch = _splitter(layout, merge_unit)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stop_requested = stop_requested or (lambda: False)
         self.stopped = False  # before the end, because a process was asked to
-        self.clock = clock or StepClock()
+        self.clock = clock or PhaseTimer()
         self.reporter = Reporter(
             log_interval=args.log_interval,
             train_iters=args.train_iters,
@@ -109,7 +109,7 @@ class Trainer:
             log_samples=packed,
             is_main=layout.is_main,
             lag=1 if backend.is_accelerator else 0,
-            mark=lambda: Moment(backend.device),
+            mark=lambda: DeviceEvent(backend.device),
             hooks=(self._check_samples, *step_hooks),
             speed=lambda: DeviceSpeed(layout.world_size, peak_tflops, backend.peak_memory_bytes()),
         )
@@ -118,17 +118,20 @@ class Trainer:
     def train(self) -> None:
         """Run the remaining iterations."""
         self.model.train()
-        with dead_workers_named(), contextlib.closing(Feed(self.loader, self.backend, self.split_batch)) as self.feed:
+        with (
+            dead_workers_named(),
+            contextlib.closing(DevicePrefetcher(self.loader, self.backend, self.split_batch)) as self.prefetcher,
+        ):
             self.reporter.restart_clock()
             try:
                 self._train_steps(self.args, self.progress)
             except Exception:
-                if self.saver is not None:
-                    self.saver.abandon()
+                if self.checkpoint_manager is not None:
+                    self.checkpoint_manager.abandon()
                 raise
-        if self.saver is not None:
+        if self.checkpoint_manager is not None:
             self.clock.pause("save")
-            self.saver.finish()
+            self.checkpoint_manager.finish()
         self.tools.close()
 
     def _train_steps(self, args: TrainingArgs, progress: Progress) -> None:
@@ -143,7 +146,7 @@ class Trainer:
             progress.iteration += 1
             progress.consumed_samples += args.global_batch_size
             self.stopped = stopping = self.reporter.add(
-                StepReport(progress.iteration, progress.consumed_samples, learning_rate, result, self.feed.waited)
+                StepReport(progress.iteration, progress.consumed_samples, learning_rate, result, self.prefetcher.waited)
             )
             stopping |= bool(args.exit_interval) and progress.iteration % args.exit_interval == 0
             self.tools.step_end(progress.iteration)
@@ -153,19 +156,21 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step over this rank's micro-batches, queued on the device without waiting for any result."""
         self.clock.enter("waiting for data")
-        data = self.feed.take()
+        data = self.prefetcher.take()
         self.clock.enter("counting tokens")
         batches = data.batches
-        weights = step_token_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
+        weights = step_loss_weights(batches, mode=self.loss_mode, layout=self.layout, device=self.backend.device)
         self.optimizer.zero_grad(set_to_none=True)
         totals = StepTotals(self._host_counts(data), self.backend.device)
-        with parameters_at_rest(self.model):
-            if self.router_balance is not None:
-                self.router_balance.start_step(self._router_loads(batches[1:], weights[1:]))
+        with cached_compute_weights(self.model):
+            if self.load_balancing_loss is not None:
+                self.load_balancing_loss.start_step(self._router_loads(batches[1:], weights[1:]))
             for batch, weight in zip(batches, weights, strict=True):
                 self.clock.enter("forward")
                 output = self.forward_step(self.model, batch, weight)
-                router_loss = None if self.router_balance is None else self.router_balance.loss(output.router_load)
+                router_loss = (
+                    None if self.load_balancing_loss is None else self.load_balancing_loss.loss(output.router_load)
+                )
                 totals.add(batch, output, router_loss)
                 loss = output.loss if router_loss is None else output.loss + router_loss
                 self.clock.enter("backward")
@@ -177,15 +182,15 @@ class Trainer:
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm.total)
         self.optimizer.step_where(totals.is_finite(norm.total))
-        return totals.result(norm, has_router_loss=self.router_balance is not None, bad_messages=data.bad)
+        return totals.result(norm, has_router_loss=self.load_balancing_loss is not None, bad_messages=data.bad)
 
     def _host_counts(self, data: StepBatches) -> StepSums:
         """What this process knows of the step beforehand; those that share micro-batches count a share each."""
         share = 1.0 / self.layout.context_size
-        supervised = sum(batch.num_supervised for batch in data.batches)
+        target_tokens = sum(batch.num_target_tokens for batch in data.batches)
         return StepSums(
             tokens=data.tokens * share,
-            supervised=supervised * share,
+            target_tokens=target_tokens * share,
             samples=data.samples * share,
             bad=len(data.bad) * share,
             teraflop=sum(map(self.flop_count, data.batches)) * share,
@@ -205,9 +210,9 @@ class Trainer:
         last = iteration == args.train_iters
         evaluates = self.eval_loader is not None and (last or iteration % args.eval_interval == 0)
         due = bool(args.save_interval) and iteration % args.save_interval == 0
-        saves = self.saver is not None and (due or last or leaving)
-        if self.saver is not None:
-            self.saver.poll()
+        saves = self.checkpoint_manager is not None and (due or last or leaving)
+        if self.checkpoint_manager is not None:
+            self.checkpoint_manager.poll()
         if not (evaluates or saves):
             return
         self.reporter.flush()
@@ -223,16 +228,16 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint of the present iteration, which is complete when the saver says so."""
-        if self.saver is not None:
+        if self.checkpoint_manager is not None:
             self.progress.schedule = self.schedule.state_dict()
-            self.saver.start(self.progress)
+            self.checkpoint_manager.start(self.progress)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean cross-entropy of the supervised tokens over at most ``--eval-iters`` steps of held-out data."""
         self.model.eval()
         sums, bad = torch.zeros(3, device=self.backend.device), []
-        with parameters_at_rest(self.model):
+        with cached_compute_weights(self.model):
             for data in itertools.islice(self.eval_loader, self.args.eval_iters * self.micro_batches):
                 bad += data.bad
                 for batch in data.batches:

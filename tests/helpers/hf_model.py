@@ -79,7 +79,7 @@ def random_sample(
             video, whose slices are separated by text.
     """
     ids: list[int] = []
-    supervised: list[bool] = []
+    target_tokens: list[bool] = []
     pictures = []
     for grids, question, answer in turns:
         for t, rows, cols in grids:
@@ -89,13 +89,13 @@ def random_sample(
                 if t > 1:
                     part = [*rng.integers(0, 80, 3).tolist(), *part]
                 ids += part
-                supervised += [False] * len(part)
+                target_tokens += [False] * len(part)
             pictures.append(
                 Picture(rng.integers(0, 256, (t * rows * cols, 3 * 2 * 4 * 4)).astype(np.uint8), (t, rows, cols))
             )
         ids += rng.integers(0, 80, question + answer).tolist()
-        supervised += [False] * question + [True] * answer
-    return Sample(np.array(ids, np.int64), np.array(supervised), tuple(pictures), index)
+        target_tokens += [False] * question + [True] * answer
+    return Sample(np.array(ids, np.int64), np.array(target_tokens), tuple(pictures), index)
 
 
 def mixed_samples(seed: int = 0) -> list[Sample]:
@@ -112,7 +112,7 @@ def mixed_samples(seed: int = 0) -> list[Sample]:
 def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[str, torch.Tensor]:
     """One sample as ``Qwen3VLMoeForConditionalGeneration`` takes it, unpadded, with labels."""
     ids = torch.from_numpy(sample.input_ids)[None]
-    labels = torch.where(torch.from_numpy(sample.supervised)[None], ids, -100)
+    labels = torch.where(torch.from_numpy(sample.target_tokens)[None], ids, -100)
     labels[:, 0] = -100  # the first token has no predecessor
     inputs = {
         "input_ids": ids,

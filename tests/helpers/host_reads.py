@@ -17,13 +17,23 @@ ROOT = Path(__file__).resolve().parents[2]
 READING_METHODS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
 # operators whose result's shape or value the host has to know
 READING_OPERATORS = {
-    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "argwhere", "masked_select", "equal", "allclose",
-    "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "equal",
+    "allclose",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
 }
 
 
 def _place() -> str:
-    """``path:function`` of the innermost frame in this project, but for ``HostRead``, which reads for others."""
+    """``path:function`` of the innermost frame in this project, ``DeferredHostRead`` left out."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

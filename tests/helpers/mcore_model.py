@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.data.batch import PixelNorm
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, Qwen3VLModel, build_model
-from mindspeed_mm.models.weight_map import ExpertLayout, weight_map
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, Qwen3VLModel, build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import ExpertLayout, weight_map
 
 PIXEL_NORM = PixelNorm(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rescale_factor=1 / 255)
 
@@ -23,28 +23,28 @@ def memory_layout() -> ExpertLayout:
     return "v5" if int(transformers.__version__.split(".")[0]) >= 5 else "hub"
 
 
-def to_mcore(geometry: Qwen3VLGeometry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_mcore(model_config: Qwen3VLConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under Hugging Face names -> under ours."""
-    rules = weight_map(geometry, expert_layout=memory_layout())
+    rules = weight_map(model_config, expert_layout=memory_layout())
     return {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
 
 
 def model_like(
-    hf_model: Any, choices: ModelChoices | None = None, *, device: str = "cpu",
+    hf_model: Any, choices: ModelBuildOptions | None = None, *, device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
-) -> tuple[Qwen3VLModel, Qwen3VLGeometry]:
+) -> tuple[Qwen3VLModel, Qwen3VLConfig]:
     """Build our model for ``hf_model``'s config, with ``device``'s kernels for ``compute_dtype``, and its weights."""
-    geometry = Qwen3VLGeometry.from_config(hf_model.config.to_dict())
+    model_config = Qwen3VLConfig.from_config(hf_model.config.to_dict())
     model = build_model(
-        geometry, choices or ModelChoices(), pixel_norm=PIXEL_NORM, device=device, compute_dtype=compute_dtype
+        model_config, choices or ModelBuildOptions(), pixel_norm=PIXEL_NORM, device=device, compute_dtype=compute_dtype
     )
-    weights = to_mcore(geometry, hf_model.state_dict())
+    weights = to_mcore(model_config, hf_model.state_dict())
     parameters = dict(model.named_parameters())
     assert parameters.keys() == weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return model.to(device), geometry
+    return model.to(device), model_config
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindspeed_mm.arguments.config_file import validate_config
-from mindspeed_mm.arguments.data_config import DataConfig
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from tests.helpers.tiny_geometry import tiny_geometry
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from tests.helpers.tiny_config import tiny_config
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
 SIZES = ((64, 48), (32, 32), (96, 33), (200, 120))
@@ -28,13 +28,13 @@ def write_checkpoint(directory: Path) -> Path:
     return directory
 
 
-def checkpoint_geometry(directory: Path) -> Qwen3VLGeometry:
+def checkpoint_geometry(directory: Path) -> Qwen3VLConfig:
     """The tiny geometry with the token ids of the checkpoint's tokenizer."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    return tiny_geometry(**{f"{key}_token_id": tokenizer.token_to_id(f"<|{name}|>") for key, name in names.items()})
+    return tiny_config(**{f"{key}_token_id": tokenizer.token_to_id(f"<|{name}|>") for key, name in names.items()})
 
 
 def make_records(image_dir: Path, count: int) -> list[dict[str, Any]]:

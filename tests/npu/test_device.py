@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_npu
 
-from mindspeed_mm.backend.transfer import HostRead, Moment
+from mindspeed_mm.backend.transfer import DeferredHostRead, DeviceEvent
 
 
 def test_results_are_the_cpus_and_devices_do_not_mix():
@@ -60,9 +60,9 @@ def test_random_numbers_are_the_devices_own():
 
 def test_time_between_places_in_the_queue():
     device = torch.device("npu")
-    first, read = Moment(device), HostRead(torch.full((2,), 3.0, device=device))
+    first, read = DeviceEvent(device), DeferredHostRead(torch.full((2,), 3.0, device=device))
     time.sleep(0.02)
-    last = Moment(device)
+    last = DeviceEvent(device)
     assert read.tolist() == [3.0, 3.0]
     assert 0.02 <= last.seconds_since(first) < 5.0
     assert last.seconds_since(first) == pytest.approx(last.seconds_since(read.made) + read.made.seconds_since(first))

@@ -11,12 +11,11 @@ import torch_npu
 from mindspeed_mm.backend.kernels import npu_attention
 from mindspeed_mm.backend.kernels.attention import attention_kernel, eager_attention
 from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel, torch_rms_norm, torch_rotary
-from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, looped_experts
-from mindspeed_mm.backend.kernels.movers import row_mover
-from mindspeed_mm.backend.kernels.npu_experts import PermutedRows
+from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, looped_experts, token_permuter
+from mindspeed_mm.backend.kernels.npu_experts import NpuTokenPermuter
 from mindspeed_mm.backend.kernels.segments import Segments
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.dispatch import IndexedRows
+from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter
 from tests.helpers.npu_environment import host_waits
 
 TOLERANCE = 2e-6  # fp32, other order of additions
@@ -98,8 +97,9 @@ def test_grouped_experts(counts):
     )
     weight = torch.randn(sum(counts), hidden)
     theirs = looped_experts(*host, torch.tensor(counts))
-    name = expert_kernel_name(fused=True, hidden_size=hidden, intermediate_size=inner, device="npu",
-                              dtype=torch.bfloat16)
+    name = expert_kernel_name(
+        fused=True, hidden_size=hidden, intermediate_size=inner, device="npu", dtype=torch.bfloat16
+    )
     assert name == "npu_grouped_matmul"
     before = host_waits()
     ours = expert_kernel(name, device="npu")(*device, torch.tensor(counts).npu())
@@ -135,16 +135,16 @@ def test_rows(dtype, top_k):
     tokens, weights = (torch.randint(-2, 3, shape).to(dtype) for shape in ((9, 8), (9, top_k)))
     experts = torch.stack([torch.randperm(6)[:top_k] for _ in range(9)])
     factor = torch.randint(-2, 3, (9, 8)).to(dtype)
-    plain, fused = IndexedRows(), row_mover(IndexedRows(), fused=True, device="npu")
-    assert isinstance(fused, PermutedRows)
+    plain, fused = IndexPermuter(), token_permuter(IndexPermuter(), fused=True, device="npu")
+    assert isinstance(fused, NpuTokenPermuter)
     results = []
     before = host_waits()
-    for mover, values in zip((plain, fused), pairs(tokens, weights), strict=True):
+    for permuter, values in zip((plain, fused), pairs(tokens, weights), strict=True):
         own = values[0].device
-        rows, places = mover.to_rows(values[0], experts.to(own))
-        output = mover.to_tokens(rows * 2, places, values[1])
+        rows, places = permuter.permute(values[0], experts.to(own))
+        output = permuter.unpermute(rows * 2, places, values[1])
         (output * factor.to(own)).sum().backward()
-        results.append([rows, output, values[0].grad, values[1].grad, mover.count(experts.to(own), 6)])
+        results.append([rows, output, values[0].grad, values[1].grad, permuter.count(experts.to(own), 6)])
     assert host_waits() == before
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours.device.type == "npu" and torch.equal(ours.cpu(), theirs)
@@ -154,31 +154,35 @@ def test_rows(dtype, top_k):
 def test_rows_come_back_as_they_went(dtype):
     """What expert parallelism does with rows that came from other processes."""
     tokens = torch.arange(24, dtype=torch.float32).view(6, 4).to(dtype).npu().requires_grad_()
-    mover = row_mover(IndexedRows(), fused=True, device="npu")
-    rows, places = mover.to_rows(tokens, torch.tensor([[2], [0], [1], [0], [2], [0]]).npu())
+    permuter = token_permuter(IndexPermuter(), fused=True, device="npu")
+    rows, places = permuter.permute(tokens, torch.tensor([[2], [0], [1], [0], [2], [0]]).npu())
     assert rows[:, 0].tolist() == [4, 12, 20, 8, 0, 16]
-    back = mover.to_tokens(rows, places)
+    back = permuter.unpermute(rows, places)
     assert torch.equal(back, tokens)
     (back * tokens.detach()).sum().backward()
     assert torch.equal(tokens.grad, tokens.detach())
 
 
 def test_no_rows():
-    mover = row_mover(IndexedRows(), fused=True, device="npu")
+    permuter = token_permuter(IndexPermuter(), fused=True, device="npu")
     tokens = torch.empty(0, 4, dtype=torch.bfloat16, device="npu", requires_grad=True)
     experts = torch.empty(0, 1, dtype=torch.int64, device="npu")
-    rows, places = mover.to_rows(tokens, experts)
-    assert mover.count(experts, 3).tolist() == [0, 0, 0]
-    mover.to_tokens(rows, places).sum().backward()
+    rows, places = permuter.permute(tokens, experts)
+    assert permuter.count(experts, 3).tolist() == [0, 0, 0]
+    permuter.unpermute(rows, places).sum().backward()
     assert tokens.grad.shape == (0, 4)
 
 
 def test_reference_experts_use_no_fused_operator():
-    plain = IndexedRows()
-    assert row_mover(plain, fused=False, device="npu") is plain and row_mover(plain, fused=True, device="cpu") is plain
-    assert expert_kernel_name(
-        fused=False, hidden_size=8, intermediate_size=8, device="npu", dtype=torch.bfloat16
-    ) == "loop"
+    plain = IndexPermuter()
+    assert (
+        token_permuter(plain, fused=False, device="npu") is plain
+        and token_permuter(plain, fused=True, device="cpu") is plain
+    )
+    assert (
+        expert_kernel_name(fused=False, hidden_size=8, intermediate_size=8, device="npu", dtype=torch.bfloat16)
+        == "loop"
+    )
 
 
 @pytest.mark.parametrize("shape", [(6, 16), (6, 1, 16), (6, 4, 16)], ids=str)
@@ -193,9 +197,10 @@ def test_rms_norm(shape):
     check_gradients(device, host)
 
 
-@pytest.mark.parametrize(("tensor_type", "angle_type"), [
-    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)
-])
+@pytest.mark.parametrize(
+    ("tensor_type", "angle_type"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
 @pytest.mark.parametrize("width", [8, 72])
 def test_rotary(tensor_type, angle_type, width):
     torch.manual_seed(5)

@@ -11,9 +11,9 @@ import torch
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.kernels import npu_attention, npu_elementwise, npu_experts
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.moe import MoELayer
-from mindspeed_mm.models.qwen3vl import ModelChoices
-from mindspeed_mm.models.slots import CoreAttention, PackedSelfAttention, RMSNorm
+from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention, RMSNorm
+from mindspeed_mm.models.layers.moe import MoELayer
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 from tests.helpers.npu_environment import host_waits
 from tests.ut.models.test_parity import GRADIENT, LOGITS, LOSS, reference  # noqa: F401  a fixture
@@ -25,11 +25,11 @@ def step(
     hf_model: Any, samples: list[Any], *, device: str = "npu", dtype: torch.dtype = torch.float32, **choices: Any
 ) -> tuple[Any, float, dict[str, torch.Tensor]]:
     """Loss and gradients of a packed micro-batch; the model as well."""
-    model, geometry = model_like(hf_model, ModelChoices(**choices), device=device)
+    model, model_config = model_like(hf_model, ModelBuildOptions(**choices), device=device)
     model = model.to(dtype)
     model.reset_buffers()
-    batch = collate(samples, geometry).to(torch.device(device))
-    weight = torch.full((batch.num_supervised,), 1.0 / batch.num_supervised, device=device)
+    batch = collate(samples, model_config).to(torch.device(device))
+    weight = torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens, device=device)
     before = host_waits()
     loss, *_ = model(batch, weight)
     loss.backward()
@@ -45,10 +45,10 @@ def test_packed_batch_equals_hf(reference, attention, fused):  # noqa: F811
     choices = {"text_attention": attention, "vision_attention": attention, "fused_experts": fused}
     model, loss, gradients = step(hf_model, samples, **choices)
     assert abs(loss - hf_loss) <= LOSS * hf_loss
-    geometry = model_like(hf_model)[1]
+    model_config = model_like(hf_model)[1]
     with torch.no_grad():
-        assert relative(model(collate(samples, geometry).to(BACKEND.device)).cpu(), hf_logits) <= LOGITS
-    theirs = to_mcore(geometry, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
+        assert relative(model(collate(samples, model_config).to(BACKEND.device)).cpu(), hf_logits) <= LOGITS
+    theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
     errors = {name: relative(gradients[name], theirs[name]) for name in theirs}
     assert len(errors) > 60
     assert max(errors.values()) <= GRADIENT, sorted(errors.items(), key=lambda item: -item[1])[:3]
@@ -98,4 +98,4 @@ def test_specs_hold_the_fused_kernels(reference):  # noqa: F811
     assert kernels(PackedSelfAttention, lambda module: module.rotary_kernel) == {npu_elementwise.npu_rotary}
     assert kernels(RMSNorm, lambda module: module.kernel) == {npu_elementwise.npu_rms_norm}
     assert kernels(MoELayer, lambda module: module.experts.kernel) == {npu_experts.npu_grouped_experts}
-    assert kernels(MoELayer, lambda module: type(module.mover)) == {npu_experts.PermutedRows}
+    assert kernels(MoELayer, lambda module: type(module.permuter)) == {npu_experts.NpuTokenPermuter}

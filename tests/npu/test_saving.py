@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-from mindspeed_mm.training.checkpoint import directory
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.loader import load_tensors
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.checkpoint import directory
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.loader import load_tensors
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,7 @@ class State:
 def test_saved_from_the_device(tmp_path: Path, asynchronous: bool) -> None:
     state = State()
     before = {name: tensor.cpu() for name, tensor in state.tensors.items()}
-    saver = Saver(state, SaveOptions(tmp_path, asynchronous=asynchronous), backend=select_backend("npu"))
+    saver = CheckpointManager(state, SaveOptions(tmp_path, asynchronous=asynchronous), backend=select_backend("npu"))
     for iteration in (1, 2):
         saver.start(Standing(iteration))
         for tensor in state.tensors.values():

@@ -32,12 +32,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.checkpoint import directory, shards
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.save_directory import held_save_directory
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory, shards
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.save_directory import held_save_directory
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
-from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.optimizer import initialise_state
 from tests.st.kill_switch import Case, Switch
 
@@ -83,7 +83,7 @@ class Run:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             assert torch.equal(whole, value(name, tuple(whole.shape), progress.iteration)), f"{name} was read wrongly"
         switch.phase = "start"
-        saver = Saver(
+        saver = CheckpointManager(
             TrainingState(self.model, self.optimizer, self.backend, with_rng=True),
             SaveOptions(self.root, asynchronous=self.case.asynchronous, keep_last=1, failure_limit=3),
             backend=self.backend,
@@ -198,7 +198,7 @@ def prepare(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
         run = Run(root, case)
         state = TrainingState(run.model, run.optimizer, run.backend, with_rng=True)
-        saver = Saver(state, SaveOptions(root), backend=run.backend, say=lambda line: None)
+        saver = CheckpointManager(state, SaveOptions(root), backend=run.backend, say=lambda line: None)
         for iteration in (3, 1):
             run.set_state(iteration)
             saver.start(Progress(iteration=iteration))

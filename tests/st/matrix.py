@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from tests.helpers.hf_model import hf_inputs, step_samples, tiny_model
 from tests.helpers.mcore_model import relative, to_mcore
 
@@ -44,7 +44,7 @@ def case(
 
     Args:
         micro_batch: samples in one forward pass of a process.
-        choices: of :class:`ModelChoices`.
+        choices: of :class:`ModelBuildOptions`.
         fsdp: fields of the FSDP2 file.
         model: of :func:`tiny_model`.
         flags: further ones.
@@ -171,12 +171,12 @@ def hugging_face(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = tiny_model(**model_options)
-    geometry = Qwen3VLGeometry.from_config(model.config.to_dict())
+    model_config = Qwen3VLConfig.from_config(model.config.to_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         samples = step_samples(step, BATCH)
-        count = sum(int(sample.supervised[1:].sum()) for sample in samples)
+        count = sum(int(sample.target_tokens[1:].sum()) for sample in samples)
         total = 0.0
         for sample in samples:
             inputs = hf_inputs(sample)
@@ -188,13 +188,13 @@ def hugging_face(
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         losses.append(total)
         if not gradients:
-            gradients = to_mcore(geometry, {name: p.grad.clone() for name, p in model.named_parameters()})
+            gradients = to_mcore(model_config, {name: p.grad.clone() for name, p in model.named_parameters()})
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
     torch.set_num_threads(threads)
-    parameters = to_mcore(geometry, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    parameters = to_mcore(model_config, {name: parameter.detach() for name, parameter in model.named_parameters()})
     return {"losses": losses, "norms": norms, "gradients": gradients, "parameters": parameters}
 
 

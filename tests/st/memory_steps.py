@@ -19,38 +19,38 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.arguments.parser import parse_args
-from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Picture, Sample, collate
 from mindspeed_mm.data.loader import StepBatches
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.parallel import collectives
-from mindspeed_mm.parallel.apply import parallelise
 from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.parallel.parallelize import parallelise
 from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.checkpoint.state import Progress
 from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.mcore_model import PIXEL_NORM
 
 
-def samples(case: dict[str, Any], geometry: Qwen3VLGeometry, seed: int) -> list[Sample]:
+def samples(case: dict[str, Any], model_config: Qwen3VLConfig, seed: int) -> list[Sample]:
     """One sample for each (tokens, pictures of 16 x 16 patches, supervised tokens) of the case."""
     rng = np.random.default_rng(seed)
     side, made = 16, []
-    for index, (tokens, pictures, supervised) in enumerate(case["samples"]):
+    for index, (tokens, pictures, target_tokens) in enumerate(case["samples"]):
         ids: list[int] = []
         for _ in range(pictures):
-            placeholders = [geometry.image_token_id] * (side * side // geometry.vision.merge_unit)
-            ids += [geometry.vision_start_token_id, *placeholders, geometry.vision_end_token_id]
+            placeholders = [model_config.image_token_id] * (side * side // model_config.vision.merge_unit)
+            ids += [model_config.vision_start_token_id, *placeholders, model_config.vision_end_token_id]
         ids += rng.integers(0, 80, tokens - len(ids)).tolist()
-        patches = rng.integers(0, 256, (side * side, geometry.vision.patch_dim)).astype(np.uint8)
+        patches = rng.integers(0, 256, (side * side, model_config.vision.patch_dim)).astype(np.uint8)
         made.append(
-            Sample(np.array(ids, np.int64), np.arange(tokens) >= tokens - supervised,
+            Sample(np.array(ids, np.int64), np.arange(tokens) >= tokens - target_tokens,
                    tuple(Picture(patches, (1, side, side)) for _ in range(pictures)), index)
         )  # fmt: skip
     return made
@@ -133,8 +133,8 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type="cpu", sharding_size=config.sharding_size,
                           expert_size=args.expert_model_parallel_size, context_size=args.context_parallel_size)
-    geometry = Qwen3VLGeometry.from_config(case["config"])
-    choices = ModelChoices(
+    model_config = Qwen3VLConfig.from_config(case["config"])
+    choices = ModelBuildOptions(
         **case["choices"],
         text_attention="sdpa",  # the estimate knows what this keeps
         vision_attention="sdpa",
@@ -143,7 +143,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
         recompute_num_layers=args.recompute_num_layers,
     )
     with torch.device("meta"):
-        model = build_model(geometry, choices, pixel_norm=PIXEL_NORM, device="cpu")
+        model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
     parallelise(model, layout=layout, config=config)
     model.to_empty(device="cpu")
     model.reset_buffers()
@@ -159,10 +159,10 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
 
     trainer = Trainer(
         args=args, model=model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
-        loader=[StepBatches([collate(samples(case, geometry, 2 * step + micro), geometry)
+        loader=[StepBatches([collate(samples(case, model_config, 2 * step + micro), model_config)
                              for micro in range(case["micro_batches"])]) for step in range(2)],
         forward_step=forward, loss_mode="per_token", layout=layout, backend=backend, progress=Progress(),
-        merge_unit=geometry.vision.merge_unit,
+        merge_unit=model_config.vision.merge_unit,
         tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
     )  # fmt: skip
     received: dict[str, int] = {}

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mindspeed_mm.data.collator import Picture, Sample, collate
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-from mindspeed_mm.models.weight_map import weight_map
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
 from tests.helpers.hf_model import hf_inputs
 from tests.helpers.mcore_model import PIXEL_NORM, memory_layout, relative
 from tests.helpers.published import published_config
@@ -74,7 +74,7 @@ def hugging_face(name: str, path: Path) -> tuple[Any, float, torch.Tensor]:
     own = config(name)
     kind = Qwen3VLForConditionalGeneration if own.model_type == "qwen3_vl" else Qwen3VLMoeForConditionalGeneration
     model = kind(own).float()
-    count = sum(int(sample.supervised[1:].sum()) for sample in samples())
+    count = sum(int(sample.target_tokens[1:].sum()) for sample in samples())
     loss, logits = 0.0, []
     for sample in samples():
         inputs = hf_inputs(sample)
@@ -98,12 +98,12 @@ def main(name: str = "30B") -> int:
         path = Path(directory) / "gradients.safetensors"
         hf_model, hf_loss, hf_logits = hugging_face(name, path)
         print(f"Hugging Face: loss {hf_loss:.7f} ({time.perf_counter() - started:.0f} s)", flush=True)
-        geometry = Qwen3VLGeometry.from_config(hf_model.config.to_dict())
-        rules = weight_map(geometry, expert_layout=memory_layout())
+        model_config = Qwen3VLConfig.from_config(hf_model.config.to_dict())
+        rules = weight_map(model_config, expert_layout=memory_layout())
         weights = hf_model.state_dict()
         del hf_model
         with torch.device("meta"):
-            model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+            model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
         model.to_empty(device="cpu")
         model.reset_buffers()
         parameters = dict(model.named_parameters())
@@ -111,8 +111,8 @@ def main(name: str = "30B") -> int:
             for rule in rules:
                 parameters[rule.target].copy_(rule.to_mcore([weights.pop(name) for name, _ in rule.sources]))
         gc.collect()
-        batch = collate(samples(), geometry)
-        loss = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss
+        batch = collate(samples(), model_config)
+        loss = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens)).loss
         loss.backward()
         with torch.no_grad():
             logits = relative(model(batch), hf_logits)

@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 
 import pretrain_transformers
-from mindspeed_mm.arguments.recipe import load_recipe
+from mindspeed_mm.config.job import load_job_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training import pretrain
-from mindspeed_mm.training.health import Health
+from mindspeed_mm.training.anomaly_detection import AnomalyDetector
 from mindspeed_mm.training.reports import StepReport
-from mindspeed_mm.training.watch import StepClock
+from mindspeed_mm.training.watchdog import PhaseTimer
 
 Fault = dict[str, Any]
 
 
-class Recorder(Health):
+class Recorder(AnomalyDetector):
     """Writes down every step on top of judging it."""
 
     steps: dict[int, dict[str, Any]]
@@ -50,9 +50,9 @@ class Recorder(Health):
 
 def with_fault(fault: Fault | None) -> Any:
     """A clock that makes the fault happen when its rank gets to its phase."""
-    plain = StepClock.enter
+    plain = PhaseTimer.enter
 
-    def enter(clock: StepClock, phase: str) -> None:
+    def enter(clock: PhaseTimer, phase: str) -> None:
         plain(clock, phase)
         due = fault and (phase, clock.iteration, dist.get_rank()) == (fault["phase"], fault["iteration"], fault["rank"])
         if not due or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -89,13 +89,13 @@ def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
     random.seed()
     recorded: dict[int, Any] = {}
     Recorder.steps = recorded
-    pretrain.Health = Recorder  # type: ignore[misc]
-    plain = StepClock.enter
-    StepClock.enter = with_fault(fault)  # type: ignore[method-assign]
+    pretrain.AnomalyDetector = Recorder  # type: ignore[misc]
+    plain = PhaseTimer.enter
+    PhaseTimer.enter = with_fault(fault)  # type: ignore[method-assign]
     outcome: dict[str, Any] = {"status": 0, "error": None}
     try:
         outcome["status"] = pretrain.pretrain(
-            load_recipe(words),
+            load_job_config(words),
             pretrain_transformers.model_provider,
             pretrain_transformers.data_provider,
             forward_with_fault(fault, recorded),
@@ -103,7 +103,7 @@ def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
     except UserError as error:
         outcome.update(status=2, error=str(error))
     finally:
-        StepClock.enter = plain  # type: ignore[method-assign]
+        PhaseTimer.enter = plain  # type: ignore[method-assign]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, {"steps": recorded, **outcome})
     same = [{step: {**facts, "samples": None} for step, facts in own["steps"].items()} for own in gathered]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.training.checkpoint.save_lock import SaveLock
+from mindspeed_mm.checkpoint.save_lock import SaveLock
 from tests.helpers.tiny_recipe import recipe_flags, write_data_file
 from tests.st.test_recipe import stored
 

@@ -18,22 +18,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.arguments.parser import parse_args
-from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
-from mindspeed_mm.models.qwen3vl import ModelChoices
-from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.parallel.collectives import scale_gradient
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
+from mindspeed_mm.parallel.parallelize import parallelise
 from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.balance import RouterBalance
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
-from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.gradients import GradientNorm
+from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.hf_model import step_samples, tiny_model
@@ -80,7 +80,7 @@ def _own_norm(parameters: Any) -> GradientNorm:
 
 
 def _own_mean(batches: Any, *, mode: str, layout: Layout, device: torch.device) -> list[torch.Tensor]:
-    tokens = sum(batch.num_supervised for batch in batches)
+    tokens = sum(batch.num_target_tokens for batch in batches)
     return [torch.full(batch.labels.shape, 1.0 / tokens / layout.data_size) for batch in batches]
 
 
@@ -90,12 +90,18 @@ def _load_model_only(path: Path, *, optimizer: Any, **options: Any) -> Progress:
 
 FAULTS = {
     # mistakes that parallel training is known for; each is to be noticed by the comparison
-    "experts' gradients as many times too large": ("mindspeed_mm.parallel.expert.scale_gradient", lambda t, factor: t),
-    "a process's vision gradient lost": ("mindspeed_mm.models.qwen3vl._keep", _lose_vision_gradient),
+    "experts' gradients as many times too large": (
+        "mindspeed_mm.parallel.expert_parallel.scale_gradient",
+        lambda t, factor: t,
+    ),
+    "a process's vision gradient lost": ("mindspeed_mm.models.qwen3_vl.model._keep", _lose_vision_gradient),
     "norm of a process's own part": ("mindspeed_mm.training.trainer.total_norm", _own_norm),
-    "mean of the processes' means": ("mindspeed_mm.training.trainer.step_token_weights", _own_mean),
+    "mean of the processes' means": ("mindspeed_mm.training.trainer.step_loss_weights", _own_mean),
     "moments not loaded": ("__main__.load", _load_model_only),
-    "heads not exchanged": ("mindspeed_mm.parallel.context.all_to_all", lambda rows, send, receive, group: rows),
+    "heads not exchanged": (
+        "mindspeed_mm.parallel.context_parallel.all_to_all",
+        lambda rows, send, receive, group: rows,
+    ),
 }
 
 
@@ -113,13 +119,13 @@ def in_order(step: int, batch: int) -> list[Sample]:
     return sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
 
 
-def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, geometry: Any) -> StepBatches:
+def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_config: Any) -> StepBatches:
     """This process's micro-batches of a step."""
     samples = in_order(step, batch)
     share = batch // layout.data_size
     mine = samples[layout.data_rank * share : (layout.data_rank + 1) * share]
     starts = range(0, share, micro_batch)
-    return StepBatches([collate(mine[start : start + micro_batch], geometry) for start in starts])
+    return StepBatches([collate(mine[start : start + micro_batch], model_config) for start in starts])
 
 
 def text_only_shares(step: int, *, batch: int, data_size: int) -> list[bool]:
@@ -135,12 +141,12 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type=backend.name, sharding_size=config.sharding_size, **case["layout"])
     coefficient = case.get("router_aux_loss_coef", 0.0)
-    choices = ModelChoices(**case.get("choices", {}), router_load=coefficient > 0)
+    choices = ModelBuildOptions(**case.get("choices", {}), router_load=coefficient > 0)
     # a CPU's experts in bf16 read their row counts, which an accelerator's never do: where reads are counted, those of
     # fp32, which are the accelerators' own
     compute_dtype = DTYPES["fp32" if case.get("host_reads") else config.param_dtype]
     hf_model = tiny_model(**case.get("model", {}))
-    model, geometry = model_like(hf_model, choices, device=backend.name, compute_dtype=compute_dtype)
+    model, model_config = model_like(hf_model, choices, device=backend.name, compute_dtype=compute_dtype)
     parallelise(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
     progress = Progress()
@@ -159,8 +165,8 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     saver = None
     if args.save:
         state = TrainingState(model, optimizer, backend, with_rng=False)
-        saver = Saver(state, SaveOptions(Path(args.save)), backend=backend)
-    sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "geometry": geometry}
+        saver = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend)
+    sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "geometry": model_config}
     steps = range(progress.iteration, args.train_iters)
     trainer = Trainer(
         args=args,
@@ -171,12 +177,14 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         eval_loader=[deal_out(layout, VALIDATION_STEP, **sizes)] if args.save else None,
         forward_step=lambda model, batch, weight: model(batch, weight),
         loss_mode=case.get("loss_mode", "per_token"),
-        router_balance=RouterBalance(coefficient, top_k=geometry.text.num_experts_per_token) if coefficient else None,
+        load_balancing_loss=LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token)
+        if coefficient
+        else None,
         layout=layout,
         backend=backend,
         progress=progress,
         saver=saver,
-        merge_unit=geometry.vision.merge_unit,
+        merge_unit=model_config.vision.merge_unit,
         tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
     )
     reads = [] if case.get("host_reads") else None

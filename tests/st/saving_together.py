@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.checkpoint import directory, save_directory, save_job
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.loader import load_tensors
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory, save_directory, save_job
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.loader import load_tensors
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
 
 WHOLE = {f"model.{number}": torch.arange(7.0 * 30).view(7, 30) + number for number in range(12)}
 
@@ -53,8 +53,10 @@ class State:
         return 10_000
 
 
-def saver_of(root: Path, lines: list[str]) -> Saver:
-    return Saver(State(), SaveOptions(root, asynchronous=True), backend=select_backend("cpu"), say=lines.append)
+def saver_of(root: Path, lines: list[str]) -> CheckpointManager:
+    return CheckpointManager(
+        State(), SaveOptions(root, asynchronous=True), backend=select_backend("cpu"), say=lines.append
+    )
 
 
 def every_element_once(root: Path, lines: list[str]) -> None:
@@ -147,7 +149,10 @@ def main(work: Path) -> None:
     torch.set_num_threads(1)
     start_processes(select_backend("cpu"), timeout_minutes=1)
     for action in (
-        every_element_once, damage_on_one_is_told_to_all, directory_of_one_machine, files_that_do_not_arrive
+        every_element_once,
+        damage_on_one_is_told_to_all,
+        directory_of_one_machine,
+        files_that_do_not_arrive,
     ):
         action(work / action.__name__, [])
         dist.barrier()

@@ -135,7 +135,7 @@ def test_a_saver_that_is_not_safe_is_caught(tmp_path: Path, mistake: str) -> Non
     fault, change = MISTAKES[mistake]
     code = (
         "import json, pathlib, sys\n"
-        "from mindspeed_mm.training.checkpoint import directory, files\n"
+        "from mindspeed_mm.checkpoint import directory, files\n"
         f"{change}"
         "from tests.st import kill_points\n"
         "kill_points.main(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, tiny_model
 from tests.helpers.mcore_model import to_mcore
 from tests.st.matrix import BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
@@ -28,7 +28,7 @@ def hugging_face(mode: str, *, coefficient: float = 0.0, **model_options: bool) 
 
     torch.set_num_threads(1)
     model = tiny_model(**model_options)
-    geometry = Qwen3VLGeometry.from_config(model.config.to_dict())
+    model_config = Qwen3VLConfig.from_config(model.config.to_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), eps=ADAM_EPS, weight_decay=0.0)
     result: dict[str, Any] = {"losses": [], "router_losses": [], "norms": [], "gradients": {}}
     for step in range(STEPS):
@@ -52,7 +52,7 @@ def hugging_face(mode: str, *, coefficient: float = 0.0, **model_options: bool) 
         result["losses"].append(loss.item())
         if coefficient:
             layers = tuple(torch.cat(of_layer) for of_layer in zip(*routed, strict=True))
-            text = geometry.text
+            text = model_config.text
             balance = load_balancing_loss_func(layers, text.num_experts, text.num_experts_per_token) * coefficient
             result["router_losses"].append(balance.item())
             loss = loss + balance
@@ -60,11 +60,11 @@ def hugging_face(mode: str, *, coefficient: float = 0.0, **model_options: bool) 
         result["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         if not result["gradients"]:
             gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-            result["gradients"] = to_mcore(geometry, gradients)
+            result["gradients"] = to_mcore(model_config, gradients)
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {**result, "parameters": to_mcore(geometry, parameters)}
+    return {**result, "parameters": to_mcore(model_config, parameters)}
 
 
 def two_steps(micro_batch: int, **options: Any) -> dict[str, Any]:

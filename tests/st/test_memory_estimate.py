@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.arguments.model_config import ModelConfig
-from mindspeed_mm.arguments.parser import parse_args
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import Estimate, estimate
 from mindspeed_mm.tools.memory.plan import WRITTEN_OUT, Load, Plan, plan_run
@@ -67,14 +67,14 @@ def config(
 
 def case(
     samples: list[tuple[int, int, int]] = EVEN, *flags: str, processes: int = 1, micro_batches: int = 1,
-    trains: str = "text", fsdp: dict[str, Any] | None = None, **geometry: Any,
+    trains: str = "text", fsdp: dict[str, Any] | None = None, **model_config: Any,
 ) -> dict[str, Any]:
     """What both sides are told. ``trains`` names the parts that do, of vision, projector and text."""
     context = int(flags[flags.index("--context-parallel-size") + 1]) if "--context-parallel-size" in flags else 1
     batch = len(samples) * micro_batches * processes // context
     return {
         "processes": processes,
-        "config": config(**geometry),
+        "config": config(**model_config),
         "flags": ["--mm-data", "-", "--mm-model", "-", "--seq-length", "4096", "--train-iters", "2", "--lr", "1e-5",
                   "--use-torch-fsdp2", "--clip-grad", "0", "--micro-batch-size", str(len(samples)),
                   "--global-batch-size", str(batch), *flags],
@@ -121,16 +121,16 @@ CASES = {
 def plan_of(one: dict[str, Any]) -> Plan:
     """What the estimate is told of a case."""
     args, choices = parse_args(one["flags"]), one["choices"]
-    model = ModelConfig.model_validate({
+    model = ModelOptions.model_validate({
         "model_id": one["config"]["model_type"], "init_from_hf_path": "-",
         "image_encoder": {"vision_encoder": {"freeze": choices["freeze_vision_encoder"]},
                           "vision_projector": {"freeze": choices["freeze_vision_projector"]}},
         "text_decoder": {"freeze": choices["freeze_text_decoder"]},
     })  # fmt: skip
-    tokens, pictures, supervised = (sum(values) for values in zip(*one["samples"], strict=True))
+    tokens, pictures, target_tokens = (sum(values) for values in zip(*one["samples"], strict=True))
     plan = plan_run(
-        args, model, FSDPConfig(**one["fsdp"]), geometry=Qwen3VLGeometry.from_config(one["config"]),
-        world_size=one["processes"], load=Load(tokens, pictures * SIDE**2, supervised),
+        args, model, FSDPConfig(**one["fsdp"]), model_config=Qwen3VLConfig.from_config(one["config"]),
+        world_size=one["processes"], load=Load(tokens, pictures * SIDE**2, target_tokens),
     )  # fmt: skip
     # segments of one length are attended to in one call
     uneven = len({length for length, _, _ in one["samples"]}) > 1

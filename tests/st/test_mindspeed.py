@@ -39,7 +39,7 @@ assert sys.argv is words
 from mindspeed.patch_utils import MindSpeedPatchesManager
 from megatron.core.transformer import attention, mlp, transformer_layer
 from megatron.core import optimizer_param_scheduler
-import mindspeed_mm.models.specs
+import mindspeed_mm.models.layers.specs
 used = [transformer_layer.TransformerLayer, attention.SelfAttention, attention.Attention, mlp.MLP,
         optimizer_param_scheduler.OptimizerParamScheduler]
 changed = [f"{cls.__name__}.{name}" for cls in used for name, value in vars(cls).items()

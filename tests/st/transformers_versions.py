@@ -29,10 +29,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from checkpoint.dcp_to_hf import dcp_to_hf
-from checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.training.checkpoint import directory
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint import directory
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 TOLERANCE = 1e-5

@@ -18,19 +18,20 @@ PACKAGE = "mindspeed_mm"
 ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.errors": (),
     "mindspeed_mm.backend": ("errors",),
-    "mindspeed_mm.arguments": ("errors", "backend"),
-    "mindspeed_mm.data": ("errors", "backend", "arguments", "models.geometry"),
-    # data and models meet in two modules, which depend on nothing else: the geometry and the layout of a batch
-    "mindspeed_mm.data.batch": (),
-    "mindspeed_mm.models.geometry": ("errors",),
-    "mindspeed_mm.models": ("errors", "backend", "arguments", "data.batch"),
+    "mindspeed_mm.interfaces": ("errors",),
+    "mindspeed_mm.config": ("errors", "backend"),
+    "mindspeed_mm.models": ("errors", "backend", "config", "interfaces"),
+    "mindspeed_mm.data": ("errors", "backend", "config", "interfaces", "models.qwen3_vl"),
     # parallelism is applied to models from outside: models know nothing of it
-    "mindspeed_mm.parallel": ("errors", "backend", "arguments", "data.batch", "models"),
-    "mindspeed_mm.tools": ("errors", "backend", "arguments"),
-    "mindspeed_mm.tools.memory": ("errors", "arguments", "models.geometry"),
-    "mindspeed_mm.tools.show_data": ("errors", "arguments", "data", "models.geometry"),
-    "mindspeed_mm.training": ("errors", "backend", "arguments", "data", "models", "parallel", "tools"),
-    "checkpoint": ("errors", "models", "training.checkpoint"),
+    "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models"),
+    "mindspeed_mm.tools": ("errors", "backend", "config"),
+    "mindspeed_mm.tools.memory": ("errors", "config", "models.qwen3_vl"),
+    "mindspeed_mm.tools.show_data": ("errors", "config", "data", "interfaces", "models.qwen3_vl"),
+    "mindspeed_mm.checkpoint": ("errors", "backend", "config", "models", "parallel", "training.optimizer"),
+    "mindspeed_mm.training": (
+        "errors", "backend", "config", "data", "interfaces", "models", "parallel", "tools", "checkpoint",
+    ),
+    "checkpoint": ("errors", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
     "pretrain_transformers": ("",),
     "examples": ("",),
@@ -42,7 +43,7 @@ ENTRY_POINTS = ("checkpoint", "pretrain_transformers", "examples", "benchmarks",
 
 # Foreign modules that a part must not import at all.
 FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
-    "mindspeed_mm.arguments": ("torch", "transformers", "megatron", "accelerate", "datasets"),
+    "mindspeed_mm.config": ("torch", "transformers", "megatron", "accelerate", "datasets"),
     "mindspeed_mm.data": ("torch.distributed",),
     "mindspeed_mm.tools.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.errors": ("torch",),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.training.checkpoint.directory import commit_directory, write_tracker
+from mindspeed_mm.checkpoint.directory import commit_directory, write_tracker
 from tests.helpers.published import DIRECTORIES, published_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,10 +319,10 @@ def test_summary_of_a_short_run_leaves_out_the_warm_up(workplace, tmp_path):
 
 
 def test_the_example_files_are_what_the_models_expect():
-    from mindspeed_mm.arguments import load_recipe
+    from mindspeed_mm.config import load_job_config
 
     examples = ROOT / "examples/qwen3vl"
-    recipe = load_recipe(
+    recipe = load_job_config(
         ["--mm-data", str(examples / "data_30B.json"), "--mm-model", str(examples / "model_30B.json"),
          "--mm-tool", str(ROOT / "mindspeed_mm/tools/tools.json"),
          "--fsdp2-config-path", str(examples / "fsdp2_config.yaml"),
@@ -343,7 +343,7 @@ def test_the_example_files_are_what_the_models_expect():
 )
 def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size, kind, layers, processes):
     """The launcher gets as far as the weights that are not there, with flags and files that load and fit together."""
-    from mindspeed_mm.arguments import load_recipe
+    from mindspeed_mm.config import load_job_config
 
     examples = ROOT / "examples/qwen3vl"
     launcher = examples / f"finetune_qwen3vl_{size}.sh"
@@ -357,7 +357,7 @@ def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size
     assert data == data_30b.replace("Qwen3-VL-30B-A3B-Instruct", name)
     files = ["--mm-data", str(examples / f"data_{size}.json"), "--mm-model", str(examples / f"model_{size}.json")]
     flags = ["--seq-length", "1024", "--train-iters", "1", "--lr", "1e-5", "--use-torch-fsdp2"]
-    load_recipe([*files, *flags], world_size=processes)
+    load_job_config([*files, *flags], world_size=processes)
     if size != "30B":
         result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{size}.sh")
         assert result.returncode == 2 and f"ckpt/hf_path/{name}" in result.stderr and "step 2" in result.stderr

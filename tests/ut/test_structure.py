@@ -59,7 +59,7 @@ def test_tree_is_not_empty():
 
 
 def test_arguments_load_without_torch():
-    code = "import sys, mindspeed_mm.arguments; print(*{'torch', 'transformers', 'megatron'} & set(sys.modules))"
+    code = "import sys, mindspeed_mm.config; print(*{'torch', 'transformers', 'megatron'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=structure.ROOT, capture_output=True, text=True, check=True
     )
@@ -70,21 +70,21 @@ def test_arguments_load_without_torch():
     ("path", "source"),
     [
         ("mindspeed_mm/errors.py", "import mindspeed_mm.backend"),
-        ("mindspeed_mm/backend/device.py", "from mindspeed_mm.arguments import parse_args"),
+        ("mindspeed_mm/backend/device.py", "from mindspeed_mm.config import parse_args"),
         ("mindspeed_mm/backend/device.py", "from ..arguments import parse_args"),
         ("mindspeed_mm/backend/__init__.py", "from .. import arguments"),
-        ("mindspeed_mm/arguments/flags.py", "from mindspeed_mm.models import geometry"),
-        ("mindspeed_mm/arguments/flags.py", "def f():\n    import torch"),
-        ("mindspeed_mm/arguments/flags.py", "from torch import nn"),
+        ("mindspeed_mm/config/flags.py", "from mindspeed_mm.models import geometry"),
+        ("mindspeed_mm/config/flags.py", "def f():\n    import torch"),
+        ("mindspeed_mm/config/flags.py", "from torch import nn"),
         ("mindspeed_mm/data/loader.py", "from mindspeed_mm import training"),
-        ("mindspeed_mm/data/loader.py", "from mindspeed_mm.models.qwen3vl import Qwen3VLModel"),
+        ("mindspeed_mm/data/loader.py", "from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel"),
         ("mindspeed_mm/data/loader.py", "import torch.distributed as dist"),
-        ("mindspeed_mm/data/batch.py", "from torch import distributed"),
-        ("mindspeed_mm/data/batch.py", "from mindspeed_mm.data.images import PixelNorm"),
-        ("mindspeed_mm/models/geometry.py", "from mindspeed_mm.models import specs"),
-        ("mindspeed_mm/models/moe.py", "from mindspeed_mm.data import collator"),
-        ("mindspeed_mm/models/moe.py", "from mindspeed_mm.parallel import dispatch"),
-        ("mindspeed_mm/models/specs.py", "from mindspeed_mm.parallel import expert"),
+        ("mindspeed_mm/interfaces/batch.py", "from torch import distributed"),
+        ("mindspeed_mm/interfaces/batch.py", "from mindspeed_mm.data.images import PixelNorm"),
+        ("mindspeed_mm/models/qwen3_vl/config.py", "from mindspeed_mm.models import specs"),
+        ("mindspeed_mm/models/layers/moe.py", "from mindspeed_mm.data import collator"),
+        ("mindspeed_mm/models/layers/moe.py", "from mindspeed_mm.parallel import dispatch"),
+        ("mindspeed_mm/models/layers/specs.py", "from mindspeed_mm.parallel import expert"),
         ("mindspeed_mm/parallel/mesh.py", "from mindspeed_mm.data.loader import BatchLoader"),
         ("mindspeed_mm/training/loop.py", "import pretrain_transformers"),
         ("mindspeed_mm/training/loop.py", "from checkpoint import cli"),
@@ -102,12 +102,12 @@ def test_wrong_import_is_found(path, source):
     ("path", "source"),
     [
         ("mindspeed_mm/backend/device.py", "import torch\nfrom mindspeed_mm.errors import UserError"),
-        ("mindspeed_mm/arguments/flags.py", "from .fields import Field\nfrom mindspeed_mm.arguments import fields"),
-        ("mindspeed_mm/data/collator.py", "from mindspeed_mm.models.geometry import Qwen3VLGeometry"),
-        ("mindspeed_mm/models/qwen3vl.py", "from mindspeed_mm.data.batch import Batch"),
-        ("mindspeed_mm/parallel/expert.py", "from mindspeed_mm.models.moe import MoELayer"),
-        ("mindspeed_mm/models/specs.py", "from mindspeed_mm.models import moe"),
-        ("checkpoint/cli.py", "from mindspeed_mm.training.checkpoint import directory\nfrom checkpoint import reader"),
+        ("mindspeed_mm/config/flags.py", "from .fields import Field\nfrom mindspeed_mm.config import fields"),
+        ("mindspeed_mm/data/collator.py", "from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig"),
+        ("mindspeed_mm/models/qwen3_vl/model.py", "from mindspeed_mm.interfaces.batch import Batch"),
+        ("mindspeed_mm/parallel/expert_parallel.py", "from mindspeed_mm.models.layers.moe import MoELayer"),
+        ("mindspeed_mm/models/layers/specs.py", "from mindspeed_mm.models import moe"),
+        ("checkpoint/cli.py", "from mindspeed_mm.checkpoint import directory\nfrom checkpoint import reader"),
         ("pretrain_transformers.py", "from mindspeed_mm.training import pretrain"),
         ("tests/ut/test_any.py", "from mindspeed_mm.training import pretrain\nimport checkpoint"),
     ],

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels import pick
+from mindspeed_mm.backend.kernels.math_attention import LONGEST, short_attention
 from mindspeed_mm.backend.kernels.segments import AttentionKernel, Segments
-from mindspeed_mm.backend.kernels.short_attention import LONGEST, short_attention
 from mindspeed_mm.backend.kernels.varlen_attention import find_varlen
 
 
@@ -59,7 +59,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: flo
     )
 
 
-def products_attention(
+def math_attention(
     query: Tensor, key: Tensor, value: Tensor, *, segments: Segments, causal: bool, scale: float
 ) -> Tensor:
     """``sdpa``, but for short segments in bf16, where a CPU's fused backward is slow and plain products are faster."""
@@ -112,7 +112,7 @@ def attention_kernel(name: str | None, *, device: str) -> AttentionKernel:
     """
     table: dict[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
     if device == "cpu":
-        table["products"] = products_attention
+        table["products"] = math_attention
     if device == "cuda" and find_varlen(device) is not None:
         table["varlen"] = varlen_attention
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:

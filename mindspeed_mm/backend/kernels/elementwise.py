@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels import by_hand
+from mindspeed_mm.backend.kernels import autograd_functions
 from mindspeed_mm.backend.kernels.compiled import compiled as by_compiler
 
 RMSNormKernel = Callable[[Tensor, Tensor, float], Tensor]
@@ -20,15 +20,15 @@ class SwigluKernel(NamedTuple):
     """SwiGLU for kernels that have a backward pass of their own; neither has autograd.
 
     Attributes:
-        forward: see :func:`mindspeed_mm.backend.kernels.by_hand.swiglu`.
-        again: see :func:`mindspeed_mm.backend.kernels.by_hand.swiglu_again`.
+        forward: see :func:`mindspeed_mm.backend.kernels.autograd_functions.swiglu`.
+        again: see :func:`mindspeed_mm.backend.kernels.autograd_functions.swiglu_again`.
     """
 
     forward: Callable[[Tensor], Tensor]
     again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-BY_HAND = SwigluKernel(by_hand.swiglu, by_hand.swiglu_again)
+EAGER_SWIGLU = SwigluKernel(autograd_functions.swiglu, autograd_functions.swiglu_again)
 
 
 def torch_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,7 +81,7 @@ def rms_norm_kernel(*, device: str, compiled: bool = False) -> RMSNormKernel:
     if compiled:
         return by_compiler(torch_rms_norm)
     if device == "cpu":  # which has no fused one
-        return by_hand.rms_norm
+        return autograd_functions.rms_norm
     if device == "npu":
         from mindspeed_mm.backend.kernels.npu_elementwise import npu_rms_norm
 
@@ -94,7 +94,7 @@ def rotary_kernel(*, device: str, compiled: bool = False) -> RotaryKernel:
     if compiled:
         return by_compiler(torch_rotary)
     if device in ("cpu", "cuda"):
-        return by_hand.rotary
+        return autograd_functions.rotary
     if device == "npu":
         from mindspeed_mm.backend.kernels.npu_elementwise import npu_rotary
 
@@ -106,4 +106,4 @@ def swiglu_kernel(*, compiled: bool = False) -> SwigluKernel:
     """SwiGLU of a CPU and a GPU; ``compiled``: the one that torch.compile makes, in one pass each way."""
     if compiled:
         return SwigluKernel(by_compiler(torch_swiglu), by_compiler(_torch_swiglu_again))
-    return BY_HAND
+    return EAGER_SWIGLU

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels import pick
-from mindspeed_mm.backend.kernels.bucketed_experts import bucketed_experts
-from mindspeed_mm.backend.kernels.elementwise import BY_HAND, SwigluKernel, swiglu_kernel, torch_swiglu
+from mindspeed_mm.backend.kernels.elementwise import EAGER_SWIGLU, SwigluKernel, swiglu_kernel, torch_swiglu
+from mindspeed_mm.backend.kernels.padded_bucket_experts import padded_bucket_experts
+from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 
 
 class ExpertKernel(Protocol):
@@ -68,7 +69,7 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 def grouped_experts(
-    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: SwigluKernel = BY_HAND
+    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
 ) -> Tensor:
     """``torch.nn.functional.grouped_mm``: the row counts stay on the device."""
     return _GroupedExperts.apply(rows, gate_up, down, rows_per_expert.cumsum(0).to(torch.int32), swiglu)
@@ -108,7 +109,7 @@ def expert_kernel(name: str, *, device: str, compiled: bool = False) -> ExpertKe
     if hasattr(F, "grouped_mm"):
         table["grouped_mm"] = grouped_experts
     if device == "cpu":
-        table["bucketed"] = bucketed_experts
+        table["bucketed"] = padded_bucket_experts
     if compiled:
         swiglu = swiglu_kernel(compiled=True)
         for grouped in table.keys() - {"loop"}:
@@ -118,3 +119,12 @@ def expert_kernel(name: str, *, device: str, compiled: bool = False) -> ExpertKe
 
         table = {"loop": looped_experts, "npu_grouped_matmul": npu_grouped_experts}
     return pick("expert kernel", name, table, device=device)
+
+
+def token_permuter(plain: TokenPermuter, *, fused: bool, device: str) -> TokenPermuter:
+    """The device's fused operators if ``fused`` and it has any, else ``plain``."""
+    if fused and device == "npu":
+        from mindspeed_mm.backend.kernels.npu_experts import NpuTokenPermuter
+
+        return NpuTokenPermuter(plain)
+    return plain

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels.npu_elementwise import npu_swiglu
-from mindspeed_mm.backend.kernels.rows import RowMover
+from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 
 MOST_EXPERTS = 1024  # groups of one grouped product
 _ONE_TENSOR = 3  # split_item: one result
@@ -64,13 +64,13 @@ class _Permuted(NamedTuple):
     sorted_indices: Tensor
 
 
-class PermutedRows:
-    """A :class:`~mindspeed_mm.backend.kernels.rows.RowMover` by ``npu_moe_token_permute`` and ``_unpermute``.
+class NpuTokenPermuter:
+    """A ``TokenPermuter`` by ``npu_moe_token_permute`` and ``npu_moe_token_unpermute``.
 
     Both are documented for bfloat16 and for at least one row; anything else goes the plain way.
     """
 
-    def __init__(self, plain: RowMover) -> None:
+    def __init__(self, plain: TokenPermuter) -> None:
         self._plain = plain
 
     def count(self, experts: Tensor, num_experts: int) -> Tensor:
@@ -79,19 +79,19 @@ class PermutedRows:
             return self._plain.count(experts, num_experts)
         return torch.histc(experts.flatten(), bins=num_experts, min=0, max=num_experts).to(torch.int64)
 
-    def to_rows(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Any]:
+    def permute(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Any]:
         """[T, H] -> [N, H]."""
         if tokens.dtype is not torch.bfloat16 or experts.numel() == 0:
-            return self._plain.to_rows(tokens, experts)
+            return self._plain.permute(tokens, experts)
         import torch_npu
 
         rows, sorted_indices = torch_npu.npu_moe_token_permute(tokens, experts)
         return rows, _Permuted(sorted_indices)
 
-    def to_tokens(self, rows: Tensor, places: Any, weights: Tensor | None = None) -> Tensor:
+    def unpermute(self, rows: Tensor, places: Any, weights: Tensor | None = None) -> Tensor:
         """[N, H] -> [T, H]."""
         if not isinstance(places, _Permuted):
-            return self._plain.to_tokens(rows, places, weights)
+            return self._plain.unpermute(rows, places, weights)
         import torch_npu
 
         return torch_npu.npu_moe_token_unpermute(rows, places.sorted_indices, probs=weights)

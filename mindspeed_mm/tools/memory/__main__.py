@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.arguments.config_file import load_config
-from mindspeed_mm.arguments.data_config import DataConfig, PreprocessParameters
-from mindspeed_mm.arguments.flag import OneLineParser
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.arguments.model_config import ModelConfig
-from mindspeed_mm.arguments.parser import parse_args
-from mindspeed_mm.arguments.rules import check_degrees, check_flags, check_parallel, check_sharding
+from mindspeed_mm.config.checks import check_degrees, check_flags, check_parallel, check_sharding
+from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.data_config import DataConfig, PreprocessParameters
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.flag import OneLineParser
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.tools.memory.plan import FUSED, WRITTEN_OUT, Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, table
 
@@ -77,25 +77,25 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     args = parse_args([*words, "--use-torch-fsdp2"])
     check_flags(args)
     args = dataclasses.replace(args, global_batch_size=check_parallel(args, world_size=options.nproc).global_batch_size)
-    model = load_config(args.mm_model, ModelConfig, flag="--mm-model")
+    model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
     fsdp = FSDPConfig()
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     check_sharding(args, sharding_size=fsdp.sharding_size, world_size=options.nproc)
-    geometry = Qwen3VLGeometry.from_pretrained(options.hf_config or model.init_from_hf_path)
-    check_degrees(args, geometry=geometry)
+    model_config = Qwen3VLConfig.from_pretrained(options.hf_config or model.init_from_hf_path)
+    check_degrees(args, model_config=model_config)
     pixels = PreprocessParameters.model_fields["image_max_pixels"].default
     if args.mm_data != _REQUIRED["--mm-data"] and Path(args.mm_data).is_file():
         data = load_config(args.mm_data, DataConfig, flag="--mm-data")
         pixels = data.dataset_param.preprocess_parameters.image_max_pixels
-    load = Load.largest(args, geometry, pixels=pixels)
+    load = Load.largest(args, model_config, pixels=pixels)
     given = {name: getattr(options, name) for name in ("tokens", "patches", "supervised")}
     given = {name: value for name, value in given.items() if value is not None}
     load = dataclasses.replace(load, **given)
     if "supervised" not in given:
-        merged = load.patches // geometry.vision.merge_unit
-        load = dataclasses.replace(load, supervised=max(1, load.tokens - merged))
-    plan = plan_run(args, model, fsdp, geometry=geometry, world_size=options.nproc, load=load,
+        merged = load.patches // model_config.vision.merge_unit
+        load = dataclasses.replace(load, target_tokens=max(1, load.tokens - merged))
+    plan = plan_run(args, model, fsdp, model_config=model_config, world_size=options.nproc, load=load,
                     imbalance=options.imbalance)  # fmt: skip
     plan = dataclasses.replace(plan, kernels=FUSED if options.kernels == "fused" else WRITTEN_OUT)
     device = Device(size=round(options.memory_gb * GIB), reserve=round(options.reserve_gb * GIB))

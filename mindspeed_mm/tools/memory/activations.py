@@ -54,7 +54,7 @@ def _norm(plan: Plan, width: int, *, rows: int = 1) -> int:
 
 def decoder_layer(plan: Plan, layer: int) -> Part:
     """A decoder layer. Where it does not train, products need not keep what went into them."""
-    text, c, kernels = plan.geometry.text, plan.compute_bytes, plan.kernels
+    text, c, kernels = plan.model_config.text, plan.compute_bytes, plan.kernels
     width, query, key = text.hidden_size, text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     shared = plan.context_size > 1
     core = c * query + text.num_heads * kernels.softmax_bytes // (plan.context_size if shared else 1)
@@ -90,7 +90,7 @@ def decoder_layer(plan: Plan, layer: int) -> Part:
 
 def _experts(plan: Plan) -> tuple[int, int, int, int]:
     """(kept behind the norm, of that by the experts, needed in forward, needed in backward), per token."""
-    text, c, kernels = plan.geometry.text, plan.compute_bytes, plan.kernels
+    text, c, kernels = plan.model_config.text, plan.compute_bytes, plan.kernels
     rows, width, inner = text.num_experts_per_token, text.hidden_size, text.moe_intermediate_size
     here = rows * (plan.imbalance if plan.expert_size > 1 else 1.0)
     routing = 4 * text.num_experts + (8 + 4 + c + 16) * rows
@@ -113,7 +113,7 @@ def _dense(plan: Plan, inner: int) -> tuple[int, int, int, int]:
 
 def vision_block(plan: Plan) -> Part:
     """A vision block."""
-    vision, c = plan.geometry.vision, plan.compute_bytes
+    vision, c = plan.model_config.vision, plan.compute_bytes
     width, inner = vision.hidden_size, vision.intermediate_size
     core = c * width + vision.num_heads * plan.kernels.softmax_bytes
     context = c * width if plan.kernels.joins_segments or plan.context_size > 1 or plan.recompute == "selective" else 0
@@ -138,7 +138,7 @@ def vision_block(plan: Plan) -> Part:
 
 def merger(plan: Plan) -> Part:
     """One of the mergers; its MLP is as wide as the patches that it merges."""
-    vision, c = plan.geometry.vision, plan.compute_bytes
+    vision, c = plan.model_config.vision, plan.compute_bytes
     numbers = plan.local_patches * vision.hidden_size
     results = plan.local_patches // vision.merge_unit * vision.out_hidden_size
     return Part(mlp=4 * c * numbers, forward=3 * c * numbers + c * results, backward_mlp=3 * c * numbers)
@@ -146,7 +146,7 @@ def merger(plan: Plan) -> Part:
 
 def patch_embedding(plan: Plan) -> Part:
     """Pixels -> the tower's input, with its position embeddings."""
-    vision, c = plan.geometry.vision, plan.compute_bytes
+    vision, c = plan.model_config.vision, plan.compute_bytes
     pixels = plan.local_patches * vision.patch_dim
     positions = 4 * plan.local_patches * vision.hidden_size
     return Part(mlp=c * pixels, forward=max(3 * 4 * pixels, (c + 4 + 4) * positions), backward_mlp=(c + 4) * positions)
@@ -154,8 +154,8 @@ def patch_embedding(plan: Plan) -> Part:
 
 def loss_head(plan: Plan) -> Part:
     """Final norm, logits and cross-entropy, whose gradients are made in forward; a chunk's logits exist at a time."""
-    text, c = plan.geometry.text, plan.compute_bytes
-    width, vocabulary, count = text.hidden_size, text.vocab_size, plan.local_supervised
+    text, c = plan.model_config.text, plan.compute_bytes
+    width, vocabulary, count = text.hidden_size, text.vocab_size, plan.local_target_tokens
     chunk = min(count, plan.loss_chunk or count)
     chunked = chunk < count
     gradients = c * count * width + (c * vocabulary * width if plan.train_text else 0)

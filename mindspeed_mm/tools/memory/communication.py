@@ -58,7 +58,7 @@ def _runs_backward(plan: Plan, unit: Unit) -> bool:
 
 
 def _experts(plan: Plan) -> float:
-    text = plan.geometry.text
+    text = plan.model_config.text
     layers = sum(text.is_moe_layer(layer) for layer in range(text.num_layers))
     rows = plan.local_tokens * text.num_experts_per_token * plan.imbalance
     one_way = rows * text.hidden_size * plan.compute_bytes * _others(plan.expert_size)
@@ -66,7 +66,7 @@ def _experts(plan: Plan) -> float:
 
 
 def _attention(plan: Plan) -> float:
-    text, vision, size = plan.geometry.text, plan.geometry.vision, plan.context_size
+    text, vision, size = plan.model_config.text, plan.model_config.vision, plan.context_size
     query, key = text.num_heads * text.head_dim, max(text.num_kv_heads, size) * text.head_dim
     numbers = 0
     for layers, rows, there, back, trains in (
@@ -81,7 +81,7 @@ def _attention(plan: Plan) -> float:
 
 
 def _vision(plan: Plan) -> float:
-    vision = plan.geometry.vision
+    vision = plan.model_config.vision
     merged = plan.patches // vision.merge_unit * (1 + len(vision.deepstack_visual_indexes))
     passes = _passes(trains=plan.train_vision or plan.train_projector, again=False)
     return passes * merged * vision.out_hidden_size * plan.compute_bytes * _others(plan.context_size)

@@ -34,7 +34,7 @@ TERMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class Snapshot:
     """What is held at one moment of the step."""
 
     when: str
@@ -62,8 +62,8 @@ class Estimate:
     parameters: int
     gradients: int
     optimizer: int
-    after_forward: Moment
-    peak: Moment
+    after_forward: Snapshot
+    peak: Snapshot
     host: int
 
 
@@ -86,21 +86,21 @@ class _Step:
         self.on_host = 0
         root = self.units[0]
         self.root = plan.compute_bytes * root.gathered()
-        if plan.is_whole:
+        if plan.is_single_device:
             copied = sum(unit.gathered() for unit in self.units)
             self.root = plan.compute_bytes * copied if plan.compute_bytes < MASTER else 0
         self.experts = {unit.index: unit for unit in self.units if unit.kind == "experts"}
         self.reducing = 0
         self.stay: list[int] = []
 
-    def moment(self, when: str, **more: int) -> Moment:
+    def moment(self, when: str, **more: int) -> Snapshot:
         amounts = dict.fromkeys(TERMS, 0)
         for part in (self.static, self.kept, more):
             for name, value in part.items():
                 amounts[name] += value
         amounts["gathered"] += self.root + sum(self.stay)
         amounts["reduction"] += self.reducing
-        return Moment(when, amounts)
+        return Snapshot(when, amounts)
 
     def part_of(self, unit: Unit) -> Part:
         """What the unit's modules keep and need; spread experts are counted with their layer."""
@@ -149,7 +149,7 @@ class _Step:
 
     def gathered(self, unit: Unit, *, forward: bool) -> int:
         """The running unit's gathered parameters, and those of its experts where they are spread."""
-        if self.plan.is_whole:
+        if self.plan.is_single_device:
             return 0
         own = [unit, *([self.experts[unit.index]] if unit.kind == "decoder" and unit.index in self.experts else [])]
         copies = [2 if forward and part.holders > 1 else 1 for part in own]
@@ -159,7 +159,7 @@ class _Step:
         """Buffers of units that are gathered ahead."""
         return sum(self.plan.compute_bytes * unit.gathered() for unit in units if unit.holders > 1)
 
-    def forward(self) -> Iterator[Moment]:
+    def forward(self) -> Iterator[Snapshot]:
         """All moments of forward; what is kept grows."""
         plan = self.plan
         pixels = activations.patch_embedding(plan)
@@ -181,14 +181,14 @@ class _Step:
                 on_host = plan.activations_on_host and unit.kind == "decoder"
                 self.on_host += value if on_host else 0
                 self.kept[name] += 0 if on_host else value
-            if not plan.is_whole and (not plan.reshard or unit.kind == "head"):
+            if not plan.is_single_device and (not plan.reshard or unit.kind == "head"):
                 self.stay.append(plan.compute_bytes * unit.gathered())
 
     def _kept_while_running(self, part: Part) -> int:
         """A layer's tensors exist while it runs forward, though few of them at once where it keeps none."""
         return max(part.attention, part.mlp) // 2 if part.kept else 0
 
-    def backward(self) -> Iterator[Moment]:
+    def backward(self) -> Iterator[Snapshot]:
         """All moments of backward; what is kept shrinks, gradients grow."""
         plan = self.plan
         units = self.units[1:]
@@ -199,7 +199,7 @@ class _Step:
             yield from self._backward_of(unit, units[max(0, position - max(1, plan.backward_prefetch)) : position])
         yield self._reduce(self.units[0], "backward, what is gathered once per step")
 
-    def _backward_of(self, unit: Unit, ahead: Sequence[Unit]) -> Iterator[Moment]:
+    def _backward_of(self, unit: Unit, ahead: Sequence[Unit]) -> Iterator[Snapshot]:
         plan, part = self.plan, self.part_of(unit)
         again, own = self.run_again(unit), self.keeps(unit, part)
         full = self._split(unit, part)
@@ -210,7 +210,7 @@ class _Step:
         if plan.recompute_method == "uniform" and again:
             recomputed *= plan.recompute_layers
         # what stays after forward, as the loss head always does, is there already
-        stays = not plan.is_whole and (not plan.reshard or unit.kind == "head")
+        stays = not plan.is_single_device and (not plan.reshard or unit.kind == "head")
         held = {
             "gathered": 0 if stays else self.gathered(unit, forward=False),
             "prefetched": self.buffers(ahead) if plan.reshard else 0,
@@ -232,11 +232,11 @@ class _Step:
             self.stay.pop()
         yield self._reduce(unit, f"reduction of {name}", prefetched=held["prefetched"])
 
-    def _reduce(self, unit: Unit, when: str, *, prefetched: int = 0) -> Moment:
+    def _reduce(self, unit: Unit, when: str, *, prefetched: int = 0) -> Snapshot:
         """The unit's gradients are summed over processes; its gathered parameters are gone."""
         plan = self.plan
         whole, shard = unit.gathered(training_only=True), unit.shard(training_only=True)
-        self.reducing = 0 if plan.is_whole else plan.reduce_bytes * whole
+        self.reducing = 0 if plan.is_single_device else plan.reduce_bytes * whole
         copies = 2 if unit.axis else 1
         copied = plan.reduce_bytes * whole if plan.kernels.reduction_copies and unit.holders > 1 else 0
         result = plan.reduce_bytes * shard if plan.micro_batches > 1 or plan.shards_on_host else 0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from mindspeed_mm.models.geometry import TextGeometry, VisionGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLTextConfig, Qwen3VLVisionConfig
 from mindspeed_mm.tools.memory.plan import Plan
 
 Kind = Literal["root", "vision", "merger", "embedding", "decoder", "experts", "head"]
@@ -68,7 +68,7 @@ def _layer_norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _vision_block(vision: VisionGeometry) -> Shapes:
+def _vision_block(vision: Qwen3VLVisionConfig) -> Shapes:
     width = vision.hidden_size
     return {
         **_layer_norm("input_layernorm", width),
@@ -80,7 +80,7 @@ def _vision_block(vision: VisionGeometry) -> Shapes:
     }
 
 
-def _merger(vision: VisionGeometry, *, norm_after_merge: bool) -> Shapes:
+def _merger(vision: Qwen3VLVisionConfig, *, norm_after_merge: bool) -> Shapes:
     merged = vision.hidden_size * vision.merge_unit
     return {
         **_layer_norm("norm", merged if norm_after_merge else vision.hidden_size),
@@ -89,7 +89,7 @@ def _merger(vision: VisionGeometry, *, norm_after_merge: bool) -> Shapes:
     }
 
 
-def _experts(text: TextGeometry) -> Shapes:
+def _experts(text: Qwen3VLTextConfig) -> Shapes:
     experts, width, inner = text.num_experts, text.hidden_size, text.moe_intermediate_size
     return {
         "mlp.experts.gate_up_proj": (experts, width, 2 * inner),
@@ -97,7 +97,7 @@ def _experts(text: TextGeometry) -> Shapes:
     }
 
 
-def _decoder_layer(text: TextGeometry, layer: int) -> Shapes:
+def _decoder_layer(text: Qwen3VLTextConfig, layer: int) -> Shapes:
     """Without experts."""
     width, query, key = text.hidden_size, text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     shapes = {
@@ -138,7 +138,7 @@ def units_of(plan: Plan) -> list[Unit]:
 
 
 def _units(plan: Plan) -> Iterator[Unit]:
-    text, vision, everyone = plan.geometry.text, plan.geometry.vision, plan.sharding_size
+    text, vision, everyone = plan.model_config.text, plan.model_config.vision, plan.sharding_size
     tied = text.tie_word_embeddings
 
     def unit(kind: Kind, index: int, prefix: str, shapes: Shapes, *, trains: bool, spread: int = 1) -> Unit:

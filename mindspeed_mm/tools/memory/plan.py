@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mindspeed_mm.arguments.flags import TrainingArgs
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.arguments.model_config import ModelConfig
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
 MASTER = 4
@@ -85,14 +85,14 @@ class Plan:
         kernels: what the implementations keep.
     """
 
-    geometry: Qwen3VLGeometry
+    model_config: Qwen3VLConfig
     world_size: int
     sharding_size: int
     expert_size: int = 1
     context_size: int = 1
     tokens: int
     patches: int
-    supervised: int
+    target_tokens: int
     micro_batches: int = 1
     compute_bytes: int = 2
     reduce_bytes: int = 4
@@ -120,16 +120,16 @@ class Plan:
     @property
     def local_patches(self) -> int:
         """Patches on this process; one merge block stands for none."""
-        unit = self.geometry.vision.merge_unit
+        unit = self.model_config.vision.merge_unit
         return max(1, -(-self.patches // (unit * self.context_size))) * unit
 
     @property
-    def local_supervised(self) -> int:
+    def local_target_tokens(self) -> int:
         """Supervised tokens on this process, taken to be spread evenly."""
-        return -(-self.supervised // self.context_size)
+        return -(-self.target_tokens // self.context_size)
 
     @property
-    def is_whole(self) -> bool:
+    def is_single_device(self) -> bool:
         """Whether one process holds all parameters, without FSDP2, beside a copy in the compute type."""
         return self.world_size == 1 and not self.shards_on_host
 
@@ -145,12 +145,12 @@ class Load:
 
     tokens: int
     patches: int
-    supervised: int
+    target_tokens: int
 
     @classmethod
-    def largest(cls, args: TrainingArgs, geometry: Qwen3VLGeometry, *, pixels: int) -> Load:
+    def largest(cls, args: TrainingArgs, model_config: Qwen3VLConfig, *, pixels: int) -> Load:
         """Samples of the full sequence length with one picture of ``pixels`` each, and the rest an answer."""
-        vision = geometry.vision
+        vision = model_config.vision
         tokens = args.micro_batch_size * args.seq_length
         most = args.micro_batch_size * pixels // vision.patch_size**2
         merged = min(most // vision.merge_unit, tokens // 2)
@@ -159,10 +159,10 @@ class Load:
 
 def plan_run(
     args: TrainingArgs,
-    model: ModelConfig,
+    model: ModelOptions,
     fsdp: FSDPConfig,
     *,
-    geometry: Qwen3VLGeometry,
+    model_config: Qwen3VLConfig,
     world_size: int,
     load: Load,
     imbalance: float = 1.0,
@@ -172,14 +172,14 @@ def plan_run(
     decoder, loss = model.text_decoder, model.loss_cfg
     samples_at_once = args.micro_batch_size * (world_size // args.context_parallel_size)
     return Plan(
-        geometry=geometry,
+        model_config=model_config,
         world_size=world_size,
         sharding_size=world_size if fsdp.sharding_size == "auto" else int(fsdp.sharding_size),
         expert_size=args.expert_model_parallel_size,
         context_size=args.context_parallel_size,
         tokens=load.tokens,
         patches=load.patches,
-        supervised=load.supervised,
+        target_tokens=load.target_tokens,
         micro_batches=(args.global_batch_size or samples_at_once) // samples_at_once,
         compute_bytes=BYTES[fsdp.param_dtype],
         reduce_bytes=BYTES[fsdp.reduce_dtype],

@@ -53,7 +53,7 @@ def knobs(plan: Plan, device: Device) -> list[Knob]:
 
 
 def _candidates(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
-    experts, everyone = plan.geometry.text.num_experts, plan.sharding_size == plan.world_size
+    experts, everyone = plan.model_config.text.num_experts, plan.sharding_size == plan.world_size
     if not everyone:
         yield "sharding_size: auto", {"sharding_size": plan.world_size}
     sharding = 2 * plan.sharding_size if everyone else plan.sharding_size
@@ -119,10 +119,10 @@ def _heading(plan: Plan) -> list[str]:
     whole, trained = (sum(u.shard(training_only=only) for u in units) / 1e9 for only in (False, True))
     names = {2: "bf16", 4: "fp32"}
     return [
-        f"{plan.geometry.model_type}: {whole:.2f} B parameters, {trained:.2f} B of them trained; "
+        f"{plan.model_config.model_type}: {whole:.2f} B parameters, {trained:.2f} B of them trained; "
         f"{plan.world_size} processes, parameters over {plan.sharding_size}, experts over {plan.expert_size}, "
         f"a micro-batch over {plan.context_size}",
-        f"micro-batch: {plan.tokens} tokens, {plan.patches} patches, {plan.supervised} supervised tokens; "
+        f"micro-batch: {plan.tokens} tokens, {plan.patches} patches, {plan.target_tokens} supervised tokens; "
         f"{plan.micro_batches} per step; computed in {names[plan.compute_bytes]}, gradients summed in "
         f"{names[plan.reduce_bytes]}; recompute: {plan.recompute}",
     ]

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_mm.arguments.config_file import load_config
-from mindspeed_mm.arguments.data_config import DataConfig
-from mindspeed_mm.arguments.model_config import ModelConfig
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
-from mindspeed_mm.data.media_settings import ImageSettings, read_image_settings
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, read_image_settings
 from mindspeed_mm.tools.show_data.pictures import draw_costs, draw_picture
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
 
@@ -68,8 +68,8 @@ def _indices(text: str, size: int) -> list[int]:
     return indices
 
 
-def _views(dataset: ChatDataset, indices: Sequence[int], geometry: Qwen3VLGeometry, tokenizer: Any) -> list[_View]:
-    pads = (geometry.image_token_id, geometry.video_token_id)
+def _views(dataset: ChatDataset, indices: Sequence[int], model_config: Qwen3VLConfig, tokenizer: Any) -> list[_View]:
+    pads = (model_config.image_token_id, model_config.video_token_id)
     views = []
     for index in indices:
         try:
@@ -79,23 +79,23 @@ def _views(dataset: ChatDataset, indices: Sequence[int], geometry: Qwen3VLGeomet
             continue
         patches = sum(len(picture.patches) for picture in sample.pictures)
         heading = (
-            f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.supervised[1:].sum())} of them "
+            f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} of them "
             f"supervised, {patches} patches"
         )
-        parts = list(pieces(sample.input_ids, sample.supervised, pads=pads, tokenizer=tokenizer))
+        parts = list(pieces(sample.input_ids, sample.loss_mask, pads=pads, tokenizer=tokenizer))
         views.append(_View(index, heading, sample, parts))
     return views
 
 
-def _columns(dataset: ChatDataset, geometry: Qwen3VLGeometry) -> dict[str, np.ndarray]:
+def _columns(dataset: ChatDataset, model_config: Qwen3VLConfig) -> dict[str, np.ndarray]:
     """What is drawn over the whole data set, by the name of its axis."""
-    costs, supervised = dataset.costs(), dataset.supervised_counts()
-    placeholders = costs.vision // geometry.vision.merge_unit
+    costs, loss_mask = dataset.costs(), dataset.target_token_counts()
+    placeholders = costs.vision // model_config.vision.merge_unit
     return {
         "length: tokens of a sample, placeholders included": costs.text,
         "text tokens of a sample": costs.text - placeholders,
         "vision patches of a sample": costs.vision,
-        "share of a sample's tokens that is supervised": supervised / costs.text,
+        "share of a sample's tokens that is supervised": loss_mask / costs.text,
     }
 
 
@@ -125,12 +125,12 @@ def show(options: argparse.Namespace) -> None:
         UserError: for anything wrong in the files or options.
     """
     data = load_config(options.mm_data, DataConfig, flag="--mm-data")
-    model = load_config(options.mm_model, ModelConfig, flag="--mm-model")
-    geometry = Qwen3VLGeometry.from_pretrained(model.init_from_hf_path)
+    model = load_config(options.mm_model, ModelOptions, flag="--mm-model")
+    model_config = Qwen3VLConfig.from_pretrained(model.init_from_hf_path)
     preprocess = data.dataset_param.preprocess_parameters
-    dataset, _ = build_datasets(data, geometry=geometry, seq_length=options.seq_length, seed=options.seed)
+    dataset, _ = build_datasets(data, model_config=model_config, seq_length=options.seq_length, seed=options.seed)
     tokenizer = load_tokenizer(preprocess.model_name_or_path)
-    views = _views(dataset, _indices(options.samples, len(dataset)), geometry, tokenizer)
+    views = _views(dataset, _indices(options.samples, len(dataset)), model_config, tokenizer)
     colour = options.colour == "always" or (
         options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -138,7 +138,7 @@ def show(options: argparse.Namespace) -> None:
         print(f"--- {view.heading}")
         print(for_terminal(view.parts, colour=colour))
     try:
-        columns = _columns(dataset, geometry)
+        columns = _columns(dataset, model_config)
     except TypeError as error:  # streamed or tokenized while training
         columns, summary = {}, f"{len(dataset)} samples; no distributions: {error}"
     else:
@@ -156,7 +156,7 @@ def show(options: argparse.Namespace) -> None:
         raise UserError(f"--out {options.out} cannot be made: {error.strerror}; choose another") from error
     settings = read_image_settings(
         preprocess.model_name_or_path, min_pixels=preprocess.image_min_pixels,
-        max_pixels=preprocess.image_max_pixels, vision=geometry.vision,
+        max_pixels=preprocess.image_max_pixels, vision=model_config.vision,
     )
     if columns:
         draw_costs(options.out / "costs.png", columns, limit=options.seq_length, title=f"{dataset.name}: {summary}")

@@ -32,7 +32,7 @@ class Piece:
     kind: Kind
 
 
-def pieces(input_ids: np.ndarray, supervised: np.ndarray, *, pads: Sequence[int], tokenizer: Any) -> Iterator[Piece]:
+def pieces(input_ids: np.ndarray, loss_mask: np.ndarray, *, pads: Sequence[int], tokenizer: Any) -> Iterator[Piece]:
     """Tokens as text, split where the kind changes; a run of placeholders becomes ``<|image_pad|> x 234``.
 
     Args:
@@ -43,7 +43,7 @@ def pieces(input_ids: np.ndarray, supervised: np.ndarray, *, pads: Sequence[int]
     """
     at = 0
     kinds = ["vision" if token in pads else "supervised" if flag else "given"
-             for token, flag in zip(input_ids.tolist(), supervised.tolist(), strict=True)]
+             for token, flag in zip(input_ids.tolist(), loss_mask.tolist(), strict=True)]
     for key, run in groupby(zip(kinds, (token if kind == "vision" else -1
                                         for kind, token in zip(kinds, input_ids.tolist(), strict=True)), strict=True)):
         count = len(list(run))

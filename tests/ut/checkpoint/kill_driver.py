@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import dcp_writer, work
-from checkpoint.dcp_to_hf import dcp_to_hf
-from checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.training.checkpoint import directory, pieces
+from mindspeed_mm.checkpoint import dcp_writer, directory, executor, pieces
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -40,13 +39,13 @@ class KillSwitch:
 
     def install(self) -> None:
         sys.addaudithook(self._audit)
-        advance = work.Progress.advance
+        advance = executor.Progress.advance
 
-        def counted(progress: work.Progress, nbytes: int) -> None:
+        def counted(progress: executor.Progress, nbytes: int) -> None:
             self._point()
             advance(progress, nbytes)
 
-        work.Progress.advance = counted
+        executor.Progress.advance = counted
 
     def _audit(self, event: str, arguments: tuple) -> None:
         if event in EVENTS and str(arguments[0]).startswith(self._root):

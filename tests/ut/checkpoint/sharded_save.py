@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-from mindspeed_mm.training.checkpoint import directory, shard_writer, shards
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
+from mindspeed_mm.checkpoint import directory, shard_writer, shards
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ def main() -> None:
         parameters[name] = distribute_tensor(tensor, mesh, placements)
         moments[f"optimizer.{name}.exp_avg"] = distribute_tensor(torch.zeros_like(tensor), mesh, placements)
     for place, state in (("ours", parameters | moments), ("bare", parameters)):
-        saver = Saver(State(state), SaveOptions(root / place), backend=backend, say=lambda _: None)
+        saver = CheckpointManager(State(state), SaveOptions(root / place), backend=backend, say=lambda _: None)
         saver.start(Standing(5))
         saver.finish()
     target = root / "torch" / "iter_0000005"

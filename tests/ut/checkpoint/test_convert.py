@@ -12,17 +12,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from checkpoint import dcp_writer
-from checkpoint.dcp_to_hf import dcp_to_hf
-from checkpoint.hf_to_dcp import hf_to_dcp
-from checkpoint.inspect_checkpoint import inspect
-from checkpoint.verify import verify
+from mindspeed_mm.checkpoint import dcp_writer, directory, pieces
+from mindspeed_mm.checkpoint.checksum import file_checksum, format_checksum
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.checkpoint.inspect_checkpoint import inspect
+from mindspeed_mm.checkpoint.verify import verify
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.weight_map import weight_map
-from mindspeed_mm.training.checkpoint import directory, pieces
-from mindspeed_mm.training.checkpoint.checksum import file_checksum, format_checksum
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Tensors = dict[str, torch.Tensor]
@@ -48,7 +47,7 @@ def assert_equal(left: Tensors, right: Tensors) -> None:
 
 
 def expected_mcore(hub: Tensors, hf: Path) -> Tensors:
-    rules = weight_map(Qwen3VLGeometry.from_pretrained(hf), expert_layout="hub")
+    rules = weight_map(Qwen3VLConfig.from_pretrained(hf), expert_layout="hub")
     return {f"model.{rule.target}": rule.to_mcore([hub[name] for name, _ in rule.sources]) for rule in rules}
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import dcp_to_hf, hf_to_dcp, inspect_checkpoint, verify  # noqa: F401 (before privileges are given up)
 from checkpoint.cli import main
-from mindspeed_mm.training.checkpoint import directory
+from mindspeed_mm.checkpoint import dcp_to_hf, directory, hf_to_dcp, inspect_checkpoint, verify  # noqa: F401 (before privileges are given up)
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Run = Callable[..., str]

@@ -10,16 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import work
 from checkpoint.cli import main
-from checkpoint.dcp_to_hf import dcp_to_hf
-from checkpoint.hf_to_dcp import hf_to_dcp
-from checkpoint.journal import Journal
-from checkpoint.verify import verify
+from mindspeed_mm.checkpoint import directory, executor
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.hf_source import HFSource
+from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.checkpoint.resume_log import Journal
+from mindspeed_mm.checkpoint.verify import verify
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.training.checkpoint.hf_source import HFSource
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 NORM = "model.language_model.layers.0.input_layernorm.weight"
@@ -231,7 +230,7 @@ def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def fail(self: object, nbytes: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(work.Progress, "advance", fail)
+    monkeypatch.setattr(executor.Progress, "advance", fail)
     with pytest.raises(UserError, match="the disk of .* is full; finished files are kept: make room"):
         hf_to_dcp(hf, tmp_path / "dcp")
     monkeypatch.undo()

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import dcp_writer, work
-from checkpoint.dcp_to_hf import dcp_to_hf
-from checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.checkpoint import dcp_writer, directory, executor, pieces
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory, pieces
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 
@@ -40,9 +39,9 @@ class Converter:
     def run_until_full(self, nbytes: int) -> dict[str, int]:
         """Fail after ``nbytes``; returns the times of the finished files by name."""
         written = 0
-        advance = work.Progress.advance
+        advance = executor.Progress.advance
 
-        def limited(progress: work.Progress, count: int) -> None:
+        def limited(progress: executor.Progress, count: int) -> None:
             nonlocal written
             written += count
             if written > nbytes:
@@ -50,7 +49,7 @@ class Converter:
             advance(progress, count)
 
         with self._patch.context() as patch:
-            patch.setattr(work.Progress, "advance", limited)
+            patch.setattr(executor.Progress, "advance", limited)
             with pytest.raises(UserError, match="is full; finished files are kept: make room"):
                 self.run()
         assert not self.target().exists()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint import pieces
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import pieces
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 from tests.ut.checkpoint.test_convert import Tensors, assert_equal, expected_mcore, read_all
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
+from mindspeed_mm.checkpoint.dcp_metadata import METADATA, StoredItem, read_metadata, write_metadata
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, StoredItem, read_metadata, write_metadata
-from mindspeed_mm.training.checkpoint.dcp_reader import DcpReader
 
 
 class Malicious:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_mm.checkpoint import directory as d
+from mindspeed_mm.checkpoint.checksum import combine, crc32, file_checksum, format_checksum
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory as d
-from mindspeed_mm.training.checkpoint.checksum import combine, crc32, file_checksum, format_checksum
 
 
 def _write(root: Path, name: str = "iter_0000010", content: bytes = b"payload", **options) -> Path:
@@ -145,13 +145,13 @@ def test_checksums_are_those_of_zlib() -> None:
 def test_zlib_serves_where_isal_is_missing() -> None:
     code = (
         "import sys, zlib; sys.modules['isal'] = None\n"
-        "from mindspeed_mm.training.checkpoint import checksum; assert checksum.crc32 is zlib.crc32"
+        "from mindspeed_mm.checkpoint import checksum; assert checksum.crc32 is zlib.crc32"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, mindspeed_mm.training.checkpoint.directory; sys.exit('torch' in sys.modules)"
+    code = "import sys, mindspeed_mm.checkpoint.directory; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

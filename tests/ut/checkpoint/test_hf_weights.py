@@ -13,16 +13,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
+from mindspeed_mm.checkpoint import hf_weights
+from mindspeed_mm.checkpoint.hf_source import LAYOUT_KEY, HFSource
+from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
+from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-from mindspeed_mm.models.weight_map import weight_map
-from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.training.checkpoint import hf_weights
-from mindspeed_mm.training.checkpoint.hf_source import LAYOUT_KEY, HFSource
-from mindspeed_mm.training.checkpoint.hf_weights import load_hf_weights
+from mindspeed_mm.parallel.parallelize import parallelise
 from mindspeed_mm.training.gradients import local
 from tests.helpers.hf_model import tiny_config, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM
@@ -47,9 +47,9 @@ def _in_place(world_size, rank, function, *arguments):
 
 def loaded(directory, *, sharding_size="auto", **layout):
     """(the rank's parameters after meta-device initialisation and loading, bytes that it read)."""
-    geometry = Qwen3VLGeometry.from_pretrained(directory)
+    model_config = Qwen3VLConfig.from_pretrained(directory)
     with torch.device("meta"):
-        model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+        model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
     config = FSDPConfig(param_dtype="fp32")
     parallelise(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
     model.to_empty(device="cpu")
@@ -66,7 +66,7 @@ def saved(request, tmp_path_factory):
     tiny_model(dense=request.param == "dense", many_heads=True).save_pretrained(directory)
     tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
     source = HFSource(directory)
-    rules = weight_map(source.geometry, expert_layout=source.layout)
+    rules = weight_map(source.model_config, expert_layout=source.layout)
     return directory, {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
 
 
@@ -115,7 +115,7 @@ def test_each_rank_reads_its_own_shards_alone(saved, world_size, layout):
 def test_published_layout_is_read_within_experts(tmp_path):
     """Of experts that are cut within, in the published layout, a rank reads its parts alone."""
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
-    rules = weight_map(Qwen3VLGeometry.from_pretrained(tmp_path), expert_layout="hub")
+    rules = weight_map(Qwen3VLConfig.from_pretrained(tmp_path), expert_layout="hub")
     tensors = {name: torch.randn(shape) for rule in rules for name, shape in rule.sources}
     save_file(tensors, tmp_path / "model.safetensors", metadata={LAYOUT_KEY: "hub"})
     wholes = {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}

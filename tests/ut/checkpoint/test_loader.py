@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.checkpoint import directory
+from mindspeed_mm.checkpoint.checksum import file_checksum
+from mindspeed_mm.checkpoint.dcp_metadata import METADATA, read_metadata
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import directory
-from mindspeed_mm.training.checkpoint.checksum import file_checksum
-from mindspeed_mm.training.checkpoint.dcp_metadata import METADATA, read_metadata
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
-from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.training.optimizer import initialise_state
 
 BACKEND = select_backend("cpu")
@@ -45,8 +45,12 @@ def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32,
 
 
 def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, with_rng: bool = True) -> Path:
-    saver = Saver(TrainingState(model, optimizer, BACKEND, with_rng=with_rng), SaveOptions(root), backend=BACKEND,
-                  say=lambda line: None)
+    saver = CheckpointManager(
+        TrainingState(model, optimizer, BACKEND, with_rng=with_rng),
+        SaveOptions(root),
+        backend=BACKEND,
+        say=lambda line: None,
+    )
     saver.start(Progress(iteration=1))
     return root / "iter_0000001"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_mm.checkpoint import save_lock
+from mindspeed_mm.checkpoint.save_lock import LOCK, SaveLock
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint import save_lock
-from mindspeed_mm.training.checkpoint.save_lock import LOCK, SaveLock
 
 HOLDER = """
 import os, pathlib, sys, time
-from mindspeed_mm.training.checkpoint.save_lock import SaveLock
+from mindspeed_mm.checkpoint.save_lock import SaveLock
 lock = SaveLock(pathlib.Path(sys.argv[1]))
 assert lock.take() is None
 worker = os.fork() if "worker" in sys.argv else 1

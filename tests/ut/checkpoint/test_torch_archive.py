@@ -9,8 +9,8 @@ import zlib
 import pytest
 import torch
 
-from mindspeed_mm.training.checkpoint.safetensors_io import tensor_bytes
-from mindspeed_mm.training.checkpoint.torch_archive import fits, frame
+from mindspeed_mm.checkpoint.safetensors_io import tensor_bytes
+from mindspeed_mm.checkpoint.torch_archive import fits, frame
 
 
 def archive(tensor: torch.Tensor) -> bytes:

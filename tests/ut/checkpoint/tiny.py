@@ -124,11 +124,11 @@ def write_hf_directory(
 
     from safetensors.torch import save_file
 
-    from mindspeed_mm.models.geometry import Qwen3VLGeometry
-    from mindspeed_mm.models.weight_map import hf_shapes, weight_map
+    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import hf_shapes, weight_map
 
     directory.mkdir(parents=True)
-    geometry = Qwen3VLGeometry.from_config(config)
+    model_config = Qwen3VLConfig.from_config(config)
     generator = torch.Generator().manual_seed(seed)
 
     def values(shape: tuple[int, ...]) -> torch.Tensor:
@@ -139,7 +139,7 @@ def write_hf_directory(
 
     hub = {
         name: values(shape)
-        for name, shape in hf_shapes(weight_map(geometry, expert_layout="hub")).items()
+        for name, shape in hf_shapes(weight_map(model_config, expert_layout="hub")).items()
     }
     written = {
         name: tensor.transpose(1, 2).contiguous() if layout == "v5" and ".mlp.experts." in name else tensor

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_mm.data.collator import Picture, Sample, collate
-from mindspeed_mm.data.positions import token_positions
 from mindspeed_mm.errors import UserError
-from tests.helpers.tiny_geometry import tiny_geometry
+from mindspeed_mm.models.qwen3_vl.positions import token_positions
+from tests.helpers.tiny_config import tiny_config
 
-GEOMETRY = tiny_geometry()
+GEOMETRY = tiny_config()
 PATCH_DIM = GEOMETRY.vision.patch_dim
 
 
-def make_sample(*, index: int, grids: list[tuple[int, int, int]], text: int, supervised: int) -> Sample:
+def make_sample(*, index: int, grids: list[tuple[int, int, int]], text: int, loss_mask: int) -> Sample:
     """A sample of some pictures, ``text`` plain tokens and a supervised tail."""
     ids: list[int] = []
     for time, rows, cols in grids:
@@ -28,7 +28,7 @@ def make_sample(*, index: int, grids: list[tuple[int, int, int]], text: int, sup
             ids += [1, GEOMETRY.vision_start_token_id] + [token] * (rows * cols // 4) + [GEOMETRY.vision_end_token_id]
     ids += list(range(1, text + 1))
     mask = np.zeros(len(ids), dtype=bool)
-    mask[len(ids) - supervised :] = True
+    mask[len(ids) - loss_mask :] = True
     generator = np.random.default_rng(index)
     pictures = tuple(
         Picture(generator.integers(0, 256, (time * rows * cols, PATCH_DIM), dtype=np.uint8), (time, rows, cols))
@@ -44,7 +44,7 @@ def samples(draw: st.DrawFn) -> list[Sample]:
         side = st.integers(1, 3).map(lambda blocks: 2 * blocks)
         grids = draw(st.lists(st.tuples(st.integers(1, 2), side, side), max_size=3))
         text = draw(st.integers(2, 9))
-        built.append(make_sample(index=index * 3, grids=grids, text=text, supervised=draw(st.integers(0, text - 1))))
+        built.append(make_sample(index=index * 3, grids=grids, text=text, loss_mask=draw(st.integers(0, text - 1))))
     return built
 
 
@@ -55,7 +55,7 @@ def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
     assert batch.num_tokens == sum(len(sample.input_ids) for sample in packed) == len(batch.input_ids)
     assert batch.cu_seqlens.tolist() == batch.cu_seqlens_host
     assert batch.sample_ids == [sample.index for sample in packed]
-    assert batch.num_supervised == len(batch.labels) == len(batch.label_index)
+    assert batch.num_target_tokens == len(batch.labels) == len(batch.label_index)
     media = (GEOMETRY.image_token_id, GEOMETRY.video_token_id)
     for place, sample in enumerate(packed):
         start, end = batch.cu_seqlens_host[place : place + 2]
@@ -65,10 +65,10 @@ def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
         )
         assert np.array_equal(batch.position_ids[:, start:end].numpy(), alone)
         chosen = batch.label_sample == place
-        expected = np.flatnonzero(sample.supervised)
+        expected = np.flatnonzero(sample.loss_mask)
         assert np.array_equal(batch.label_index[chosen].numpy() - start + 1, expected)
         assert np.array_equal(batch.labels[chosen].numpy(), sample.input_ids[expected])
-        assert batch.supervised_per_sample[place] == len(expected)
+        assert batch.target_tokens_per_sample[place] == len(expected)
     vision = batch.vision
     pictures = [picture for sample in packed for picture in sample.pictures]
     assert vision.is_dummy == (not pictures)
@@ -82,15 +82,15 @@ def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
 
 
 def test_video_slices_are_attention_segments_of_their_own() -> None:
-    batch = collate([make_sample(index=0, grids=[(3, 2, 4), (1, 4, 4)], text=4, supervised=2)], GEOMETRY)
+    batch = collate([make_sample(index=0, grids=[(3, 2, 4), (1, 4, 4)], text=4, loss_mask=2)], GEOMETRY)
     assert batch.vision.cu_seqlens_host == [0, 8, 16, 24, 40]
     assert batch.vision.max_seqlen == 16
     assert batch.vision.grid_thw == [(3, 2, 4), (1, 4, 4)]
 
 
 def test_dtypes_and_dummy_of_a_text_only_batch() -> None:
-    batch = collate([make_sample(index=7, grids=[], text=5, supervised=0)], GEOMETRY)
-    assert batch.num_supervised == 0 and batch.labels.dtype == torch.int64
+    batch = collate([make_sample(index=7, grids=[], text=5, loss_mask=0)], GEOMETRY)
+    assert batch.num_target_tokens == 0 and batch.labels.dtype == torch.int64
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.label_index.dtype == torch.int64
     assert batch.cu_seqlens.dtype == batch.vision.cu_seqlens.dtype == torch.int32
     assert batch.vision.is_dummy and batch.vision.grid_thw == [(1, 2, 2)] and batch.vision.pixels.sum() == 0
@@ -99,7 +99,7 @@ def test_dtypes_and_dummy_of_a_text_only_batch() -> None:
 
 
 def test_batch_moves_and_pickles() -> None:
-    batch = collate([make_sample(index=1, grids=[(1, 2, 2)], text=5, supervised=2)], GEOMETRY)
+    batch = collate([make_sample(index=1, grids=[(1, 2, 2)], text=5, loss_mask=2)], GEOMETRY)
     moved = batch.to("meta")
     assert moved.vision.pixels.device.type == moved.labels.device.type == "meta"
     assert moved.sample_ids == [1] and batch.labels.device.type == "cpu"
@@ -107,6 +107,6 @@ def test_batch_moves_and_pickles() -> None:
 
 
 def test_mismatch_names_the_sample() -> None:
-    good = make_sample(index=41, grids=[(1, 2, 2)], text=5, supervised=2)
+    good = make_sample(index=41, grids=[(1, 2, 2)], text=5, loss_mask=2)
     with pytest.raises(UserError, match="sample 41"):
-        collate([Sample(good.input_ids, good.supervised, (), 41)], GEOMETRY)
+        collate([Sample(good.input_ids, good.loss_mask, (), 41)], GEOMETRY)

@@ -31,7 +31,9 @@ def root(tmp_path: Path) -> Path:
 def build(root: Path, *, seq_length: int = 1024, seed: int = 1, **overrides: object) -> tuple:
     overrides.setdefault("dataset", str(root / "data.json"))
     config = make_config(root, **overrides)  # type: ignore[arg-type]
-    return build_datasets(config, geometry=checkpoint_geometry(root / "checkpoint"), seq_length=seq_length, seed=seed)
+    return build_datasets(
+        config, model_config=checkpoint_geometry(root / "checkpoint"), seq_length=seq_length, seed=seed
+    )
 
 
 def answers(dataset: ChatDataset, root: Path) -> list[str]:
@@ -39,8 +41,9 @@ def answers(dataset: ChatDataset, root: Path) -> list[str]:
 
     tokenizer = Tokenizer.from_file(str(root / "checkpoint" / "tokenizer.json"))
     samples = [dataset[index] for index in range(len(dataset))]
-    return [tokenizer.decode(sample.input_ids[sample.supervised].tolist(), skip_special_tokens=True)
-            for sample in samples]
+    return [
+        tokenizer.decode(sample.input_ids[sample.loss_mask].tolist(), skip_special_tokens=True) for sample in samples
+    ]
 
 
 def test_samples_of_real_files(root: Path) -> None:
@@ -48,8 +51,8 @@ def test_samples_of_real_files(root: Path) -> None:
     assert held_out is None and len(train) == 12
     texts = answers(train, root)
     assert texts[1] == "The digit is 1." and texts[0] == "The digit is 0.Yes, there is one."
-    geometry = checkpoint_geometry(root / "checkpoint")
-    batch = collate([train[index] for index in range(12)], geometry)
+    model_config = checkpoint_geometry(root / "checkpoint")
+    batch = collate([train[index] for index in range(12)], model_config)
     assert len(batch.vision.grid_thw) == 8
     assert batch.vision.grid_thw[0] == (1, 2, 2)  # 32x32
     assert batch.sample_ids == list(range(12))
@@ -60,8 +63,13 @@ def test_cache_is_reused_and_keyed(root: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("mindspeed_mm.data.prepare.load_tokenizer", lambda _: pytest.fail("built anew"))
     again, _ = build(root)
     assert answers(train, root) == answers(again, root)
-    for change in ({"seq_length": 900}, {"basic": {"mask_history": True}}, {"basic": {"max_samples": 5}},
-                   {"preprocess": {"image_max_pixels": 4096}}, {"basic": {"overwrite_cache": True}}):
+    for change in (
+        {"seq_length": 900},
+        {"basic": {"mask_history": True}},
+        {"basic": {"max_samples": 5}},
+        {"preprocess": {"image_max_pixels": 4096}},
+        {"basic": {"overwrite_cache": True}},
+    ):
         if change == {"basic": {"overwrite_cache": True}}:
             monkeypatch.setattr(cache, "_PROCESS_START", time.time() + 60)
         with pytest.raises(pytest.fail.Exception):
@@ -192,10 +200,12 @@ def test_replaced_and_vanished_pictures_are_named(root: Path) -> None:
 def test_parallel_tokenizing_gives_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, _ = build(root)
     monkeypatch.setattr("mindspeed_mm.data.prepare._RECORDS_PER_PROCESS", 4)
-    together, _ = build(root, basic={"cache_dir": str(root / "other"), "preprocessing_num_workers": 2,
-                                     "preprocessing_batch_size": 3})
+    together, _ = build(
+        root, basic={"cache_dir": str(root / "other"), "preprocessing_num_workers": 2, "preprocessing_batch_size": 3}
+    )
     for index in range(12):
         assert np.array_equal(alone[index].input_ids, together[index].input_ids)
+
     def refuse(*_: object) -> None:
         raise UserError("bad")
 

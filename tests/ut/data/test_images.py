@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageOps
 
 from mindspeed_mm.data import images
-from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.images import image_grid, image_patches, is_plain_jpeg, load_pixels, resized_size
-from mindspeed_mm.data.media_settings import ImageSettings, read_image_settings
 from mindspeed_mm.errors import UserError
-from tests.helpers.tiny_geometry import tiny_geometry
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, read_image_settings
+from tests.helpers.tiny_config import tiny_config
 
 HALF = (0.5, 0.5, 0.5)
 NORM = PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255)
@@ -226,7 +226,7 @@ def write_processor(directory: Path, **fields: object) -> None:
 
 
 def test_limits_are_the_intersection(tmp_path: Path) -> None:
-    vision = tiny_geometry().vision
+    vision = tiny_config().vision
     with pytest.raises(UserError, match="preprocessor_config.json does not exist"):
         read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=vision)
     write_processor(tmp_path)
@@ -245,5 +245,5 @@ def test_transformers_5_processor_file(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
-    found = read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=tiny_geometry().vision)
+    found = read_image_settings(tmp_path, min_pixels=1024, max_pixels=262144, vision=tiny_config().vision)
     assert found.max_pixels == 262144

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindspeed_mm.data import build_eval_loader, build_train_loader
-from mindspeed_mm.data.batch import Batch
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.loader import TrainLoader, dead_workers_named
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.batch import Batch
 from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_dataset
 
 
@@ -107,9 +107,9 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
             for rank in range(dp_size)
         ]
         assert len({len(batches) for batches in ranks}) == 1
-        supervised = [index for batches in ranks for batch in batches for index, count
-                      in zip(batch.sample_ids, batch.supervised_per_sample, strict=True) if count]
-        assert sorted(supervised) == list(range(10))
+        loss_mask = [index for batches in ranks for batch in batches for index, count
+                      in zip(batch.sample_ids, batch.target_tokens_per_sample, strict=True) if count]
+        assert sorted(loss_mask) == list(range(10))
     assert build_eval_loader(make_config(root, dataset=str(root / "data.json")), **loader_options(root)) is None
 
 
@@ -124,7 +124,7 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
     assert re.search(r"data.json, sample 1 \(record 1\): image .*0001.png cannot be used", message)
     assert "\n" not in message
     (batch,) = step.batches
-    assert batch.sample_ids == [0, 1] and batch.supervised_per_sample[0] and not batch.supervised_per_sample[1]
+    assert batch.sample_ids == [0, 1] and batch.target_tokens_per_sample[0] and not batch.target_tokens_per_sample[1]
     assert next(loader).bad == ()
     loader.close()
 
@@ -148,8 +148,8 @@ def test_placeholders_without_pictures_travel_with_the_step(root: Path) -> None:
     (message,) = step.bad
     assert re.search(r"sample 1 \(record 1\): sample 1: .*placeholder", message)
     (batch,) = step.batches
-    counts = whole.supervised_per_sample
-    assert batch.supervised_per_sample == [counts[0], 0, *counts[2:]] and counts[1]
+    counts = whole.target_tokens_per_sample
+    assert batch.target_tokens_per_sample == [counts[0], 0, *counts[2:]] and counts[1]
     assert len(batch.vision.grid_thw) == len(whole.vision.grid_thw) - 1
 
 

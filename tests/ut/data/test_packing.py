@@ -159,9 +159,9 @@ def test_loss_and_gradients_equal_the_unpacked_run() -> None:
     from tests.helpers.mcore_model import model_like, relative
 
     torch.set_num_threads(1)
-    model, geometry = model_like(tiny_model())
+    model, model_config = model_like(tiny_model())
     samples = step_samples(0, 12)
-    count = sum(int(sample.supervised[1:].sum()) for sample in samples)
+    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
     costs = costs_of([(len(sample.input_ids), sum(len(p.patches) for p in sample.pictures)) for sample in samples])
     budget = int(costs.text.max()) * 2
     packs = pack(costs, budget=budget, seed=1)
@@ -174,8 +174,8 @@ def test_loss_and_gradients_equal_the_unpacked_run() -> None:
         model.zero_grad(set_to_none=True)
         total = 0.0
         for members in groups:
-            batch = collate([samples[place] for place in members], geometry)
-            loss = model(batch, torch.full((batch.num_supervised,), 1.0 / count)).loss
+            batch = collate([samples[place] for place in members], model_config)
+            loss = model(batch, torch.full((batch.num_target_tokens,), 1.0 / count)).loss
             loss.backward()
             total += float(loss.detach())
         return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data import build_datasets, collate, records, validate_data
-from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.media import load_media, measure_media
-from mindspeed_mm.data.media_settings import ImageSettings, VideoSettings, read_video_settings
 from mindspeed_mm.data.records import video_entry
 from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, VideoSettings, read_video_settings
 from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_checkpoint
 from tests.helpers.video_processor import PROCESSOR, SAMPLED
 
@@ -197,11 +197,11 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_from_file_to_batch(recipe: Path) -> None:
-    geometry = checkpoint_geometry(recipe / "checkpoint")
+    model_config = checkpoint_geometry(recipe / "checkpoint")
     config = make_config(recipe, dataset=str(recipe / "data.json"), attr={"videos": "videos"})
     validate_data(config)
-    dataset, _ = build_datasets(config, geometry=geometry, seq_length=512, seed=0)
-    batch = collate([dataset[0]], geometry)
+    dataset, _ = build_datasets(config, model_config=model_config, seq_length=512, seed=0)
+    batch = collate([dataset[0]], model_config)
     assert batch.vision.grid_thw == [(4, 4, 6), (1, 4, 4), (1, 4, 4)]
     assert batch.vision.cu_seqlens_host == [0, 24, 48, 72, 96, 112, 128]
     from transformers import AutoTokenizer
@@ -211,7 +211,7 @@ def test_from_file_to_batch(recipe: Path) -> None:
     one, two, three, four, image, frames = ("<|vision_start|>" + pad + "<|vision_end|>" for pad in pads)
     assert f"user\nFirst <0.3 seconds>{one}<1.4 seconds>{two}<2.5 seconds>{three}<3.6 seconds>{four}, then" in text
     assert f"then {image} and <0.2 seconds>{frames}. What?<|im_end|>" in text
-    assert (batch.input_ids == geometry.video_token_id).sum() == 28
+    assert (batch.input_ids == model_config.video_token_id).sum() == 28
 
 
 def test_mistakes_are_found_before_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,13 +167,13 @@ def test_unusable_questions_are_one_line(tmp_path, capsys, content, message):
 
 
 def test_configuration_names_the_run_directory_and_is_accepted():
-    from mindspeed_mm.arguments.data_config import DataConfig
-    from mindspeed_mm.arguments.model_config import ModelConfig
+    from mindspeed_mm.config.data_config import DataConfig
+    from mindspeed_mm.config.model_options import ModelOptions
 
     files = configure.fill_in("/somewhere/run 1")
     data = DataConfig(**files["data_tiny.json"])
     assert data.dataset_param.basic_parameters.dataset_files == ["/somewhere/run 1/data/mllm_format_digits_train.json"]
-    model = ModelConfig(**files["model_tiny.json"])
+    model = ModelOptions(**files["model_tiny.json"])
     assert model.init_from_hf_path == data.dataset_param.preprocess_parameters.model_name_or_path
     assert not model.image_encoder.vision_encoder.freeze
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checkpoint.dcp_to_hf import dcp_to_hf
-from checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.training.checkpoint.saver import SaveOptions, Saver
-from mindspeed_mm.training.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.parallel.parallelize import parallelise
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM, relative
 
@@ -47,26 +47,26 @@ def test_converted_trained_and_exported(tmp_path, tied):
     hf_model.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf/tokenizer.json").write_text("{}")
     release = hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
-    geometry = Qwen3VLGeometry.from_pretrained(tmp_path / "hf")
-    assert geometry.text.tie_word_embeddings is tied
+    model_config = Qwen3VLConfig.from_pretrained(tmp_path / "hf")
+    assert model_config.text.tie_word_embeddings is tied
 
     backend = select_backend("cpu")
     with torch.device("meta"):
-        model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
+        model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
     layout = build_layout(device_type="cpu")
     parallelise(model, layout=layout, config=FSDPConfig(param_dtype="fp32"))
     model.to_empty(device="cpu")
     model.reset_buffers()
     load_checkpoint(release, model=model, optimizer=None, backend=backend, with_rng=False)
-    batch = collate(samples, geometry)
+    batch = collate(samples, model_config)
     with torch.no_grad():
         assert relative(model(batch), hf_logits(hf_model, samples)) <= 1e-5
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss.backward()
+    model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens)).loss.backward()
     optimizer.step()
     state = TrainingState(model, None, backend, with_rng=False)
-    Saver(state, SaveOptions(tmp_path / "save"), backend=backend).start(Progress(iteration=1))
+    CheckpointManager(state, SaveOptions(tmp_path / "save"), backend=backend).start(Progress(iteration=1))
     saved = tmp_path / "save/iter_0000001"
     with torch.no_grad():
         trained = model(batch)

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.flops import FlopCount
-from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.models.qwen3_vl.flops import FlopCount
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
@@ -25,7 +25,7 @@ CASES = {
 def counted(model, batch) -> float:
     """By torch, which sees every product that is run."""
     with FlopCounterMode(display=False) as counter:
-        loss = model(batch, torch.full((batch.num_supervised,), 0.01)).loss
+        loss = model(batch, torch.full((batch.num_target_tokens,), 0.01)).loss
         loss.backward()
     return counter.get_total_flops() / 1e12
 
@@ -34,15 +34,15 @@ def counted(model, batch) -> float:
 def test_every_product_is_counted(case):
     choices, kind = CASES[case]
     plain = {"text_attention": "eager", "vision_attention": "eager", "fused_experts": False}
-    model, geometry = model_like(tiny_model(**kind), ModelChoices(**plain, **choices))
-    batch = collate(mixed_samples(), geometry)
+    model, model_config = model_like(tiny_model(**kind), ModelBuildOptions(**plain, **choices))
+    batch = collate(mixed_samples(), model_config)
     count = FlopCount(
-        geometry=geometry,
+        model_config=model_config,
         train_vision=not choices.get("freeze_vision_encoder", False),
         train_projector=not choices.get("freeze_vision_projector", False),
         train_text=not choices.get("freeze_text_decoder", False),
     )
-    text = geometry.text
+    text = model_config.text
     lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens_host)]
     # eager attention also multiplies what causality then hides
     hidden_pairs = sum(length * (length - 1) // 2 for length in lengths)
@@ -56,9 +56,9 @@ def test_every_product_is_counted(case):
 
 
 def test_frozen_experts_have_no_weight_gradients():
-    _, geometry = model_like(tiny_model())
+    _, model_config = model_like(tiny_model())
     lengths = {"tokens": [20], "patches": [], "supervised": 5}
-    text = geometry.text
-    all_trains, frozen = (FlopCount(geometry=geometry, train_experts=trains) for trains in (True, False))
+    text = model_config.text
+    all_trains, frozen = (FlopCount(model_config=model_config, train_experts=trains) for trains in (True, False))
     one = 2 * 20 * text.num_experts_per_token * 3 * text.hidden_size * text.moe_intermediate_size * text.num_layers
     assert all_trains.of_lengths(**lengths) - frozen.of_lengths(**lengths) == pytest.approx(one / 1e12)

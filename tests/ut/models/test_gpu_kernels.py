@@ -12,8 +12,8 @@ from benchmarks.workload import PIXEL_NORM, geometry_config
 from mindspeed_mm.backend.kernels import attention
 from mindspeed_mm.backend.kernels.varlen_attention import Varlen
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 
 
 @pytest.mark.parametrize("repeat_heads", [False, True])
@@ -28,14 +28,23 @@ def test_forward_and_backward_in_bf16(monkeypatch, recompute, repeat_heads):
         return varlen.varlen_attn(*args, **options)
 
     monkeypatch.setattr(attention, "find_varlen", lambda device: Varlen(counted, accepts, repeat_heads))
-    geometry = Qwen3VLGeometry.from_config(
-        geometry_config("30b", text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]}))
+    model_config = Qwen3VLConfig.from_config(
+        geometry_config("30b", text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
+    )
     with torch.device("meta"):
-        model = build_model(geometry, ModelChoices(recompute=recompute), pixel_norm=PIXEL_NORM, device="cuda",
-                            dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+        model = build_model(
+            model_config,
+            ModelBuildOptions(recompute=recompute),
+            pixel_norm=PIXEL_NORM,
+            device="cuda",
+            dtype=torch.bfloat16,
+            compute_dtype=torch.bfloat16,
+        )
     model.to_empty(device="meta")
-    batch = collate([sample_of(geometry, length=140, side=256), sample_of(geometry, length=90, side=128)], geometry)
-    weight = torch.full((batch.num_supervised,), 1 / batch.num_supervised, device="meta")
+    batch = collate(
+        [sample_of(model_config, length=140, side=256), sample_of(model_config, length=90, side=128)], model_config
+    )
+    weight = torch.full((batch.num_target_tokens,), 1 / batch.num_target_tokens, device="meta")
     model(batch.to(torch.device("meta")), weight).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mindspeed_mm.backend import activations
+from mindspeed_mm.backend import activation_offload
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models import qwen3vl
-from mindspeed_mm.models.qwen3vl import ModelChoices
-from mindspeed_mm.models.stack import StackPolicy
+from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy
+from mindspeed_mm.models.qwen3_vl import model as qwen3_vl_model
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
@@ -28,8 +28,8 @@ WAYS = {
 
 def run(hf_model, *, seen=None, **choices):
     """(loss with the routers' part, gradients) of a mixed batch; ``seen`` collects what autograd keeps."""
-    model, geometry = model_like(hf_model, ModelChoices(router_load=True, text_attention="eager", **choices))
-    batch = collate(mixed_samples(), geometry)
+    model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, text_attention="eager", **choices))
+    batch = collate(mixed_samples(), model_config)
 
     def pack(tensor):
         if seen is not None:
@@ -37,7 +37,7 @@ def run(hf_model, *, seen=None, **choices):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+        output = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
         loss = output.loss
         if output.router_load is not None:
             price = output.router_load.choices.float() / output.router_load.choices.sum() ** 2
@@ -78,7 +78,7 @@ def test_each_way_keeps_less(plain):
 
 def test_groups_of_layers():
     def groups(**policy):
-        return [(list(indices), again) for indices, again in StackPolicy(**policy).groups(5)]
+        return [(list(indices), again) for indices, again in ActivationCheckpointPolicy(**policy).groups(5)]
 
     alone = [[0], [1], [2], [3], [4]]
     assert groups() == [(group, False) for group in alone] == groups(recompute="selective")
@@ -92,15 +92,15 @@ def test_offload_moves_activations_and_leaves_weights():
     layer = torch.nn.Linear(6, 4)
     hidden = torch.randn(5, 6, requires_grad=True)
     moved = []
-    store = activations._OnHost.store
+    store = activation_offload._OnHost.store
 
     def counting(tensor, *, pinned):
         moved.append(tuple(tensor.shape))
         return store(tensor, pinned=pinned)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations._OnHost, "store", counting)
-        with activations.host_offload(device="cpu")([layer]):
+        patch.setattr(activation_offload._OnHost, "store", counting)
+        with activation_offload.host_offload(device="cpu")([layer]):
             result = (layer(hidden * 2) @ layer.weight).square().sum()
     result.backward()
     assert (5, 6) in moved and (4, 6) not in moved and (6, 4) not in moved
@@ -117,20 +117,20 @@ def test_offload_moves_activations_and_leaves_weights():
 )
 def test_waits_after_each_layer(monkeypatch, choices, waits):
     calls = []
-    monkeypatch.setattr(qwen3vl, "synchronizer", lambda *, device: lambda: calls.append(device))
-    model, geometry = model_like(tiny_model(), ModelChoices(**choices))
-    batch = collate(mixed_samples(), geometry)
+    monkeypatch.setattr(qwen3_vl_model, "synchronizer", lambda *, device: lambda: calls.append(device))
+    model, model_config = model_like(tiny_model(), ModelBuildOptions(**choices))
+    batch = collate(mixed_samples(), model_config)
     with torch.no_grad():
-        model(batch, torch.ones(batch.num_supervised))
+        model(batch, torch.ones(batch.num_target_tokens))
     assert calls == ["cpu"] * waits
 
 
 def test_routers_hold_nothing_after_backward(plain):
     """A router that kept its part of the graph would keep a whole layer's activations until the next step."""
     hf_model, *_ = plain
-    model, geometry = model_like(hf_model, ModelChoices(router_load=True, recompute="full"))
-    batch = collate(mixed_samples(), geometry)
-    model(batch, torch.ones(batch.num_supervised)).loss.backward()
+    model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, recompute="full"))
+    batch = collate(mixed_samples(), model_config)
+    model(batch, torch.ones(batch.num_target_tokens)).loss.backward()
     routers = [layer.mlp.router for layer in model.text_decoder.layers if hasattr(layer.mlp, "router")]
     assert all(router.take_load(1) is None for router in routers)
 
@@ -141,7 +141,7 @@ def test_routers_hold_nothing_after_backward(plain):
      torch.randn(2, 1, 6)[:, :, ::2].expand(2, 4, 3), torch.tensor(1.5), torch.empty(0, 3)],
 )
 def test_offloaded_tensor_comes_back_as_it_was(tensor):
-    back = activations._OnHost.store(tensor, pinned=False).restore()
+    back = activation_offload._OnHost.store(tensor, pinned=False).restore()
     assert torch.equal(back, tensor)
     significant = [axis for axis, size in enumerate(tensor.shape) if size > 1]
     assert [back.stride(axis) for axis in significant] == [tensor.stride(axis) for axis in significant]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
@@ -20,7 +20,7 @@ LOSS, LOGITS, GRADIENT = 1e-6, 1e-5, 1e-5
 def reference():
     """HF model after backward of the token mean over the samples, each run by itself without padding."""
     model, samples = tiny_model(), mixed_samples()
-    count = sum(int(sample.supervised[1:].sum()) for sample in samples)
+    count = sum(int(sample.target_tokens[1:].sum()) for sample in samples)
     loss, logits = 0.0, []
     for sample in samples:
         inputs = hf_inputs(sample)
@@ -36,53 +36,53 @@ def reference():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fused", [True, False], ids=["grouped", "loop"])
 def test_packed_batch_equals_hf(reference, attention, fused):
-    equals_hf(reference, ModelChoices(text_attention=attention, vision_attention=attention, fused_experts=fused))
+    equals_hf(reference, ModelBuildOptions(text_attention=attention, vision_attention=attention, fused_experts=fused))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
 def test_compiled_operators_equal_hf(reference):
     """And are compiled once, not for each number of tokens."""
-    model, geometry = equals_hf(reference, ModelChoices(compile_small_operators=True))
+    model, model_config = equals_hf(reference, ModelBuildOptions(compile_small_operators=True))
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compilations > 0
     for count in (1, 3):
-        batch = collate(reference[1][:count], geometry)
-        model(batch, torch.full((batch.num_supervised,), 1.0)).loss.backward()
+        batch = collate(reference[1][:count], model_config)
+        model(batch, torch.full((batch.num_target_tokens,), 1.0)).loss.backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
 
 
 def equals_hf(reference, choices):
     """Loss, logits and gradients of the model with ``choices``; returns it and its geometry."""
     hf_model, samples, hf_loss, hf_logits = reference
-    model, geometry = model_like(hf_model, choices)
-    batch = collate(samples, geometry)
-    loss, token_losses, _ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+    model, model_config = model_like(hf_model, choices)
+    batch = collate(samples, model_config)
+    loss, token_losses, _ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
     loss.backward()
     assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
     assert abs(float(token_losses.mean()) - hf_loss) <= LOSS * hf_loss
     with torch.no_grad():
         assert relative(model(batch), hf_logits) <= LOGITS
-    theirs = to_mcore(geometry, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
+    theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
     errors = {name: relative(parameter.grad, theirs[name]) for name, parameter in model.named_parameters()}
     assert len(errors) == len(theirs) > 60
     assert max(errors.values()) <= GRADIENT, sorted(errors.items(), key=lambda item: -item[1])[:3]
-    return model, geometry
+    return model, model_config
 
 
 def test_order_and_packing_change_nothing(reference):
     """Two micro-batches in another order, together, give the gradients of the one."""
     hf_model, samples, hf_loss, _ = reference
-    model, geometry = model_like(hf_model)
-    parts = [collate([samples[2]], geometry), collate([samples[3], samples[0], samples[1]], geometry)]
+    model, model_config = model_like(hf_model)
+    parts = [collate([samples[2]], model_config), collate([samples[3], samples[0], samples[1]], model_config)]
     assert parts[0].vision.is_dummy
-    count = sum(part.num_supervised for part in parts)
+    count = sum(part.num_target_tokens for part in parts)
     total = 0.0
     for part in parts:
-        loss, *_ = model(part, torch.full((part.num_supervised,), 1.0 / count))
+        loss, *_ = model(part, torch.full((part.num_target_tokens,), 1.0 / count))
         loss.backward()
         total += float(loss)
     assert abs(total - hf_loss) <= LOSS * hf_loss
-    theirs = to_mcore(geometry, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
+    theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
     assert max(relative(p.grad, theirs[name]) for name, p in model.named_parameters()) <= GRADIENT
 
 
@@ -90,9 +90,9 @@ def test_chunked_loss_equals_whole(reference):
     hf_model, samples, hf_loss, _ = reference
     gradients = []
     for chunk_size in (None, 4):
-        model, geometry = model_like(hf_model, ModelChoices(loss_chunk_size=chunk_size))
-        batch = collate(samples, geometry)
-        loss, *_ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+        model, model_config = model_like(hf_model, ModelBuildOptions(loss_chunk_size=chunk_size))
+        batch = collate(samples, model_config)
+        loss, *_ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
         loss.backward()
         assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -102,19 +102,19 @@ def test_chunked_loss_equals_whole(reference):
 def test_text_only_batch_leaves_zero_vision_gradients(reference):
     """The vision tower takes part in backward, with gradients of zero, where no sample has a picture."""
     hf_model, samples, _, _ = reference
-    model, geometry = model_like(hf_model)
-    batch = collate([samples[2]], geometry)
-    model(batch, torch.ones(batch.num_supervised))[0].backward()
+    model, model_config = model_like(hf_model)
+    batch = collate([samples[2]], model_config)
+    model(batch, torch.ones(batch.num_target_tokens))[0].backward()
     vision = {name: p.grad for name, p in model.named_parameters() if name.startswith("image_encoder")}
     assert vision and all(gradient is not None and not gradient.any() for gradient in vision.values())
 
 
 def test_batch_without_supervised_tokens_trains_nothing(reference):
     hf_model, samples, _, _ = reference
-    model, geometry = model_like(hf_model)
-    batch = collate([samples[2]], geometry)
+    model, model_config = model_like(hf_model)
+    batch = collate([samples[2]], model_config)
     empty = torch.empty(0, dtype=torch.int64)
-    batch.label_index, batch.labels, batch.supervised_per_sample = empty, empty, [0]
+    batch.label_index, batch.labels, batch.target_tokens_per_sample = empty, empty, [0]
     loss, *_ = model(batch, torch.empty(0))
     loss.backward()
     assert float(loss) == 0.0
@@ -125,12 +125,12 @@ def test_batch_without_supervised_tokens_trains_nothing(reference):
 @pytest.mark.parametrize("projector", [True, False])
 def test_frozen_parts_get_no_gradient_and_change_no_other(reference, encoder, projector):
     hf_model, samples, _, _ = reference
-    model, geometry = model_like(
-        hf_model, ModelChoices(freeze_vision_encoder=encoder, freeze_vision_projector=projector)
+    model, model_config = model_like(
+        hf_model, ModelBuildOptions(freeze_vision_encoder=encoder, freeze_vision_projector=projector)
     )
-    batch = collate(samples, geometry)
-    model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))[0].backward()
-    theirs = to_mcore(geometry, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
+    batch = collate(samples, model_config)
+    model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))[0].backward()
+    theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
     frozen = [part for part, is_frozen in (("vision_encoder", encoder), ("vision_projector", projector)) if is_frozen]
     for name, parameter in model.named_parameters():
         if any(part in name for part in frozen):
@@ -143,9 +143,9 @@ def test_recompute_changes_no_bit(reference):
     hf_model, samples, _, _ = reference
     results = []
     for recompute in ("none", "full"):
-        model, geometry = model_like(hf_model, ModelChoices(recompute=recompute))
-        batch = collate(samples, geometry)
-        loss, *_ = model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised))
+        model, model_config = model_like(hf_model, ModelBuildOptions(recompute=recompute))
+        batch = collate(samples, model_config)
+        loss, *_ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
     assert torch.equal(results[0][0], results[1][0])

@@ -7,10 +7,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3vl import ModelChoices
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.parallel.fsdp import reshard, shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from tests.helpers.hf_model import mixed_samples, tiny_model
@@ -32,20 +32,20 @@ def hf_model():
 
 def sharded(hf_model, *, choices=None, **fields):
     """(our model under an FSDP2 file with these fields, a batch)."""
-    model, geometry = model_like(hf_model, choices)
+    model, model_config = model_like(hf_model, choices)
     config = FSDPConfig(**{"param_dtype": "fp32", **fields})
     shard_model(
         model,
-        model.units(),
+        model.wrap_units(),
         layout=build_layout(device_type="cpu", sharding_size=config.sharding_size),
         config=config,
-        small=model.small_parts() if config.align_fsdp_param_groups else [],
+        small=model.root_group_modules() if config.align_fsdp_param_groups else [],
     )
-    return model, collate(mixed_samples(), geometry)
+    return model, collate(mixed_samples(), model_config)
 
 
 def loss_of(model, batch):
-    return model(batch, torch.full((batch.num_supervised,), 1.0 / batch.num_supervised)).loss
+    return model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens)).loss
 
 
 def gathered(module):
@@ -112,7 +112,7 @@ def test_cast_forward_inputs(hf_model, cast):
     head = model.image_encoder.vision_projector.merger.linear_fc1
     seen = []
     head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    states = torch.zeros(4, model.image_encoder.vision_encoder.geometry.hidden_size)
+    states = torch.zeros(4, model.image_encoder.vision_encoder.model_config.hidden_size)
     try:
         model.image_encoder.vision_projector.merger(states)
     except RuntimeError:  # fp32 states meet bf16 weights
@@ -123,7 +123,7 @@ def test_cast_forward_inputs(hf_model, cast):
 @pytest.mark.parametrize(("forward", "backward"), [(0, 0), (1, 1), (2, 3)])
 def test_prefetch_lists(hf_model, forward, backward):
     model, _ = sharded(hf_model, num_to_forward_prefetch=forward, num_to_backward_prefetch=backward)
-    units = model.units()
+    units = model.wrap_units()
     for index, unit in enumerate(units):
         assert ahead(model, unit, "forward") == units[index + 1 : index + 1 + forward]
         wanted = units[max(0, index - backward) : index][::-1]
@@ -131,7 +131,7 @@ def test_prefetch_lists(hf_model, forward, backward):
 
 
 def test_backward_prefetches_nothing_that_is_frozen(hf_model):
-    frozen = ModelChoices(freeze_vision_encoder=True, freeze_vision_projector=True)
+    frozen = ModelBuildOptions(freeze_vision_encoder=True, freeze_vision_projector=True)
     model, batch = sharded(hf_model, choices=frozen, num_to_backward_prefetch=2)
     decoder = model.text_decoder
     assert ahead(model, decoder.layers[1], "backward") == [decoder.layers[0], decoder.embedding]

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.arguments.config_file import load_config
-from mindspeed_mm.arguments.fsdp_config import FSDPConfig
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
-from mindspeed_mm.models.weight_map import mcore_shapes, weight_map
-from mindspeed_mm.parallel.apply import parallelise
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import mcore_shapes, weight_map
 from mindspeed_mm.parallel.mesh import build_layout
+from mindspeed_mm.parallel.parallelize import parallelise
 from tests.helpers.mcore_model import PIXEL_NORM
 from tests.helpers.published import published_config
 
@@ -40,10 +40,10 @@ def ranks():
 def test_full_size_is_sharded_evenly(ranks, name):
     billions, world_size, layout = MODELS[name]
     ranks(world_size)
-    geometry = Qwen3VLGeometry.from_config(published_config(name))
+    model_config = Qwen3VLConfig.from_config(published_config(name))
     with torch.device("meta"):
-        model = build_model(geometry, ModelChoices(), pixel_norm=PIXEL_NORM, device="cpu")
-    shapes = mcore_shapes(weight_map(geometry, expert_layout="hub"))
+        model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
+    shapes = mcore_shapes(weight_map(model_config, expert_layout="hub"))
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == shapes
     parallelise(model, layout=build_layout(device_type="cpu", **layout), config=load_config(YAML, FSDPConfig, flag=""))
     parameters = dict(model.named_parameters())

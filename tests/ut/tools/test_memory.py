@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from mindspeed_mm.models.geometry import Qwen3VLGeometry
-from mindspeed_mm.models.qwen3vl import ModelChoices, build_model
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.tools.memory.__main__ import main, read_plan
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
@@ -20,7 +20,7 @@ from mindspeed_mm.tools.memory.plan import Plan
 from mindspeed_mm.tools.memory.report import GIB, Device, knobs, verdict
 from tests.helpers.mcore_model import PIXEL_NORM
 from tests.helpers.published import config_30b
-from tests.helpers.tiny_geometry import tiny_geometry
+from tests.helpers.tiny_config import tiny_config
 
 DEVICE = Device(size=64 * GIB, reserve=4 * GIB)
 
@@ -28,26 +28,26 @@ DEVICE = Device(size=64 * GIB, reserve=4 * GIB)
 def published(processes: int, **changes) -> Plan:
     """The recipe for 30B: a picture of 1024 patches in a sample of 1024 tokens."""
     return Plan(
-        geometry=Qwen3VLGeometry.from_config(config_30b()), world_size=processes, sharding_size=processes,
+        model_config=Qwen3VLConfig.from_config(config_30b()), world_size=processes, sharding_size=processes,
         **{"tokens": 1024, "patches": 1024, "supervised": 768, **changes},
     )  # fmt: skip
 
 
-def dense(geometry: Qwen3VLGeometry, *, tied: bool) -> Qwen3VLGeometry:
-    text = dataclasses.replace(geometry.text, num_experts=0, tie_word_embeddings=tied)
-    return dataclasses.replace(geometry, model_type="qwen3_vl", text=text)
+def dense(model_config: Qwen3VLConfig, *, tied: bool) -> Qwen3VLConfig:
+    text = dataclasses.replace(model_config.text, num_experts=0, tie_word_embeddings=tied)
+    return dataclasses.replace(model_config, model_type="qwen3_vl", text=text)
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense", "tied", "published"])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_parameters_are_the_models(kind, aligned):
-    geometry = tiny_geometry() if kind != "published" else Qwen3VLGeometry.from_config(config_30b())
-    geometry = dense(geometry, tied=kind == "tied") if kind in ("dense", "tied") else geometry
-    choices = ModelChoices(freeze_vision_encoder=True)
+    model_config = tiny_config() if kind != "published" else Qwen3VLConfig.from_config(config_30b())
+    model_config = dense(model_config, tied=kind == "tied") if kind in ("dense", "tied") else model_config
+    choices = ModelBuildOptions(freeze_vision_encoder=True)
     with torch.device("meta"):
-        model = build_model(geometry, choices, pixel_norm=PIXEL_NORM, device="cpu")
+        model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
     plan = dataclasses.replace(
-        published(1), geometry=geometry, train_projector=True, small_in_root=aligned
+        published(1), model_config=model_config, train_projector=True, small_in_root=aligned
     )
     listed = [parameter for unit in units_of(plan) for parameter in unit.parameters]
     theirs = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
@@ -133,7 +133,7 @@ def test_command_takes_the_launchers_flags(files, capsys):
     flags = ["--mm-model", str(files / "model.json"), "--micro-batch-size", "2", "--seq-length", "512", "--lr", "1e-5",
              "--global-batch-size", "64", "--expert-model-parallel-size", "4", "--log-tps", "--use-torch-fsdp2"]
     plan, device, _ = read_plan(["--nproc", "16", *flags])
-    assert (plan.tokens, plan.patches, plan.supervised) == (1024, 2048, 512)
+    assert (plan.tokens, plan.patches, plan.target_tokens) == (1024, 2048, 512)
     assert (plan.micro_batches, plan.expert_size, plan.sharding_size) == (2, 4, 16)
     assert device == DEVICE
     assert main(["--nproc", "16", *flags]) == 0

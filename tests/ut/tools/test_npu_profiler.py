@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mindspeed_mm.arguments.config_file import validate_config
-from mindspeed_mm.arguments.tools_config import ToolsConfig
 from mindspeed_mm.backend.profiling import NpuProfiler
+from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.tools.profiler import StepTools
 

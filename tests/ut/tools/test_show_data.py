@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindspeed_mm.arguments.config_file import load_config
-from mindspeed_mm.arguments.data_config import DataConfig
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import load_config
 from mindspeed_mm.data import build_datasets
-from mindspeed_mm.data.batch import PixelNorm
 from mindspeed_mm.data.images import cut_patches
-from mindspeed_mm.data.media_settings import ImageSettings
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 from mindspeed_mm.tools.show_data.__main__ import main
 from mindspeed_mm.tools.show_data.pictures import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
@@ -30,16 +30,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set, its checkpoint, and the launcher's two files."""
     root = tmp_path_factory.mktemp("viewer")
     dataset = write_dataset(root, count=12)
-    geometry = checkpoint_geometry(root / "checkpoint")
-    text, vision = dataclasses.asdict(geometry.text), dataclasses.asdict(geometry.vision)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(geometry.text.mrope_section)}
+    model_config = checkpoint_geometry(root / "checkpoint")
+    text, vision = dataclasses.asdict(model_config.text), dataclasses.asdict(model_config.vision)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(model_config.text.mrope_section)}
     names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
              "num_kv_heads": "num_key_value_heads", "num_experts_per_token": "num_experts_per_tok"}
     config = {
-        "model_type": geometry.model_type, "tie_word_embeddings": False,
+        "model_type": model_config.model_type, "tie_word_embeddings": False,
         "text_config": {**{names.get(key, key): value for key, value in text.items()}, "rope_parameters": rope},
         "vision_config": vision,
-        **{f"{name}_token_id": getattr(geometry, f"{name}_token_id")
+        **{f"{name}_token_id": getattr(model_config, f"{name}_token_id")
            for name in ("image", "video", "vision_start", "vision_end")},
     }
     (root / "checkpoint" / "config.json").write_text(json.dumps(config))
@@ -88,11 +88,11 @@ def test_colours(files: Path, capsys: pytest.CaptureFixture) -> None:
 def test_counts_are_those_of_the_samples(files: Path) -> None:
     config = load_config(files / "mm_data.json", DataConfig, flag="--mm-data")
     dataset, _ = build_datasets(
-        config, geometry=checkpoint_geometry(files / "checkpoint"), seq_length=256, seed=0
+        config, model_config=checkpoint_geometry(files / "checkpoint"), seq_length=256, seed=0
     )
-    counts = [int(dataset[index].supervised.sum()) for index in range(12)]
-    assert dataset.supervised_counts().tolist() == counts and len(set(counts)) > 1
-    assert dataset.subset(np.array([7, 4]), "two").supervised_counts().tolist() == [counts[7], counts[4]]
+    counts = [int(dataset[index].target_tokens.sum()) for index in range(12)]
+    assert dataset.target_token_counts().tolist() == counts and len(set(counts)) > 1
+    assert dataset.subset(np.array([7, 4]), "two").target_token_counts().tolist() == [counts[7], counts[4]]
 
 
 @pytest.mark.parametrize(

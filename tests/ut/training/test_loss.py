@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-from mindspeed_mm.training.loss import step_token_weights
+from mindspeed_mm.training.loss import step_loss_weights
 
 COUNTS = [3, 1, 0, 7, 5, 2]  # supervised tokens of the samples of a step
 LAYOUT = SimpleNamespace(data_size=1, context_size=1)
@@ -25,14 +25,14 @@ def process():
 
 def batch(counts):
     samples = torch.tensor([sample for sample, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
-    return SimpleNamespace(supervised_per_sample=list(counts), label_sample=samples)
+    return SimpleNamespace(target_tokens_per_sample=list(counts), label_sample=samples)
 
 
 def loss_of(parts, mode, losses, layout=LAYOUT):
     """The step's loss where the samples are split into micro-batches of ``parts`` samples each."""
     edges = [sum(parts[:index]) for index in range(len(parts) + 1)]
     batches = [batch(COUNTS[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
-    weights = step_token_weights(batches, mode=mode, layout=layout, device=torch.device("cpu"))
+    weights = step_loss_weights(batches, mode=mode, layout=layout, device=torch.device("cpu"))
     assert all(weight.dtype == torch.float32 for weight in weights)
     return float((torch.cat(weights).double() * losses).sum())
 
@@ -77,7 +77,7 @@ def test_processes_share_one_sum(monkeypatch, mode):
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, elsewhere=elsewhere: tensor.add_(elsewhere))
         layout = SimpleNamespace(data_size=2, context_size=1)
         batches = [batch(mine[:1]), batch(mine[1:])]
-        weights = torch.cat(step_token_weights(batches, mode=mode, layout=layout, device=torch.device("cpu")))
+        weights = torch.cat(step_loss_weights(batches, mode=mode, layout=layout, device=torch.device("cpu")))
         total += float((weights.double() * own).sum())
         mine, others = others, mine
     assert total == pytest.approx(formula(mode, losses), rel=1e-6)
@@ -85,7 +85,7 @@ def test_processes_share_one_sum(monkeypatch, mode):
 
 @pytest.mark.parametrize("mode", ["per_token", "per_sample", "square", "default"])
 def test_step_without_supervised_tokens_has_no_nan(mode):
-    weights = step_token_weights([batch([0, 0])], mode=mode, layout=LAYOUT, device=torch.device("cpu"))
+    weights = step_loss_weights([batch([0, 0])], mode=mode, layout=LAYOUT, device=torch.device("cpu"))
     assert weights[0].shape == (0,)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from mindspeed_mm.arguments.parser import parse_args
 from mindspeed_mm.backend.device import stop_processes
+from mindspeed_mm.checkpoint.directory import commit_directory, iteration_name, write_tracker
+from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.checkpoint.directory import commit_directory, iteration_name, write_tracker
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
 
 

@@ -66,7 +66,7 @@ def test_second_ctrl_c_quits_at_once():
 
 HELPER = """
     import multiprocessing, os, signal, time
-    from mindspeed_mm.backend.helpers import shield_from_signals
+    from mindspeed_mm.backend.worker_signals import shield_from_signals
 
     def helper(ready, shielded):
         if shielded:
@@ -107,7 +107,7 @@ def test_data_workers_survive_a_signal_to_their_group(tmp_path):
     from mindspeed_mm.data.loader import build_train_loader
 
     loader = build_train_loader(
-        config, geometry=checkpoint_geometry(tmp_path / "checkpoint"), seq_length=256, micro_batch_size=2,
+        config, model_config=checkpoint_geometry(tmp_path / "checkpoint"), seq_length=256, micro_batch_size=2,
         global_batch_size=2, dp_rank=0, dp_size=1, seed=1, num_workers=2,
     )
     next(loader)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mindspeed_mm.backend.transfer import HostRead, Moment
+from mindspeed_mm.backend.transfer import DeferredHostRead, DeviceEvent
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.log import DeviceSpeed, IntervalStats, format_line
 from mindspeed_mm.training.optimizer import AdamW
@@ -53,8 +53,10 @@ def test_the_flag_makes_no_difference_to_a_step():
 
 
 def result(loss: float = 1.0, *, stop: float = 0.0, norm: float = 2.0, samples=()) -> StepResult:
-    sums = StepSums(loss=loss, tokens=10, supervised=4, stop=stop)
-    return StepResult(HostRead(torch.tensor([*sums, norm])), has_router_loss=False, bad_messages=(), samples=samples)
+    sums = StepSums(loss=loss, tokens=10, target_tokens=4, stop=stop)
+    return StepResult(
+        DeferredHostRead(torch.tensor([*sums, norm])), has_router_loss=False, bad_messages=(), samples=samples
+    )
 
 
 def report(iteration: int, **of_result) -> StepReport:
@@ -62,8 +64,16 @@ def report(iteration: int, **of_result) -> StepReport:
 
 
 def reporter(lag: int, *hooks, log_interval: int = 1) -> Reporter:
-    return Reporter(log_interval=log_interval, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True,
-                    lag=lag, mark=lambda: Moment(torch.device("cpu")), hooks=hooks)
+    return Reporter(
+        log_interval=log_interval,
+        train_iters=5,
+        global_batch_size=8,
+        log_tokens=False,
+        is_main=True,
+        lag=lag,
+        mark=lambda: DeviceEvent(torch.device("cpu")),
+        hooks=hooks,
+    )
 
 
 class Queue:
@@ -106,17 +116,28 @@ class QueuedNumbers:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(("host", "device", "seconds"), [
-    (1.0, 4.0, [5.0, 4.0, 4.0, 4.0, 4.0]),  # the first has nothing before it to be queued behind
-    (4.0, 1.0, [5.0, 4.0, 4.0, 4.0, 4.0]),  # and here the last is done when it is read, and the device waits
-], ids=["device is slower", "host is slower"])
+@pytest.mark.parametrize(
+    ("host", "device", "seconds"),
+    [
+        (1.0, 4.0, [5.0, 4.0, 4.0, 4.0, 4.0]),  # the first has nothing before it to be queued behind
+        (4.0, 1.0, [5.0, 4.0, 4.0, 4.0, 4.0]),  # and here the last is done when it is read, and the device waits
+    ],
+    ids=["device is slower", "host is slower"],
+)
 @pytest.mark.parametrize("log_interval", [1, 2, 5])
 def test_time_of_a_step_is_the_devices(lag, host, device, seconds, log_interval, capsys):
     """The same whenever the host comes to read it, the first and the last step included."""
     queue = Queue()
     queue.host = 100.0
-    reports = Reporter(log_interval=log_interval, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True,
-                       lag=lag, mark=queue.mark)
+    reports = Reporter(
+        log_interval=log_interval,
+        train_iters=5,
+        global_batch_size=8,
+        log_tokens=False,
+        is_main=True,
+        lag=lag,
+        mark=queue.mark,
+    )
     queue.host += 30.0  # a start that belongs to no step
     reports.restart_clock()
     if lag == 0:  # the host waits, so that each step begins with the device idle
@@ -129,16 +150,17 @@ def test_time_of_a_step_is_the_devices(lag, host, device, seconds, log_interval,
     logged = [float(line.split("(ms): ")[1].split(" |")[0]) for line in capsys.readouterr().out.splitlines()]
     ends = [*range(log_interval, 5, log_interval), 5]
     starts = [0, *ends[:-1]]
-    assert logged == pytest.approx([
-        1000.0 * sum(seconds[start:end]) / (end - start) for start, end in zip(starts, ends, strict=True)
-    ], abs=0.1)
+    assert logged == pytest.approx(
+        [1000.0 * sum(seconds[start:end]) / (end - start) for start, end in zip(starts, ends, strict=True)], abs=0.1
+    )
 
 
 def test_a_pause_belongs_to_no_step(capsys):
     """As a checkpoint or an evaluation between two steps."""
     queue = Queue()
-    reports = Reporter(log_interval=1, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True, lag=1,
-                       mark=queue.mark)
+    reports = Reporter(
+        log_interval=1, train_iters=5, global_batch_size=8, log_tokens=False, is_main=True, lag=1, mark=queue.mark
+    )
     for iteration in range(1, 6):
         queue.work(host=1.0, device=4.0)
         outcome = StepResult(QueuedNumbers(queue), has_router_loss=False, bad_messages=())
@@ -154,9 +176,9 @@ def test_a_pause_belongs_to_no_step(capsys):
 
 
 def test_moments_of_the_host():
-    first = Moment(torch.device("cpu"))
+    first = DeviceEvent(torch.device("cpu"))
     time.sleep(0.02)
-    second = Moment(torch.device("cpu"))
+    second = DeviceEvent(torch.device("cpu"))
     assert 0.02 <= second.seconds_since(first) < 1.0 and first.seconds_since(second) < 0
 
 
@@ -222,9 +244,16 @@ def test_reporter_asks_the_device_once(monkeypatch):
 
 def test_speed_is_for_one_device(capsys):
     stats = IntervalStats()
-    stats.add(seconds=2.0, loss=1.0, tokens=800, samples=4, skipped=False, nan=False, supervised=200, teraflop=24.0)
-    options = {"iteration": 1, "train_iters": 1, "consumed_samples": 4, "learning_rate": 0.1, "global_batch_size": 4,
-               "grad_norm": 1.0, "log_tokens": False}
+    stats.add(seconds=2.0, loss=1.0, tokens=800, samples=4, skipped=False, nan=False, target_tokens=200, teraflop=24.0)
+    options = {
+        "iteration": 1,
+        "train_iters": 1,
+        "consumed_samples": 4,
+        "learning_rate": 0.1,
+        "global_batch_size": 4,
+        "grad_norm": 1.0,
+        "log_tokens": False,
+    }
     line = format_line(stats, **options, speed=DeviceSpeed(4, 10.0, 3 * 2**29))
     assert line.endswith(
         "| data wait: 0.0% | tokens/s per device: 100.0 | supervised tokens/s per device: 25.0 | TFLOP/s per device: 3 "

@@ -1,0 +1,172 @@
+"""Everything that one training run is told: the flags and the four files they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.config.checks import (
+    BatchPlan,
+    ModelConfigLike,
+    check_degrees,
+    check_flags,
+    check_model_config,
+    check_parallel,
+    check_sharding,
+    join_expert_sizes,
+)
+from mindspeed_mm.config.command_line import describe_ignored, parse_args
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.fields import NO_EFFECT, walk
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.flag import option_name
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.loss_choice import LossMode, loss_mode, router_aux_loss_coef
+from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.tools_config import ToolsConfig
+from mindspeed_mm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig:
+    """Flags and files, checked against each other as far as that needs neither model nor device."""
+
+    args: TrainingArgs
+    data: DataConfig
+    model: ModelOptions
+    fsdp: FSDPConfig
+    tools: ToolsConfig
+
+    @property
+    def loss_mode(self) -> LossMode:
+        """Which mean of the token losses is minimised."""
+        return loss_mode(self.args, self.model, file=self.args.mm_model)
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Share of the routers' load-balancing loss; 0 for none."""
+        return router_aux_loss_coef(self.args, self.model, file=self.args.mm_model)
+
+    def check_world(self, *, world_size: int) -> BatchPlan:
+        """Check the degrees, batch and sharding sizes against the number of processes.
+
+        Raises:
+            UserError: see :func:`rules.check_parallel` and :func:`rules.check_sharding`.
+        """
+        check_sharding(self.args, sharding_size=self.fsdp.sharding_size, world_size=world_size)
+        return check_parallel(self.args, world_size=world_size)
+
+    def check_model_config(self, model_config: ModelConfigLike) -> None:
+        """Check flags and model file against the Hugging Face config.
+
+        Raises:
+            UserError: if a field contradicts it, or a degree does not fit the model.
+        """
+        source = str(Path(self.model.init_from_hf_path) / "config.json")
+        check_model_config(self.model, file=self.args.mm_model, model_config=model_config, source=source)
+        check_degrees(self.args, model_config=model_config)
+        if self.router_aux_loss_coef and not model_config.text.num_experts:
+            raise UserError(
+                f"router_aux_loss_coef {self.router_aux_loss_coef} needs routers, and this model has none; "
+                "leave it and --moe-aux-loss-coeff out"
+            )
+
+    def describe_ignored(self) -> list[str]:
+        """Sentences that name each flag or field that was given and changes nothing, with the reason."""
+        files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
+        files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
+        sentences = describe_ignored(self.args)
+        for path, config in files:
+            groups: dict[tuple[str, str], list[str]] = {}
+            for use in walk(config):
+                if use.role == NO_EFFECT and use.given:
+                    parent, _, name = use.path.rpartition(".")
+                    groups.setdefault((parent, str(use.info.description)), []).append(name)
+            for (parent, reason), names in groups.items():
+                sentences.append(f"{path}, {f'in {parent}, ' if parent else ''}{', '.join(names)}: {reason}")
+        return [f"accepted without effect: {sentence}" for sentence in sentences]
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """What a checkpoint's manifest records of the run, as plain JSON values."""
+        flags = dataclasses.asdict(self.args)
+        return {
+            "flags": {option_name(name): flags[name] for name in sorted(self.args.given)},
+            "data": self.data.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "fsdp2": self.fsdp.model_dump(mode="json"),
+        }
+
+
+def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None = None) -> JobConfig:
+    """Parse ``argv`` (default: the process's own), read the files, and check all that needs no model and no device.
+
+    Args:
+        argv: the flags.
+        world_size: number of processes of the job; by default what torchrun put into WORLD_SIZE, or 1.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    args = parse_args(argv)
+    check_flags(args)
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    fsdp, tools = FSDPConfig(), ToolsConfig()
+    if args.fsdp2_config_path is not None:
+        fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
+    if args.mm_tool is not None:
+        tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
+    args = join_expert_sizes(args, fsdp)
+    plan = check_parallel(args, world_size=world_size)
+    check_sharding(args, sharding_size=fsdp.sharding_size, world_size=world_size)
+    job = JobConfig(
+        args=dataclasses.replace(args, global_batch_size=plan.global_batch_size),
+        data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
+        model=load_config(args.mm_model, ModelOptions, flag="--mm-model"),
+        fsdp=fsdp,
+        tools=tools,
+    )
+    # both join a flag with a field; a contradiction is told here
+    _ = job.loss_mode, job.router_aux_loss_coef
+    return job
+
+
+def check_weights(job: JobConfig) -> None:
+    """See that the Hugging Face directories are in place; their weights are needed only where --load names none.
+
+    Raises:
+        UserError: naming what is missing, where it was expected, and the step of the guide that makes it.
+    """
+    model, preprocess = job.model, job.data.dataset_param.preprocess_parameters
+    step = "download the model first (step 2 of the guide), or correct the path"
+    directories = [
+        (model.init_from_hf_path, f"init_from_hf_path in {job.args.mm_model}"),
+        (preprocess.model_name_or_path, f"model_name_or_path in {job.args.mm_data}"),
+    ]
+    for directory, named_by in directories:
+        if not Path(directory).is_dir():
+            raise UserError(f"{directory} ({named_by}) does not exist; {step}")
+    for (directory, named_by), pattern in zip(directories, ("config.json", "tokenizer*"), strict=True):
+        if not any(Path(directory).glob(pattern)):
+            raise UserError(f"{directory} ({named_by}) has no {pattern}; {step}")
+    if job.args.load is None and not any(Path(model.init_from_hf_path).glob("*.safetensors")):
+        raise UserError(f"{model.init_from_hf_path} ({directories[0][1]}) has no *.safetensors; {step}")
+
+
+def check_data_files(job: JobConfig) -> None:
+    """See that the data files and their directory are there.
+
+    Raises:
+        UserError: naming what is missing and the step of the guide that makes it.
+    """
+    basic = job.data.dataset_param.basic_parameters
+    step = "download and convert the data first (step 3 of the guide), or correct the path"
+    for field, files in (("dataset", basic.dataset_files), ("val_dataset", basic.val_dataset_files)):
+        for name in files:
+            if not Path(name).is_file():
+                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist; {step}")
+    if not Path(basic.dataset_dir).is_dir():
+        raise UserError(f"{basic.dataset_dir} (dataset_dir in {job.args.mm_data}) does not exist; {step}")

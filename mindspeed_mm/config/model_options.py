@@ -1,0 +1,113 @@
+"""``--mm-model``: the choices about the model. Its geometry is the Hugging Face config's, and only checked here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mindspeed_mm.config.fields import REQUIRED, StrictModel, effective, no_effect, refused
+
+LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
+AttentionName = Literal["eager", "sdpa", "products", "varlen", "flash_attention_2", "npu_fusion_attention"]
+
+_CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"
+_ATTENTION = (
+    "attention kernel: eager (written out, slow), sdpa (PyTorch's), products (a CPU's, faster in bf16), varlen "
+    "(PyTorch's for packed sequences, on a GPU), flash_attention_2 (the device's fused kernel for packed sequences: "
+    "flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's best"
+)
+_LAYOUT = "micro-batches are packed, which is the layout TND"
+_SYNCHRONIZE = (
+    "wait for the device after each layer, so that the host does not run ahead and allocate for later layers"
+)
+_CHECKED = "checked against the Hugging Face config"
+
+
+class VisionEncoderConfig(StrictModel):
+    """Vision tower: patch and position embedding and all blocks."""
+
+    model_id: str | None = no_effect(None, _CONFIG_DECIDES)
+    num_layers: int | None = effective(None, f"number of blocks, {_CHECKED}", ge=1)
+    hidden_size: int | None = effective(None, f"width in channels, {_CHECKED}", ge=1)
+    num_attention_heads: int | None = effective(None, f"attention heads, {_CHECKED}", ge=1)
+    freeze: bool = effective(True, "do not train these parameters")
+    attn_implementation: AttentionName | None = effective(None, _ATTENTION)
+    attn_layout: str = refused("TND", _LAYOUT)
+    synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
+
+
+class VisionProjectorConfig(StrictModel):
+    """The mergers that turn 2x2 patches into one text token, those of the deepstack outputs included."""
+
+    model_id: str | None = no_effect(None, _CONFIG_DECIDES)
+    num_layers: int | None = no_effect(
+        None, "there is one merger, and one more for each entry of the Hugging Face config's deepstack_visual_indexes"
+    )
+    freeze: bool = effective(True, "do not train these parameters")
+
+
+class ImageEncoderConfig(StrictModel):
+    """Everything that pictures and videos pass through."""
+
+    vision_encoder: VisionEncoderConfig = VisionEncoderConfig()
+    vision_projector: VisionProjectorConfig = VisionProjectorConfig()
+
+
+class TextDecoderConfig(StrictModel):
+    """Text decoder: embedding, all layers and the output layer."""
+
+    model_id: str | None = no_effect(None, _CONFIG_DECIDES)
+    num_layers: int | None = effective(None, f"number of layers, {_CHECKED}", ge=1)
+    hidden_size: int | None = effective(None, f"width in channels, {_CHECKED}", ge=1)
+    num_attention_heads: int | None = effective(None, f"query heads, {_CHECKED}", ge=1)
+    max_position_embeddings: int | None = effective(None, f"longest sequence in tokens, {_CHECKED}", ge=1)
+    freeze: bool = effective(False, "do not train these parameters")
+    use_npu_fused_moe: bool = effective(
+        True, "grouped expert products, on every device that has them; false: one product per expert (the reference)"
+    )
+    attn_implementation: AttentionName | None = effective(None, _ATTENTION)
+    attn_layout: str = refused("TND", _LAYOUT)
+    is_causal: bool = no_effect(
+        True, "text attention is always causal; in the original, false writes the causal mask out and true does not"
+    )
+    activation_offload: bool = effective(
+        False, "keep what the layers keep for backward in the host's memory: the inputs alone under full recompute"
+    )
+    synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
+
+
+class LossConfig(StrictModel):
+    """Which loss, and how it is computed."""
+
+    loss_type: LossType | None = effective(
+        None, "mean of the token losses: per_token_loss and per_sample_loss as the flags of that name, square_loss in "
+        "between (a sample weighs as the root of its supervised tokens), default: means of the micro-batches' means; "
+        "null: as the flags say",
+    )
+    router_aux_loss_coef: float | None = effective(
+        None, "share of the routers' load-balancing loss; null: as --moe-aux-loss-coeff says, else 0", ge=0
+    )
+
+    compute_mode: Literal["default", "chunk"] = effective(
+        "default", "default: the logits of all supervised tokens at once; chunk: chunk_size tokens at a time"
+    )
+    chunk_size: int = effective(1024, "supervised tokens per chunk", ge=1)
+
+
+class PatchConfig(StrictModel):
+    """Switches of the original's patches."""
+
+    clip_grad_async: bool = no_effect(False, "clipping never waits for the device")
+    scale_grad: bool = no_effect(True, "gradients are always those of the sum over the global token count")
+
+
+class ModelOptions(StrictModel):
+    """The whole file."""
+
+    model_id: Literal["qwen3_vl_moe", "qwen3_vl"] = effective(
+        REQUIRED, "kind of model, checked against the Hugging Face config's model_type"
+    )
+    init_from_hf_path: str = effective(REQUIRED, "Hugging Face directory with the model's config and weights")
+    image_encoder: ImageEncoderConfig = ImageEncoderConfig()
+    text_decoder: TextDecoderConfig = TextDecoderConfig()
+    loss_cfg: LossConfig = LossConfig()
+    patch: PatchConfig = PatchConfig()

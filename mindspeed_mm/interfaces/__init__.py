@@ -1,0 +1,1 @@
+"""Types that data and models share: the batch layout, conversations, image and video settings."""

@@ -1,0 +1,1 @@
+"""Layers that model families share, built from megatron-core specs."""

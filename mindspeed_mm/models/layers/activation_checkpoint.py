@@ -1,0 +1,124 @@
+"""Running a stack of equal layers: what is kept for backward, what is computed again, what goes to the host.
+
+Legend: H hidden width; the first axis of hidden states is tokens or patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mindspeed_mm.backend.activation_offload import Offload
+
+Step = Callable[[int, Tensor], tuple[Tensor, ...]]
+"""(index of the layer, hidden states) -> (hidden states after it, further tensors that the caller wants)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationCheckpointPolicy:
+    """How a stack is run.
+
+    Attributes:
+        recompute: ``none``; ``full``: keep inputs of layers only; ``selective``: keep all but the inside of the core
+            attention and of the experts or the dense MLP (see :func:`recompute_inside`).
+        method: of ``full``: ``uniform`` keeps the input of every ``num_layers``-th layer and computes that many
+            again together; ``block`` computes the first ``num_layers`` again, one by one, and keeps the others whole.
+        num_layers: see ``method``.
+        offload: keeps on the host what is kept for backward; None leaves it on the device.
+        after_layer: called after each layer's forward; None for nothing.
+    """
+
+    recompute: Literal["none", "full", "selective"] = "none"
+    method: Literal["uniform", "block"] = "uniform"
+    num_layers: int = 1
+    offload: Offload | None = None
+    after_layer: Callable[[], None] | None = None
+
+    def groups(self, depth: int) -> Iterator[tuple[range, bool]]:
+        """The layers that run together, from the first to the last, and whether backward runs them again."""
+        if self.recompute == "full" and self.method == "uniform":
+            for start in range(0, depth, self.num_layers):
+                yield range(start, min(start + self.num_layers, depth)), True
+        else:
+            again = self.num_layers if self.recompute == "full" else 0
+            for index in range(depth):
+                yield range(index, index + 1), index < again
+
+
+def run_layers(
+    layers: Sequence[nn.Module],
+    hidden: Tensor,
+    step: Step,
+    policy: ActivationCheckpointPolicy,
+    *,
+    between: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Run all layers.
+
+    Args:
+        layers: the stack.
+        hidden: what the first layer takes.
+        step: runs one layer.
+        policy: what backward finds.
+        between: what happens to the hidden states after the layer of the given index. It may differ between
+            processes, unlike ``step``.
+
+    Returns:
+        (hidden states after the last layer, the further tensors of all steps in their order).
+    """
+    further: list[Tensor] = []
+    after = between if between is not None else _unchanged
+
+    def run(indices: range, hidden: Tensor) -> tuple[Tensor, ...]:
+        taken: list[Tensor] = []
+        for index in indices:
+            hidden, *more = step(index, hidden)
+            taken += more
+            if policy.after_layer is not None:
+                policy.after_layer()
+            if index != indices[-1]:
+                hidden = after(index, hidden)
+        return hidden, *taken
+
+    for indices, again in policy.groups(len(layers)):
+        part = [layers[index] for index in indices]
+        with policy.offload(part) if policy.offload is not None else contextlib.nullcontext():
+            hidden, *more = _run_again(run, indices, hidden) if again else run(indices, hidden)
+        # The last layer's must not be run again: what starts that in backward would differ between processes, and
+        # with it the order in which they gather parameters.
+        hidden = after(indices[-1], hidden)
+        further += more
+    return hidden, *further
+
+
+def _unchanged(index: int, hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _run_again(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call ``function``, keeping its inputs only. There is no dropout, so no random state needs to be kept."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def recompute_inside(module: nn.Module) -> None:
+    """From now on the module keeps nothing but its inputs for backward, and runs again there."""
+    forward = module.forward
+
+    def forward_again(*inputs: Any) -> Any:
+        return _run_again(forward, *inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    module.forward = forward_again
+
+
+def recompute_selectively(layers: Sequence[nn.Module]) -> None:
+    """``selective``: the parts of megatron-core's layers that keep much and cost little to run again."""
+    for layer in layers:
+        recompute_inside(layer.self_attention.core_attention)
+        # the experts alone: the router's choices and the exchange of tokens between processes are not repeated
+        recompute_inside(getattr(layer.mlp, "experts", layer.mlp))

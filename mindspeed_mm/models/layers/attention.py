@@ -1,0 +1,133 @@
+"""Modules that fill the slots of megatron-core's specs: linear layers, norms, and attention over packed sequences.
+
+Legend: T tokens of the packed sequence, H hidden width, D head width. megatron-core's layers pass [T, 1, H].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
+from mindspeed_mm.backend.kernels.segments import AttentionKernel, Segments
+
+
+class Linear(nn.Linear):
+    """The column- and row-parallel slots on one tensor-parallel rank: ``y = x W^T + b`` -> ``(y, None)``.
+
+    The bias is added inside the product instead of being handed on (``skip_bias_add``), which saves a pass over the
+    activations in every layer of the vision tower.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **slot_arguments: Any
+    ) -> None:
+        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """[..., input_size] -> ([..., output_size], None)."""
+        return F.linear(hidden, self.weight, self.bias), None
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm slot; the kernel comes with the spec."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, kernel: RMSNormKernel) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        self.kernel = kernel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        return self.kernel(hidden, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm slot."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class RotaryAngles:
+    """Cosines and sines [T, 1, D] of the rotary angles, in the type of the arithmetic.
+
+    No dataclass: FSDP2 of some versions casts the tensors that it finds in one, of others it does not.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
+
+
+@dataclasses.dataclass
+class PackedSequence(PackedSeqParams):
+    """What attention needs to know of a packed sequence; every layer of a stack gets the same one.
+
+    Attributes:
+        segments: boundaries that attention does not cross.
+        angles: of the rotary positions.
+    """
+
+    segments: Segments | None = None
+    angles: RotaryAngles | None = None
+
+
+class CoreAttention(nn.Module):
+    """Core attention slot: the kernel comes with the spec."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        *,
+        kernel: AttentionKernel,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.causal = attn_mask_type is AttnMaskType.causal
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """query [T, Hq, D], key and value [T, Hkv, D] -> [T, Hq, D]."""
+        return self.kernel(query, key, value, segments=segments, causal=self.causal, scale=self.scale)
+
+
+class PackedSelfAttention(SelfAttention):
+    """megatron-core's self-attention with rotary angles given per token.
+
+    megatron-core 0.12.1 applies rotary positions to packed sequences by splitting them on the host, and restarts the
+    positions of each sample at 0. Qwen3-VL's three-dimensional positions are no such arithmetic progression.
+    """
+
+    def __init__(self, *arguments: Any, rotary_kernel: RotaryKernel, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.rotary_kernel = rotary_kernel
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSequence | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """[T, 1, H] -> ([T, 1, H], None)."""
+        packed = packed_seq_params
+        query, key, value = (tensor.squeeze(1) for tensor in self.get_query_key_value_tensors(hidden_states))
+        query = self.rotary_kernel(query, packed.angles.cos, packed.angles.sin)
+        key = self.rotary_kernel(key, packed.angles.cos, packed.angles.sin)
+        context = self.core_attention(query, key, value, packed.segments)
+        return self.linear_proj(context.flatten(1).unsqueeze(1))

@@ -1,0 +1,94 @@
+"""Output layer and cross-entropy in one: logits exist only for supervised positions, a chunk at a time.
+
+Legend: S supervised positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """sum(token_weight * cross_entropy(hidden @ weight^T, labels)) with its gradients taken in the forward pass.
+
+    The gradients of a chunk are made while its logits are at hand, so that no logits outlive their chunk and none are
+    computed twice. The gradient of the cross-entropy is ``softmax(logits) - one_hot(label)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        count = hidden.shape[0]
+        chunks = range(0, count, chunk_size)
+        losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # several chunks add up in fp32; a single one needs no sum
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and len(chunks) != 1 else None
+        for start in chunks:
+            part = slice(start, start + chunk_size)
+            logits = F.linear(hidden[part], weight).float()
+            target = labels[part].unsqueeze(-1)
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            losses[part] = (normaliser - logits.gather(-1, target)).squeeze(-1)
+            if not (need_hidden or need_weight):
+                continue
+            scale = loss_weight[part].unsqueeze(-1)
+            grad_logits = logits.sub_(normaliser).exp_().mul_(scale)
+            grad_logits.scatter_add_(-1, target, -scale)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if need_hidden:
+                grad_hidden[part] = grad_logits @ weight
+            if need_weight:
+                product = grad_logits.t() @ hidden[part]
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(losses)
+        return (losses * loss_weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [saved if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        return (*grads, None, None, None)
+
+
+class LossHead(nn.Module):
+    """The output layer; ``weight`` [V, H], or no parameter where it shares the word embeddings'."""
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, chunk_size: int | None, dtype: torch.dtype, tied: bool
+    ) -> None:
+        """``chunk_size`` supervised positions at a time, or all at once for None; ``tied``: forward is given W."""
+        super().__init__()
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        *,
+        tied_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Loss, or logits where no labels are given.
+
+        Args:
+            hidden: [S, H] states that predict the labels.
+            labels: int64 [S].
+            token_weight: fp32 [S], the share of each token in the loss.
+            tied_weight: [V, H], for a head without a weight of its own.
+
+        Returns:
+            (loss: fp32 scalar, cross-entropy of each token: fp32 [S], outside autograd), or logits [S, V].
+        """
+        weight = self.weight if tied_weight is None else tied_weight
+        if labels is None:
+            return F.linear(hidden, weight)
+        chunk_size = self.chunk_size or max(1, hidden.shape[0])
+        return _WeightedCrossEntropy.apply(hidden, weight, labels, loss_weight, chunk_size)

@@ -1,0 +1,130 @@
+"""Sparse feed-forward layer: router and experts.
+
+Legend: T tokens, E experts, k experts per token, H hidden width, I intermediate width, N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mindspeed_mm.backend.kernels.experts import ExpertKernel
+from mindspeed_mm.backend.kernels.permutation import TokenPermuter
+from mindspeed_mm.models.layers.token_dispatcher import Dispatcher, LocalDispatcher
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLTextConfig
+
+
+class RouterLoad(NamedTuple):
+    """What routers did with their tokens, summed over tokens and, where said, over layers.
+
+    Attributes:
+        choices: int64 [E], how often each expert was chosen; T * k in all for one layer.
+        probabilities: fp32 [E], sum over the tokens of each expert's probability, with gradient; T in all for one
+            layer.
+    """
+
+    choices: Tensor
+    probabilities: Tensor
+
+
+class TopKRouter(nn.Module):
+    """Softmax over all experts in fp32, the k largest, renormalised to sum 1.
+
+    Attributes:
+        keeps_routing: whether each forward pass leaves what :meth:`take_load` sums up.
+    """
+
+    def __init__(self, config: TransformerConfig, *, model_config: Qwen3VLTextConfig) -> None:
+        super().__init__()
+        self.top_k = model_config.num_experts_per_token
+        self.weight = nn.Parameter(
+            torch.empty(model_config.num_experts, model_config.hidden_size, dtype=config.params_dtype)
+        )
+        self.keeps_routing = False
+        self._routing: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> (weights [T, k] in the tokens' type, expert indices int64 [T, k])."""
+        probabilities = F.linear(tokens, self.weight).softmax(dim=-1, dtype=torch.float32)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.keeps_routing:
+            self._routing = probabilities, experts
+        return weights.to(tokens.dtype), experts
+
+    def take_load(self, counted: int) -> RouterLoad | None:
+        """The load by the first ``counted`` tokens of the last forward pass, or None where none was kept.
+
+        To be called once after each pass, for what is kept is a part of that pass's graph.
+        """
+        routing, self._routing = self._routing, None
+        if routing is None:
+            return None
+        probabilities, experts = routing
+        chosen = experts[:counted].flatten()
+        choices = torch.zeros(probabilities.shape[-1], dtype=torch.int64, device=chosen.device)
+        choices.scatter_add_(0, chosen, torch.ones_like(chosen))
+        return RouterLoad(choices, probabilities[:counted].sum(dim=0))
+
+
+class Experts(nn.Module):
+    """All experts in two tensors, stored as products want them: x @ W.
+
+    Attributes:
+        as_local: what makes of a parameter the tensor to compute with; the identity unless experts are spread over
+            processes.
+    """
+
+    def __init__(self, config: TransformerConfig, *, model_config: Qwen3VLTextConfig, kernel: ExpertKernel) -> None:
+        super().__init__()
+        experts, hidden, inner = model_config.num_experts, model_config.hidden_size, model_config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * inner, dtype=config.params_dtype))
+        self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden, dtype=config.params_dtype))
+        self.kernel = kernel
+        self.as_local: Callable[[Tensor], Tensor] = _identity
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """rows [N, H] sorted by expert, rows_per_expert int64 [E here] -> [N, H]."""
+        return self.kernel(rows, self.as_local(self.gate_up_proj), self.as_local(self.down_proj), rows_per_expert)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclasses.dataclass
+class MoESubmodules:
+    """Parts of :class:`MoELayer`."""
+
+    router: ModuleSpec | type
+    experts: ModuleSpec | type
+
+
+class MoELayer(nn.Module):
+    """The MLP slot of a sparse layer. No token is dropped and none is padded.
+
+    Attributes:
+        mover: sorts tokens by expert and brings results back.
+        dispatch: how tokens reach their experts and come back; expert parallelism replaces it.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: MoESubmodules, *, permuter: TokenPermuter) -> None:
+        super().__init__()
+        self.router = build_module(submodules.router, config=config)
+        self.experts = build_module(submodules.experts, config=config)
+        self.permuter = permuter
+        self.dispatch: Dispatcher = LocalDispatcher(permuter)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """[T, 1, H] -> ([T, 1, H], None)."""
+        tokens = hidden_states.flatten(0, 1)
+        weights, experts = self.router(tokens)
+        output = self.dispatch(tokens, weights, experts, self.experts, self.router.weight.shape[0])
+        return output.view_as(hidden_states), None

@@ -1,0 +1,1 @@
+"""The Qwen3-VL family, mixture-of-experts and dense."""

@@ -1,0 +1,354 @@
+"""Conversation to token ids and supervised tokens, in the chat format of Qwen3-VL.
+
+The ids equal those of the model's own chat template for the same conversation. What is supervised is what the model
+has to produce: an answer and its ``<|im_end|>``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from mindspeed_mm.errors import UserError
+
+Role = Literal["system", "user", "assistant", "tool"]
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+TEMPLATES = ("qwen3_vl_nothink", "qwen3_vl")
+
+_TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
+_VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
+_IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+_MEDIA_TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
+_TOOL_CALL = "<tool_call>\n"
+# Written out in a message, these are text: they would end turns or claim picture features that do not exist.
+_STRUCTURAL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message: who says it, and the text, in which a question's ``<image>`` and ``<video>`` stand for them."""
+
+    role: Role
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video's placeholders: the second that each of its temporal slices stands for, and the tokens of one slice."""
+
+    seconds: tuple[float, ...]
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Placeholders of all slices."""
+        return len(self.seconds) * self.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens.
+
+    Attributes:
+        input_ids: int64 [L].
+        supervised: bool [L].
+        num_pictures: images and videos whose placeholders are in ``input_ids``: the conversation's first so many.
+        dropped_messages: messages cut off at the end because the conversation was longer than allowed.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    num_pictures: int
+    dropped_messages: int
+
+
+@dataclasses.dataclass
+class _Segment:
+    """A stretch of tokens: one special token, a picture's placeholders, or text that is tokenized in one piece."""
+
+    text: str = ""
+    token: int = -1
+    count: int = 1
+    loss_mask: bool = False
+    is_vision: bool = False
+
+
+def media_tags(messages: Sequence[Message]) -> list[str]:
+    """``<image>`` and ``<video>`` tags of a conversation, in order.
+
+    Only questions hold pictures and videos; a tag in another message is plain text.
+    """
+    return [tag for message in messages if message.role == "user" for tag in _MEDIA_TAG.findall(message.text)]
+
+
+def _is_question(message: Message) -> bool:
+    """The model's template takes a question that is wrapped like a tool's result for such a result."""
+    wrapped = message.text.startswith("<tool_response>") and message.text.endswith("</tool_response>")
+    return message.role == "user" and not wrapped
+
+
+def tool_call_text(content: str) -> str:
+    """The answer that calls tools, from JSON: ``{"name": ..., "arguments": ...}`` or a list of these.
+
+    Raises:
+        ValueError: if ``content`` is something else.
+    """
+    parsed = json.loads(content)
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise ValueError('a tool call must be {"name": ..., "arguments": ...} or a list of these')
+    lines = []
+    for call in calls:
+        arguments = call["arguments"]
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        lines.append(f'{_TOOL_CALL}{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>')
+    return "\n".join(lines)
+
+
+def tools_text(tools: Sequence[Any], system: str | None) -> str:
+    """The system message that tells the model which tools it has, after its own text ``system``, if there is one."""
+    own = "" if system is None else f"{system}\n\n"
+    described = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
+    return (
+        f"{own}# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n"
+        f"<tools>{described}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    )
+
+
+def check_order(messages: Sequence[Message]) -> str | None:
+    """What is wrong with the order of a conversation's messages, or None.
+
+    A system message may come first; then questions (or tools' results) and answers take turns; the last message is an
+    answer, for otherwise there is nothing to learn from it.
+    """
+    first = 1 if messages and messages[0].role == "system" else 0
+    turns = list(messages[first:])
+    if not turns:
+        return "the conversation is empty"
+    if turns[0].role != "user":
+        return f"the conversation starts with the role {turns[0].role}, not with a question"
+    for place, (before, after) in enumerate(pairwise(turns), start=first):
+        if after.role == "system":
+            return "a system message comes after the first message"
+        if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
+            return f"messages {place} ({before.role}) and {place + 1} ({after.role}) do not take turns"
+    if turns[-1].role != "assistant":
+        return "the last message is no answer"
+    return None
+
+
+def check_template(name: str, *, enable_thinking: bool) -> None:
+    """Refuse a template that is unknown or cannot do what is asked.
+
+    Raises:
+        UserError: naming the known templates.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"template {name!r} is unknown; choose {' or '.join(TEMPLATES)}")
+    if enable_thinking and name != "qwen3_vl":
+        raise UserError(f"enable_thinking is true, but template {name} has no thinking part; choose qwen3_vl")
+
+
+class ChatTemplate:
+    """Turns conversations into tokens.
+
+    ``qwen3_vl_nothink`` is the format of the Instruct models. ``qwen3_vl`` is that of the Thinking models: thoughts
+    (``<think>...</think>`` at the start of an answer) are shown only after the last question. With
+    ``enable_thinking`` the last answer starts with its thought, empty if it has none, and only answers after the last
+    question are supervised, for earlier ones stand there without the thought that led to them. Without it thoughts
+    are removed and the last answer follows a given, empty thought.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        name: str = "qwen3_vl_nothink",
+        enable_thinking: bool = False,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        split_special_tokens: bool = False,
+    ) -> None:
+        """Prepare for ``tokenizer``, a fast tokenizer of transformers.
+
+        Args:
+            tokenizer: must know Qwen's special tokens.
+            name: one of ``TEMPLATES``.
+            enable_thinking: see the class; only ``qwen3_vl`` can think.
+            train_on_prompt: supervise everything but pictures.
+            mask_history: supervise the last answer only.
+            split_special_tokens: special tokens written out in a message are ordinary text. In any case those that
+                structure a conversation or stand for pictures are.
+
+        Raises:
+            UserError: for an unknown template, or a tokenizer that lacks Qwen's tokens.
+        """
+        check_template(name, enable_thinking=enable_thinking)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the tokenizer is no fast one; set use_fast_tokenizer to true, or add its tokenizer.json")
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._thinks = name == "qwen3_vl"
+        self._enable_thinking = enable_thinking
+        self._train_on_prompt = train_on_prompt
+        self._mask_history = mask_history
+        self._split_special_tokens = split_special_tokens
+        self._ids = {}
+        for token in (_TURN_START, _TURN_END, _VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD):
+            token_id = backend.token_to_id(token)
+            if token_id is None:
+                raise UserError(f"the tokenizer has no token {token}; model_name_or_path must be a Qwen3-VL checkpoint")
+            self._ids[token] = token_id
+        self._prefixes: dict[str, list[int]] = {}
+
+    def encode(self, messages: Sequence[Message], media: Sequence[int | Clip], *, max_length: int) -> Encoded | None:
+        """Tokenize a conversation, shortened to whole turns if it is too long.
+
+        Turns are dropped from the end until the rest fits. A picture's placeholders are never cut.
+
+        Args:
+            messages: in an order that ``check_order`` accepts.
+            media: placeholders (merged patches) of each image, or the Clip of each video, in order.
+            max_length: most tokens of a sample.
+
+        Returns:
+            None if not even the first turn fits.
+        """
+        ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
+        for end in reversed(ends):
+            kept = messages[:end]
+            num_pictures = len(media_tags(kept))
+            if sum(one.total if isinstance(one, Clip) else one for one in media[:num_pictures]) > max_length:
+                continue
+            ids, loss_mask = self._tokenize(self._render(kept, media))
+            if len(ids) <= max_length:
+                return Encoded(ids, loss_mask, num_pictures, len(messages) - end)
+        return None
+
+    def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[_Segment]:
+        questions = [place for place, message in enumerate(messages) if _is_question(message)]
+        last_question = questions[-1] if questions else len(messages) - 1  # with none the template shows no thought
+        segments: list[_Segment] = []
+        pictures = iter(media)
+        for place, message in enumerate(messages):
+            if message.role == "assistant":
+                head, answer = self._answer(message.text, after_question=place > last_question,
+                                            is_last=place == len(messages) - 1)
+                loss_mask = not (self._mask_history and place < len(messages) - 1) and not (
+                    self._enable_thinking and place < last_question
+                )
+                segments += self._turn(head, [_Segment(text=answer, loss_mask=loss_mask)])
+                segments[-2].loss_mask = loss_mask  # <|im_end|>; after it comes the line break
+            elif message.role == "user":
+                segments += self._turn("user\n", self._question(message.text, pictures))
+            elif message.role == "tool":
+                segments += self._tool_result(message.text, messages, place)
+            else:
+                segments += self._turn("system\n", [_Segment(text=message.text)])
+        return segments
+
+    def _turn(self, head: str, content: list[_Segment]) -> list[_Segment]:
+        start, end = self._ids[_TURN_START], self._ids[_TURN_END]
+        return [_Segment(token=start), _Segment(text=head), *content, _Segment(token=end), _Segment(text="\n")]
+
+    def _question(self, text: str, media: Iterator[int | Clip]) -> list[_Segment]:
+        segments = []
+        for piece in _MEDIA_TAG.split(text):
+            if piece == IMAGE_TAG:
+                segments += self._vision(_IMAGE_PAD, cast(int, next(media)))
+            elif piece == VIDEO_TAG:
+                clip = cast(Clip, next(media))
+                for second in clip.seconds:
+                    segments += [_Segment(text=f"<{second:.1f} seconds>"), *self._vision(_VIDEO_PAD, clip.tokens)]
+            else:
+                segments.append(_Segment(text=piece))
+        return segments
+
+    def _vision(self, pad: str, count: int) -> list[_Segment]:
+        return [
+            _Segment(token=self._ids[_VISION_START], is_vision=True),
+            _Segment(token=self._ids[pad], count=count, is_vision=True),
+            _Segment(token=self._ids[_VISION_END], is_vision=True),
+        ]
+
+    def _tool_result(self, text: str, messages: Sequence[Message], place: int) -> list[_Segment]:
+        """Results of tools that were called together share one turn of the user."""
+        segments = [_Segment(text=f"\n<tool_response>\n{text}\n</tool_response>")]
+        if messages[place - 1].role != "tool":
+            segments = [_Segment(token=self._ids[_TURN_START]), _Segment(text="user"), *segments]
+        if messages[place + 1].role != "tool":
+            segments += [_Segment(token=self._ids[_TURN_END]), _Segment(text="\n")]
+        return segments
+
+    def _answer(self, text: str, *, after_question: bool, is_last: bool) -> tuple[str, str]:
+        """What the template gives, and what the model has to produce."""
+        if not self._thinks:
+            return "assistant\n", text
+        thought, content = "", text
+        if "</think>" in text and not text.startswith(_TOOL_CALL):  # what a tool is given is no thought
+            content = text.rpartition("</think>")[2].lstrip("\n")
+            thought = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
+        if not after_question or not (is_last or thought):
+            return "assistant\n", content
+        content = content.lstrip("\n")
+        if self._enable_thinking:
+            return "assistant\n<think>\n", f"{thought}\n</think>\n\n{content}"
+        return "assistant\n<think>\n\n</think>\n\n", content
+
+    def _tokenize(self, segments: Sequence[_Segment]) -> tuple[np.ndarray, np.ndarray]:
+        ids: list[int] = []
+        flags: list[bool] = []
+        given, produced = "", ""  # neighbouring text is one piece for the tokenizer, as in a rendered template
+
+        def flush() -> None:
+            nonlocal given, produced
+            if given or produced:
+                tokens, boundary = self._text_tokens(given, produced)
+                ids.extend(tokens)
+                flags.extend([self._train_on_prompt] * boundary + [True] * (len(tokens) - boundary))
+            given = produced = ""
+
+        for segment in segments:
+            if segment.token < 0:
+                if segment.loss_mask:
+                    produced += segment.text
+                else:
+                    given += segment.text
+                continue
+            flush()
+            ids.extend([segment.token] * segment.count)
+            flags.extend([segment.loss_mask or (self._train_on_prompt and not segment.is_vision)] * segment.count)
+        flush()
+        return np.array(ids, dtype=np.int64), np.array(flags, dtype=bool)
+
+    def _text_tokens(self, given: str, produced: str) -> tuple[list[int], int]:
+        """Tokens of ``given + produced``, and how many of them are given.
+
+        A token that straddles the border counts as given: the model will never be asked for it, since the text up to
+        the border is tokenized by itself when an answer is generated.
+        """
+        tokens = self._encode(given + produced)
+        if not produced:
+            return tokens, len(tokens)
+        if given not in self._prefixes:
+            self._prefixes[given] = self._encode(given)
+        prefix = self._prefixes[given]
+        for place, (token, expected) in enumerate(zip(tokens, prefix, strict=False)):
+            if token != expected:
+                return tokens, place + 1
+        return tokens, len(prefix)
+
+    def _encode(self, text: str) -> list[int]:
+        self._backend.encode_special_tokens = self._split_special_tokens or bool(_STRUCTURAL.search(text))
+        return self._backend.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,254 @@
+"""The shape of a Qwen3-VL model, read once from the Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import UserError
+
+SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLVisionConfig:
+    """Vision tower. Names follow ``vision_config``; widths are in channels."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    hidden_act: str
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    in_channels: int
+    num_position_embeddings: int
+    out_hidden_size: int
+    deepstack_visual_indexes: tuple[int, ...]
+    rope_theta: float = 10000.0
+    layernorm_epsilon: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one flattened patch: channels x frames x rows x columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that are merged into one text token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def grid_per_side(self) -> int:
+        """Side length of the square grid of learned position embeddings."""
+        return round(self.num_position_embeddings**0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLTextConfig:
+    """Text decoder. ``num_experts`` is 0 in a dense model."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    intermediate_size: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope_type: str
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+    attention_bias: bool
+    tie_word_embeddings: bool
+    initializer_range: float
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.0
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether ``layer`` (from 0) has experts instead of a dense MLP."""
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLConfig:
+    """A whole model: text decoder, vision tower and the token ids that join them."""
+
+    model_type: str
+    text: Qwen3VLTextConfig
+    vision: Qwen3VLVisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Qwen3VLConfig:
+        """Read ``directory/config.json``.
+
+        A file that has every field is read as it is, in either of the two spellings in use (``num_experts`` and
+        ``rope_scaling`` as published, ``num_local_experts`` and ``rope_parameters`` as transformers 5 writes them).
+        One that leaves some to their defaults goes through transformers' ``AutoConfig``, which takes seconds.
+
+        Raises:
+            UserError: if the file is missing, is not JSON, or describes another kind of model.
+        """
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist: {directory} is no Hugging Face model directory; "
+                "download the weights first (step 2 of the guide) or correct the path"
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise UserError(
+                f"{path} has model_type {model_type!r}; this project trains {' and '.join(SUPPORTED_MODEL_TYPES)}"
+            )
+        try:
+            model_config = cls._read(raw)
+        except KeyError:
+            return cls.from_config(_with_defaults(path), source=str(path))
+        model_config.validate(str(path))
+        return model_config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str = "config") -> Qwen3VLConfig:
+        """Build from ``config.to_dict()`` of a transformers Qwen3-VL config.
+
+        Raises:
+            UserError: naming ``source`` if a value is missing or inconsistent.
+        """
+        try:
+            model_config = cls._read(config)
+        except KeyError as error:
+            raise UserError(f"{source} lacks the field {error}; is it a Qwen3-VL config?") from error
+        model_config.validate(source)
+        return model_config
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any]) -> Qwen3VLConfig:
+        """Raises KeyError for a field that is missing."""
+        text, vision = config["text_config"], config["vision_config"]
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        moe = config["model_type"] == "qwen3_vl_moe"
+        return cls(
+            model_type=config["model_type"],
+            text=Qwen3VLTextConfig(
+                num_layers=text["num_hidden_layers"],
+                hidden_size=text["hidden_size"],
+                num_heads=text["num_attention_heads"],
+                num_kv_heads=text["num_key_value_heads"],
+                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                vocab_size=text["vocab_size"],
+                intermediate_size=text["intermediate_size"],
+                hidden_act=text["hidden_act"],
+                rms_norm_eps=text["rms_norm_eps"],
+                rope_type=rope["rope_type"],
+                rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
+                mrope_section=tuple(rope["mrope_section"]),
+                max_position_embeddings=text["max_position_embeddings"],
+                attention_bias=bool(text["attention_bias"]),
+                tie_word_embeddings=bool(config["tie_word_embeddings"]),
+                initializer_range=text["initializer_range"],
+                **(_moe_fields(text) if moe else {}),
+            ),
+            vision=Qwen3VLVisionConfig(
+                depth=vision["depth"],
+                hidden_size=vision["hidden_size"],
+                num_heads=vision["num_heads"],
+                intermediate_size=vision["intermediate_size"],
+                hidden_act=vision["hidden_act"],
+                patch_size=vision["patch_size"],
+                temporal_patch_size=vision["temporal_patch_size"],
+                spatial_merge_size=vision["spatial_merge_size"],
+                in_channels=vision["in_channels"],
+                num_position_embeddings=vision["num_position_embeddings"],
+                out_hidden_size=vision["out_hidden_size"],
+                deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
+            ),
+            image_token_id=config["image_token_id"],
+            video_token_id=config["video_token_id"],
+            vision_start_token_id=config["vision_start_token_id"],
+            vision_end_token_id=config["vision_end_token_id"],
+        )
+
+    def validate(self, source: str) -> None:
+        """Refuse what no Qwen3-VL model can be.
+
+        Raises:
+            UserError: naming ``source``, the field and its value.
+        """
+        text, vision = self.text, self.vision
+        rules = [
+            (text.num_heads % text.num_kv_heads == 0,
+             f"num_attention_heads {text.num_heads} is no multiple of num_key_value_heads {text.num_kv_heads}"),
+            (text.rope_type == "default",
+             f"rope_type {text.rope_type!r} is not supported; Qwen3-VL's is 'default'"),
+            (sum(text.mrope_section) * 2 == text.head_dim,
+             f"mrope_section {list(text.mrope_section)} must add up to head_dim / 2 = {text.head_dim // 2}"),
+            (vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0,
+             f"vision hidden_size {vision.hidden_size} over {vision.num_heads} heads gives no head width "
+             "divisible by 4"),
+            (vision.grid_per_side**2 == vision.num_position_embeddings,
+             f"num_position_embeddings {vision.num_position_embeddings} is no square number"),
+            (vision.out_hidden_size == text.hidden_size,
+             f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size {text.hidden_size}"),
+            (all(0 <= index < vision.depth for index in vision.deepstack_visual_indexes),
+             f"deepstack_visual_indexes {list(vision.deepstack_visual_indexes)} must lie below depth {vision.depth}"),
+            (len(vision.deepstack_visual_indexes) <= text.num_layers,
+             f"{len(vision.deepstack_visual_indexes)} deepstack outputs need as many text layers, "
+             f"not {text.num_layers}"),
+            (self.model_type != "qwen3_vl_moe" or 0 < text.num_experts_per_token <= text.num_experts,
+             f"num_experts_per_tok {text.num_experts_per_token} must lie in 1..num_experts {text.num_experts}"),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise UserError(f"{source}: {message}")
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    """The config file with transformers' defaults for the fields that it leaves out."""
+    from transformers import AutoConfig  # here, because it takes seconds and is rarely needed
+
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), local_files_only=True).to_dict()
+    except Exception as error:  # transformers raises many types for a config that it cannot read
+        raise UserError(f"{path} cannot be read by transformers: {str(error).splitlines()[0]}") from error
+    rope = config["text_config"].get("rope_parameters") or config["text_config"].get("rope_scaling") or {}
+    # transformers' own default for a config that names no sections
+    config["text_config"]["rope_parameters"] = {"mrope_section": (24, 20, 20), "rope_type": "default", **rope}
+    return config
+
+
+def _moe_fields(text: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": text["num_experts"] if "num_experts" in text else text["num_local_experts"],
+        "num_experts_per_token": text["num_experts_per_tok"],
+        "moe_intermediate_size": text["moe_intermediate_size"],
+        "decoder_sparse_step": text.get("decoder_sparse_step", 1),
+        "mlp_only_layers": tuple(text.get("mlp_only_layers") or ()),
+        "router_aux_loss_coef": text.get("router_aux_loss_coef", 0.0),
+    }

@@ -1,0 +1,178 @@
+"""How pictures and videos become patches: the data file's limits joined with those of the checkpoint's processors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSettings:
+    """What decides a video's frames and their size. Areas are in pixels.
+
+    Attributes:
+        min_pixels: least area of a frame, by the data file.
+        max_pixels: largest area of a frame, by the data file.
+        min_volume: least area of all frames together, by the checkpoint's processor.
+        max_volume: largest area of all frames together, by the checkpoint's processor.
+        fps: frames to take per second.
+        min_frames: take at least so many, where the video has them.
+        max_frames: take at most so many.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    min_volume: int
+    max_volume: int
+    fps: float
+    min_frames: int
+    max_frames: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """What decides a picture's patches.
+
+    Attributes:
+        min_pixels: least area of a resized picture, in pixels; at least 1.
+        max_pixels: largest area of a resized picture, in pixels.
+        patch_size: side of a patch, in pixels.
+        temporal_patch_size: frames in a patch; an image fills them with copies of itself.
+        merge_size: patches per side of a merge block.
+        norm: normalisation that the device applies.
+        videos: what decides a video's frames; None where there are none.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    norm: PixelNorm
+    videos: VideoSettings | None = None
+
+    @property
+    def factor(self) -> int:
+        """Both sides of a resized picture are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+
+def read_image_settings(
+    directory: str | Path, *, min_pixels: int, max_pixels: int, vision: Qwen3VLVisionConfig
+) -> ImageSettings:
+    """Join the data file's pixel limits with those of the checkpoint's image processor.
+
+    A picture is resized once, to the intersection of both ranges, so that training sees what the checkpoint's own
+    processor will show the model later.
+
+    Args:
+        directory: Hugging Face directory with ``preprocessor_config.json`` (or a ``processor_config.json`` that holds
+            it, as transformers 5 writes).
+        min_pixels: ``image_min_pixels`` of the data file.
+        max_pixels: ``image_max_pixels`` of the data file.
+        vision: the model's patch sizes, which the processor must share.
+
+    Raises:
+        UserError: if the file is missing or unreadable, contradicts the model, or leaves no common range.
+    """
+    path, content = _read_processor_config(
+        Path(directory), name="preprocessor_config.json", part="image_processor", why=""
+    )
+    size = content.get("size") or {}
+    least = size.get("shortest_edge") or content.get("min_pixels")
+    most = size.get("longest_edge") or content.get("max_pixels")
+    if not least or not most:
+        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
+    for name, ours, default in (
+        ("patch_size", vision.patch_size, vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size, 2),
+        ("merge_size", vision.spatial_merge_size, 2),
+    ):
+        theirs = content.get(name, default)
+        if theirs != ours:
+            raise UserError(f"{path}: {name} is {theirs}, but {ours} in config.json; take both files of one checkpoint")
+    low, high = max(min_pixels, least), min(max_pixels, most)
+    if low > high:
+        raise UserError(
+            f"image_min_pixels {min_pixels} .. image_max_pixels {max_pixels} of the data file and {least} .. {most} of "
+            f"{path} have nothing in common; choose image_max_pixels of at least {least} and image_min_pixels of at "
+            f"most {most}"
+        )
+    norm = PixelNorm(
+        mean=tuple(content.get("image_mean") or (0.5, 0.5, 0.5)),
+        std=tuple(content.get("image_std") or (0.5, 0.5, 0.5)),
+        rescale_factor=content.get("rescale_factor") or 1 / 255,
+    )
+    return ImageSettings(low, high, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, norm)
+
+
+def read_video_settings(
+    directory: str | Path, *, min_pixels: int, max_pixels: int, fps: float, max_frames: int, images: ImageSettings
+) -> VideoSettings:
+    """Join the data file's limits with those of the checkpoint's video processor.
+
+    Args:
+        directory: Hugging Face directory with ``video_preprocessor_config.json`` (or a ``processor_config.json`` that
+            holds it, as transformers 5 writes).
+        min_pixels: ``video_min_pixels`` of the data file.
+        max_pixels: ``video_max_pixels`` of the data file.
+        fps: ``video_fps`` of the data file.
+        max_frames: ``video_maxlen`` of the data file.
+        images: the image processor's settings, which must normalise in the same way.
+
+    Raises:
+        UserError: if the file is missing or unreadable, or normalises pixels in another way than images.
+    """
+    path, content = _read_processor_config(
+        Path(directory),
+        name="video_preprocessor_config.json",
+        part="video_processor",
+        why=", and attr.videos names a column of videos",
+    )
+    size = content.get("size") or {}
+    least, most = size.get("shortest_edge"), size.get("longest_edge")
+    if not least or not most:
+        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
+    for name, ours in (("image_mean", images.norm.mean), ("image_std", images.norm.std)):
+        theirs = tuple(content.get(name) or ours)
+        if theirs != ours:
+            raise UserError(f"{path}: {name} is {list(theirs)}, but {list(ours)} for images; both must be the same")
+    most_frames = min(max_frames, content.get("max_frames") or max_frames)
+    least_frames = min(content.get("min_frames") or 4, most_frames)
+    return VideoSettings(min_pixels, max_pixels, least, most, fps, least_frames, most_frames)
+
+
+def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -> tuple[Path, Mapping[str, Any]]:
+    """A processor's file and its content.
+
+    Args:
+        directory: Hugging Face directory.
+        name: the processor's own file, as published.
+        part: its key in ``processor_config.json``, in which transformers 5 keeps all processors together.
+        why: put behind the path where neither file exists.
+
+    Raises:
+        UserError: if there is none, or it cannot be read.
+    """
+    for path, key in ((directory / name, None), (directory / "processor_config.json", part)):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content = content[key] if key else content
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
+        if isinstance(content, dict):
+            return path, content
+        raise UserError(f"{path} holds no JSON object; take the file of the checkpoint again")
+    raise UserError(
+        f"{directory / name} does not exist{why}; model_name_or_path must be the downloaded checkpoint with all its "
+        "small files (step 2 of the guide)"
+    )

@@ -1,0 +1,101 @@
+"""Expert parallelism: each process of a group holds E / size experts, and tokens travel to them by all-to-all.
+
+Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows sent, R rows received.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from mindspeed_mm.backend.kernels.permutation import TokenPermuter
+from mindspeed_mm.backend.transfer import DeferredHostRead
+from mindspeed_mm.models.layers.moe import MoELayer
+from mindspeed_mm.models.layers.token_dispatcher import ExpertFunction
+from mindspeed_mm.parallel.collectives import all_to_all, scale_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParallelDispatcher:
+    """Sends each row to the process that holds its expert, and brings the result back.
+
+    No token is dropped: as many rows travel as the router chose, which may be none between some processes. The numbers
+    of rows are read on the host once a layer, because the collective needs them there.
+    """
+
+    group: dist.ProcessGroup
+    permuter: TokenPermuter
+
+    def __call__(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
+    ) -> Tensor:
+        """See :data:`mindspeed_mm.models.layers.token_dispatcher.Dispatcher`."""
+        size = self.group.size()
+        # rows for each expert of each process, by receiver; then the same by sender
+        sent = self.permuter.count(experts, num_experts).view(size, num_experts // size)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
+        numbers = DeferredHostRead(torch.stack((sent.sum(dim=1), received.sum(dim=1))))
+        # sorting the rows is queued before the host waits, so that the device has work until the host goes on
+        rows, places = self.permuter.permute(tokens, experts)
+        send, receive = numbers.tolist()
+        rows = all_to_all(rows, send, receive, self.group)
+        rows, arrivals = self.permuter.permute(rows, _experts_of_rows(received, total=sum(receive)))
+        results = self.permuter.unpermute(function(rows, received.sum(dim=0)), arrivals)
+        results = all_to_all(results, receive, send, self.group)
+        return self.permuter.unpermute(results, places, weights)
+
+
+def _experts_of_rows(received: Tensor, *, total: int) -> Tensor:
+    """The expert, of those here, of each row that came; they lie by sender, and by expert within each.
+
+    Args:
+        received: int64 [senders, experts here], numbers of rows.
+        total: their sum.
+
+    Returns:
+        int64 [total, 1].
+    """
+    experts = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
+    return experts.repeat_interleave(received.flatten(), output_size=total).unsqueeze(1)
+
+
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+    """Keep on each process of the one-dimensional ``mesh`` its share of every layer's experts. Call before FSDP2.
+
+    The experts' gradients are sums over the tokens of all processes of the group, where every other parameter's are a
+    process's own; they are divided by the group's size, so that FSDP2's averages mean the same for both.
+
+    Returns:
+        The modules that hold experts.
+    """
+    group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+    found = []
+    for layer in model.modules():
+        if not isinstance(layer, MoELayer):
+            continue
+        layer.dispatch = ExpertParallelDispatcher(group, layer.permuter)
+        for name, parameter in list(layer.experts.named_parameters()):
+            own = parameter.detach().chunk(size)[rank].contiguous()
+            shard = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
+            shard.requires_grad_(parameter.requires_grad)
+            setattr(layer.experts, name, shard)
+        layer.experts.as_local = _Localiser(1.0 / size)
+        found.append(layer.experts)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Localiser:
+    """This process's experts, as a plain tensor whose gradient is scaled."""
+
+    factor: float
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return scale_gradient(local, self.factor)

@@ -1,0 +1,220 @@
+"""Kernels with backward passes written out, against autograd's own; values and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mindspeed_mm.backend.kernels import (
+    autograd_functions,
+    compiled,
+    elementwise,
+    experts,
+    padded_bucket_experts,
+    permutation,
+)
+from mindspeed_mm.backend.kernels.attention import eager_attention, math_attention, sdpa_attention
+from mindspeed_mm.backend.kernels.math_attention import LONGEST
+from mindspeed_mm.backend.kernels.segments import Segments
+from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter
+from tests.helpers.mcore_model import relative
+
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TYPES = list(BOUND)
+
+
+def outcome(function, *inputs):
+    """The result, and the gradients of all inputs that are floating-point, under one fixed gradient of the result."""
+    inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
+    result = function(*inputs)
+    result.backward(torch.rand(result.shape, generator=torch.Generator().manual_seed(9)).to(result.dtype) - 0.3)
+    return [result, *(value.grad for value in inputs if value.requires_grad)]
+
+
+def agree(ours, theirs, dtype, *inputs):
+    found, wanted = (
+        outcome(ours, *inputs),
+        outcome(theirs, *(value.float() if value.is_floating_point() else value for value in inputs)),
+    )
+    assert len(found) == len(wanted)
+    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert relative(one.float(), other) <= BOUND[dtype], index
+
+
+def random(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(7, 24), (5, 3, 16), (0, 24)])
+def test_rms_norm(dtype, shape):
+    hidden, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
+    if shape[0] == 0:
+        assert autograd_functions.rms_norm(hidden, weight, 1e-6).shape == hidden.shape
+        return
+    agree(
+        lambda x, w: autograd_functions.rms_norm(x, w, 1e-3),
+        lambda x, w: elementwise.torch_rms_norm(x, w, 1e-3),
+        dtype,
+        hidden,
+        weight,
+    )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("angles", TYPES)
+def test_rotary(dtype, angles):
+    tensor = random(6, 3, 8, dtype=dtype)
+    cos, sin = (random(6, 1, 8, dtype=angles, seed=seed) for seed in (1, 2))  # of two different halves
+    found = outcome(lambda x: autograd_functions.rotary(x, cos, sin), tensor)
+    wanted = outcome(lambda x: elementwise.torch_rotary(x, cos.float(), sin.float()), tensor.float())
+    assert all(relative(one.float(), other) <= BOUND[dtype] for one, other in zip(found, wanted, strict=True))
+    assert found[0].dtype == dtype
+    turned_back = outcome(lambda x: autograd_functions.rotary(x, cos, -sin), tensor)
+    assert relative(turned_back[1].float(), wanted[1]) > 0.1
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0]])
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped product")
+def test_grouped_experts(dtype, counts):
+    inputs = random(10, 16, dtype=dtype), random(4, 16, 48, dtype=dtype, seed=1), random(4, 24, 16, dtype=dtype, seed=2)
+    per_expert = torch.tensor(counts)
+    agree(
+        lambda *args: experts.grouped_experts(*args, per_expert),
+        lambda *args: experts.looped_experts(*args, per_expert),
+        dtype,
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
+def test_compiled_swiglu(dtype):
+    gate_up, grad = random(10, 48, dtype=dtype), random(10, 24, dtype=dtype, seed=1)
+    swiglu = elementwise.swiglu_kernel(compiled=True)
+    agreed = (
+        [swiglu.forward(gate_up), *swiglu.again(gate_up, grad)],
+        [autograd_functions.swiglu(gate_up), *autograd_functions.swiglu_again(gate_up, grad)],
+    )
+    for one, other in zip(*agreed, strict=True):
+        assert one.dtype == dtype and relative(one.float(), other.float()) <= BOUND[dtype]
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="an NPU has fused operators"):
+        compiled.check_compiler(device="npu")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match="no g\\+\\+ or clang"):
+        compiled.check_compiler(device="cpu")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 37, 18, 5], [40, 3, 0, 17], [1, 1, 1, 57], [60, 0, 0, 0]])
+def test_bucketed_experts(dtype, counts):
+    """Whatever rows lie before an expert's own: none, fewer than its span wants, those of several experts."""
+    inputs = (
+        random(sum(counts), 16, dtype=dtype),
+        random(4, 16, 48, dtype=dtype, seed=1),
+        random(4, 24, 16, dtype=dtype, seed=2),
+    )
+    per_expert = torch.tensor(counts)
+    agree(
+        lambda *args: padded_bucket_experts.padded_bucket_experts(*args, per_expert),
+        lambda *args: experts.looped_experts(*args, per_expert),
+        dtype,
+        *inputs,
+    )
+
+
+def test_buckets_are_few():
+    sizes = [padded_bucket_experts.bucket(count) for count in range(1, 4097)]
+    assert all(count <= size < count + max(16, count / 8) for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 90
+
+
+def test_expert_kernel_by_device_and_type():
+    def name(device, dtype, fused=True):
+        return experts.expert_kernel_name(fused=fused, hidden_size=16, intermediate_size=24, device=device, dtype=dtype)
+
+    grouped = "grouped_mm" if hasattr(torch.nn.functional, "grouped_mm") else "loop"
+    assert [name("cpu", torch.float32), name("cuda", torch.bfloat16)] == [grouped] * 2
+    assert name("cpu", torch.bfloat16) == "bucketed"
+    assert name("cpu", torch.bfloat16, fused=False) == name("cuda", torch.bfloat16, fused=False) == "loop"
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("row_sum", [permutation.bag_sum, permutation.gathered_sum])
+def test_rows_and_back(dtype, row_sum):
+    experts_of = torch.tensor([[2, 0], [1, 2], [0, 3], [2, 1], [3, 2]])
+    tokens, weights = random(5, 12, dtype=dtype), torch.rand(5, 2).to(dtype)
+    permuter = IndexPermuter(row_sum)
+
+    def there_and_back(tokens, weights):
+        moved, places = permuter.permute(tokens, experts_of)
+        assert torch.equal(permuter.count(experts_of, 4), torch.tensor([2, 2, 4, 2]))
+        return permuter.unpermute(moved * torch.arange(10)[:, None], places, weights)
+
+    def directly(tokens, weights):
+        order = experts_of.flatten().argsort(stable=True)
+        moved = tokens[order // 2] * torch.arange(10)[:, None] * weights.flatten()[order][:, None]
+        return torch.zeros_like(tokens).index_add(0, order // 2, moved)
+
+    agree(there_and_back, directly, dtype, tokens, weights)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4], [32, 40], [3, LONGEST + 1]], ids=str)
+@pytest.mark.parametrize("kernel", [math_attention, sdpa_attention])
+def test_attention(kernel, lengths, causal, dtype):
+    offsets = [0, *itertools.accumulate(lengths)]
+    segments = Segments(torch.tensor(offsets, dtype=torch.int32), offsets, max(lengths))
+    inputs = random(offsets[-1], 4, 8, dtype=dtype), *(random(offsets[-1], 2, 8, dtype=dtype, seed=i) for i in (1, 2))
+    options = {"segments": segments, "causal": causal, "scale": 0.3}
+    agree(lambda *args: kernel(*args, **options), lambda *args: eager_attention(*args, **options), dtype, *inputs)
+
+
+def varlen_of(version):
+    """``varlen_attn`` as a version of torch has it, in plain arithmetic."""
+    seen = SimpleNamespace(options={})
+
+    def function(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        seen.options = options
+        causal = options.get("window_size") == (-1, 0) or options.get("is_causal", False)
+        assert causal and set(options) <= version
+        if "enable_gqa" in version and query.shape[1] != key.shape[1]:
+            assert options["enable_gqa"]
+        return _plain(query, key, value, cu_seq_q, max_q, causal=True, scale=options.get("scale", 0.125))
+
+    return function, seen
+
+
+@pytest.mark.parametrize(
+    "version", [{"is_causal"}, {"scale", "window_size"}, {"scale", "window_size", "enable_gqa"}], ids=str
+)
+@pytest.mark.parametrize("repeat_heads", [False, True])
+def test_varlen_is_called_as_each_torch_wants_it(version, repeat_heads):
+    function, seen = varlen_of(version)
+    with torch.device("meta"):  # as models are built
+        assert _agrees(Varlen(function, frozenset(version), repeat_heads), "cpu")
+    assert ("enable_gqa" in seen.options) == ("enable_gqa" in version and not repeat_heads)
+
+
+def test_varlen_that_is_wrong_or_fails_is_not_offered():
+    def without_causality(query, key, value, offsets, _, longest, __, **options):
+        segments = Segments(offsets, offsets.tolist(), longest)
+        return eager_attention(query, key, value, segments=segments, causal=False, scale=0.125)
+
+    def failing(*_, **__):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
+
+    for function in (without_causality, failing):
+        assert not _agrees(Varlen(function, frozenset({"window_size", "scale"})), "cpu")

@@ -1,0 +1,81 @@
+"""The place for checkpoints, before anything is started."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import mcore_shapes, weight_map
+from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
+from mindspeed_mm.tools.memory.plan import Plan
+from tests.helpers.tiny_config import tiny_config
+
+GB = 10**9
+
+
+def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
+    assert check_place(tmp_path / "a" / "b") == tmp_path
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--save .*file/save: .*file is no directory"):
+        check_place(tmp_path / "file" / "save")
+
+
+def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a superuser may write anywhere
+    with pytest.raises(UserError, match="may not be written by this user"):
+        check_place(tmp_path / "save")
+
+
+@pytest.mark.parametrize(
+    ("count", "keep_last", "words"),
+    [
+        (2, None, None),
+        (3, None, "120.0 GB free and a checkpoint of this run takes about 50.0 GB, of which up to 3 .*; --keep-last"),
+        (9, 1, None),
+        (9, 2, "up to 3 will lie there at once; lower --keep-last"),
+    ],
+)
+def test_room_for_all_that_will_lie_there(tmp_path: Path, monkeypatch, count: int, keep_last, words) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=120 * GB))
+    line = warning_of_room(tmp_path / "save", nbytes=50 * GB, count=count, keep_last=keep_last)
+    if words is None:
+        assert line is None
+    else:
+        assert line is not None and re.search(words, line)
+    assert "no save will succeed" in warning_of_room(tmp_path, nbytes=130 * GB, count=1, keep_last=None)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_bytes_of_a_checkpoint(processes: int) -> None:
+    """Whatever the layout, it holds the whole model in fp32, and moments of the text decoder, which trains."""
+    model_config = tiny_config()
+    plan = Plan(
+        model_config=model_config,
+        world_size=processes,
+        sharding_size=processes,
+        expert_size=processes // 2 or 1,
+        tokens=8,
+        patches=4,
+        target_tokens=8,
+    )
+    sizes = {
+        name: math.prod(shape) for name, shape in mcore_shapes(weight_map(model_config, expert_layout="hub")).items()
+    }
+    trained = sum(size for name, size in sizes.items() if not name.startswith("image_encoder"))
+    assert checkpoint_bytes(plan, moments=False) == 4 * sum(sizes.values())
+    assert checkpoint_bytes(plan, moments=True) == 4 * sum(sizes.values()) + 8 * trained
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, mindspeed_mm.checkpoint.disk_space; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

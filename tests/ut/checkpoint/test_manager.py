@@ -1,0 +1,341 @@
+"""Saving by one process: bitwise, beside the training, and what happens when the disk does not play along."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.checkpoint import directory, shard_writer, shards
+from mindspeed_mm.checkpoint import manager as manager_module
+from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.loader import load_tensors
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process() -> Iterator[None]:
+    torch.set_num_threads(1)
+    start_processes(select_backend("cpu"), timeout_minutes=1)
+    yield
+    stop_processes()
+
+
+@dataclasses.dataclass
+class Standing:
+    iteration: int
+
+
+class State:
+    """A few tensors of several types and shapes."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tensors = {
+            "model.a": torch.randn(40, 30, generator=generator),
+            "model.b": torch.randn(7, generator=generator).to(torch.bfloat16),
+            "model.turned": torch.randn(6, 50, generator=generator).t(),
+            "model.part": torch.randn(100, generator=generator)[10:20],
+            "optimizer.step": torch.tensor(3.0),
+        }
+        self.generator = torch.arange(100, dtype=torch.uint8)
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+    def own(self) -> Mapping[str, Tensor]:
+        return {"rng.0.cpu": self.generator}
+
+    def expected_bytes(self) -> int:
+        return 10_000
+
+    def everything(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in {**self.tensors, **self.own()}.items()}
+
+    def train(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.add_(1)
+
+
+def saver_of(state: State, root: Path, lines: list[str] | None = None, **options) -> CheckpointManager:
+    said = [] if lines is None else lines
+    return CheckpointManager(state, SaveOptions(root, **options), backend=select_backend("cpu"), say=said.append)
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """All tensors, by torch's own reader."""
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return state
+
+
+def loaded(path: Path, like: Mapping[str, Tensor], **options) -> dict[str, Tensor]:
+    state = {name: torch.full_like(tensor, 77) for name, tensor in like.items()}
+    load_tensors(DcpReader(path, directory.verify_directory(path)), state, **options)
+    return state
+
+
+def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert [name for name in first if first[name].dtype != second[name].dtype] == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("item_bytes", [64 << 20, 500])
+def test_saved_is_what_was_there(tmp_path: Path, monkeypatch, asynchronous: bool, item_bytes: int) -> None:
+    monkeypatch.setattr(shards, "ITEM_BYTES", item_bytes)
+    monkeypatch.setattr(shard_writer, "FILE_BYTES", 2000)
+    state, lines = State(), []
+    before = state.everything()
+    saver = saver_of(state, tmp_path, lines, asynchronous=asynchronous)
+    saver.start(Standing(5))
+    state.train()
+    saver.finish()
+    path = directory.resolve_checkpoint(tmp_path)
+    assert path.name == "iter_0000005"
+    directory.verify_directory(path, checksums=True)
+    assert_same(stored(path), before)
+    assert_same(loaded(path, before), before)
+    assert len(list(path.glob("__0_*.distcp"))) > 1
+    assert json.loads((path / "progress.json").read_text()) == {"iteration": 5}
+    assert len(lines) == 1 and ("stood still" in lines[0]) is asynchronous, lines
+    assert os.listdir(tmp_path) == [path.name, directory.TRACKER] or sorted(os.listdir(tmp_path)) == sorted(
+        [path.name, directory.TRACKER]
+    )
+
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    """Nothing reaches the disk until it is set."""
+    event, fsync = threading.Event(), os.fsync
+
+    def waiting(descriptor: int) -> None:
+        assert event.wait(30)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", waiting)
+    return event
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    gate.set()
+    state, lines = State(), []
+    saver = saver_of(state, tmp_path, lines, asynchronous=True)
+    gate.clear()
+    before = state.everything()
+    saver.start(Standing(1))
+    state.train()
+    saver.poll()
+    assert lines == [] and directory.read_tracker(tmp_path) is None
+    gate.set()
+    saver.wait()
+    assert_same(stored(tmp_path / "iter_0000001"), before)
+    assert not torch.equal(before["model.a"], state.tensors["model.a"])
+
+
+def test_a_file_system_that_hangs_ends_the_run(tmp_path: Path, gate: threading.Event, monkeypatch) -> None:
+    gate.set()
+    monkeypatch.setattr(manager_module, "_REPORT_SECONDS", 0.05)
+    lines: list[str] = []
+    saver = saver_of(State(), tmp_path, lines, asynchronous=True, timeout_minutes=0.01)
+    gate.clear()
+    saver.start(Standing(1))
+    with pytest.raises(UserError, match=r"iteration 1 has not got on for 0.01 minutes.*ranks still writing: 0;"):
+        saver.wait()
+    assert "waiting for the save of iteration 1" in lines[0]
+    gate.set()
+    saver.wait()
+
+
+def test_one_save_in_flight(tmp_path: Path, gate: threading.Event) -> None:
+    gate.set()
+    state, lines = State(), []
+    saver = saver_of(state, tmp_path, lines, asynchronous=True)
+    gate.clear()
+    saver.start(Standing(1))
+    threading.Timer(0.5, gate.set).start()
+    state.train()
+    second = state.everything()
+    saver.start(Standing(2))
+    assert directory.read_tracker(tmp_path) == 1  # complete before the next begins
+    state.train()
+    saver.finish()
+    assert [line.split()[0] for line in lines] == ["saved", "waited", "saved"]
+    assert_same(stored(tmp_path / "iter_0000002"), second)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_permissions_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        saver_of(State(), tmp_path / "with space" / "save").start(Standing(1))
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "with space" / "save", *(tmp_path / "with space" / "save").rglob("*")]
+    assert len(paths) == 7
+    for path in paths:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_symlinks_and_a_read_only_source(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    state = State()
+    saver_of(state, tmp_path / "link").start(Standing(1))
+    path = directory.resolve_checkpoint(tmp_path / "link")
+    paths = [tmp_path / "disk", *(tmp_path / "disk").rglob("*")]
+    for part in paths:
+        part.chmod(0o500 if part.is_dir() else 0o400)
+    contents = {part: part.stat() for part in paths}
+    assert_same(loaded(path, state.everything(), check="all"), state.everything())
+    assert all(part.stat().st_mtime_ns == before.st_mtime_ns for part, before in contents.items())
+
+
+def iterations(root: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in root.glob("iter_*"))
+
+
+def test_keep_last_and_keep_every(tmp_path: Path) -> None:
+    state, lines = State(), []
+    saver_of(state, tmp_path).start(Standing(100))  # of another course of the run: later than all that follow
+    saver = saver_of(state, tmp_path, lines, keep_last=2, keep_every=4)
+    (tmp_path / "iter_0000003").mkdir()  # no checkpoint: nobody's to delete
+    for iteration in (1, 2, 4, 5, 6, 8, 9):
+        saver.start(Standing(iteration))
+    assert iterations(tmp_path) == [3, 4, 8, 9, 100]
+    assert directory.read_tracker(tmp_path) == 9
+    assert any(line == " deleted iter_0000005 (--keep-last)" for line in lines)
+
+
+def fill_disk(monkeypatch, *, after: int, code: int = errno.ENOSPC) -> None:
+    """Let every write fail, from the ``after``-th on."""
+    write, count = os.write, iter(range(10**9))
+
+    def failing(descriptor: int, data) -> int:
+        if next(count) >= after:
+            raise OSError(code, os.strerror(code))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", failing)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_full_disk_leaves_the_run_and_the_last_checkpoint(
+    tmp_path: Path, monkeypatch, asynchronous: bool, after: int
+) -> None:
+    state, lines = State(), []
+    saver = saver_of(state, tmp_path, lines, asynchronous=asynchronous)
+    saver.start(Standing(1))
+    saver.wait()
+    good = state.everything()
+    state.train()
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=after)
+        saver.start(Standing(2))
+        saver.wait()
+    failed = saver.failures == 1
+    assert failed or after > 20  # enough writes for a whole save
+    if failed:
+        assert "No space left on device" in lines[-1] and "GB free" in lines[-1] and "iter_0000001" in lines[-1]
+        assert "\n" not in lines[-1]
+        assert directory.read_tracker(tmp_path) == 1
+        assert_same(stored(directory.resolve_checkpoint(tmp_path)), good)
+    state.train()
+    saver.start(Standing(3))
+    saver.finish()
+    assert saver.failures == 0 and directory.read_tracker(tmp_path) == 3
+    assert_same(stored(tmp_path / "iter_0000003"), state.everything())
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_too_many_failures_end_the_run(tmp_path: Path, monkeypatch, asynchronous: bool) -> None:
+    state, lines = State(), []
+    saver = saver_of(state, tmp_path, lines, asynchronous=asynchronous, failure_limit=2)
+    saver.start(Standing(1))
+    saver.wait()
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=2, code=errno.EIO)
+        saver.start(Standing(2))
+        with pytest.raises(UserError, match=r"2 saves in a row failed.*Input/output error.*iter_0000001"):
+            saver.start(Standing(3))
+    assert directory.read_tracker(tmp_path) == 1
+
+
+def test_a_limit_of_one_holds_beside_the_training(tmp_path: Path, monkeypatch) -> None:
+    saver = saver_of(State(), tmp_path, asynchronous=True, failure_limit=1)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=2)
+        saver.start(Standing(2))
+        while saver.failures == 0:
+            saver.poll()
+    with pytest.raises(UserError, match=r"1 save failed \(--save-failure-limit 1\)"):
+        saver.start(Standing(3))
+
+
+def test_copies_must_fit_into_memory(tmp_path: Path, monkeypatch) -> None:
+    state = State()
+    monkeypatch.setattr(state, "expected_bytes", lambda: 10**15)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--async-save .* 2000000.0 GB for the 2 processes .*leave --async-save out"):
+        saver_of(state, tmp_path, asynchronous=True)
+    saver_of(state, tmp_path).start(Standing(1))
+
+
+def test_failure_of_the_last_save_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    saver = saver_of(State(), tmp_path, asynchronous=True)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=0)
+        saver.start(Standing(2))
+        with pytest.raises(UserError, match="last checkpoint of the run was not written.*nothing has been saved"):
+            saver.finish()
+
+
+def test_space_is_looked_at_first(tmp_path: Path, monkeypatch) -> None:
+    state, lines = State(), []
+    saver = saver_of(state, tmp_path, lines)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    saver.start(Standing(1))
+    assert "0.00 GB free and the checkpoint needs 0.02 GB; make room" in lines[0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--save .*cannot be written"):
+        saver_of(State(), tmp_path / "file" / "save")
+
+
+def test_left_overs_are_cleaned(tmp_path: Path) -> None:
+    state, lines = State(), []
+    for iteration in (1, 2):
+        saver_of(state, tmp_path).start(Standing(iteration))
+    good = state.everything()
+    (tmp_path / "iter_0000002").rename(tmp_path / ".iter_0000002.replaced")  # killed between two renames
+    shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000002.partial")
+    shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000001.replaced")
+    shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000000.deleted")
+    (tmp_path / f".{directory.TRACKER}.tmp").write_text("9")
+    (tmp_path / ".release.partial").mkdir()  # mm-convert's
+    assert_same(stored(directory.resolve_checkpoint(tmp_path)), good)  # found where it is, for a read-only source
+    saver_of(state, tmp_path, lines)
+    assert sorted(os.listdir(tmp_path)) == [".release.partial", "iter_0000001", "iter_0000002", directory.TRACKER]
+    assert directory.resolve_checkpoint(tmp_path) == tmp_path / "iter_0000002"
+    assert len(lines) == 4 and any("iter_0000002 is back in its place" in line for line in lines)

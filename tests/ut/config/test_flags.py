@@ -1,0 +1,218 @@
+"""Flags: values, ranges, help, and the rules among them."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mindspeed_mm.config import (
+    ACCEPTED_WITHOUT_EFFECT,
+    TrainingArgs,
+    check_flags,
+    check_parallel,
+    check_sharding,
+    describe_ignored,
+    parse_args,
+)
+from mindspeed_mm.config.checks import check_degrees
+from mindspeed_mm.errors import UserError
+
+BASE = "--mm-data d --mm-model m --seq-length 1024 --train-iters 10000 --lr 1e-5 --use-torch-fsdp2".split()
+
+# The flags of the published launcher, as a user pastes them.
+RECIPE = """
+    --use-mcore-models --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --context-parallel-size 1
+    --context-parallel-algo ulysses_cp_algo --micro-batch-size 1 --global-batch-size 8 --tokenizer-type NullTokenizer
+    --vocab-size 152064 --seq-length 1024 --make-vocab-size-divisible-by 1 --normalization RMSNorm --use-fused-rmsnorm
+    --swiglu --use-fused-swiglu --no-masked-softmax-fusion --lr 1.0e-5 --lr-decay-style cosine --weight-decay 0
+    --train-iters 10000 --lr-warmup-fraction 0.1 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999
+    --no-gradient-accumulation-fusion --seed 42 --load ckpt --use-flash-attn --no-load-optim --no-load-rng
+    --no-save-optim --no-save-rng --num-workers 8 --use-torch-fsdp2 --untie-embeddings-and-output-weights
+    --ckpt-format torch_dcp --fsdp2-config-path f.yaml --optimizer-selection fused_torch_adamw
+    --use-cpu-initialization --calculate-per-token-loss --init-model-with-meta-device --log-tps
+    --mm-data d --mm-model m --mm-tool t --log-interval 1 --save-interval 10000 --eval-interval 10000 --eval-iters 5000
+    --save save_dir --distributed-backend nccl
+""".split()
+
+
+def _parse(words):
+    args = parse_args(BASE + words.split())
+    check_flags(args)
+    return args
+
+
+def _geometry(*, experts=128, heads=32, vision_heads=16, kv_heads=4):
+    text = type("Text", (), {"num_experts": experts, "num_heads": heads, "num_kv_heads": kv_heads})
+    vision = type("Vision", (), {"num_heads": vision_heads})
+    return type("Geometry", (), {"text": text, "vision": vision, "model_type": "qwen3_vl_moe"})
+
+
+def test_every_flag_of_the_recipe_is_taken():
+    args = parse_args(RECIPE)
+    check_flags(args)
+    assert check_parallel(args, world_size=8).micro_batches == 1
+    assert (args.lr, args.seed, args.save, args.calculate_per_token_loss) == (1e-5, 42, "save_dir", True)
+    assert args.warmup_samples == 8000.0 and args.decay_samples == 80000
+    listed = {line.split(":")[0] for line in describe_ignored(args)}
+    assert listed == set(ACCEPTED_WITHOUT_EFFECT) & set(RECIPE)
+
+
+def test_every_flag_either_acts_or_is_listed():
+    """An effective flag has a help text of its own; the others a reason, and no third kind exists."""
+    for field in TrainingArgs.__dataclass_fields__.values():
+        if field.name != "given":
+            declared = field.metadata["flag"]
+            assert bool(declared.text) != bool(declared.no_effect), field.name
+
+
+def test_effective_flags_are_read_somewhere():
+    """A flag that no code reads would be ignored in silence."""
+    package = Path(__file__).resolve().parents[3] / "mindspeed_mm"
+    sources = [path for path in package.rglob("*.py") if path.name != "flags.py"]
+    sources += [package.parent / "pretrain_transformers.py"]
+    text = "\n".join(path.read_text() for path in sources if path.exists())
+    if "load_job_config(" not in text.replace("def load_job_config(", ""):
+        pytest.skip("there is no entry point that could read them")
+    derived = {"lr_decay_iters", "lr_warmup_fraction", "lr_warmup_iters"}  # read by properties beside them
+    unread = [
+        field.name
+        for field in TrainingArgs.__dataclass_fields__.values()
+        if "flag" in field.metadata and not field.metadata["flag"].no_effect and field.name not in derived
+        and len(field.metadata["flag"].choices) != 1  # the parser holds a flag with one choice to it
+        and not re.search(rf"\b{field.name}\b", text)
+    ]
+    assert unread == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr -1", "--lr -1 is out of range; it must be greater than 0"),
+        ("--lr -1e-5", "--lr -1e-5 is out of range; it must be greater than 0"),
+        ("--lr nan", "--lr nan is no finite number"),
+        ("--lr fast", "--lr fast is no number"),
+        ("--adam-beta1 1.5", "--adam-beta1 1.5 is out of range; it must be at least 0 and less than 1"),
+        ("--lr-warmup-fraction 2", "--lr-warmup-fraction 2 is out of range; it must be at least 0 and less than 1"),
+        ("--micro-batch-size 0", "--micro-batch-size 0 is out of range; it must be at least 1"),
+        ("--train-iters 0", "--train-iters 0 is out of range; it must be at least 1"),
+        ("--train-iters 1.5", "--train-iters 1.5 is no whole number"),
+        ("--clip-grad=-1", "--clip-grad -1 is out of range; it must be at least 0"),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD is not available; choose cosine or linear or constant"),
+        ("--micro-batch-sise 3", "unknown flag --micro-batch-sise; did you mean --micro-batch-size?"),
+        ("--use_flash_attn", "unknown flag --use_flash_attn; did you mean --use-flash-attn?"),
+        ("--bf16", "unknown flag --bf16: the compute type is param_dtype in the --fsdp2-config-path file"),
+        ("--zzz", "unknown flag --zzz; --help lists all flags"),
+        ("stray", "unexpected word 'stray'; every value follows its flag"),
+        ("--lr", "--lr needs a value"),
+        ("--log-tps=1", "--log-tps takes no value, but was given '1'"),
+        ("--min-lr 1", "--min-lr 1.0 exceeds --lr 1e-05; lower it"),
+        ("--lr-warmup-iters 5 --lr-warmup-fraction 0.1", "exclude each other"),
+        ("--lr-warmup-iters 10000", "must be less than the 10000 steps of the decay"),
+        ("--save-interval 5", "--save-interval 5 has nowhere to save to; add --save DIR"),
+        ("--async-save", "--async-save says how to save, and nothing is saved; add --save DIR"),
+        ("--save d --keep-every 100", "--keep-every 100 excepts steps from --keep-last; add --keep-last N"),
+        ("--check-load some", "--check-load some is not available; choose read or all or sizes"),
+        ("--tensor-model-parallel-size 2", "use --expert-model-parallel-size"),
+        ("--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 4 is not supported"),
+        ("--calculate-per-token-loss --calculate-per-sample-loss", "exclude each other"),
+    ],
+)
+def test_bad_flags(words, message):
+    with pytest.raises(UserError) as caught:
+        _parse(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_flags_are_named_together():
+    with pytest.raises(UserError, match="required and not given: --mm-data, --mm-model, --seq-length, --train-iters"):
+        parse_args([])
+    with pytest.raises(UserError, match="--use-torch-fsdp2 is missing"):
+        check_flags(parse_args(BASE[:-1]))
+
+
+def test_the_last_of_two_equal_flags_holds():
+    assert _parse("--seed 1 --seed 2").seed == 2
+
+
+def test_schedule_in_samples():
+    args = _parse("--global-batch-size 16 --lr-decay-iters 100 --lr-warmup-fraction 0.125")
+    assert (args.warmup_samples, args.decay_samples) == (200.0, 1600)
+    assert _parse("--global-batch-size 16 --lr-warmup-iters 3").warmup_samples == 48.0
+
+
+def test_batch_plan():
+    plan = check_parallel(_parse("--micro-batch-size 2 --global-batch-size 24"), world_size=4)
+    assert (plan.data_parallel_size, plan.global_batch_size, plan.micro_batches) == (4, 24, 3)
+    assert check_parallel(_parse("--micro-batch-size 3"), world_size=4).global_batch_size == 12
+    assert check_parallel(_parse("--context-parallel-size 2"), world_size=4).data_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "message"),
+    [
+        ("--micro-batch-size 2 --global-batch-size 10", 4,
+         "global_batch_size 10 is no multiple of micro_batch_size 2 x data-parallel size 4 = 8; choose 8 or 16"),
+        ("--global-batch-size 3", 4, "choose 4"),
+        ("--context-parallel-size 3", 8, "context_parallel_size 3 does not divide the number of processes 8"),
+        ("--expert-model-parallel-size 3", 8, "choose one of 1, 2, 4, 8"),
+    ],
+)
+def test_sizes_that_do_not_divide(words, world_size, message):
+    with pytest.raises(UserError) as caught:
+        check_parallel(_parse(words), world_size=world_size)
+    assert message in str(caught.value)
+
+
+def test_degrees_that_do_not_fit_the_model():
+    with pytest.raises(UserError, match=r"expert_model_parallel_size 3 does not divide num_experts 128; choose one of "
+                       r"1, 2, 4, 8, 16, 32, 64, 128"):
+        check_degrees(_parse("--expert-model-parallel-size 3"), model_config=_geometry())
+    with pytest.raises(UserError, match="has none"):
+        check_degrees(_parse("--expert-model-parallel-size 2"), model_config=_geometry(experts=0))
+    with pytest.raises(UserError, match="context_parallel_size 5 does not divide the text attention heads 32"):
+        check_degrees(_parse("--context-parallel-size 5"), model_config=_geometry())
+    with pytest.raises(UserError, match="vision attention heads 12"):
+        check_degrees(_parse("--context-parallel-size 8"), model_config=_geometry(vision_heads=12))
+    check_degrees(_parse("--context-parallel-size 8 --expert-model-parallel-size 4"), model_config=_geometry())
+
+
+def test_context_parallelism_and_key_value_heads():
+    model_config = _geometry(heads=24, vision_heads=24, kv_heads=4)
+    for size in (2, 4, 8, 12):
+        check_degrees(_parse(f"--context-parallel-size {size}"), model_config=model_config)
+    with pytest.raises(UserError, match="6 neither divides the 4 key/value heads nor is a multiple"):
+        check_degrees(_parse("--context-parallel-size 6"), model_config=model_config)
+
+
+def test_sharding_size():
+    args = _parse("--expert-model-parallel-size 4")
+    check_sharding(args, sharding_size="auto", world_size=8)
+    check_sharding(args, sharding_size=4, world_size=8)
+    with pytest.raises(UserError, match="sharding_size 3 does not divide the number of processes 8; .* 1, 2, 4, 8"):
+        check_sharding(args, sharding_size=3, world_size=8)
+    with pytest.raises(UserError, match="expert_model_parallel_size 4 does not divide the 2 processes"):
+        check_sharding(args, sharding_size=2, world_size=8)
+
+
+def test_help_is_fast_and_imports_no_torch():
+    script = (
+        "import sys\nfrom mindspeed_mm.config import parse_args\n"
+        "try: parse_args(['--help'])\nexcept SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    elapsed = time.perf_counter() - started
+    assert result.returncode == 0, result.stderr
+    assert elapsed < 2, f"{elapsed:.2f} s"  # 0.3 s where nothing else runs
+    for title in ("Optimizer, learning rate and loss:", "Checkpoints:", "Accepted without effect"):
+        assert title in result.stdout
+
+
+def test_loading_a_recipe_imports_no_torch():
+    script = "import sys\nimport mindspeed_mm.config.job\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,0 +1,241 @@
+"""The recipe as a whole: files and flags together, paths, geometry, and what is listed at start-up."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mindspeed_mm.config import check_data_files, check_model_config, check_weights, load_job_config
+from mindspeed_mm.errors import UserError
+
+
+@dataclasses.dataclass
+class Text:
+    num_layers: int = 48
+    hidden_size: int = 2048
+    num_heads: int = 32
+    num_kv_heads: int = 4
+    max_position_embeddings: int = 262144
+    num_experts: int = 128
+
+
+@dataclasses.dataclass
+class Vision:
+    depth: int = 27
+    hidden_size: int = 1152
+    num_heads: int = 16
+
+
+@dataclasses.dataclass
+class Geometry:
+    model_type: str = "qwen3_vl_moe"
+    text: Text = dataclasses.field(default_factory=Text)
+    vision: Vision = dataclasses.field(default_factory=Vision)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Weights, converted checkpoint and data as the guide's steps leave them."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "model-00001.safetensors"):
+        (hf / name).write_text("{}")
+    (tmp_path / "dcp/release").mkdir(parents=True)
+    (tmp_path / "dcp/latest_checkpointed_iteration.txt").write_text("release\n")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
+    data = {
+        "dataset_param": {
+            "preprocess_parameters": {"model_name_or_path": str(hf)},
+            "basic_parameters": {"dataset": f"{tmp_path}/a.json,{tmp_path}/b.json", "dataset_dir": str(tmp_path)},
+        },
+    }
+    model = {"model_id": "qwen3_vl_moe", "init_from_hf_path": str(hf)}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    return tmp_path
+
+
+def _words(place, *more):
+    return [
+        "--mm-data", str(place / "data.json"), "--mm-model", str(place / "model.json"), "--load", str(place / "dcp"),
+        "--seq-length", "64", "--train-iters", "10", "--lr", "1e-4", "--use-torch-fsdp2", *more,
+    ]
+
+
+def _edit(place, name, section, **fields):
+    content = json.loads((place / name).read_text())
+    owner = content
+    for part in filter(None, section.split(".")):
+        owner = owner.setdefault(part, {})
+    owner.update(fields)
+    (place / name).write_text(json.dumps(content))
+
+
+def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert load_job_config(_words(place, "--micro-batch-size", "2")).args.global_batch_size == 8
+    assert load_job_config(_words(place), world_size=3).args.global_batch_size == 3
+    with pytest.raises(UserError, match="global_batch_size 6 is no multiple"):
+        load_job_config(_words(place, "--global-batch-size", "6"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("hf/config.json", "init_from_hf_path .* no config.json; download the model first .step 2"),
+        ("hf/tokenizer_config.json", "model_name_or_path .*no tokenizer.*; .*step 2"),
+        ("b.json", r"b.json \(dataset in .*\) does not exist; .*step 3"),
+    ],
+)
+def test_missing_parts_name_their_step(place, missing, message):
+    recipe = load_job_config(_words(place))
+    check_weights(recipe)
+    check_data_files(recipe)
+    (place / missing).unlink()
+    with pytest.raises(UserError, match=message) as caught:
+        check_weights(recipe)
+        check_data_files(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_hf_weights_are_needed_only_without_a_checkpoint(place):
+    (place / "hf/model-00001.safetensors").unlink()
+    check_weights(load_job_config(_words(place)))
+    words = _words(place)
+    del words[words.index("--load") : words.index("--load") + 2]
+    with pytest.raises(UserError, match="no .*safetensors; .*step 2"):
+        check_weights(load_job_config(words))
+
+
+def test_data_directory(place):
+    _edit(place, "data.json", "dataset_param.basic_parameters", dataset_dir=str(place / "gone"))
+    with pytest.raises(UserError, match="dataset_dir"):
+        check_data_files(load_job_config(_words(place)))
+
+
+def test_expert_size_of_the_fsdp2_file(place):
+    (place / "fsdp.yaml").write_text("expert_parallel_size: 2\n")
+    words = _words(place, "--fsdp2-config-path", str(place / "fsdp.yaml"))
+    assert load_job_config(words, world_size=2).args.expert_model_parallel_size == 2
+    flag = "--expert-model-parallel-size"
+    assert load_job_config([*words, flag, "2"], world_size=2).args.expert_model_parallel_size == 2
+    with pytest.raises(UserError, match="expert_parallel_size 2 contradicts --expert-model-parallel-size 4"):
+        load_job_config([*words, flag, "4"], world_size=4)
+    with pytest.raises(UserError, match="expert_model_parallel_size 2 does not divide the number of processes 3"):
+        load_job_config(words, world_size=3)
+
+
+def test_degree_that_does_not_divide_the_experts(place):
+    recipe = load_job_config(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
+    with pytest.raises(UserError, match="3 does not divide num_experts 128"):
+        recipe.check_model_config(Geometry())
+
+
+def test_sharding_size_that_does_not_divide(place):
+    (place / "fsdp.yaml").write_text("sharding_size: 3\n")
+    with pytest.raises(UserError, match=r"fsdp.yaml: sharding_size 3 does not divide the number of processes 4"):
+        load_job_config(_words(place, "--fsdp2-config-path", str(place / "fsdp.yaml")), world_size=4)
+
+
+def test_geometry(place):
+    _edit(place, "model.json", "text_decoder", num_layers=47)
+    recipe = load_job_config(_words(place))
+    with pytest.raises(UserError) as caught:
+        recipe.check_model_config(Geometry())
+    assert str(caught.value) == (
+        f"{place}/model.json: text_decoder.num_layers 47 contradicts text_config.num_hidden_layers 48 in "
+        f"{place}/hf/config.json; correct it or leave it out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "right"),
+    [
+        ("image_encoder.vision_encoder", "num_layers", 27),
+        ("image_encoder.vision_encoder", "hidden_size", 1152),
+        ("image_encoder.vision_encoder", "num_attention_heads", 16),
+        ("text_decoder", "num_layers", 48),
+        ("text_decoder", "hidden_size", 2048),
+        ("text_decoder", "num_attention_heads", 32),
+        ("text_decoder", "max_position_embeddings", 262144),
+    ],
+)
+def test_each_geometry_field_is_compared(place, section, field, right):
+    _edit(place, "model.json", section, **{field: right})
+    model = load_job_config(_words(place)).model
+    check_model_config(model, file="model.json", model_config=Geometry(), source="config.json")
+    _edit(place, "model.json", section, **{field: right + 1})
+    model = load_job_config(_words(place)).model
+    with pytest.raises(UserError, match=f"{section}.{field} {right + 1} contradicts"):
+        check_model_config(model, file="model.json", model_config=Geometry(), source="config.json")
+
+
+def test_another_kind_of_model(place):
+    with pytest.raises(UserError, match="model_id qwen3_vl_moe contradicts model_type qwen3_vl"):
+        load_job_config(_words(place)).check_model_config(Geometry(model_type="qwen3_vl"))
+
+
+def test_what_changes_nothing_is_listed_with_its_reason(place):
+    assert load_job_config(_words(place)).describe_ignored() == []
+    _edit(place, "model.json", "patch", scale_grad=True)
+    _edit(place, "model.json", "text_decoder", model_id="qwen3_lm")
+    _edit(place, "data.json", "dataloader_param.collate_param", ignore_pad_token_for_loss=True)
+    lines = load_job_config(_words(place, "--swiglu", "--vocab-size", "152064")).describe_ignored()
+    found = "\n".join(lines)
+    parts = ("--swiglu: ", "--vocab-size:", "in patch, scale_grad: ", "in text_decoder, model_id: ", "ignore_pad_token")
+    for part in parts:
+        assert part in found
+    assert len(lines) == 5 and all(line.startswith("accepted without effect: ") for line in lines)
+
+
+def test_loss_mode_and_metadata(place):
+    assert load_job_config(_words(place)).loss_mode == "default"
+    assert load_job_config(_words(place, "--calculate-per-sample-loss")).loss_mode == "per_sample"
+    recipe = load_job_config(_words(place, "--calculate-per-token-loss"))
+    assert recipe.loss_mode == "per_token"
+    metadata = json.loads(json.dumps(recipe.checkpoint_metadata()))
+    assert metadata["flags"]["--lr"] == 1e-4 and metadata["model"]["model_id"] == "qwen3_vl_moe"
+
+
+LOSS_TYPES = {
+    "default": "default", "per_token_loss": "per_token", "per_sample_loss": "per_sample", "square_loss": "square",
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_type_of_the_model_file(place, loss_type):
+    _edit(place, "model.json", "loss_cfg", loss_type=loss_type)
+    assert load_job_config(_words(place)).loss_mode == LOSS_TYPES[loss_type]
+    for flag, mode in (("--calculate-per-token-loss", "per_token"), ("--calculate-per-sample-loss", "per_sample")):
+        if mode == LOSS_TYPES[loss_type]:
+            assert load_job_config(_words(place, flag)).loss_mode == mode
+        else:
+            with pytest.raises(UserError, match=f"loss_cfg.loss_type {loss_type} contradicts {flag}; keep one"):
+                load_job_config(_words(place, flag))
+
+
+def test_router_coefficient_from_flag_or_file(place):
+    assert load_job_config(_words(place)).router_aux_loss_coef == 0.0
+    assert load_job_config(_words(place, "--moe-aux-loss-coeff", "0.01")).router_aux_loss_coef == 0.01
+    _edit(place, "model.json", "loss_cfg", router_aux_loss_coef=0.001)
+    assert load_job_config(_words(place)).router_aux_loss_coef == 0.001
+    assert load_job_config(_words(place, "--moe-aux-loss-coeff", "0.001")).router_aux_loss_coef == 0.001
+    for other in ("0.01", "0"):
+        with pytest.raises(UserError, match="router_aux_loss_coef 0.001 contradicts --moe-aux-loss-coeff 0"):
+            load_job_config(_words(place, "--moe-aux-loss-coeff", other))
+    with pytest.raises(UserError, match="--moe-aux-loss-coeff -1 is out of range"):
+        load_job_config(_words(place, "--moe-aux-loss-coeff", "-1"))
+    load_job_config(_words(place)).check_model_config(Geometry())
+    with pytest.raises(UserError, match="router_aux_loss_coef 0.001 needs routers, and this model has none"):
+        load_job_config(_words(place)).check_model_config(Geometry(text=Text(num_experts=0)))
+
+
+@pytest.mark.parametrize("flag", ["--recompute-method block", "--recompute-num-layers 2"])
+@pytest.mark.parametrize("granularity", ["", "--recompute-granularity selective"])
+def test_recompute_method_belongs_to_full(place, flag, granularity):
+    words = [*flag.split(), *granularity.split()]
+    with pytest.raises(UserError, match=f"{flag} belongs to --recompute-granularity full; add that"):
+        load_job_config(_words(place, *words))
+    args = load_job_config(_words(place, *flag.split(), "--recompute-granularity", "full")).args
+    assert (args.recompute_method, args.recompute_num_layers) in (("block", 1), ("uniform", 2))
