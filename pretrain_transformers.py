@@ -70,7 +70,7 @@ def data_provider(
     args = job.args
     train, held_out = build_datasets(job.data, model_config=model_config, seq_length=args.seq_length, seed=args.seed)
     common = {
-        "geometry": model_config,
+        "model_config": model_config,
         "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size,
         "dp_rank": layout.data_rank,

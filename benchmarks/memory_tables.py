@@ -17,7 +17,7 @@ from mindspeed_mm.tools.memory.estimate import estimate
 from mindspeed_mm.tools.memory.plan import Plan
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device
 
-LONG = {"tokens": 8192, "patches": 8192, "supervised": 6144}
+LONG = {"tokens": 8192, "patches": 8192, "target_tokens": 6144}
 CHOICES: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "EP 8": {"expert_size": 8},
@@ -39,7 +39,7 @@ def rows(model_config: Qwen3VLConfig, device: Device) -> list[dict[str, Any]]:
     found = []
     for processes in (8, 16):
         for name, changes in CHOICES.items():
-            base = {"tokens": 1024, "patches": 1024, "supervised": 768, **changes}
+            base = {"tokens": 1024, "patches": 1024, "target_tokens": 768, **changes}
             plan = Plan(model_config=model_config, world_size=processes, sharding_size=processes, **base)
             result, received = estimate(plan), volumes(plan)
             amounts = result.peak.amounts

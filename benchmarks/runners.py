@@ -236,5 +236,5 @@ def pack(samples: Sequence[Sample], *, budget: int, accumulation: int) -> Steps:
 def tokens(steps: Steps) -> tuple[float, float]:
     """(all tokens, supervised tokens) of a step on average."""
     flat = [sample for step in steps for batch in step for sample in batch]
-    target_tokens = sum(int(sample.target_tokens[1:].sum()) for sample in flat)
+    target_tokens = sum(int(sample.loss_mask[1:].sum()) for sample in flat)
     return sum(len(sample.input_ids) for sample in flat) / len(steps), target_tokens / len(steps)

@@ -251,7 +251,7 @@ def hugging_face_batch(samples: Sequence[Sample], model_config: Qwen3VLConfig) -
     for row, sample in enumerate(samples):
         own = len(sample.input_ids)
         ids[row, :own], mask[row, :own] = sample.input_ids, 1
-        labels[row, :own] = np.where(sample.target_tokens, sample.input_ids, -100)
+        labels[row, :own] = np.where(sample.loss_mask, sample.input_ids, -100)
     batch = {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),

@@ -112,7 +112,7 @@ def mixed_samples(seed: int = 0) -> list[Sample]:
 def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[str, torch.Tensor]:
     """One sample as ``Qwen3VLMoeForConditionalGeneration`` takes it, unpadded, with labels."""
     ids = torch.from_numpy(sample.input_ids)[None]
-    labels = torch.where(torch.from_numpy(sample.target_tokens)[None], ids, -100)
+    labels = torch.where(torch.from_numpy(sample.loss_mask)[None], ids, -100)
     labels[:, 0] = -100  # the first token has no predecessor
     inputs = {
         "input_ids": ids,

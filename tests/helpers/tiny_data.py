@@ -28,7 +28,7 @@ def write_checkpoint(directory: Path) -> Path:
     return directory
 
 
-def checkpoint_geometry(directory: Path) -> Qwen3VLConfig:
+def checkpoint_config(directory: Path) -> Qwen3VLConfig:
     """The tiny geometry with the token ids of the checkpoint's tokenizer."""
     from tokenizers import Tokenizer
 

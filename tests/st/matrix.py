@@ -176,7 +176,7 @@ def hugging_face(
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         samples = step_samples(step, BATCH)
-        count = sum(int(sample.target_tokens[1:].sum()) for sample in samples)
+        count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
         total = 0.0
         for sample in samples:
             inputs = hf_inputs(sample)

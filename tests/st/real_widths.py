@@ -74,7 +74,7 @@ def hugging_face(name: str, path: Path) -> tuple[Any, float, torch.Tensor]:
     own = config(name)
     kind = Qwen3VLForConditionalGeneration if own.model_type == "qwen3_vl" else Qwen3VLMoeForConditionalGeneration
     model = kind(own).float()
-    count = sum(int(sample.target_tokens[1:].sum()) for sample in samples())
+    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples())
     loss, logits = 0.0, []
     for sample in samples():
         inputs = hf_inputs(sample)

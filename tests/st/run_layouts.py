@@ -166,7 +166,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     if args.save:
         state = TrainingState(model, optimizer, backend, with_rng=False)
         saver = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend)
-    sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "geometry": model_config}
+    sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "model_config": model_config}
     steps = range(progress.iteration, args.train_iters)
     trainer = Trainer(
         args=args,

@@ -21,7 +21,11 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.interfaces": ("errors",),
     "mindspeed_mm.config": ("errors", "backend"),
     "mindspeed_mm.models": ("errors", "backend", "config", "interfaces"),
-    "mindspeed_mm.data": ("errors", "backend", "config", "interfaces", "models.qwen3_vl"),
+    "mindspeed_mm.models.qwen3_vl.config": ("errors",),
+    "mindspeed_mm.data": (
+        "errors", "backend", "config", "interfaces", "models.qwen3_vl.config", "models.qwen3_vl.chat_template",
+        "models.qwen3_vl.processor", "models.qwen3_vl.positions",
+    ),
     # parallelism is applied to models from outside: models know nothing of it
     "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models"),
     "mindspeed_mm.tools": ("errors", "backend", "config"),
@@ -45,6 +49,7 @@ ENTRY_POINTS = ("checkpoint", "pretrain_transformers", "examples", "benchmarks",
 FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.config": ("torch", "transformers", "megatron", "accelerate", "datasets"),
     "mindspeed_mm.data": ("torch.distributed",),
+    "mindspeed_mm.interfaces": ("torch.distributed",),
     "mindspeed_mm.tools.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.errors": ("torch",),
 }

@@ -156,9 +156,9 @@ def _mlp_spec() -> ModuleSpec:
 def _moe_spec(model_config: Qwen3VLTextConfig, kernels: Kernels) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
-        params={"mover": kernels.rows},
+        params={"permuter": kernels.rows},
         submodules=MoESubmodules(
-            router=ModuleSpec(module=TopKRouter, params={"geometry": model_config}),
-            experts=ModuleSpec(module=Experts, params={"geometry": model_config, "kernel": kernels.experts}),
+            router=ModuleSpec(module=TopKRouter, params={"model_config": model_config}),
+            experts=ModuleSpec(module=Experts, params={"model_config": model_config, "kernel": kernels.experts}),
         ),
     )

@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patches", type=int, help="vision patches of it (default: one picture of image_max_pixels per sample)"
     )
-    parser.add_argument("--supervised", type=int, help="supervised tokens of it (default: all that are not vision)")
+    parser.add_argument(
+        "--target-tokens", "--supervised", type=int, help="target tokens of it (default: all that are not vision)"
+    )
     parser.add_argument(
         "--imbalance", type=float, default=1.0,
         help="rows of the busiest process's experts over their mean, under expert parallelism (default: %(default)s)",
@@ -89,10 +91,10 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
         data = load_config(args.mm_data, DataConfig, flag="--mm-data")
         pixels = data.dataset_param.preprocess_parameters.image_max_pixels
     load = Load.largest(args, model_config, pixels=pixels)
-    given = {name: getattr(options, name) for name in ("tokens", "patches", "supervised")}
+    given = {name: getattr(options, name) for name in ("tokens", "patches", "target_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
     load = dataclasses.replace(load, **given)
-    if "supervised" not in given:
+    if "target_tokens" not in given:
         merged = load.patches // model_config.vision.merge_unit
         load = dataclasses.replace(load, target_tokens=max(1, load.tokens - merged))
     plan = plan_run(args, model, fsdp, model_config=model_config, world_size=options.nproc, load=load,

@@ -17,7 +17,7 @@ DRIVER = """
 import json, re, sys
 from mindspeed_mm.checkpoint import executor
 from mindspeed_mm.checkpoint import pieces
-pieces.PIECE_BYTES, work.BUDGET_BYTES = 2 << 20, 12 << 20
+pieces.PIECE_BYTES, executor.BUDGET_BYTES = 2 << 20, 12 << 20
 import torch, transformers, numpy, tqdm, safetensors
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp

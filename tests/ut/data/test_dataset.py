@@ -19,7 +19,7 @@ from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.dataset import ChatDataset, build_datasets
 from mindspeed_mm.data.records import MediaFinder, read_rows
 from mindspeed_mm.errors import UserError
-from tests.helpers.tiny_data import checkpoint_geometry, make_config, make_records, write_checkpoint, write_dataset
+from tests.helpers.tiny_data import checkpoint_config, make_config, make_records, write_checkpoint, write_dataset
 
 
 @pytest.fixture()
@@ -32,7 +32,7 @@ def build(root: Path, *, seq_length: int = 1024, seed: int = 1, **overrides: obj
     overrides.setdefault("dataset", str(root / "data.json"))
     config = make_config(root, **overrides)  # type: ignore[arg-type]
     return build_datasets(
-        config, model_config=checkpoint_geometry(root / "checkpoint"), seq_length=seq_length, seed=seed
+        config, model_config=checkpoint_config(root / "checkpoint"), seq_length=seq_length, seed=seed
     )
 
 
@@ -51,7 +51,7 @@ def test_samples_of_real_files(root: Path) -> None:
     assert held_out is None and len(train) == 12
     texts = answers(train, root)
     assert texts[1] == "The digit is 1." and texts[0] == "The digit is 0.Yes, there is one."
-    model_config = checkpoint_geometry(root / "checkpoint")
+    model_config = checkpoint_config(root / "checkpoint")
     batch = collate([train[index] for index in range(12)], model_config)
     assert len(batch.vision.grid_thw) == 8
     assert batch.vision.grid_thw[0] == (1, 2, 2)  # 32x32

@@ -20,7 +20,7 @@ from mindspeed_mm.data.loader import TrainLoader, dead_workers_named
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
-from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_dataset
+from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
 
 
 def step_samples(stream: SampleStream, *, mbs: int, dp_size: int, steps: int, consumed: int = 0) -> list[list[int]]:
@@ -71,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loader_options(root: Path, **overrides: object) -> dict:
     return {
-        "geometry": checkpoint_geometry(root / "checkpoint"), "seq_length": 512, "micro_batch_size": 2, "dp_rank": 0,
+        "model_config": checkpoint_config(root / "checkpoint"), "seq_length": 512, "micro_batch_size": 2, "dp_rank": 0,
         "dp_size": 1, "seed": 5, **overrides,
     }
 

@@ -16,7 +16,7 @@ from mindspeed_mm.data import build_train_loader
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.data.packing import Costs, _Shelf, pack, spread, worst_over_mean
-from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_dataset
+from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), min_size=1, max_size=60)
 
@@ -103,7 +103,7 @@ def test_llava_like_mixes_are_full_and_even(text_only: float) -> None:
 
 def options(root: Path, **overrides: object) -> dict:
     return {
-        "geometry": checkpoint_geometry(root / "checkpoint"), "seq_length": 200, "micro_batch_size": 1, "dp_rank": 0,
+        "model_config": checkpoint_config(root / "checkpoint"), "seq_length": 200, "micro_batch_size": 1, "dp_rank": 0,
         "dp_size": 1, "seed": 5, "global_batch_size": 2, **overrides,
     }
 

@@ -21,7 +21,7 @@ from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import PixelNorm
 from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, VideoSettings, read_video_settings
-from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_checkpoint
+from tests.helpers.tiny_data import checkpoint_config, make_config, write_checkpoint
 from tests.helpers.video_processor import PROCESSOR, SAMPLED
 
 HALF = (0.5, 0.5, 0.5)
@@ -197,7 +197,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_from_file_to_batch(recipe: Path) -> None:
-    model_config = checkpoint_geometry(recipe / "checkpoint")
+    model_config = checkpoint_config(recipe / "checkpoint")
     config = make_config(recipe, dataset=str(recipe / "data.json"), attr={"videos": "videos"})
     validate_data(config)
     dataset, _ = build_datasets(config, model_config=model_config, seq_length=512, seed=0)

@@ -57,7 +57,7 @@ def test_every_product_is_counted(case):
 
 def test_frozen_experts_have_no_weight_gradients():
     _, model_config = model_like(tiny_model())
-    lengths = {"tokens": [20], "patches": [], "supervised": 5}
+    lengths = {"tokens": [20], "patches": [], "target_tokens": 5}
     text = model_config.text
     all_trains, frozen = (FlopCount(model_config=model_config, train_experts=trains) for trains in (True, False))
     one = 2 * 20 * text.num_experts_per_token * 3 * text.hidden_size * text.moe_intermediate_size * text.num_layers

@@ -20,7 +20,7 @@ LOSS, LOGITS, GRADIENT = 1e-6, 1e-5, 1e-5
 def reference():
     """HF model after backward of the token mean over the samples, each run by itself without padding."""
     model, samples = tiny_model(), mixed_samples()
-    count = sum(int(sample.target_tokens[1:].sum()) for sample in samples)
+    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
     loss, logits = 0.0, []
     for sample in samples:
         inputs = hf_inputs(sample)

@@ -26,7 +26,7 @@ from mindspeed_mm.data.records import parse_record
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
 from tests.helpers.chat_reference import ATTR, CASES, RENDERINGS, media_of, read_template, render, with_placeholders
-from tests.helpers.tiny_data import checkpoint_geometry, make_config, write_dataset
+from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
 RECORDED = json.loads(RENDERINGS.read_text())
@@ -136,7 +136,7 @@ def test_another_template_than_the_checkpoints_is_noticed(
 def test_the_log_says_so_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dataset(tmp_path, 4)
     (tmp_path / "checkpoint" / "chat_template.jinja").write_text(THINKING)
-    model_config = checkpoint_geometry(tmp_path / "checkpoint")
+    model_config = checkpoint_config(tmp_path / "checkpoint")
     for basic in ({}, {}, {"streaming": True}):
         caplog.clear()
         with caplog.at_level(logging.INFO, "mindspeed_mm"):

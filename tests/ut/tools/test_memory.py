@@ -29,7 +29,7 @@ def published(processes: int, **changes) -> Plan:
     """The recipe for 30B: a picture of 1024 patches in a sample of 1024 tokens."""
     return Plan(
         model_config=Qwen3VLConfig.from_config(config_30b()), world_size=processes, sharding_size=processes,
-        **{"tokens": 1024, "patches": 1024, "supervised": 768, **changes},
+        **{"tokens": 1024, "patches": 1024, "target_tokens": 768, **changes},
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_knobs_are_tried_and_sorted():
 
 @pytest.mark.parametrize(
     ("change", "smaller"),
-    [({"recompute": "full"}, True), ({"recompute": "selective"}, True), ({"tokens": 2048, "supervised": 1500}, False),
+    [({"recompute": "full"}, True), ({"recompute": "selective"}, True), ({"tokens": 2048, "target_tokens": 1500}, False),
      ({"compute_bytes": 4}, False), ({"train_vision": True}, False), ({"expert_size": 8}, True),
      ({"context_size": 2}, True), ({"activations_on_host": True}, True), ({"train_text": False,
       "train_projector": True}, True), ({"micro_batches": 2}, False), ({"reshard": False}, False)],
@@ -99,7 +99,7 @@ def test_each_choice_moves_the_estimate_the_right_way(change, smaller):
 
 
 def test_chunks_bound_the_logits():
-    long = {"tokens": 16384, "supervised": 16000}
+    long = {"tokens": 16384, "target_tokens": 16000}
     whole, chunked = (
         estimate(dataclasses.replace(published(16, recompute="full", loss_chunk=chunk), **long)).peak
         for chunk in (None, 1024)

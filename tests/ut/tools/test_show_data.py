@@ -19,7 +19,7 @@ from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 from mindspeed_mm.tools.show_data.__main__ import main
 from mindspeed_mm.tools.show_data.pictures import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
-from tests.helpers.tiny_data import checkpoint_geometry, write_dataset
+from tests.helpers.tiny_data import checkpoint_config, write_dataset
 
 HALF = (0.5, 0.5, 0.5)
 SETTINGS = ImageSettings(1024, 16384, 16, 2, 2, PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255))
@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set, its checkpoint, and the launcher's two files."""
     root = tmp_path_factory.mktemp("viewer")
     dataset = write_dataset(root, count=12)
-    model_config = checkpoint_geometry(root / "checkpoint")
+    model_config = checkpoint_config(root / "checkpoint")
     text, vision = dataclasses.asdict(model_config.text), dataclasses.asdict(model_config.vision)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(model_config.text.mrope_section)}
     names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -88,9 +88,9 @@ def test_colours(files: Path, capsys: pytest.CaptureFixture) -> None:
 def test_counts_are_those_of_the_samples(files: Path) -> None:
     config = load_config(files / "mm_data.json", DataConfig, flag="--mm-data")
     dataset, _ = build_datasets(
-        config, model_config=checkpoint_geometry(files / "checkpoint"), seq_length=256, seed=0
+        config, model_config=checkpoint_config(files / "checkpoint"), seq_length=256, seed=0
     )
-    counts = [int(dataset[index].target_tokens.sum()) for index in range(12)]
+    counts = [int(dataset[index].loss_mask.sum()) for index in range(12)]
     assert dataset.target_token_counts().tolist() == counts and len(set(counts)) > 1
     assert dataset.subset(np.array([7, 4]), "two").target_token_counts().tolist() == [counts[7], counts[4]]
 

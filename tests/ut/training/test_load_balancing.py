@@ -30,7 +30,7 @@ def reference(request):
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
     model, samples = tiny_model(**request.param), mixed_samples()
-    count = sum(int(sample.target_tokens[1:].sum()) for sample in samples)
+    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
     loss, by_sample = 0.0, []
     with hf_router_logits(model) as logits:
         for sample in samples:
