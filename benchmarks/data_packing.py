@@ -23,8 +23,7 @@ import numpy as np
 
 from mindspeed_mm.data.images import resized_size
 from mindspeed_mm.data.packing import Costs, Packs, pack, spread, worst_over_mean
-from mindspeed_mm.interfaces.batch import PixelNorm
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 
 SETTINGS = ImageSettings(65536, 262144, 16, 2, 2, PixelNorm((0.5,) * 3, (0.5,) * 3, 1 / 255))
 # height, width, share: the common sizes of COCO's photographs

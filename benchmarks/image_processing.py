@@ -29,8 +29,7 @@ from PIL import Image
 
 from mindspeed_mm.data import images
 from mindspeed_mm.data.images import image_patches, load_pixels
-from mindspeed_mm.interfaces.batch import PixelNorm
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 
 SIZES = ((640, 480), (480, 640), (500, 375), (1920, 1080))
 HALF = (0.5, 0.5, 0.5)

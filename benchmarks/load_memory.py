@@ -49,7 +49,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
     from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
     from mindspeed_mm.config.fsdp_config import FSDPConfig
-    from mindspeed_mm.interfaces.batch import PixelNorm
+    from mindspeed_mm.interfaces.media import PixelNorm
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
     from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
     from mindspeed_mm.parallel.mesh import build_layout

@@ -18,9 +18,8 @@ from PIL import Image
 
 from mindspeed_mm.data.collator import Picture, Sample
 from mindspeed_mm.data.images import image_patches
-from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 PIXEL_NORM = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
 PHOTOGRAPHS = {

@@ -19,8 +19,9 @@ from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, read_image_settings, read_video_settings
+from mindspeed_mm.models.qwen3_vl.processor import read_image_settings, read_video_settings
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig

@@ -11,8 +11,9 @@ import numpy as np
 
 from mindspeed_mm.data.media import measure_media
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate, Message
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
+from mindspeed_mm.interfaces.conversation import Message
+from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
 
 KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED, UNUSABLE = range(5)  # what becomes of a record
 RECORD_COLUMNS = ("roles", "texts", "images", "where")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
+from mindspeed_mm.interfaces.media import ImageSettings
 
 logger = logging.getLogger(__name__)
 _MAX_ASPECT_RATIO = 200

@@ -11,8 +11,8 @@ from mindspeed_mm.data.images import image_grid, image_patches, load_pixels
 from mindspeed_mm.data.records import as_video
 from mindspeed_mm.data.videos import clip_layout, clip_patches
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.chat_template import Clip
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, VideoSettings
+from mindspeed_mm.interfaces.conversation import Clip
+from mindspeed_mm.interfaces.media import ImageSettings, VideoSettings
 
 GridTHW = tuple[int, int, int]
 

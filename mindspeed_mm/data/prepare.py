@@ -24,8 +24,8 @@ from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, UNUSABLE,
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.chat_template import (
-    IMAGE_TAG,
-    VIDEO_TAG,
-    Message,
-    Role,
-    check_order,
-    media_tags,
-    tool_call_text,
-    tools_text,
-)
+from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
+from mindspeed_mm.models.qwen3_vl.chat_template import check_order, tool_call_text, tools_text
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.models.qwen3_vl.chat_template import TEMPLATES, ChatTemplate, Message
+from mindspeed_mm.interfaces.conversation import Message
+from mindspeed_mm.models.qwen3_vl.chat_template import TEMPLATES, ChatTemplate
 
 _PAD, _PADS = "<|image_pad|>", 2
 _QUESTIONS = ("<image>\nWhat is it?", "Are you sure?")

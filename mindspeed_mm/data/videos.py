@@ -17,7 +17,7 @@ from PIL import Image
 from mindspeed_mm.data.images import cut_patches, load_pixels
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, VideoSettings
+from mindspeed_mm.interfaces.media import ImageSettings, VideoSettings
 
 _MAX_ASPECT_RATIO = 200
 Video = str | Sequence[str]

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,25 +33,6 @@ class _TensorFields:
     def pin_memory(self: T) -> T:
         """Copy with every tensor in page-locked memory. The DataLoader calls it in its pinning thread."""
         return self._apply(lambda value: value.pin_memory())
-
-
-@dataclasses.dataclass(frozen=True)
-class PixelNorm:
-    """How uint8 pixel values become the model's input, per channel: ``(x * rescale_factor - mean) / std``."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale_factor: float
-
-    def table(self) -> np.ndarray:
-        """The normalised value of each possible pixel value: float32 [3, 256].
-
-        The reference multiplies by the factor in float64 and rounds to float32 before it goes on. For the factor
-        1/255 a float32 division by 255 gives the same values; a float32 product with 1/255 does not.
-        """
-        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
-        return (scaled - mean) / std
 
 
 @dataclasses.dataclass

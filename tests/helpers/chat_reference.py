@@ -17,7 +17,7 @@ from typing import Any
 
 from mindspeed_mm.config.data_config import Attributes
 from mindspeed_mm.data.template_check import read_published_template
-from mindspeed_mm.models.qwen3_vl.chat_template import Clip
+from mindspeed_mm.interfaces.conversation import Clip
 
 RENDERINGS = Path(__file__).parents[1] / "ut" / "data" / "chat_renderings.json"
 ATTR = Attributes(videos="videos", system="system", tools="tools", system_tag="system", observation_tag="observation",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, Qwen3VLModel, build_model
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import ExpertLayout, weight_map

@@ -11,61 +11,21 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG, Clip, Encoded, Message, media_tags
 
-Role = Literal["system", "user", "assistant", "tool"]
-IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 TEMPLATES = ("qwen3_vl_nothink", "qwen3_vl")
 
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-_MEDIA_TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
 _TOOL_CALL = "<tool_call>\n"
 # Written out in a message, these are text: they would end turns or claim picture features that do not exist.
 _STRUCTURAL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """One message: who says it, and the text, in which a question's ``<image>`` and ``<video>`` stand for them."""
-
-    role: Role
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """A video's placeholders: the second that each of its temporal slices stands for, and the tokens of one slice."""
-
-    seconds: tuple[float, ...]
-    tokens: int
-
-    @property
-    def total(self) -> int:
-        """Placeholders of all slices."""
-        return len(self.seconds) * self.tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A conversation as tokens.
-
-    Attributes:
-        input_ids: int64 [L].
-        supervised: bool [L].
-        num_pictures: images and videos whose placeholders are in ``input_ids``: the conversation's first so many.
-        dropped_messages: messages cut off at the end because the conversation was longer than allowed.
-    """
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    num_pictures: int
-    dropped_messages: int
 
 
 @dataclasses.dataclass
@@ -77,14 +37,6 @@ class _Segment:
     count: int = 1
     loss_mask: bool = False
     is_vision: bool = False
-
-
-def media_tags(messages: Sequence[Message]) -> list[str]:
-    """``<image>`` and ``<video>`` tags of a conversation, in order.
-
-    Only questions hold pictures and videos; a tag in another message is plain text.
-    """
-    return [tag for message in messages if message.role == "user" for tag in _MEDIA_TAG.findall(message.text)]
 
 
 def _is_question(message: Message) -> bool:
@@ -264,7 +216,7 @@ class ChatTemplate:
 
     def _question(self, text: str, media: Iterator[int | Clip]) -> list[_Segment]:
         segments = []
-        for piece in _MEDIA_TAG.split(text):
+        for piece in MEDIA_TAG.split(text):
             if piece == IMAGE_TAG:
                 segments += self._vision(_IMAGE_PAD, cast(int, next(media)))
             elif piece == VIDEO_TAG:

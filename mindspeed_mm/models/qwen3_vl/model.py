@@ -17,7 +17,8 @@ from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_na
 from mindspeed_mm.backend.kernels.permutation import row_sum
 from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.batch import Batch, PixelNorm, VisionBatch
+from mindspeed_mm.interfaces.batch import Batch, VisionBatch
+from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy, recompute_selectively
 from mindspeed_mm.models.layers.moe import MoELayer, RouterLoad
 from mindspeed_mm.models.layers.specs import (

@@ -2,66 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.batch import PixelNorm
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm, VideoSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSettings:
-    """What decides a video's frames and their size. Areas are in pixels.
-
-    Attributes:
-        min_pixels: least area of a frame, by the data file.
-        max_pixels: largest area of a frame, by the data file.
-        min_volume: least area of all frames together, by the checkpoint's processor.
-        max_volume: largest area of all frames together, by the checkpoint's processor.
-        fps: frames to take per second.
-        min_frames: take at least so many, where the video has them.
-        max_frames: take at most so many.
-    """
-
-    min_pixels: int
-    max_pixels: int
-    min_volume: int
-    max_volume: int
-    fps: float
-    min_frames: int
-    max_frames: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSettings:
-    """What decides a picture's patches.
-
-    Attributes:
-        min_pixels: least area of a resized picture, in pixels; at least 1.
-        max_pixels: largest area of a resized picture, in pixels.
-        patch_size: side of a patch, in pixels.
-        temporal_patch_size: frames in a patch; an image fills them with copies of itself.
-        merge_size: patches per side of a merge block.
-        norm: normalisation that the device applies.
-        videos: what decides a video's frames; None where there are none.
-    """
-
-    min_pixels: int
-    max_pixels: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    norm: PixelNorm
-    videos: VideoSettings | None = None
-
-    @property
-    def factor(self) -> int:
-        """Both sides of a resized picture are multiples of this many pixels."""
-        return self.patch_size * self.merge_size
 
 
 def read_image_settings(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.segments import Segments
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.batch import PixelNorm, VisionBatch
+from mindspeed_mm.interfaces.batch import VisionBatch
+from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy, run_layers
 from mindspeed_mm.models.layers.attention import LayerNorm, PackedSequence, RotaryAngles
 from mindspeed_mm.models.layers.rotary import VisionRotary

@@ -26,8 +26,9 @@ from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, read_image_settings
+from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
 from mindspeed_mm.tools.show_data.pictures import draw_costs, draw_picture
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
 

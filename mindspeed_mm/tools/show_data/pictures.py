@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
+from mindspeed_mm.interfaces.media import ImageSettings
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"
 _SLICES_SHOWN = 12

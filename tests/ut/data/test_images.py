@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from mindspeed_mm.data import images
 from mindspeed_mm.data.images import image_grid, image_patches, is_plain_jpeg, load_pixels, resized_size
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.batch import PixelNorm
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, read_image_settings
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
+from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
 from tests.helpers.tiny_config import tiny_config
 
 HALF = (0.5, 0.5, 0.5)

@@ -19,8 +19,8 @@ from mindspeed_mm.data.media import load_media, measure_media
 from mindspeed_mm.data.records import video_entry
 from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.batch import PixelNorm
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings, VideoSettings, read_video_settings
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm, VideoSettings
+from mindspeed_mm.models.qwen3_vl.processor import read_video_settings
 from tests.helpers.tiny_data import checkpoint_config, make_config, write_checkpoint
 from tests.helpers.video_processor import PROCESSOR, SAMPLED
 

@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.chat_template import (
-    ChatTemplate,
-    Clip,
-    Message,
-    check_order,
-    media_tags,
-    tool_call_text,
-)
+from mindspeed_mm.interfaces.conversation import Clip, Message, media_tags
+from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate, check_order, tool_call_text
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
 # The two formats as a chat template for transformers' processor would render them.

@@ -88,10 +88,19 @@ def test_knobs_are_tried_and_sorted():
 
 @pytest.mark.parametrize(
     ("change", "smaller"),
-    [({"recompute": "full"}, True), ({"recompute": "selective"}, True), ({"tokens": 2048, "target_tokens": 1500}, False),
-     ({"compute_bytes": 4}, False), ({"train_vision": True}, False), ({"expert_size": 8}, True),
-     ({"context_size": 2}, True), ({"activations_on_host": True}, True), ({"train_text": False,
-      "train_projector": True}, True), ({"micro_batches": 2}, False), ({"reshard": False}, False)],
+    [
+        ({"recompute": "full"}, True),
+        ({"recompute": "selective"}, True),
+        ({"tokens": 2048, "target_tokens": 1500}, False),
+        ({"compute_bytes": 4}, False),
+        ({"train_vision": True}, False),
+        ({"expert_size": 8}, True),
+        ({"context_size": 2}, True),
+        ({"activations_on_host": True}, True),
+        ({"train_text": False, "train_projector": True}, True),
+        ({"micro_batches": 2}, False),
+        ({"reshard": False}, False),
+    ],
 )
 def test_each_choice_moves_the_estimate_the_right_way(change, smaller):
     before, after = (estimate(published(16, **more)).peak.total for more in ({}, change))

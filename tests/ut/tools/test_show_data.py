@@ -14,8 +14,7 @@ from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.data import build_datasets
 from mindspeed_mm.data.images import cut_patches
-from mindspeed_mm.interfaces.batch import PixelNorm
-from mindspeed_mm.models.qwen3_vl.processor import ImageSettings
+from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 from mindspeed_mm.tools.show_data.__main__ import main
 from mindspeed_mm.tools.show_data.pictures import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
