@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
 
 # What the modules of one part may import of this project. A prefix matches itself and what lies below it.
@@ -157,7 +157,7 @@ def device_violations(source: str, path: Path) -> list[str]:
 
 
 def size_violations(source: str, path: Path) -> list[str]:
-    """Files of 400 lines or more, and in Python functions of 80 lines or more."""
+    """Files of 600 lines or more, and in Python functions of 80 lines or more."""
     found = []
     lines = len(source.splitlines())
     if lines >= MAX_FILE_LINES:

@@ -154,7 +154,7 @@ def test_long_file_and_function_are_found():
     assert "f has 80 lines" in structure.size_violations(function + "    pass\n", path)[0]
     file = "x = 1\n" * (structure.MAX_FILE_LINES - 1)
     assert structure.size_violations(file, path) == []
-    assert "400 lines" in structure.size_violations(file + "x = 1\n", path)[0]
+    assert "600 lines" in structure.size_violations(file + "x = 1\n", path)[0]
     assert structure.size_violations(file + "x = 1\n", Path("scripts/install.sh"))
 
 
