@@ -73,8 +73,8 @@ def data_provider(
         "model_config": model_config,
         "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size,
-        "dp_rank": layout.data_rank,
-        "dp_size": layout.data_size,
+        "dp_rank": layout.dp_rank,
+        "dp_size": layout.dp_size,
         "num_workers": args.num_workers,
         "seed": args.seed,
     }

@@ -21,7 +21,8 @@ from benchmarks.measuring import option_parser, peak_bytes, prepare, seconds_of,
 from benchmarks.runners import initialise
 from benchmarks.workload import PIXEL_NORM, geometry_config
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.data.collator import Sample, collate
+from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
@@ -56,7 +57,7 @@ def sample_of(model_config: Qwen3VLConfig, *, length: int, side: int) -> Sample:
     words = max(64, length - len(ids))
     start = len(ids) + words // 2
     ids += generator.integers(0, model_config.text.vocab_size - 4, words).tolist()
-    picture = Picture(patches, (1, edge, edge))
+    picture = MediaPatches(patches, (1, edge, edge))
     return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, (picture,), 0)
 
 
@@ -82,7 +83,7 @@ def point(
     shape = {"length": LENGTH, "side": SIDE} | {{"picture": "side"}.get(axis, axis): value}
     sample = sample_of(model_config, length=shape["length"], side=shape["side"])
     batch = collate([sample], model_config)
-    tokens, patches = len(sample.input_ids), len(sample.pictures[0].patches)
+    tokens, patches = len(sample.input_ids), len(sample.media[0].patches)
     row = {
         "axis": axis,
         "value": value,

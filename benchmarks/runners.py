@@ -71,7 +71,7 @@ class OurRunner:
         layout = build_layout(device_type=backend.device.type)
         args = parse_args(
             f"--mm-data x --mm-model x --use-torch-fsdp2 --micro-batch-size {micro} --global-batch-size "
-            f"{micro * accumulation * layout.data_size} --seq-length 65536 --train-iters 1000000 --lr {LEARNING_RATE} "
+            f"{micro * accumulation * layout.dp_size} --seq-length 65536 --train-iters 1000000 --lr {LEARNING_RATE} "
             f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP} --calculate-per-token-loss".split()
         )
         with torch.device("meta"):

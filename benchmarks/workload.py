@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mindspeed_mm.data.collator import Picture, Sample
+from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.images import image_patches
-from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
+from mindspeed_mm.interfaces.media import ImageSettings, MediaPatches, PixelNorm
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 PIXEL_NORM = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
@@ -214,11 +214,11 @@ def draw_samples(
         _, median, spread = TEXTS[generator.choice(len(TEXTS), p=kinds / kinds.sum())]
         words = max(8, int(text_scale * median * np.exp(spread * generator.standard_normal())))
         ids: list[int] = []
-        chosen: tuple[Picture, ...] = ()
+        chosen: tuple[MediaPatches, ...] = ()
         if generator.random() >= text_only:
             height, width, _ = SHAPES[generator.choice(len(SHAPES), p=shapes / shapes.sum())]
             patches, grid = image_patches(_crop(pictures, height, width, generator), settings)
-            chosen = (Picture(patches, grid),)
+            chosen = (MediaPatches(patches, grid),)
             ids = [
                 model_config.vision_start_token_id,
                 *[model_config.image_token_id] * (len(patches) // vision.merge_unit),
@@ -257,7 +257,7 @@ def hugging_face_batch(samples: Sequence[Sample], model_config: Qwen3VLConfig) -
         "labels": torch.from_numpy(labels),
     }
     batch["mm_token_type_ids"] = (batch["input_ids"] == model_config.image_token_id).int()
-    pictures = [picture for sample in samples for picture in sample.pictures]
+    pictures = [picture for sample in samples for picture in sample.media]
     if pictures:
         pixels = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()
         batch["pixel_values"] = (pixels / 255 - 0.5) / 0.5

@@ -9,7 +9,6 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Picture": "collator",
     "Sample": "collator",
     "collate": "collator",
     "ChatDataset": "dataset",

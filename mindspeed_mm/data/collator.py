@@ -10,9 +10,9 @@ import torch
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch, VisionBatch
+from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig, Qwen3VLVisionConfig
 from mindspeed_mm.models.qwen3_vl.positions import (
-    GridTHW,
     frame_grids,
     interpolation_taps,
     patch_rows_cols,
@@ -21,32 +21,19 @@ from mindspeed_mm.models.qwen3_vl.positions import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One image or video, cut into patches.
-
-    Attributes:
-        patches: uint8 [t * h * w, patch_dim], each merge block contiguous, not normalised.
-        grid_thw: temporal slices, rows and columns of patches; t is 1 for an image.
-    """
-
-    patches: np.ndarray
-    grid_thw: GridTHW
-
-
-@dataclasses.dataclass(frozen=True)
 class Sample:
     """One conversation, ready to be packed.
 
     Attributes:
         input_ids: int64 [L], placeholders included: one per merged patch.
-        supervised: bool [L], tokens that the loss counts. The first token has no predecessor and never counts.
-        pictures: images and videos together, in the order of their placeholders.
+        loss_mask: bool [L], tokens that the loss counts. The first token has no predecessor and never counts.
+        media: images and videos together, in the order of their placeholders.
         index: place of the sample in the dataset.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
-    pictures: tuple[Picture, ...]
+    media: tuple[MediaPatches, ...]
     index: int
 
 
@@ -69,7 +56,7 @@ def collate(samples: Sequence[Sample], model_config: Qwen3VLConfig) -> Batch:
     for sample in samples:
         is_placeholder = np.isin(sample.input_ids, media_tokens)
         try:
-            grids = [picture.grid_thw for picture in sample.pictures]
+            grids = [picture.grid_thw for picture in sample.media]
             positions.append(token_positions(is_placeholder, grids, merge))
         except ValueError as error:
             raise UserError(f"sample {sample.index}: {error}; rebuild the cache with overwrite_cache") from error
@@ -94,14 +81,16 @@ def collate(samples: Sequence[Sample], model_config: Qwen3VLConfig) -> Batch:
         target_tokens_per_sample=counts,
         sample_ids=[sample.index for sample in samples],
         vision=_collate_vision(
-            [picture for sample in samples for picture in sample.pictures],
+            [picture for sample in samples for picture in sample.media],
             np.flatnonzero(np.concatenate(placeholders)).astype(np.int64),
             model_config.vision,
         ),
     )
 
 
-def _collate_vision(pictures: list[Picture], placeholder_index: np.ndarray, vision: Qwen3VLVisionConfig) -> VisionBatch:
+def _collate_vision(
+    pictures: list[MediaPatches], placeholder_index: np.ndarray, vision: Qwen3VLVisionConfig
+) -> VisionBatch:
     """Concatenate the pictures' patches with their position data.
 
     Every rank must run the vision tower in every micro-batch, or sharded collectives hang; so where there is no
@@ -109,7 +98,7 @@ def _collate_vision(pictures: list[Picture], placeholder_index: np.ndarray, visi
     """
     merge, is_dummy = vision.spatial_merge_size, not pictures
     if is_dummy:
-        pictures = [Picture(np.zeros((vision.merge_unit, vision.patch_dim), np.uint8), (1, merge, merge))]
+        pictures = [MediaPatches(np.zeros((vision.merge_unit, vision.patch_dim), np.uint8), (1, merge, merge))]
     grids = [picture.grid_thw for picture in pictures]
     frames = frame_grids(grids)
     lengths = [rows * cols for rows, cols in frames]

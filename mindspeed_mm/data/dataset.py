@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mindspeed_mm.data.collator import Picture, Sample
+from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, Encoder
 from mindspeed_mm.data.images import compiled_resampling
 from mindspeed_mm.data.media import describe_media, load_media
@@ -19,7 +19,7 @@ from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import ImageSettings, MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.processor import read_image_settings, read_video_settings
 
@@ -170,14 +170,14 @@ class ChatDataset:
     def _row(self, index: int) -> Mapping[str, Any]:
         return self._rows[self._place(index)]
 
-    def _picture(self, path: str, grid: tuple[int, ...]) -> Picture:
+    def _picture(self, path: str, grid: tuple[int, ...]) -> MediaPatches:
         patches, found = load_media(path, self._images)
         if found != grid:
             raise UserError(
                 f"{describe_media(path)} now has {'x'.join(map(str, found))} slices, rows and columns of patches, not "
                 f"{'x'.join(map(str, grid))}; it was replaced after the data set was built: set overwrite_cache"
             )
-        return Picture(patches, found)
+        return MediaPatches(patches, found)
 
 
 def build_datasets(

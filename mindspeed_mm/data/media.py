@@ -12,9 +12,7 @@ from mindspeed_mm.data.records import as_video
 from mindspeed_mm.data.videos import clip_layout, clip_patches
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import Clip
-from mindspeed_mm.interfaces.media import ImageSettings, VideoSettings
-
-GridTHW = tuple[int, int, int]
+from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, VideoSettings
 
 
 def describe_media(entry: str) -> str:

@@ -6,6 +6,22 @@ import dataclasses
 
 import numpy as np
 
+GridTHW = tuple[int, int, int]
+"""Temporal slices, rows and columns of patches of an image (one slice) or a video."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaPatches:
+    """One image or video, cut into patches.
+
+    Attributes:
+        patches: uint8 [t * h * w, patch_dim], each merge block contiguous, not normalised.
+        grid_thw: temporal slices, rows and columns of patches; t is 1 for an image.
+    """
+
+    patches: np.ndarray
+    grid_thw: GridTHW
+
 
 @dataclasses.dataclass(frozen=True)
 class PixelNorm:

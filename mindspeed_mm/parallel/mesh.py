@@ -19,8 +19,8 @@ class Layout:
     Attributes:
         rank: of this process.
         world_size: number of processes.
-        data_rank: which share of the global batch this process works on.
-        data_size: number of such shares.
+        dp_rank: data-parallel rank: which share of the global batch this rank trains on.
+        dp_size: number of data-parallel ranks.
         mesh: of all parameters but spread experts: sharded over its last axis, replicated over the first if it has two.
         expert_shard_mesh: the same for spread experts, which are sharded over fewer processes; None without expert
             parallelism.
@@ -30,8 +30,8 @@ class Layout:
 
     rank: int
     world_size: int
-    data_rank: int
-    data_size: int
+    dp_rank: int
+    dp_size: int
     mesh: DeviceMesh
     expert_shard_mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
@@ -40,7 +40,7 @@ class Layout:
     @property
     def context_size(self) -> int:
         """Processes that share a micro-batch."""
-        return self.world_size // self.data_size
+        return self.world_size // self.dp_size
 
     @property
     def is_main(self) -> bool:
@@ -86,8 +86,8 @@ def build_layout(
     return Layout(
         rank=rank,
         world_size=world_size,
-        data_rank=rank // context_size,
-        data_size=world_size // context_size,
+        dp_rank=rank // context_size,
+        dp_size=world_size // context_size,
         mesh=shard_mesh(inner=1),
         expert_shard_mesh=None if expert_root is None else expert_root[sharding_axes],
         expert_mesh=None if expert_root is None else expert_root["expert"],

@@ -43,7 +43,7 @@ def step_loss_weights(
     """
     shares = [_sample_shares(batch.target_tokens_per_sample, mode) for batch in batches]
     if mode == "default":
-        total = torch.full((), float(len(batches) * layout.data_size), device=device)
+        total = torch.full((), float(len(batches) * layout.dp_size), device=device)
     else:
         local = sum(
             count * share

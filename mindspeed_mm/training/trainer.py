@@ -95,7 +95,7 @@ class Trainer:
         self.eval_loader = eval_loader
         self.bad_samples = bad_samples or BadSamples(limit=0)
         self.checkpoint_manager = checkpoint_manager
-        self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data_size)
+        self.micro_batches = args.global_batch_size // (args.micro_batch_size * layout.dp_size)
         self.split_batch = _splitter(layout, merge_unit)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stop_requested = stop_requested or (lambda: False)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindspeed_mm.data.collator import Picture, Sample
+from mindspeed_mm.data.collator import Sample
+from mindspeed_mm.interfaces.media import MediaPatches
 
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
 
@@ -91,7 +92,7 @@ def random_sample(
                 ids += part
                 target_tokens += [False] * len(part)
             pictures.append(
-                Picture(rng.integers(0, 256, (t * rows * cols, 3 * 2 * 4 * 4)).astype(np.uint8), (t, rows, cols))
+                MediaPatches(rng.integers(0, 256, (t * rows * cols, 3 * 2 * 4 * 4)).astype(np.uint8), (t, rows, cols))
             )
         ids += rng.integers(0, 80, question + answer).tolist()
         target_tokens += [False] * question + [True] * answer
@@ -123,7 +124,7 @@ def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[st
         ("pixel_values", "image_grid_thw", False),
         ("pixel_values_videos", "video_grid_thw", True),
     ):
-        pictures = [picture for picture in sample.pictures if (picture.grid_thw[0] > 1) is wanted]
+        pictures = [picture for picture in sample.media if (picture.grid_thw[0] > 1) is wanted]
         if pictures:
             patches = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()
             inputs[key] = (patches / 255 - mean) / std

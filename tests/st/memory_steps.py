@@ -24,8 +24,9 @@ from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.tools_config import ToolsConfig
-from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.parallel import collectives
@@ -51,7 +52,7 @@ def samples(case: dict[str, Any], model_config: Qwen3VLConfig, seed: int) -> lis
         patches = rng.integers(0, 256, (side * side, model_config.vision.patch_dim)).astype(np.uint8)
         made.append(
             Sample(np.array(ids, np.int64), np.arange(tokens) >= tokens - target_tokens,
-                   tuple(Picture(patches, (1, side, side)) for _ in range(pictures)), index)
+                   tuple(MediaPatches(patches, (1, side, side)) for _ in range(pictures)), index)
         )  # fmt: skip
     return made
 

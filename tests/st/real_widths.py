@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.data.collator import Sample, collate
+from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
@@ -58,7 +59,7 @@ def samples() -> list[Sample]:
         prompt = len(ids) + 12
         ids += rng.integers(0, 151000, 36).tolist()
         pictures = tuple(
-            Picture(rng.integers(0, 256, (t * rows * cols, 1536)).astype(np.uint8), (t, rows, cols))
+            MediaPatches(rng.integers(0, 256, (t * rows * cols, 1536)).astype(np.uint8), (t, rows, cols))
             for t, rows, cols in grids
         )
         return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= prompt, pictures, index)

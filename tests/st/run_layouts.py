@@ -81,7 +81,7 @@ def _own_norm(parameters: Any) -> GradientNorm:
 
 def _own_mean(batches: Any, *, mode: str, layout: Layout, device: torch.device) -> list[torch.Tensor]:
     tokens = sum(batch.num_target_tokens for batch in batches)
-    return [torch.full(batch.labels.shape, 1.0 / tokens / layout.data_size) for batch in batches]
+    return [torch.full(batch.labels.shape, 1.0 / tokens / layout.dp_size) for batch in batches]
 
 
 def _load_model_only(path: Path, *, optimizer: Any, **options: Any) -> Progress:
@@ -116,23 +116,23 @@ def in_order(step: int, batch: int) -> list[Sample]:
     Text-only samples are neighbours, so that whole processes go without pictures while others have nothing else: the
     first of them in one step, the last in the next.
     """
-    return sorted(step_samples(step, batch), key=lambda sample: bool(sample.pictures), reverse=step % 2 == 1)
+    return sorted(step_samples(step, batch), key=lambda sample: bool(sample.media), reverse=step % 2 == 1)
 
 
 def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_config: Any) -> StepBatches:
     """This process's micro-batches of a step."""
     samples = in_order(step, batch)
-    share = batch // layout.data_size
-    mine = samples[layout.data_rank * share : (layout.data_rank + 1) * share]
+    share = batch // layout.dp_size
+    mine = samples[layout.dp_rank * share : (layout.dp_rank + 1) * share]
     starts = range(0, share, micro_batch)
     return StepBatches([collate(mine[start : start + micro_batch], model_config) for start in starts])
 
 
-def text_only_shares(step: int, *, batch: int, data_size: int) -> list[bool]:
+def text_only_shares(step: int, *, batch: int, dp_size: int) -> list[bool]:
     """Whether each process's share of a step is without pictures."""
     samples = in_order(step, batch)
-    share = batch // data_size
-    return [not any(s.pictures for s in samples[i * share : (i + 1) * share]) for i in range(data_size)]
+    share = batch // dp_size
+    return [not any(s.media for s in samples[i * share : (i + 1) * share]) for i in range(dp_size)]
 
 
 def run_case(case: dict[str, Any], backend: Any) -> Outcome:
@@ -198,7 +198,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         gradients,
         {name: whole(parameter) for name, parameter in model.named_parameters()},
         validation,
-        [text_only_shares(step, batch=args.global_batch_size, data_size=layout.data_size) for step in steps],
+        [text_only_shares(step, batch=args.global_batch_size, dp_size=layout.dp_size) for step in steps],
         reads or [],
     )
 

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-GridTHW = tuple[int, int, int]
+from mindspeed_mm.interfaces.media import GridTHW
+
 _CACHED_GRIDS = 512  # a 512x512 picture's entry takes about 80 KB
 
 

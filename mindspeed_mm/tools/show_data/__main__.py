@@ -29,7 +29,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
-from mindspeed_mm.tools.show_data.pictures import draw_costs, draw_picture
+from mindspeed_mm.tools.show_data.drawings import draw_costs, draw_picture
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
 
 
@@ -78,7 +78,7 @@ def _views(dataset: ChatDataset, indices: Sequence[int], model_config: Qwen3VLCo
         except DroppedSample:
             print(f"{dataset.describe(index)} is left out: too long, or nothing of it is supervised")
             continue
-        patches = sum(len(picture.patches) for picture in sample.pictures)
+        patches = sum(len(picture.patches) for picture in sample.media)
         heading = (
             f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} of them "
             f"supervised, {patches} patches"
@@ -106,12 +106,12 @@ def _write_page(out: Path, views: Sequence[_View], settings: ImageSettings, summ
                 "</span>. Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
     for view in views:
         body.append(f"<h2>{html.escape(view.heading)}</h2>{for_page(view.parts)}")
-        for number, picture in enumerate(view.sample.pictures):
+        for number, picture in enumerate(view.sample.media):
             name = f"sample-{view.index}-{number}.png"
             slices, rows, cols = picture.grid_thw
             size = f"{cols * settings.patch_size} x {rows * settings.patch_size} pixels"
             tokens = slices * rows * cols // settings.merge_size**2
-            title = f"sample {view.index}, {number + 1} of {len(view.sample.pictures)}: {size}, "
+            title = f"sample {view.index}, {number + 1} of {len(view.sample.media)}: {size}, "
             title += f"{slices} x {rows} x {cols} patches, {tokens} tokens"
             draw_picture(out / name, picture.patches, picture.grid_thw, settings, title=title)
             body.append(f'<p><img src="{name}" alt="{html.escape(title)}"></p>')

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_mm.data.collator import Picture, Sample, collate
+from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.positions import token_positions
 from tests.helpers.tiny_config import tiny_config
 
@@ -31,7 +32,7 @@ def make_sample(*, index: int, grids: list[tuple[int, int, int]], text: int, los
     mask[len(ids) - loss_mask :] = True
     generator = np.random.default_rng(index)
     pictures = tuple(
-        Picture(generator.integers(0, 256, (time * rows * cols, PATCH_DIM), dtype=np.uint8), (time, rows, cols))
+        MediaPatches(generator.integers(0, 256, (time * rows * cols, PATCH_DIM), dtype=np.uint8), (time, rows, cols))
         for time, rows, cols in grids
     )
     return Sample(np.array(ids, dtype=np.int64), mask, pictures, index)
@@ -61,7 +62,7 @@ def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
         start, end = batch.cu_seqlens_host[place : place + 2]
         assert np.array_equal(batch.input_ids[start:end].numpy(), sample.input_ids)
         alone = token_positions(
-            np.isin(sample.input_ids, media), [picture.grid_thw for picture in sample.pictures], merge=2
+            np.isin(sample.input_ids, media), [picture.grid_thw for picture in sample.media], merge=2
         )
         assert np.array_equal(batch.position_ids[:, start:end].numpy(), alone)
         chosen = batch.label_sample == place
@@ -70,7 +71,7 @@ def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
         assert np.array_equal(batch.labels[chosen].numpy(), sample.input_ids[expected])
         assert batch.target_tokens_per_sample[place] == len(expected)
     vision = batch.vision
-    pictures = [picture for sample in packed for picture in sample.pictures]
+    pictures = [picture for sample in packed for picture in sample.media]
     assert vision.is_dummy == (not pictures)
     assert torch.equal(vision.placeholder_index, torch.isin(batch.input_ids, torch.tensor(media)).nonzero().flatten())
     if pictures:

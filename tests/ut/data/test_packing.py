@@ -162,7 +162,7 @@ def test_loss_and_gradients_equal_the_unpacked_run() -> None:
     model, model_config = model_like(tiny_model())
     samples = step_samples(0, 12)
     count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
-    costs = costs_of([(len(sample.input_ids), sum(len(p.patches) for p in sample.pictures)) for sample in samples])
+    costs = costs_of([(len(sample.input_ids), sum(len(p.patches) for p in sample.media)) for sample in samples])
     budget = int(costs.text.max()) * 2
     packs = pack(costs, budget=budget, seed=1)
     pairs = packs.members[: len(packs) // 2 * 2]

@@ -98,7 +98,7 @@ def test_token_weights_of_parts_are_those_of_the_whole(model_config, monkeypatch
     """The counts are summed over all processes, each sample's on every process of its group."""
     whole, parts = parts_of(mixed_samples(), model_config, 4)
     monkeypatch.setattr("mindspeed_mm.training.loss.dist.all_reduce", lambda total: total.mul_(4))
-    layout = Layout(rank=0, world_size=4, data_rank=0, data_size=1, mesh=None)
+    layout = Layout(rank=0, world_size=4, dp_rank=0, dp_size=1, mesh=None)
     device = torch.device("cpu")
     for mode in ("per_token", "per_sample", "square", "default"):
         ours = [step_loss_weights([part], mode=mode, layout=layout, device=device)[0] for part in parts]

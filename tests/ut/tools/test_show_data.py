@@ -16,7 +16,7 @@ from mindspeed_mm.data import build_datasets
 from mindspeed_mm.data.images import cut_patches
 from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 from mindspeed_mm.tools.show_data.__main__ import main
-from mindspeed_mm.tools.show_data.pictures import frames_of
+from mindspeed_mm.tools.show_data.drawings import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
 from tests.helpers.tiny_data import checkpoint_config, write_dataset
 

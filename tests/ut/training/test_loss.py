@@ -13,7 +13,7 @@ from mindspeed_mm.backend.device import select_backend, start_processes, stop_pr
 from mindspeed_mm.training.loss import step_loss_weights
 
 COUNTS = [3, 1, 0, 7, 5, 2]  # supervised tokens of the samples of a step
-LAYOUT = SimpleNamespace(data_size=1, context_size=1)
+LAYOUT = SimpleNamespace(dp_size=1, context_size=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +62,7 @@ def test_default_is_the_mean_of_the_micro_batches_means():
     first, second = losses.split([sum(COUNTS[:3]), sum(COUNTS[3:])])
     assert loss_of([3, 3], "default", losses) == pytest.approx(float(first.mean() + second.mean()) / 2, rel=1e-6)
     assert loss_of([6], "default", losses) == pytest.approx(float(losses.mean()), rel=1e-6)
-    halves = SimpleNamespace(data_size=2, context_size=1)  # of two processes, this is one's part
+    halves = SimpleNamespace(dp_size=2, context_size=1)  # of two processes, this is one's part
     assert loss_of([6], "default", losses, halves) == pytest.approx(float(losses.mean()) / 2, rel=1e-6)
 
 
@@ -75,7 +75,7 @@ def test_processes_share_one_sum(monkeypatch, mode):
     for own in losses.split([sum(mine), sum(others)]):
         elsewhere = sum(share(count) for count in others)
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, elsewhere=elsewhere: tensor.add_(elsewhere))
-        layout = SimpleNamespace(data_size=2, context_size=1)
+        layout = SimpleNamespace(dp_size=2, context_size=1)
         batches = [batch(mine[:1]), batch(mine[1:])]
         weights = torch.cat(step_loss_weights(batches, mode=mode, layout=layout, device=torch.device("cpu")))
         total += float((weights.double() * own).sum())
