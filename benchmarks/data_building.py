@@ -26,7 +26,7 @@ from benchmarks.data_packing import PICTURES
 from benchmarks.data_throughput import PROCESSOR, TINY_MODEL, photographs
 from benchmarks.llava_conversion import SCRIPT, make_files
 from mindspeed_mm.config.data_config import DataConfig
-from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.config.schema import validate_config
 
 _SOURCES = 200
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, features
 
 from mindspeed_mm.config.data_config import DataConfig
-from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.data import ChatDataset, build_datasets, build_train_loader
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 

@@ -1,14 +1,13 @@
-"""Rules that join several flags, or flags with the model and the number of processes."""
+"""Rules that join several options, or options with the model and the number of ranks: each stands here only."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, cast
 
-from mindspeed_mm.config.flag import option_name
-from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.flags import TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
-from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.model_options import LossMode, ModelOptions
 from mindspeed_mm.errors import UserError
 
 
@@ -37,13 +36,13 @@ class ModelConfigLike(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is spread.
+    """How a global batch is split over ranks and micro-batches.
 
     Attributes:
-        world_size: processes of the job.
-        data_parallel_size: processes with different samples.
+        world_size: ranks of the job.
+        data_parallel_size: ranks with different samples.
         global_batch_size: samples per optimizer step.
-        micro_batches: forward passes per process and optimizer step.
+        micro_batches: forward passes per rank and optimizer step.
     """
 
     world_size: int
@@ -58,15 +57,8 @@ def check_flags(args: TrainingArgs) -> None:
     Raises:
         UserError: naming the flags and values that do not go together.
     """
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(args, name) > 1:
-            raise UserError(
-                f"{option_name(name)} {getattr(args, name)} is not supported: FSDP2 shards the parameters over all "
-                "processes already; set it to 1, and use --expert-model-parallel-size to spread the experts or "
-                "--context-parallel-size to split long sequences"
-            )
     if not args.use_torch_fsdp2:
-        raise UserError("--use-torch-fsdp2 is missing: FSDP2 is what sharding and compute types rest on; add it")
+        raise UserError("--use-torch-fsdp2 is missing: sharding and compute types are FSDP2's; add it")
     if args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr} exceeds --lr {args.lr}; lower it")
     if args.lr_warmup_init > args.lr:
@@ -88,12 +80,12 @@ def check_flags(args: TrainingArgs) -> None:
             "(--lr-decay-iters, or --train-iters)"
         )
     if args.exit_on_hang and not args.hang_watch_factor:
-        raise UserError("--exit-on-hang needs the watch that --hang-watch-factor 0 switches off; drop one of them")
+        raise UserError("--exit-on-hang needs the watchdog that --hang-watch-factor 0 switches off; drop one of them")
     for name in ("async_save", "keep_last", "keep_every"):
         if getattr(args, name) and args.save is None:
-            raise UserError(f"{option_name(name)} says how to save, and nothing is saved; add --save DIR")
+            raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")
     if args.keep_every is not None and args.keep_last is None:
-        raise UserError(f"--keep-every {args.keep_every} excepts steps from --keep-last; add --keep-last N")
+        raise UserError(f"--keep-every {args.keep_every} has no effect without --keep-last; add --keep-last N")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 
@@ -179,7 +171,44 @@ def join_expert_sizes(args: TrainingArgs, fsdp: FSDPConfig) -> TrainingArgs:
             f"{args.fsdp2_config_path}: expert_parallel_size {size} contradicts --expert-model-parallel-size "
             f"{args.expert_model_parallel_size}; leave it out of the file"
         )
-    return dataclasses.replace(args, expert_model_parallel_size=size)
+    return args.replace(expert_model_parallel_size=size)
+
+
+def loss_mode(args: TrainingArgs, model: ModelOptions) -> LossMode:
+    """Which mean of the token losses is minimised: by a flag, else ``loss_cfg.loss_type``, else ``default``.
+
+    Raises:
+        UserError: if both are given and differ.
+    """
+    flags: dict[LossMode, bool] = {
+        "per_token": args.calculate_per_token_loss, "per_sample": args.calculate_per_sample_loss
+    }
+    by_flag = next((mode for mode, given in flags.items() if given), None)
+    loss_type = model.loss_cfg.loss_type
+    by_file = None if loss_type is None else cast("LossMode", loss_type.removesuffix("_loss"))
+    if by_flag and by_file and by_flag != by_file:
+        raise UserError(
+            f"{args.mm_model}: loss_cfg.loss_type {loss_type} contradicts "
+            f"{option_name(f'calculate_{by_flag}_loss')}; keep one of the two"
+        )
+    return by_flag or by_file or "default"
+
+
+def router_aux_loss_coef(args: TrainingArgs, model: ModelOptions) -> float:
+    """Coefficient of the routers' load-balancing loss: the flag's, else the model file's, else 0.
+
+    The Hugging Face config's value of the same name, which the model was pretrained with, is not used.
+
+    Raises:
+        UserError: if both are given and differ.
+    """
+    by_flag, by_file = args.moe_aux_loss_coeff, model.loss_cfg.router_aux_loss_coef
+    if by_flag is not None and by_file is not None and by_flag != by_file:
+        raise UserError(
+            f"{args.mm_model}: loss_cfg.router_aux_loss_coef {by_file} contradicts --moe-aux-loss-coeff {by_flag}; "
+            "keep one of the two"
+        )
+    return next((value for value in (by_flag, by_file) if value is not None), 0.0)
 
 
 def check_sharding(args: TrainingArgs, *, sharding_size: int | str, world_size: int) -> None:

@@ -1,20 +1,22 @@
-"""From a command line to :class:`TrainingArgs`."""
+"""From a command line to :class:`TrainingArgs`. The parser is generated from the fields of ``flags.py``."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 import typing
 from collections.abc import Sequence
+from typing import Any
 
-from mindspeed_mm.config.files import nearest
-from mindspeed_mm.config.flag import METADATA_KEY, Flag, OneLineParser, converter, option_name
-from mindspeed_mm.config.flags import GROUPS, TrainingArgs
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mindspeed_mm.config.flags import SECTIONS, TrainingArgs, option_name
+from mindspeed_mm.config.schema import REFUSED, allowed_values, nearest, role_of, walk
 from mindspeed_mm.errors import UserError
 
-# Flags of Megatron that people add from habit, and what stands in their place.
+# Flags of Megatron that people add from habit, and their replacements.
 _ELSEWHERE = {
     "--bf16": "the compute type is param_dtype in the --fsdp2-config-path file",
     "--fp16": "the compute type is param_dtype in the --fsdp2-config-path file",
@@ -25,36 +27,25 @@ _ELSEWHERE = {
     "--finetune": "starting from a released checkpoint never loads optimizer or step count",
     "--check-for-nan-in-loss-and-grad": "--max-nonfinite-steps 0 stops at the first step that is not finite",
     "--exit-duration-in-mins": "send SIGUSR1 when the time is up (timeout -s USR1 ...): the run saves and stops",
-    "--moe-router-load-balancing-type": "--moe-aux-loss-coeff above 0 balances by the auxiliary loss; 0 does not",
+    "--moe-router-load-balancing-type": "--moe-aux-loss-coeff above 0 adds the load-balancing loss; 0 does not",
 }
 _NUMBER = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 
 
-def _declared(group: type) -> dict[str, Flag]:
-    fields = dataclasses.fields(group)
-    return {field.name: field.metadata[METADATA_KEY] for field in fields if METADATA_KEY in field.metadata}
-
-
-ACCEPTED_WITHOUT_EFFECT: dict[str, str] = {
-    option_name(name): declared.no_effect
-    for group in GROUPS for name, declared in _declared(group).items() if declared.no_effect
-}
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all flags, grouped by role. It sets only what the command line gives."""
+    """The parser of all flags, grouped by role. It sets only what the command line gives, as strings."""
     parser = OneLineParser(
         prog="pretrain_transformers.py",
-        usage="torchrun ... %(prog)s --mm-data FILE --mm-model FILE --seq-length TOKENS --train-iters N --lr X [flags]",
+        usage="torchrun ... %(prog)s --mm-data FILE --mm-model FILE --seq-length TOKENS --train-iters STEPS --lr X "
+        "[flags]",
         description="Fine-tune a Qwen3-VL model. Start it through torchrun; examples/qwen3vl has launchers.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for group in GROUPS:
-        section = parser.add_argument_group(group.__doc__)
-        hints = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            _add_flag(section, field, hints[field.name])
+    for section in SECTIONS:
+        group = parser.add_argument_group(section.__doc__)
+        for name, info in section.model_fields.items():
+            _add_flag(group, option_name(name), info)
     return parser
 
 
@@ -70,44 +61,57 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     namespace, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UserError(_explain_unknown(unknown))
-    values = vars(namespace)
-    missing = [
-        option_name(field.name)
-        for group in GROUPS
-        for field in dataclasses.fields(group)
-        if field.default is dataclasses.MISSING and field.name not in values
-    ]
-    if missing:
-        raise UserError(f"required and not given: {', '.join(missing)}")
-    return TrainingArgs(**values, given=frozenset(values))
+    try:
+        args = TrainingArgs.model_validate_strings(vars(namespace))
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+    for use in walk(args):
+        if use.role == REFUSED and use.value != use.info.default:
+            raise UserError(
+                f"{option_name(use.path)} {use.value} is not supported: {use.info.description}; "
+                f"set it to {use.info.default} or leave it out"
+            )
+    return args
 
 
-def describe_ignored(args: TrainingArgs) -> list[str]:
-    """One sentence for each flag that was given on the command line and changes nothing."""
-    options = {option_name(name) for name in args.given}
-    return [f"{option}: {reason}" for option, reason in ACCEPTED_WITHOUT_EFFECT.items() if option in options]
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> Any:
+        """Raise argparse's complaint as a UserError, in this project's words where those are clearer."""
+        message = message.removeprefix("argument ")
+        name, _, complaint = message.partition(": ")
+        if complaint.startswith("expected one argument"):
+            raise UserError(f"{name} needs a value")
+        if complaint.startswith("ignored explicit argument"):
+            raise UserError(f"{name} takes no value, but was given {complaint.split()[-1]}")
+        raise UserError(message)
 
 
-def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field, hint: object) -> None:
-    declared: Flag = field.metadata[METADATA_KEY]
-    name = option_name(field.name)
-    text = declared.no_effect or declared.text
-    if hint is bool:
-        section.add_argument(name, action="store_true", help=text.replace("%", "%%"))
+def _add_flag(group: argparse._ArgumentGroup, option: str, info: FieldInfo) -> None:
+    role = role_of(info)
+    text = f"must be {info.default}: {info.description}" if role == REFUSED else str(info.description)
+    if info.annotation is bool:
+        group.add_argument(option, action="store_const", const="true", help=text.replace("%", "%%"))
         return
-    kind = next(kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None))
-    if declared.choices:
-        text += f" ({' | '.join(declared.choices)})"
-    if field.default is dataclasses.MISSING:
+    choices, kind = _choices_and_kind(info.annotation)
+    if choices:
+        text += f" ({' | '.join(choices)})"
+    if info.is_required():
         text += " (required)"
-    elif field.default is not None:
-        text += f" (default: {field.default})"
-    section.add_argument(
-        name,
-        type=converter(name, kind, declared),
-        metavar=declared.metavar or {int: "N", float: "X", str: "WORD"}[kind],
-        help=text.replace("%", "%%"),
-    )
+    elif info.default is not None and role != REFUSED:
+        text += f" (default: {info.default})"
+    extra = typing.cast("dict[str, Any]", info.json_schema_extra)
+    metavar = extra.get("metavar") or {int: "N", float: "X"}.get(kind, "WORD")
+    group.add_argument(option, metavar=metavar, help=text.replace("%", "%%"))
+
+
+def _choices_and_kind(annotation: Any) -> tuple[tuple[str, ...], type]:
+    """The words of a Literal, else none, and the type of the value; None in a union is ignored."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation), str
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    return _choices_and_kind(members[0]) if members else ((), annotation)
 
 
 def _attach_negative_numbers(words: Sequence[str]) -> list[str]:
@@ -121,6 +125,16 @@ def _attach_negative_numbers(words: Sequence[str]) -> list[str]:
     return attached
 
 
+def _explain(error: ValidationError) -> str:
+    """The first wrong value, or all required flags that are missing."""
+    items = error.errors()
+    wrong = next((item for item in items if item["type"] != "missing"), None)
+    if wrong is None:
+        return f"required and not given: {', '.join(option_name(str(item['loc'][0])) for item in items)}"
+    name = str(wrong["loc"][0])
+    return f"{option_name(name)} is {wrong['input']}; {allowed_values(wrong, TrainingArgs.model_fields[name])}"
+
+
 def _explain_unknown(unknown: list[str]) -> str:
     first = next((word for word in unknown if word.startswith("-")), None)
     if first is None:
@@ -128,5 +142,5 @@ def _explain_unknown(unknown: list[str]) -> str:
     name = first.split("=")[0]
     if name in _ELSEWHERE:
         return f"unknown flag {name}: {_ELSEWHERE[name]}"
-    guess = nearest(name.replace("_", "-"), [option_name(known) for group in GROUPS for known in _declared(group)])
+    guess = nearest(name.replace("_", "-"), [option_name(known) for known in TrainingArgs.model_fields])
     return f"unknown flag {name}; " + (f"did you mean {guess}?" if guess else "--help lists all flags")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from mindspeed_mm.config.fields import REQUIRED, StrictModel, effective, no_effect, refused
+from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused
 
 
 def _comma_separated(names: str) -> list[str]:

@@ -1,18 +1,13 @@
-"""Reading JSON and YAML files into typed models, with errors a user can act on."""
+"""Reading JSON and YAML files into typed models."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from mindspeed_mm.config.fields import REFUSED, StrictModel, walk
+from mindspeed_mm.config.schema import Model, validate_config
 from mindspeed_mm.errors import UserError
-
-Model = TypeVar("Model", bound=StrictModel)
 
 
 def load_config(path: str | Path, model: type[Model], *, flag: str, allow_empty: bool = False) -> Model:
@@ -42,33 +37,6 @@ def load_config(path: str | Path, model: type[Model], *, flag: str, allow_empty:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; it must hold an object with named fields")
     return validate_config(content, model, source=str(path))
-
-
-def validate_config(content: dict[str, Any], model: type[Model], *, source: str) -> Model:
-    """Check parsed ``content`` against ``model``; ``source`` names it in messages.
-
-    Raises:
-        UserError: for the first mistake, telling how many more there are.
-    """
-    try:
-        config = model.model_validate(content)
-    except ValidationError as error:
-        messages = [_explain(item, model) for item in error.errors()]
-        more = f" (mistakes in this file: {len(messages)})" if len(messages) > 1 else ""
-        raise UserError(f"{source}: {messages[0]}{more}") from None
-    for use in walk(config):
-        if use.role == REFUSED and use.value != use.info.default:
-            raise UserError(
-                f"{source}: {use.path} is {_show(use.value)}, but {use.info.description}; "
-                f"set it to {_show(use.info.default)} or leave it out"
-            )
-    return config
-
-
-def nearest(word: str, known: list[str]) -> str | None:
-    """The entry of ``known`` that ``word`` was probably meant to be, or None."""
-    matches = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return matches[0] if matches else None
 
 
 def _parse_json(text: str, path: Path) -> Any:
@@ -112,67 +80,3 @@ def _parse_yaml(text: str, path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
-
-
-def _explain(item: Any, model: type[BaseModel]) -> str:
-    """One pydantic error as a phrase: the dotted path, the value found and what is allowed."""
-    names, owner = _resolve(item["loc"], model)
-    path = ".".join(names) or "the file"
-    kind, context = item["type"], item.get("ctx", {})
-    if kind == "extra_forbidden":
-        return _unknown_key(names, owner, model)
-    if kind == "missing":
-        return f"{path} is missing; add it"
-    if kind == "value_error":
-        message = str(context["error"])
-        return f"{path} is {_show(item['input'])}; it {message}" if message.startswith("must") else f"{path}: {message}"
-    if kind == "literal_error":
-        return f"{path} is {_show(item['input'])}; choose {context['expected'].replace(chr(39), '')}"
-    expected = {
-        "string_type": "a string", "int_type": "a whole number", "int_from_float": "a whole number",
-        "float_type": "a number", "bool_type": "true or false", "list_type": "a list",
-        "model_type": "an object with named fields", "model_attributes_type": "an object with named fields",
-        "greater_than": f"greater than {context.get('gt')}", "less_than": f"less than {context.get('lt')}",
-        "greater_than_equal": f"at least {context.get('ge')}", "less_than_equal": f"at most {context.get('le')}",
-    }.get(kind)
-    wanted = f"it must be {expected}" if expected else item["msg"]
-    return f"{path} is {_show(item['input'])}; {wanted}"
-
-
-def _resolve(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """Path of a pydantic location, and the model that its last key belongs to."""
-    names: list[str] = []
-    owner = model
-    for depth, part in enumerate(location):
-        names.append(str(part))
-        info = owner.model_fields.get(str(part))
-        kind = info.annotation if info else None
-        if depth + 1 < len(location) and isinstance(kind, type) and issubclass(kind, BaseModel):
-            owner = kind
-    return names, owner
-
-
-def _unknown_key(names: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str:
-    path, key = ".".join(names), names[-1]
-    elsewhere = [other for other in _all_paths(root) if other.rsplit(".", 1)[-1] == key]
-    if elsewhere:
-        return f"{path} is unknown here; did you mean {elsewhere[0]}?"
-    guess = nearest(key, list(owner.model_fields))
-    if guess:
-        return f"{path} is unknown; did you mean {'.'.join([*names[:-1], guess])}?"
-    return f"{path} is unknown; known here: {', '.join(owner.model_fields)}"
-
-
-def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    paths = []
-    for name, info in model.model_fields.items():
-        paths.append(prefix + name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            paths += _all_paths(info.annotation, f"{prefix}{name}.")
-    return paths
-
-
-def _show(value: Any) -> str:
-    """A value as its JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from mindspeed_mm.config.fields import StrictModel, effective, no_effect, refused
+from mindspeed_mm.config.schema import StrictModel, effective, no_effect, refused
 
 
 class FSDPConfig(StrictModel):

@@ -1,8 +1,7 @@
-"""Everything that one training run is told: the flags and the four files they name."""
+"""The configuration of one training run: the flags and the four files they name, as one tree."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +16,22 @@ from mindspeed_mm.config.checks import (
     check_parallel,
     check_sharding,
     join_expert_sizes,
+    loss_mode,
+    router_aux_loss_coef,
 )
-from mindspeed_mm.config.command_line import describe_ignored, parse_args
+from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.data_config import DataConfig
-from mindspeed_mm.config.fields import NO_EFFECT, walk
 from mindspeed_mm.config.files import load_config
-from mindspeed_mm.config.flag import option_name
-from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.flags import TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
-from mindspeed_mm.config.loss_choice import LossMode, loss_mode, router_aux_loss_coef
-from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.model_options import LossMode, ModelOptions
+from mindspeed_mm.config.schema import NO_EFFECT, StrictModel, walk
 from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class JobConfig:
-    """Flags and files, checked against each other as far as that needs neither model nor device."""
+class JobConfig(StrictModel):
+    """Flags and files as one tree, checked against each other as far as that needs neither model nor device."""
 
     args: TrainingArgs
     data: DataConfig
@@ -44,12 +42,12 @@ class JobConfig:
     @property
     def loss_mode(self) -> LossMode:
         """Which mean of the token losses is minimised."""
-        return loss_mode(self.args, self.model, file=self.args.mm_model)
+        return loss_mode(self.args, self.model)
 
     @property
     def router_aux_loss_coef(self) -> float:
-        """Share of the routers' load-balancing loss; 0 for none."""
-        return router_aux_loss_coef(self.args, self.model, file=self.args.mm_model)
+        """Coefficient of the routers' load-balancing loss; 0 for none."""
+        return router_aux_loss_coef(self.args, self.model)
 
     def check_world(self, *, world_size: int) -> BatchPlan:
         """Check the degrees, batch and sharding sizes against the number of processes.
@@ -79,7 +77,10 @@ class JobConfig:
         """Sentences that name each flag or field that was given and changes nothing, with the reason."""
         files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
-        sentences = describe_ignored(self.args)
+        sentences = [
+            f"{option_name(use.path)}: {use.info.description}"
+            for use in walk(self.args) if use.role == NO_EFFECT and use.given
+        ]
         for path, config in files:
             groups: dict[tuple[str, str], list[str]] = {}
             for use in walk(config):
@@ -92,9 +93,8 @@ class JobConfig:
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """What a checkpoint's manifest records of the run, as plain JSON values."""
-        flags = dataclasses.asdict(self.args)
         return {
-            "flags": {option_name(name): flags[name] for name in sorted(self.args.given)},
+            "flags": {option_name(name): getattr(self.args, name) for name in sorted(self.args.given)},
             "data": self.data.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
             "fsdp2": self.fsdp.model_dump(mode="json"),
@@ -123,13 +123,13 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
     plan = check_parallel(args, world_size=world_size)
     check_sharding(args, sharding_size=fsdp.sharding_size, world_size=world_size)
     job = JobConfig(
-        args=dataclasses.replace(args, global_batch_size=plan.global_batch_size),
+        args=args.replace(global_batch_size=plan.global_batch_size),
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
         model=load_config(args.mm_model, ModelOptions, flag="--mm-model"),
         fsdp=fsdp,
         tools=tools,
     )
-    # both join a flag with a field; a contradiction is told here
+    # properties that join a flag with a field of a file: raise here where the two contradict each other
     _ = job.loss_mode, job.router_aux_loss_coef
     return job
 

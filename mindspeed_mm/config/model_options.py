@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mindspeed_mm.config.fields import REQUIRED, StrictModel, effective, no_effect, refused
+from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused
 
 LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
+LossMode = Literal["default", "per_sample", "per_token", "square"]
+"""The values of ``LossType`` without their ending."""
 AttentionName = Literal["eager", "sdpa", "products", "varlen", "flash_attention_2", "npu_fusion_attention"]
 
 _CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm.backend.transfer import upload
+from mindspeed_mm.config.model_options import LossMode
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.parallel.mesh import Layout
-
-LossMode = Literal["per_token", "per_sample", "square", "default"]
 
 
 def step_loss_weights(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mindspeed_mm.config.data_config import DataConfig
-from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from tests.helpers.tiny_config import tiny_config
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer

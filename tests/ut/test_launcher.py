@@ -319,7 +319,7 @@ def test_summary_of_a_short_run_leaves_out_the_warm_up(workplace, tmp_path):
 
 
 def test_the_example_files_are_what_the_models_expect():
-    from mindspeed_mm.config import load_job_config
+    from mindspeed_mm.config.job import load_job_config
 
     examples = ROOT / "examples/qwen3vl"
     recipe = load_job_config(
@@ -343,7 +343,7 @@ def test_the_example_files_are_what_the_models_expect():
 )
 def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size, kind, layers, processes):
     """The launcher gets as far as the weights that are not there, with flags and files that load and fit together."""
-    from mindspeed_mm.config import load_job_config
+    from mindspeed_mm.config.job import load_job_config
 
     examples = ROOT / "examples/qwen3vl"
     launcher = examples / f"finetune_qwen3vl_{size}.sh"

@@ -70,7 +70,7 @@ def test_arguments_load_without_torch():
     ("path", "source"),
     [
         ("mindspeed_mm/errors.py", "import mindspeed_mm.backend"),
-        ("mindspeed_mm/backend/device.py", "from mindspeed_mm.config import parse_args"),
+        ("mindspeed_mm/backend/device.py", "from mindspeed_mm.config.command_line import parse_args"),
         ("mindspeed_mm/backend/device.py", "from ..arguments import parse_args"),
         ("mindspeed_mm/backend/__init__.py", "from .. import arguments"),
         ("mindspeed_mm/config/flags.py", "from mindspeed_mm.models import geometry"),

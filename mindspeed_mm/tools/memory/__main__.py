@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.config.checks import check_degrees, check_flags, check_parallel, check_sharding
-from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.command_line import OneLineParser, parse_args
 from mindspeed_mm.config.data_config import DataConfig, PreprocessParameters
 from mindspeed_mm.config.files import load_config
-from mindspeed_mm.config.flag import OneLineParser
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
@@ -78,7 +77,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
             words += [name, value]
     args = parse_args([*words, "--use-torch-fsdp2"])
     check_flags(args)
-    args = dataclasses.replace(args, global_batch_size=check_parallel(args, world_size=options.nproc).global_batch_size)
+    args = args.replace(global_batch_size=check_parallel(args, world_size=options.nproc).global_batch_size)
     model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
     fsdp = FSDPConfig()
     if args.fsdp2_config_path is not None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.config import DataConfig, FSDPConfig, ModelOptions, ToolsConfig
-from mindspeed_mm.config.fields import EFFECTIVE, NO_EFFECT, REFUSED, StrictModel, role_of
-from mindspeed_mm.config.files import load_config, validate_config
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.schema import EFFECTIVE, NO_EFFECT, REFUSED, StrictModel, role_of, validate_config
+from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[3] / "mindspeed_mm"
@@ -58,7 +61,7 @@ def test_each_field_has_one_role_and_says_what_it_does(name, info):
 
 def test_effective_fields_are_read_somewhere():
     """A field that no code reads would be ignored in silence."""
-    declarations = {"data_config.py", "model_config.py", "fsdp_config.py", "tools_config.py"}
+    declarations = {"data_config.py", "model_options.py", "fsdp_config.py", "tools_config.py"}
     sources = [path for path in PACKAGE.rglob("*.py") if path.name not in declarations]
     sources += [PACKAGE.parent / "pretrain_transformers.py"]
     text = "\n".join(path.read_text() for path in sources if path.exists())

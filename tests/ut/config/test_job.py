@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mindspeed_mm.config import check_data_files, check_model_config, check_weights, load_job_config
+from mindspeed_mm.config.checks import check_model_config
+from mindspeed_mm.config.job import check_data_files, check_weights, load_job_config
 from mindspeed_mm.errors import UserError
 
 
@@ -224,7 +225,7 @@ def test_router_coefficient_from_flag_or_file(place):
     for other in ("0.01", "0"):
         with pytest.raises(UserError, match="router_aux_loss_coef 0.001 contradicts --moe-aux-loss-coeff 0"):
             load_job_config(_words(place, "--moe-aux-loss-coeff", other))
-    with pytest.raises(UserError, match="--moe-aux-loss-coeff -1 is out of range"):
+    with pytest.raises(UserError, match="--moe-aux-loss-coeff is -1; it must be at least 0"):
         load_job_config(_words(place, "--moe-aux-loss-coeff", "-1"))
     load_job_config(_words(place)).check_model_config(Geometry())
     with pytest.raises(UserError, match="router_aux_loss_coef 0.001 needs routers, and this model has none"):

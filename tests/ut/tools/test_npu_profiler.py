@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mindspeed_mm.backend.profiling import NpuProfiler
-from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.tools.profiler import StepTools

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from mindspeed_mm.backend.profiling import TorchProfiler
-from mindspeed_mm.config.files import validate_config
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.config.tools_config import DYNAMIC_FILE, ToolsConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.tools.profiler import StepTools
