@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
 from mindspeed_mm.checkpoint.loader import load_tensors
@@ -81,7 +82,7 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
     """One process of the measurement; rank 0 prints what was measured as JSON."""
     torch.set_num_threads(1)
     backend = select_backend("cpu")
-    start_processes(backend, timeout_minutes=10)
+    init_distributed(backend, timeout_minutes=10)
     state = State(int(gigabytes * 1e9))
     savers = {
         way: CheckpointManager(
@@ -122,7 +123,7 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
             **{f"load_{check}": seconds for check, seconds in loads.items()},
         }
         print("RESULT " + json.dumps(result), flush=True)
-    stop_processes()
+    shutdown_distributed()
 
 
 def time_loads(root: Path, state: State, repeats: int) -> dict[str, float]:

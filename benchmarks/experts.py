@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.workload import WIDTHS
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, token_permuter
-from mindspeed_mm.backend.kernels.permutation import row_sum
+from mindspeed_mm.backend.kernels.registry import combine_kernel, expert_kernel, expert_kernel_name, token_permuter
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher
 from mindspeed_mm.parallel.fsdp import DTYPES
 
@@ -55,14 +54,14 @@ def implementations(
     chosen = expert_kernel_name(
         fused=True, hidden_size=width, intermediate_size=inner, device=backend.name, dtype=dtype
     )
-    names = {"loop": "loop"}
+    names = {"reference": "reference"}
     if hasattr(F, "grouped_mm"):
         names["grouped"] = "grouped_mm"
     names["chosen"] = chosen
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     for label, name in names.items():
         kernel = expert_kernel(name, device=backend.name)
-        permuter = token_permuter(IndexPermuter(row_sum(device=backend.name)), fused=True, device=backend.name)
+        permuter = token_permuter(IndexPermuter(combine_kernel(device=backend.name)), fused=True, device=backend.name)
         dispatch = LocalDispatcher(permuter)
         title = f"ours, chosen ({name})" if label == "chosen" else f"ours, {name}"
         found[title] = lambda tokens, weights, experts, kernel=kernel, dispatch=dispatch: dispatch(

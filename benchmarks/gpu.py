@@ -31,9 +31,10 @@ from benchmarks import experts
 from benchmarks.runners import HuggingFaceRunner, OurRunner, Steps, cut, pack, tokens
 from benchmarks.small_operators import measure as measure_small_operators
 from benchmarks.workload import draw_samples, geometry_config, photographs
-from mindspeed_mm.backend.device import Backend, select_backend, start_processes, stop_processes
-from mindspeed_mm.backend.kernels.attention import attention_kernel
+from mindspeed_mm.backend.device import Backend, select_backend
+from mindspeed_mm.backend.kernels.registry import attention_kernel
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
@@ -286,7 +287,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/performance_gpu.md"), help="page to write")
     options = parser.parse_args()
     backend = select_backend(options.device)
-    start_processes(backend, timeout_minutes=10)
+    init_distributed(backend, timeout_minutes=10)
     bench = Bench(backend, options.tiny, time.perf_counter() + 60 * options.minutes - 10, options.output)
     few, many = options.layers or _layers(bench, frozen=False), _layers(bench, frozen=True)
     bench.run("Environment", 10, environment)
@@ -309,7 +310,7 @@ def main() -> None:
     bench.run("All parameters trained, packed to 8k tokens, small operators compiled", 120, lambda b: _ours(
         b, layers=few, frozen=False, accumulation=1 if b.tiny else 8, packed=True, compiled=True))
     bench.run("Small operators, forward and backward", 60, small_operators)
-    stop_processes()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     import torch
     import torch.distributed as dist
 
-    from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+    from mindspeed_mm.backend.device import select_backend
+    from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
     from mindspeed_mm.checkpoint.directory import resolve_checkpoint
     from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
     from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
@@ -58,7 +59,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
 
     torch.set_num_threads(1)
     backend = select_backend("cpu")
-    start_processes(backend, timeout_minutes=10)
+    init_distributed(backend, timeout_minutes=10)
     norm = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
     with torch.device("meta"):
         model = build_model(Qwen3VLConfig.from_pretrained(hf), ModelBuildOptions(), pixel_norm=norm, device="cpu")
@@ -84,7 +85,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
         state = TrainingState(model, None, backend, with_rng=False)
         options = SaveOptions(directory.with_name("saved"))
         CheckpointManager(state, options, backend=backend, say=lambda line: None).start(Progress(iteration=1))
-    stop_processes()
+    shutdown_distributed()
 
 
 def measure(work: Path, source: str, ranks: int, expert_size: int, *, save: bool = False) -> list[dict[str, int]]:

@@ -54,7 +54,7 @@ def initialise(model: nn.Module, seed: int = 0) -> None:
 
 
 class OurRunner:
-    """This project's trainer on one process (start_processes first)."""
+    """This project's trainer on one process (init_distributed first)."""
 
     def __init__(
         self,

@@ -29,12 +29,13 @@ def work(options: argparse.Namespace) -> None:
     """One of the processes: train, and print the median on the first."""
     from benchmarks.runners import OurRunner, cut, tokens
     from benchmarks.workload import draw_samples, geometry_config
-    from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+    from mindspeed_mm.backend.device import select_backend
+    from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
     torch.set_num_threads(1)
     backend = select_backend("cpu")
-    start_processes(backend, timeout_minutes=5)
+    init_distributed(backend, timeout_minutes=5)
     rank = int(os.environ["RANK"])
     model_config = Qwen3VLConfig.from_config(geometry_config(options.size))
     samples = draw_samples(4 * options.accumulation, model_config, min_pixels=16384, max_pixels=65536)
@@ -53,7 +54,7 @@ def work(options: argparse.Namespace) -> None:
         runner.close()
     if rank == 0:
         print(json.dumps({"seconds": seconds, "tokens": tokens(steps)[0]}), flush=True)
-    stop_processes()
+    shutdown_distributed()
 
 
 def launch(processes: int, options: argparse.Namespace, *, groups: int = 1) -> dict[str, float]:

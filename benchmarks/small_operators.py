@@ -1,10 +1,10 @@
-"""Norm, rotary positions, SwiGLU and router: torch's operators one by one, by hand, and by torch.compile.
+"""RMSNorm, rotary embedding, SwiGLU and router: torch's operators, custom autograd functions and torch.compile.
 
     python -m benchmarks.small_operators [--device cpu] [--sizes tiny 100m] [--precisions fp32 bf16]
         [--output small_operators.json]
 
-Forward and backward. `chosen` is what a model gets on this device. The compiled functions are compiled once for every
-number of tokens (dynamic shapes); the table says how long that takes and how often it happens over six numbers.
+Times forward and backward. `chosen` is the model's kernel on this device. The compiled functions have dynamic
+shapes; the table gives the number of compilations over six token counts, and their time.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from torch._dynamo.utils import counters
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.workload import WIDTHS
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.kernels import autograd_functions
 from mindspeed_mm.backend.kernels.elementwise import (
     SwigluKernel,
-    rms_norm_kernel,
-    rotary_kernel,
-    swiglu_kernel,
+    autograd_rms_norm,
+    autograd_rotary,
     torch_rms_norm,
     torch_rotary,
     torch_swiglu,
 )
+from mindspeed_mm.backend.kernels.registry import rms_norm_kernel, rotary_kernel, swiglu_kernel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = {"tiny": 1040, "100m": 1040, "30b": 8192}
@@ -39,7 +38,7 @@ Operation = Callable[..., Tensor]
 
 
 class _Swiglu(torch.autograd.Function):
-    """As the expert kernels do it within their own: what comes out is made again in backward."""
+    """SwiGLU as inside the expert kernels, recomputed in backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, kernel: SwigluKernel) -> Tensor:
@@ -49,17 +48,17 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.kernel.again(*ctx.saved_tensors, grad)[1], None
+        return ctx.kernel.backward(*ctx.saved_tensors, grad)[1], None
 
 
 def router(logits: Tensor, *, top_k: int) -> Tensor:
-    """[T, E] -> weights [T, k]; as in models/moe.py, behind its product."""
+    """[T, E] -> weights [T, k]; the router of models/layers/moe.py, after its product."""
     weights, _ = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
     return (weights / weights.sum(dim=-1, keepdim=True)).to(logits.dtype)
 
 
 def operations(size: str, backend: Backend) -> dict[str, tuple[dict[str, Operation], Callable[[int], list[Tensor]]]]:
-    """Name -> (implementations, what makes the inputs for a number of tokens)."""
+    """Name -> (implementations, inputs for a number of tokens)."""
     text = WIDTHS[size]["text"]
     width, heads, head_dim = text["hidden_size"], text["num_attention_heads"], text["head_dim"]
     experts, top_k, inner = text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"]
@@ -67,26 +66,27 @@ def operations(size: str, backend: Backend) -> dict[str, tuple[dict[str, Operati
     def with_eps(kernel: Operation) -> Operation:
         return lambda hidden, weight: kernel(hidden, weight, 1e-6)
 
-    norms = {"torch": with_eps(torch_rms_norm), "by hand": with_eps(autograd_functions.rms_norm),
+    norms = {"torch": with_eps(torch_rms_norm), "autograd": with_eps(autograd_rms_norm),
              "chosen": with_eps(rms_norm_kernel(device=backend.name)),
              "compiled": with_eps(rms_norm_kernel(device=backend.name, compiled=True))}
     routed = functools.partial(router, top_k=top_k)
-    by_us, by_compiler = (functools.partial(_swiglu, kernel=swiglu_kernel(compiled=compiled))
-                          for compiled in (False, True))
+    eager_swiglu, compiled_swiglu = (
+        functools.partial(_swiglu, kernel=swiglu_kernel(compiled=compiled)) for compiled in (False, True)
+    )
     return {
         "norm": (norms, lambda tokens: [torch.randn(tokens, width), torch.ones(width)]),
         "head norm": (norms, lambda tokens: [torch.randn(tokens, heads, head_dim), torch.ones(head_dim)]),
         "rotary": (
             {
                 "torch": torch_rotary,
-                "by hand": autograd_functions.rotary,
+                "autograd": autograd_rotary,
                 "chosen": rotary_kernel(device=backend.name),
                 "compiled": rotary_kernel(device=backend.name, compiled=True),
             },
             lambda tokens: [torch.randn(tokens, heads, head_dim), *torch.randn(2, tokens, 1, head_dim)],
         ),
         "SwiGLU": (
-            {"torch": torch_swiglu, "by hand": by_us, "chosen": by_us, "compiled": by_compiler},
+            {"torch": torch_swiglu, "autograd": eager_swiglu, "chosen": eager_swiglu, "compiled": compiled_swiglu},
             lambda tokens: [torch.randn(tokens * top_k, 2 * inner)],
         ),
         "router": (
@@ -140,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     backend = prepare(options)
     rows = []
-    columns = ("torch", "by hand", "chosen", "compiled")
+    columns = ("torch", "autograd", "chosen", "compiled")
     print(f"| widths | precision | operation | {' ms | '.join(columns)} ms | compilations | s for them |\n"
           + "| --- " * 9 + "|")
     for size in options.sizes:

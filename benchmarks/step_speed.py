@@ -22,7 +22,8 @@ import torch
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.runners import HuggingFaceRunner, OurRunner, cut, tokens
 from benchmarks.workload import draw_samples, geometry_config, photographs
-from mindspeed_mm.backend.device import Backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import Backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 
@@ -109,7 +110,7 @@ def main() -> None:
     # oneDNN keeps 1024 prepared products, enough for one model; here five would drive out one another's
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
     backend = prepare(options)
-    start_processes(backend, timeout_minutes=10)
+    init_distributed(backend, timeout_minutes=10)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {photographs()[1]}")
     rows = []
     for model in options.models:
@@ -122,7 +123,7 @@ def main() -> None:
             )
             print(f"{model:5} {precision} {row['parameters'] / 1e6:.0f} M | {listed} | "
                   f"{row['ratio']:.2f}x {row['best_hugging_face']}", flush=True)
-    stop_processes()
+    shutdown_distributed()
     write_results(options, rows)
 
 

@@ -1,4 +1,4 @@
-"""Activations in the host's memory, and waiting for the device: what differs between devices when memory is short."""
+"""Activation offload to host memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Offload = Callable[[Sequence[nn.Module]], contextlib.AbstractContextManager[None]]
-"""Makes a context for the forward pass of the given layers, in which autograd keeps its tensors elsewhere."""
+"""Returns a context for the forward pass of the given layers, in which autograd saves its tensors elsewhere."""
 
 
 def synchronizer(*, device: str) -> Callable[[], None]:
-    """What waits until ``device`` has done all work queued so far; on a CPU there is nothing to wait for."""
+    """A function that blocks until ``device`` has finished all queued work; on a CPU it does nothing."""
     return _nothing if device == "cpu" else getattr(torch, device).synchronize
 
 
@@ -25,7 +25,7 @@ def _nothing() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _OnHost:
-    """A tensor's values in the host's memory, and what it takes to make the same tensor of them."""
+    """A tensor's values in host memory, with its device, shape and strides."""
 
     values: Tensor
     device: torch.device
@@ -35,29 +35,29 @@ class _OnHost:
 
     @classmethod
     def store(cls, tensor: Tensor, *, pinned: bool) -> _OnHost:
-        once = tensor
+        base = tensor
         for axis, step in enumerate(tensor.stride()):
             if step == 0:  # repeated by expand()
-                once = once.narrow(axis, 0, 1)
-        values = torch.empty(once.shape, dtype=once.dtype, device="cpu", pin_memory=pinned)
-        values.copy_(once, non_blocking=pinned)
+                base = base.narrow(axis, 0, 1)
+        values = torch.empty(base.shape, dtype=base.dtype, device="cpu", pin_memory=pinned)
+        values.copy_(base, non_blocking=pinned)
         return cls(values, tensor.device, tensor.shape, tensor.stride(), pinned)
 
     def restore(self) -> Tensor:
         dense = self.values.to(self.device, non_blocking=self.pinned)
         stride = [step or own for step, own in zip(self.stride, dense.stride(), strict=True)]
         if list(dense.stride()) != stride:
-            # the order in memory decides how a product is computed, and so its last bits
+            # the memory layout decides how a product is computed, and so its last bits
             dense = torch.empty_strided(dense.shape, stride, dtype=dense.dtype, device=self.device).copy_(dense)
         return dense.expand(self.shape)
 
 
 def host_offload(*, device: str) -> Offload:
-    """Keep what autograd saves in the host's memory, page-locked where the device is an accelerator.
+    """Keep the tensors that autograd saves in host memory, pinned if the device is an accelerator.
 
-    The copies run in the device's own order of work, each at the place where autograd saves or wants its tensor, so
-    nothing has to wait for the host. Weights and integers stay where they are. On a CPU the tensors are copied within
-    the host's memory: this saves nothing, and makes a recipe that offloads run everywhere.
+    The copies are enqueued on the device's current stream where autograd saves or reads a tensor, so there is no
+    host-device synchronisation. Weights and integer tensors stay on the device. On a CPU the tensors are copied within
+    host memory: this saves nothing, but configurations with offload run everywhere.
     """
     pinned = device != "cpu"
 
@@ -78,11 +78,11 @@ def host_offload(*, device: str) -> Offload:
 
 
 def _is_weight(tensor: Tensor, layers: Sequence[nn.Module]) -> bool:
-    """Whether ``tensor`` is a parameter of the layers or a view of one, as it is gathered at present."""
-    place = tensor.untyped_storage().data_ptr()
+    """Whether ``tensor`` is a parameter of the layers, as gathered now, or a view of one."""
+    storage = tensor.untyped_storage().data_ptr()
     for layer in layers:
         for parameter in layer.parameters():
             local = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter
-            if local.untyped_storage().data_ptr() == place:
+            if local.untyped_storage().data_ptr() == storage:
                 return True
     return False

@@ -1,49 +1,179 @@
-"""The choice of this process's device, and its process group."""
+"""Devices behind one interface, and the selection of this process's device.
+
+A device is the host (``Backend``) or an accelerator with a module ``torch.<name>`` (``Accelerator``).
+"""
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 
 from mindspeed_mm.backend import has_torch_npu, npu
-from mindspeed_mm.backend.accelerator import Backend, Cuda
-from mindspeed_mm.backend.fsdp_compat import mend_fsdp
-from mindspeed_mm.backend.rendezvous import group_store, interface_towards
+from mindspeed_mm.backend.profiling import NpuProfiler, Profiler, TorchProfiler
 from mindspeed_mm.errors import UserError
 
-_KINDS: dict[str, type[Backend]] = {"cpu": Backend, "cuda": Cuda, "npu": npu.Npu}
-__all__ = [
-    "Backend",
-    "communication_note",
-    "find_device",
-    "known_devices",
-    "load_device",
-    "select_backend",
-    "start_processes",
-    "stop_processes",
-]
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """The device of one rank; this class is the CPU.
+
+    Attributes:
+        device: the torch device.
+        communication: its collective library.
+        deterministic_variables: environment variables that make its libraries deterministic.
+    """
+
+    device: torch.device
+    communication: ClassVar[str] = "gloo"
+    deterministic_variables: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def name(self) -> str:
+        """Kind of device, as ``--device`` takes it."""
+        return self.device.type
+
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether the device has its own memory and streams."""
+        return False
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished all work queued so far."""
+
+    def peak_memory_bytes(self) -> int:
+        """Peak of allocated device memory; on a CPU the peak resident size of the process."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def rng_state(self) -> dict[str, torch.Tensor]:
+        """States of the host's and the device's random generators, as uint8 tensors on the host."""
+        return {"cpu": torch.get_rng_state()}
+
+    def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore the states that :meth:`rng_state` returned; a generator without an entry keeps its state."""
+        if "cpu" in state:  # a rank that did not exist in the saving run has no entry
+            torch.set_rng_state(state["cpu"])
+
+    def seed(self, seed: int) -> None:
+        """Seed the host's and the device's generators."""
+        torch.manual_seed(seed)
+
+    def use_deterministic_kernels(self) -> None:
+        """Use deterministic kernels only; to be called before the device or its collectives are used.
+
+        An operation without a deterministic kernel raises. gloo reduces in a fixed order; the other collective
+        libraries do so by their environment variables, which are set unless the user has set them.
+        """
+        for name, value in self.deterministic_variables.items():
+            os.environ.setdefault(name, value)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, not needed for determinism
+
+    def profiler(self) -> Profiler:
+        """The device's profiler."""
+        return TorchProfiler([torch.profiler.ProfilerActivity.CPU])
+
+    def memory_history(self) -> Any | None:
+        """The device's memory module (``_record_memory_history``, ``_dump_snapshot``), or None where it has none."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator(Backend):
+    """A device with a module ``torch.<name>``."""
+
+    @property
+    def module(self) -> ModuleType:
+        """``torch.cuda`` or its like."""
+        return getattr(torch, self.name)
+
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether the device has its own memory and streams."""
+        return True
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished all work queued so far."""
+        self.module.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Peak of allocated device memory."""
+        return int(self.module.max_memory_allocated())
+
+    def rng_state(self) -> dict[str, torch.Tensor]:
+        """States of the host's and the device's random generators, as uint8 tensors on the host."""
+        return {**super().rng_state(), self.name: self.module.get_rng_state().cpu()}
+
+    def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore the states that :meth:`rng_state` returned; states of another kind of device are ignored."""
+        super().set_rng_state(state)
+        if self.name in state:
+            self.module.set_rng_state(state[self.name])
+
+    def seed(self, seed: int) -> None:
+        """Seed the host's and the device's generators."""
+        super().seed(seed)
+        self.module.manual_seed_all(seed)
+
+    def memory_history(self) -> Any | None:
+        """The device's memory module (``_record_memory_history``, ``_dump_snapshot``)."""
+        return self.module.memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuda(Accelerator):
+    """A GPU."""
+
+    communication: ClassVar[str] = "nccl"
+    deterministic_variables: ClassVar[Mapping[str, str]] = {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"
+    }
+
+    def profiler(self) -> Profiler:
+        """Profiles the host and the GPU."""
+        return TorchProfiler([torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA])
+
+
+@dataclasses.dataclass(frozen=True)
+class Npu(Accelerator):
+    """An Ascend NPU; torch_npu provides ``torch.npu``."""
+
+    communication: ClassVar[str] = "hccl"
+    deterministic_variables: ClassVar[Mapping[str, str]] = {
+        "HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0"
+    }
+
+    def profiler(self) -> Profiler:
+        """torch_npu's profiler, which replaces torch's."""
+        return NpuProfiler()
+
+
+_KINDS: dict[str, type[Backend]] = {"cpu": Backend, "cuda": Cuda, "npu": Npu}
 
 
 def known_devices() -> tuple[str, ...]:
-    """Names that ``--device`` takes besides ``auto``."""
+    """Values of ``--device`` besides ``auto``."""
     return tuple(_KINDS)
 
 
-def find_device(name: str = "auto", *, processes: int = 0) -> str:
+def find_device(name: str = "auto", *, local_ranks: int = 0) -> str:
     """The kind of device to use.
 
     Args:
-        name: what ``--device`` says; ``auto`` for the best there is.
-        processes: how many the device must serve on this machine.
+        name: the value of ``--device``; ``auto`` selects an NPU, else a GPU, else the CPU.
+        local_ranks: ranks on this machine; each accelerator rank needs a device of its own.
 
     Returns:
         ``cpu``, ``cuda`` or ``npu``.
 
     Raises:
-        UserError: if ``name`` is unknown, that device is not usable here, or there are fewer of it than processes.
+        UserError: if ``name`` is unknown, the device is not usable here, or there are fewer devices than ranks.
     """
     if name != "auto" and name not in _KINDS:
         raise UserError(f"--device {name!r} is unknown; choose auto, {', '.join(_KINDS)}")
@@ -53,35 +183,30 @@ def find_device(name: str = "auto", *, processes: int = 0) -> str:
         raise UserError(f"--device {name}: no usable {name} device on this machine: {reason}")
     if name != "cpu":
         available = getattr(torch, name).device_count()
-        if processes > available:
+        if local_ranks > available:
             raise UserError(
-                f"{processes} processes are to run on this machine, which has {available} {name} device(s); lower "
-                "--nproc_per_node (NPUS_PER_NODE in the launcher)"
+                f"{local_ranks} ranks on this machine need a device each, but it has {available} {name} device(s); "
+                "lower --nproc_per_node (NPUS_PER_NODE in the launcher)"
             )
     return name
 
 
-def load_device(name: str = "auto", *, processes: int = 0) -> str:
-    """Find the device, and import and set what it needs. To be called before megatron is imported.
-
-    Args:
-        name: see :func:`find_device`, as for the rest.
-        processes: likewise.
-    """
-    name = find_device(name, processes=processes)
+def load_device(name: str = "auto", *, local_ranks: int = 0) -> str:
+    """:func:`find_device`, then load the device's packages and settings; to be called before megatron is imported."""
+    name = find_device(name, local_ranks=local_ranks)
     if name == "npu":
         npu.prepare()
     return name
 
 
 def select_backend(name: str = "auto") -> Backend:
-    """Bind this process to its device, by ``LOCAL_RANK``.
+    """Bind this process to the device of its ``LOCAL_RANK``.
 
     Raises:
         UserError: see :func:`find_device`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    name = load_device(name, processes=local_rank + 1)
+    name = load_device(name, local_ranks=local_rank + 1)
     if name == "cpu":
         return Backend(torch.device("cpu"))
     getattr(torch, name).set_device(local_rank)
@@ -100,63 +225,3 @@ def _detect() -> str:
     if has_torch_npu() and npu.why_unusable() is None:
         return "npu"
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def communication_note(backend: Backend, requested: str) -> str | None:
-    """A sentence for the log where ``--distributed-backend`` names another library than the device's own."""
-    if requested == backend.communication:
-        return None
-    return (
-        f"--distributed-backend {requested} means the device's own collective library; "
-        f"on {backend.name} that is {backend.communication}"
-    )
-
-
-def start_processes(backend: Backend, *, timeout_minutes: int, host_tensors: bool = False) -> None:
-    """Join torchrun's process group (a group of one where started without torchrun).
-
-    Args:
-        backend: of the device.
-        timeout_minutes: how long a process waits for the others.
-        host_tensors: whether tensors in the host's memory are exchanged too.
-    """
-    if dist.is_initialized():
-        return
-    mend_fsdp(backend.communication)
-    _choose_interface()
-    libraries = backend.communication
-    if host_tensors and backend.is_accelerator:
-        libraries = f"cpu:gloo,{backend.name}:{libraries}"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ:
-        store = group_store(timeout=timeout)
-        place = {} if store is None else {
-            "store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])
-        }
-        dist.init_process_group(libraries, timeout=timeout, **place)
-    else:
-        dist.init_process_group(libraries, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-
-
-def _choose_interface() -> None:
-    """Lead gloo to the other hosts, unless the user did."""
-    several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-    if several_hosts and "GLOO_SOCKET_IFNAME" not in os.environ:
-        name = interface_towards(os.environ.get("MASTER_ADDR", "localhost"))
-        if name is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def stop_processes() -> None:
-    """Leave the process group, if one was joined."""
-    if not dist.is_initialized():
-        return
-    # torch 2.7 takes a group apart under Python's lock, and waits there for the threads of its library, which want the
-    # lock to give up the tensors of their last exchange: neither would go on. The libraries themselves are taken apart
-    # without the lock, so these references to them are the last to go.
-    libraries = [
-        group._get_backend(torch.device(device))
-        for group in dist.distributed_c10d._world.pg_map for device in group._device_types
-    ]
-    dist.destroy_process_group()
-    libraries.clear()

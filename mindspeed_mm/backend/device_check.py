@@ -1,16 +1,16 @@
-"""Whether the device that a run asks for is here: asked before any process is started, without torch where possible."""
+"""Preflight check of the device, before any rank starts, without importing torch where possible."""
 
 from __future__ import annotations
 
 from mindspeed_mm.backend import has_torch_npu
 
 
-def check_device(name: str, *, processes: int) -> None:
-    """Check that this machine's device can serve a run. The host can, and is not looked at: that takes no torch.
+def check_device(name: str, *, local_ranks: int) -> None:
+    """Check that this machine has the devices that the run needs. The CPU needs no check and no torch.
 
     Args:
-        name: what ``--device`` says.
-        processes: how many are to run on this machine.
+        name: the value of ``--device``.
+        local_ranks: ranks on this machine.
 
     Raises:
         UserError: see :func:`mindspeed_mm.backend.device.find_device`.
@@ -19,4 +19,4 @@ def check_device(name: str, *, processes: int) -> None:
         return
     from mindspeed_mm.backend.device import find_device
 
-    find_device(name, processes=processes)
+    find_device(name, local_ranks=local_ranks)

@@ -1,4 +1,4 @@
-"""What FSDP2 must be told of a collective library other than NCCL."""
+"""Patches of FSDP2 for collective libraries other than NCCL."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-_OF_TORCH_2_7 = ["reduce_scatter_group", "all_reduce_group", "reduce_dtype", "device_type"]
+_TORCH_2_7_PARAMETERS = ["reduce_scatter_group", "all_reduce_group", "reduce_dtype", "device_type"]
 
 
-def mend_fsdp(communication: str) -> None:
-    """Let FSDP2 add gradients and divide the sums where ``communication`` has no averages; HSDP on the host under 2.7.
+def patch_fsdp(communication: str) -> None:
+    """Make FSDP2 sum gradients and then divide if ``communication`` lacks averaging; fix HSDP on gloo under torch 2.7.
 
-    FSDP2 asks for averages in fp32 and bf16. HCCL refuses them. gloo under torch 2.7 adds instead, without a word, and
-    its all-reduce raises; later versions know gloo's limits. Calling it again is harmless.
+    FSDP2 averages fp32 and bf16 gradients in the collective. HCCL refuses that. gloo under torch 2.7 silently sums
+    instead, and its all-reduce raises; later versions handle gloo. Idempotent.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     original = getattr(collectives, "_get_gradient_divide_factors", None)
     parameters = [] if original is None else list(inspect.signature(original).parameters)
-    if parameters == _OF_TORCH_2_7 and communication != "nccl":
+    if parameters == _TORCH_2_7_PARAMETERS and communication != "nccl":
         collectives._get_gradient_divide_factors = _add_then_divide
         torch.cpu.Stream.record_event = _record_event
         group = _fsdp_param_group.FSDPParamGroup
@@ -42,7 +42,7 @@ def _add_then_divide(
 
 
 def _forcing_sums(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``FSDPModule.set_force_sum_reduction_for_comms`` asks of one module, for all of them."""
+    """``FSDPModule.set_force_sum_reduction_for_comms`` for all modules."""
 
     @functools.wraps(original)
     def factors(*arguments: Any, **keywords: Any) -> Any:
@@ -54,12 +54,12 @@ def _forcing_sums(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _record_event(stream: torch.cpu.Stream) -> torch.cpu.Event:
-    """An event, on which waiting does nothing. The original's is None, and HSDP's all-reduce asserts that it is not."""
+    """A no-op event. The original returns None, which HSDP's all-reduce asserts against."""
     return torch.cpu.Event()
 
 
 def _without_event(finalize: Callable[[Any], None]) -> Callable[[Any], None]:
-    """What was gathered in vain is dropped at the end of backward; the original waits by asking for an accelerator."""
+    """Drop an unused all-gather's event: the original waits for it through torch.accelerator, which a CPU lacks."""
 
     @functools.wraps(finalize)
     def finalize_backward(group: Any) -> None:

@@ -1,4 +1,4 @@
-"""What megatron-core 0.12.1 must be told before its modules can be built on any device."""
+"""Import and set-up of megatron-core 0.12.1, so that its modules can be built on any device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mindspeed_mm.errors import UserError
 
 SUPPORTED_VERSION = "0.12.1"
 
-# megatron-core has torch.compile decorate its fused functions while it is imported, which loads the whole compiler, a
-# second of every start. This project's specs use none of them.
+# megatron-core decorates its fused functions with torch.compile at import, which loads the compiler and adds a second
+# to every start. This project's specs use none of them.
 with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated)):
     import megatron.core.fusions.fused_bias_dropout
     import megatron.core.transformer.transformer_layer  # noqa: F401
 
 
 def prepare_megatron() -> None:
-    """State that this process is a whole tensor- and pipeline-parallel group by itself. Calling it again is harmless.
+    """Set tensor and pipeline parallel sizes to 1. Idempotent.
 
-    megatron-core's layers ask for these sizes while they are built. Sharding is applied afterwards, from outside, so
-    the answers are constants and no process group is needed: models can be built in a unit test without any.
+    megatron-core's layers read these sizes while they are built. This project applies sharding afterwards, from
+    outside, so the sizes are constants and models can be built without a process group.
 
     Raises:
         UserError: if another megatron-core than 0.12.1 is installed, the one version that MindSpeed supports.

@@ -1,4 +1,4 @@
-"""MindSpeed's adaptor: what it may change in megatron-core, on an NPU, where MindSpeed is installed."""
+"""MindSpeed's adaptor for megatron-core: the features that are applied on an NPU, if MindSpeed is installed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from mindspeed_mm.errors import UserError
 
-# The features that are applied. Those left out replace modules that this project's specs do not use, or, like that of
-# Transformer Engine in MindSpeed's newest state, need megatron.training, which megatron-core's wheel lacks.
+# The other features patch modules that this project's specs do not use, or need megatron.training, which
+# megatron-core's wheel lacks (such as the Transformer Engine feature of MindSpeed's newest commit).
 FEATURES = ("RequirementsBasicFeature", "MegatronBasicFeature")
-# What MindSpeed's adaptor reads from the command line, in the place of the recipe's flags: told of FSDP2 it would patch
-# megatron.training.
+# MindSpeed's adaptor parses sys.argv; it gets these arguments instead of the recipe's, whose FSDP2 flag would make it
+# patch megatron.training.
 ARGUMENTS = ("--optimizer-selection", "fused_torch_adamw")
 
 
 def adapt_megatron() -> None:
-    """Apply MindSpeed's adaptor with chosen features and arguments, where MindSpeed is installed.
+    """Apply MindSpeed's adaptor with :data:`FEATURES` and :data:`ARGUMENTS`, if MindSpeed is installed.
 
     Raises:
         UserError: if megatron was imported earlier, so that the adaptor's patches would come too late for it, or if
@@ -26,8 +26,8 @@ def adapt_megatron() -> None:
     if "mindspeed.megatron_adaptor" in sys.modules or importlib.util.find_spec("mindspeed") is None:
         return
     if "megatron" in sys.modules:
-        raise UserError("megatron was imported before the device was chosen; MindSpeed's adaptor must come first")
-    words, sys.argv = sys.argv, [sys.argv[0], *ARGUMENTS]
+        raise UserError("megatron was imported before the device was applied; MindSpeed's adaptor must come first")
+    arguments, sys.argv = sys.argv, [sys.argv[0], *ARGUMENTS]
     try:
         _apply()
     except ImportError as error:
@@ -36,27 +36,27 @@ def adapt_megatron() -> None:
             "--msid d76dbddd4517d48a2fc1cd494de8b9a6cfdbfbab), or take MindSpeed off the import path"
         ) from error
     finally:
-        sys.argv = words
+        sys.argv = arguments
 
 
 def _apply() -> None:
     from mindspeed.deprecate import NoExecuteFunction
 
-    with NoExecuteFunction():  # importing the adaptor applies it, unless it is told not to
+    with NoExecuteFunction():  # importing the adaptor would apply it
         import mindspeed.features_manager as manager
         from mindspeed import megatron_adaptor
     features = manager.create_features_list()
-    chosen = [feature for feature in features if type(feature).__name__ in FEATURES]
+    applied = [feature for feature in features if type(feature).__name__ in FEATURES]
     for feature in features:
-        # MindSpeed makes packages of the names of Transformer Engine and Apex, so that megatron-core takes these for
-        # present; what it imports from them must be there then, whichever feature provides it.
-        if feature not in chosen:
+        # MindSpeed creates stub packages for Transformer Engine and Apex, so that megatron-core believes they are
+        # installed. All features together provide what megatron-core imports from them, so only their patches are off.
+        if feature not in applied:
             feature.register_patches = _nothing
     manager.MindSpeedFeaturesManager.set_features_list(features)
     megatron_adaptor.patch_features()
     # every TransformerConfig is checked by all features of the list
-    manager.MindSpeedFeaturesManager.set_features_list(chosen)
+    manager.MindSpeedFeaturesManager.set_features_list(applied)
 
 
 def _nothing(*_: Any) -> None:
-    """In the place of a feature's patches."""
+    """Replaces a feature's patches."""

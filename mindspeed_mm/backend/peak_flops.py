@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices: what a model's speed is compared with."""
+"""Measured peak FLOP/s of a device, for the model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mindspeed_mm.backend.device import Backend
 def measure_peak_tflops(
     backend: Backend, dtype: torch.dtype, *, size: int | None = None, seconds: float = 1.0
 ) -> float:
-    """10^12 operations per second of one large product [size, size] x [size, size], the median of several.
+    """TFLOP/s of a matrix product [size, size] x [size, size]: the median of several.
 
     Args:
         backend: the device.
         dtype: of the factors.
-        size: 8192 on an accelerator, 1024 on a CPU by default.
-        seconds: about which to measure, after a first product that does not count.
+        size: default 8192 on an accelerator, 1024 on a CPU.
+        seconds: duration of the measurement; the first product is warm-up.
     """
     size = size or (8192 if backend.is_accelerator else 1024)
     first, second = (torch.randn(size, size, device=backend.device).to(dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Profilers of the devices behind one interface: PyTorch's own on CPU and CUDA, torch_npu's on an NPU."""
+"""Device profilers behind one interface: torch.profiler on CPU and CUDA, torch_npu.profiler on an NPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mindspeed_mm.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """What a profile is to contain. None leaves a choice to the device's profiler.
+    """Contents of a profile. None leaves an option to the profiler's default.
 
     Attributes:
-        source: file and section that ask for it, for messages.
-        host: record the host's operators, not the device alone.
-        stacks: record the Python call stack of each operator.
+        source: file and section of the request, for messages.
+        host: record host operators too.
+        stacks: record each operator's Python call stack.
         memory: record allocations.
-        shapes: record the shapes of operators' inputs.
+        shapes: record operators' input shapes.
         level: depth of an accelerator's profile, ``level0`` to ``level2`` or ``level_none``.
-        counters: hardware counters to record, by torch_npu's name for them.
+        counters: hardware counters to record, by torch_npu's name.
         simplified: drop intermediate files.
     """
 
@@ -38,20 +38,20 @@ class ProfileRequest:
 
 
 class Recording(Protocol):
-    """A profile that is being taken."""
+    """A running profile."""
 
     def stop(self) -> Path:
-        """End it and write it; returns the file or the directory that holds it."""
+        """Stop and write the profile; returns its file or directory."""
 
 
 class Profiler(Protocol):
     """A device's profiler."""
 
     def check(self, request: ProfileRequest) -> None:
-        """Raise UserError naming a field that cannot act on this device."""
+        """Raise UserError for a field that this device's profiler does not support."""
 
     def start(self, request: ProfileRequest, *, directory: Path, name: str) -> Recording:
-        """Begin a profile that will be written into ``directory`` under ``name``."""
+        """Start a profile, to be written into ``directory`` under ``name``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TorchProfiler:
     """``torch.profiler``; writes one Chrome trace, ``NAME.json``.
 
     Attributes:
-        activities: what it can record here, the host's among them.
+        activities: the activities it can record, the host's included.
     """
 
     activities: Sequence[Any]
@@ -73,12 +73,12 @@ class TorchProfiler:
         ):
             if value is not None:
                 raise UserError(
-                    f"{request.source}.{field} is {value!r}, but this device's profiler has no such choice; "
-                    "leave it out"
+                    f"{request.source}.{field} is {value!r}, but this device's profiler has no such option; "
+                    "remove it"
                 )
         if not self._chosen(request):
             raise UserError(
-                f"{request.source}.with_cpu is false, but on this device the host is all there is to profile; "
+                f"{request.source}.with_cpu is false, but this device's profiler records only the host; "
                 "set it to true"
             )
 
@@ -111,14 +111,13 @@ class _TorchRecording:
 class NpuProfiler:
     """``torch_npu.profiler``; writes a directory ``NAME_PID_TIME_ascend_pt``.
 
-    Its ``ASCEND_PROFILER_OUTPUT/trace_view.json`` opens where Chrome traces do. Calls as in the wheels of torch_npu
-    2.7.1 to 2.13.0.
+    Its ``ASCEND_PROFILER_OUTPUT/trace_view.json`` is a Chrome trace. Written for torch_npu 2.7.1 to 2.13.0.
     """
 
     _LEVELS = {"level0": "Level0", "level1": "Level1", "level2": "Level2", "level_none": "Level_none"}
 
     def check(self, request: ProfileRequest) -> None:
-        """See :class:`Profiler`. torch_npu would drop counters at the lowest levels with a mere warning."""
+        """See :class:`Profiler`. torch_npu itself only warns when a level drops the counters."""
         if request.counters not in (None, "AiCoreNone") and request.level not in ("level1", "level2"):
             raise UserError(
                 f"{request.source}.aic_metrics_type is {request.counters!r}, which needs level level1 or level2, and "
@@ -129,13 +128,13 @@ class NpuProfiler:
         """See :class:`Profiler`."""
         from torch_npu import profiler
 
-        choices: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if request.level is not None:
-            choices["profiler_level"] = getattr(profiler.ProfilerLevel, self._LEVELS[request.level])
+            options["profiler_level"] = getattr(profiler.ProfilerLevel, self._LEVELS[request.level])
         if request.counters is not None:
-            choices["aic_metrics"] = getattr(profiler.AiCMetrics, request.counters)
+            options["aic_metrics"] = getattr(profiler.AiCMetrics, request.counters)
         if request.simplified is not None:
-            choices["data_simplification"] = request.simplified
+            options["data_simplification"] = request.simplified
         host = [profiler.ProfilerActivity.CPU] if request.host else []
         recorder = profiler.profile(
             activities=[*host, profiler.ProfilerActivity.NPU],
@@ -143,7 +142,7 @@ class NpuProfiler:
             record_shapes=request.shapes,
             profile_memory=request.memory,
             with_stack=request.stacks,
-            experimental_config=profiler._ExperimentalConfig(**choices),
+            experimental_config=profiler._ExperimentalConfig(**options),
         )
         recorder.start()
         return _NpuRecording(recorder, directory)
@@ -155,5 +154,5 @@ class _NpuRecording:
     directory: Path
 
     def stop(self) -> Path:
-        self.recorder.stop()  # runs on_trace_ready, which writes
+        self.recorder.stop()  # calls on_trace_ready, which writes the profile
         return self.directory

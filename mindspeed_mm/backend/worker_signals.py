@@ -1,7 +1,7 @@
-"""Helper processes of a training process: they outlive signals that are meant for it.
+"""Signal handling of a rank's worker processes, such as data loader workers.
 
-A terminal's Ctrl-C and torchrun's SIGTERM reach every process of a group. The training process saves before it ends,
-and needs its helpers until then.
+A terminal's Ctrl-C and torchrun's SIGTERM reach every process of a process group. The rank saves a checkpoint before it
+exits, and needs its workers until then.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import signal
 import threading
 
 
-def shield_from_signals() -> None:
-    """Make this helper process end when its parent says so, and not before. Call it first thing in the helper.
+def ignore_group_signals() -> None:
+    """Make this worker exit only when its parent asks; to be called first in the worker.
 
-    SIGINT and SIGUSR1 are ignored. SIGTERM, which is how ``multiprocessing`` ends a helper, is obeyed if the parent
-    sent it. A parent that dies without a word takes its helper along through PyTorch's and multiprocessing's own watch.
+    SIGINT and SIGUSR1 are ignored. SIGTERM, with which ``multiprocessing`` ends a worker, is obeyed from the
+    parent. If the parent dies, PyTorch's and multiprocessing's own checks end the worker.
     """
     parent = os.getppid()
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    # Blocked in all threads, it waits to be fetched with its sender's name, which a handler would not learn.
+    # Blocked in all threads, SIGTERM is fetched with its sender's process id, which a handler does not get.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(parent,), name="signals", daemon=True).start()
+    threading.Thread(target=_exit_when_parent_asks, args=(parent,), name="signals", daemon=True).start()
 
 
-def _obey(parent: int) -> None:
+def _exit_when_parent_asks(parent: int) -> None:
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
         if sender == parent or os.getppid() != parent:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.rendezvous import own_store
+from mindspeed_mm.backend.process_group import connect_store
 from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.commit import gigabytes
 from mindspeed_mm.checkpoint.loader import agreed_error
@@ -105,7 +105,7 @@ class CheckpointManager:
         self._say = say if self._rank == 0 else lambda line: None
         self._job: SaveJob | None = None
         # a process that was started by itself has no other store, and nobody to share it with
-        self._store = own_store("checkpoint", timeout_seconds=60) or dist.distributed_c10d._get_default_store()
+        self._store = connect_store("checkpoint", timeout_seconds=60) or dist.distributed_c10d._get_default_store()
         for line in open_save_directory(options.root):
             self._say(f" {options.root}: {line}")
         self._copies = StagingBuffers(pinned=backend.is_accelerator)

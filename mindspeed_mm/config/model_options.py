@@ -9,13 +9,13 @@ from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effe
 LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
 LossMode = Literal["default", "per_sample", "per_token", "square"]
 """The values of ``LossType`` without their ending."""
-AttentionName = Literal["eager", "sdpa", "products", "varlen", "flash_attention_2", "npu_fusion_attention"]
+AttentionName = Literal["eager", "sdpa", "math", "products", "varlen", "flash_attention_2", "npu_fusion_attention"]
 
 _CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"
 _ATTENTION = (
-    "attention kernel: eager (written out, slow), sdpa (PyTorch's), products (a CPU's, faster in bf16), varlen "
-    "(PyTorch's for packed sequences, on a GPU), flash_attention_2 (the device's fused kernel for packed sequences: "
-    "flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's best"
+    "attention kernel: eager (written out, slow), sdpa (PyTorch's), math (a CPU's, faster in bf16; alias products), "
+    "varlen (PyTorch's for packed sequences, on a GPU), flash_attention_2 (the device's fused kernel for packed "
+    "sequences: flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's best"
 )
 _LAYOUT = "micro-batches are packed, which is the layout TND"
 _SYNCHRONIZE = (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mindspeed_mm.backend.worker_signals import shield_from_signals
+from mindspeed_mm.backend.worker_signals import ignore_group_signals
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
 from mindspeed_mm.data.packing import PackedSampler, pack
@@ -129,7 +129,7 @@ def _worker_count(num_workers: int) -> dict[str, object]:
 
 def _shield(worker: int) -> None:
     del worker
-    shield_from_signals()
+    ignore_group_signals()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.transfer import Transfer
+from mindspeed_mm.backend.transfer import CopyStream
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.interfaces.batch import Batch
 
@@ -43,7 +43,7 @@ class DevicePrefetcher:
         """
         self.waited = 0.0
         self._split = split
-        self._transfer = Transfer(backend)
+        self._transfer = CopyStream(backend)
         self._items: queue.Queue[_Item] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         start = getattr(loader, "start", None)

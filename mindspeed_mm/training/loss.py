@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_mm.backend.transfer import upload
+from mindspeed_mm.backend.transfer import copy_to_device
 from mindspeed_mm.config.model_options import LossMode
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.parallel.mesh import Layout
@@ -53,7 +53,7 @@ def step_loss_weights(
         total /= layout.context_size
     total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without any supervised token has a loss of 0, not NaN
     return [
-        upload(own, device).index_select(0, batch.label_sample) / total
+        copy_to_device(own, device).index_select(0, batch.label_sample) / total
         for batch, own in zip(batches, shares, strict=True)
     ]
 

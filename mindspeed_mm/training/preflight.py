@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = load_job_config(argv)
         preflight(job)
-        check_device(job.args.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_device(job.args.device, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mindspeed_mm.backend.device import Backend, communication_note, select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
-from mindspeed_mm.backend.rendezvous import own_store
+from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.save_directory import held_save_directory
@@ -64,7 +64,7 @@ def pretrain(
     backend = select_backend(job.args.device)
     if job.args.deterministic_mode:
         backend.use_deterministic_kernels()
-    start_processes(
+    init_distributed(
         backend,
         timeout_minutes=job.args.distributed_timeout_minutes,
         host_tensors=job.fsdp.offload_to_cpu,
@@ -73,7 +73,7 @@ def pretrain(
         with held_save_directory(job.args.save):
             stopped = _run(job, backend, model_provider, data_provider, forward_step)
     finally:
-        stop_processes()
+        shutdown_distributed()
     return exit_status(stopped=stopped)
 
 
@@ -170,7 +170,7 @@ def _watch(args: TrainingArgs, layout: Layout) -> Watchdog:
         rank=layout.rank,
         world_size=layout.world_size,
         directory=reports_directory(args),
-        connect=lambda: own_store("watch", timeout_seconds=max(1.0, args.heartbeat_timeout)),
+        connect=lambda: connect_store("watch", timeout_seconds=max(1.0, args.heartbeat_timeout)),
     )
 
 

@@ -106,9 +106,9 @@ class Reporter:
     def _count(self, report: StepReport) -> None:
         result, previous = report.result, self._previous
         loss = result.loss  # waits for the device
-        self._previous = result.made
+        self._previous = result.ready
         self._stats.add(
-            seconds=result.made.seconds_since(previous),
+            seconds=result.ready.seconds_since(previous),
             loss=loss,
             router_loss=result.router_loss,
             tokens=result.tokens,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mindspeed_mm.backend.transfer import DeferredHostRead, DeviceEvent, upload
+from mindspeed_mm.backend.transfer import DeferredHostRead, DeviceEvent, copy_to_device
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.qwen3_vl.model import ModelOutput
 from mindspeed_mm.training.gradients import GradientNorm
@@ -61,7 +61,7 @@ class StepTotals:
 
     def __init__(self, counts: StepSums, device: torch.device) -> None:
         """``counts``: this process's part of each sum; losses begin at 0."""
-        self._sums = upload(counts, device)
+        self._sums = copy_to_device(counts, device)
         self._samples: list[SampleLosses] = []
 
     def add(self, batch: Batch, output: ModelOutput, router_loss: Tensor | None) -> None:
@@ -129,9 +129,9 @@ class StepResult:
         return _Values(StepSums(*sums), norm)
 
     @property
-    def made(self) -> DeviceEvent:
+    def ready(self) -> DeviceEvent:
         """When the device has finished the step."""
-        return self._numbers.made
+        return self._numbers.ready
 
     @property
     def loss(self) -> float:

@@ -65,7 +65,7 @@ def test_time_between_places_in_the_queue():
     last = DeviceEvent(device)
     assert read.tolist() == [3.0, 3.0]
     assert 0.02 <= last.seconds_since(first) < 5.0
-    assert last.seconds_since(first) == pytest.approx(last.seconds_since(read.made) + read.made.seconds_since(first))
+    assert last.seconds_since(first) == pytest.approx(last.seconds_since(read.ready) + read.ready.seconds_since(first))
 
 
 def test_pinned_memory_streams_and_waits():

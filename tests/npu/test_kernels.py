@@ -8,12 +8,18 @@ import pytest
 import torch
 import torch_npu
 
-from mindspeed_mm.backend.kernels import npu_attention
-from mindspeed_mm.backend.kernels.attention import attention_kernel, eager_attention
-from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel, torch_rms_norm, torch_rotary
-from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, looped_experts, token_permuter
-from mindspeed_mm.backend.kernels.npu_experts import NpuTokenPermuter
-from mindspeed_mm.backend.kernels.segments import Segments
+from mindspeed_mm.backend.kernels import npu
+from mindspeed_mm.backend.kernels.attention import Segments, eager_attention
+from mindspeed_mm.backend.kernels.elementwise import torch_rms_norm, torch_rotary
+from mindspeed_mm.backend.kernels.experts import reference_experts
+from mindspeed_mm.backend.kernels.registry import (
+    attention_kernel,
+    expert_kernel,
+    expert_kernel_name,
+    rms_norm_kernel,
+    rotary_kernel,
+    token_permuter,
+)
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter
 from tests.helpers.npu_environment import host_waits
@@ -64,14 +70,14 @@ def test_attention(causal, lengths, heads, groups, width):
 
 def test_attention_over_more_segments_than_a_call_takes(monkeypatch):
     torch.manual_seed(1)
-    lengths = [1 + index % 3 for index in range(npu_attention.MOST_SEGMENTS + 5)]
+    lengths = [1 + index % 3 for index in range(npu.MAX_SEGMENTS + 5)]
     host, device = pairs(*(torch.randn(sum(lengths), 2, 4) for _ in range(3)))
     calls, real = [], torch_npu.npu_fusion_attention
     monkeypatch.setattr(
         torch_npu, "npu_fusion_attention", lambda *args, **keywords: calls.append(1) or real(*args, **keywords)
     )
     theirs = eager_attention(*host, segments=segments(lengths, "cpu"), causal=True, scale=0.5)
-    ours = npu_attention.fusion_attention(*device, segments=segments(lengths, "npu"), causal=True, scale=0.5)
+    ours = npu.npu_fusion_attention(*device, segments=segments(lengths, "npu"), causal=True, scale=0.5)
     assert len(calls) == 2
     check(ours, theirs)
     theirs.square().sum().backward()
@@ -96,7 +102,7 @@ def test_grouped_experts(counts):
         torch.randn(sum(counts), hidden), torch.randn(experts, hidden, 2 * inner), torch.randn(experts, inner, hidden)
     )
     weight = torch.randn(sum(counts), hidden)
-    theirs = looped_experts(*host, torch.tensor(counts))
+    theirs = reference_experts(*host, torch.tensor(counts))
     name = expert_kernel_name(
         fused=True, hidden_size=hidden, intermediate_size=inner, device="npu", dtype=torch.bfloat16
     )
@@ -136,7 +142,7 @@ def test_rows(dtype, top_k):
     experts = torch.stack([torch.randperm(6)[:top_k] for _ in range(9)])
     factor = torch.randint(-2, 3, (9, 8)).to(dtype)
     plain, fused = IndexPermuter(), token_permuter(IndexPermuter(), fused=True, device="npu")
-    assert isinstance(fused, NpuTokenPermuter)
+    assert isinstance(fused, npu.NpuTokenPermuter)
     results = []
     before = host_waits()
     for permuter, values in zip((plain, fused), pairs(tokens, weights), strict=True):
@@ -181,7 +187,7 @@ def test_reference_experts_use_no_fused_operator():
     )
     assert (
         expert_kernel_name(fused=False, hidden_size=8, intermediate_size=8, device="npu", dtype=torch.bfloat16)
-        == "loop"
+        == "reference"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.kernels import npu_attention, npu_elementwise, npu_experts
+from mindspeed_mm.backend.kernels import npu as npu_kernels
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention, RMSNorm
 from mindspeed_mm.models.layers.moe import MoELayer
@@ -94,8 +94,8 @@ def test_specs_hold_the_fused_kernels(reference):  # noqa: F811
     def kernels(kind: type, read: Callable[[Any], Any]) -> set[Any]:
         return {read(module) for module in model.modules() if isinstance(module, kind)}
 
-    assert kernels(CoreAttention, lambda module: module.kernel) == {npu_attention.fusion_attention}
-    assert kernels(PackedSelfAttention, lambda module: module.rotary_kernel) == {npu_elementwise.npu_rotary}
-    assert kernels(RMSNorm, lambda module: module.kernel) == {npu_elementwise.npu_rms_norm}
-    assert kernels(MoELayer, lambda module: module.experts.kernel) == {npu_experts.npu_grouped_experts}
-    assert kernels(MoELayer, lambda module: type(module.permuter)) == {npu_experts.NpuTokenPermuter}
+    assert kernels(CoreAttention, lambda module: module.kernel) == {npu_kernels.npu_fusion_attention}
+    assert kernels(PackedSelfAttention, lambda module: module.rotary_kernel) == {npu_kernels.npu_rotary}
+    assert kernels(RMSNorm, lambda module: module.kernel) == {npu_kernels.npu_rms_norm}
+    assert kernels(MoELayer, lambda module: module.experts.kernel) == {npu_kernels.npu_grouped_experts}
+    assert kernels(MoELayer, lambda module: type(module.permuter)) == {npu_kernels.NpuTokenPermuter}

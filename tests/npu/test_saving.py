@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.loader import load_tensors
@@ -19,9 +20,9 @@ from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 @pytest.fixture(scope="module", autouse=True)
 def process() -> Iterator[None]:
-    start_processes(select_backend("npu"), timeout_minutes=1)
+    init_distributed(select_backend("npu"), timeout_minutes=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 @dataclasses.dataclass

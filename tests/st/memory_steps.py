@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
@@ -204,12 +205,12 @@ def main(cases: dict[str, dict[str, Any]], out: str) -> None:
     torch.set_num_threads(1)
     traffic = Traffic()
     backend = select_backend("cpu")
-    start_processes(backend, timeout_minutes=2)
+    init_distributed(backend, timeout_minutes=2)
     outcomes = {name: run_case(case, backend, out, traffic) for name, case in cases.items()}
     if dist.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(outcomes, file)
-    stop_processes()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

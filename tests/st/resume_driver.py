@@ -118,7 +118,7 @@ def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
 def main(runs: list[dict[str, Any]], out: str) -> None:
     """All runs in turn; the results are complete as far as the runs got, and a restart goes on from there."""
     torch.set_num_threads(1)
-    pretrain.stop_processes, stop = lambda: None, pretrain.stop_processes
+    pretrain.shutdown_distributed, stop = lambda: None, pretrain.shutdown_distributed
     results = []
     if os.path.exists(out):
         with open(out) as file:

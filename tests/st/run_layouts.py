@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.config.command_line import parse_args
@@ -223,7 +224,7 @@ def main(cases: dict[str, dict[str, Any]], out: str) -> None:
     """Run all cases in turn."""
     torch.set_num_threads(1)
     backend = select_backend(os.environ.get("MM_TEST_DEVICE", "cpu"))
-    start_processes(backend, timeout_minutes=2)
+    init_distributed(backend, timeout_minutes=2)
     outcomes = {}
     for name, case in cases.items():
         fault = mock.patch(*FAULTS[case["fault"]]) if "fault" in case else contextlib.nullcontext()
@@ -236,7 +237,7 @@ def main(cases: dict[str, dict[str, Any]], out: str) -> None:
         if "MM_TEST_OPERATORS" in os.environ:
             used = sys.modules["torch_npu"]._C.used_operators()
             Path(os.environ["MM_TEST_OPERATORS"]).write_text("\n".join(sorted(used)))
-    stop_processes()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

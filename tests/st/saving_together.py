@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory, save_directory, save_job
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.loader import load_tensors
@@ -147,7 +148,7 @@ def files_that_do_not_arrive(root: Path, lines: list[str]) -> None:
 def main(work: Path) -> None:
     """Run all, each in a directory of its own."""
     torch.set_num_threads(1)
-    start_processes(select_backend("cpu"), timeout_minutes=1)
+    init_distributed(select_backend("cpu"), timeout_minutes=1)
     for action in (
         every_element_once,
         damage_on_one_is_told_to_all,
@@ -158,7 +159,7 @@ def main(work: Path) -> None:
         dist.barrier()
         if dist.get_rank() == 0:
             print(f"{action.__name__}: as it should be", flush=True)
-    stop_processes()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tests.helpers.npu_environment import SIMULATED_NPU
 FILE = SIMULATED_NPU / "torch_npu/signatures.yaml"
 OPERATORS = SIMULATED_NPU / "torch_npu/operators.txt"
 CALLERS = {"repeat_interleave.Tensor": "repeat_interleave.self_Tensor"}  # what torch makes of which, torch_npu does not
-KERNELS = Path(__file__).parents[2] / "mindspeed_mm/backend/kernels"
+KERNELS = Path(__file__).parents[2] / "mindspeed_mm/backend/kernels/npu.py"
 IN_WHEEL = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 HEADER = """# Signatures of the operators that the NPU kernels use, as torch_npu's wheels publish them in
 # torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml; tests/st/test_npu_signatures.py compares and rewrites them.
@@ -62,12 +62,11 @@ def recorded() -> dict[str, dict[str, str]]:
 
 def calls() -> Iterator[tuple[str, int, list[str]]]:
     """(operator, positional arguments, keywords) of each call that our kernels make."""
-    for path in sorted(KERNELS.glob("npu_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-                continue
-            if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch_npu":
-                yield node.func.attr, len(node.args), [str(keyword.arg) for keyword in node.keywords]
+    for node in ast.walk(ast.parse(KERNELS.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch_npu":
+            yield node.func.attr, len(node.args), [str(keyword.arg) for keyword in node.keywords]
 
 
 @pytest.mark.slow

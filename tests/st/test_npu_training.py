@@ -123,7 +123,7 @@ def test_more_processes_than_npus(place: Path):  # noqa: F811
         SIMULATED_NPU_COUNT="1",
     )
     assert output.strip().splitlines() == [
-        "error: 2 processes are to run on this machine, which has 1 npu device(s); lower --nproc_per_node "
+        "error: 2 ranks on this machine need a device each, but it has 1 npu device(s); lower --nproc_per_node "
         "(NPUS_PER_NODE in the launcher)"
     ]
 

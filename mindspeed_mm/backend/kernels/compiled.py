@@ -1,6 +1,6 @@
-"""torch.compile for small operations, where a model asks for it: each becomes one pass over memory.
+"""torch.compile for small operations, on request: each becomes one pass over memory.
 
-Compiled once for all numbers of tokens, when they are first called. torch's compiler is loaded only then.
+Compiled at the first call, for all token counts at once. torch's compiler is loaded only then.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from mindspeed_mm.errors import UserError
 
-VARIANTS = 64
+RECOMPILE_LIMIT = 64
 
 
 def check_compiler(*, device: str) -> None:
-    """Before anything is compiled: whether it can be.
+    """Check that torch.compile can run.
 
     Raises:
-        UserError: on an NPU, and where there is no compiler for C++, which torch.compile calls on every device.
+        UserError: on an NPU, or where there is no C++ compiler, which torch.compile needs on every device.
     """
     if device == "npu":
         raise UserError("--compile-small-operators: an NPU has fused operators for these already; leave it out")
@@ -35,7 +35,7 @@ def check_compiler(*, device: str) -> None:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """``function`` by torch.compile, for all sizes at once."""
-    # one variant for each layout of its input, with and without gradients: with evaluation more than the usual eight
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    """``function`` by torch.compile, with dynamic shapes."""
+    # one graph for each input layout, with and without gradients: with evaluation more than torch's default of 8
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=True)

@@ -1,130 +1,156 @@
-"""Expert products: SwiGLU feed-forward networks, one per group of rows.
+"""Expert feed-forward networks (SwiGLU) over tokens sorted by expert: reference loop, grouped, padded buckets.
 
-Legend: N rows sorted by expert, E experts, H hidden width, I intermediate width.
+Legend: N permuted tokens (sorted by expert), E experts, H hidden width, I intermediate width.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels import pick
-from mindspeed_mm.backend.kernels.elementwise import EAGER_SWIGLU, SwigluKernel, swiglu_kernel, torch_swiglu
-from mindspeed_mm.backend.kernels.padded_bucket_experts import padded_bucket_experts
-from mindspeed_mm.backend.kernels.permutation import TokenPermuter
+from mindspeed_mm.backend.kernels.elementwise import EAGER_SWIGLU, SwigluKernel, torch_swiglu
 
 
 class ExpertKernel(Protocol):
-    """rows [N, H], gate_up [E, H, 2I], down [E, I, H], rows_per_expert int [E] on the device -> [N, H]."""
+    """permuted [N, H], gate_up [E, H, 2I], down [E, I, H], tokens_per_expert int [E] on the device -> [N, H]."""
 
-    def __call__(self, rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """``(silu(x @ gate) * (x @ up)) @ down`` with each row's own expert."""
+    def __call__(self, permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """``(silu(x @ gate) * (x @ up)) @ down`` with each token's own expert."""
 
 
-def looped_experts(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor) -> Tensor:
-    """One pair of products per expert that has rows: the reference. Reads the row counts on the host."""
+def reference_experts(permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """The reference: a loop over the experts that have tokens. Synchronises with the device to read the counts."""
     # unbind, since indexing would make backward fill a zero tensor of all experts for each of them
-    parts = zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(0), down.unbind(0), strict=True)
+    parts = zip(permuted.split(tokens_per_expert.tolist()), gate_up.unbind(0), down.unbind(0), strict=True)
     outputs = [torch_swiglu(part @ first) @ second for part, first, second in parts if part.shape[0] > 0]
     if outputs:
         return torch.cat(outputs)
-    # A rank may get no row at all; its experts take part in backward nevertheless, with gradients of zero.
-    return rows + (gate_up.sum() + down.sum()) * 0
+    # A rank may get no token at all; its experts still take part in backward, with zero gradients.
+    return permuted + (gate_up.sum() + down.sum()) * 0
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """All experts' feed-forward networks; every product, of gradients too, is one grouped product.
+    """One grouped matrix product for each of the two projections and for each of their gradients.
 
-    Keeps the rows and what the first product makes of them [N, 2I]; SwiGLU runs again in backward.
+    Keeps its input and the first projection's output [N, 2I]; SwiGLU is recomputed in backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, swiglu: SwigluKernel
+        ctx: Any, permuted: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, swiglu: SwigluKernel
     ) -> Tensor:
-        hidden = F.grouped_mm(rows, gate_up, offs=ends)
-        ctx.save_for_backward(rows, gate_up, down, ends, hidden)
+        hidden = F.grouped_mm(permuted, gate_up, offs=ends)
+        ctx.save_for_backward(permuted, gate_up, down, ends, hidden)
         ctx.swiglu = swiglu
         return F.grouped_mm(swiglu.forward(hidden), down, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_up, down, ends, hidden = ctx.saved_tensors
+        permuted, gate_up, down, ends, hidden = ctx.saved_tensors
         # grouped_mm refuses strides of zero, which an expanded gradient such as sum()'s has
         grad = grad.contiguous()
         grad_inner = F.grouped_mm(grad, down.transpose(1, 2), offs=ends)
-        inner, grad_hidden = ctx.swiglu.again(hidden, grad_inner)
-        grad_rows = grad_gate_up = grad_down = None
+        inner, grad_hidden = ctx.swiglu.backward(hidden, grad_inner)
+        grad_permuted = grad_gate_up = grad_down = None
         if ctx.needs_input_grad[2]:
             grad_down = F.grouped_mm(inner.t(), grad, offs=ends)
         if ctx.needs_input_grad[0]:
-            grad_rows = F.grouped_mm(grad_hidden, gate_up.transpose(1, 2), offs=ends)
+            grad_permuted = F.grouped_mm(grad_hidden, gate_up.transpose(1, 2), offs=ends)
         if ctx.needs_input_grad[1]:
-            grad_gate_up = F.grouped_mm(rows.t(), grad_hidden, offs=ends)
-        return grad_rows, grad_gate_up, grad_down, None, None
+            grad_gate_up = F.grouped_mm(permuted.t(), grad_hidden, offs=ends)
+        return grad_permuted, grad_gate_up, grad_down, None, None
 
 
 def grouped_experts(
-    rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
 ) -> Tensor:
-    """``torch.nn.functional.grouped_mm``: the row counts stay on the device."""
-    return _GroupedExperts.apply(rows, gate_up, down, rows_per_expert.cumsum(0).to(torch.int32), swiglu)
+    """``torch.nn.functional.grouped_mm``: the token counts stay on the device."""
+    return _GroupedExperts.apply(permuted, gate_up, down, tokens_per_expert.cumsum(0).to(torch.int32), swiglu)
 
 
-def expert_kernel_name(
-    *, fused: bool, hidden_size: int, intermediate_size: int, device: str, dtype: torch.dtype
-) -> str:
-    """Which expert kernel serves a model: a grouped one if ``fused`` and there is one, else the reference ``loop``.
+_Span = tuple[int, int, int]
+"""Of one expert among the permuted tokens: first token computed, first token of its own, end."""
 
-    An NPU has ``npu_grouped_matmul``. Elsewhere it is torch's own ``grouped_mm``: torch 2.7 has none, and later ones
-    want rows that begin at multiples of 16 bytes, which in bf16 are 8 values: published models have that, toy models
-    may not. A CPU in bf16 has ``bucketed``, which is faster there than either (docs/performance.md).
 
-    Args:
-        fused: whether a grouped kernel is wanted.
-        hidden_size: H.
-        intermediate_size: I.
-        device: kind of device.
-        dtype: what the products are computed in.
+def _bucket_size(count: int) -> int:
+    """``count`` rounded up: to a multiple of 16 below 512, above to one of 16 sizes between powers of 2."""
+    step = max(16, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
+def _spans(counts: Sequence[int]) -> list[_Span]:
+    spans, end = [], 0
+    for count in counts:
+        start, end = end, end + count
+        begin = end - _bucket_size(count)
+        spans.append((begin if begin >= 0 else start, start, end))  # the first tokens have none before them
+    return spans
+
+
+def _multiply(permuted: Tensor, matrices: Tensor, spans: Sequence[_Span]) -> Tensor:
+    """tokens [N, A], matrices [E, A, B] -> [N, B], each token by its expert's matrix."""
+    output = permuted.new_empty(permuted.shape[0], matrices.shape[2])
+    # last to first: what a span writes into the tokens before its own is overwritten by their expert's product
+    for (begin, start, end), matrix in zip(reversed(spans), reversed(matrices.unbind(0)), strict=True):
+        if end > start:
+            torch.mm(permuted[begin:end], matrix, out=output[begin:end])
+    return output
+
+
+def _outer(left: Tensor, right: Tensor, spans: Sequence[_Span], *, clear: Tensor) -> Tensor:
+    """left [N, A], right [N, B] -> [E, A, B], ``left^T right`` over each expert's tokens.
+
+    ``clear`` is one of the two and is overwritten: the tokens before an expert's own are set to zero.
     """
-    if device == "npu":
-        return "npu_grouped_matmul" if fused else "loop"
-    if device == "cpu" and dtype == torch.bfloat16:
-        return "bucketed" if fused else "loop"
-    aligned = hidden_size % 8 == 0 and intermediate_size % 8 == 0
-    return "grouped_mm" if fused and aligned and hasattr(F, "grouped_mm") else "loop"
+    output = left.new_empty(len(spans), left.shape[1], right.shape[1])
+    for (begin, start, end), matrix in zip(spans, output.unbind(0), strict=True):
+        if end > start:
+            clear[begin:start].zero_()
+            torch.mm(left[begin:end].t(), right[begin:end], out=matrix)
+        else:
+            matrix.zero_()
+    return output
 
 
-def expert_kernel(name: str, *, device: str, compiled: bool = False) -> ExpertKernel:
-    """The expert kernel called ``name``; ``compiled``: with SwiGLU by torch.compile, where a kernel has a choice.
+class _PaddedBucketExperts(torch.autograd.Function):
+    """One expert after another, in few product sizes; keeps the same tensors as :class:`_GroupedExperts`.
 
-    Raises:
-        UserError: if the device or this torch does not have it.
+    On a CPU in bf16, oneDNN prepares a product anew for every number of tokens, which takes longer than the product
+    itself, in ``grouped_mm`` as in a plain loop. So an expert's token count is rounded up to a bucket size: its span
+    begins among the tokens of the experts before it.
     """
-    table: dict[str, ExpertKernel] = {"loop": looped_experts}
-    if hasattr(F, "grouped_mm"):
-        table["grouped_mm"] = grouped_experts
-    if device == "cpu":
-        table["bucketed"] = padded_bucket_experts
-    if compiled:
-        swiglu = swiglu_kernel(compiled=True)
-        for grouped in table.keys() - {"loop"}:
-            table[grouped] = functools.partial(table[grouped], swiglu=swiglu)
-    if device == "npu":
-        from mindspeed_mm.backend.kernels.npu_experts import npu_grouped_experts
 
-        table = {"loop": looped_experts, "npu_grouped_matmul": npu_grouped_experts}
-    return pick("expert kernel", name, table, device=device)
+    @staticmethod
+    def forward(
+        ctx: Any, permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, swiglu: SwigluKernel
+    ) -> Tensor:
+        ctx.swiglu = swiglu
+        ctx.spans = _spans(tokens_per_expert.tolist())
+        hidden = _multiply(permuted, gate_up, ctx.spans)
+        ctx.save_for_backward(permuted, gate_up, down, hidden)
+        return _multiply(swiglu.forward(hidden), down, ctx.spans)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        permuted, gate_up, down, hidden = ctx.saved_tensors
+        spans, grad = ctx.spans, grad.contiguous()
+        inner, grad_hidden = ctx.swiglu.backward(hidden, _multiply(grad, down.transpose(1, 2), spans))
+        grad_permuted = grad_gate_up = grad_down = None
+        if ctx.needs_input_grad[2]:
+            grad_down = _outer(inner, grad, spans, clear=inner)
+        if ctx.needs_input_grad[0]:
+            grad_permuted = _multiply(grad_hidden, gate_up.transpose(1, 2), spans)
+        if ctx.needs_input_grad[1]:
+            grad_gate_up = _outer(permuted, grad_hidden, spans, clear=grad_hidden)
+        return grad_permuted, grad_gate_up, grad_down, None, None
 
 
-def token_permuter(plain: TokenPermuter, *, fused: bool, device: str) -> TokenPermuter:
-    """The device's fused operators if ``fused`` and it has any, else ``plain``."""
-    if fused and device == "npu":
-        from mindspeed_mm.backend.kernels.npu_experts import NpuTokenPermuter
-
-        return NpuTokenPermuter(plain)
-    return plain
+def padded_bucket_experts(
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
+) -> Tensor:
+    """An :class:`ExpertKernel` for the CPU, where reading the token counts is no synchronisation."""
+    return _PaddedBucketExperts.apply(permuted, gate_up, down, tokens_per_expert, swiglu)

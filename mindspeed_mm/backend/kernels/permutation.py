@@ -1,6 +1,6 @@
-"""The way of tokens to rows sorted by expert and back: what every implementation does.
+"""Token permutation: tokens sorted by expert and back, the interface of every implementation.
 
-Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows.
+Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k permuted tokens.
 """
 
 from __future__ import annotations
@@ -12,38 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RowSum = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-"""(rows [N, H], which of them int64 [T, k], weights [T, k] or None for ones) -> their sums [T, H]; no autograd."""
+CombineKernel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""(permuted [N, H], indices into it int64 [T, k], weights [T, k] or None for ones) -> sums [T, H]; no autograd."""
 
 
 class TokenPermuter(Protocol):
-    """Sorts tokens by expert and brings results back; gradients flow through both."""
+    """Sorts tokens by expert and restores their order; gradients flow through both."""
 
     def count(self, experts: Tensor, num_experts: int) -> Tensor:
-        """How often each expert was chosen: experts int64 [T, k] -> int64 [E]; nothing is read back to the host."""
+        """Tokens per expert: experts int64 [T, k] -> int64 [E], without host-device synchronisation."""
 
     def permute(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Any]:
-        """tokens [T, H], experts int64 [T, k] -> (rows [N, H] sorted by expert, what brings them back)."""
+        """tokens [T, H], experts int64 [T, k] -> (tokens sorted by expert [N, H], routing for :meth:`unpermute`)."""
 
-    def unpermute(self, rows: Tensor, places: Any, weights: Tensor | None = None) -> Tensor:
-        """rows [N, H], what ``to_rows`` returned with them, weights [T, k] -> the weighted sum of each token's rows.
+    def unpermute(self, permuted: Tensor, routing: Any, weights: Tensor | None = None) -> Tensor:
+        """permuted [N, H], :meth:`permute`'s routing, weights [T, k] -> each token's weighted sum.
 
         Returns:
-            [T, H]; without weights k must be 1, and the rows come back as they are.
+            [T, H]; without weights k must be 1, and the result is the unpermuted input.
         """
 
 
-def gathered_sum(rows: Tensor, which: Tensor, weights: Tensor | None) -> Tensor:
-    """A :data:`RowSum` of a copy of the rows in the order of the tokens."""
-    chosen = rows.index_select(0, which.flatten()).view(*which.shape, rows.shape[-1])
+def gather_combine(permuted: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+    """A :data:`CombineKernel` that gathers the tokens and then sums them."""
+    chosen = permuted.index_select(0, indices.flatten()).view(*indices.shape, permuted.shape[-1])
     return chosen.sum(dim=1) if weights is None else torch.einsum("tkh,tk->th", chosen, weights)
 
 
-def bag_sum(rows: Tensor, which: Tensor, weights: Tensor | None) -> Tensor:
-    """A :data:`RowSum` that reads each row once and writes nothing but the sums."""
-    return F.embedding_bag(which, rows, mode="sum", per_sample_weights=weights)
-
-
-def row_sum(*, device: str) -> RowSum:
-    """The device's best."""
-    return bag_sum if device in ("cpu", "cuda") else gathered_sum
+def embedding_bag_combine(permuted: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+    """A :data:`CombineKernel` that reads each permuted token once and stores only the sums."""
+    return F.embedding_bag(indices, permuted, mode="sum", per_sample_weights=weights)

@@ -16,8 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments
 from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
-from mindspeed_mm.backend.kernels.segments import AttentionKernel, Segments
 
 
 class Linear(nn.Linear):

@@ -90,9 +90,9 @@ class Experts(nn.Module):
         self.kernel = kernel
         self.as_local: Callable[[Tensor], Tensor] = _identity
 
-    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """rows [N, H] sorted by expert, rows_per_expert int64 [E here] -> [N, H]."""
-        return self.kernel(rows, self.as_local(self.gate_up_proj), self.as_local(self.down_proj), rows_per_expert)
+    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """rows [N, H] sorted by expert, tokens_per_expert int64 [E here] -> [N, H]."""
+        return self.kernel(rows, self.as_local(self.gate_up_proj), self.as_local(self.down_proj), tokens_per_expert)
 
 
 def _identity(tensor: Tensor) -> Tensor:

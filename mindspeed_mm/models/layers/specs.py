@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from mindspeed_mm.backend.kernels.attention import AttentionKernel
 from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
-from mindspeed_mm.backend.kernels.segments import AttentionKernel
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.attention import CoreAttention, LayerNorm, Linear, PackedSelfAttention, RMSNorm
 from mindspeed_mm.models.layers.moe import Experts, MoELayer, MoESubmodules, TopKRouter

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.permutation import RowSum, TokenPermuter, gathered_sum
+from mindspeed_mm.backend.kernels.permutation import CombineKernel, TokenPermuter, gather_combine
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(rows [N, H] sorted by expert, rows per expert [E]) -> [N, H]."""
@@ -72,23 +72,23 @@ class _Scatter(torch.autograd.Function):
     """tokens [T, H] -> rows [N, H], each token once for each of its k experts."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, routing: Routing, row_sum: RowSum) -> Tensor:
-        ctx.routing, ctx.row_sum = routing, row_sum
+    def forward(ctx: Any, tokens: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
+        ctx.routing, ctx.combine = routing, combine
         return tokens.index_select(0, routing.token_of_row)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.row_sum(grad, ctx.routing.rows_of_tokens, None), None, None
+        return ctx.combine(grad, ctx.routing.rows_of_tokens, None), None, None
 
 
 class _Gather(torch.autograd.Function):
     """rows [N, H], weights [T, k] -> the weighted sum of each token's rows [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing, row_sum: RowSum) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
         ctx.save_for_backward(rows, weights)
         ctx.routing = routing
-        return row_sum(rows, routing.rows_of_tokens, weights)
+        return combine(rows, routing.rows_of_tokens, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -106,8 +106,8 @@ class _Gather(torch.autograd.Function):
 class IndexPermuter:
     """A ``TokenPermuter`` made of index operations, for any device and dtype."""
 
-    def __init__(self, row_sum: RowSum = gathered_sum) -> None:
-        self._row_sum = row_sum
+    def __init__(self, combine: CombineKernel = gather_combine) -> None:
+        self._combine = combine
 
     def count(self, experts: Tensor, num_experts: int) -> Tensor:
         """int64 [E]."""
@@ -119,13 +119,13 @@ class IndexPermuter:
     def permute(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Routing]:
         """[T, H] -> [N, H]."""
         routing = Routing.from_experts(experts)
-        return _Scatter.apply(tokens, routing, self._row_sum), routing
+        return _Scatter.apply(tokens, routing, self._combine), routing
 
     def unpermute(self, rows: Tensor, places: Routing, weights: Tensor | None = None) -> Tensor:
         """[N, H] -> [T, H]."""
         if weights is None:
             return _Permute.apply(rows, places.inverse, places.order)
-        return _Gather.apply(rows, weights, places, self._row_sum)
+        return _Gather.apply(rows, weights, places, self._combine)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.activation_offload import host_offload, synchronizer
-from mindspeed_mm.backend.kernels.attention import attention_kernel
 from mindspeed_mm.backend.kernels.compiled import check_compiler
-from mindspeed_mm.backend.kernels.elementwise import rms_norm_kernel, rotary_kernel
-from mindspeed_mm.backend.kernels.experts import expert_kernel, expert_kernel_name, token_permuter
-from mindspeed_mm.backend.kernels.permutation import row_sum
+from mindspeed_mm.backend.kernels.registry import (
+    attention_kernel,
+    combine_kernel,
+    expert_kernel,
+    expert_kernel_name,
+    rms_norm_kernel,
+    rotary_kernel,
+    token_permuter,
+)
 from mindspeed_mm.backend.megatron import prepare_megatron
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch, VisionBatch
@@ -205,7 +210,7 @@ def build_model(
         text_attention=attention_kernel(choices.text_attention, device=device),
         vision_attention=attention_kernel(choices.vision_attention, device=device),
         experts=expert_kernel(experts, device=device, compiled=by_compiler),
-        rows=token_permuter(IndexPermuter(row_sum(device=device)), fused=choices.fused_experts, device=device),
+        rows=token_permuter(IndexPermuter(combine_kernel(device=device)), fused=choices.fused_experts, device=device),
         rms_norm=rms_norm_kernel(device=device, compiled=by_compiler),
         rotary=rotary_kernel(device=device, compiled=by_compiler),
     )

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mindspeed_mm.backend.kernels.segments import Segments
+from mindspeed_mm.backend.kernels.attention import Segments
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy, run_layers
 from mindspeed_mm.models.layers.attention import PackedSequence, RotaryAngles

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mindspeed_mm.backend.kernels.segments import Segments
+from mindspeed_mm.backend.kernels.attention import Segments
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import VisionBatch
 from mindspeed_mm.interfaces.media import PixelNorm

@@ -9,18 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_mm.backend.kernels import (
-    autograd_functions,
-    compiled,
-    elementwise,
-    experts,
-    padded_bucket_experts,
-    permutation,
+from mindspeed_mm.backend.kernels import compiled, elementwise, experts, permutation, registry
+from mindspeed_mm.backend.kernels.attention import (
+    MATH_MAX_SEQLEN,
+    Segments,
+    VarlenKernel,
+    _matches_reference,
+    _varlen_reference,
+    eager_attention,
+    math_attention,
+    sdpa_attention,
 )
-from mindspeed_mm.backend.kernels.attention import eager_attention, math_attention, sdpa_attention
-from mindspeed_mm.backend.kernels.math_attention import LONGEST
-from mindspeed_mm.backend.kernels.segments import Segments
-from mindspeed_mm.backend.kernels.varlen_attention import Varlen, _agrees, _plain
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter
 from tests.helpers.mcore_model import relative
@@ -56,10 +55,10 @@ def random(*shape, dtype, seed=0):
 def test_rms_norm(dtype, shape):
     hidden, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
     if shape[0] == 0:
-        assert autograd_functions.rms_norm(hidden, weight, 1e-6).shape == hidden.shape
+        assert elementwise.autograd_rms_norm(hidden, weight, 1e-6).shape == hidden.shape
         return
     agree(
-        lambda x, w: autograd_functions.rms_norm(x, w, 1e-3),
+        lambda x, w: elementwise.autograd_rms_norm(x, w, 1e-3),
         lambda x, w: elementwise.torch_rms_norm(x, w, 1e-3),
         dtype,
         hidden,
@@ -72,11 +71,11 @@ def test_rms_norm(dtype, shape):
 def test_rotary(dtype, angles):
     tensor = random(6, 3, 8, dtype=dtype)
     cos, sin = (random(6, 1, 8, dtype=angles, seed=seed) for seed in (1, 2))  # of two different halves
-    found = outcome(lambda x: autograd_functions.rotary(x, cos, sin), tensor)
+    found = outcome(lambda x: elementwise.autograd_rotary(x, cos, sin), tensor)
     wanted = outcome(lambda x: elementwise.torch_rotary(x, cos.float(), sin.float()), tensor.float())
     assert all(relative(one.float(), other) <= BOUND[dtype] for one, other in zip(found, wanted, strict=True))
     assert found[0].dtype == dtype
-    turned_back = outcome(lambda x: autograd_functions.rotary(x, cos, -sin), tensor)
+    turned_back = outcome(lambda x: elementwise.autograd_rotary(x, cos, -sin), tensor)
     assert relative(turned_back[1].float(), wanted[1]) > 0.1
 
 
@@ -88,7 +87,7 @@ def test_grouped_experts(dtype, counts):
     per_expert = torch.tensor(counts)
     agree(
         lambda *args: experts.grouped_experts(*args, per_expert),
-        lambda *args: experts.looped_experts(*args, per_expert),
+        lambda *args: experts.reference_experts(*args, per_expert),
         dtype,
         *inputs,
     )
@@ -98,10 +97,10 @@ def test_grouped_experts(dtype, counts):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
 def test_compiled_swiglu(dtype):
     gate_up, grad = random(10, 48, dtype=dtype), random(10, 24, dtype=dtype, seed=1)
-    swiglu = elementwise.swiglu_kernel(compiled=True)
+    swiglu = registry.swiglu_kernel(compiled=True)
     agreed = (
-        [swiglu.forward(gate_up), *swiglu.again(gate_up, grad)],
-        [autograd_functions.swiglu(gate_up), *autograd_functions.swiglu_again(gate_up, grad)],
+        [swiglu.forward(gate_up), *swiglu.backward(gate_up, grad)],
+        [elementwise.eager_swiglu(gate_up), *elementwise.eager_swiglu_backward(gate_up, grad)],
     )
     for one, other in zip(*agreed, strict=True):
         assert one.dtype == dtype and relative(one.float(), other.float()) <= BOUND[dtype]
@@ -118,7 +117,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 37, 18, 5], [40, 3, 0, 17], [1, 1, 1, 57], [60, 0, 0, 0]])
-def test_bucketed_experts(dtype, counts):
+def test_padded_bucket_experts(dtype, counts):
     """Whatever rows lie before an expert's own: none, fewer than its span wants, those of several experts."""
     inputs = (
         random(sum(counts), 16, dtype=dtype),
@@ -127,35 +126,36 @@ def test_bucketed_experts(dtype, counts):
     )
     per_expert = torch.tensor(counts)
     agree(
-        lambda *args: padded_bucket_experts.padded_bucket_experts(*args, per_expert),
-        lambda *args: experts.looped_experts(*args, per_expert),
+        lambda *args: experts.padded_bucket_experts(*args, per_expert),
+        lambda *args: experts.reference_experts(*args, per_expert),
         dtype,
         *inputs,
     )
 
 
 def test_buckets_are_few():
-    sizes = [padded_bucket_experts.bucket(count) for count in range(1, 4097)]
+    sizes = [experts._bucket_size(count) for count in range(1, 4097)]
     assert all(count <= size < count + max(16, count / 8) for count, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 90
 
 
 def test_expert_kernel_by_device_and_type():
     def name(device, dtype, fused=True):
-        return experts.expert_kernel_name(fused=fused, hidden_size=16, intermediate_size=24, device=device, dtype=dtype)
+        sizes = {"hidden_size": 16, "intermediate_size": 24}
+        return registry.expert_kernel_name(fused=fused, **sizes, device=device, dtype=dtype)
 
-    grouped = "grouped_mm" if hasattr(torch.nn.functional, "grouped_mm") else "loop"
+    grouped = "grouped_mm" if hasattr(torch.nn.functional, "grouped_mm") else "reference"
     assert [name("cpu", torch.float32), name("cuda", torch.bfloat16)] == [grouped] * 2
-    assert name("cpu", torch.bfloat16) == "bucketed"
-    assert name("cpu", torch.bfloat16, fused=False) == name("cuda", torch.bfloat16, fused=False) == "loop"
+    assert name("cpu", torch.bfloat16) == "padded_bucket"
+    assert name("cpu", torch.bfloat16, fused=False) == name("cuda", torch.bfloat16, fused=False) == "reference"
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("row_sum", [permutation.bag_sum, permutation.gathered_sum])
-def test_rows_and_back(dtype, row_sum):
+@pytest.mark.parametrize("combine", [permutation.embedding_bag_combine, permutation.gather_combine])
+def test_rows_and_back(dtype, combine):
     experts_of = torch.tensor([[2, 0], [1, 2], [0, 3], [2, 1], [3, 2]])
     tokens, weights = random(5, 12, dtype=dtype), torch.rand(5, 2).to(dtype)
-    permuter = IndexPermuter(row_sum)
+    permuter = IndexPermuter(combine)
 
     def there_and_back(tokens, weights):
         moved, places = permuter.permute(tokens, experts_of)
@@ -172,7 +172,7 @@ def test_rows_and_back(dtype, row_sum):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4], [32, 40], [3, LONGEST + 1]], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4], [32, 40], [3, MATH_MAX_SEQLEN + 1]], ids=str)
 @pytest.mark.parametrize("kernel", [math_attention, sdpa_attention])
 def test_attention(kernel, lengths, causal, dtype):
     offsets = [0, *itertools.accumulate(lengths)]
@@ -192,7 +192,7 @@ def varlen_of(version):
         assert causal and set(options) <= version
         if "enable_gqa" in version and query.shape[1] != key.shape[1]:
             assert options["enable_gqa"]
-        return _plain(query, key, value, cu_seq_q, max_q, causal=True, scale=options.get("scale", 0.125))
+        return _varlen_reference(query, key, value, cu_seq_q, max_q, causal=True, scale=options.get("scale", 0.125))
 
     return function, seen
 
@@ -204,7 +204,7 @@ def varlen_of(version):
 def test_varlen_is_called_as_each_torch_wants_it(version, repeat_heads):
     function, seen = varlen_of(version)
     with torch.device("meta"):  # as models are built
-        assert _agrees(Varlen(function, frozenset(version), repeat_heads), "cpu")
+        assert _matches_reference(VarlenKernel(function, frozenset(version), repeat_heads), "cpu")
     assert ("enable_gqa" in seen.options) == ("enable_gqa" in version and not repeat_heads)
 
 
@@ -217,4 +217,4 @@ def test_varlen_that_is_wrong_or_fails_is_not_offered():
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
 
     for function in (without_causality, failing):
-        assert not _agrees(Varlen(function, frozenset({"window_size", "scale"})), "cpu")
+        assert not _matches_reference(VarlenKernel(function, frozenset({"window_size", "scale"})), "cpu")

@@ -8,12 +8,13 @@ import sys
 # The group ends while its library's thread is at work on tensors that nobody else knows any more.
 END = """
 import torch, torch.distributed as dist
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
-start_processes(select_backend("cpu"), timeout_minutes=1)
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
+init_distributed(select_backend("cpu"), timeout_minutes=1)
 dist.all_gather([torch.empty(5_000_000)], torch.ones(5_000_000), async_op=True)
-stop_processes()
+shutdown_distributed()
 assert not dist.is_initialized()
-stop_processes()
+shutdown_distributed()
 print("ended")
 """
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory, shard_writer, shards
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
@@ -60,7 +61,7 @@ def layouts_of(name: str, tensor: Tensor) -> list[tuple[Placement, Placement]]:
 def main() -> None:
     tensors, root = load_file(sys.argv[1]), Path(sys.argv[2])
     backend = select_backend("cpu")
-    start_processes(backend, timeout_minutes=1)
+    init_distributed(backend, timeout_minutes=1)
     shards.ITEM_BYTES, shard_writer.FILE_BYTES = 3000, 50_000
     mesh = init_device_mesh("cpu", (2, 2))
     parameters, moments, counter = {}, {}, itertools.count()
@@ -82,7 +83,7 @@ def main() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         directory.finish_directory(partial, target, {"iteration": 5})
-    stop_processes()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

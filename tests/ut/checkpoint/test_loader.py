@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.checksum import file_checksum
 from mindspeed_mm.checkpoint.dcp_metadata import METADATA, read_metadata
@@ -27,9 +28,9 @@ BACKEND = select_backend("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def process() -> Iterator[None]:
     torch.set_num_threads(1)
-    start_processes(BACKEND, timeout_minutes=1)
+    init_distributed(BACKEND, timeout_minutes=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0):

@@ -17,7 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory, shard_writer, shards
 from mindspeed_mm.checkpoint import manager as manager_module
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
@@ -29,9 +30,9 @@ from mindspeed_mm.errors import UserError
 @pytest.fixture(scope="module", autouse=True)
 def process() -> Iterator[None]:
     torch.set_num_threads(1)
-    start_processes(select_backend("cpu"), timeout_minutes=1)
+    init_distributed(select_backend("cpu"), timeout_minutes=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 @dataclasses.dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
@@ -23,9 +24,9 @@ from tests.helpers.mcore_model import PIXEL_NORM, relative
 @pytest.fixture(scope="module", autouse=True)
 def process():
     torch.set_num_threads(1)
-    start_processes(select_backend("cpu"), timeout_minutes=1)
+    init_distributed(select_backend("cpu"), timeout_minutes=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 @torch.no_grad()

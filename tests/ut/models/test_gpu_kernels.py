@@ -10,7 +10,6 @@ import torch
 from benchmarks.cost_growth import sample_of
 from benchmarks.workload import PIXEL_NORM, geometry_config
 from mindspeed_mm.backend.kernels import attention
-from mindspeed_mm.backend.kernels.varlen_attention import Varlen
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
@@ -27,7 +26,7 @@ def test_forward_and_backward_in_bf16(monkeypatch, recompute, repeat_heads):
         called.append(options)
         return varlen.varlen_attn(*args, **options)
 
-    monkeypatch.setattr(attention, "find_varlen", lambda device: Varlen(counted, accepts, repeat_heads))
+    monkeypatch.setattr(attention, "find_varlen", lambda device: attention.VarlenKernel(counted, accepts, repeat_heads))
     model_config = Qwen3VLConfig.from_config(
         geometry_config("30b", text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
     )

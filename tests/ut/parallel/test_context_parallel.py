@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mindspeed_mm.backend.kernels.attention import sdpa_attention
-from mindspeed_mm.backend.kernels.segments import Segments
+from mindspeed_mm.backend.kernels.attention import Segments, sdpa_attention
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.parallel import collectives
 from mindspeed_mm.parallel.context_parallel import UlyssesAttention, split_batch

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.backend.kernels.experts import expert_kernel
-from mindspeed_mm.backend.kernels.permutation import bag_sum, gathered_sum
+from mindspeed_mm.backend.kernels.permutation import embedding_bag_combine, gather_combine
+from mindspeed_mm.backend.kernels.registry import expert_kernel
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher
 from mindspeed_mm.parallel.expert_parallel import ExpertParallelDispatcher
 from tests.helpers.mcore_model import relative
@@ -15,7 +15,7 @@ from tests.helpers.thread_group import all_to_all_single, in_threads
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 16, 24
 COUNTS = {2: [5, 9], 4: [3, 1, 7, 4], 8: [2, 1, 3, 1, 4, 1, 5, 9]}  # tokens of each process
-KERNELS = ["loop", "bucketed"] + ["grouped_mm"] * hasattr(torch.nn.functional, "grouped_mm")
+KERNELS = ["reference", "padded_bucket"] + ["grouped_mm"] * hasattr(torch.nn.functional, "grouped_mm")
 
 
 def any_two(tokens, generator):
@@ -30,11 +30,11 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("row_sum", [gathered_sum, bag_sum])
+@pytest.mark.parametrize("combine", [gather_combine, embedding_bag_combine])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("size", COUNTS)
-def test_equals_one_process(monkeypatch, size, routing, kernel, row_sum):
+def test_equals_one_process(monkeypatch, size, routing, kernel, combine):
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     generator = torch.Generator().manual_seed(size)
     counts, total = COUNTS[size], sum(COUNTS[size])
@@ -45,7 +45,7 @@ def test_equals_one_process(monkeypatch, size, routing, kernel, row_sum):
     tokens, weights, seed = random(total, HIDDEN), random(total, TOP_K).softmax(-1), random(total, HIDDEN)
     gate_up, down = random(EXPERTS, HIDDEN, 2 * INNER) / 4, random(EXPERTS, INNER, HIDDEN) / 4
     experts = ROUTINGS[routing](total, generator)
-    product, permuter = expert_kernel(kernel, device="cpu"), IndexPermuter(row_sum)
+    product, permuter = expert_kernel(kernel, device="cpu"), IndexPermuter(combine)
 
     def run(dispatch, part, own):
         """Results and gradients of a process's tokens, weights, and the experts that it holds."""

@@ -7,7 +7,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
@@ -20,9 +21,9 @@ from tests.helpers.mcore_model import model_like
 @pytest.fixture(scope="module", autouse=True)
 def process():
     torch.set_num_threads(1)
-    start_processes(select_backend("cpu"), timeout_minutes=1)
+    init_distributed(select_backend("cpu"), timeout_minutes=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
@@ -20,9 +21,9 @@ from tests.helpers.mcore_model import model_like
 
 @pytest.fixture(scope="module")
 def layout():
-    start_processes(select_backend("cpu"), timeout_minutes=1)
+    init_distributed(select_backend("cpu"), timeout_minutes=1)
     yield build_layout(device_type="cpu")
-    stop_processes()
+    shutdown_distributed()
 
 
 def train(model, model_config):

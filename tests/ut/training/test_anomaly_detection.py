@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mindspeed_mm.backend.device import stop_processes
+from mindspeed_mm.backend.process_group import shutdown_distributed
 from mindspeed_mm.backend.transfer import DeferredHostRead
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
@@ -24,7 +24,7 @@ from mindspeed_mm.training.step import SampleLosses, StepResult, StepSums
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 MODEL = nn.ModuleDict({"good": nn.Linear(2, 2, bias=False), "bad": nn.Linear(2, 2)})

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.backend.device import select_backend, start_processes, stop_processes
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
@@ -19,9 +20,9 @@ COEFFICIENT, LOSS, GRADIENT = 0.5, 1e-6, 1e-5
 @pytest.fixture(scope="module", autouse=True)
 def process():
     torch.set_num_threads(1)
-    start_processes(select_backend("cpu"), timeout_minutes=1)
+    init_distributed(select_backend("cpu"), timeout_minutes=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 @pytest.fixture(scope="module", params=[{}, {"mlp_only_layers": [1]}], ids=["all sparse", "one dense layer"])

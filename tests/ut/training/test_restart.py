@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from mindspeed_mm.backend.device import stop_processes
+from mindspeed_mm.backend.process_group import shutdown_distributed
 from mindspeed_mm.checkpoint.directory import commit_directory, iteration_name, write_tracker
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
@@ -16,7 +16,7 @@ from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    stop_processes()
+    shutdown_distributed()
 
 
 def checkpoint(root, iteration, **metadata):

@@ -66,11 +66,11 @@ def test_second_ctrl_c_quits_at_once():
 
 HELPER = """
     import multiprocessing, os, signal, time
-    from mindspeed_mm.backend.worker_signals import shield_from_signals
+    from mindspeed_mm.backend.worker_signals import ignore_group_signals
 
     def helper(ready, shielded):
         if shielded:
-            shield_from_signals()
+            ignore_group_signals()
         ready.set()
         time.sleep(30)
 

@@ -98,20 +98,20 @@ class Place:
     def __init__(self, device, at):
         self.device, self.at = device, at
 
-    def wait(self):
+    def synchronize(self):
         self.device.host = max(self.device.host, self.at)
 
     def seconds_since(self, earlier):
-        self.wait()
+        self.synchronize()
         return self.at - earlier.at
 
 
 class QueuedNumbers:
     def __init__(self, device):
-        self.made = device.mark()
+        self.ready = device.mark()
 
     def tolist(self):
-        self.made.wait()
+        self.ready.synchronize()
         return [*StepSums(loss=1.0), 2.0]
 
 
@@ -168,7 +168,7 @@ def test_a_pause_belongs_to_no_step(capsys):
         if iteration == 3:
             reports.flush()
             queue.work(host=50.0, device=70.0)
-            queue.mark().wait()
+            queue.mark().synchronize()
             reports.restart_clock()
     reports.flush()
     logged = [float(line.split("(ms): ")[1].split(" |")[0]) for line in capsys.readouterr().out.splitlines()]

@@ -39,7 +39,7 @@ from torch_npu._operators import register  # noqa: E402
 __version__ = os.environ.get("SIMULATED_NPU_VERSION", "2.7.1")
 
 
-_gloo_groups: list[Any] = []  # kept: torch 2.7 cannot take one apart from within another, see stop_processes
+_gloo_groups: list[Any] = []  # kept: torch 2.7 cannot take one apart from within another, see shutdown_distributed
 
 
 def _create_hccl(options: Any, group_options: Any) -> Any:
