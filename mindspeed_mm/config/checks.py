@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, cast
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
 from mindspeed_mm.config.flags import TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
@@ -11,27 +14,24 @@ from mindspeed_mm.config.model_options import LossMode, ModelOptions
 from mindspeed_mm.errors import UserError
 
 
-class _Text(Protocol):
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    max_position_embeddings: int
-    num_experts: int
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the rules read of a model. Its :class:`~mindspeed_mm.models.spec.ModelSpec` fills this in.
 
-
-class _Vision(Protocol):
-    depth: int
-    hidden_size: int
-    num_heads: int
-
-
-class ModelConfigLike(Protocol):
-    """What the rules read of the model's geometry (``mindspeed_mm.models.qwen3_vl.config.Qwen3VLConfig``)."""
+    Attributes:
+        model_type: as in ``config.json``.
+        attention_heads: name of a stack of layers, such as ``text`` -> (query heads, key/value heads).
+        num_experts: routed experts of a sparse layer; 0 without any.
+        expert_widths: name in ``config.json`` -> width of the axes of an expert's matrices that FSDP2 may cut.
+        options: dotted path in the model file -> (name in ``config.json``, value there), for each option of the model
+            file that repeats what ``config.json`` says.
+    """
 
     model_type: str
-    text: _Text
-    vision: _Vision
+    attention_heads: Mapping[str, tuple[int, int]]
+    num_experts: int = 0
+    expert_widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,23 +90,24 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 
 
-def check_parallel(args: TrainingArgs, *, world_size: int) -> BatchPlan:
-    """Rules of divisibility, and the batch plan that follows.
+def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> BatchPlan:
+    """Rules between the number of ranks, the parallel degrees and the batch, and the batch plan that follows.
 
     Args:
-        args: the flags, after :func:`check_flags`.
-        world_size: number of processes.
+        args: the flags, after :func:`check_flags` and :func:`join_expert_sizes`.
+        fsdp: the FSDP2 file.
+        world_size: number of ranks.
 
     Raises:
         UserError: naming the values and the nearest ones that are possible.
     """
-    expert, context = args.expert_model_parallel_size, args.context_parallel_size
-    for name, size in (("context_parallel_size", context), ("expert_model_parallel_size", expert)):
-        if world_size % size:
-            raise UserError(
-                f"{name} {size} does not divide the number of processes {world_size}; "
-                f"choose one of {_divisors(world_size)}"
-            )
+    shard, expert, context = shard_size(fsdp, world_size), args.expert_model_parallel_size, args.context_parallel_size
+    file = args.fsdp2_config_path
+    _must_divide(f"{file}: sharding_size", shard, world_size, "the number of ranks", also="auto or ")
+    _must_divide("context_parallel_size", context, world_size, "the number of ranks")
+    _must_divide("expert_model_parallel_size", expert, world_size, "the number of ranks")
+    if shard != world_size:
+        _must_divide("expert_model_parallel_size", expert, shard, f"sharding_size of {file},")
     data_parallel_size = world_size // context
     samples_at_once = args.micro_batch_size * data_parallel_size
     global_batch_size = samples_at_once if args.global_batch_size is None else args.global_batch_size
@@ -114,7 +115,7 @@ def check_parallel(args: TrainingArgs, *, world_size: int) -> BatchPlan:
         below = global_batch_size // samples_at_once * samples_at_once
         options = " or ".join(str(size) for size in (below, below + samples_at_once) if size)
         raise UserError(
-            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size {args.micro_batch_size} x "
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {args.micro_batch_size} x "
             f"data-parallel size {data_parallel_size} = {samples_at_once}; choose {options}"
         )
     return BatchPlan(
@@ -125,36 +126,46 @@ def check_parallel(args: TrainingArgs, *, world_size: int) -> BatchPlan:
     )
 
 
-def check_degrees(args: TrainingArgs, *, model_config: ModelConfigLike) -> None:
-    """Rules between the parallel degrees and the model.
+def check_model(
+    args: TrainingArgs, fsdp: FSDPConfig, model: ModelOptions, facts: ModelFacts, *, world_size: int
+) -> None:
+    """Rules between the options and the model.
 
     Raises:
-        UserError: naming both numbers and the degrees that are possible.
+        UserError: if the model file contradicts ``config.json``, or a parallel degree or the loss does not fit the
+            model; with both values and those that are possible.
     """
-    expert, context, experts = (
-        args.expert_model_parallel_size,
-        args.context_parallel_size,
-        model_config.text.num_experts,
-    )
-    if expert > 1 and not experts:
-        raise UserError(f"expert_model_parallel_size {expert} needs experts, and this model has none; set it to 1")
-    if expert > 1 and experts % expert:
-        raise UserError(
-            f"expert_model_parallel_size {expert} does not divide num_experts {experts}; "
-            f"choose one of {_divisors(experts)}"
-        )
-    for kind, heads in (("text", model_config.text.num_heads), ("vision", model_config.vision.num_heads)):
-        if heads % context:
+    _check_model_file(args, model, facts)
+    expert, context = args.expert_model_parallel_size, args.context_parallel_size
+    if expert > 1:
+        if not facts.num_experts:
+            raise UserError(f"expert_model_parallel_size {expert} needs experts, and this model has none; set it to 1")
+        _must_divide("expert_model_parallel_size", expert, facts.num_experts, "num_experts")
+        parts = shard_size(fsdp, world_size) // expert
+        for name, width in facts.expert_widths.items():
+            if width % parts:
+                raise UserError(
+                    f"each expert would be cut into {parts} parts, which do not divide {name} {width}; raise "
+                    "--expert-model-parallel-size, or lower sharding_size in the FSDP2 file"
+                )
+    for stack, (heads, key_heads) in facts.attention_heads.items():
+        _must_divide("context_parallel_size", context, heads, f"the {stack} attention heads")
+        if key_heads % context and context % key_heads:
             raise UserError(
-                f"context_parallel_size {context} does not divide the {kind} attention heads {heads}; "
-                f"choose one of {_divisors(heads)}"
+                f"context_parallel_size {context} neither divides the {key_heads} key/value heads nor is a multiple of "
+                f"them; choose one of {_divisors(key_heads)} or a multiple of {key_heads}"
             )
-    key_heads = model_config.text.num_kv_heads
-    if key_heads % context and context % key_heads:
+    coefficient = router_aux_loss_coef(args, model)
+    if coefficient and not facts.num_experts:
         raise UserError(
-            f"context_parallel_size {context} neither divides the {key_heads} key/value heads nor is a multiple of "
-            f"them; choose one of {_divisors(key_heads)} or a multiple of {key_heads}"
+            f"router_aux_loss_coef {coefficient} needs routers, and this model has none; "
+            "leave it and --moe-aux-loss-coeff out"
         )
+
+
+def shard_size(fsdp: FSDPConfig, world_size: int) -> int:
+    """Ranks that share one copy of the parameters."""
+    return world_size if fsdp.sharding_size == "auto" else int(fsdp.sharding_size)
 
 
 def join_expert_sizes(args: TrainingArgs, fsdp: FSDPConfig) -> TrainingArgs:
@@ -211,64 +222,24 @@ def router_aux_loss_coef(args: TrainingArgs, model: ModelOptions) -> float:
     return next((value for value in (by_flag, by_file) if value is not None), 0.0)
 
 
-def check_sharding(args: TrainingArgs, *, sharding_size: int | str, world_size: int) -> None:
-    """Rules between the YAML's ``sharding_size`` and the numbers of processes.
-
-    Raises:
-        UserError: naming the values and those that are possible.
-    """
-    shard = world_size if sharding_size == "auto" else int(sharding_size)
-    if world_size % shard:
+def _check_model_file(args: TrainingArgs, model: ModelOptions, facts: ModelFacts) -> None:
+    source = Path(model.init_from_hf_path) / "config.json"
+    if model.model_id != facts.model_type:
         raise UserError(
-            f"{args.fsdp2_config_path}: sharding_size {shard} does not divide the number of processes {world_size}; "
-            f"choose auto or one of {_divisors(world_size)}"
+            f"{args.mm_model}: model_id {model.model_id} contradicts model_type {facts.model_type} in {source}; "
+            "use the model file of this model"
         )
-    expert = args.expert_model_parallel_size
-    if shard % expert:
-        raise UserError(
-            f"expert_model_parallel_size {expert} does not divide the {shard} processes that share parameters "
-            f"(sharding_size in {args.fsdp2_config_path}); choose one of {_divisors(shard)}"
-        )
-
-
-def check_model_config(model: ModelOptions, *, file: str, model_config: ModelConfigLike, source: str) -> None:
-    """Compare every geometry field that the model file mentions with the Hugging Face config.
-
-    Args:
-        model: the model file's content.
-        file: its name, for messages.
-        geometry: the Hugging Face config's content.
-        source: where that was read.
-
-    Raises:
-        UserError: naming both files, the field and both values.
-    """
-    vision, text = model_config.vision, model_config.text
-    encoder, decoder = model.image_encoder.vision_encoder, model.text_decoder
-    pairs = [
-        ("model_id", model.model_id, "model_type", model_config.model_type),
-        *(
-            (f"image_encoder.vision_encoder.{name}", getattr(encoder, name), f"vision_config.{theirs}", value)
-            for name, theirs, value in (
-                ("num_layers", "depth", vision.depth),
-                ("hidden_size", "hidden_size", vision.hidden_size),
-                ("num_attention_heads", "num_heads", vision.num_heads),
-            )
-        ),
-        *(
-            (f"text_decoder.{name}", getattr(decoder, name), f"text_config.{theirs}", value)
-            for name, theirs, value in (
-                ("num_layers", "num_hidden_layers", text.num_layers),
-                ("hidden_size", "hidden_size", text.hidden_size),
-                ("num_attention_heads", "num_attention_heads", text.num_heads),
-                ("max_position_embeddings", "max_position_embeddings", text.max_position_embeddings),
-            )
-        ),
-    ]
-    for path, ours, name, theirs in pairs:
+    for path, (name, theirs) in facts.options.items():
+        ours = functools.reduce(getattr, path.split("."), model)
         if ours is not None and ours != theirs:
-            remedy = "use the model file of this model" if path == "model_id" else "correct it or leave it out"
-            raise UserError(f"{file}: {path} {ours} contradicts {name} {theirs} in {source}; {remedy}")
+            raise UserError(
+                f"{args.mm_model}: {path} {ours} contradicts {name} {theirs} in {source}; correct it or leave it out"
+            )
+
+
+def _must_divide(name: str, size: int, total: int, what: str, *, also: str = "") -> None:
+    if total % size:
+        raise UserError(f"{name} {size} does not divide {what} {total}; choose {also}one of {_divisors(total)}")
 
 
 def _divisors(number: int) -> str:

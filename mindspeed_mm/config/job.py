@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.config.checks import (
-    BatchPlan,
-    ModelConfigLike,
-    check_degrees,
+    ModelFacts,
     check_flags,
-    check_model_config,
+    check_model,
     check_parallel,
-    check_sharding,
     join_expert_sizes,
     loss_mode,
     router_aux_loss_coef,
@@ -49,29 +46,9 @@ class JobConfig(StrictModel):
         """Coefficient of the routers' load-balancing loss; 0 for none."""
         return router_aux_loss_coef(self.args, self.model)
 
-    def check_world(self, *, world_size: int) -> BatchPlan:
-        """Check the degrees, batch and sharding sizes against the number of processes.
-
-        Raises:
-            UserError: see :func:`rules.check_parallel` and :func:`rules.check_sharding`.
-        """
-        check_sharding(self.args, sharding_size=self.fsdp.sharding_size, world_size=world_size)
-        return check_parallel(self.args, world_size=world_size)
-
-    def check_model_config(self, model_config: ModelConfigLike) -> None:
-        """Check flags and model file against the Hugging Face config.
-
-        Raises:
-            UserError: if a field contradicts it, or a degree does not fit the model.
-        """
-        source = str(Path(self.model.init_from_hf_path) / "config.json")
-        check_model_config(self.model, file=self.args.mm_model, model_config=model_config, source=source)
-        check_degrees(self.args, model_config=model_config)
-        if self.router_aux_loss_coef and not model_config.text.num_experts:
-            raise UserError(
-                f"router_aux_loss_coef {self.router_aux_loss_coef} needs routers, and this model has none; "
-                "leave it and --moe-aux-loss-coeff out"
-            )
+    def check_model(self, facts: ModelFacts, *, world_size: int) -> None:
+        """Check flags and files against the model; see :func:`checks.check_model`."""
+        check_model(self.args, self.fsdp, self.model, facts, world_size=world_size)
 
     def describe_ignored(self) -> list[str]:
         """Sentences that name each flag or field that was given and changes nothing, with the reason."""
@@ -120,8 +97,7 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
     args = join_expert_sizes(args, fsdp)
-    plan = check_parallel(args, world_size=world_size)
-    check_sharding(args, sharding_size=fsdp.sharding_size, world_size=world_size)
+    plan = check_parallel(args, fsdp, world_size=world_size)
     job = JobConfig(
         args=args.replace(global_batch_size=plan.global_batch_size),
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
-
-    pass
+    from mindspeed_mm.config.checks import ModelFacts
 
 _BUILT_IN: dict[str, str] = {
     "qwen3_vl": "mindspeed_mm.models.qwen3_vl.spec",
@@ -49,6 +48,10 @@ class ModelSpec(abc.ABC):
         Raises:
             UserError: if ``config.json`` is missing or cannot be trained.
         """
+
+    @abc.abstractmethod
+    def facts(self, model_config: Any) -> ModelFacts:
+        """What the rules between options and model read of a config from :meth:`read_config`."""
 
 
 def register(spec: ModelSpec) -> ModelSpec:

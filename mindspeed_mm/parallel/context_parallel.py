@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments
-from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch, VisionBatch
 from mindspeed_mm.models.layers.attention import CoreAttention
 from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
@@ -144,20 +143,8 @@ class VisionExchange:
 
 def apply_context_parallelism(model: Qwen3VLModel, mesh: DeviceMesh) -> None:
     """Let the processes of the one-dimensional ``mesh`` share their micro-batches.
-
-    Raises:
-        UserError: if the heads cannot be dealt out evenly.
     """
-    group, size = mesh.get_group(), mesh.size()
-    for kind, query, key in (
-        ("text", model.text_decoder.model_config.num_heads, model.text_decoder.model_config.num_kv_heads),
-        ("vision", model.image_encoder.vision_encoder.model_config.num_heads, size),
-    ):
-        if query % size or (key % size and size % key):
-            raise UserError(
-                f"--context-parallel-size {size} does not deal out {query} {kind} heads and {key} key/value heads "
-                "evenly; choose a divisor of the heads that divides the key/value heads or is a multiple of them"
-            )
+    group = mesh.get_group()
     for module in model.modules():
         if isinstance(module, CoreAttention):
             module.kernel = UlyssesAttention(module.kernel, group)

@@ -81,6 +81,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
             continue
         layer.dispatch = ExpertParallelDispatcher(group, layer.permuter)
         for name, parameter in list(layer.experts.named_parameters()):
+            assert parameter.shape[0] % size == 0, "config.checks refuses other sizes"
             own = parameter.detach().chunk(size)[rank].contiguous()
             shard = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
             shard.requires_grad_(parameter.requires_grad)

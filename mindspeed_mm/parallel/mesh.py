@@ -7,8 +7,6 @@ import dataclasses
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mindspeed_mm.errors import UserError
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -59,15 +57,11 @@ def build_layout(
             is fewer); ``auto`` for all.
         expert_size: processes over which the experts of a layer are spread.
         context_size: processes that share a micro-batch.
-
-    Raises:
-        UserError: if a size does not divide what it divides.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shard = world_size if sharding_size == "auto" else int(sharding_size)
-    _must_divide("fsdp2 config: sharding_size", shard, world_size, f"the {world_size} processes")
-    _must_divide("--expert-model-parallel-size", expert_size, shard, f"the {shard} processes that share parameters")
-    _must_divide("--context-parallel-size", context_size, world_size, f"the {world_size} processes")
+    # config.checks refuses other sizes
+    assert world_size % shard == 0 and shard % expert_size == 0 and world_size % context_size == 0
     replicas = world_size // shard
 
     def shard_mesh(*, inner: int) -> DeviceMesh:
@@ -93,9 +87,3 @@ def build_layout(
         expert_mesh=None if expert_root is None else expert_root["expert"],
         context_mesh=None if context is None else context["context"],
     )
-
-
-def _must_divide(name: str, size: int, total: int, what: str) -> None:
-    if size < 1 or total % size:
-        divisors = ", ".join(str(divisor) for divisor in range(1, total + 1) if total % divisor == 0)
-        raise UserError(f"{name} {size} does not divide {what}; choose one of {divisors}")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mindspeed_mm.backend.device_check import check_device
 from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
@@ -20,7 +21,7 @@ from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
 from mindspeed_mm.tools.memory.plan import Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
@@ -36,8 +37,9 @@ def preflight(job: JobConfig) -> None:
         UserError: naming what is missing or contradicts, and the step of the guide that mends it.
     """
     check_weights(job)
-    model_config = Qwen3VLConfig.from_pretrained(job.model.init_from_hf_path)
-    job.check_model_config(model_config)
+    spec = spec_of(job.model.init_from_hf_path)
+    model_config = spec.read_config(job.model.init_from_hf_path)
+    job.check_model(spec.facts(model_config), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if job.args.load is not None:
         verify_directory(resolve_checkpoint(job.args.load))
     if job.args.save is not None:
@@ -64,7 +66,7 @@ def check_temporary_directory(num_workers: int) -> None:
         )
 
 
-def warn_of_room(job: JobConfig, model_config: Qwen3VLConfig) -> None:
+def warn_of_room(job: JobConfig, model_config: Any) -> None:
     """Print a line where the run's checkpoints do not fit on the disk."""
     args = job.args
     if args.save is None:
@@ -79,7 +81,7 @@ def warn_of_room(job: JobConfig, model_config: Qwen3VLConfig) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _plan(job: JobConfig, model_config: Qwen3VLConfig) -> Plan:
+def _plan(job: JobConfig, model_config: Any) -> Plan:
     load = Load.largest(
         job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
     )
@@ -87,7 +89,7 @@ def _plan(job: JobConfig, model_config: Qwen3VLConfig) -> Plan:
     return plan_run(job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size, load=load)
 
 
-def warn_of_memory(job: JobConfig, model_config: Qwen3VLConfig, *, memory: str) -> None:
+def warn_of_memory(job: JobConfig, model_config: Any, *, memory: str) -> None:
     """Print a line where samples of the full length are not likely to fit.
 
     Args:

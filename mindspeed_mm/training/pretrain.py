@@ -26,6 +26,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
+from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
@@ -92,7 +93,6 @@ def _run(
         expert_size=args.expert_model_parallel_size,
         context_size=args.context_parallel_size,
     )
-    job.check_world(world_size=layout.world_size)
     say = _Announcer(layout)
     say(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
     if note := communication_note(backend, args.distributed_backend):
@@ -101,8 +101,9 @@ def _run(
         say(line)
 
     backend.seed(args.seed)
-    model_config = Qwen3VLConfig.from_pretrained(job.model.init_from_hf_path)
-    job.check_model_config(model_config)
+    spec = spec_of(job.model.init_from_hf_path)
+    model_config = spec.read_config(job.model.init_from_hf_path)
+    job.check_model(spec.facts(model_config), world_size=layout.world_size)
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
         model = model_provider(job, model_config, backend)
     _shard_and_allocate(model, job, backend, layout)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from mindspeed_mm.config.checks import ModelFacts
 from mindspeed_mm.models.qwen3_vl.config import SUPPORTED_MODEL_TYPES, Qwen3VLConfig
 from mindspeed_mm.models.spec import ModelSpec, register
 
@@ -25,6 +26,32 @@ class Qwen3VLSpec(ModelSpec):
     def read_config(self, directory: str | Path) -> Qwen3VLConfig:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         return Qwen3VLConfig.from_pretrained(directory)
+
+    def facts(self, model_config: Qwen3VLConfig) -> ModelFacts:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        text, vision = model_config.text, model_config.vision
+        encoder = "image_encoder.vision_encoder"
+        return ModelFacts(
+            model_type=model_config.model_type,
+            attention_heads={
+                "text": (text.num_heads, text.num_kv_heads), "vision": (vision.num_heads, vision.num_heads)
+            },
+            num_experts=text.num_experts,
+            expert_widths={
+                "hidden_size": text.hidden_size, "moe_intermediate_size": text.moe_intermediate_size
+            },
+            options={
+                f"{encoder}.num_layers": ("vision_config.depth", vision.depth),
+                f"{encoder}.hidden_size": ("vision_config.hidden_size", vision.hidden_size),
+                f"{encoder}.num_attention_heads": ("vision_config.num_heads", vision.num_heads),
+                "text_decoder.num_layers": ("text_config.num_hidden_layers", text.num_layers),
+                "text_decoder.hidden_size": ("text_config.hidden_size", text.hidden_size),
+                "text_decoder.num_attention_heads": ("text_config.num_attention_heads", text.num_heads),
+                "text_decoder.max_position_embeddings": (
+                    "text_config.max_position_embeddings", text.max_position_embeddings
+                ),
+            },
+        )
 
 
 SPEC = register(Qwen3VLSpec())

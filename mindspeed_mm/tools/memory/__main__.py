@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.config.checks import check_degrees, check_flags, check_parallel, check_sharding
+from mindspeed_mm.config.checks import check_flags, check_model, check_parallel, join_expert_sizes
 from mindspeed_mm.config.command_line import OneLineParser, parse_args
 from mindspeed_mm.config.data_config import DataConfig, PreprocessParameters
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import FUSED, WRITTEN_OUT, Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, table
 
@@ -77,14 +77,16 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
             words += [name, value]
     args = parse_args([*words, "--use-torch-fsdp2"])
     check_flags(args)
-    args = args.replace(global_batch_size=check_parallel(args, world_size=options.nproc).global_batch_size)
     model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
     fsdp = FSDPConfig()
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
-    check_sharding(args, sharding_size=fsdp.sharding_size, world_size=options.nproc)
-    model_config = Qwen3VLConfig.from_pretrained(options.hf_config or model.init_from_hf_path)
-    check_degrees(args, model_config=model_config)
+    args = join_expert_sizes(args, fsdp)
+    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc).global_batch_size)
+    directory = options.hf_config or model.init_from_hf_path
+    spec = spec_of(directory)
+    model_config = spec.read_config(directory)
+    check_model(args, fsdp, model, spec.facts(model_config), world_size=options.nproc)
     pixels = PreprocessParameters.model_fields["image_max_pixels"].default
     if args.mm_data != _REQUIRED["--mm-data"] and Path(args.mm_data).is_file():
         data = load_config(args.mm_data, DataConfig, flag="--mm-data")

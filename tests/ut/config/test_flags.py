@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.config.checks import check_degrees, check_flags, check_parallel, check_sharding
+from mindspeed_mm.config.checks import ModelFacts, check_flags, check_model, check_parallel
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.flags import SECTIONS, TrainingArgs
+from mindspeed_mm.config.fsdp_config import FSDPConfig
+from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.config.schema import EFFECTIVE, role_of
 from mindspeed_mm.errors import UserError
 
@@ -39,16 +41,17 @@ def _parse(words):
     return args
 
 
-def _geometry(*, experts=128, heads=32, vision_heads=16, kv_heads=4):
-    text = type("Text", (), {"num_experts": experts, "num_heads": heads, "num_kv_heads": kv_heads})
-    vision = type("Vision", (), {"num_heads": vision_heads})
-    return type("Geometry", (), {"text": text, "vision": vision, "model_type": "qwen3_vl_moe"})
+def _check_model(words, *, world_size=1, sharding_size="auto", **facts):
+    facts = {"attention_heads": {"text": (32, 4), "vision": (16, 16)}, "num_experts": 128, **facts}
+    model = ModelOptions(model_id="qwen3_vl_moe", init_from_hf_path="hf")
+    fsdp = FSDPConfig(sharding_size=sharding_size)
+    check_model(_parse(words), fsdp, model, ModelFacts(model_type="qwen3_vl_moe", **facts), world_size=world_size)
 
 
 def test_every_flag_of_the_recipe_is_taken():
     args = parse_args(RECIPE)
     check_flags(args)
-    assert check_parallel(args, world_size=8).micro_batches == 1
+    assert check_parallel(args, FSDPConfig(), world_size=8).micro_batches == 1
     assert (args.lr, args.seed, args.save, args.calculate_per_token_loss) == (1e-5, 42, "save_dir", True)
     assert args.warmup_samples == 8000.0 and args.decay_samples == 80000
 
@@ -138,57 +141,66 @@ def test_schedule_in_samples():
 
 
 def test_batch_plan():
-    plan = check_parallel(_parse("--micro-batch-size 2 --global-batch-size 24"), world_size=4)
+    plan = check_parallel(_parse("--micro-batch-size 2 --global-batch-size 24"), FSDPConfig(), world_size=4)
     assert (plan.data_parallel_size, plan.global_batch_size, plan.micro_batches) == (4, 24, 3)
-    assert check_parallel(_parse("--micro-batch-size 3"), world_size=4).global_batch_size == 12
-    assert check_parallel(_parse("--context-parallel-size 2"), world_size=4).data_parallel_size == 2
+    assert check_parallel(_parse("--micro-batch-size 3"), FSDPConfig(), world_size=4).global_batch_size == 12
+    assert check_parallel(_parse("--context-parallel-size 2"), FSDPConfig(), world_size=4).data_parallel_size == 2
 
 
 @pytest.mark.parametrize(
     ("words", "world_size", "message"),
     [
         ("--micro-batch-size 2 --global-batch-size 10", 4,
-         "global_batch_size 10 is no multiple of micro_batch_size 2 x data-parallel size 4 = 8; choose 8 or 16"),
+         "global_batch_size 10 is not a multiple of micro_batch_size 2 x data-parallel size 4 = 8; choose 8 or 16"),
         ("--global-batch-size 3", 4, "choose 4"),
-        ("--context-parallel-size 3", 8, "context_parallel_size 3 does not divide the number of processes 8"),
+        ("--context-parallel-size 3", 8, "context_parallel_size 3 does not divide the number of ranks 8"),
         ("--expert-model-parallel-size 3", 8, "choose one of 1, 2, 4, 8"),
     ],
 )
 def test_sizes_that_do_not_divide(words, world_size, message):
     with pytest.raises(UserError) as caught:
-        check_parallel(_parse(words), world_size=world_size)
+        check_parallel(_parse(words), FSDPConfig(), world_size=world_size)
     assert message in str(caught.value)
 
 
 def test_degrees_that_do_not_fit_the_model():
     with pytest.raises(UserError, match=r"expert_model_parallel_size 3 does not divide num_experts 128; choose one of "
                        r"1, 2, 4, 8, 16, 32, 64, 128"):
-        check_degrees(_parse("--expert-model-parallel-size 3"), model_config=_geometry())
+        _check_model("--expert-model-parallel-size 3")
     with pytest.raises(UserError, match="has none"):
-        check_degrees(_parse("--expert-model-parallel-size 2"), model_config=_geometry(experts=0))
+        _check_model("--expert-model-parallel-size 2", num_experts=0)
     with pytest.raises(UserError, match="context_parallel_size 5 does not divide the text attention heads 32"):
-        check_degrees(_parse("--context-parallel-size 5"), model_config=_geometry())
+        _check_model("--context-parallel-size 5")
     with pytest.raises(UserError, match="vision attention heads 12"):
-        check_degrees(_parse("--context-parallel-size 8"), model_config=_geometry(vision_heads=12))
-    check_degrees(_parse("--context-parallel-size 8 --expert-model-parallel-size 4"), model_config=_geometry())
+        _check_model("--context-parallel-size 8", attention_heads={"vision": (12, 12)})
+    _check_model("--context-parallel-size 8 --expert-model-parallel-size 4")
 
 
 def test_context_parallelism_and_key_value_heads():
-    model_config = _geometry(heads=24, vision_heads=24, kv_heads=4)
+    heads = {"text": (24, 4), "vision": (24, 24)}
     for size in (2, 4, 8, 12):
-        check_degrees(_parse(f"--context-parallel-size {size}"), model_config=model_config)
+        _check_model(f"--context-parallel-size {size}", attention_heads=heads)
     with pytest.raises(UserError, match="6 neither divides the 4 key/value heads nor is a multiple"):
-        check_degrees(_parse("--context-parallel-size 6"), model_config=model_config)
+        _check_model("--context-parallel-size 6", attention_heads=heads)
+
+
+def test_experts_that_cannot_be_cut_evenly():
+    widths = {"hidden_size": 128, "moe_intermediate_size": 48}
+    _check_model("--expert-model-parallel-size 2", world_size=32, expert_widths=widths)
+    with pytest.raises(UserError, match="cut into 32 parts, which do not divide moe_intermediate_size 48; raise"):
+        _check_model("--expert-model-parallel-size 2", world_size=64, expert_widths=widths)
+    _check_model("--expert-model-parallel-size 2", world_size=64, expert_widths=widths, sharding_size=32)
 
 
 def test_sharding_size():
-    args = _parse("--expert-model-parallel-size 4")
-    check_sharding(args, sharding_size="auto", world_size=8)
-    check_sharding(args, sharding_size=4, world_size=8)
-    with pytest.raises(UserError, match="sharding_size 3 does not divide the number of processes 8; .* 1, 2, 4, 8"):
-        check_sharding(args, sharding_size=3, world_size=8)
-    with pytest.raises(UserError, match="expert_model_parallel_size 4 does not divide the 2 processes"):
-        check_sharding(args, sharding_size=2, world_size=8)
+    args = _parse("--expert-model-parallel-size 4 --fsdp2-config-path f.yaml")
+    for size in ("auto", 4):
+        check_parallel(args, FSDPConfig(sharding_size=size), world_size=8)
+    with pytest.raises(UserError, match="f.yaml: sharding_size 3 does not divide the number of ranks 8; choose auto or "
+                       "one of 1, 2, 4, 8"):
+        check_parallel(args, FSDPConfig(sharding_size=3), world_size=8)
+    with pytest.raises(UserError, match="expert_model_parallel_size 4 does not divide sharding_size of f.yaml, 2"):
+        check_parallel(args, FSDPConfig(sharding_size=2), world_size=8)
 
 
 def test_help_is_fast_and_imports_no_torch():

@@ -1,37 +1,19 @@
 """The recipe as a whole: files and flags together, paths, geometry, and what is listed at start-up."""
 
-import dataclasses
 import json
 
 import pytest
 
-from mindspeed_mm.config.checks import check_model_config
+from mindspeed_mm.config.checks import ModelFacts
 from mindspeed_mm.config.job import check_data_files, check_weights, load_job_config
 from mindspeed_mm.errors import UserError
 
 
-@dataclasses.dataclass
-class Text:
-    num_layers: int = 48
-    hidden_size: int = 2048
-    num_heads: int = 32
-    num_kv_heads: int = 4
-    max_position_embeddings: int = 262144
-    num_experts: int = 128
-
-
-@dataclasses.dataclass
-class Vision:
-    depth: int = 27
-    hidden_size: int = 1152
-    num_heads: int = 16
-
-
-@dataclasses.dataclass
-class Geometry:
-    model_type: str = "qwen3_vl_moe"
-    text: Text = dataclasses.field(default_factory=Text)
-    vision: Vision = dataclasses.field(default_factory=Vision)
+def _facts(model_type="qwen3_vl_moe", *, num_experts=128, options=None):
+    return ModelFacts(
+        model_type=model_type, attention_heads={"text": (32, 4), "vision": (16, 16)}, num_experts=num_experts,
+        options=options or {},
+    )
 
 
 @pytest.fixture
@@ -77,7 +59,7 @@ def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert load_job_config(_words(place, "--micro-batch-size", "2")).args.global_batch_size == 8
     assert load_job_config(_words(place), world_size=3).args.global_batch_size == 3
-    with pytest.raises(UserError, match="global_batch_size 6 is no multiple"):
+    with pytest.raises(UserError, match="global_batch_size 6 is not a multiple"):
         load_job_config(_words(place, "--global-batch-size", "6"))
 
 
@@ -123,58 +105,40 @@ def test_expert_size_of_the_fsdp2_file(place):
     assert load_job_config([*words, flag, "2"], world_size=2).args.expert_model_parallel_size == 2
     with pytest.raises(UserError, match="expert_parallel_size 2 contradicts --expert-model-parallel-size 4"):
         load_job_config([*words, flag, "4"], world_size=4)
-    with pytest.raises(UserError, match="expert_model_parallel_size 2 does not divide the number of processes 3"):
+    with pytest.raises(UserError, match="expert_model_parallel_size 2 does not divide the number of ranks 3"):
         load_job_config(words, world_size=3)
 
 
 def test_degree_that_does_not_divide_the_experts(place):
     recipe = load_job_config(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
     with pytest.raises(UserError, match="3 does not divide num_experts 128"):
-        recipe.check_model_config(Geometry())
+        recipe.check_model(_facts(), world_size=3)
 
 
 def test_sharding_size_that_does_not_divide(place):
     (place / "fsdp.yaml").write_text("sharding_size: 3\n")
-    with pytest.raises(UserError, match=r"fsdp.yaml: sharding_size 3 does not divide the number of processes 4"):
+    with pytest.raises(UserError, match=r"fsdp.yaml: sharding_size 3 does not divide the number of ranks 4"):
         load_job_config(_words(place, "--fsdp2-config-path", str(place / "fsdp.yaml")), world_size=4)
 
 
-def test_geometry(place):
+def test_an_option_that_contradicts_the_models_config(place):
+    """Each option of the model file that the family's spec compares, and none that is left out."""
+    facts = _facts(options={"text_decoder.num_layers": ("text_config.num_hidden_layers", 48)})
+    load_job_config(_words(place)).check_model(facts, world_size=1)
+    _edit(place, "model.json", "text_decoder", num_layers=48)
+    load_job_config(_words(place)).check_model(facts, world_size=1)
     _edit(place, "model.json", "text_decoder", num_layers=47)
-    recipe = load_job_config(_words(place))
     with pytest.raises(UserError) as caught:
-        recipe.check_model_config(Geometry())
+        load_job_config(_words(place)).check_model(facts, world_size=1)
     assert str(caught.value) == (
         f"{place}/model.json: text_decoder.num_layers 47 contradicts text_config.num_hidden_layers 48 in "
         f"{place}/hf/config.json; correct it or leave it out"
     )
 
 
-@pytest.mark.parametrize(
-    ("section", "field", "right"),
-    [
-        ("image_encoder.vision_encoder", "num_layers", 27),
-        ("image_encoder.vision_encoder", "hidden_size", 1152),
-        ("image_encoder.vision_encoder", "num_attention_heads", 16),
-        ("text_decoder", "num_layers", 48),
-        ("text_decoder", "hidden_size", 2048),
-        ("text_decoder", "num_attention_heads", 32),
-        ("text_decoder", "max_position_embeddings", 262144),
-    ],
-)
-def test_each_geometry_field_is_compared(place, section, field, right):
-    _edit(place, "model.json", section, **{field: right})
-    model = load_job_config(_words(place)).model
-    check_model_config(model, file="model.json", model_config=Geometry(), source="config.json")
-    _edit(place, "model.json", section, **{field: right + 1})
-    model = load_job_config(_words(place)).model
-    with pytest.raises(UserError, match=f"{section}.{field} {right + 1} contradicts"):
-        check_model_config(model, file="model.json", model_config=Geometry(), source="config.json")
-
-
 def test_another_kind_of_model(place):
     with pytest.raises(UserError, match="model_id qwen3_vl_moe contradicts model_type qwen3_vl"):
-        load_job_config(_words(place)).check_model_config(Geometry(model_type="qwen3_vl"))
+        load_job_config(_words(place)).check_model(_facts("qwen3_vl"), world_size=1)
 
 
 def test_what_changes_nothing_is_listed_with_its_reason(place):
@@ -227,9 +191,9 @@ def test_router_coefficient_from_flag_or_file(place):
             load_job_config(_words(place, "--moe-aux-loss-coeff", other))
     with pytest.raises(UserError, match="--moe-aux-loss-coeff is -1; it must be at least 0"):
         load_job_config(_words(place, "--moe-aux-loss-coeff", "-1"))
-    load_job_config(_words(place)).check_model_config(Geometry())
+    load_job_config(_words(place)).check_model(_facts(), world_size=1)
     with pytest.raises(UserError, match="router_aux_loss_coef 0.001 needs routers, and this model has none"):
-        load_job_config(_words(place)).check_model_config(Geometry(text=Text(num_experts=0)))
+        load_job_config(_words(place)).check_model(_facts(num_experts=0), world_size=1)
 
 
 @pytest.mark.parametrize("flag", ["--recompute-method block", "--recompute-num-layers 2"])
