@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.resumed_runs import Runs, quick_runs
 from tests.helpers.tiny_recipe import write_recipe
-from tests.st.resumed_runs import Runs, quick_runs
 
 
 @pytest.fixture(scope="session")

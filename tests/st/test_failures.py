@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from tests.st.resumed_runs import LAST, STEPS, assert_same_checkpoint, assert_same_run
+from tests.helpers.resumed_runs import LAST, STEPS, assert_same_checkpoint, assert_same_run
 from tests.st.test_recipe import stored
 
 pytestmark = pytest.mark.st

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.st.matrix import BF16, case, run_layouts
+from tests.helpers.layouts import BF16, case, run_layouts
 
 LAYERS = 3  # of the tiny model, all sparse
 EXCHANGE = ("tolist", "mindspeed_mm/parallel/expert_parallel.py:__call__")

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from tests.drivers.run_layouts import in_order
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, tiny_model
+from tests.helpers.layouts import BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
 from tests.helpers.mcore_model import to_mcore
-from tests.st.matrix import BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
-from tests.st.run_layouts import in_order
 
 STEPS, COEFFICIENT, MICRO = 2, 0.3, 2
 # Adam divides a gradient by its own size: where one happens to cancel to 1e-9, that makes a step of rounding, unless

@@ -146,7 +146,7 @@ def measure(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             told, out = Path(directory, "cases.json"), Path(directory, "out.json")
             told.write_text(json.dumps({name: one for name, one in cases.items() if one["processes"] == processes}))
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            run = subprocess.run([*command, str(ROOT / "tests/st/memory_steps.py"), str(told), str(out)],
+            run = subprocess.run([*command, str(ROOT / "tests/drivers/memory_steps.py"), str(told), str(out)],
                                  env=environment, capture_output=True, text=True, timeout=900)  # fmt: skip
             assert run.returncode == 0, run.stderr[-3000:]
             results |= json.loads(out.read_text())

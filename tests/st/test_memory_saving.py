@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers.hf_model import tiny_model
+from tests.helpers.layouts import BF16, case, run_layouts
 from tests.helpers.mcore_model import model_like, relative
-from tests.st.matrix import BF16, case, run_layouts
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP": (2, {}), "EP2": (2, {"expert_size": 2}), "CP2": (4, {"context_size": 2}),

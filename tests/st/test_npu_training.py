@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.layouts import GRADIENT, LOSS, PARAMETER, case, errors, reference, run_layouts
 from tests.helpers.mcore_model import relative
 from tests.helpers.npu_environment import HAS_COMPILER, SIMULATED_NPU, npu_environment
-from tests.st.matrix import GRADIENT, LOSS, PARAMETER, case, errors, reference, run_layouts
 from tests.st.test_recipe import EXAMPLE, place, stored, train  # noqa: F401  place is a fixture
 
 pytestmark = [

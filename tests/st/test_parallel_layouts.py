@@ -1,7 +1,7 @@
 """Every parallel layout against Hugging Face's model and against one process: three AdamW steps on mixed samples.
 
 Half of the samples are text alone, so that in each step whole processes see no picture while others see nothing else.
-``python -m tests.st.matrix`` prints the differences.
+``python -m tests.tools.layout_matrix`` prints the differences.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.drivers.run_layouts import FAULTS
 from tests.helpers.hf_model import step_samples
-from tests.st.matrix import (
+from tests.helpers.layouts import (
     BATCH,
     EIGHT,
     GRADIENT,
@@ -32,7 +33,6 @@ from tests.st.matrix import (
     rest_errors,
     run_layouts,
 )
-from tests.st.run_layouts import FAULTS
 
 BOUNDS = {"losses": LOSS, "norms": GRADIENT, "gradients": GRADIENT, "parameters": PARAMETER}
 # In bf16, layouts differ where sums over tokens are cut elsewhere: experts' products over the tokens of several

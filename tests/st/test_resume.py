@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.st.resumed_runs import (
+from tests.helpers.resumed_runs import (
     EVERYTHING,
     LAST,
     PLAIN,

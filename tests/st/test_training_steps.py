@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from tests.helpers.layouts import BATCH, LR, case, hugging_face, run_layouts
 from tests.helpers.mcore_model import relative
-from tests.st.matrix import BATCH, LR, case, hugging_face, run_layouts
 
 STEPS, WARMUP = 10, 0.2
 FLAGS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ut import structure
+from tests.helpers import structure
 
 Check = Callable[[str, Path], list[str]]
 

@@ -20,8 +20,8 @@ import pytest
 )
 @pytest.mark.parametrize("command", ["hf_to_dcp", "dcp_to_hf"])
 def test_killed_at_any_moment(tmp_path: Path, command: str, points: int, mode: list[str]) -> None:
-    driver = Path(__file__).with_name("kill_driver.py")
     repository = Path(__file__).parents[3]
+    driver = repository / "tests/drivers/kill_conversion.py"
     result = subprocess.run(
         [sys.executable, str(driver), str(tmp_path), command, str(points), *mode],
         capture_output=True, text=True, timeout=600, cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)},

@@ -29,11 +29,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensors
     config = random_config(random.Random(4), moe=True, tie=False)
     hub = write_hf_directory(root / "hf", config, dtype=torch.float32)
     save_file(expected_mcore(hub, root / "hf"), root / "mcore.safetensors")
-    script, repository = Path(__file__).with_name("sharded_save.py"), Path(__file__).parents[3]
+    repository = Path(__file__).parents[3]
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
-            str(script), str(root / "mcore.safetensors"), str(root / "save"),
+            str(repository / "tests/drivers/sharded_save.py"), str(root / "mcore.safetensors"), str(root / "save"),
         ],
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}, check=True, timeout=180,
     )

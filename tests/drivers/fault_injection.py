@@ -1,4 +1,4 @@
-"""Lets one fault happen to this process, at a chosen point: used by ``kill_points.py``.
+"""Lets one fault happen to this process, at a chosen point: used by ``checkpoint_faults.py``.
 
 A point is any moment before one of the system calls in ``CALLS``, or in the middle of a write.
 """

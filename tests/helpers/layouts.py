@@ -1,7 +1,4 @@
-"""The matrix of parallel layouts, what Hugging Face's model gives for the same steps, and the differences.
-
-``python -m tests.st.matrix`` prints it as a table, ``python -m tests.st.matrix 8`` that of eight processes alone.
-"""
+"""The matrix of parallel layouts, the same steps by Hugging Face's model, and the differences."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +152,7 @@ def run_layouts(
     root = Path(__file__).parents[2]
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-         str(Path(__file__).with_name("run_layouts.py")), str(directory / "cases.json"), str(directory / "out.pt")],
+         str(root / "tests/drivers/run_layouts.py"), str(directory / "cases.json"), str(directory / "out.pt")],
         check=True, cwd=root, timeout=900, stdout=sys.__stderr__,
         env={**environment, "PYTHONPATH": os.pathsep.join([str(root), environment.get("PYTHONPATH", "")]),
              "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
@@ -237,24 +233,3 @@ def rest_errors(ours: dict[str, Any], theirs: dict[str, Any], *, done: int) -> d
     """The same for a run that was continued after ``done`` steps, against an uninterrupted one."""
     rest = {**theirs, **{key: theirs[key][done:] for key in ("losses", "norms")}}
     return errors(ours, rest, tensors=("parameters",))
-
-
-def main() -> None:
-    """Print the matrix."""
-    print("| processes | layout | loss | gradient norm | worst gradient | worst parameter | gradient, one process |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    with tempfile.TemporaryDirectory() as directory:
-        counts = [int(word) for word in sys.argv[1:]] or list(PLAIN)
-        everything = [of for processes in counts for of in layouts(processes).values()]
-        alone = one_process(everything, Path(directory))
-        for processes in counts:
-            cases = layouts(processes)
-            for name, outcome in run_layouts(processes, cases, Path(directory)).items():
-                found = errors(outcome, reference(**cases[name]["model"]))
-                figures = [found[key] for key in ("losses", "norms", "gradients", "parameters")]
-                figures.append(errors(outcome, alone(cases[name]))["gradients"])
-                print(f"| {processes} | {name} | {' | '.join(f'{x:.1e}' for x in figures)} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,7 @@
 
 The fast share runs with the other tests. All of it, with a table of the faults:
 
-    python -m pytest -m slow -s tests/st/test_kill_points.py tests/ut/checkpoint/test_convert_kill.py
+    python -m pytest -m slow -s tests/st/test_checkpoint_faults.py tests/ut/checkpoint/test_convert_kill.py
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.st
-LAST = 4  # of kill_points.py
+LAST = 4  # of checkpoint_faults.py
 
 
 def sweep(ranks: int, way: str, fault: str, rank: int, when: str, count: int) -> dict[str, Any]:
-    """See ``kill_points.main``; a count of 0 is every point."""
+    """See ``checkpoint_faults.main``; a count of 0 is every point."""
     return {"ranks": ranks, "asynchronous": way == "async", "fault": fault, "rank": rank, "when": when, "count": count}
 
 
@@ -76,7 +76,8 @@ def run(sweeps: list[dict[str, Any]], directory: Path, timeout: float) -> list[d
     (directory / "sweeps.json").write_text(json.dumps(sweeps))
     root = Path(__file__).parents[2]
     subprocess.run(
-        [sys.executable, "-m", "tests.st.kill_points", str(directory / "sweeps.json"), str(directory / "results.json")],
+        [sys.executable, "-m", "tests.drivers.checkpoint_faults", str(directory / "sweeps.json"),
+         str(directory / "results.json")],
         check=True, cwd=root, timeout=timeout, stdout=sys.__stderr__,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
@@ -137,8 +138,8 @@ def test_a_saver_that_is_not_safe_is_caught(tmp_path: Path, mistake: str) -> Non
         "import json, pathlib, sys\n"
         "from mindspeed_mm.checkpoint import directory, files\n"
         f"{change}"
-        "from tests.st import kill_points\n"
-        "kill_points.main(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
+        "from tests.drivers import checkpoint_faults\n"
+        "checkpoint_faults.main(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
     )
     root, sweeps = Path(__file__).parents[2], [sweep(1, "sync", fault, 0, "ever", 8)]
     subprocess.run(

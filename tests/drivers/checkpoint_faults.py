@@ -1,10 +1,10 @@
-"""Kills or hinders processes that resume, save and delete checkpoints, at chosen points, and looks at what is left.
+"""Injects faults into ranks that resume, save and delete checkpoints, at chosen points, and checks what is left.
 
-Usage: python -m tests.st.kill_points SWEEPS.json RESULTS.json
+Usage: python -m tests.drivers.checkpoint_faults SWEEPS.json RESULTS.json
 
-A case names the processes, the way of saving, and what happens at which point of which process (``kill_switch.py``); a
-sweep is many cases of one kind. The processes are forked from this one, which is quick; when one dies, the others are
-killed too, as torchrun does.
+A case names the number of ranks, synchronous or asynchronous saving, and one fault (``fault_injection.py``); a sweep is
+many cases of one kind. The ranks are forked from this process, which is quick; when one dies, the rest are killed too,
+as torchrun does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mindspeed_mm.checkpoint.save_directory import held_save_directory
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.optimizer import initialise_state
-from tests.st.kill_switch import Case, Switch
+from tests.drivers.fault_injection import Case, Switch
 
 LAST = 4  # iteration at which a run ends
 _QUICK = 0.02  # seconds between two looks at the processes

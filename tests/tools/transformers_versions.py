@@ -1,6 +1,6 @@
 """What dcp_to_hf writes loads in another version of transformers and gives the same logits there.
 
-    python -m tests.st.transformers_versions [--other 4.57] [--python INTERPRETER]
+    python -m tests.tools.transformers_versions [--other 4.57] [--python INTERPRETER]
 
 Makes an environment with the other version above this one (a minute; needs a package index), or takes the interpreter
 that is named. Mixture-of-experts and dense models, tied and untied, go from either expert layout through both commands,

@@ -1,8 +1,9 @@
 """Parity with Hugging Face at the widths of published models: 2 text layers, 9 vision blocks, all experts.
 
-``python -m tests.st.real_widths`` takes Qwen3-VL-30B-A3B's and needs about 18 GB of memory, 8 GB of disk and a few
-minutes; ``python -m tests.st.real_widths 2B`` (or 4B) those of the dense models with tied embeddings, and 8 GB (11 GB).
-CI leaves them out.
+    python -m tests.tools.real_widths        # Qwen3-VL-30B-A3B: about 18 GB of memory, 8 GB of disk, a few minutes
+    python -m tests.tools.real_widths 2B     # dense, tied embeddings: 8 GB of memory; 4B: 11 GB
+
+Not part of CI.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Started by torchrun with two processes: what they have to agree on when they save.
 
-Usage: torchrun --nproc_per_node 2 saving_together.py DIRECTORY
+Usage: torchrun --nproc_per_node 2 save_coordination.py DIRECTORY
 """
 
 from __future__ import annotations

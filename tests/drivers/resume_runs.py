@@ -1,6 +1,6 @@
 """Started by torchrun: goes through runs one after the other in the same processes, and writes what each logged.
 
-Usage: resume_driver.py RUNS.json OUT.json
+Usage: resume_runs.py RUNS.json OUT.json
 
 Each run is {"flags": [...], "fault": {...}}. A fault happens on one rank:
     {"rank": 1, "iteration": 5, "phase": "backward", "kind": "kill" | "sleep" | "nan" | "signal"}

@@ -1,6 +1,6 @@
 """Kills a conversion at chosen points and finishes it, many times. Run as a program by ``test_convert_kill.py``.
 
-Usage: python kill_driver.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS [overwrite]
+Usage: python kill_conversion.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS [overwrite]
 
 A point is any moment at which the process opens, renames, makes or removes a file below WORKDIR, or has written a part
 of one. The conversion runs in a forked child, which kills itself with SIGKILL at the point.

@@ -66,7 +66,7 @@ class Runs:
             name: of the run, and of its ``--save`` unless ``save`` names another.
             save: directory below ``place``.
             load: the same, to resume from.
-            fault: see ``resume_driver.py``.
+            fault: see ``resume_runs.py``.
             packing: pack samples.
             flags: as of ``recipe_flags``.
         """
@@ -99,7 +99,7 @@ class Runs:
         runs.write_text(json.dumps(list(self._described.values())))
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._processes),
-            "--max-restarts", str(restarts), str(ROOT / "tests/st/resume_driver.py"), str(runs), str(out),
+            "--max-restarts", str(restarts), str(ROOT / "tests/drivers/resume_runs.py"), str(runs), str(out),
         ]
         result = subprocess.run(
             command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
