@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.config.job import JobConfig, load_job_config
 from mindspeed_mm.errors import UserError
@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from mindspeed_mm.checkpoint.state import Progress
     from mindspeed_mm.data.loader import BatchLoader, TrainLoader
     from mindspeed_mm.interfaces.batch import Batch
+    from mindspeed_mm.interfaces.media import ImageSettings
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
     from mindspeed_mm.models.qwen3_vl.model import ModelOutput, Qwen3VLModel
+    from mindspeed_mm.models.spec import ModelSpec
     from mindspeed_mm.parallel.mesh import Layout
 
 
-def model_provider(job: JobConfig, model_config: Qwen3VLConfig, backend: Backend) -> Qwen3VLModel:
+def model_provider(
+    job: JobConfig, model_config: Qwen3VLConfig, media: ImageSettings, backend: Backend
+) -> Qwen3VLModel:
     """Qwen3-VL of the given geometry, as the model file wants it, with uninitialised parameters."""
     from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
-    from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
     from mindspeed_mm.parallel.fsdp import DTYPES
 
     encoder, decoder, loss = job.model.image_encoder, job.model.text_decoder, job.model.loss_cfg
@@ -49,45 +52,39 @@ def model_provider(job: JobConfig, model_config: Qwen3VLConfig, backend: Backend
         router_load=job.router_aux_loss_coef > 0,
         compile_small_operators=job.args.compile_small_operators,
     )
-    images = job.data.dataset_param.preprocess_parameters
-    settings = read_image_settings(
-        images.model_name_or_path,
-        min_pixels=images.image_min_pixels,
-        max_pixels=images.image_max_pixels,
-        vision=model_config.vision,
-    )
     return build_model(
-        model_config, choices, pixel_norm=settings.norm, device=backend.name, compute_dtype=DTYPES[job.fsdp.param_dtype]
+        model_config, choices, pixel_norm=media.norm, device=backend.name, compute_dtype=DTYPES[job.fsdp.param_dtype]
     )
 
 
 def data_provider(
-    job: JobConfig, model_config: Qwen3VLConfig, layout: Layout, progress: Progress
+    job: JobConfig, spec: ModelSpec, model_config: Any, media: ImageSettings | None, layout: Layout, progress: Progress
 ) -> tuple[TrainLoader, BatchLoader | None]:
     """Training batches from where ``progress`` stands on, and held-out batches if the data file names any."""
     from mindspeed_mm.data import build_datasets, build_eval_loader, build_train_loader
 
     args = job.args
-    train, held_out = build_datasets(job.data, model_config=model_config, seq_length=args.seq_length, seed=args.seed)
+    train, held_out = build_datasets(job.data, spec=spec, media=media, seq_length=args.seq_length, seed=args.seed)
     common = {
+        "spec": spec,
         "model_config": model_config,
-        "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size,
         "dp_rank": layout.dp_rank,
         "dp_size": layout.dp_size,
         "num_workers": args.num_workers,
-        "seed": args.seed,
     }
     loader = build_train_loader(
+        train,
         job.data,
-        dataset=train,
+        seq_length=args.seq_length,
+        seed=args.seed,
         global_batch_size=args.global_batch_size,
         consumed_samples=progress.consumed_samples,
         **common,
     )
     if held_out is None or not args.eval_iters:
         return loader, None
-    return loader, build_eval_loader(job.data, dataset=held_out, **common)
+    return loader, build_eval_loader(held_out, job.data, **common)
 
 
 def forward_step(model: nn.Module, batch: Batch, loss_weight: Tensor) -> ModelOutput:

@@ -26,6 +26,7 @@ from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 
 LENGTH, SIDE = 1024, 256
 PATIENCE_SECONDS = 60.0
@@ -82,7 +83,7 @@ def point(
     model_config = Qwen3VLConfig.from_config(geometry_config(size, text=text))
     shape = {"length": LENGTH, "side": SIDE} | {{"picture": "side"}.get(axis, axis): value}
     sample = sample_of(model_config, length=shape["length"], side=shape["side"])
-    batch = collate([sample], model_config)
+    batch = collate([sample], SPEC, model_config)
     tokens, patches = len(sample.input_ids), len(sample.media[0].patches)
     row = {
         "axis": axis,

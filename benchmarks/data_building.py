@@ -59,18 +59,21 @@ def write_inputs(root: Path, *, records: int, images: int, workers: int) -> None
 def work(root: Path, task: str) -> dict[str, Any]:
     """Do one task in this process; returns what is worth printing."""
     config = validate_config(json.loads((root / "config.json").read_text()), DataConfig, source="config.json")
+    from mindspeed_mm.models.spec import spec_of
+
+    spec = spec_of(root / "checkpoint")
     if task == "check":
         from mindspeed_mm.data import validate_data
 
-        return {"records": validate_data(config)}
+        return {"records": validate_data(config, spec)}
     from mindspeed_mm.data import build_datasets, build_train_loader
-    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
-    model_config = Qwen3VLConfig.from_pretrained(root / "checkpoint")
-    dataset, _ = build_datasets(config, model_config=model_config, seq_length=1024, seed=42)
+    model_config = spec.read_config(root / "checkpoint")
+    media = spec.read_media_settings(config, model_config)
+    dataset, _ = build_datasets(config, spec=spec, media=media, seq_length=1024, seed=42)
     if task == "pack":
-        loader = build_train_loader(config, model_config=model_config, seq_length=1024, micro_batch_size=4,
-                                    global_batch_size=32, dp_rank=0, dp_size=8, seed=42, dataset=dataset)
+        loader = build_train_loader(dataset, config, spec=spec, model_config=model_config, seq_length=1024,
+                                    micro_batch_size=4, global_batch_size=32, dp_rank=0, dp_size=8, seed=42)
         return {"summary": loader.summary}
     return {"samples": len(dataset)}
 

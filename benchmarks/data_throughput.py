@@ -27,6 +27,7 @@ from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.data import ChatDataset, build_datasets, build_train_loader
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 
 TINY_MODEL = Path(__file__).parents[1] / "examples/qwen3vl/quickstart/make_tiny_model.py"
 PROCESSOR = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
@@ -105,7 +106,9 @@ def measure(
 ) -> dict[str, float]:
     """Run the training loader for so many seconds; samples per second of wall clock and of processor time."""
     loader = build_train_loader(
+        dataset,
         config,
+        spec=SPEC,
         model_config=model_config,
         seq_length=seq_length,
         micro_batch_size=1,
@@ -114,7 +117,6 @@ def measure(
         dp_size=1,
         seed=1,
         num_workers=workers,
-        dataset=dataset,
     )
     next(loader)  # starts the workers
     for _ in range(4 * workers):  # what they decoded ahead before the clock started
@@ -157,7 +159,8 @@ def main() -> None:
         root = Path(place)
         config = write_data(root, options.samples)
         model_config = Qwen3VLConfig.from_pretrained(root / "checkpoint")
-        dataset, _ = build_datasets(config, model_config=model_config, seq_length=options.seq_length, seed=1)
+        media = SPEC.read_media_settings(config, model_config)
+        dataset, _ = build_datasets(config, spec=SPEC, media=media, seq_length=options.seq_length, seed=1)
         rows = []
         print(f"{'workers':>7} {'samples/s':>10} {'per core':>9} {'cores for a device':>19}")
         for workers in options.workers:

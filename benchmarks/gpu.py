@@ -39,6 +39,7 @@ from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 
 GAP_MICROSECONDS = 50
 
@@ -164,7 +165,7 @@ def _ours(
     try:
         result = _timed(bench, runner, steps, repeats=3)
         count = FlopCount(model_config=model_config, train_experts=not frozen)
-        teraflop = sum(count(collate(batch, model_config)) for batch in steps[0])
+        teraflop = sum(count(collate(batch, SPEC, model_config)) for batch in steps[0])
         rate = teraflop / (result["ms per step"] / 1000)
         result.update({
             "layers": layers, "tokens per step": tokens(steps)[0], "micro-batches": len(steps[0]),

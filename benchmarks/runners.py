@@ -21,6 +21,7 @@ from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
@@ -116,7 +117,7 @@ class OurRunner:
 
 
 def _endless(steps: Steps, model_config: Qwen3VLConfig, *, pin: bool) -> Iterator[StepBatches]:
-    collated = [[collate(samples, model_config) for samples in step] for step in steps]
+    collated = [[collate(samples, SPEC, model_config) for samples in step] for step in steps]
     for batches in itertools.cycle(collated):
         yield StepBatches([batch.pin_memory() for batch in batches] if pin else list(batches))
 

@@ -40,7 +40,7 @@ class PreprocessParameters(StrictModel):
 class BasicParameters(StrictModel):
     """The files, and how conversations become tokens and labels."""
 
-    template: Literal["qwen3_vl_nothink", "qwen3_vl"] = effective("qwen3_vl_nothink", "conversation format")
+    template: str = effective("qwen3_vl_nothink", "chat template, one of the model family's")
     enable_thinking: bool = effective(False, "answers start with their thought; template qwen3_vl only")
     dataset_dir: str = effective("./data", "directory that relative picture and video paths start from")
     dataset: str = effective(REQUIRED, "data file, or several separated by commas")
@@ -119,7 +119,7 @@ class DatasetParam(StrictModel):
 class CollateParam(StrictModel):
     """How samples become a micro-batch."""
 
-    model_name: Literal["qwen3vl"] = effective("qwen3vl", "collator")
+    model_name: str = effective("qwen3vl", "collator, one of the model family's")
     ignore_pad_token_for_loss: bool = no_effect(True, "micro-batches are packed and hold no padding")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,8 +19,7 @@ from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings, MediaPatches
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.processor import read_image_settings, read_video_settings
+from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
@@ -67,11 +65,10 @@ class Streamed:
 
     def __init__(self, source: Source) -> None:
         """Find the records of all files."""
-        parameters = source.config.dataset_param
         self._files = [RecordFile(path, limit=source.limit) for path in source.files]
         self._ends = np.cumsum([0, *(len(file) for file in self._files)])
-        self._attr = parameters.attr
-        self._finder = MediaFinder(parameters.basic_parameters.dataset_dir)
+        self._source = source
+        self._finder = MediaFinder(source.config.dataset_param.basic_parameters.dataset_dir)
 
     def __len__(self) -> int:
         """Number of records of all files."""
@@ -81,17 +78,19 @@ class Streamed:
         """One record, checked, with its pictures' paths resolved."""
         number = int(np.searchsorted(self._ends, index, side="right")) - 1
         file, place = self._files[number], index - int(self._ends[number])
-        values = resolve_record(file[place], f"{file.path}, record {place}", self._attr, self._finder)
+        values = resolve_record(file[place], f"{file.path}, record {place}", self._source, self._finder)
         return {**dict(zip(RECORD_COLUMNS, values, strict=True)), "record": index}
 
 
 class ChatDataset:
     """Conversations; pictures are decoded when a sample is asked for."""
 
-    def __init__(self, rows: Rows, images: ImageSettings, name: str, chosen: np.ndarray | None = None) -> None:
+    def __init__(
+        self, rows: Rows, settings: ImageSettings | None, name: str, chosen: np.ndarray | None = None
+    ) -> None:
         """Wrap ``rows``, or those of them that are ``chosen``; ``name`` is what the data set is called in messages."""
         self._rows = rows
-        self._images = images
+        self._settings = settings
         self._chosen = chosen
         self.name = name
 
@@ -113,13 +112,13 @@ class ChatDataset:
                 raise DroppedSample
             grids = np.array(row["grids"], dtype=np.int64).reshape(-1, 3).tolist()
             paths = zip(row["images"], grids, strict=True)
-            pictures = tuple(self._picture(path, tuple(grid)) for path, grid in paths)
+            media = tuple(self._load(path, tuple(grid)) for path, grid in paths)
         except UserError as error:
             raise UserError(f"{self.describe(index)}: {error}") from error
         loss_mask = np.zeros(len(row["input_ids"]), dtype=bool)
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             loss_mask[start:end] = True
-        return Sample(np.array(row["input_ids"], dtype=np.int64), loss_mask, pictures, int(index))
+        return Sample(np.array(row["input_ids"], dtype=np.int64), loss_mask, media, int(index))
 
     def costs(self) -> Costs:
         """Tokens and patches of every sample, without reading any of them.
@@ -162,7 +161,7 @@ class ChatDataset:
     def subset(self, indices: np.ndarray, name: str) -> ChatDataset:
         """A data set of some of the samples, in the given order."""
         chosen = indices if self._chosen is None else self._chosen[indices]
-        return ChatDataset(self._rows, self._images, name, chosen)
+        return ChatDataset(self._rows, self._settings, name, chosen)
 
     def _place(self, index: int) -> int:
         return int(index) if self._chosen is None else int(self._chosen[index])
@@ -170,8 +169,8 @@ class ChatDataset:
     def _row(self, index: int) -> Mapping[str, Any]:
         return self._rows[self._place(index)]
 
-    def _picture(self, path: str, grid: tuple[int, ...]) -> MediaPatches:
-        patches, found = load_media(path, self._images)
+    def _load(self, path: str, grid: tuple[int, ...]) -> MediaPatches:
+        patches, found = load_media(path, self._settings)
         if found != grid:
             raise UserError(
                 f"{describe_media(path)} now has {'x'.join(map(str, found))} slices, rows and columns of patches, not "
@@ -181,7 +180,7 @@ class ChatDataset:
 
 
 def build_datasets(
-    config: DataConfig, *, model_config: Qwen3VLConfig, seq_length: int, seed: int
+    config: DataConfig, *, spec: ModelSpec, media: ImageSettings | None, seq_length: int, seed: int
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The training data set and the one to evaluate on, if the data file asks for one.
 
@@ -189,37 +188,20 @@ def build_datasets(
 
     Args:
         config: the data file.
-        geometry: the model's patch sizes.
+        spec: the model family.
+        media: what the family's ``read_media_settings`` gives for this data file.
         seq_length: most tokens of a sample.
         seed: decides which records ``val_rate`` holds out.
 
     Raises:
         UserError: for anything in the files that cannot be trained on.
     """
-    parameters = config.dataset_param
-    basic = parameters.basic_parameters
-    preprocess = parameters.preprocess_parameters
-    images = read_image_settings(
-        preprocess.model_name_or_path,
-        min_pixels=preprocess.image_min_pixels,
-        max_pixels=preprocess.image_max_pixels,
-        vision=model_config.vision,
-    )
-    if parameters.attr.videos:
-        videos = read_video_settings(
-            preprocess.model_name_or_path,
-            min_pixels=preprocess.video_min_pixels,
-            max_pixels=preprocess.video_max_pixels,
-            fps=preprocess.video_fps,
-            max_frames=preprocess.video_maxlen,
-            images=images,
-        )
-        images = dataclasses.replace(images, videos=videos)
+    basic = config.dataset_param.basic_parameters
     compiled_resampling()  # here once, instead of in every worker process
 
     def load(files: list[str], limit: int | None) -> ChatDataset:
-        source = Source(config, tuple(files), limit, images, seq_length)
-        return ChatDataset(_rows(source), images, source.names)
+        source = Source(config, tuple(files), limit, spec, media, seq_length)
+        return ChatDataset(_rows(source), media, source.names)
 
     train = load(basic.dataset_files, basic.max_samples)
     if basic.val_dataset_files:

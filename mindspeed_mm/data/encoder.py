@@ -11,9 +11,8 @@ import numpy as np
 
 from mindspeed_mm.data.media import measure_media
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.conversation import Message
+from mindspeed_mm.interfaces.conversation import ChatTemplate, Message
 from mindspeed_mm.interfaces.media import ImageSettings
-from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
 
 KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED, UNUSABLE = range(5)  # what becomes of a record
 RECORD_COLUMNS = ("roles", "texts", "images", "where")
@@ -46,14 +45,14 @@ class Encoder:
 
     Attributes:
         template: of the conversations.
-        images: pixel limits and patch sizes.
+        media: pixel limits and patch sizes; None for a model that takes text only.
         seq_length: most tokens of a sample.
         may_skip: whether a batch's record that cannot be used becomes a row of outcome UNUSABLE instead of an error.
         doubt: what ``compare_with_checkpoint`` says of the template.
     """
 
     template: ChatTemplate
-    images: ImageSettings
+    media: ImageSettings | None
     seq_length: int
     may_skip: bool = False
     doubt: str = ""
@@ -80,18 +79,19 @@ class Encoder:
         """
         messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
         try:
-            media = [measure_media(entry, self.images) for entry in images]
+            measured = [measure_media(entry, self.media) for entry in images]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        encoded = self.template.encode(messages, [one for _, one in media], max_length=self.seq_length)
+        placeholders = [one for _, one in measured]
+        encoded = self.template.encode(messages, placeholders, max_length=self.seq_length)
         if encoded is None:
             return _nothing(TOO_LONG)
         outcome = SHORTENED if encoded.dropped_messages else KEPT
         return {
             "input_ids": encoded.input_ids.astype(np.int32),
             "spans": _spans(encoded.loss_mask),
-            "images": list(images[: encoded.num_pictures]),
-            "grids": [number for grid, _ in media[: encoded.num_pictures] for number in grid],
+            "images": list(images[: encoded.num_media]),
+            "grids": [number for grid, _ in measured[: encoded.num_media] for number in grid],
             "outcome": outcome if encoded.loss_mask[1:].any() else NOTHING_SUPERVISED,
         }
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from mindspeed_mm.backend.worker_signals import ignore_group_signals
 from mindspeed_mm.data.collator import Sample, collate
-from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
+from mindspeed_mm.data.dataset import ChatDataset, DroppedSample
 from mindspeed_mm.data.packing import PackedSampler, pack
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
@@ -68,9 +68,10 @@ class _MicroBatches(torch.utils.data.Dataset):
     travels with the batch, and all ranks decide together.
     """
 
-    def __init__(self, dataset: ChatDataset, model_config: Qwen3VLConfig) -> None:
+    def __init__(self, dataset: ChatDataset, spec: ModelSpec, model_config: Any) -> None:
         self._dataset = dataset
-        self._geometry = model_config
+        self._spec = spec
+        self._model_config = model_config
 
     def __getitem__(self, indices: Sequence[int]) -> _MicroBatch:
         bad: list[str] = []
@@ -87,14 +88,14 @@ class _MicroBatches(torch.utils.data.Dataset):
                     bad.append(str(error))
             samples.append(sample)
         try:
-            batch = collate(samples, self._geometry)
+            batch = collate(samples, self._spec, self._model_config)
         except UserError:
-            batch = collate([self._checked(sample, bad) for sample in samples], self._geometry)
+            batch = collate([self._checked(sample, bad) for sample in samples], self._spec, self._model_config)
         return _MicroBatch(batch, tuple(bad), dropped)
 
     def _checked(self, sample: Sample, bad: list[str]) -> Sample:
         try:
-            collate([sample], self._geometry)
+            collate([sample], self._spec, self._model_config)
         except UserError as error:
             bad.append(f"{self._dataset.describe(sample.index)}: {error}")
             return _stub(sample.index)
@@ -173,7 +174,8 @@ class BatchLoader:
         dataset: ChatDataset,
         sampler: Iterable[list[int]],
         *,
-        model_config: Qwen3VLConfig,
+        spec: ModelSpec,
+        model_config: Any,
         micro_batches: int,
         samples_per_epoch: int,
         summary: str,
@@ -185,7 +187,8 @@ class BatchLoader:
         Args:
             dataset: the samples.
             sampler: indices of each micro-batch, in order.
-            geometry: the model's, for packing.
+            spec: the model family.
+            model_config: the family's.
             micro_batches: of a step.
             samples_per_epoch: samples of one pass.
             summary: see above.
@@ -197,7 +200,7 @@ class BatchLoader:
         self.summary = summary
         self._micro_batches = micro_batches
         self._loader = DataLoader(
-            _MicroBatches(dataset, model_config),
+            _MicroBatches(dataset, spec, model_config),
             sampler=sampler,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_is,
@@ -248,9 +251,11 @@ class TrainLoader(BatchLoader):
 
 
 def build_train_loader(
+    dataset: ChatDataset,
     config: DataConfig,
     *,
-    model_config: Qwen3VLConfig,
+    spec: ModelSpec,
+    model_config: Any,
     seq_length: int,
     micro_batch_size: int,
     global_batch_size: int,
@@ -259,7 +264,6 @@ def build_train_loader(
     seed: int,
     consumed_samples: int = 0,
     num_workers: int = 0,
-    dataset: ChatDataset | None = None,
 ) -> TrainLoader:
     """This rank's endless training steps.
 
@@ -269,8 +273,10 @@ def build_train_loader(
     ``global_batch_size / micro_batch_size`` packs.
 
     Args:
+        dataset: the training part of ``build_datasets``.
         config: the data file.
-        geometry: the model's.
+        spec: the model family.
+        model_config: the family's.
         seq_length: most tokens of a sample.
         micro_batch_size: samples packed into a micro-batch.
         global_batch_size: samples of a step, over all ranks.
@@ -279,13 +285,10 @@ def build_train_loader(
         seed: decides the order of samples.
         consumed_samples: where to go on in the stream.
         num_workers: processes that decode.
-        dataset: the training part of ``build_datasets``, if it was built before.
 
     Raises:
         UserError: for data that cannot be trained on, and sizes that do not divide.
     """
-    if dataset is None:
-        dataset, _ = build_datasets(config, model_config=model_config, seq_length=seq_length, seed=seed)
     options = config.dataloader_param
     per_round = micro_batch_size * dp_size
     if global_batch_size % per_round:
@@ -313,6 +316,7 @@ def build_train_loader(
     return TrainLoader(
         dataset,
         sampler,
+        spec=spec,
         model_config=model_config,
         micro_batches=global_batch_size // per_round,
         samples_per_epoch=stream.samples_per_epoch * unit,
@@ -323,29 +327,25 @@ def build_train_loader(
 
 
 def build_eval_loader(
+    dataset: ChatDataset,
     config: DataConfig,
     *,
-    model_config: Qwen3VLConfig,
-    seq_length: int,
+    spec: ModelSpec,
+    model_config: Any,
     micro_batch_size: int,
     dp_rank: int,
     dp_size: int,
-    seed: int,
     num_workers: int = 0,
-    dataset: ChatDataset | None = None,
-) -> BatchLoader | None:
-    """This rank's micro-batches of the evaluation data, one per step, or None where the data file names none.
+) -> BatchLoader:
+    """This rank's micro-batches of the evaluation data, one per step.
 
     Finite, unpacked, in the data set's order, and of the same number on every rank: a rank that runs out of samples
     gets one with nothing supervised. Arguments as in ``build_train_loader``.
     """
-    if dataset is None:
-        _, dataset = build_datasets(config, model_config=model_config, seq_length=seq_length, seed=seed)
-    if dataset is None:
-        return None
     return BatchLoader(
         dataset,
         _eval_indices(len(dataset), micro_batch_size, dp_rank, dp_size),
+        spec=spec,
         model_config=model_config,
         micro_batches=1,
         samples_per_epoch=len(dataset),

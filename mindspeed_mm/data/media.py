@@ -21,13 +21,13 @@ def describe_media(entry: str) -> str:
     return f"image {entry}" if video is None else f"video {video if isinstance(video, str) else video[0]}"
 
 
-def measure_media(entry: str, settings: ImageSettings) -> tuple[GridTHW, int | Clip]:
+def measure_media(entry: str, settings: ImageSettings | None) -> tuple[GridTHW, int | Clip]:
     """Grid of patches, and the placeholders that the template writes; from the file's header.
 
     Raises:
         UserError: naming the file, if it cannot be used.
     """
-    video = as_video(entry)
+    video, settings = as_video(entry), _required(settings)
     if video is None:
         grid = image_grid(entry, settings)
         return grid, grid[1] * grid[2] // settings.merge_size**2
@@ -35,16 +35,22 @@ def measure_media(entry: str, settings: ImageSettings) -> tuple[GridTHW, int | C
     return grid, Clip(seconds, grid[1] * grid[2] // settings.merge_size**2)
 
 
-def load_media(entry: str, settings: ImageSettings) -> tuple[np.ndarray, GridTHW]:
+def load_media(entry: str, settings: ImageSettings | None) -> tuple[np.ndarray, GridTHW]:
     """Patches uint8 [t * rows * cols, patch_dim] and their grid.
 
     Raises:
         UserError: naming the file, if it cannot be used.
     """
-    video = as_video(entry)
+    video, settings = as_video(entry), _required(settings)
     if video is None:
         return image_patches(load_pixels(entry), settings)
     return clip_patches(video, _videos(settings), settings)
+
+
+def _required(settings: ImageSettings | None) -> ImageSettings:
+    if settings is None:
+        raise UserError("a record has images or videos, and this model takes text only; remove such records")
+    return settings
 
 
 def _videos(settings: ImageSettings) -> VideoSettings:

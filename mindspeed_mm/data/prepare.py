@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -24,13 +25,14 @@ from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, UNUSABLE,
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
 from mindspeed_mm.interfaces.media import ImageSettings
-from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
+from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mindspeed_mm.config.data_config import Attributes, DataConfig
+    from mindspeed_mm.config.data_config import DataConfig
 
 logger = logging.getLogger(__name__)
 _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn is too long",
@@ -38,8 +40,9 @@ _OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn 
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-_CODE = ("data/prepare.py", "data/encoder.py", "data/template_check.py", "data/records.py", "data/images.py",
-         "data/media.py", "data/videos.py", "models/qwen3_vl/chat_template.py", "models/qwen3_vl/processor.py")
+# Modules of this package that decide what a cache holds; the model family names its own.
+_DATA_MODULES = tuple(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "records", "images",
+                                                            "media", "videos"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +52,17 @@ class Source:
     Attributes:
         config: the data file.
         files: data files, in order.
-        limit: keep the first so many records of each file; None for all.
-        images: pixel limits and patch sizes.
+        limit: records to keep of each file, from the first; None for all.
+        spec: the model family, for the chat template.
+        media: pixel limits and patch sizes; None for a model that takes text only.
         seq_length: most tokens of a sample.
     """
 
     config: DataConfig
     files: tuple[str, ...]
     limit: int | None
-    images: ImageSettings
+    spec: ModelSpec
+    media: ImageSettings | None
     seq_length: int
 
     @property
@@ -128,19 +133,24 @@ def cache_key(source: Source) -> str:
     settings = {
         "files": [_digest(Path(path)) for path in source.files],
         "limit": source.limit,
-        "images": dataclasses.asdict(source.images),
+        "media": None if source.media is None else dataclasses.asdict(source.media),
         "seq_length": source.seq_length,
-        "template": [basic.template, basic.enable_thinking, basic.train_on_prompt, basic.mask_history,
-                     parameters.preprocess_parameters.split_special_tokens],
+        "template": dataclasses.asdict(template_options(source.config)),
         "dataset_dir": os.path.abspath(basic.dataset_dir),
         "working_directory": os.getcwd(),
         "attr": dict(parameters.attr),
         "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.bad_limit > 0,
-        "code": [_digest(Path(__file__).parents[1] / name) for name in _CODE],
+        "code": {name: _digest(_module_file(name)) for name in (*_DATA_MODULES, *source.spec.data_modules)},
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _module_file(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    assert found is not None and found.origin is not None, name
+    return Path(found.origin)
 
 
 def _digest(path: Path) -> str:
@@ -160,20 +170,24 @@ def make_encoder(source: Source) -> Encoder:
     Raises:
         UserError: if the tokenizer cannot be loaded.
     """
-    parameters = source.config.dataset_param
-    basic = parameters.basic_parameters
-    directory = parameters.preprocess_parameters.model_name_or_path
+    directory = source.config.dataset_param.preprocess_parameters.model_name_or_path
+    options = template_options(source.config)
     tokenizer = load_tokenizer(directory)
-    template = ChatTemplate(
-        tokenizer,
+    template = source.spec.build_chat_template(tokenizer, options)
+    doubt = compare_with_checkpoint(tokenizer, directory, source.spec, options)
+    return Encoder(template, source.media, source.seq_length, may_skip=source.bad_limit > 0, doubt=doubt)
+
+
+def template_options(config: DataConfig) -> ChatTemplateOptions:
+    """What the data file chooses about the chat template."""
+    basic = config.dataset_param.basic_parameters
+    return ChatTemplateOptions(
         name=basic.template,
         enable_thinking=basic.enable_thinking,
         train_on_prompt=basic.train_on_prompt,
         mask_history=basic.mask_history,
-        split_special_tokens=parameters.preprocess_parameters.split_special_tokens,
+        split_special_tokens=config.dataset_param.preprocess_parameters.split_special_tokens,
     )
-    doubt = compare_with_checkpoint(tokenizer, directory, name=basic.template, enable_thinking=basic.enable_thinking)
-    return Encoder(template, source.images, source.seq_length, may_skip=source.bad_limit > 0, doubt=doubt)
 
 
 def _build(source: Source, directory: Path) -> None:
@@ -283,7 +297,7 @@ def _read_columns(source: Source) -> tuple[dict[str, list[Any]], list[str]]:
         for index, row in enumerate(read_rows(path, limit=source.limit)):
             count += 1
             try:
-                values = resolve_record(row, f"{path}, record {index}", source.config.dataset_param.attr, finder)
+                values = resolve_record(row, f"{path}, record {index}", source, finder)
             except UserError as error:
                 bad.append(str(error))
                 _check_bad(bad, source)
@@ -297,7 +311,7 @@ def _read_columns(source: Source) -> tuple[dict[str, list[Any]], list[str]]:
 
 
 def resolve_record(
-    row: Any, where: str, attr: Attributes, finder: MediaFinder
+    row: Any, where: str, source: Source, finder: MediaFinder
 ) -> tuple[list[str], list[str], list[str], str]:
     """Roles, texts, and paths of pictures of a row, and ``where`` it is; in the order of RECORD_COLUMNS.
 
@@ -305,7 +319,7 @@ def resolve_record(
         UserError: naming ``where`` and what is wrong with it.
     """
     try:
-        record = parse_record(row, attr)
+        record = parse_record(row, source.config.dataset_param.attr, source.spec)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     try:

@@ -6,13 +6,14 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
-from mindspeed_mm.models.qwen3_vl.chat_template import check_order, tool_call_text, tools_text
+from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes
@@ -109,8 +110,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def parse_record(row: Any, attr: Attributes) -> Record:
-    """One row as messages and pictures.
+def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
+    """One row as messages, images and videos.
 
     Raises:
         ValueError: saying what is wrong with the row; the caller knows the file and the index.
@@ -122,7 +123,7 @@ def parse_record(row: Any, attr: Attributes) -> Record:
         what = f"is {_kind(turns)}, not a list" if attr.messages in row else "is missing"
         raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}")
     roles = _roles(attr)
-    messages = [_message(turn, place, attr, roles) for place, turn in enumerate(turns)]
+    messages = [_message(turn, place, attr, roles, spec) for place, turn in enumerate(turns)]
     system = row.get(attr.system) if attr.system else None
     if system:
         if not isinstance(system, str):
@@ -130,7 +131,7 @@ def parse_record(row: Any, attr: Attributes) -> Record:
         messages.insert(0, Message("system", system))
     if tools := _tools(row, attr):
         first = messages.pop(0).text if messages and messages[0].role == "system" else None
-        messages.insert(0, Message("system", tools_text(tools, first)))
+        messages.insert(0, Message("system", spec.tools_text(tools, first)))
     complaint = check_order(messages)
     if complaint:
         raise ValueError(complaint)
@@ -141,7 +142,31 @@ def parse_record(row: Any, attr: Attributes) -> Record:
         if tags.count(tag) != len(media):
             where = f"its column {column!r}" if column in row else f"no column {column!r} (attr.{name})"
             raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name}; {where}")
+        if media and name.removesuffix("s") not in spec.media_kinds:
+            raise ValueError(f"it has {name}, which this model does not take; use other records or another model")
     return Record(messages, images, videos)
+
+
+def check_order(messages: Sequence[Message]) -> str | None:
+    """What is wrong with the order of a conversation's messages, or None.
+
+    A system message may come first; then questions (or tools' results) and answers take turns; the last message is an
+    answer, since otherwise there is nothing to learn from it.
+    """
+    first = 1 if messages and messages[0].role == "system" else 0
+    turns = list(messages[first:])
+    if not turns:
+        return "the conversation is empty"
+    if turns[0].role != "user":
+        return f"the conversation starts with the role {turns[0].role}, not with a question"
+    for place, (before, after) in enumerate(pairwise(turns), start=first):
+        if after.role == "system":
+            return "a system message comes after the first message"
+        if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
+            return f"messages {place} ({before.role}) and {place + 1} ({after.role}) do not take turns"
+    if turns[-1].role != "assistant":
+        return "the last message is no answer"
+    return None
 
 
 def _roles(attr: Attributes) -> Mapping[str, tuple[str, Role]]:
@@ -153,7 +178,9 @@ def _roles(attr: Attributes) -> Mapping[str, tuple[str, Role]]:
     return {getattr(attr, name): (name, role) for name, role in fields if getattr(attr, name)}
 
 
-def _message(turn: Any, place: int, attr: Attributes, roles: Mapping[str, tuple[str, Role]]) -> Message:
+def _message(
+    turn: Any, place: int, attr: Attributes, roles: Mapping[str, tuple[str, Role]], spec: ModelSpec
+) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"message {place} is {_kind(turn)}, not an object")
     for name in (attr.role_tag, attr.content_tag):
@@ -168,7 +195,7 @@ def _message(turn: Any, place: int, attr: Attributes, roles: Mapping[str, tuple[
     text = turn[attr.content_tag]
     if field == "function_tag":
         try:
-            text = tool_call_text(text)
+            text = spec.tool_call_text(text)
         except ValueError as error:
             raise ValueError(f"message {place} is no tool call: {error}") from error
     return Message(role, text)

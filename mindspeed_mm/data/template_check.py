@@ -4,44 +4,55 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mindspeed_mm.interfaces.conversation import Message
-from mindspeed_mm.models.qwen3_vl.chat_template import TEMPLATES, ChatTemplate
+from mindspeed_mm.interfaces.conversation import IMAGE_TAG, ChatTemplateOptions, Message
+from mindspeed_mm.models.spec import ModelSpec
 
-_PAD, _PADS = "<|image_pad|>", 2
-_QUESTIONS = ("<image>\nWhat is it?", "Are you sure?")
+_QUESTIONS = ("What is it?", "Are you sure?")
 _ANSWERS = ("A dog.", "Yes.")
 _THOUGHT = "<think>\nlet me see\n</think>\n\n"
 
 
-def compare_with_checkpoint(tokenizer: Any, directory: str | Path, *, name: str, enable_thinking: bool) -> str:
+def compare_with_checkpoint(
+    tokenizer: Any, directory: str | Path, spec: ModelSpec, options: ChatTemplateOptions
+) -> str:
     """Try both on a short conversation.
 
     Args:
         tokenizer: the checkpoint's.
         directory: the checkpoint's.
-        name: ``template`` of the data file.
-        enable_thinking: of the data file.
+        spec: the model family.
+        options: by the data file.
 
     Returns:
         A warning that names the template that fits, or "" if they agree or there is nothing to compare with.
     """
     published = read_published_template(Path(directory))
-    if published is None or _agree(tokenizer, published, name, enable_thinking):
+    chosen = _Choice(options.name, options.enable_thinking)
+    if published is None or _agree(tokenizer, published, spec, chosen):
         return ""
-    fitting = [
-        f'"{other}"{" with enable_thinking" if thinks else ""}'
-        for other in TEMPLATES
-        for thinks in ((True, False) if other == "qwen3_vl" else (False,))
-        if _agree(tokenizer, published, other, thinks)
+    choices = [
+        _Choice(name, thinks)
+        for name in spec.chat_templates
+        for thinks in ((True, False) if name in spec.thinking_templates else (False,))
     ]
+    fitting = [str(choice) for choice in choices if _agree(tokenizer, published, spec, choice)]
     remedy = f"template {fitting[0]} does" if fitting else "no other template here does either"
-    ours = f'template "{name}"{" with enable_thinking" if enable_thinking else ""}'
     return (
-        f"warning: {ours} does not give the tokens of the chat template in {directory}, by which the model is used "
-        f"later; {remedy}"
+        f"warning: template {chosen} does not give the tokens of the chat template in {directory}, by which the model "
+        f"is used later; {remedy}"
     )
+
+
+class _Choice(NamedTuple):
+    """A template with or without ``enable_thinking``."""
+
+    name: str
+    thinks: bool
+
+    def __str__(self) -> str:
+        return f'"{self.name}"{" with enable_thinking" if self.thinks else ""}'
 
 
 def read_published_template(directory: Path) -> str | None:
@@ -58,26 +69,33 @@ def read_published_template(directory: Path) -> str | None:
     return None
 
 
-def _agree(tokenizer: Any, published: str, name: str, enable_thinking: bool) -> bool:
+def _agree(tokenizer: Any, published: str, spec: ModelSpec, choice: _Choice) -> bool:
     """Whether both give the same tokens; a template that cannot render the conversation says nothing."""
     import jinja2
 
-    thought = "" if name == "qwen3_vl" and not enable_thinking else _THOUGHT  # it takes thoughts out
-    conversation: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}]
+    # without enable_thinking such a template takes thoughts out
+    thought = "" if choice.name in spec.thinking_templates and not choice.thinks else _THOUGHT
+    with_image = "image" in spec.media_kinds
+    messages = [Message("system", "Be brief.")]
     for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True):
-        text = question.removeprefix("<image>")
-        image = [{"type": "image"}] if text != question else []
-        conversation.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
-        conversation.append({"role": "assistant", "content": [{"type": "text", "text": thought + answer}]})
+        tag = f"{IMAGE_TAG}\n" if with_image and len(messages) == 1 else ""
+        messages += [Message("user", tag + question), Message("assistant", thought + answer)]
+    conversation = [{"role": one.role, "content": _content(one.text, parts=with_image)} for one in messages]
     try:
         text = tokenizer.apply_chat_template(conversation, chat_template=published, tokenize=False)
     except (jinja2.TemplateError, TypeError, ValueError):
         return True
-    theirs = tokenizer(text.replace(_PAD, _PAD * _PADS), add_special_tokens=False)["input_ids"]
-    messages = [Message("system", "Be brief.")]
-    for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True):
-        messages += [Message("user", question), Message("assistant", thought + answer)]
-    ours = ChatTemplate(tokenizer, name=name, enable_thinking=enable_thinking).encode(
-        messages, [_PADS], max_length=len(theirs) + len(text)
+    theirs = tokenizer(text, add_special_tokens=False)["input_ids"]  # with one placeholder for the image
+    options = ChatTemplateOptions(name=choice.name, enable_thinking=choice.thinks)
+    ours = spec.build_chat_template(tokenizer, options).encode(
+        messages, [1] * with_image, max_length=len(theirs) + len(text)
     )
     return ours is not None and ours.input_ids.tolist() == list(theirs)
+
+
+def _content(text: str, *, parts: bool) -> Any:
+    """A message's content as chat templates take it: parts where there may be an image among them, else a string."""
+    if not parts:
+        return text
+    image = [{"type": "image"}] if text.startswith(IMAGE_TAG) else []
+    return [*image, {"type": "text", "text": text.removeprefix(IMAGE_TAG)}]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
 from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.chat_template import check_template
+from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes, DataConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _STREAMED_ROWS = 1000
 
 
-def validate_data(config: DataConfig) -> int:
+def validate_data(config: DataConfig, spec: ModelSpec) -> int:
     """Check every record of the data files, and that every picture is there. Reads no picture and no tokenizer.
 
     One process per shared directory is enough; it takes about 3 s for 150,000 records.
@@ -29,7 +29,7 @@ def validate_data(config: DataConfig) -> int:
         UserError: for the first mistake, naming file, record and remedy.
     """
     basic, attr = config.dataset_param.basic_parameters, config.dataset_param.attr
-    check_template(basic.template, enable_thinking=basic.enable_thinking)
+    spec.check_data_config(config)
     root = Path(config.dataset_param.preprocess_parameters.model_name_or_path)
     if not root.is_dir():
         raise UserError(
@@ -43,7 +43,7 @@ def validate_data(config: DataConfig) -> int:
         for path in files:
             rows = _some_rows(path, limit) if basic.streaming else read_rows(path, limit=limit)
             counts[-1] += len(rows)
-            problems += _problems(path, rows, finder, attr)
+            problems += _problems(path, rows, finder, attr, spec)
     if not counts[0]:
         raise UserError(f"dataset {basic.dataset} holds no record; make it anew (step 3 of the guide)")
     allowed = config.dataloader_param.bad_sample_limit
@@ -60,12 +60,14 @@ def _some_rows(path: str, limit: int | None) -> list[Any]:
     return [file[index] for index in range(len(file))]
 
 
-def _problems(path: str, rows: Sequence[Any], finder: MediaFinder, attr: Attributes) -> list[str]:
+def _problems(
+    path: str, rows: Sequence[Any], finder: MediaFinder, attr: Attributes, spec: ModelSpec
+) -> list[str]:
     """What is wrong with the records of a file."""
     problems = []
     for index, row in enumerate(rows):
         try:
-            record = parse_record(row, attr)
+            record = parse_record(row, attr, spec)
         except ValueError as error:
             problems.append(f"{path}, record {index}: {error}")
             continue

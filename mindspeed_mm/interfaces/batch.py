@@ -1,6 +1,6 @@
 """What travels from the collator to the model: one packed micro-batch, with everything the device must not compute.
 
-Shapes: T tokens and B samples of the micro-batch, S supervised tokens, N vision patches in K attention segments.
+Shapes: T tokens and B samples of the micro-batch, S target tokens, N vision patches in K attention segments.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class VisionBatch(_TensorFields):
         placeholder_index: int64 [N / merge_unit], the packed position that each merged patch replaces; empty in a
             dummy.
         grid_thw: temporal slices, rows and columns of patches of each image or video.
-        is_dummy: whether this is one merge block of zeros that stands for "no picture in this micro-batch".
+        is_dummy: whether this is one merge block of zeros that stands for "no image or video in this micro-batch".
         merged_index: int64 [placeholders here], in a part of a micro-batch: which of the whole's merged patches replace
             the part's placeholders; None in a whole micro-batch, whose patches are in that order.
     """
@@ -79,12 +79,12 @@ class Batch(_TensorFields):
         cu_seqlens: int32 [B + 1], sample boundaries; attention never crosses them.
         cu_seqlens_host: the same numbers as a list.
         max_seqlen: tokens of the longest sample.
-        label_index: int64 [S], positions whose hidden state predicts a supervised token.
+        label_index: int64 [S], positions whose hidden state predicts a target token.
         labels: int64 [S], the token to predict: ``input_ids[label_index + 1]``.
-        label_sample: int64 [S], the sample (0..B-1) of each supervised token.
-        target_tokens_per_sample: supervised tokens of each sample; length B.
+        label_sample: int64 [S], the sample (0..B-1) of each target token.
+        target_tokens_per_sample: target tokens of each sample; length B.
         sample_ids: dataset index of each packed sample; length B.
-        vision: the micro-batch's pictures, or a dummy block.
+        vision: the micro-batch's images and videos, or a dummy block; None for a model that takes text only.
         padding: tokens at the end that belong to no sample; none in a whole micro-batch, only in a part of one.
     """
 
@@ -98,7 +98,7 @@ class Batch(_TensorFields):
     label_sample: Tensor
     target_tokens_per_sample: list[int]
     sample_ids: list[int]
-    vision: VisionBatch
+    vision: VisionBatch | None
     padding: int = 0
 
     @property
@@ -108,5 +108,5 @@ class Batch(_TensorFields):
 
     @property
     def num_target_tokens(self) -> int:
-        """S, supervised tokens; 0 is possible."""
+        """S, target tokens; 0 is possible."""
         return sum(self.target_tokens_per_sample)

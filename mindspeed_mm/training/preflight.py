@@ -46,7 +46,7 @@ def preflight(job: JobConfig) -> None:
         check_place(Path(job.args.save))
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
-    validate_data(job.data)
+    validate_data(job.data, spec)
     warn_of_memory(job, model_config, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
     warn_of_room(job, model_config)
 

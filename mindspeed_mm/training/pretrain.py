@@ -23,10 +23,11 @@ from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
-from mindspeed_mm.models.spec import spec_of
+from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
@@ -40,8 +41,10 @@ from mindspeed_mm.training.skipped_samples import BadSamples
 from mindspeed_mm.training.trainer import ForwardStep, Trainer
 from mindspeed_mm.training.watchdog import Watchdog, WatchdogLimits
 
-ModelProvider = Callable[[JobConfig, Qwen3VLConfig, Backend], Qwen3VLModel]
-DataProvider = Callable[[JobConfig, Qwen3VLConfig, Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]]
+ModelProvider = Callable[[JobConfig, Qwen3VLConfig, "ImageSettings | None", Backend], Qwen3VLModel]
+DataProvider = Callable[
+    [JobConfig, ModelSpec, Any, "ImageSettings | None", Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]
+]
 
 
 def pretrain(
@@ -104,8 +107,9 @@ def _run(
     spec = spec_of(job.model.init_from_hf_path)
     model_config = spec.read_config(job.model.init_from_hf_path)
     job.check_model(spec.facts(model_config), world_size=layout.world_size)
+    media = spec.read_media_settings(job.data, model_config)
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
-        model = model_provider(job, model_config, backend)
+        model = model_provider(job, model_config, media, backend)
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args)
@@ -114,7 +118,7 @@ def _run(
     _restore_schedule(job, schedule, progress)
 
     with say.log():
-        loader, eval_loader = data_provider(job, model_config, layout, progress)
+        loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
     _check_order(job, progress, loader, say)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
     _warn_of_losses(job, say)

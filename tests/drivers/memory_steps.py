@@ -30,6 +30,7 @@ from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel import collectives
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
@@ -161,7 +162,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
 
     trainer = Trainer(
         args=args, model=model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
-        loader=[StepBatches([collate(samples(case, model_config, 2 * step + micro), model_config)
+        loader=[StepBatches([collate(samples(case, model_config, 2 * step + micro), SPEC, model_config)
                              for micro in range(case["micro_batches"])]) for step in range(2)],
         forward_step=forward, loss_mode="per_token", layout=layout, backend=backend, progress=Progress(),
         merge_unit=model_config.vision.merge_unit,

@@ -28,6 +28,7 @@ from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.collectives import scale_gradient
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
@@ -126,7 +127,7 @@ def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_c
     share = batch // layout.dp_size
     mine = samples[layout.dp_rank * share : (layout.dp_rank + 1) * share]
     starts = range(0, share, micro_batch)
-    return StepBatches([collate(mine[start : start + micro_batch], model_config) for start in starts])
+    return StepBatches([collate(mine[start : start + micro_batch], SPEC, model_config) for start in starts])
 
 
 def text_only_shares(step: int, *, batch: int, dp_size: int) -> list[bool]:

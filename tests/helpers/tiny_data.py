@@ -11,7 +11,9 @@ from PIL import Image
 
 from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.schema import validate_config
+from mindspeed_mm.data import ChatDataset, TrainLoader, build_datasets, build_train_loader
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_config import tiny_config
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
@@ -79,6 +81,25 @@ def make_config(root: Path, *, dataset: str, basic: dict | None = None, loader: 
         },
         DataConfig,
         source="data.json",
+    )
+
+
+def build_tiny(config: DataConfig, *, seq_length: int = 512, seed: int = 0) -> tuple[ChatDataset, ChatDataset | None]:
+    """``build_datasets`` for Qwen3-VL with the tiny model config."""
+    model_config = checkpoint_config(Path(config.dataset_param.preprocess_parameters.model_name_or_path))
+    media = SPEC.read_media_settings(config, model_config)
+    return build_datasets(config, spec=SPEC, media=media, seq_length=seq_length, seed=seed)
+
+
+def tiny_loader(
+    config: DataConfig, *, seq_length: int, seed: int, dataset: ChatDataset | None = None, **options: Any
+) -> TrainLoader:
+    """``build_train_loader`` for Qwen3-VL, over ``dataset`` or the one that ``config`` names."""
+    if dataset is None:
+        dataset, _ = build_tiny(config, seq_length=seq_length, seed=seed)
+    model_config = checkpoint_config(Path(config.dataset_param.preprocess_parameters.model_name_or_path))
+    return build_train_loader(
+        dataset, config, spec=SPEC, model_config=model_config, seq_length=seq_length, seed=seed, **options
     )
 
 

@@ -14,6 +14,7 @@ from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention, RMSNorm
 from mindspeed_mm.models.layers.moe import MoELayer
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 from tests.helpers.npu_environment import host_waits
 from tests.ut.models.test_parity import GRADIENT, LOGITS, LOSS, reference  # noqa: F401  a fixture
@@ -28,7 +29,7 @@ def step(
     model, model_config = model_like(hf_model, ModelBuildOptions(**choices), device=device)
     model = model.to(dtype)
     model.reset_buffers()
-    batch = collate(samples, model_config).to(torch.device(device))
+    batch = collate(samples, SPEC, model_config).to(torch.device(device))
     weight = torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens, device=device)
     before = host_waits()
     loss, *_ = model(batch, weight)
@@ -47,7 +48,7 @@ def test_packed_batch_equals_hf(reference, attention, fused):  # noqa: F811
     assert abs(loss - hf_loss) <= LOSS * hf_loss
     model_config = model_like(hf_model)[1]
     with torch.no_grad():
-        assert relative(model(collate(samples, model_config).to(BACKEND.device)).cpu(), hf_logits) <= LOGITS
+        assert relative(model(collate(samples, SPEC, model_config).to(BACKEND.device)).cpu(), hf_logits) <= LOGITS
     theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
     errors = {name: relative(gradients[name], theirs[name]) for name in theirs}
     assert len(errors) > 60

@@ -25,6 +25,7 @@ from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
 from tests.helpers.hf_model import hf_inputs
 from tests.helpers.mcore_model import PIXEL_NORM, memory_layout, relative
@@ -113,7 +114,7 @@ def main(name: str = "30B") -> int:
             for rule in rules:
                 parameters[rule.target].copy_(rule.to_mcore([weights.pop(name) for name, _ in rule.sources]))
         gc.collect()
-        batch = collate(samples(), model_config)
+        batch = collate(samples(), SPEC, model_config)
         loss = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens)).loss
         loss.backward()
         with torch.no_grad():

@@ -77,7 +77,7 @@ def test_arguments_load_without_torch():
         ("mindspeed_mm/config/flags.py", "def f():\n    import torch"),
         ("mindspeed_mm/config/flags.py", "from torch import nn"),
         ("mindspeed_mm/data/loader.py", "from mindspeed_mm import training"),
-        ("mindspeed_mm/data/loader.py", "from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel"),
+        ("mindspeed_mm/data/loader.py", "from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig"),
         ("mindspeed_mm/data/loader.py", "import torch.distributed as dist"),
         ("mindspeed_mm/interfaces/batch.py", "from torch import distributed"),
         ("mindspeed_mm/interfaces/batch.py", "from mindspeed_mm.data.images import PixelNorm"),
@@ -103,7 +103,7 @@ def test_wrong_import_is_found(path, source):
     [
         ("mindspeed_mm/backend/device.py", "import torch\nfrom mindspeed_mm.errors import UserError"),
         ("mindspeed_mm/config/flags.py", "from .fields import Field\nfrom mindspeed_mm.config import fields"),
-        ("mindspeed_mm/data/collator.py", "from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig"),
+        ("mindspeed_mm/data/collator.py", "from mindspeed_mm.models.spec import ModelSpec"),
         ("mindspeed_mm/models/qwen3_vl/model.py", "from mindspeed_mm.interfaces.batch import Batch"),
         ("mindspeed_mm/parallel/expert_parallel.py", "from mindspeed_mm.models.layers.moe import MoELayer"),
         ("mindspeed_mm/models/layers/specs.py", "from mindspeed_mm.models import moe"),

@@ -1,7 +1,7 @@
-"""Conversation to token ids and supervised tokens, in the chat format of Qwen3-VL.
+"""Conversation to token ids and loss mask, in the chat format of Qwen3-VL.
 
-The ids equal those of the model's own chat template for the same conversation. What is supervised is what the model
-has to produce: an answer and its ``<|im_end|>``.
+The ids equal those of the model's own chat template for the same conversation. The loss counts the tokens that the
+model has to produce: an answer and its ``<|im_end|>``.
 """
 
 from __future__ import annotations
@@ -10,27 +10,33 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG, Clip, Encoded, Message, media_tags
-
-TEMPLATES = ("qwen3_vl_nothink", "qwen3_vl")
+from mindspeed_mm.interfaces.conversation import (
+    IMAGE_TAG,
+    MEDIA_TAG,
+    VIDEO_TAG,
+    ChatTemplateOptions,
+    Clip,
+    Encoded,
+    Message,
+    media_tags,
+)
 
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _TOOL_CALL = "<tool_call>\n"
-# Written out in a message, these are text: they would end turns or claim picture features that do not exist.
+# Written out in a message, these are text: they would end turns or claim vision features that do not exist.
 _STRUCTURAL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
 
 @dataclasses.dataclass
 class _Segment:
-    """A stretch of tokens: one special token, a picture's placeholders, or text that is tokenized in one piece."""
+    """A stretch of tokens: one special token, the placeholders of an image or slice, or text tokenized as one."""
 
     text: str = ""
     token: int = -1
@@ -64,7 +70,7 @@ def tool_call_text(content: str) -> str:
 
 
 def tools_text(tools: Sequence[Any], system: str | None) -> str:
-    """The system message that tells the model which tools it has, after its own text ``system``, if there is one."""
+    """The system message that describes the tools, after its own text ``system``, if there is one."""
     own = "" if system is None else f"{system}\n\n"
     described = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
     return (
@@ -76,86 +82,34 @@ def tools_text(tools: Sequence[Any], system: str | None) -> str:
     )
 
 
-def check_order(messages: Sequence[Message]) -> str | None:
-    """What is wrong with the order of a conversation's messages, or None.
-
-    A system message may come first; then questions (or tools' results) and answers take turns; the last message is an
-    answer, for otherwise there is nothing to learn from it.
-    """
-    first = 1 if messages and messages[0].role == "system" else 0
-    turns = list(messages[first:])
-    if not turns:
-        return "the conversation is empty"
-    if turns[0].role != "user":
-        return f"the conversation starts with the role {turns[0].role}, not with a question"
-    for place, (before, after) in enumerate(pairwise(turns), start=first):
-        if after.role == "system":
-            return "a system message comes after the first message"
-        if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
-            return f"messages {place} ({before.role}) and {place + 1} ({after.role}) do not take turns"
-    if turns[-1].role != "assistant":
-        return "the last message is no answer"
-    return None
-
-
-def check_template(name: str, *, enable_thinking: bool) -> None:
-    """Refuse a template that is unknown or cannot do what is asked.
-
-    Raises:
-        UserError: naming the known templates.
-    """
-    if name not in TEMPLATES:
-        raise UserError(f"template {name!r} is unknown; choose {' or '.join(TEMPLATES)}")
-    if enable_thinking and name != "qwen3_vl":
-        raise UserError(f"enable_thinking is true, but template {name} has no thinking part; choose qwen3_vl")
-
-
-class ChatTemplate:
+class Qwen3VLChatTemplate:
     """Turns conversations into tokens.
 
     ``qwen3_vl_nothink`` is the format of the Instruct models. ``qwen3_vl`` is that of the Thinking models: thoughts
     (``<think>...</think>`` at the start of an answer) are shown only after the last question. With
     ``enable_thinking`` the last answer starts with its thought, empty if it has none, and only answers after the last
-    question are supervised, for earlier ones stand there without the thought that led to them. Without it thoughts
-    are removed and the last answer follows a given, empty thought.
+    question count in the loss, since earlier ones lack the thought that led to them. Without ``enable_thinking``
+    thoughts are removed and the last answer follows a given, empty thought.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        name: str = "qwen3_vl_nothink",
-        enable_thinking: bool = False,
-        train_on_prompt: bool = False,
-        mask_history: bool = False,
-        split_special_tokens: bool = False,
-    ) -> None:
+    def __init__(self, tokenizer: Any, options: ChatTemplateOptions) -> None:
         """Prepare for ``tokenizer``, a fast tokenizer of transformers.
 
         Args:
-            tokenizer: must know Qwen's special tokens.
-            name: one of ``TEMPLATES``.
-            enable_thinking: see the class; only ``qwen3_vl`` can think.
-            train_on_prompt: supervise everything but pictures.
-            mask_history: supervise the last answer only.
-            split_special_tokens: special tokens written out in a message are ordinary text. In any case those that
-                structure a conversation or stand for pictures are.
+            tokenizer: must have Qwen's special tokens.
+            options: names one of the family's templates.
 
         Raises:
-            UserError: for an unknown template, or a tokenizer that lacks Qwen's tokens.
+            UserError: for a tokenizer that is not fast or lacks Qwen's tokens.
         """
-        check_template(name, enable_thinking=enable_thinking)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError("the tokenizer is no fast one; set use_fast_tokenizer to true, or add its tokenizer.json")
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._thinks = name == "qwen3_vl"
-        self._enable_thinking = enable_thinking
-        self._train_on_prompt = train_on_prompt
-        self._mask_history = mask_history
-        self._split_special_tokens = split_special_tokens
+        self._thinks = options.name == "qwen3_vl"
+        self._options = options
         self._ids = {}
         for token in (_TURN_START, _TURN_END, _VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD):
             token_id = backend.token_to_id(token)
@@ -165,45 +119,34 @@ class ChatTemplate:
         self._prefixes: dict[str, list[int]] = {}
 
     def encode(self, messages: Sequence[Message], media: Sequence[int | Clip], *, max_length: int) -> Encoded | None:
-        """Tokenize a conversation, shortened to whole turns if it is too long.
-
-        Turns are dropped from the end until the rest fits. A picture's placeholders are never cut.
-
-        Args:
-            messages: in an order that ``check_order`` accepts.
-            media: placeholders (merged patches) of each image, or the Clip of each video, in order.
-            max_length: most tokens of a sample.
-
-        Returns:
-            None if not even the first turn fits.
-        """
+        """See :class:`~mindspeed_mm.interfaces.conversation.ChatTemplate`."""
         ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
         for end in reversed(ends):
             kept = messages[:end]
-            num_pictures = len(media_tags(kept))
-            if sum(one.total if isinstance(one, Clip) else one for one in media[:num_pictures]) > max_length:
+            num_media = len(media_tags(kept))
+            if sum(one.total if isinstance(one, Clip) else one for one in media[:num_media]) > max_length:
                 continue
             ids, loss_mask = self._tokenize(self._render(kept, media))
             if len(ids) <= max_length:
-                return Encoded(ids, loss_mask, num_pictures, len(messages) - end)
+                return Encoded(ids, loss_mask, num_media, len(messages) - end)
         return None
 
     def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[_Segment]:
         questions = [place for place, message in enumerate(messages) if _is_question(message)]
         last_question = questions[-1] if questions else len(messages) - 1  # with none the template shows no thought
         segments: list[_Segment] = []
-        pictures = iter(media)
+        remaining = iter(media)
         for place, message in enumerate(messages):
             if message.role == "assistant":
                 head, answer = self._answer(message.text, after_question=place > last_question,
                                             is_last=place == len(messages) - 1)
-                loss_mask = not (self._mask_history and place < len(messages) - 1) and not (
-                    self._enable_thinking and place < last_question
+                loss_mask = not (self._options.mask_history and place < len(messages) - 1) and not (
+                    self._options.enable_thinking and place < last_question
                 )
                 segments += self._turn(head, [_Segment(text=answer, loss_mask=loss_mask)])
                 segments[-2].loss_mask = loss_mask  # <|im_end|>; after it comes the line break
             elif message.role == "user":
-                segments += self._turn("user\n", self._question(message.text, pictures))
+                segments += self._turn("user\n", self._question(message.text, remaining))
             elif message.role == "tool":
                 segments += self._tool_result(message.text, messages, place)
             else:
@@ -254,7 +197,7 @@ class ChatTemplate:
         if not after_question or not (is_last or thought):
             return "assistant\n", content
         content = content.lstrip("\n")
-        if self._enable_thinking:
+        if self._options.enable_thinking:
             return "assistant\n<think>\n", f"{thought}\n</think>\n\n{content}"
         return "assistant\n<think>\n\n</think>\n\n", content
 
@@ -268,7 +211,7 @@ class ChatTemplate:
             if given or produced:
                 tokens, boundary = self._text_tokens(given, produced)
                 ids.extend(tokens)
-                flags.extend([self._train_on_prompt] * boundary + [True] * (len(tokens) - boundary))
+                flags.extend([self._options.train_on_prompt] * boundary + [True] * (len(tokens) - boundary))
             given = produced = ""
 
         for segment in segments:
@@ -280,7 +223,8 @@ class ChatTemplate:
                 continue
             flush()
             ids.extend([segment.token] * segment.count)
-            flags.extend([segment.loss_mask or (self._train_on_prompt and not segment.is_vision)] * segment.count)
+            counts = segment.loss_mask or (self._options.train_on_prompt and not segment.is_vision)
+            flags.extend([counts] * segment.count)
         flush()
         return np.array(ids, dtype=np.int64), np.array(flags, dtype=bool)
 
@@ -302,5 +246,5 @@ class ChatTemplate:
         return tokens, len(prefix)
 
     def _encode(self, text: str) -> list[int]:
-        self._backend.encode_special_tokens = self._split_special_tokens or bool(_STRUCTURAL.search(text))
+        self._backend.encode_special_tokens = self._options.split_special_tokens or bool(_STRUCTURAL.search(text))
         return self._backend.encode(text, add_special_tokens=False).ids

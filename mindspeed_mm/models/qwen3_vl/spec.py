@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mindspeed_mm.config.checks import ModelFacts
 from mindspeed_mm.models.qwen3_vl.config import SUPPORTED_MODEL_TYPES, Qwen3VLConfig
 from mindspeed_mm.models.spec import ModelSpec, register
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mindspeed_mm.config.data_config import DataConfig
+    from mindspeed_mm.interfaces.batch import VisionBatch
+    from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
+    from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
 
 
 class Qwen3VLSpec(ModelSpec):
@@ -17,6 +26,11 @@ class Qwen3VLSpec(ModelSpec):
     model_types: ClassVar[tuple[str, ...]] = SUPPORTED_MODEL_TYPES
     collators: ClassVar[tuple[str, ...]] = ("qwen3vl",)
     chat_templates: ClassVar[tuple[str, ...]] = ("qwen3_vl_nothink", "qwen3_vl")
+    thinking_templates: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    data_modules: ClassVar[tuple[str, ...]] = (
+        "mindspeed_mm.models.qwen3_vl.chat_template", "mindspeed_mm.models.qwen3_vl.processor",
+    )
+    media_kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     parts: ClassVar[Mapping[str, Sequence[str]]] = {
         "vision_encoder": ("image_encoder.vision_encoder.*",),
         "vision_projector": ("image_encoder.vision_projector.*",),
@@ -52,6 +66,68 @@ class Qwen3VLSpec(ModelSpec):
                 ),
             },
         )
+
+    def build_chat_template(self, tokenizer: Any, options: ChatTemplateOptions) -> ChatTemplate:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.chat_template import Qwen3VLChatTemplate
+
+        self.check_chat_template(options.name, enable_thinking=options.enable_thinking)
+        return Qwen3VLChatTemplate(tokenizer, options)
+
+    def tool_call_text(self, content: str) -> str:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.chat_template import tool_call_text
+
+        return tool_call_text(content)
+
+    def tools_text(self, tools: Sequence[Any], system: str | None) -> str:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.chat_template import tools_text
+
+        return tools_text(tools, system)
+
+    def read_media_settings(self, config: DataConfig, model_config: Qwen3VLConfig) -> ImageSettings:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`. Video settings only where ``attr.videos`` is set."""
+        from mindspeed_mm.models.qwen3_vl.processor import read_image_settings, read_video_settings
+
+        preprocess = config.dataset_param.preprocess_parameters
+        images = read_image_settings(
+            preprocess.model_name_or_path,
+            min_pixels=preprocess.image_min_pixels,
+            max_pixels=preprocess.image_max_pixels,
+            vision=model_config.vision,
+        )
+        if not config.dataset_param.attr.videos:
+            return images
+        videos = read_video_settings(
+            preprocess.model_name_or_path,
+            min_pixels=preprocess.video_min_pixels,
+            max_pixels=preprocess.video_max_pixels,
+            fps=preprocess.video_fps,
+            max_frames=preprocess.video_maxlen,
+            images=images,
+        )
+        return dataclasses.replace(images, videos=videos)
+
+    def placeholder_token_ids(self, model_config: Qwen3VLConfig) -> tuple[int, ...]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        return model_config.image_token_id, model_config.video_token_id
+
+    def token_positions(
+        self, is_placeholder: np.ndarray, grids: Sequence[GridTHW], model_config: Qwen3VLConfig
+    ) -> np.ndarray:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.positions import token_positions
+
+        return token_positions(is_placeholder, grids, model_config.vision.spatial_merge_size)
+
+    def collate_vision(
+        self, media: Sequence[MediaPatches], placeholder_index: np.ndarray, model_config: Qwen3VLConfig
+    ) -> VisionBatch:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.collator import collate_vision
+
+        return collate_vision(media, placeholder_index, model_config.vision)
 
 
 SPEC = register(Qwen3VLSpec())

@@ -27,8 +27,7 @@ from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
+from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.show_data.drawings import draw_costs, draw_picture
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
 
@@ -69,8 +68,7 @@ def _indices(text: str, size: int) -> list[int]:
     return indices
 
 
-def _views(dataset: ChatDataset, indices: Sequence[int], model_config: Qwen3VLConfig, tokenizer: Any) -> list[_View]:
-    pads = (model_config.image_token_id, model_config.video_token_id)
+def _views(dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], tokenizer: Any) -> list[_View]:
     views = []
     for index in indices:
         try:
@@ -88,25 +86,27 @@ def _views(dataset: ChatDataset, indices: Sequence[int], model_config: Qwen3VLCo
     return views
 
 
-def _columns(dataset: ChatDataset, model_config: Qwen3VLConfig) -> dict[str, np.ndarray]:
+def _columns(dataset: ChatDataset, settings: ImageSettings | None) -> dict[str, np.ndarray]:
     """What is drawn over the whole data set, by the name of its axis."""
-    costs, loss_mask = dataset.costs(), dataset.target_token_counts()
-    placeholders = costs.vision // model_config.vision.merge_unit
-    return {
-        "length: tokens of a sample, placeholders included": costs.text,
-        "text tokens of a sample": costs.text - placeholders,
-        "vision patches of a sample": costs.vision,
-        "share of a sample's tokens that is supervised": loss_mask / costs.text,
-    }
+    costs, targets = dataset.costs(), dataset.target_token_counts()
+    columns = {"length: tokens of a sample, placeholders included": costs.text}
+    if settings is not None:
+        columns["text tokens of a sample"] = costs.text - costs.vision // settings.merge_size**2
+        columns["vision patches of a sample"] = costs.vision
+    columns["share of target tokens of a sample"] = targets / costs.text
+    return columns
 
 
-def _write_page(out: Path, views: Sequence[_View], settings: ImageSettings, summary: str, has_costs: bool) -> None:
+def _write_page(
+    out: Path, views: Sequence[_View], settings: ImageSettings | None, summary: str, has_costs: bool
+) -> None:
     body = [f"<p>{html.escape(summary)}</p>"] + (['<p><img src="costs.png" alt="distributions"></p>'] * has_costs)
     body.append('<p>Colours: <span class="supervised">supervised</span>, given, <span class="vision">placeholders'
                 "</span>. Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
     for view in views:
         body.append(f"<h2>{html.escape(view.heading)}</h2>{for_page(view.parts)}")
         for number, picture in enumerate(view.sample.media):
+            assert settings is not None  # or the sample could not have been built
             name = f"sample-{view.index}-{number}.png"
             slices, rows, cols = picture.grid_thw
             size = f"{cols * settings.patch_size} x {rows * settings.patch_size} pixels"
@@ -127,11 +127,14 @@ def show(options: argparse.Namespace) -> None:
     """
     data = load_config(options.mm_data, DataConfig, flag="--mm-data")
     model = load_config(options.mm_model, ModelOptions, flag="--mm-model")
-    model_config = Qwen3VLConfig.from_pretrained(model.init_from_hf_path)
-    preprocess = data.dataset_param.preprocess_parameters
-    dataset, _ = build_datasets(data, model_config=model_config, seq_length=options.seq_length, seed=options.seed)
-    tokenizer = load_tokenizer(preprocess.model_name_or_path)
-    views = _views(dataset, _indices(options.samples, len(dataset)), model_config, tokenizer)
+    spec = spec_of(model.init_from_hf_path)
+    spec.check_data_config(data)
+    model_config = spec.read_config(model.init_from_hf_path)
+    media = spec.read_media_settings(data, model_config)
+    dataset, _ = build_datasets(data, spec=spec, media=media, seq_length=options.seq_length, seed=options.seed)
+    tokenizer = load_tokenizer(data.dataset_param.preprocess_parameters.model_name_or_path)
+    indices = _indices(options.samples, len(dataset))
+    views = _views(dataset, indices, spec.placeholder_token_ids(model_config), tokenizer)
     colour = options.colour == "always" or (
         options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -139,7 +142,7 @@ def show(options: argparse.Namespace) -> None:
         print(f"--- {view.heading}")
         print(for_terminal(view.parts, colour=colour))
     try:
-        columns = _columns(dataset, model_config)
+        columns = _columns(dataset, media)
     except TypeError as error:  # streamed or tokenized while training
         columns, summary = {}, f"{len(dataset)} samples; no distributions: {error}"
     else:
@@ -155,13 +158,9 @@ def show(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {options.out} cannot be made: {error.strerror}; choose another") from error
-    settings = read_image_settings(
-        preprocess.model_name_or_path, min_pixels=preprocess.image_min_pixels,
-        max_pixels=preprocess.image_max_pixels, vision=model_config.vision,
-    )
     if columns:
         draw_costs(options.out / "costs.png", columns, limit=options.seq_length, title=f"{dataset.name}: {summary}")
-    _write_page(options.out, views, settings, f"{dataset.name}: {summary}", bool(columns))
+    _write_page(options.out, views, media, f"{dataset.name}: {summary}", bool(columns))
     print(f"wrote {options.out / 'index.html'}")
 
 

@@ -14,6 +14,7 @@ from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.positions import token_positions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_config import tiny_config
 
 GEOMETRY = tiny_config()
@@ -52,7 +53,7 @@ def samples(draw: st.DrawFn) -> list[Sample]:
 @given(samples())
 @settings(max_examples=60, deadline=None)
 def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
-    batch = collate(packed, GEOMETRY)
+    batch = collate(packed, SPEC, GEOMETRY)
     assert batch.num_tokens == sum(len(sample.input_ids) for sample in packed) == len(batch.input_ids)
     assert batch.cu_seqlens.tolist() == batch.cu_seqlens_host
     assert batch.sample_ids == [sample.index for sample in packed]
@@ -83,14 +84,14 @@ def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
 
 
 def test_video_slices_are_attention_segments_of_their_own() -> None:
-    batch = collate([make_sample(index=0, grids=[(3, 2, 4), (1, 4, 4)], text=4, loss_mask=2)], GEOMETRY)
+    batch = collate([make_sample(index=0, grids=[(3, 2, 4), (1, 4, 4)], text=4, loss_mask=2)], SPEC, GEOMETRY)
     assert batch.vision.cu_seqlens_host == [0, 8, 16, 24, 40]
     assert batch.vision.max_seqlen == 16
     assert batch.vision.grid_thw == [(3, 2, 4), (1, 4, 4)]
 
 
 def test_dtypes_and_dummy_of_a_text_only_batch() -> None:
-    batch = collate([make_sample(index=7, grids=[], text=5, loss_mask=0)], GEOMETRY)
+    batch = collate([make_sample(index=7, grids=[], text=5, loss_mask=0)], SPEC, GEOMETRY)
     assert batch.num_target_tokens == 0 and batch.labels.dtype == torch.int64
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.label_index.dtype == torch.int64
     assert batch.cu_seqlens.dtype == batch.vision.cu_seqlens.dtype == torch.int32
@@ -100,7 +101,7 @@ def test_dtypes_and_dummy_of_a_text_only_batch() -> None:
 
 
 def test_batch_moves_and_pickles() -> None:
-    batch = collate([make_sample(index=1, grids=[(1, 2, 2)], text=5, loss_mask=2)], GEOMETRY)
+    batch = collate([make_sample(index=1, grids=[(1, 2, 2)], text=5, loss_mask=2)], SPEC, GEOMETRY)
     moved = batch.to("meta")
     assert moved.vision.pixels.device.type == moved.labels.device.type == "meta"
     assert moved.sample_ids == [1] and batch.labels.device.type == "cpu"
@@ -110,4 +111,4 @@ def test_batch_moves_and_pickles() -> None:
 def test_mismatch_names_the_sample() -> None:
     good = make_sample(index=41, grids=[(1, 2, 2)], text=5, loss_mask=2)
     with pytest.raises(UserError, match="sample 41"):
-        collate([Sample(good.input_ids, good.loss_mask, (), 41)], GEOMETRY)
+        collate([Sample(good.input_ids, good.loss_mask, (), 41)], SPEC, GEOMETRY)

@@ -16,10 +16,18 @@ from PIL import Image
 
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.data.dataset import ChatDataset, build_datasets
+from mindspeed_mm.data.dataset import ChatDataset
 from mindspeed_mm.data.records import MediaFinder, read_rows
 from mindspeed_mm.errors import UserError
-from tests.helpers.tiny_data import checkpoint_config, make_config, make_records, write_checkpoint, write_dataset
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.tiny_data import (
+    build_tiny,
+    checkpoint_config,
+    make_config,
+    make_records,
+    write_checkpoint,
+    write_dataset,
+)
 
 
 @pytest.fixture()
@@ -31,9 +39,7 @@ def root(tmp_path: Path) -> Path:
 def build(root: Path, *, seq_length: int = 1024, seed: int = 1, **overrides: object) -> tuple:
     overrides.setdefault("dataset", str(root / "data.json"))
     config = make_config(root, **overrides)  # type: ignore[arg-type]
-    return build_datasets(
-        config, model_config=checkpoint_config(root / "checkpoint"), seq_length=seq_length, seed=seed
-    )
+    return build_tiny(config, seq_length=seq_length, seed=seed)
 
 
 def answers(dataset: ChatDataset, root: Path) -> list[str]:
@@ -52,7 +58,7 @@ def test_samples_of_real_files(root: Path) -> None:
     texts = answers(train, root)
     assert texts[1] == "The digit is 1." and texts[0] == "The digit is 0.Yes, there is one."
     model_config = checkpoint_config(root / "checkpoint")
-    batch = collate([train[index] for index in range(12)], model_config)
+    batch = collate([train[index] for index in range(12)], SPEC, model_config)
     assert len(batch.vision.grid_thw) == 8
     assert batch.vision.grid_thw[0] == (1, 2, 2)  # 32x32
     assert batch.sample_ids == list(range(12))

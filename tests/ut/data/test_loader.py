@@ -14,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindspeed_mm.data import build_eval_loader, build_train_loader
+from mindspeed_mm.data import build_eval_loader
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.loader import TrainLoader, dead_workers_named
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
-from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.tiny_data import build_tiny, checkpoint_config, make_config, tiny_loader, write_dataset
 
 
 def step_samples(stream: SampleStream, *, mbs: int, dp_size: int, steps: int, consumed: int = 0) -> list[list[int]]:
@@ -71,8 +72,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loader_options(root: Path, **overrides: object) -> dict:
     return {
-        "model_config": checkpoint_config(root / "checkpoint"), "seq_length": 512, "micro_batch_size": 2, "dp_rank": 0,
-        "dp_size": 1, "seed": 5, **overrides,
+        "seq_length": 512, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "seed": 5, **overrides,
     }
 
 
@@ -84,40 +84,42 @@ def take(loader: TrainLoader, count: int) -> list[Batch]:
 def test_workers_change_nothing_and_resume_is_exact(root: Path) -> None:
     config = make_config(root, dataset=str(root / "data.json"))
     before = torch.random.get_rng_state()
-    alone = build_train_loader(config, **loader_options(root, global_batch_size=4))
+    alone = tiny_loader(config, **loader_options(root, global_batch_size=4))
     batches = take(alone, 9)
     assert alone.samples_per_epoch == 8 and len(alone.dataset) == 10
-    workers = take(build_train_loader(config, **loader_options(root, global_batch_size=4, num_workers=2)), 9)
-    resumed = take(build_train_loader(config, **loader_options(root, global_batch_size=4, consumed_samples=12)), 3)
+    workers = take(tiny_loader(config, **loader_options(root, global_batch_size=4, num_workers=2)), 9)
+    resumed = take(tiny_loader(config, **loader_options(root, global_batch_size=4, consumed_samples=12)), 3)
     for ours, theirs in [*zip(batches, workers, strict=True), *zip(batches[6:], resumed, strict=False)]:
         assert ours.sample_ids == theirs.sample_ids
         assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.vision.pixels, theirs.vision.pixels)
     assert torch.equal(before, torch.random.get_rng_state())
-    other_rank = take(build_train_loader(config, **loader_options(
+    other_rank = take(tiny_loader(config, **loader_options(
         root, global_batch_size=4, micro_batch_size=1, dp_rank=1, dp_size=2)), 2)
     assert [batch.sample_ids[0] for batch in other_rank] == [batch.sample_ids[1] for batch in batches[:2]]
 
 
 def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
     config = make_config(root, dataset=str(root / "data.json"), basic={"val_dataset": str(root / "data.json")})
+    _, held_out = build_tiny(config)
     for dp_size, mbs in ((1, 4), (2, 3), (3, 1)):
         ranks = [
             [step.batches[0] for step in build_eval_loader(
-                config, **loader_options(root, dp_rank=rank, dp_size=dp_size, micro_batch_size=mbs))]
+                held_out, config, spec=SPEC, model_config=checkpoint_config(root / "checkpoint"), dp_rank=rank,
+                dp_size=dp_size, micro_batch_size=mbs)]
             for rank in range(dp_size)
         ]
         assert len({len(batches) for batches in ranks}) == 1
         loss_mask = [index for batches in ranks for batch in batches for index, count
                       in zip(batch.sample_ids, batch.target_tokens_per_sample, strict=True) if count]
         assert sorted(loss_mask) == list(range(10))
-    assert build_eval_loader(make_config(root, dataset=str(root / "data.json")), **loader_options(root)) is None
+    assert build_tiny(make_config(root, dataset=str(root / "data.json")))[1] is None
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> None:
     write_dataset(tmp_path, 4)
     config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader={"shuffle": False})
-    loader = build_train_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
+    loader = tiny_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
     (tmp_path / "images" / "0001.png").write_bytes(b"damaged")
     step = next(loader)
     (message,) = step.bad
@@ -132,17 +134,17 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
 def test_placeholders_without_pictures_travel_with_the_step(root: Path) -> None:
     """As from a cache entry that was tampered with: the sample is left out, its neighbours are not."""
     config = make_config(root, dataset=str(root / "data.json"), loader={"shuffle": False})
-    loader = build_train_loader(config, **loader_options(root, global_batch_size=4, micro_batch_size=4))
+    loader = tiny_loader(config, **loader_options(root, global_batch_size=4, micro_batch_size=4))
     (whole,) = next(loader).batches
     read = loader.dataset.__class__.__getitem__
 
     class Tampered(loader.dataset.__class__):
         def __getitem__(self, index: int) -> Sample:
             sample = read(self, index)
-            return dataclasses.replace(sample, pictures=()) if index == 1 else sample
+            return dataclasses.replace(sample, media=()) if index == 1 else sample
 
     loader.dataset.__class__ = Tampered
-    loader = build_train_loader(
+    loader = tiny_loader(
         config, dataset=loader.dataset, **loader_options(root, global_batch_size=4, micro_batch_size=4))
     step = next(loader)
     (message,) = step.bad
@@ -155,7 +157,7 @@ def test_placeholders_without_pictures_travel_with_the_step(root: Path) -> None:
 
 def test_killed_worker_is_one_line(root: Path) -> None:
     config = make_config(root, dataset=str(root / "data.json"))
-    loader = build_train_loader(config, **loader_options(root, global_batch_size=2, num_workers=1))
+    loader = tiny_loader(config, **loader_options(root, global_batch_size=2, num_workers=1))
     next(loader)
     # torch raises in a signal handler, so wherever this thread is
     with pytest.raises(UserError, match="DataLoader worker .*lower --num-workers") as raised, dead_workers_named():

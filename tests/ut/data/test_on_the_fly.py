@@ -12,11 +12,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from mindspeed_mm.data import build_datasets, build_train_loader, validate_data
+from mindspeed_mm.data import validate_data
 from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
-from tests.helpers.tiny_data import checkpoint_config, make_config, make_records, write_dataset
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.tiny_data import build_tiny, make_config, make_records, tiny_loader, write_dataset
 
 TRICKY = [{"text": 'a "quoted" ] bracket', "list": [[1, 2], {"x": "}"}]}, {"text": "\\", "list": []}, {"text": "ü\n"}]
 
@@ -37,8 +38,8 @@ def config_of(root: Path, *, loader: dict | None = None, **basic: object) -> obj
 
 
 def batches(root: Path, config: object, *, count: int = 13, consumed: int = 0, workers: int = 0) -> list[Batch]:
-    loader = build_train_loader(
-        config, model_config=checkpoint_config(root / "checkpoint"), seq_length=512, micro_batch_size=2,  # type: ignore
+    loader = tiny_loader(
+        config, seq_length=512, micro_batch_size=2,  # type: ignore
         global_batch_size=4, dp_rank=0, dp_size=1, seed=5, consumed_samples=consumed, num_workers=workers,
     )
     assert len(loader.dataset) == 26
@@ -70,8 +71,8 @@ def test_resume_at_another_world_size_and_over_an_epochs_end(root: Path, mode: s
     tokens = {sample: ids for batch in alone[8:] for sample, ids in _tokens(batch)}
     ranks = []
     for rank in range(2):
-        loader = build_train_loader(
-            config, model_config=checkpoint_config(root / "checkpoint"), seq_length=512,  # type: ignore[arg-type]
+        loader = tiny_loader(
+            config, seq_length=512,  # type: ignore[arg-type]
             micro_batch_size=1, global_batch_size=4, dp_rank=rank, dp_size=2, seed=5, consumed_samples=16,
             num_workers=rank,
         )
@@ -93,9 +94,8 @@ def _tokens(batch: Batch) -> list[tuple[int, torch.Tensor]]:
 def test_streaming_builds_nothing(tmp_path: Path) -> None:
     write_dataset(tmp_path, 6)
     config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True, "val_rate": 0.34})
-    assert validate_data(config) == 6
-    model_config = checkpoint_config(tmp_path / "checkpoint")
-    train, held = build_datasets(config, model_config=model_config, seq_length=512, seed=1)
+    assert validate_data(config, SPEC) == 6
+    train, held = build_tiny(config, seq_length=512, seed=1)
     assert held is not None and (len(train), len(held)) == (4, 2)
     assert not (tmp_path / "cache").exists()
     with pytest.raises(TypeError):
@@ -104,9 +104,9 @@ def test_streaming_builds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["preprocess_on_fly", "streaming"])
 def test_too_long_records_are_counted_not_bad(root: Path, mode: str) -> None:
-    loader = build_train_loader(
+    loader = tiny_loader(
         config_of(root, loader={"shuffle": False}, **{mode: True}),  # type: ignore[arg-type]
-        model_config=checkpoint_config(root / "checkpoint"), seq_length=30, micro_batch_size=4, global_batch_size=24,
+        seq_length=30, micro_batch_size=4, global_batch_size=24,
         dp_rank=0, dp_size=1, seed=5,
     )
     step = next(loader)
@@ -151,12 +151,11 @@ def test_bad_records_before_training_stop_or_are_left_out(tmp_path: Path) -> Non
     records[3]["messages"] = []
     (tmp_path / "images" / "0004.png").write_bytes(b"damaged")
     (tmp_path / "data.json").write_text(json.dumps(records))
-    model_config = checkpoint_config(tmp_path / "checkpoint")
 
     def build(**loader: object) -> int:
         config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader=loader)
-        validate_data(config)
-        return len(build_datasets(config, model_config=model_config, seq_length=512, seed=1)[0])
+        validate_data(config, SPEC)
+        return len(build_tiny(config, seq_length=512, seed=1)[0])
 
     with pytest.raises(UserError, match="record 3: the conversation is empty"):
         build()
@@ -177,8 +176,8 @@ def test_bad_records_while_streaming_travel_with_the_step(tmp_path: Path) -> Non
     config = make_config(
         tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True}, loader={"shuffle": False}
     )
-    loader = build_train_loader(
-        config, model_config=checkpoint_config(tmp_path / "checkpoint"), seq_length=512, micro_batch_size=3,
+    loader = tiny_loader(
+        config, seq_length=512, micro_batch_size=3,
         global_batch_size=6, dp_rank=0, dp_size=1, seed=5,
     )
     step = next(loader)

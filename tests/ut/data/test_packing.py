@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.data_packing import balance, draw, least_packs
-from mindspeed_mm.data import build_train_loader
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.data.packing import Costs, _Shelf, pack, spread, worst_over_mean
-from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.tiny_data import make_config, tiny_loader, write_dataset
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), min_size=1, max_size=60)
 
@@ -103,7 +103,7 @@ def test_llava_like_mixes_are_full_and_even(text_only: float) -> None:
 
 def options(root: Path, **overrides: object) -> dict:
     return {
-        "model_config": checkpoint_config(root / "checkpoint"), "seq_length": 200, "micro_batch_size": 1, "dp_rank": 0,
+        "seq_length": 200, "micro_batch_size": 1, "dp_rank": 0,
         "dp_size": 1, "seed": 5, "global_batch_size": 2, **overrides,
     }
 
@@ -116,7 +116,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(config: object, count: int, **kwargs: object) -> list[StepBatches]:
-    loader = build_train_loader(config, **kwargs)  # type: ignore[arg-type]
+    loader = tiny_loader(config, **kwargs)  # type: ignore[arg-type]
     taken = [next(loader) for _ in range(count)]
     loader.close()
     return taken
@@ -128,7 +128,7 @@ def ids(step: StepBatches) -> list[int]:
 
 def test_loader_packs_the_same_on_any_ranks_and_resumes(root: Path) -> None:
     config = make_config(root, dataset=str(root / "data.json"), basic={"packing": True}, loader={"drop_last": False})
-    loader = build_train_loader(config, **options(root))
+    loader = tiny_loader(config, **options(root))
     per_epoch = loader.samples_per_epoch
     assert "packs of up to 200 tokens" in loader.summary and per_epoch < 20
     count = per_epoch  # two epochs, in steps of two packs
@@ -174,7 +174,7 @@ def test_loss_and_gradients_equal_the_unpacked_run() -> None:
         model.zero_grad(set_to_none=True)
         total = 0.0
         for members in groups:
-            batch = collate([samples[place] for place in members], model_config)
+            batch = collate([samples[place] for place in members], SPEC, model_config)
             loss = model(batch, torch.full((batch.num_target_tokens,), 1.0 / count)).loss
             loss.backward()
             total += float(loss.detach())

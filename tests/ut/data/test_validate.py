@@ -12,6 +12,7 @@ import pytest
 
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_data import make_config, make_records
 
 
@@ -29,7 +30,7 @@ def records(root: Path) -> list[dict[str, Any]]:
 
 def check(root: Path, rows: Any, **overrides: Any) -> int:
     (root / "data.json").write_text(json.dumps(rows))
-    return validate_data(make_config(root, dataset=str(root / "data.json"), **overrides))
+    return validate_data(make_config(root, dataset=str(root / "data.json"), **overrides), SPEC)
 
 
 def test_good_data(root: Path, records: list) -> None:
@@ -92,9 +93,9 @@ def test_no_list_no_file_no_model(root: Path, records: list, tmp_path: Path) -> 
     with pytest.raises(UserError, match="holds no record"):
         check(root, [])
     with pytest.raises(UserError, match="absent.json does not exist.*step 3"):
-        validate_data(make_config(root, dataset=str(root / "absent.json")))
+        validate_data(make_config(root, dataset=str(root / "absent.json")), SPEC)
     with pytest.raises(UserError, match="model_name_or_path.*step 2"):
-        validate_data(make_config(tmp_path, dataset=str(root / "data.json")))
+        validate_data(make_config(tmp_path, dataset=str(root / "data.json")), SPEC)
 
 
 def test_other_names_and_roles(root: Path) -> None:

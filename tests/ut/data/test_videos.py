@@ -14,14 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mindspeed_mm.data import build_datasets, collate, records, validate_data
+from mindspeed_mm.data import collate, records, validate_data
 from mindspeed_mm.data.media import load_media, measure_media
 from mindspeed_mm.data.records import video_entry
 from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm, VideoSettings
 from mindspeed_mm.models.qwen3_vl.processor import read_video_settings
-from tests.helpers.tiny_data import checkpoint_config, make_config, write_checkpoint
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.tiny_data import build_tiny, checkpoint_config, make_config, write_checkpoint
 from tests.helpers.video_processor import PROCESSOR, SAMPLED
 
 HALF = (0.5, 0.5, 0.5)
@@ -199,9 +200,9 @@ def recipe(tmp_path: Path) -> Path:
 def test_from_file_to_batch(recipe: Path) -> None:
     model_config = checkpoint_config(recipe / "checkpoint")
     config = make_config(recipe, dataset=str(recipe / "data.json"), attr={"videos": "videos"})
-    validate_data(config)
-    dataset, _ = build_datasets(config, model_config=model_config, seq_length=512, seed=0)
-    batch = collate([dataset[0]], model_config)
+    validate_data(config, SPEC)
+    dataset, _ = build_tiny(config)
+    batch = collate([dataset[0]], SPEC, model_config)
     assert batch.vision.grid_thw == [(4, 4, 6), (1, 4, 4), (1, 4, 4)]
     assert batch.vision.cu_seqlens_host == [0, 24, 48, 72, 96, 112, 128]
     from transformers import AutoTokenizer
@@ -217,12 +218,12 @@ def test_from_file_to_batch(recipe: Path) -> None:
 def test_mistakes_are_found_before_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = str(recipe / "data.json")
     with pytest.raises(UserError, match=r"2 <video> tags.*0 videos.*attr.videos"):
-        validate_data(make_config(recipe, dataset=dataset))
+        validate_data(make_config(recipe, dataset=dataset), SPEC)
     config = make_config(recipe, dataset=dataset, attr={"videos": "videos"})
     monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install av"):
-        validate_data(config)
+        validate_data(config, SPEC)
     monkeypatch.undo()
     (recipe / "clip.mp4").unlink()
     with pytest.raises(UserError, match=r"record 0: video clip.mp4 does not exist"):
-        validate_data(config)
+        validate_data(config, SPEC)

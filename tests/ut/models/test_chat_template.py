@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindspeed_mm.data.records import check_order
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.conversation import Clip, Message, media_tags
-from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate, check_order, tool_call_text
+from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions, Clip, Message, media_tags
+from mindspeed_mm.models.qwen3_vl.chat_template import tool_call_text
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
 # The two formats as a chat template for transformers' processor would render them.
@@ -49,6 +51,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def chat_template(tokenizer: Any, *, name: str = "qwen3_vl_nothink", **options: bool) -> ChatTemplate:
+    return SPEC.build_chat_template(tokenizer, ChatTemplateOptions(name=name, **options))
 
 
 def conversation(*parts: tuple[str, str]) -> list[Message]:
@@ -99,10 +105,10 @@ def test_ids_equal_the_chat_template(
     tokenizer: Any, messages: list[Message], images: list[int], train_on_prompt: bool
 ) -> None:
     assert check_order(messages) is None
-    template = ChatTemplate(tokenizer, train_on_prompt=train_on_prompt)
+    template = chat_template(tokenizer, train_on_prompt=train_on_prompt)
     encoded = template.encode(messages, images, max_length=10_000)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, images)
-    assert (encoded.num_pictures, encoded.dropped_messages) == (len(images), 0)
+    assert (encoded.num_media, encoded.dropped_messages) == (len(images), 0)
     text = supervised_text(tokenizer, encoded)
     if train_on_prompt:
         assert text.count("<|im_start|>") == tokenizer.decode(encoded.input_ids).count("<|im_start|>")
@@ -121,7 +127,7 @@ THOUGHTS = [
 
 @pytest.mark.parametrize("messages", THOUGHTS)
 def test_thinking_template(tokenizer: Any, messages: list[Message]) -> None:
-    encoded = ChatTemplate(tokenizer, name="qwen3_vl", enable_thinking=True).encode(messages, [], max_length=999)
+    encoded = chat_template(tokenizer, name="qwen3_vl", enable_thinking=True).encode(messages, [], max_length=999)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, THINK, messages, [])
     thought = {0: "hm", 1: "", 2: "new"}[THOUGHTS.index(messages)]
     # An empty thought begins with the line break that the tokenizer joins with the prompt's.
@@ -129,7 +135,7 @@ def test_thinking_template(tokenizer: Any, messages: list[Message]) -> None:
 
 
 def test_thinking_switched_off(tokenizer: Any) -> None:
-    encoded = ChatTemplate(tokenizer, name="qwen3_vl").encode(THOUGHTS[2], [], max_length=999)
+    encoded = chat_template(tokenizer, name="qwen3_vl").encode(THOUGHTS[2], [], max_length=999)
     assert supervised_text(tokenizer, encoded) == "no<|im_end|>yes<|im_end|>"
     text = tokenizer.decode(encoded.input_ids)
     assert text.endswith("assistant\n<think>\n\n</think>\n\nyes<|im_end|>\n") and "old" not in text
@@ -137,7 +143,7 @@ def test_thinking_switched_off(tokenizer: Any) -> None:
 
 def test_mask_history_trains_the_last_answer(tokenizer: Any) -> None:
     messages, images = CONVERSATIONS[3]
-    encoded = ChatTemplate(tokenizer, mask_history=True).encode(messages, images, max_length=9999)
+    encoded = chat_template(tokenizer, mask_history=True).encode(messages, images, max_length=9999)
     assert supervised_text(tokenizer, encoded) == "  Yes <image> 42<|im_end|>"
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, images)
 
@@ -146,7 +152,7 @@ def test_mask_history_trains_the_last_answer(tokenizer: Any) -> None:
 @pytest.mark.parametrize("role", [USER, ASSISTANT])
 def test_structural_tokens_in_text_stay_text(tokenizer: Any, text: str, role: str) -> None:
     messages = conversation((USER, text if role == USER else "q"), (ASSISTANT, text if role == ASSISTANT else "a"))
-    ids = ChatTemplate(tokenizer).encode(messages, [], max_length=999).input_ids.tolist()
+    ids = chat_template(tokenizer).encode(messages, [], max_length=999).input_ids.tolist()
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") not in ids
@@ -156,15 +162,15 @@ def test_structural_tokens_in_text_stay_text(tokenizer: Any, text: str, role: st
 def test_split_special_tokens(tokenizer: Any) -> None:
     messages = conversation((USER, "<|box_start|>"), (ASSISTANT, "a"))
     box = tokenizer.convert_tokens_to_ids("<|box_start|>")
-    assert box in ChatTemplate(tokenizer).encode(messages, [], max_length=99).input_ids
-    split = ChatTemplate(tokenizer, split_special_tokens=True).encode(messages, [], max_length=99)
+    assert box in chat_template(tokenizer).encode(messages, [], max_length=99).input_ids
+    split = chat_template(tokenizer, split_special_tokens=True).encode(messages, [], max_length=99)
     assert box not in split.input_ids and "<|box_start|>" in tokenizer.decode(split.input_ids)
 
 
 def test_token_over_the_border_is_not_supervised(tokenizer: Any) -> None:
     """The tokenizer joins the line break before the answer with those in it."""
     messages = conversation((USER, "q"), (ASSISTANT, "\n\nfirst"))
-    encoded = ChatTemplate(tokenizer).encode(messages, [], max_length=99)
+    encoded = chat_template(tokenizer).encode(messages, [], max_length=99)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, [])
     assert supervised_text(tokenizer, encoded) in ("first<|im_end|>", "\n\nfirst<|im_end|>")
 
@@ -197,7 +203,7 @@ def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_histo
     messages, media = drawn
     assert check_order(messages) is None
     name, reference = ("qwen3_vl", THINK) if thinks else ("qwen3_vl_nothink", NOTHINK)
-    template = ChatTemplate(tokenizer, name=name, enable_thinking=thinks, mask_history=mask_history,
+    template = chat_template(tokenizer, name=name, enable_thinking=thinks, mask_history=mask_history,
                             train_on_prompt=on_prompt)
     encoded = template.encode(messages, media, max_length=10**6)
     ids = encoded.input_ids
@@ -225,7 +231,7 @@ def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_histo
 def test_question_wrapped_like_a_result_is_no_question(tokenizer: Any) -> None:
     messages = conversation((USER, "q"), (ASSISTANT, "<think>a</think>b"),
                             (USER, "<tool_response>r</tool_response>"), (ASSISTANT, "<think>c</think>d"))
-    encoded = ChatTemplate(tokenizer, name="qwen3_vl", enable_thinking=True).encode(messages, [], max_length=999)
+    encoded = chat_template(tokenizer, name="qwen3_vl", enable_thinking=True).encode(messages, [], max_length=999)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, THINK, messages, [])
     assert tokenizer.decode(encoded.input_ids).count("<think>") == 2
 
@@ -240,7 +246,7 @@ def test_masks_and_truncation(tokenizer: Any, turns: list, limit: int, mask_hist
     for question, answer, pictures in turns:
         messages += conversation((USER, question + "<image>" * pictures), (ASSISTANT, answer))
         images += [4 + len(images)] * pictures
-    template = ChatTemplate(tokenizer, mask_history=mask_history)
+    template = chat_template(tokenizer, mask_history=mask_history)
     whole = template.encode(messages, images, max_length=10**6)
     lengths = [len(template.encode(messages[:end], images, max_length=10**6).input_ids)
                for end in range(2, len(messages) + 1, 2)]
@@ -253,7 +259,7 @@ def test_masks_and_truncation(tokenizer: Any, turns: list, limit: int, mask_hist
     assert np.array_equal(encoded.input_ids, whole.input_ids[: fitting[-1]])
     assert encoded.dropped_messages == 2 * (len(turns) - len(fitting))
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert (encoded.input_ids == pad).sum() == sum(images[: encoded.num_pictures])
+    assert (encoded.input_ids == pad).sum() == sum(images[: encoded.num_media])
     assert not encoded.loss_mask[encoded.input_ids == pad].any()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (encoded.input_ids[encoded.loss_mask] == end).sum() == (1 if mask_history else len(fitting))
@@ -273,8 +279,8 @@ def test_order_of_messages(roles: list[str], complaint: str) -> None:
 
 def test_bad_settings(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="choose qwen3_vl_nothink"):
-        ChatTemplate(tokenizer, name="qwen2")
+        chat_template(tokenizer, name="qwen2")
     with pytest.raises(UserError, match="no thinking part"):
-        ChatTemplate(tokenizer, enable_thinking=True)
+        chat_template(tokenizer, enable_thinking=True)
     with pytest.raises(ValueError):
         tool_call_text('{"nam": 1}')

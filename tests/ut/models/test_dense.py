@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
@@ -33,7 +34,7 @@ def test_packed_batch_equals_hf(tied, chunk_size):
     assert model_config.model_type == "qwen3_vl" and model_config.text.tie_word_embeddings is tied
     names = dict(model.named_parameters()).keys()
     assert ("text_decoder.output_layer.weight" in names) is not tied
-    batch = collate(samples, model_config)
+    batch = collate(samples, SPEC, model_config)
     output = model(batch, torch.full((batch.num_target_tokens,), 1.0 / count))
     output.loss.backward()
     assert abs(output.loss.item() - hf_loss) <= LOSS * hf_loss

@@ -15,6 +15,7 @@ from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
@@ -59,7 +60,7 @@ def test_converted_trained_and_exported(tmp_path, tied):
     model.to_empty(device="cpu")
     model.reset_buffers()
     load_checkpoint(release, model=model, optimizer=None, backend=backend, with_rng=False)
-    batch = collate(samples, model_config)
+    batch = collate(samples, SPEC, model_config)
     with torch.no_grad():
         assert relative(model(batch), hf_logits(hf_model, samples)) <= 1e-5
 

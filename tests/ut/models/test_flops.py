@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
@@ -35,7 +36,7 @@ def test_every_product_is_counted(case):
     choices, kind = CASES[case]
     plain = {"text_attention": "eager", "vision_attention": "eager", "fused_experts": False}
     model, model_config = model_like(tiny_model(**kind), ModelBuildOptions(**plain, **choices))
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
     count = FlopCount(
         model_config=model_config,
         train_vision=not choices.get("freeze_vision_encoder", False),

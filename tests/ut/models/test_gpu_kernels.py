@@ -13,6 +13,7 @@ from mindspeed_mm.backend.kernels import attention
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 
 
 @pytest.mark.parametrize("repeat_heads", [False, True])
@@ -41,7 +42,9 @@ def test_forward_and_backward_in_bf16(monkeypatch, recompute, repeat_heads):
         )
     model.to_empty(device="meta")
     batch = collate(
-        [sample_of(model_config, length=140, side=256), sample_of(model_config, length=90, side=128)], model_config
+        [sample_of(model_config, length=140, side=256), sample_of(model_config, length=90, side=128)],
+        SPEC,
+        model_config,
     )
     weight = torch.full((batch.num_target_tokens,), 1 / batch.num_target_tokens, device="meta")
     model(batch.to(torch.device("meta")), weight).loss.backward()

@@ -10,6 +10,7 @@ from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy
 from mindspeed_mm.models.qwen3_vl import model as qwen3_vl_model
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
@@ -29,7 +30,7 @@ WAYS = {
 def run(hf_model, *, seen=None, **choices):
     """(loss with the routers' part, gradients) of a mixed batch; ``seen`` collects what autograd keeps."""
     model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, text_attention="eager", **choices))
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
 
     def pack(tensor):
         if seen is not None:
@@ -119,7 +120,7 @@ def test_waits_after_each_layer(monkeypatch, choices, waits):
     calls = []
     monkeypatch.setattr(qwen3_vl_model, "synchronizer", lambda *, device: lambda: calls.append(device))
     model, model_config = model_like(tiny_model(), ModelBuildOptions(**choices))
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
     with torch.no_grad():
         model(batch, torch.ones(batch.num_target_tokens))
     assert calls == ["cpu"] * waits
@@ -129,7 +130,7 @@ def test_routers_hold_nothing_after_backward(plain):
     """A router that kept its part of the graph would keep a whole layer's activations until the next step."""
     hf_model, *_ = plain
     model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, recompute="full"))
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
     model(batch, torch.ones(batch.num_target_tokens)).loss.backward()
     routers = [layer.mlp.router for layer in model.text_decoder.layers if hasattr(layer.mlp, "router")]
     assert all(router.take_load(1) is None for router in routers)

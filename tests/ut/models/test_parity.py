@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
@@ -46,7 +47,7 @@ def test_compiled_operators_equal_hf(reference):
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compilations > 0
     for count in (1, 3):
-        batch = collate(reference[1][:count], model_config)
+        batch = collate(reference[1][:count], SPEC, model_config)
         model(batch, torch.full((batch.num_target_tokens,), 1.0)).loss.backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
 
@@ -55,7 +56,7 @@ def equals_hf(reference, choices):
     """Loss, logits and gradients of the model with ``choices``; returns it and its geometry."""
     hf_model, samples, hf_loss, hf_logits = reference
     model, model_config = model_like(hf_model, choices)
-    batch = collate(samples, model_config)
+    batch = collate(samples, SPEC, model_config)
     loss, token_losses, _ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
     loss.backward()
     assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
@@ -73,7 +74,8 @@ def test_order_and_packing_change_nothing(reference):
     """Two micro-batches in another order, together, give the gradients of the one."""
     hf_model, samples, hf_loss, _ = reference
     model, model_config = model_like(hf_model)
-    parts = [collate([samples[2]], model_config), collate([samples[3], samples[0], samples[1]], model_config)]
+    split = ([samples[2]], [samples[3], samples[0], samples[1]])
+    parts = [collate(part, SPEC, model_config) for part in split]
     assert parts[0].vision.is_dummy
     count = sum(part.num_target_tokens for part in parts)
     total = 0.0
@@ -91,7 +93,7 @@ def test_chunked_loss_equals_whole(reference):
     gradients = []
     for chunk_size in (None, 4):
         model, model_config = model_like(hf_model, ModelBuildOptions(loss_chunk_size=chunk_size))
-        batch = collate(samples, model_config)
+        batch = collate(samples, SPEC, model_config)
         loss, *_ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
         loss.backward()
         assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
@@ -103,7 +105,7 @@ def test_text_only_batch_leaves_zero_vision_gradients(reference):
     """The vision tower takes part in backward, with gradients of zero, where no sample has a picture."""
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model)
-    batch = collate([samples[2]], model_config)
+    batch = collate([samples[2]], SPEC, model_config)
     model(batch, torch.ones(batch.num_target_tokens))[0].backward()
     vision = {name: p.grad for name, p in model.named_parameters() if name.startswith("image_encoder")}
     assert vision and all(gradient is not None and not gradient.any() for gradient in vision.values())
@@ -112,7 +114,7 @@ def test_text_only_batch_leaves_zero_vision_gradients(reference):
 def test_batch_without_supervised_tokens_trains_nothing(reference):
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model)
-    batch = collate([samples[2]], model_config)
+    batch = collate([samples[2]], SPEC, model_config)
     empty = torch.empty(0, dtype=torch.int64)
     batch.label_index, batch.labels, batch.target_tokens_per_sample = empty, empty, [0]
     loss, *_ = model(batch, torch.empty(0))
@@ -128,7 +130,7 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(reference, encoder, pr
     model, model_config = model_like(
         hf_model, ModelBuildOptions(freeze_vision_encoder=encoder, freeze_vision_projector=projector)
     )
-    batch = collate(samples, model_config)
+    batch = collate(samples, SPEC, model_config)
     model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))[0].backward()
     theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
     frozen = [part for part, is_frozen in (("vision_encoder", encoder), ("vision_projector", projector)) if is_frozen]
@@ -144,7 +146,7 @@ def test_recompute_changes_no_bit(reference):
     results = []
     for recompute in ("none", "full"):
         model, model_config = model_like(hf_model, ModelBuildOptions(recompute=recompute))
-        batch = collate(samples, model_config)
+        batch = collate(samples, SPEC, model_config)
         loss, *_ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))

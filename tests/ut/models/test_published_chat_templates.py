@@ -21,12 +21,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_mm.data import build_datasets
 from mindspeed_mm.data.records import parse_record
 from mindspeed_mm.data.template_check import compare_with_checkpoint
-from mindspeed_mm.models.qwen3_vl.chat_template import ChatTemplate
+from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.chat_reference import ATTR, CASES, RENDERINGS, media_of, read_template, render, with_placeholders
-from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
+from tests.helpers.tiny_data import build_tiny, make_config, write_dataset
 from tests.helpers.tiny_tokenizer import write_tiny_tokenizer
 
 RECORDED = json.loads(RENDERINGS.read_text())
@@ -45,8 +45,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def our_ids(tokenizer: Any, row: dict, **options: Any) -> list[int]:
-    messages = parse_record(row, ATTR).messages
-    encoded = ChatTemplate(tokenizer, **options).encode(messages, media_of(row), max_length=9999)
+    messages = parse_record(row, ATTR, SPEC).messages
+    template = SPEC.build_chat_template(tokenizer, ChatTemplateOptions(**options))
+    encoded = template.encode(messages, media_of(row), max_length=9999)
     assert encoded is not None and encoded.dropped_messages == 0
     return encoded.input_ids.tolist()
 
@@ -122,13 +123,14 @@ THINKING = INSTRUCT.replace(
 def test_another_template_than_the_checkpoints_is_noticed(
     tokenizer: Any, tmp_path: Path, published: str, name: str, thinks: bool, remedy: str | None
 ) -> None:
-    assert compare_with_checkpoint(tokenizer, tmp_path, name=name, enable_thinking=thinks) == ""
+    options = ChatTemplateOptions(name=name, enable_thinking=thinks)
+    assert compare_with_checkpoint(tokenizer, tmp_path, SPEC, options) == ""
     for file, content in (
         ("chat_template.jinja", published),
         ("chat_template.json", json.dumps({"chat_template": published})),
     ):
         (tmp_path / file).write_text(content)
-        warning = compare_with_checkpoint(tokenizer, tmp_path, name=name, enable_thinking=thinks)
+        warning = compare_with_checkpoint(tokenizer, tmp_path, SPEC, options)
         assert re.search(remedy, warning) if remedy else warning == ""
         (tmp_path / file).unlink()
 
@@ -136,16 +138,10 @@ def test_another_template_than_the_checkpoints_is_noticed(
 def test_the_log_says_so_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dataset(tmp_path, 4)
     (tmp_path / "checkpoint" / "chat_template.jinja").write_text(THINKING)
-    model_config = checkpoint_config(tmp_path / "checkpoint")
     for basic in ({}, {}, {"streaming": True}):
         caplog.clear()
         with caplog.at_level(logging.INFO, "mindspeed_mm"):
-            build_datasets(
-                make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic=basic),
-                model_config=model_config,
-                seq_length=512,
-                seed=0,
-            )
+            build_tiny(make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic=basic))
         said = [record.getMessage() for record in caplog.records]
         assert any(line.endswith('template "qwen3_vl" with enable_thinking does') for line in said)
         assert basic or any("4 records, 4 kept whole" in line for line in said)
@@ -154,8 +150,8 @@ def test_the_log_says_so_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("tools", ["[1", "3", [4], {"name": "f"}])
 def test_tools_that_are_none(tools: Any) -> None:
     with pytest.raises(ValueError, match=r"column 'tools' \(attr.tools\)"):
-        parse_record({**CASES[0], "tools": tools}, ATTR)
-    assert parse_record({**CASES[0], "tools": ""}, ATTR).messages[0].role == "user"
+        parse_record({**CASES[0], "tools": tools}, ATTR, SPEC)
+    assert parse_record({**CASES[0], "tools": ""}, ATTR, SPEC).messages[0].role == "user"
 
 
 @st.composite

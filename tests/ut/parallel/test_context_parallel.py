@@ -8,6 +8,7 @@ import torch
 
 from mindspeed_mm.backend.kernels.attention import Segments, sdpa_attention
 from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel import collectives
 from mindspeed_mm.parallel.context_parallel import UlyssesAttention, split_batch
 from mindspeed_mm.parallel.mesh import Layout
@@ -59,7 +60,7 @@ def test_ulysses_attention_equals_the_kernel(monkeypatch, size, heads, kv_heads,
 
 
 def parts_of(samples, model_config, size):
-    whole = collate(samples, model_config)
+    whole = collate(samples, SPEC, model_config)
     unit = model_config.vision.merge_unit
     return whole, [split_batch(whole, rank=rank, size=size, merge_unit=unit) for rank in range(size)]
 

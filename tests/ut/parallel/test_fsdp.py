@@ -12,6 +12,7 @@ from mindspeed_mm.backend.process_group import init_distributed, shutdown_distri
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.fsdp import reshard, shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from tests.helpers.hf_model import mixed_samples, tiny_model
@@ -42,7 +43,7 @@ def sharded(hf_model, *, choices=None, **fields):
         config=config,
         small=model.root_group_modules() if config.align_fsdp_param_groups else [],
     )
-    return model, collate(mixed_samples(), model_config)
+    return model, collate(mixed_samples(), SPEC, model_config)
 
 
 def loss_of(model, batch):

@@ -10,6 +10,7 @@ from mindspeed_mm.backend.process_group import init_distributed, shutdown_distri
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.fsdp import shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.single_device import apply_mixed_precision, cached_compute_weights
@@ -32,7 +33,7 @@ def train(model, model_config):
     losses = []
     with cached_compute_weights(model):
         for samples in (mixed_samples(0)[:2], step_samples(0, 4)):
-            batch = collate(samples, model_config)
+            batch = collate(samples, SPEC, model_config)
             loss = model(batch, torch.full((batch.num_target_tokens,), 0.01)).loss
             loss.backward()
             losses.append(loss.detach())
@@ -76,7 +77,7 @@ def test_parameters_are_back_after_each_pass():
     model, model_config = model_like(tiny_model())
     parameters = dict(model.named_parameters())
     apply_mixed_precision(model, model.wrap_units(), config)
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
     weight = torch.full((batch.num_target_tokens,), 0.01)
 
     def same() -> bool:
@@ -100,7 +101,7 @@ def test_copies_follow_the_optimizer():
     model, model_config = model_like(tiny_model())
     apply_mixed_precision(model, model.wrap_units(), config)
     optimizer = AdamW([{"params": list(model.parameters()), "lr": 1e-2}])
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
     weight = torch.full((batch.num_target_tokens,), 0.01)
     losses = []
     for _ in range(3):
@@ -118,7 +119,7 @@ def test_copies_are_made_once_while_parameters_rest(monkeypatch):
     apply_mixed_precision(model, model.wrap_units(), config)
     made, copy = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: made.append(copy(*args)))
-    batch = collate(mixed_samples(), model_config)
+    batch = collate(mixed_samples(), SPEC, model_config)
     weight = torch.full((batch.num_target_tokens,), 0.01)
 
     def loss() -> float:

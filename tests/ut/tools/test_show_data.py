@@ -12,13 +12,12 @@ from PIL import Image
 
 from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
-from mindspeed_mm.data import build_datasets
 from mindspeed_mm.data.images import cut_patches
 from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 from mindspeed_mm.tools.show_data.__main__ import main
 from mindspeed_mm.tools.show_data.drawings import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
-from tests.helpers.tiny_data import checkpoint_config, write_dataset
+from tests.helpers.tiny_data import build_tiny, checkpoint_config, write_dataset
 
 HALF = (0.5, 0.5, 0.5)
 SETTINGS = ImageSettings(1024, 16384, 16, 2, 2, PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255))
@@ -66,7 +65,7 @@ def test_text_and_pictures(files: Path, capsys: pytest.CaptureFixture) -> None:
     assert "<|vision_start|><|image_pad|> x " in printed
     assert "What is number 4?<|im_end|>\n<|im_start|>assistant\n\u27e6The digit is 4.<|im_end|>\u27e7\n" in printed
     assert printed.count("\u27e6") == 4  # two turns in both
-    assert "share of a sample's tokens" in printed and "12 samples" in printed
+    assert "share of target tokens" in printed and "12 samples" in printed
     page = (files / "out" / "index.html").read_text()
     assert '<span class="supervised">The digit is 4.&lt;|im_end|&gt;</span>' in page
     for name in ("costs.png", "sample-4-0.png"):
@@ -86,9 +85,7 @@ def test_colours(files: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_counts_are_those_of_the_samples(files: Path) -> None:
     config = load_config(files / "mm_data.json", DataConfig, flag="--mm-data")
-    dataset, _ = build_datasets(
-        config, model_config=checkpoint_config(files / "checkpoint"), seq_length=256, seed=0
-    )
+    dataset, _ = build_tiny(config, seq_length=256)
     counts = [int(dataset[index].loss_mask.sum()) for index in range(12)]
     assert dataset.target_token_counts().tolist() == counts and len(set(counts)) > 1
     assert dataset.subset(np.array([7, 4]), "two").target_token_counts().tolist() == [counts[7], counts[4]]

@@ -13,6 +13,7 @@ from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
 from tests.helpers.tiny_config import tiny_config
 
@@ -21,7 +22,7 @@ GEOMETRY = tiny_config()
 
 def step(index: int) -> StepBatches:
     sample = Sample(np.arange(3 + index), np.array([False, True, True] + [False] * index), (), index)
-    return StepBatches([collate([sample], GEOMETRY)])
+    return StepBatches([collate([sample], SPEC, GEOMETRY)])
 
 
 @pytest.fixture()

@@ -10,6 +10,7 @@ from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
@@ -54,7 +55,7 @@ def test_equals_hf_whatever_the_micro_batches(reference, parts, choices):
     hf_model, samples, hf_loss, hf_balance = reference
     model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, **choices))
     edges = [sum(parts[:index]) for index in range(len(parts) + 1)]
-    batches = [collate(samples[start:end], model_config) for start, end in zip(edges, edges[1:], strict=False)]
+    batches = [collate(samples[start:end], SPEC, model_config) for start, end in zip(edges, edges[1:], strict=False)]
     count = sum(batch.num_target_tokens for batch in batches)
     balance = LoadBalancingLoss(COEFFICIENT, top_k=model_config.text.num_experts_per_token)
     for _ in range(2):  # a step leaves nothing behind for the next
@@ -81,7 +82,7 @@ def test_balancing_loss_is_not_a_mean_over_micro_batches(reference):
     model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True))
     balance, apart = LoadBalancingLoss(1.0, top_k=3), 0.0
     for sample in samples:
-        batch = collate([sample], model_config)
+        batch = collate([sample], SPEC, model_config)
         balance.start_step([])
         apart += balance.loss(model(batch, torch.ones(batch.num_target_tokens)).router_load).item() / len(samples)
     assert abs(apart - hf_balance) > 1e-3 * hf_balance
@@ -90,7 +91,7 @@ def test_balancing_loss_is_not_a_mean_over_micro_batches(reference):
 def test_padding_is_not_counted(reference):
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True))
-    batch = collate(samples, model_config)
+    batch = collate(samples, SPEC, model_config)
     tokens = batch.input_ids.shape[0]
     batch.padding = 5
     load = model(batch, torch.ones(batch.num_target_tokens)).router_load
@@ -102,5 +103,5 @@ def test_padding_is_not_counted(reference):
 def test_load_is_not_kept_unless_asked_for(reference):
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model)
-    batch = collate(samples, model_config)
+    batch = collate(samples, SPEC, model_config)
     assert model(batch, torch.ones(batch.num_target_tokens)).router_load is None

@@ -100,15 +100,12 @@ def test_a_helper_obeys_its_parent_alone():
 
 
 def test_data_workers_survive_a_signal_to_their_group(tmp_path):
-    from tests.helpers.tiny_data import checkpoint_config, make_config, write_dataset
+    from tests.helpers.tiny_data import make_config, tiny_loader, write_dataset
 
     path = write_dataset(tmp_path)
     config = make_config(tmp_path, dataset=str(path))
-    from mindspeed_mm.data.loader import build_train_loader
-
-    loader = build_train_loader(
-        config, model_config=checkpoint_config(tmp_path / "checkpoint"), seq_length=256, micro_batch_size=2,
-        global_batch_size=2, dp_rank=0, dp_size=1, seed=1, num_workers=2,
+    loader = tiny_loader(
+        config, seq_length=256, micro_batch_size=2, global_batch_size=2, dp_rank=0, dp_size=1, seed=1, num_workers=2,
     )
     next(loader)
     workers = loader._loader._iterator._workers
