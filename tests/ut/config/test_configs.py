@@ -122,7 +122,6 @@ def test_defaults_and_lists_of_files():
         (DataConfig, DATA, "dataset_param.preprocess_parameters.video_fps", 0, "video_fps is 0; it must be greater"),
         (DataConfig, DATA, "dataset_param.preprocess_parameters.image_min_pixels", 262145,
          "image_min_pixels 262145 exceeds image_max_pixels 262144"),
-        (DataConfig, DATA, "dataset_param.basic_parameters.template", "llava", "choose qwen3_vl_nothink or qwen3_vl"),
         (DataConfig, DATA, "dataset_param.basic_parameters.dataset", " , ", "dataset names no file"),
         (DataConfig, DATA, "dataset_param.basic_parameters",
          {"dataset": "a.json", "packing": True, "streaming": True}, "which streaming finds while training; keep one"),

@@ -82,6 +82,13 @@ def test_template_that_cannot_think(root: Path, records: list) -> None:
     assert check(root, records, basic={"enable_thinking": True, "template": "qwen3_vl"}) == 6
 
 
+def test_unknown_names_of_the_model_family(root: Path, records: list) -> None:
+    with pytest.raises(UserError, match="template 'llava' is unknown .*; choose qwen3_vl_nothink or qwen3_vl$"):
+        check(root, records, basic={"template": "llava"})
+    with pytest.raises(UserError, match="collate_param.model_name 'llava' is unknown .*; choose qwen3vl$"):
+        check(root, records, loader={"collate_param": {"model_name": "llava"}})
+
+
 def test_counts_missing_pictures(root: Path, records: list) -> None:
     with pytest.raises(UserError, match="record 1.*and 3 more such records"):
         check(root, [{**record, "images": ["no.png"] * len(record["images"])} for record in records])
