@@ -1,4 +1,4 @@
-"""``--mm-data``: which conversations and pictures to train on, and how they become tokens."""
+"""``--mm-data``: which conversations, images and videos to train on, and how they become tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def _comma_separated(names: str) -> list[str]:
 
 
 class PreprocessParameters(StrictModel):
-    """Tokenizer, pictures and videos. Areas are in pixels (width x height), before any patching."""
+    """Tokenizer, images and videos. Areas are in pixels (width x height), before any patching."""
 
     model_name_or_path: str = effective(REQUIRED, "Hugging Face directory with tokenizer and processor files")
-    use_fast_tokenizer: bool = refused(True, "only the fast tokenizer is used; both kinds give the same tokens")
+    use_fast_tokenizer: bool = refused(True, "only the fast tokenizer is used; the slow one gives the same tokens")
     split_special_tokens: bool = effective(
-        False, "read special tokens written out in a message as ordinary text; the template's own always stay whole"
+        False, "treat special tokens written in a message as ordinary text; the chat template's own always stay whole"
     )
-    image_max_pixels: int = effective(262144, "largest area of a picture; larger ones are scaled down", ge=1)
-    image_min_pixels: int = effective(1024, "smallest area of a picture; smaller ones are scaled up", ge=0)
-    video_max_pixels: int = effective(16384, "largest area of a video's frame; larger ones are scaled down", ge=1)
-    video_min_pixels: int = effective(0, "smallest area of a video's frame; smaller ones are scaled up", ge=0)
-    video_fps: float = effective(2.0, "frames of a video that are shown, per second", gt=0)
-    video_maxlen: int = effective(64, "most frames of a video that are shown", ge=1)
+    image_max_pixels: int = effective(262144, "largest area of an image; larger ones are scaled down", ge=1)
+    image_min_pixels: int = effective(1024, "smallest area of an image; smaller ones are scaled up", ge=0)
+    video_max_pixels: int = effective(16384, "largest area of a video frame; larger ones are scaled down", ge=1)
+    video_min_pixels: int = effective(0, "smallest area of a video frame; smaller ones are scaled up", ge=0)
+    video_fps: float = effective(2.0, "frames sampled from a video, per second", gt=0)
+    video_maxlen: int = effective(64, "most frames sampled from a video", ge=1)
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> PreprocessParameters:
@@ -42,25 +42,25 @@ class BasicParameters(StrictModel):
 
     template: str = effective("qwen3_vl_nothink", "chat template, one of the model family's")
     enable_thinking: bool = effective(False, "answers start with their thought; template qwen3_vl only")
-    dataset_dir: str = effective("./data", "directory that relative picture and video paths start from")
+    dataset_dir: str = effective("./data", "directory that relative image and video paths start from")
     dataset: str = effective(REQUIRED, "data file, or several separated by commas")
-    cache_dir: str | None = effective(None, "directory for the tokenized data set; null: Hugging Face's own")
-    overwrite_cache: bool = effective(False, "build the data set anew even where a cached one fits")
-    train_on_prompt: bool = effective(False, "supervise the questions, too")
-    mask_history: bool = effective(False, "supervise the last answer only")
+    cache_dir: str | None = effective(None, "directory for the tokenized data set; null: Hugging Face's cache")
+    overwrite_cache: bool = effective(False, "rebuild the data set even if a cached one fits")
+    train_on_prompt: bool = effective(False, "also train on the questions")
+    mask_history: bool = effective(False, "train on the last answer only")
     preprocessing_batch_size: int = effective(1000, "records tokenized in one call", ge=1)
-    preprocessing_num_workers: int | None = effective(16, "processes that tokenize; null: one", ge=1)
-    max_samples: int | None = effective(None, "keep the first so many records of each file; null: all", ge=1)
-    tool_format: str | None = refused(None, "tool calls are written as the template has them")
-    val_dataset: str | None = effective(None, "file or files to evaluate on; null: none")
-    val_max_samples: int | None = effective(None, "keep the first so many records of val_dataset; null: all", ge=1)
-    val_rate: float | None = effective(None, "share of the training data held out for evaluation", ge=0, lt=1)
+    preprocessing_num_workers: int | None = effective(16, "processes that tokenize; null: 1", ge=1)
+    max_samples: int | None = effective(None, "records to use of each file, from its start; null: all", ge=1)
+    tool_format: str | None = refused(None, "the chat template formats tool calls")
+    val_dataset: str | None = effective(None, "data file or files to evaluate on, separated by commas; null: none")
+    val_max_samples: int | None = effective(None, "records to use of val_dataset, from its start; null: all", ge=1)
+    val_rate: float | None = effective(None, "fraction of the training data held out for evaluation", ge=0, lt=1)
     streaming: bool = effective(
-        False, "read each record from its file when it is needed: no data set is built, nothing is kept in memory"
+        False, "read each record from its file when needed; no data set is built or kept in memory"
     )
-    preprocess_on_fly: bool = effective(False, "tokenize while training; only the checked records are built beforehand")
-    packing: bool = effective(False, "fill micro-batches with samples up to --micro-batch-size x --seq-length tokens")
-    neat_packing: bool = effective(False, "the same as packing: attention never crosses samples in either")
+    preprocess_on_fly: bool = effective(False, "tokenize while training; records are only checked beforehand")
+    packing: bool = effective(False, "pack samples into micro-batches of --micro-batch-size x --seq-length tokens")
+    neat_packing: bool = effective(False, "same as packing; attention never crosses samples in either")
 
     @property
     def packs(self) -> bool:
@@ -93,18 +93,18 @@ class BasicParameters(StrictModel):
 class Attributes(StrictModel):
     """Names of a record's columns, and of the roles within its messages."""
 
-    images: str | None = effective("images", "column with the list of picture paths; null: there is none")
-    videos: str | None = effective(None, "column with the list of video paths; null: there is none")
+    images: str | None = effective("images", "column with the list of image paths; null: none")
+    videos: str | None = effective(None, "column with the list of video paths; null: none")
     messages: str = effective("messages", "column with the conversation")
     role_tag: str = effective("role", "key of a message's role")
     content_tag: str = effective("content", "key of a message's text")
     user_tag: str = effective("user", "role of a question")
     assistant_tag: str = effective("assistant", "role of an answer")
-    observation_tag: str | None = effective(None, "role of a tool's answer; null: there is none")
-    function_tag: str | None = effective(None, "role of a tool call; null: there is none")
-    system_tag: str | None = effective(None, "role of a system message; null: there is none")
-    system: str | None = effective(None, "column with a system message; null: there is none")
-    tools: str | None = effective(None, "column that describes the tools a model may call; null: there is none")
+    observation_tag: str | None = effective(None, "role of a tool's answer; null: none")
+    function_tag: str | None = effective(None, "role of a tool call; null: none")
+    system_tag: str | None = effective(None, "role of a system message; null: none")
+    system: str | None = effective(None, "column with a system message; null: none")
+    tools: str | None = effective(None, "column with the tools that a model may call; null: none")
 
 
 class DatasetParam(StrictModel):
@@ -128,20 +128,20 @@ class DataloaderParam(StrictModel):
 
     dataloader_mode: Literal["sampler"] = effective("sampler", "samples are drawn by a sampler")
     sampler_type: Literal["BaseRandomBatchSampler", "stateful_distributed_sampler"] = effective(
-        "BaseRandomBatchSampler", "both names mean the one sampler there is, resumable, in the order that shuffle says"
+        "BaseRandomBatchSampler", "both names select the same resumable sampler; shuffle decides the order"
     )
-    drop_last: bool = effective(True, "skip an epoch's tail that does not fill a global batch")
-    shuffle: bool = effective(True, "new order in each epoch, from --seed; false: the file's order")
-    pin_memory: bool = effective(True, "page-locked host memory for transfers to an accelerator")
+    drop_last: bool = effective(True, "drop the last samples of an epoch that do not fill a global batch")
+    shuffle: bool = effective(True, "shuffle in each epoch, from --seed; false: the file's order")
+    pin_memory: bool = effective(True, "use pinned host memory for transfers to an accelerator")
     on_bad_sample: Literal["stop", "skip"] = effective(
-        "stop", "what to do about a sample that cannot be used, such as a damaged picture: stop, or leave it out"
+        "stop", "what to do about a sample that cannot be used, such as a damaged image: stop the run, or skip it"
     )
-    max_bad_samples: int = effective(100, "most samples that on_bad_sample skip leaves out before it stops", ge=1)
+    max_bad_samples: int = effective(100, "with on_bad_sample skip: most samples skipped before the run stops", ge=1)
     collate_param: CollateParam = CollateParam()
 
     @property
     def bad_sample_limit(self) -> int:
-        """So many bad samples are left out; 0 stops at the first."""
+        """Most samples to skip; 0 stops at the first bad one."""
         return self.max_bad_samples if self.on_bad_sample == "skip" else 0
 
 

@@ -1,25 +1,28 @@
-"""``--mm-model``: the choices about the model. Its geometry is the Hugging Face config's, and only checked here."""
+"""``--mm-model``: options of the model. Its architecture is the Hugging Face config's; repeated here it is checked."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused
+from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused, renamed
 
 LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
 LossMode = Literal["default", "per_sample", "per_token", "square"]
 """The values of ``LossType`` without their ending."""
-AttentionName = Literal["eager", "sdpa", "math", "products", "varlen", "flash_attention_2", "npu_fusion_attention"]
+AttentionName = Annotated[
+    Literal["eager", "sdpa", "math", "varlen", "flash_attention_2", "npu_fusion_attention"],
+    renamed(products="math"),
+]
 
-_CONFIG_DECIDES = "the Hugging Face config decides what the model is made of"
+_CONFIG_DECIDES = "the Hugging Face config decides the architecture"
 _ATTENTION = (
-    "attention kernel: eager (written out, slow), sdpa (PyTorch's), math (a CPU's, faster in bf16; alias products), "
+    "attention kernel: eager (written out, slow), sdpa (PyTorch's), math (a CPU's, faster in bf16), "
     "varlen (PyTorch's for packed sequences, on a GPU), flash_attention_2 (the device's fused kernel for packed "
     "sequences: flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's best"
 )
-_LAYOUT = "micro-batches are packed, which is the layout TND"
+_LAYOUT = "micro-batches are packed, in the layout TND"
 _SYNCHRONIZE = (
-    "wait for the device after each layer, so that the host does not run ahead and allocate for later layers"
+    "synchronise with the device after each layer, so that the host does not allocate memory for later layers"
 )
 _CHECKED = "checked against the Hugging Face config"
 
@@ -38,7 +41,7 @@ class VisionEncoderConfig(StrictModel):
 
 
 class VisionProjectorConfig(StrictModel):
-    """The mergers that turn 2x2 patches into one text token, those of the deepstack outputs included."""
+    """The mergers that turn 2x2 patches into one text token, including those of the deepstack outputs."""
 
     model_id: str | None = no_effect(None, _CONFIG_DECIDES)
     num_layers: int | None = no_effect(
@@ -48,7 +51,7 @@ class VisionProjectorConfig(StrictModel):
 
 
 class ImageEncoderConfig(StrictModel):
-    """Everything that pictures and videos pass through."""
+    """What images and videos pass through."""
 
     vision_encoder: VisionEncoderConfig = VisionEncoderConfig()
     vision_projector: VisionProjectorConfig = VisionProjectorConfig()
@@ -64,15 +67,15 @@ class TextDecoderConfig(StrictModel):
     max_position_embeddings: int | None = effective(None, f"longest sequence in tokens, {_CHECKED}", ge=1)
     freeze: bool = effective(False, "do not train these parameters")
     use_npu_fused_moe: bool = effective(
-        True, "grouped expert products, on every device that has them; false: one product per expert (the reference)"
+        True, "grouped GEMM for the experts, on every device that has it; false: the reference loop over experts"
     )
     attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
     is_causal: bool = no_effect(
-        True, "text attention is always causal; in the original, false writes the causal mask out and true does not"
+        True, "text attention is always causal; in MindSpeed-MM, false materialises the causal mask and true does not"
     )
     activation_offload: bool = effective(
-        False, "keep what the layers keep for backward in the host's memory: the inputs alone under full recompute"
+        False, "keep the activations saved for backward in host memory; under full recompute the layer inputs only"
     )
     synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
 
@@ -81,33 +84,31 @@ class LossConfig(StrictModel):
     """Which loss, and how it is computed."""
 
     loss_type: LossType | None = effective(
-        None, "mean of the token losses: per_token_loss and per_sample_loss as the flags of that name, square_loss in "
-        "between (a sample weighs as the root of its supervised tokens), default: means of the micro-batches' means; "
-        "null: as the flags say",
+        None, "mean of the token losses; per_token_loss and per_sample_loss: as the flags of these names; square_loss: "
+        "a sample's weight is the square root of its number of target tokens; default: mean over micro-batches of "
+        "their token means; null: by the flags",
     )
     router_aux_loss_coef: float | None = effective(
-        None, "share of the routers' load-balancing loss; null: as --moe-aux-loss-coeff says, else 0", ge=0
+        None, "coefficient of the routers' load-balancing loss; null: --moe-aux-loss-coeff, else 0", ge=0
     )
 
     compute_mode: Literal["default", "chunk"] = effective(
-        "default", "default: the logits of all supervised tokens at once; chunk: chunk_size tokens at a time"
+        "default", "default: the logits of all target tokens at once; chunk: of chunk_size tokens at a time"
     )
-    chunk_size: int = effective(1024, "supervised tokens per chunk", ge=1)
+    chunk_size: int = effective(1024, "target tokens per chunk, with compute_mode chunk", ge=1)
 
 
 class PatchConfig(StrictModel):
-    """Switches of the original's patches."""
+    """Switches of MindSpeed-MM's patches."""
 
-    clip_grad_async: bool = no_effect(False, "clipping never waits for the device")
-    scale_grad: bool = no_effect(True, "gradients are always those of the sum over the global token count")
+    clip_grad_async: bool = no_effect(False, "clipping never synchronises with the device")
+    scale_grad: bool = no_effect(True, "gradients are always those of the loss over the global batch")
 
 
 class ModelOptions(StrictModel):
     """The whole file."""
 
-    model_id: Literal["qwen3_vl_moe", "qwen3_vl"] = effective(
-        REQUIRED, "kind of model, checked against the Hugging Face config's model_type"
-    )
+    model_id: str = effective(REQUIRED, "kind of model, checked against the Hugging Face config's model_type")
     init_from_hf_path: str = effective(REQUIRED, "Hugging Face directory with the model's config and weights")
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     text_decoder: TextDecoderConfig = TextDecoderConfig()

@@ -1,4 +1,4 @@
-"""``--mm-tool``: profiling and memory snapshots. Steps are iterations as the log counts them, from 1."""
+"""``--mm-tool``: profiling and memory snapshots. Steps are iterations as in the log, from 1."""
 
 from __future__ import annotations
 
@@ -19,29 +19,42 @@ _NOT_TAKEN = "profiles are taken without it"
 _RANKS = "ranks that write a file; [-1]: all"
 
 
+class SwitchedModel(StrictModel):
+    """A section with a switch. While it is off, the names of the other fields are checked and their values are not."""
+
+    enable: bool = effective(False, "use this section")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_values_while_off(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("enable", False) is not False:
+            return content
+        return {name: value for name, value in content.items() if name == "enable" or name not in cls.model_fields}
+
+
 def _check_steps(start: int, end: int) -> None:
     if end <= start:
         raise ValueError(f"end_step {end} must be greater than start_step {start}")
 
 
 class StaticProfile(StrictModel):
-    """Profile of the steps start_step up to, not including, end_step. Null leaves a choice to the device."""
+    """Profile of the steps from start_step to end_step - 1. Null leaves a choice to the device's profiler."""
 
     level: Literal["level_none", "level0", "level1", "level2"] | None = effective(
-        None, "depth of an accelerator profile, where the device's profiler has levels"
+        None, "level of detail, where the device's profiler has levels"
     )
     with_stack: bool = effective(False, "record the Python call stack of each operator")
     with_memory: bool = effective(False, "record allocations")
     record_shapes: bool = effective(False, "record the shapes of operator inputs")
-    with_cpu: bool = effective(True, "record host operators, not the device alone")
+    with_cpu: bool = effective(True, "also record host operators")
     save_path: str = effective("./profiling", "directory for the traces (Chrome trace format, one file per rank)")
     start_step: int = effective(10, "first step", ge=1)
     end_step: int = effective(11, "step before which profiling ends", ge=2)
     data_simplification: bool | None = effective(
-        None, "drop intermediate files, where the device's profiler writes any"
+        None, "delete the profiler's intermediate files, where it writes any"
     )
     aic_metrics_type: Counters | None = effective(
-        None, "hardware counters to record, where the device's profiler has them; they need level1 or level2"
+        None, "hardware counters to record, where the device has them; needs level1 or level2"
     )
 
     @model_validator(mode="after")
@@ -51,10 +64,10 @@ class StaticProfile(StrictModel):
 
 
 class DynamicProfile(StrictModel):
-    """Profiling that is switched while training runs."""
+    """Profiling switched on while training runs."""
 
     config_path: str = effective(
-        "./", f"directory whose {DYNAMIC_FILE} is looked at before each step; it is written where there is none"
+        "./", f"directory whose {DYNAMIC_FILE} is read before each step; it is created if missing"
     )
 
 
@@ -62,10 +75,10 @@ class DynamicCounters(StrictModel):
     """``experimental_config`` of :class:`DynamicRequest`: choices of accelerators' profilers."""
 
     profiler_level: Literal["Level_none", "Level0", "Level1", "Level2"] | None = effective(
-        None, "depth; null: as the profiler thinks best"
+        None, "level of detail; null: the profiler's default"
     )
-    aic_metrics: Counters | None = effective(None, "hardware counters; null: none")
-    data_simplification: bool | None = effective(None, "drop intermediate files; null: as the profiler thinks best")
+    aic_metrics: Counters | None = effective(None, "hardware counters to record; null: none")
+    data_simplification: bool | None = effective(None, "delete intermediate files; null: the profiler's default")
     l2_cache: bool = refused(False, _NOT_TAKEN)
     op_attr: bool = refused(False, _NOT_TAKEN)
     record_op_args: bool = refused(False, _NOT_TAKEN)
@@ -78,21 +91,21 @@ class DynamicCounters(StrictModel):
 class DynamicRequest(StrictModel):
     """What ``profiler_config.json`` asks for; the fields have the names that torch_npu gives them."""
 
-    is_valid: bool = effective(False, "profile once; becomes effective whenever the file is written anew")
+    is_valid: bool = effective(False, "profile once; takes effect whenever the file is written")
     start_step: int = effective(-1, "first step; -1: the next one", ge=-1)
     active: int = effective(1, "number of steps", ge=1)
     prof_dir: str = effective("./profiling", "directory for the traces")
-    activities: list[str] | None = effective(None, "without CPU among them the device alone is recorded; null: both")
+    activities: list[str] | None = effective(None, "without CPU in the list only the device is recorded; null: both")
     record_shapes: bool = effective(False, "record the shapes of operator inputs")
     profile_memory: bool = effective(False, "record allocations")
     with_stack: bool = effective(False, "record the Python call stack of each operator")
-    is_rank: bool = effective(False, "write on the ranks of rank_list alone, not on all")
+    is_rank: bool = effective(False, "write on the ranks of rank_list only, not on all")
     rank_list: list[int] = effective([], "see is_rank")
     with_flops: bool = refused(False, _NOT_TAKEN)
     with_modules: bool = refused(False, _NOT_TAKEN)
-    warmup: int = refused(0, "the first step that is recorded is start_step itself")
-    analyse: bool = no_effect(False, "traces are always written so that they open")
-    async_mode: bool = no_effect(False, "the next step waits until a trace is written")
+    warmup: int = refused(0, "recording starts with start_step itself")
+    analyse: bool = no_effect(False, "traces are always written in a form that viewers open")
+    async_mode: bool = no_effect(False, "training is blocked until a trace is written")
     metadata: dict[str, Any] = no_effect({}, "traces hold no metadata")
     experimental_config: DynamicCounters = DynamicCounters()
 
@@ -103,10 +116,9 @@ class DynamicRequest(StrictModel):
         return self
 
 
-class ProfileConfig(StrictModel):
+class ProfileConfig(SwitchedModel):
     """Profiler."""
 
-    enable: bool = effective(False, "profile at all")
     profile_type: Literal["static", "dynamic"] = effective(
         "static", "static: the steps of static_param; dynamic: whenever the file of dynamic_param asks for it"
     )
@@ -115,17 +127,16 @@ class ProfileConfig(StrictModel):
     dynamic_param: DynamicProfile = DynamicProfile()
 
 
-class MemoryProfileConfig(StrictModel):
-    """Record of the device's allocations from start_step up to, not including, end_step."""
+class MemoryProfileConfig(SwitchedModel):
+    """Record of the device's allocations in the steps from start_step to end_step - 1."""
 
-    enable: bool = effective(False, "record at all")
     start_step: int = effective(1, "first step", ge=1)
     end_step: int = effective(2, "step before which recording ends", ge=2)
     save_path: str = effective("./memory_snapshot", "directory for the snapshots (one pickle file per rank)")
     dump_ranks: list[int] = effective([0], _RANKS)
-    stacks: Literal["python", "all"] = effective("all", "call stacks to record: Python's alone, or C++ as well")
-    max_entries: int | None = effective(None, "most allocations kept, the oldest being dropped; null: all", ge=1)
-    mem_info: bool = effective(False, "write the allocator's statistics beside the snapshot, as text")
+    stacks: Literal["python", "all"] = effective("all", "call stacks to record: Python's only, or also C++")
+    max_entries: int | None = effective(None, "most allocations to keep, dropping the oldest; null: all", ge=1)
+    mem_info: bool = effective(False, "also write the allocator's statistics, as text")
 
     @model_validator(mode="after")
     def _steps_in_order(self) -> MemoryProfileConfig:
@@ -138,3 +149,4 @@ class ToolsConfig(StrictModel):
 
     profile: ProfileConfig = ProfileConfig()
     memory_profile: MemoryProfileConfig = MemoryProfileConfig()
+    sorafeature: dict[str, Any] | None = no_effect(None, "features of video generation models are not recorded")

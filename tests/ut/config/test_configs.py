@@ -11,7 +11,15 @@ from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
-from mindspeed_mm.config.schema import EFFECTIVE, NO_EFFECT, REFUSED, StrictModel, role_of, validate_config
+from mindspeed_mm.config.schema import (
+    EFFECTIVE,
+    NO_EFFECT,
+    REFUSED,
+    StrictModel,
+    role_of,
+    validate_config,
+    walk,
+)
 from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 
@@ -129,22 +137,25 @@ def test_defaults_and_lists_of_files():
         (DataConfig, DATA, "dataloader_param.on_bad_sample", "ignore", "choose stop or skip"),
         (DataConfig, DATA, "dataset_param.attr", [], "dataset_param.attr is []; it must be an object"),
         (DataConfig, DATA, "dataloader_param.shuffle", 1, "dataloader_param.shuffle is 1; it must be true or false"),
-        (ModelOptions, MODEL, "model_id", "llava", 'model_id is "llava"; choose qwen3_vl_moe or qwen3_vl'),
+        (ModelOptions, MODEL, "text_decoder.attn_implementation", "fast", "choose eager, sdpa, math, varlen, flash_at"),
         (ModelOptions, MODEL, "text_decoder.num_layer", 48, "did you mean text_decoder.num_layers?"),
         (ModelOptions, MODEL, "text_decoder.attn_layout", "BNSD", "set it to \"TND\" or leave it out"),
         (ModelOptions, MODEL, "loss_cfg.compute_mode", "fused", "choose default or chunk"),
-        (FSDPConfig, {}, "sharding_size", "all", 'is "all"; it must be auto or a number of processes'),
+        (FSDPConfig, {}, "sharding_size", "all", 'is "all"; it must be auto or a number of ranks'),
         (FSDPConfig, {}, "sharding_size", 0, "sharding_size is 0; it must be"),
         (FSDPConfig, {}, "param_dtype", "fp8", "choose bf16 or fp32"),
         (FSDPConfig, {}, "num_to_forward_prefetch", -1, "is -1; it must be at least 0"),
         (FSDPConfig, {}, "expert_parallel_size", 0, "is 0; it must be at least 1"),
-        (FSDPConfig, {}, "reshard_local_experts", False, "experts are always sharded over the processes that hold"),
-        (FSDPConfig, {}, "sub_modules_to_wrap", ["text_decoder"], "the model knows its layers"),
-        (FSDPConfig, {}, "recompute_modules", ["text_decoder"], "--recompute-granularity says"),
-        (FSDPConfig, {}, "ignored_modules", ["image_encoder"], "what is frozen stands in the model file"),
-        (ToolsConfig, {}, "profile.static_param", {"start_step": 11}, "end_step 11 must be greater than start_step 11"),
-        (ToolsConfig, {}, "profile.profile_type", "always", "choose static or dynamic"),
-        (ToolsConfig, {}, "profile.static_param.aic_metrics_type", "Pipe", "choose AiCoreNone, PipeUtilization"),
+        (FSDPConfig, {}, "reshard_local_experts", False, "experts are always sharded over the ranks that hold"),
+        (FSDPConfig, {}, "recompute_modules", ["text_decoder"], "--recompute-granularity chooses"),
+        (FSDPConfig, {}, "ignored_modules", ["image_encoder"], "the model file freezes them"),
+        (ToolsConfig, {"profile": {"enable": True}}, "profile.static_param", {"start_step": 11},
+         "end_step 11 must be greater than start_step 11"),
+        (ToolsConfig, {"profile": {"enable": True}}, "profile.profile_type", "always", "choose static or dynamic"),
+        (ToolsConfig, {"profile": {"enable": True}}, "profile.static_param.aic_metrics_type", "Pipe",
+         "choose AiCoreNone, PipeUtilization"),
+        (ToolsConfig, {"profile": {"enable": False}}, "profile.rank", [0], "did you mean profile.ranks?"),
+        (ToolsConfig, {}, "memory_profile.start_stop", 0, "did you mean memory_profile.start_step?"),
     ],
 )
 def test_mistakes(config, base, path, value, message):
@@ -199,6 +210,34 @@ def test_the_originals_fsdp2_file_loads(tmp_path):
         "moe_modules: ['model.language_model.layers.{*}.mlp.experts']}",
     )
     assert config.align_fsdp_param_groups and config.expert_parallel_size == 1
+
+
+def test_the_originals_disabled_tools_file_loads(tmp_path):
+    """MindSpeed-MM's tools.json: everything is off, with values that would not be valid if it were on."""
+    config = _load(tmp_path, "tools.json", """{
+        "profile": {"enable": false, "profile_type": "static", "ranks": [0],
+            "static_param": {"level": "level1", "with_stack": false, "with_memory": false, "record_shapes": false,
+                "with_cpu": true, "save_path": "./profiling", "start_step": 10, "end_step": 11,
+                "data_simplification": false, "aic_metrics_type": "PipeUtilization"},
+            "dynamic_param": {"config_path": "path to dynamic config folder"}},
+        "sorafeature": {"save_path": "./sora_features"},
+        "memory_profile": {"enable": false, "start_step": 0, "end_step": 2, "save_path": "./memory_snapshot",
+            "dump_ranks": [0], "stacks": "all", "max_entries": null, "mem_info": false}
+    }""", ToolsConfig)
+    assert not config.profile.enable and not config.memory_profile.enable
+    with pytest.raises(UserError, match="memory_profile.start_step is 0; it must be at least 1"):
+        _load(tmp_path, "on.json", '{"memory_profile": {"enable": true, "start_step": 0}}', ToolsConfig)
+
+
+def test_earlier_fsdp2_files_load(tmp_path):
+    config = _load(tmp_path, "early.yaml", "sharding_size: null\nsub_modules_to_wrap: [a.module.Layer, b.Block]\n")
+    assert config.sharding_size == "auto"
+    assert [use.path for use in walk(config) if use.given and use.role == NO_EFFECT] == ["sub_modules_to_wrap"]
+
+
+def test_the_former_name_of_an_attention_kernel():
+    model = validate_config(_with(MODEL, "text_decoder.attn_implementation", "products"), ModelOptions, source="m")
+    assert model.text_decoder.attn_implementation == "math"
 
 
 def test_a_file_that_is_missing_or_unreadable(tmp_path):
