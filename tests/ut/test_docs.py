@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import configuration_tables
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"), *ROOT.glob("examples/**/*.md")]
@@ -129,6 +131,11 @@ def test_every_page_is_linked_from_the_readme() -> None:
     links = _LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     linked = {link.partition("#")[0] for link in links}
     assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} - linked - WRITTEN_BY_COMMANDS == set()
+
+
+def test_configuration_tables_are_those_of_the_schema() -> None:
+    _, _, tables = configuration_tables.PAGE.read_text(encoding="utf-8").partition(configuration_tables.MARK)
+    assert tables == configuration_tables.tables(), "run: python -m tests.tools.configuration_tables"
 
 
 def test_wrong_texts_are_found() -> None:
