@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class Run:
     def set_state(self, iteration: int) -> None:
         """Train: every tensor takes its value of this iteration."""
         for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
-            local, region = shards.held(tensor)
+            local, region = shards.local_shard(tensor)
             whole = value(name, tuple(tensor.shape), iteration)
             local.copy_(whole[tuple(slice(begin, end) for begin, end in region)])
 
@@ -204,6 +205,8 @@ def prepare(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> 
             saver.start(Progress(iteration=iteration))
         dist.barrier()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
