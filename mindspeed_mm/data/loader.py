@@ -287,15 +287,11 @@ def build_train_loader(
         num_workers: processes that decode.
 
     Raises:
-        UserError: for data that cannot be trained on, and sizes that do not divide.
+        UserError: for data that cannot be trained on.
     """
     options = config.dataloader_param
     per_round = micro_batch_size * dp_size
-    if global_batch_size % per_round:
-        raise UserError(
-            f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size {micro_batch_size} x "
-            f"{dp_size} data-parallel ranks; choose a multiple of {per_round}"
-        )
+    assert global_batch_size % per_round == 0, "config.checks refuses other sizes"
     if config.dataset_param.basic_parameters.packs:
         budget = micro_batch_size * seq_length
         packs = pack(dataset.costs(), budget=budget, seed=seed)

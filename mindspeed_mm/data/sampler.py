@@ -105,17 +105,8 @@ class RankSampler:
     consumed_samples: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not divide.
-
-        Raises:
-            UserError: naming the values.
-        """
-        per_round = self.micro_batch_size * self.dp_size
-        if self.stream.global_batch_size % per_round:
-            raise UserError(
-                f"--global-batch-size {self.stream.global_batch_size} is no multiple of --micro-batch-size "
-                f"{self.micro_batch_size} x {self.dp_size} data-parallel ranks; choose a multiple of {per_round}"
-            )
+        """Check that each step ends with a whole round of the ranks' micro-batches."""
+        assert self.stream.global_batch_size % (self.micro_batch_size * self.dp_size) == 0, "see config.checks"
 
     def __iter__(self) -> Iterator[list[int]]:
         """Data set indices of one micro-batch after the other."""
