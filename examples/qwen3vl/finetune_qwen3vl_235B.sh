@@ -9,7 +9,6 @@ MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_235B.json}
 LOAD_PATH=${LOAD_PATH-ckpt/dcp_path/Qwen3-VL-235B-A22B-Instruct-dcp}
 
 # sixteen machines; NODE_RANK and MASTER_ADDR say which is which
-NPUS_PER_NODE=${NPUS_PER_NODE:-8}
 NNODES=${NNODES:-16}
 EP=${EP:-8}
 RECOMPUTE_ARGS=${RECOMPUTE_ARGS-"--recompute-granularity full"}

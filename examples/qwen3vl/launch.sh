@@ -1,6 +1,6 @@
 #!/bin/bash
-# The body of every launcher in this directory, which sources it after setting the variables that differ between models.
-# It sets up the environment, checks that the guide's earlier steps are done, runs torchrun and sums up the log.
+# Common part of the launchers in this directory, which source it after setting what differs between models.
+# Sets defaults and environment, checks that the guide's earlier steps are done, runs torchrun and summarises the log.
 # The launcher's own arguments are appended to the flags, and so override them.
 
 set -o pipefail
@@ -10,24 +10,24 @@ stop() {
     exit 2
 }
 
-# Environment of an NPU. Only where there is one; each can be set from outside. docs/environment.md says more.
+# Environment of an NPU. Each variable can be set from outside; docs/environment.md describes them.
 setup_npu() {
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}  # the guide's; nothing here reads it
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}  # the guide's; not read here
     export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}  # driver log into files, not the terminal
     export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}          # errors only
-    export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}                      # operators are queued by a second thread
-    export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                          # merge two operators that follow each other
-    export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}                      # bind processes to the NPU's own cores
-    export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}             # seconds to wait for the other processes
+    export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}                      # a second thread launches operators
+    export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                          # merge consecutive copies
+    export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}                      # bind ranks to the cores near their NPU
+    export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}             # seconds to wait for the other ranks
     export NPU_ASD_ENABLE=${NPU_ASD_ENABLE:-0}                            # no silent-error detection
     export ASCEND_LAUNCH_BLOCKING=${ASCEND_LAUNCH_BLOCKING:-0}            # operators run asynchronously
-    export ACLNN_CACHE_LIMIT=${ACLNN_CACHE_LIMIT:-100000}                 # prepared operators that are kept
+    export ACLNN_CACHE_LIMIT=${ACLNN_CACHE_LIMIT:-100000}                 # cached operators
     export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
-    export MM_DEVICE_MEMORY_GB=${MM_DEVICE_MEMORY_GB-64}                  # warn where a run is not likely to fit
+    export MM_DEVICE_MEMORY_GB=${MM_DEVICE_MEMORY_GB-64}                  # warn of a run that is unlikely to fit
     export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}      # share freed memory between streams
 }
 
-# Averages over the log lines: 51 to 150 where there are so many, else all but a warm-up of a tenth (one at least).
+# Averages over log lines 51 to 150; of a shorter log, over all but a warm-up of a tenth (at least one line).
 summarise() {
     awk -v samples="$GBS" '
         # value after "name:" on a log line, up to the next bar
@@ -42,7 +42,7 @@ summarise() {
         /elapsed time per iteration/ {
             time[++lines] = field("elapsed time per iteration")
             tokens[lines] = field("tokens per sample")
-            packed[lines] = field("samples per iteration") # with packing: more than the batch size counts
+            packed[lines] = field("samples per iteration") # with packing: differs from the batch size
         }
         END {
             if (!lines) exit
@@ -63,31 +63,39 @@ summarise() {
         }' "$1"
 }
 
-# Save after the present step and stop; before training begins there is nothing to save. $1: status if so.
+# Process ids of the ranks on this machine, into the array ranks
+# shellcheck disable=SC2329 # called in traps
+find_ranks() {
+    mapfile -t ranks < <(cat "$MM_RUN_STATE"/pid.* 2>/dev/null)
+}
+
+# Save after the current step and stop; $1: status if training has not begun, so that there is nothing to save.
+# shellcheck disable=SC2329 # called by traps
 ask_to_stop() {
-    local processes
-    processes=$(cat "$MM_RUN_STATE"/pid.* 2>/dev/null)
-    [ -n "$processes" ] && kill -USR1 $processes 2>/dev/null && return
+    find_ranks
+    ((${#ranks[@]})) && kill -USR1 "${ranks[@]}" 2>/dev/null && return
     stopped_early=$1
     kill -TERM "$torchrun"
 }
 
 # Ctrl-C: once saves, twice quits.
+# shellcheck disable=SC2329 # called by a trap
 interrupt() {
     if ((++interrupts == 1)); then
         ask_to_stop 130
     else
         echo "second Ctrl-C: stopped at once, without saving" >&2
         stopped_early=130
-        kill -KILL "$torchrun" $(cat "$MM_RUN_STATE"/pid.* 2>/dev/null) 2>/dev/null
+        find_ranks
+        kill -KILL "$torchrun" "${ranks[@]}" 2>/dev/null
     fi
 }
 
-# torchrun in a session of its own, and its log: a terminal's Ctrl-C and signals to this process group reach the launcher
-# alone, which passes them to the training processes. torchrun itself would kill these after 30 seconds, saved or not.
-# They tell in the directory MM_RUN_STATE who they are, and with which status the launcher is to end.
+# Runs torchrun in its own session, and writes its log: Ctrl-C and signals to this process group reach the launcher only,
+# which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. The ranks write their
+# process ids and the status for the launcher to exit with into the directory MM_RUN_STATE.
 run_torchrun() {
-    MM_RUN_STATE=$(mktemp -d) || stop "no temporary directory can be made in ${TMPDIR:-/tmp}"
+    MM_RUN_STATE=$(mktemp -d) || stop "cannot create a temporary directory in ${TMPDIR:-/tmp}"
     export MM_RUN_STATE
     trap 'rm -rf "$MM_RUN_STATE"' EXIT
     mkfifo "$MM_RUN_STATE/log"
@@ -106,19 +114,18 @@ run_torchrun() {
     done
     wait "$torchrun"
     answer=$?
-    ((answer == 127)) || status=$answer # it may have ended while a signal was seen to
+    ((answer == 127)) || status=$answer # it may have ended while a signal was handled
     wait "$tee"
     [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
     ((stopped_early)) && status=$stopped_early
 }
 
-# What a launcher leaves to be the same for all models
+# Defaults of all launchers; docs/environment.md describes the variables
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-6000}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
-# How often torchrun starts the processes again after one was lost; they go on from their last checkpoint
 MAX_RESTARTS=${MAX_RESTARTS:-0}
 MM_TOOL=${MM_TOOL:-./mindspeed_mm/tools/tools.json}
 FSDP2_PATH=${FSDP2_PATH:-./examples/qwen3vl/fsdp2_config.yaml}
@@ -136,16 +143,19 @@ MIN_LR=${MIN_LR:-0.0}
 LR_WARMUP_FRACTION=${LR_WARMUP_FRACTION:-0.1}
 WEIGHT_DECAY=${WEIGHT_DECAY:-0}
 CLIP_GRAD=${CLIP_GRAD:-0.0}
+ADAM_BETA1=${ADAM_BETA1:-0.9}
+ADAM_BETA2=${ADAM_BETA2:-0.999}
 SEED=${SEED:-42}
 NUM_WORKERS=${NUM_WORKERS:-8}
 SAVE_INTERVAL=${SAVE_INTERVAL:-10000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-10000}
 EVAL_ITERS=${EVAL_ITERS:-5000}
 LOG_INTERVAL=${LOG_INTERVAL:-1}
+# Checkpoint flags; empty: save and load optimizer and random state too, so that a run can be resumed exactly
 CKPT_ARGS=${CKPT_ARGS-"--no-load-optim --no-load-rng --no-save-optim --no-save-rng"}
-# Which loss (docs/loss.md); empty: loss_cfg.loss_type in the model file decides
+# Loss flags (docs/loss.md); empty: loss_cfg.loss_type in the model file
 LOSS_ARGS=${LOSS_ARGS---calculate-per-token-loss}
-# --recompute-granularity full or selective, and what belongs to it; empty: keep all activations
+# Recomputation flags, such as --recompute-granularity full; empty: keep all activations
 RECOMPUTE_ARGS=${RECOMPUTE_ARGS-}
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -157,26 +167,26 @@ for degree in NPUS_PER_NODE NNODES TP PP CP EP MBS GRAD_ACC_STEP; do
 done
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || stop "MAX_RESTARTS is '$MAX_RESTARTS'; it must be a whole number, 0 or more"
 
-# The NPU's own environment, wherever its toolkit is installed.
+# The NPU toolkit's environment
 for place in ascend-toolkit cann; do
     [ -f "/usr/local/Ascend/$place/set_env.sh" ] && SET_ENV=${SET_ENV:-/usr/local/Ascend/$place/set_env.sh}
 done
+# shellcheck source=/dev/null
 [ -f "$SET_ENV" ] && source "$SET_ENV"
 if [ -e /dev/davinci_manager ] || command -v npu-smi >/dev/null; then
     setup_npu
 elif [ -z "$OMP_NUM_THREADS" ]; then
-    # Without an NPU the cores may do the computing: share them out.
+    # Without an NPU the ranks may compute on the CPU: divide its cores among them.
     threads=$(($(nproc) / NPUS_PER_NODE))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-# torch_npu is loaded where its errors can be told in one line, not by every "import torch"
+# torch_npu is loaded where its errors can be reported in one line, not by every "import torch"
 export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0}
 
 WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
-((WORLD_SIZE % (TP * PP * CP) == 0)) ||
-    stop "TP x PP x CP = $((TP * PP * CP)) does not divide the $WORLD_SIZE processes (NPUS_PER_NODE x NNODES)"
-DP=$((WORLD_SIZE / TP / PP / CP))
+# preflight refuses a CP that does not divide the number of ranks, and TP or PP above 1
+DP=$((CP < WORLD_SIZE ? WORLD_SIZE / CP : 1))
 GBS=$((MBS * GRAD_ACC_STEP * DP))
 
 DISTRIBUTED_ARGS=(
@@ -188,7 +198,7 @@ DISTRIBUTED_ARGS=(
     --max_restarts "$MAX_RESTARTS"
 )
 
-# Flags of the recipe that change nothing here (--swiglu, --vocab-size, ...) are accepted, and left out.
+# Without the recipe's flags that have no effect here (--swiglu, --vocab-size, ...)
 GPT_ARGS=(
     --tensor-model-parallel-size "$TP"
     --pipeline-model-parallel-size "$PP"
@@ -204,8 +214,8 @@ GPT_ARGS=(
     --lr-warmup-fraction "$LR_WARMUP_FRACTION"
     --weight-decay "$WEIGHT_DECAY"
     --clip-grad "$CLIP_GRAD"
-    --adam-beta1 "${ADAM_BETA1:-0.9}"
-    --adam-beta2 "${ADAM_BETA2:-0.999}"
+    --adam-beta1 "$ADAM_BETA1"
+    --adam-beta2 "$ADAM_BETA2"
     --train-iters "$TRAIN_ITERS"
     --seed "$SEED"
     --num-workers "$NUM_WORKERS"
@@ -216,7 +226,7 @@ GPT_ARGS=(
     --init-model-with-meta-device
     --log-tps
 )
-# Without a converted checkpoint the weights come straight from init_from_hf_path.
+# Without a converted checkpoint the weights of init_from_hf_path are loaded.
 [ -n "$LOAD_PATH" ] && GPT_ARGS+=(--load "$LOAD_PATH")
 read -r -a MODE_WORDS <<<"$LOSS_ARGS $RECOMPUTE_ARGS $CKPT_ARGS"
 
@@ -238,12 +248,12 @@ FLAGS=("${GPT_ARGS[@]}" "${MODE_WORDS[@]}" "${MM_ARGS[@]}" "${OUTPUT_ARGS[@]}" -
 
 command -v torchrun >/dev/null ||
     stop "torchrun is not on the PATH; activate the virtual environment, or install it: bash scripts/install.sh (step 1)"
-# torchrun lies beside the Python that it starts
+# torchrun is in the same directory as the Python that it starts
 TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
 [ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 WORLD_SIZE=$WORLD_SIZE LOCAL_WORLD_SIZE=$NPUS_PER_NODE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
-[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0  # the check has printed it
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 # preflight has printed it
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
 [ -e "$logfile" ] && logfile=${logfile%.log}_$$.log # another launcher was started in the same second

@@ -275,10 +275,18 @@ def test_started_elsewhere_it_names_the_root(workplace, tmp_path):
     assert result.returncode == 2 and f"cd {workplace}" in result.stderr
 
 
-@pytest.mark.parametrize(("name", "value"), [("NPUS_PER_NODE", "0"), ("MBS", "two"), ("TP", "3")])
-def test_bad_variables(workplace, name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("NPUS_PER_NODE", "0", "NPUS_PER_NODE is '0'"), ("MBS", "two", "MBS is 'two'"),
+        ("TP", "2", "--tensor-model-parallel-size 2 is not supported"),
+        ("CP", "3", "context_parallel_size 3 does not divide the number of ranks 8; choose one of 1, 2, 4, 8"),
+        ("CP", "16", "context_parallel_size 16 does not divide the number of ranks 8; choose one of 1, 2, 4, 8"),
+    ],
+)
+def test_bad_variables(workplace, name, value, message):
     result = _launch(workplace, **{name: value})
-    assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_status_of_torchrun_is_kept(workplace):
@@ -342,7 +350,12 @@ def test_the_example_files_are_what_the_models_expect():
      ("235B", "qwen3_vl_moe", 94, 128)],
 )
 def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size, kind, layers, processes):
-    """The launcher gets as far as the weights that are not there, with flags and files that load and fit together."""
+    """The launcher gets as far as the weights that are not there, with flags and files that load and fit together.
+
+    The data files leave out what is the default, and are equal to data_30B.json but for the path of the weights.
+    """
+    from mindspeed_mm.config.data_config import DataConfig
+    from mindspeed_mm.config.files import load_config
     from mindspeed_mm.config.job import load_job_config
 
     examples = ROOT / "examples/qwen3vl"
@@ -353,8 +366,12 @@ def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size
     name = Path(model["init_from_hf_path"]).name
     assert f"ckpt/dcp_path/{name}-dcp" in launcher.read_text() and size in name
     assert (model["model_id"], model["text_decoder"]["num_layers"]) == (kind, layers)
-    data, data_30b = ((examples / f"data_{of}.json").read_text() for of in (size, "30B"))
-    assert data == data_30b.replace("Qwen3-VL-30B-A3B-Instruct", name)
+    data, data_30b = (
+        load_config(examples / f"data_{of}.json", DataConfig, flag="--mm-data").model_dump() for of in (size, "30B")
+    )
+    path = data_30b["dataset_param"]["preprocess_parameters"]
+    path["model_name_or_path"] = path["model_name_or_path"].replace("Qwen3-VL-30B-A3B-Instruct", name)
+    assert data == data_30b
     files = ["--mm-data", str(examples / f"data_{size}.json"), "--mm-model", str(examples / f"model_{size}.json")]
     flags = ["--seq-length", "1024", "--train-iters", "1", "--lr", "1e-5", "--use-torch-fsdp2"]
     load_job_config([*files, *flags], world_size=processes)
