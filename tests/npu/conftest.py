@@ -1,7 +1,7 @@
-"""These tests run where torch_npu is the simulated one; ``tests/st/test_simulated_npu.py`` starts them there.
+"""Collects these tests only if torch_npu is the simulated one; ``tests/st/test_simulated_npu.py`` runs them so.
 
-By hand: ``PYTHONPATH=tests/helpers/simulated_npu python -m pytest tests/npu``. On a machine with an NPU,
-``MM_TEST_REAL_NPU=1 python -m pytest tests/npu`` runs those of kernels and model on it.
+    PYTHONPATH=tests/helpers/simulated_npu python -m pytest tests/npu     # the simulated NPU
+    MM_TEST_REAL_NPU=1 python -m pytest tests/npu                         # a real NPU: tests of kernels and model
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.npu_environment import SIMULATED_NPU
 
 _spec = importlib.util.find_spec("torch_npu")
@@ -17,3 +19,9 @@ if _spec is None or (SIMULATED_NPU not in Path(_spec.origin).parents and "MM_TES
     collect_ignore_glob = ["test_*.py"]
 elif SIMULATED_NPU not in Path(_spec.origin).parents:
     collect_ignore = ["test_device.py", "test_refusals.py"]
+
+
+@pytest.fixture(scope="module")
+def device_name() -> str:
+    """Overrides that of ``tests/conftest.py``."""
+    return "npu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    init_distributed(select_backend("npu"), timeout_minutes=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @dataclasses.dataclass

@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -26,6 +25,7 @@ from mindspeed_mm.parallel.parallelize import parallelise
 from mindspeed_mm.training.gradients import local
 from tests.helpers.hf_model import tiny_config, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM
+from tests.helpers.process_groups import init_fake_process_group
 
 
 def as_rank(world_size, rank, function, *arguments):
@@ -38,10 +38,8 @@ def as_rank(world_size, rank, function, *arguments):
 
 
 def _in_place(world_size, rank, function, *arguments):
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     torch.set_num_threads(1)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    init_fake_process_group(rank, world_size)
     return function(*arguments)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.checksum import file_checksum
 from mindspeed_mm.checkpoint.dcp_metadata import METADATA, read_metadata
@@ -25,12 +23,7 @@ from mindspeed_mm.training.optimizer import initialise_state
 BACKEND = select_backend("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    torch.set_num_threads(1)
-    init_distributed(BACKEND, timeout_minutes=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0):

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory, shard_writer, shards
 from mindspeed_mm.checkpoint import manager as manager_module
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
@@ -26,13 +25,7 @@ from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.errors import UserError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    torch.set_num_threads(1)
-    init_distributed(select_backend("cpu"), timeout_minutes=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @dataclasses.dataclass

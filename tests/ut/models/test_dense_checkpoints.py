@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
@@ -21,13 +20,7 @@ from mindspeed_mm.parallel.parallelize import parallelise
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM, relative
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process():
-    torch.set_num_threads(1)
-    init_distributed(select_backend("cpu"), timeout_minutes=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @torch.no_grad()

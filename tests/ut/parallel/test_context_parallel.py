@@ -15,7 +15,7 @@ from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.training.loss import step_loss_weights
 from tests.helpers.hf_model import mixed_samples, random_sample, tiny_config
 from tests.helpers.mcore_model import relative
-from tests.helpers.thread_group import all_to_all_single, in_threads
+from tests.helpers.process_groups import all_to_all_single, in_threads
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from mindspeed_mm.backend.kernels.registry import expert_kernel
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher
 from mindspeed_mm.parallel.expert_parallel import ExpertParallelDispatcher
 from tests.helpers.mcore_model import relative
-from tests.helpers.thread_group import all_to_all_single, in_threads
+from tests.helpers.process_groups import all_to_all_single, in_threads
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 16, 24
 COUNTS = {2: [5, 9], 4: [3, 1, 7, 4], 8: [2, 1, 3, 1, 4, 1, 5, 9]}  # tokens of each process

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.fsdp_config import FSDPConfig
@@ -24,22 +23,10 @@ MODELS = {
 }
 
 
-@pytest.fixture
-def ranks():
-    """Makes this process the first of so many, whose collectives do nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    def start(world_size):
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-
-    yield start
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_full_size_is_sharded_evenly(ranks, name):
+def test_full_size_is_sharded_evenly(fake_process_group, name):
     billions, world_size, layout = MODELS[name]
-    ranks(world_size)
+    fake_process_group(world_size)
     model_config = Qwen3VLConfig.from_config(published_config(name))
     with torch.device("meta"):
         model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
@@ -21,10 +19,8 @@ from tests.helpers.mcore_model import model_like
 
 
 @pytest.fixture(scope="module")
-def layout():
-    init_distributed(select_backend("cpu"), timeout_minutes=1)
-    yield build_layout(device_type="cpu")
-    shutdown_distributed()
+def layout(process_group):
+    return build_layout(device_type="cpu")
 
 
 def train(model, model_config):

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -18,12 +16,7 @@ from tests.helpers.mcore_model import model_like, relative, to_mcore
 COEFFICIENT, LOSS, GRADIENT = 0.5, 1e-6, 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process():
-    torch.set_num_threads(1)
-    init_distributed(select_backend("cpu"), timeout_minutes=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module", params=[{}, {"mlp_only_layers": [1]}], ids=["all sparse", "one dense layer"])

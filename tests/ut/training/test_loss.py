@@ -9,19 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.training.loss import step_loss_weights
 
 COUNTS = [3, 1, 0, 7, 5, 2]  # supervised tokens of the samples of a step
 LAYOUT = SimpleNamespace(dp_size=1, context_size=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process():
-    init_distributed(select_backend("cpu"), timeout_minutes=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def batch(counts):

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
 
-from mindspeed_mm.backend.process_group import shutdown_distributed
 from mindspeed_mm.checkpoint.directory import commit_directory, iteration_name, write_tracker
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def checkpoint(root, iteration, **metadata):
