@@ -34,23 +34,6 @@ class ModelFacts:
     options: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """How a global batch is split over ranks and micro-batches.
-
-    Attributes:
-        world_size: ranks of the job.
-        data_parallel_size: ranks with different samples.
-        global_batch_size: samples per optimizer step.
-        micro_batches: forward passes per rank and optimizer step.
-    """
-
-    world_size: int
-    data_parallel_size: int
-    global_batch_size: int
-    micro_batches: int
-
-
 def check_flags(args: TrainingArgs) -> None:
     """Rules among flags alone.
 
@@ -90,13 +73,16 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 
 
-def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> BatchPlan:
-    """Rules between the number of ranks, the parallel degrees and the batch, and the batch plan that follows.
+def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> int:
+    """Rules between the number of ranks, the parallel degrees and the batch.
 
     Args:
         args: the flags, after :func:`check_flags` and :func:`join_expert_sizes`.
         fsdp: the FSDP2 file.
         world_size: number of ranks.
+
+    Returns:
+        The global batch size in samples: the flag's, else one micro-batch per data-parallel rank.
 
     Raises:
         UserError: naming the values and the nearest ones that are possible.
@@ -118,12 +104,7 @@ def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> 
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {args.micro_batch_size} x "
             f"data-parallel size {data_parallel_size} = {samples_at_once}; choose {options}"
         )
-    return BatchPlan(
-        world_size=world_size,
-        data_parallel_size=data_parallel_size,
-        global_batch_size=global_batch_size,
-        micro_batches=global_batch_size // samples_at_once,
-    )
+    return global_batch_size
 
 
 def check_model(

@@ -44,11 +44,11 @@ def _parse_json(text: str, path: Path) -> Any:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f"{path}: {key} stands twice in one object; remove one")
+                raise UserError(f"{path}: {key} occurs twice in one object; remove one")
         return dict(pairs)
 
     def no_constant(name: str) -> Any:
-        raise UserError(f"{path}: {name} is no JSON value; write a finite number")
+        raise UserError(f"{path}: {name} is not a JSON value; write a finite number")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
@@ -69,7 +69,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
         for key_node, _ in node.value:
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
-                raise UserError(f"{path}, line {line}: {key_node.value} stands twice; remove one")
+                raise UserError(f"{path}, line {line}: {key_node.value} occurs twice; remove one")
             seen.add(key_node.value)
         return loader.construct_mapping(node, deep=True)
 

@@ -51,7 +51,7 @@ class JobConfig(StrictModel):
         check_model(self.args, self.fsdp, self.model, facts, world_size=world_size)
 
     def describe_ignored(self) -> list[str]:
-        """Sentences that name each flag or field that was given and changes nothing, with the reason."""
+        """One sentence for each flag or group of fields that was given and has no effect, with the reason."""
         files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
         sentences = [
@@ -79,11 +79,11 @@ class JobConfig(StrictModel):
 
 
 def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None = None) -> JobConfig:
-    """Parse ``argv`` (default: the process's own), read the files, and check all that needs no model and no device.
+    """Parse ``argv`` (default: the process's own), read the files, and check what needs neither model nor device.
 
     Args:
         argv: the flags.
-        world_size: number of processes of the job; by default what torchrun put into WORLD_SIZE, or 1.
+        world_size: number of ranks; by default torchrun's WORLD_SIZE, or 1.
 
     Raises:
         UserError: for the first mistake.
@@ -97,9 +97,9 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
     args = join_expert_sizes(args, fsdp)
-    plan = check_parallel(args, fsdp, world_size=world_size)
+    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
     job = JobConfig(
-        args=args.replace(global_batch_size=plan.global_batch_size),
+        args=args,
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
         model=load_config(args.mm_model, ModelOptions, flag="--mm-model"),
         fsdp=fsdp,
@@ -111,10 +111,10 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
 
 
 def check_weights(job: JobConfig) -> None:
-    """See that the Hugging Face directories are in place; their weights are needed only where --load names none.
+    """Check that the Hugging Face directories exist, with weights if ``--load`` names no checkpoint.
 
     Raises:
-        UserError: naming what is missing, where it was expected, and the step of the guide that makes it.
+        UserError: naming the missing file, the option that names it, and the step of the guide that makes it.
     """
     model, preprocess = job.model, job.data.dataset_param.preprocess_parameters
     step = "download the model first (step 2 of the guide), or correct the path"
@@ -133,10 +133,10 @@ def check_weights(job: JobConfig) -> None:
 
 
 def check_data_files(job: JobConfig) -> None:
-    """See that the data files and their directory are there.
+    """Check that the data files and their directory exist.
 
     Raises:
-        UserError: naming what is missing and the step of the guide that makes it.
+        UserError: naming the missing file, the option that names it, and the step of the guide that makes it.
     """
     basic = job.data.dataset_param.basic_parameters
     step = "download and convert the data first (step 3 of the guide), or correct the path"

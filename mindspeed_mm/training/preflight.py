@@ -1,9 +1,9 @@
-"""``python -m mindspeed_mm.training.preflight FLAGS``: all that can be checked before a process is started.
+"""``python -m mindspeed_mm.training.preflight FLAGS``: checks a run before any rank is started.
 
-Takes the launcher's flags, and the number of processes from the environment variable WORLD_SIZE (default 1). Says
-nothing and exits with 0, or prints one line and exits with 2. Where MM_DEVICE_MEMORY_GB names a device's memory in GiB,
-a run that is not likely to fit gets a line of warning, and goes on. Imports torch only where there is an accelerator to
-look at, so it answers at once. LOCAL_WORLD_SIZE says how many processes this machine is to run (default 1).
+Takes the launcher's flags, the number of ranks from the environment variable WORLD_SIZE and that on this machine from
+LOCAL_WORLD_SIZE (default of both: 1). Prints nothing and exits with 0, or prints one line and exits with 2. If
+MM_DEVICE_MEMORY_GB is set to a device's memory in GiB, it warns of a run that is unlikely to fit. It imports torch only
+to look at an accelerator, so that it answers at once.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
 
 
 def preflight(job: JobConfig) -> None:
-    """Check that the guide's earlier steps are done and fit the recipe, in their order.
+    """Check the results of the guide's earlier steps, in their order, and that they fit the configuration.
 
     Raises:
-        UserError: naming what is missing or contradicts, and the step of the guide that mends it.
+        UserError: naming the file or option that is missing or wrong, and the step of the guide that makes it.
     """
     check_weights(job)
     spec = spec_of(job.model.init_from_hf_path)
@@ -52,10 +52,10 @@ def preflight(job: JobConfig) -> None:
 
 
 def check_temporary_directory(num_workers: int) -> None:
-    """Data workers hand over tensors through sockets there, and without one training would wait for them for ever.
+    """Check that data workers can pass tensors through sockets there; otherwise training would hang.
 
     Raises:
-        UserError: if the paths of the sockets would be longer than the system allows.
+        UserError: if the sockets' paths would be longer than the system allows.
     """
     directory = tempfile.gettempdir()
     length = len(os.fsencode(directory))
@@ -67,7 +67,7 @@ def check_temporary_directory(num_workers: int) -> None:
 
 
 def warn_of_room(job: JobConfig, model_config: Any) -> None:
-    """Print a line where the run's checkpoints do not fit on the disk."""
+    """Warn if the run's checkpoints do not fit on the disk."""
     args = job.args
     if args.save is None:
         return
@@ -90,15 +90,15 @@ def _plan(job: JobConfig, model_config: Any) -> Plan:
 
 
 def warn_of_memory(job: JobConfig, model_config: Any, *, memory: str) -> None:
-    """Print a line where samples of the full length are not likely to fit.
+    """Warn if samples of the full length are unlikely to fit into a device's memory.
 
     Args:
-        recipe: flags and files.
-        geometry: of the model.
+        job: flags and files.
+        model_config: of the model.
         memory: of one device, in GiB; empty for no warning.
 
     Raises:
-        UserError: if ``memory`` is no number.
+        UserError: if ``memory`` is not a number.
     """
     if not memory:
         return

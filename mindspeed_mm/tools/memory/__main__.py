@@ -82,7 +82,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     args = join_expert_sizes(args, fsdp)
-    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc).global_batch_size)
+    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc))
     directory = options.hf_config or model.init_from_hf_path
     spec = spec_of(directory)
     model_config = spec.read_config(directory)

@@ -181,9 +181,9 @@ def _load(tmp_path, name, text, model=FSDPConfig):
     [
         ("a.json", '{\n "a": 1,\n}', r"a.json, line \d, column \d+ is not valid JSON"),
         ("a.json", "[]", "holds a list; it must hold an object"),
-        ("a.json", '{"offload_to_cpu": false, "offload_to_cpu": true}', "offload_to_cpu stands twice"),
-        ("a.json", '{"num_to_forward_prefetch": NaN}', "NaN is no JSON value"),
-        ("a.yaml", "param_dtype: bf16\nparam_dtype: fp32\n", "a.yaml, line 2: param_dtype stands twice"),
+        ("a.json", '{"offload_to_cpu": false, "offload_to_cpu": true}', "offload_to_cpu occurs twice"),
+        ("a.json", '{"num_to_forward_prefetch": NaN}', "NaN is not a JSON value"),
+        ("a.yaml", "param_dtype: bf16\nparam_dtype: fp32\n", "a.yaml, line 2: param_dtype occurs twice"),
         ("a.yaml", "param_dtype: [bf16\nreduce_dtype: fp32\n", r"a.yaml, line \d is not valid YAML"),
         ("a.yaml", "- 1\n", "holds a list"),
         ("a.yaml", "param_dtyp: bf16\n", "did you mean param_dtype"),

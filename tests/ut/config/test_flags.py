@@ -51,7 +51,7 @@ def _check_model(words, *, world_size=1, sharding_size="auto", **facts):
 def test_every_flag_of_the_recipe_is_taken():
     args = parse_args(RECIPE)
     check_flags(args)
-    assert check_parallel(args, FSDPConfig(), world_size=8).micro_batches == 1
+    assert check_parallel(args, FSDPConfig(), world_size=8) == 8
     assert (args.lr, args.seed, args.save, args.calculate_per_token_loss) == (1e-5, 42, "save_dir", True)
     assert args.warmup_samples == 8000.0 and args.decay_samples == 80000
 
@@ -140,11 +140,10 @@ def test_schedule_in_samples():
     assert _parse("--global-batch-size 16 --lr-warmup-iters 3").warmup_samples == 48.0
 
 
-def test_batch_plan():
-    plan = check_parallel(_parse("--micro-batch-size 2 --global-batch-size 24"), FSDPConfig(), world_size=4)
-    assert (plan.data_parallel_size, plan.global_batch_size, plan.micro_batches) == (4, 24, 3)
-    assert check_parallel(_parse("--micro-batch-size 3"), FSDPConfig(), world_size=4).global_batch_size == 12
-    assert check_parallel(_parse("--context-parallel-size 2"), FSDPConfig(), world_size=4).data_parallel_size == 2
+def test_global_batch_size():
+    assert check_parallel(_parse("--micro-batch-size 2 --global-batch-size 24"), FSDPConfig(), world_size=4) == 24
+    assert check_parallel(_parse("--micro-batch-size 3"), FSDPConfig(), world_size=4) == 12
+    assert check_parallel(_parse("--context-parallel-size 2"), FSDPConfig(), world_size=4) == 2
 
 
 @pytest.mark.parametrize(
