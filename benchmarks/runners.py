@@ -16,7 +16,6 @@ from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
-from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -25,10 +24,10 @@ from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
-from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
+from mindspeed_mm.training.context import Objective, RunContext
+from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
+from mindspeed_mm.training.metrics import StepMetrics
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
-from mindspeed_mm.training.step import StepResult
 from mindspeed_mm.training.trainer import Trainer
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-5, 0.01, 1.0
@@ -94,25 +93,29 @@ class OurRunner:
         optimizer = build_optimizer(self.model, args)
         self.trainer = Trainer(
             args=args, model=self.model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
-            loader=_endless(steps, model_config, pin=backend.is_accelerator),
-            forward_step=lambda model, batch, weight: model(batch, weight), loss_mode="per_token", layout=layout,
-            backend=backend, progress=Progress(), merge_unit=model_config.vision.merge_unit,
-            tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
+            loader=DevicePrefetcher(
+                _endless(steps, model_config, pin=backend.is_accelerator), backend,
+                batch_splitter(layout, merge_unit=model_config.vision.merge_unit),
+            ),
+            objective=Objective(
+                forward_step=lambda model, batch, weight: model(batch, weight), loss_mode="per_token"
+            ),
+            context=RunContext(layout=layout, backend=backend, progress=Progress()),
         )
         self.model.train()
-        self.trainer.prefetcher = DevicePrefetcher(self.trainer.loader, backend, self.trainer.split_batch)
+        self.trainer.loader.start()
 
-    def step(self) -> StepResult:
+    def step(self) -> StepMetrics:
         """One optimizer step, queued."""
-        return self.trainer.train_step()
+        return self.trainer.train_step()[0]
 
     def waited(self) -> float:
         """Seconds that the last step waited for its data."""
-        return self.trainer.prefetcher.waited
+        return self.trainer.loader.waited
 
     def close(self) -> None:
-        """Stop the feed's thread and let go of the model."""
-        self.trainer.prefetcher.close()
+        """Stop the prefetcher's thread and let go of the model."""
+        self.trainer.loader.close()
         del self.trainer, self.model
 
 

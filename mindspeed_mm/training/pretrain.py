@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm.backend.device import Backend, select_backend
@@ -23,6 +22,7 @@ from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
@@ -31,15 +31,26 @@ from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
-from mindspeed_mm.tools.profiler import StepTools
-from mindspeed_mm.training.anomaly_detection import AnomalyDetector, reports_directory
+from mindspeed_mm.training.callbacks.anomaly_detection import AnomalyDetector, reports_directory
+from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
+from mindspeed_mm.training.callbacks.evaluation import Evaluation
+from mindspeed_mm.training.callbacks.log_line import LogLine
+from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
+from mindspeed_mm.training.callbacks.profiling import Profiling
+from mindspeed_mm.training.callbacks.run_summary import RunSummary
+from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.callbacks.watchdog import Watchdog, WatchdogLimits
+from mindspeed_mm.training.context import ForwardStep, Objective, RunContext
+from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
+from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
 from mindspeed_mm.training.signals import StopRequest, exit_status
-from mindspeed_mm.training.skipped_samples import BadSamples
-from mindspeed_mm.training.trainer import ForwardStep, Trainer
-from mindspeed_mm.training.watchdog import Watchdog, WatchdogLimits
+from mindspeed_mm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 ModelProvider = Callable[[JobConfig, Qwen3VLConfig, "ImageSettings | None", Backend], Qwen3VLModel]
 DataProvider = Callable[
@@ -73,6 +84,7 @@ def pretrain(
         timeout_minutes=job.args.distributed_timeout_minutes,
         host_tensors=job.fsdp.offload_to_cpu,
     )
+    setup_logging(dist.get_rank())
     try:
         with held_save_directory(job.args.save):
             stopped = _run(job, backend, model_provider, data_provider, forward_step)
@@ -88,7 +100,7 @@ def _run(
     data_provider: DataProvider,
     forward_step: ForwardStep,
 ) -> bool:
-    """Train; returns whether the run was told to stop before its end."""
+    """Train; returns whether the run was stopped before its end."""
     args = job.args
     layout = build_layout(
         device_type=backend.device.type,
@@ -96,12 +108,11 @@ def _run(
         expert_size=args.expert_model_parallel_size,
         context_size=args.context_parallel_size,
     )
-    say = _Announcer(layout)
-    say(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
+    logger.info(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
     if note := communication_note(backend, args.distributed_backend):
-        say(note)
+        logger.info(note)
     for line in job.describe_ignored():
-        say(line)
+        logger.info(line)
 
     backend.seed(args.seed)
     spec = spec_of(job.model.init_from_hf_path)
@@ -113,67 +124,87 @@ def _run(
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args)
-    say(_describe(model))
-    progress = _load(job, model, optimizer, backend, say)
+    logger.info(_describe(model))
+    progress = _load(job, model, optimizer, backend)
     _restore_schedule(job, schedule, progress)
 
-    with say.log():
-        loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
-    _check_order(job, progress, loader, say)
+    loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
+    _check_order(job, progress, loader)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
-    _warn_of_losses(job, say)
-    say(
+    _warn_of_losses(job)
+    logger.info(
         f"data: {loader.summary}; training from iteration {progress.iteration + 1} to {args.train_iters}"
     )
-    with StopRequest() as stop_request, _watch(args, layout) as watch:
+    with StopRequest() as stop_request:
+        context = RunContext(
+            layout=layout,
+            backend=backend,
+            progress=progress,
+            peak_tflops=_peak_tflops(job, backend),
+            stop_requested=stop_request,
+        )
+        split = batch_splitter(layout, merge_unit=model_config.vision.merge_unit)
         trainer = Trainer(
             args=args,
             model=model,
             optimizer=optimizer,
             schedule=schedule,
-            loader=loader,
-            forward_step=forward_step,
-            loss_mode=job.loss_mode,
-            layout=layout,
-            backend=backend,
-            progress=progress,
-            merge_unit=model_config.vision.merge_unit,
-            tools=StepTools(
-                job.tools,
-                rank=layout.rank,
-                profiler=backend.profiler(),
-                memory_history=backend.memory_history(),
+            loader=DevicePrefetcher(loader, backend, split),
+            objective=Objective(
+                forward_step=forward_step,
+                loss_mode=job.loss_mode,
+                load_balancing=_load_balancing(job, model_config),
+                flop_count=_flop_count(job, model_config),
             ),
-            load_balancing_loss=_router_balance(job, model_config),
-            flop_count=_flop_count(job, model_config),
-            peak_tflops=_peak_tflops(job, backend, say),
-            eval_loader=eval_loader,
-            bad_samples=BadSamples(job.data.dataloader_param.bad_sample_limit),
-            packed=job.data.dataset_param.basic_parameters.packs,
-            checkpoint_manager=_saver(job, model, optimizer, backend),
-            step_hooks=[AnomalyDetector(args, model=model, describe=loader.dataset.describe)],
-            stop_requested=stop_request,
-            clock=watch.clock,
+            context=context,
+            callbacks=_callbacks(
+                job,
+                context,
+                model=model,
+                describe=loader.dataset.describe,
+                eval_loader=eval_loader,
+                split=split,
+                manager=_checkpoint_manager(job, model, optimizer, backend),
+            ),
         )
         trainer.train()
-    stopped = trainer.stopped and progress.iteration < args.train_iters
-    _say_end(args, progress, stopped=stopped, backend=backend, say=say)
-    return stopped
+    return trainer.stopped and progress.iteration < args.train_iters
 
 
-def _say_end(args: TrainingArgs, progress: Progress, *, stopped: bool, backend: Backend, say: _Announcer) -> None:
-    how = "stopped, as it was told to," if stopped else "finished"
-    peak = backend.peak_memory_bytes() / 2**30
-    say(f"training {how} at iteration {progress.iteration}; peak memory {peak:.2f} GiB")
-    if stopped:
-        say(f"to continue: --load {args.save}" if args.save else "nothing was saved: there is no --save")
+def _callbacks(
+    job: JobConfig,
+    context: RunContext,
+    *,
+    model: nn.Module,
+    describe: Callable[[int], str],
+    eval_loader: BatchLoader | None,
+    split: Callable[[Batch], Batch],
+    manager: CheckpointManager | None,
+) -> list[Callback]:
+    """All that follows the run, in the order in which it sees a step."""
+    args, backend, rank = job.args, context.backend, context.layout.rank
+    packed = job.data.dataset_param.basic_parameters.packs
+    skipped_samples = SkippedSamples(job.data.dataloader_param.bad_sample_limit)
+    callbacks: list[Callback] = [
+        Profiling(job.tools, rank=rank, profiler=backend.profiler(), memory_history=backend.memory_history()),
+        LogLine(packed=packed),
+    ]
+    if args.save is not None:
+        callbacks.append(MetricsFile(args.save))
+    callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=describe)]
+    if eval_loader is not None:
+        callbacks.append(Evaluation(eval_loader, split=split, skipped_samples=skipped_samples))
+    if manager is not None:  # after the evaluation, whose metrics belong to the step that is saved
+        callbacks.append(Checkpointing(manager))
+    return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended
 
 
-def _watch(args: TrainingArgs, layout: Layout) -> Watchdog:
+def _watchdog(args: TrainingArgs, context: RunContext) -> Watchdog:
     return Watchdog(
         WatchdogLimits.of(args),
-        rank=layout.rank,
-        world_size=layout.world_size,
+        phases=context.phases,
+        rank=context.layout.rank,
+        world_size=context.layout.world_size,
         directory=reports_directory(args),
         connect=lambda: connect_store("watch", timeout_seconds=max(1.0, args.heartbeat_timeout)),
     )
@@ -189,24 +220,24 @@ def _flop_count(job: JobConfig, model_config: Qwen3VLConfig) -> FlopCount:
     )
 
 
-def _peak_tflops(job: JobConfig, backend: Backend, say: _Announcer) -> float | None:
+def _peak_tflops(job: JobConfig, backend: Backend) -> float | None:
     """What MFU compares with: as given, or measured for 0."""
     if job.args.peak_tflops != 0:
         return job.args.peak_tflops
     rate = measure_peak_tflops(backend, DTYPES[job.fsdp.param_dtype])
-    say(f"one large {job.fsdp.param_dtype} matrix product runs at {rate:.3g} TFLOP/s here: MFU compares with that")
+    logger.info(f"MFU compares with {rate:.3g} TFLOP/s, measured with a large {job.fsdp.param_dtype} matrix product")
     return rate
 
 
-def _router_balance(job: JobConfig, model_config: Qwen3VLConfig) -> LoadBalancingLoss | None:
+def _load_balancing(job: JobConfig, model_config: Qwen3VLConfig) -> LoadBalancingLoss | None:
     coefficient = job.router_aux_loss_coef
     return LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token) if coefficient else None
 
 
-def _saver(
+def _checkpoint_manager(
     job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend
 ) -> CheckpointManager | None:
-    """What writes the run's checkpoints, if any are to be written."""
+    """Writes the run's checkpoints, if ``--save`` names a directory."""
     args = job.args
     if args.save is None:
         return None
@@ -224,45 +255,6 @@ def _saver(
         backend=backend,
         metadata={**job.checkpoint_metadata(), RUN_KEY: run_identity()},
     )
-
-
-class _Announcer:
-    """Prints on the main process, with seconds since the start, where start-up time goes."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.is_main = layout.is_main
-        self.started = time.perf_counter()
-
-    def __call__(self, message: str) -> None:
-        if self.is_main:
-            print(f" [{time.perf_counter() - self.started:6.1f} s] {message}", flush=True)
-
-    @contextlib.contextmanager
-    def log(self) -> Iterator[None]:
-        """Print what the package's own loggers say, too; other processes keep to their warnings."""
-        logger, handler = logging.getLogger("mindspeed_mm"), _LogHandler(self)
-        if not self.is_main:
-            yield
-            return
-        level = logger.level
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-
-
-class _LogHandler(logging.Handler):
-    """Hands log records to an announcer."""
-
-    def __init__(self, say: _Announcer) -> None:
-        super().__init__()
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.getMessage())
 
 
 def _shard_and_allocate(model: Qwen3VLModel, job: JobConfig, backend: Backend, layout: Layout) -> None:
@@ -284,16 +276,16 @@ def _describe(model: nn.Module) -> str:
 
 
 def _load(
-    job: JobConfig, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, say: _Announcer
+    job: JobConfig, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend
 ) -> Progress:
     start = choose_start(job.args)
     for note in start.notes:
-        say(note)
+        logger.info(note)
     path = start.path
     if path is None:
         directory = job.model.init_from_hf_path
         load_hf_weights(model, directory)
-        say(f"loaded the weights of {directory}; no --load was given")
+        logger.info(f"loaded the weights of {directory}; no --load was given")
         return Progress()
     converted = not Progress.is_training(path)
     progress = load_checkpoint(
@@ -305,7 +297,7 @@ def _load(
         check=job.args.check_load,
     )
     said = {"read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"}
-    say(f"loaded {path}; {said[job.args.check_load]}")
+    logger.info(f"loaded {path}; {said[job.args.check_load]}")
     return progress
 
 
@@ -327,7 +319,7 @@ def _restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None
     schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
 
 
-def _warn_of_losses(job: JobConfig, say: _Announcer) -> None:
+def _warn_of_losses(job: JobConfig) -> None:
     """Say what a run resumed from this run's checkpoints will not have."""
     args = job.args
     left_out = [
@@ -336,18 +328,18 @@ def _warn_of_losses(job: JobConfig, say: _Announcer) -> None:
         if flag
     ]
     if args.save is not None and left_out:
-        say(
+        logger.info(
             f"checkpoints will be saved without {' and '.join(left_out)}: enough to export the model; "
             "a run resumed from them starts these anew"
         )
 
 
-def _check_order(job: JobConfig, progress: Progress, loader: Any, say: _Announcer) -> None:
+def _check_order(job: JobConfig, progress: Progress, loader: Any) -> None:
     """Say so where the resumed run will not see the samples in the order of the first."""
     for name, saved, current in (
         ("--seed", progress.seed, job.args.seed),
         ("the number of samples per epoch", progress.samples_per_epoch, loader.samples_per_epoch),
     ):
         if saved is not None and saved != current:
-            say(f"warning: {name} was {saved} when the checkpoint was written and is {current} now: "
+            logger.warning(f"{name} was {saved} when the checkpoint was written and is {current} now: "
                 "the order of the samples differs from the first run's")

@@ -24,7 +24,6 @@ from mindspeed_mm.backend.process_group import init_distributed, shutdown_distri
 from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
-from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.interfaces.media import MediaPatches
@@ -34,7 +33,8 @@ from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel import collectives
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
-from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.context import Objective, RunContext
+from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
 from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
@@ -160,13 +160,20 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
         with mark("forward"):
             return model(batch, weight)
 
+    steps = [
+        StepBatches(
+            [collate(samples(case, model_config, 2 * step + micro), SPEC, model_config)
+             for micro in range(case["micro_batches"])]
+        )
+        for step in range(2)
+    ]  # fmt: skip
     trainer = Trainer(
         args=args, model=model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
-        loader=[StepBatches([collate(samples(case, model_config, 2 * step + micro), SPEC, model_config)
-                             for micro in range(case["micro_batches"])]) for step in range(2)],
-        forward_step=forward, loss_mode="per_token", layout=layout, backend=backend, progress=Progress(),
-        merge_unit=model_config.vision.merge_unit,
-        tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
+        loader=DevicePrefetcher(
+            steps, backend, batch_splitter(layout, merge_unit=model_config.vision.merge_unit)
+        ),
+        objective=Objective(forward_step=forward, loss_mode="per_token"),
+        context=RunContext(layout=layout, backend=backend, progress=Progress()),
     )  # fmt: skip
     received: dict[str, int] = {}
     trace = f"{out}.trace{layout.rank}.json"

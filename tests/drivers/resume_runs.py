@@ -23,29 +23,29 @@ import pretrain_transformers
 from mindspeed_mm.config.job import load_job_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training import pretrain
-from mindspeed_mm.training.anomaly_detection import AnomalyDetector
-from mindspeed_mm.training.reports import StepReport
-from mindspeed_mm.training.watchdog import PhaseTimer
+from mindspeed_mm.training.callbacks.anomaly_detection import AnomalyDetector
+from mindspeed_mm.training.context import PhaseTimer
+from mindspeed_mm.training.metrics import StepRecord
 
 Fault = dict[str, Any]
 
 
 class Recorder(AnomalyDetector):
-    """Writes down every step on top of judging it."""
+    """Writes down every step on top of checking it."""
 
     steps: dict[int, dict[str, Any]]
 
-    def __call__(self, report: StepReport) -> None:
+    def on_step_end(self, record: StepRecord) -> None:
         """Keep the numbers to the last bit, and which samples this rank saw."""
-        self.steps[report.iteration] = {
-            "loss": report.result.loss.hex(),
-            "norm": report.result.grad_norm.hex(),
-            "learning_rate": report.learning_rate.hex(),
-            "consumed": report.consumed_samples,
-            "skipped": report.result.skipped,
-            "samples": [list(part.sample_ids) for part in report.result.samples],
+        self.steps[record.iteration] = {
+            "loss": record.metrics["loss"].hex(),
+            "norm": record.metrics["grad_norm"].hex(),
+            "learning_rate": record.metrics["learning_rate"].hex(),
+            "consumed": record.metrics["consumed_samples"],
+            "skipped": bool(record.metrics["skipped"]),
+            "samples": [list(part.sample_ids) for part in record.details.samples],
         }
-        super().__call__(report)
+        super().on_step_end(record)
 
 
 def with_fault(fault: Fault | None) -> Any:

@@ -24,7 +24,6 @@ from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
-from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
@@ -33,7 +32,12 @@ from mindspeed_mm.parallel.collectives import scale_gradient
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.parallel.parallelize import parallelise
-from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
+from mindspeed_mm.training.callbacks.evaluation import Evaluation
+from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.context import Objective, RunContext
+from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
 from mindspeed_mm.training.gradients import GradientNorm
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
@@ -164,39 +168,42 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
 
     if not case.get("host_reads"):  # putting gradients together reads them
         optimizer.register_step_pre_hook(keep_gradients)
-    saver = None
-    if args.save:
-        state = TrainingState(model, optimizer, backend, with_rng=False)
-        saver = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend)
     sizes = {"batch": args.global_batch_size, "micro_batch": args.micro_batch_size, "model_config": model_config}
     steps = range(progress.iteration, args.train_iters)
+    split = batch_splitter(layout, merge_unit=model_config.vision.merge_unit)
+    callbacks: list[Callback] = []
+    validation: list[float] = []
+    if args.save:
+        state = TrainingState(model, optimizer, backend, with_rng=False)
+        held_out = [deal_out(layout, VALIDATION_STEP, **sizes)]
+        evaluation = Evaluation(held_out, split=split, skipped_samples=SkippedSamples(0))
+        validation = record(evaluation, "evaluate")
+        manager = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend)
+        callbacks = [evaluation, Checkpointing(manager)]
     trainer = Trainer(
         args=args,
         model=model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, args),
-        loader=(deal_out(layout, step, **sizes) for step in steps),
-        eval_loader=[deal_out(layout, VALIDATION_STEP, **sizes)] if args.save else None,
-        forward_step=lambda model, batch, weight: model(batch, weight),
-        loss_mode=case.get("loss_mode", "per_token"),
-        load_balancing_loss=LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token)
-        if coefficient
-        else None,
-        layout=layout,
-        backend=backend,
-        progress=progress,
-        saver=saver,
-        merge_unit=model_config.vision.merge_unit,
-        tools=StepTools(ToolsConfig(), rank=layout.rank, profiler=backend.profiler(), memory_history=None),
+        loader=DevicePrefetcher((deal_out(layout, step, **sizes) for step in steps), backend, split),
+        objective=Objective(
+            forward_step=lambda model, batch, weight: model(batch, weight),
+            loss_mode=case.get("loss_mode", "per_token"),
+            load_balancing=LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token)
+            if coefficient
+            else None,
+        ),
+        context=RunContext(layout=layout, backend=backend, progress=progress),
+        callbacks=callbacks,
     )
     reads = [] if case.get("host_reads") else None
     results = record(trainer, "train_step", reads)
-    validation = record(trainer, "evaluate")
     trainer.train()
+    metrics = [of_step.read() for of_step, _ in results]
     return Outcome(
-        [result.loss for result in results],
-        [result.router_loss for result in results],
-        [result.grad_norm for result in results],
+        [of_step["loss"] for of_step in metrics],
+        [of_step.get("router_aux_loss") for of_step in metrics],
+        [of_step["grad_norm"] for of_step in metrics],
         gradients,
         {name: whole(parameter) for name, parameter in model.named_parameters()},
         validation,
@@ -205,10 +212,10 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     )
 
 
-def record(trainer: Trainer, name: str, reads: list[Any] | None = None) -> list[Any]:
+def record(owner: Any, name: str, reads: list[Any] | None = None) -> list[Any]:
     """Collect what a method returns from now on, and what the host reads in each call if there is a list for it."""
     results: list[Any] = []
-    method = getattr(trainer, name)
+    method = getattr(owner, name)
 
     def recorded() -> Any:
         with contextlib.nullcontext() if reads is None else HostReads() as seen:
@@ -217,7 +224,7 @@ def record(trainer: Trainer, name: str, reads: list[Any] | None = None) -> list[
             reads.append(seen.found)
         return results[-1]
 
-    setattr(trainer, name, recorded)
+    setattr(owner, name, recorded)
     return results
 
 

@@ -169,6 +169,19 @@ def assert_same_run(whole: dict[int, Any], parts: list[dict[int, Any]]) -> None:
     assert len({json.dumps(ids) for ids in samples}) == STEPS  # the comparison would see another order
 
 
+def assert_same_metrics(one: Path, other: Path) -> None:
+    """``metrics.jsonl`` of two ``--save`` directories: one line per step, without duplicates or gaps, and equal."""
+    ours, theirs = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (one, other)
+    )
+    assert [line["iteration"] for line in ours] == list(range(1, STEPS + 1))
+    measured = {"time", "peak_memory_gib", *(name for name in ours[0] if "second" in name)}
+    for mine, other_line in zip(ours, theirs, strict=True):
+        assert mine.keys() == other_line.keys()
+        assert [key for key in mine if key not in measured and mine[key] != other_line[key]] == [], mine["iteration"]
+    assert {"loss", "grad_norm", "learning_rate", "tokens"} <= set(ours[0]) - measured
+
+
 def assert_same_checkpoint(one: Path, other: Path, *, without: str = "-") -> None:
     """The last checkpoints of two ``--save`` directories hold the same tensors, to the bit."""
     ours, theirs = stored(one / LAST), stored(other / LAST)

@@ -65,8 +65,8 @@ def test_bad_sample_stops_all_processes_or_is_left_out(place, basic):  # noqa: F
         (line,) = {line for line in output.splitlines() if line.startswith("error: ")}  # all processes agree
         assert picture.name in line and "record" in line and "cannot be used" in line
         output = train(place, "bad", MM_DATA=skip, **layout)
-        assert re.search(rf"left out bad sample: .*record \d+.*: image .*{picture.name} cannot be used", output)
-        assert "bad samples left out so far: 1 of at most 5" in output
+        assert re.search(rf"skipped bad sample: .*record \d+.*: image .*{picture.name} cannot be used", output)
+        assert "bad samples skipped so far: 1 of at most 5" in output
         assert sorted(logged(output)) == list(range(1, 10))
     finally:
         shutil.copy(place / "kept", picture)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.st
 def test_a_signal_to_one_process_stops_all_after_the_step(quick):
     told, resumed = quick.steps("told"), quick.steps("told, then resumed")
     assert max(told) == 4  # the step that it came in: it is asked for when the step's sums are made
-    assert re.search(rf"training stopped, as it was told to, at iteration {max(told)};", quick.output)
+    assert re.search(rf"training stopped, as requested, at iteration {max(told)};", quick.output)
     assert_same_run(quick.steps("whole"), [told, resumed])
     assert_same_checkpoint(quick.place / "whole", quick.place / "told")
 
@@ -63,8 +63,8 @@ def test_a_process_that_hangs_is_reported_with_where_the_others_wait(quick):
     assert "iteration 8, waiting for data for" in sleeper and "time.sleep(fault" in sleeper
     assert "iteration 8, waiting for data for" not in waiter and "all_reduce" in waiter
     found = re.search(
-        r"warning: iteration 8 (has taken (\S+) s, the median is (\S+) s|takes another process too long); "
-        r"stacks of all processes: .+/reports\n"
+        r"warning: iteration 8 (has taken (\S+) s, the median is (\S+) s|takes too long on another rank); "
+        r"stack traces of all ranks: .+/reports\n"
         r"   rank 0: iteration 8, counting tokens for .*all_reduce.*\n   rank 1: iteration 8, waiting for data for",
         quick.output,
     )

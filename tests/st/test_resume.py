@@ -20,6 +20,7 @@ from tests.helpers.resumed_runs import (
     Runs,
     add_killed,
     assert_same_checkpoint,
+    assert_same_metrics,
     assert_same_run,
 )
 from tests.st.test_recipe import stored
@@ -56,6 +57,7 @@ def check_resumed(runs: Runs, whole: str, resumed: str) -> None:
     """To the bit: every step's numbers and samples, and all that the last checkpoint holds."""
     assert_same_run(runs.steps(whole), runs.parts(resumed))
     assert_same_checkpoint(runs.place / whole, runs.place / resumed)
+    assert_same_metrics(runs.place / whole, runs.place / resumed)
 
 
 def test_two_processes_with_everything_resume_to_the_bit(quick):
@@ -101,6 +103,7 @@ def check_killed(runs: Runs) -> None:
     whole, rest = runs.steps("whole"), runs.steps("killed")
     assert sorted(rest) == [4, 5, 6, 7, 8] and all(rest[step] == whole[step] for step in rest)
     assert_same_checkpoint(runs.place / "whole", runs.place / "killed")
+    assert_same_metrics(runs.place / "whole", runs.place / "killed")
 
 
 def test_killed_process_is_started_again_and_nothing_is_lost(quick):

@@ -22,7 +22,7 @@ from mindspeed_mm.backend.profiling import NpuProfiler
 from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.callbacks.profiling import Profiling
 
 STAND_IN = Path(__file__).parents[2] / "helpers/simulated_npu/torch_npu/profiler.py"
 WHEELS = sorted(Path(os.environ.get("TORCH_NPU_WHEELS", "/nowhere")).glob("torch_npu-*.whl"))
@@ -44,15 +44,15 @@ def npu_profiler(monkeypatch):
 def tools(tmp_path, *, rank=0, **static):
     static = {"save_path": str(tmp_path), "start_step": 2, "end_step": 4, **static}
     config = validate_config({"profile": {"enable": True, "static_param": static}}, ToolsConfig, source="tools.json")
-    return StepTools(config, rank=rank, profiler=NpuProfiler(), memory_history=None)
+    return Profiling(config, rank=rank, profiler=NpuProfiler(), memory_history=None)
 
 
 def run(step_tools):
     for iteration in range(1, 6):
-        step_tools.step_begin(iteration)
+        step_tools.on_step_start(iteration)
         torch.ones(4, 4) @ torch.ones(4, 4)
-        step_tools.step_end(iteration)
-    step_tools.close()
+        step_tools.on_step_queued(iteration)
+    step_tools.on_run_end(failed=False)
 
 
 def test_every_field_reaches_torch_npu_and_the_trace_opens(npu_profiler, tmp_path):

@@ -10,7 +10,7 @@ from mindspeed_mm.backend.profiling import TorchProfiler
 from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.config.tools_config import DYNAMIC_FILE, ToolsConfig
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.tools.profiler import StepTools
+from mindspeed_mm.training.callbacks.profiling import Profiling
 
 CPU = TorchProfiler([ProfilerActivity.CPU])
 
@@ -40,10 +40,10 @@ def _profile(tmp_path, **static):
 
 def _run(tools, iterations):
     for iteration in iterations:
-        tools.step_begin(iteration)
+        tools.on_step_start(iteration)
         torch.ones(8, 8) @ torch.ones(8, 8)
-        tools.step_end(iteration)
-    tools.close()
+        tools.on_step_queued(iteration)
+    tools.on_run_end(failed=False)
 
 
 def _trace(directory):
@@ -53,7 +53,7 @@ def _trace(directory):
 
 def test_trace_holds_the_chosen_steps_and_opens(tmp_path):
     config = _profile(tmp_path, record_shapes=True, with_memory=True, with_stack=True)
-    _run(StepTools(config, rank=0, profiler=CPU, memory_history=None), range(1, 6))
+    _run(Profiling(config, rank=0, profiler=CPU, memory_history=None), range(1, 6))
     name, events = _trace(tmp_path)
     assert name == "trace_rank0_steps2-3.json"
     names = {event.get("name") for event in events}
@@ -65,13 +65,13 @@ def test_trace_holds_the_chosen_steps_and_opens(tmp_path):
 
 
 def test_a_run_that_ends_early_still_writes(tmp_path):
-    _run(StepTools(_profile(tmp_path), rank=0, profiler=CPU, memory_history=None), range(1, 3))
+    _run(Profiling(_profile(tmp_path), rank=0, profiler=CPU, memory_history=None), range(1, 3))
     assert {"iteration 2"} <= {event.get("name") for event in _trace(tmp_path)[1]}
 
 
 @pytest.mark.parametrize(("first", "files"), [(3, 1), (4, 0)])
 def test_a_resumed_run(tmp_path, first, files):
-    _run(StepTools(_profile(tmp_path), rank=0, profiler=CPU, memory_history=None), range(first, 7))
+    _run(Profiling(_profile(tmp_path), rank=0, profiler=CPU, memory_history=None), range(first, 7))
     assert len(list(tmp_path.glob("*.json"))) == files
 
 
@@ -80,12 +80,12 @@ def test_ranks(tmp_path, ranks, files):
     config = _config(
         profile={"enable": True, "ranks": ranks, "static_param": {"save_path": str(tmp_path), "start_step": 1}}
     )
-    _run(StepTools(config, rank=3, profiler=CPU, memory_history=None), range(1, 12))
+    _run(Profiling(config, rank=3, profiler=CPU, memory_history=None), range(1, 12))
     assert len(list(tmp_path.glob("*rank3*"))) == files
 
 
 def test_disabled_does_nothing(tmp_path):
-    _run(StepTools(ToolsConfig(), rank=0, profiler=CPU, memory_history=None), range(1, 20))
+    _run(Profiling(ToolsConfig(), rank=0, profiler=CPU, memory_history=None), range(1, 20))
     assert not list(tmp_path.iterdir())
 
 
@@ -96,7 +96,7 @@ def test_disabled_does_nothing(tmp_path):
 )
 def test_fields_that_cannot_act_are_refused_on_every_rank(tmp_path, static, field):
     with pytest.raises(UserError, match=field):
-        StepTools(_profile(tmp_path, **static), rank=5, profiler=CPU, memory_history=None)
+        Profiling(_profile(tmp_path, **static), rank=5, profiler=CPU, memory_history=None)
 
 
 def test_memory_snapshot(tmp_path):
@@ -105,7 +105,7 @@ def test_memory_snapshot(tmp_path):
         "enable": True, "start_step": 2, "end_step": 3, "save_path": str(tmp_path / "new"), "stacks": "python",
         "max_entries": 10, "mem_info": True,
     }
-    tools = StepTools(_config(memory_profile=section), rank=0, profiler=CPU, memory_history=memory)
+    tools = Profiling(_config(memory_profile=section), rank=0, profiler=CPU, memory_history=memory)
     _run(tools, range(1, 5))
     assert memory.calls == [
         ("all", {"stacks": "python", "max_entries": 10}),
@@ -117,26 +117,27 @@ def test_memory_snapshot(tmp_path):
 
 def test_memory_snapshot_without_a_device_is_refused():
     with pytest.raises(UserError, match="memory_profile.enable"):
-        StepTools(_config(memory_profile={"enable": True}), rank=0, profiler=CPU, memory_history=None)
+        Profiling(_config(memory_profile={"enable": True}), rank=0, profiler=CPU, memory_history=None)
 
 
 def test_unwritable_directory(tmp_path):
     (tmp_path / "file").write_text("")
-    tools = StepTools(_profile(tmp_path / "file"), rank=0, profiler=CPU, memory_history=None)
+    tools = Profiling(_profile(tmp_path / "file"), rank=0, profiler=CPU, memory_history=None)
     with pytest.raises(UserError, match="save_path"):
         _run(tools, range(1, 4))
 
 
 def _dynamic(directory, rank=0):
     section = {"enable": True, "profile_type": "dynamic", "dynamic_param": {"config_path": str(directory)}}
-    return StepTools(_config(profile=section), rank=rank, profiler=CPU, memory_history=None)
+    return Profiling(_config(profile=section), rank=rank, profiler=CPU, memory_history=None)
 
 
 def _ask(directory, **fields):
     (directory / DYNAMIC_FILE).write_text(json.dumps({"is_valid": True, "prof_dir": str(directory / "out"), **fields}))
 
 
-def test_a_file_asks_for_a_profile_while_training_runs(tmp_path, capsys):
+def test_a_file_asks_for_a_profile_while_training_runs(tmp_path, caplog):
+    caplog.set_level("INFO", "mindspeed_mm")
     tools = _dynamic(tmp_path)
     template = json.loads((tmp_path / DYNAMIC_FILE).read_text())
     assert template["is_valid"] is False and {"start_step", "active", "prof_dir"} <= template.keys()
@@ -149,7 +150,7 @@ def test_a_file_asks_for_a_profile_while_training_runs(tmp_path, capsys):
     assert name == "trace_rank0_steps4-5.json"
     assert {"iteration 4", "iteration 5"} <= names and not {"iteration 3", "iteration 6"} & names
     assert next(event for event in events if event.get("name") == "aten::matmul")["args"]["Input Dims"]
-    assert "profile of rank 0 is in" in capsys.readouterr().out
+    assert "profile of rank 0 is in" in caplog.text
     # the same wish again, once the file is written again
     _run(tools, range(9, 12))
     assert len(list((tmp_path / "out").iterdir())) == 1
@@ -184,17 +185,17 @@ def test_ranks_of_a_dynamic_profile(tmp_path, ranks, files):
         ({"activities": ["XPU"]}, "with_cpu is false"),
     ],
 )
-def test_a_mistake_in_the_file_does_not_stop_training(tmp_path, capsys, content, message):
+def test_a_mistake_in_the_file_does_not_stop_training(tmp_path, caplog, content, message):
     tools = _dynamic(tmp_path)
     _run(tools, [1])
     _ask(tmp_path, **content)
     _run(tools, range(2, 5))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 1 and message in lines[0] and DYNAMIC_FILE in lines[0]
     assert not (tmp_path / "out").exists()
     (tmp_path / DYNAMIC_FILE).write_text("{half")
     _run(tools, [5])
-    assert "not valid JSON" in capsys.readouterr().out
+    assert "not valid JSON" in caplog.text
     _ask(tmp_path)
     _run(tools, [6])
     assert len(list((tmp_path / "out").iterdir())) == 1
@@ -209,6 +210,6 @@ def test_a_snapshot_replaces_an_older_one(tmp_path):
                 file.write(b"new")
 
     section = {"enable": True, "start_step": 1, "save_path": str(tmp_path)}
-    tools = StepTools(_config(memory_profile=section), rank=0, profiler=CPU, memory_history=Writing())
+    tools = Profiling(_config(memory_profile=section), rank=0, profiler=CPU, memory_history=Writing())
     _run(tools, range(1, 3))
     assert (tmp_path / "snapshot_rank0.pickle").read_bytes() == b"new"

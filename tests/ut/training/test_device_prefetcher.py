@@ -1,4 +1,4 @@
-"""The feed: order, errors, reading ahead, and the time that could not be hidden."""
+"""The device prefetcher: order, errors, reading ahead, and the time that could not be hidden."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ def backend() -> Backend:
     return select_backend("cpu")
 
 
+def started(steps: Iterator[StepBatches], backend: Backend) -> DevicePrefetcher:
+    prefetcher = DevicePrefetcher(steps, backend, lambda batch: batch)
+    prefetcher.start()
+    return prefetcher
+
+
 def test_steps_come_in_order_and_end(backend: Backend) -> None:
-    prefetcher = DevicePrefetcher((step(index) for index in range(4)), backend, lambda batch: batch)
+    prefetcher = started((step(index) for index in range(4)), backend)
     taken = [prefetcher.take() for _ in range(4)]
     assert [data.batches[0].sample_ids for data in taken] == [[0], [1], [2], [3]]
     assert [data.tokens for data in taken] == [3, 4, 5, 6]
@@ -45,7 +51,7 @@ def test_error_arrives_where_the_data_is_taken(backend: Backend) -> None:
         yield step(0)
         raise UserError("a worker died")
 
-    prefetcher = DevicePrefetcher(failing(), backend, lambda batch: batch)
+    prefetcher = started(failing(), backend)
     prefetcher.take()
     with pytest.raises(UserError, match="a worker died"):
         prefetcher.take()
@@ -58,7 +64,7 @@ def test_loading_is_hidden_behind_the_step(backend: Backend) -> None:
             time.sleep(0.1)
             yield step(index)
 
-    prefetcher = DevicePrefetcher(slow(), backend, lambda batch: batch)
+    prefetcher = started(slow(), backend)
     prefetcher.take()
     assert prefetcher.waited > 0.05  # nothing to hide the first step behind
     time.sleep(0.25)
@@ -75,7 +81,7 @@ def test_closing_ends_the_thread(backend: Backend) -> None:
         while True:
             yield step(0)
 
-    prefetcher = DevicePrefetcher(endless(), backend, lambda batch: batch)
+    prefetcher = started(endless(), backend)
     prefetcher.take()
     prefetcher.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "device prefetcher"]

@@ -1,4 +1,4 @@
-"""Signs of life between processes, through the job's store; neither the device nor the process group takes part."""
+"""Heartbeats between ranks through the job's store; neither the device nor the process group takes part."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ import torch.distributed as dist
 
 _FAREWELL = b"ended"
 _ASKED, _PRINTED = "asked", "printed"
-_RANKS_PER_SECOND = 50  # that one process reads
+_RANKS_PER_SECOND = 50  # that one rank reads
 
 
 class Heartbeat:
-    """Beats for this process and listens to the others, in a thread of its own, since the store may not answer.
+    """Sends this rank's heartbeat and reads the others', in a thread of its own, since the store may not answer.
 
     Attributes:
-        asked: the last iteration that some process wants reports of; -1 for none.
+        asked: last iteration that some rank asked reports of; -1 for none.
     """
 
     def __init__(self, *, rank: int, world_size: int, poll_seconds: float) -> None:
-        """``poll_seconds``: between two beats; more where there are very many processes."""
+        """``poll_seconds``: between two heartbeats; longer in jobs of thousands of ranks."""
         self.asked = -1
         self._rank = rank
         self._world_size = world_size
         self._seconds = max(poll_seconds, world_size / _RANKS_PER_SECOND)
         self._store: Any | None = None
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # of the store: the watch uses it, too
+        self._lock = threading.Lock()  # of the store: the watchdog uses it, too
         self._answered = time.monotonic()  # when the store last did
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def start(self, connect: Callable[[], Any | None], describe: Callable[[], str], closed: threading.Event) -> None:
-        """Connect and begin to beat, until ``closed``; ``describe`` is what each beat says."""
+        """Connect and send heartbeats until ``closed``; ``describe`` gives the text of each."""
         if self._world_size == 1:
             return
         self._store = connect()
         if self._store is None:
             return
         self._answered = time.monotonic()
-        self._thread = threading.Thread(target=self._run, args=(connect, describe, closed), name="pulse", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(connect, describe, closed), name="heartbeat", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
-        """Wait for the thread, which says farewell; but not for a store that does not answer."""
+        """Wait for the thread, which sends a last heartbeat; but not for a store that does not answer."""
         if self._thread is not None:
             self._thread.join(timeout=2 * self._seconds)
 
     def silent(self, limit: float) -> list[tuple[int, float, str]]:
-        """(rank, seconds, last words) of each process that was not heard of for ``limit`` seconds.
+        """(rank, seconds, text of the last heartbeat) of each rank without one for ``limit`` seconds.
 
-        The store lives with rank 0: where it does not answer, that is who is silent.
+        The store is part of rank 0: if it does not answer, rank 0 is the silent one.
         """
         now = time.monotonic()
         if self._thread is None:
@@ -69,15 +71,15 @@ class Heartbeat:
         ]
 
     def ask_for_reports(self, iteration: int) -> None:
-        """Make every process report."""
+        """Make every rank report."""
         self._with_store(lambda store: store.set(_ASKED, str(iteration)))
 
     def post_summary(self, iteration: int, text: str) -> None:
-        """This process's line of a report."""
+        """Store this rank's line of a report."""
         self._with_store(lambda store: store.set(f"hang/{iteration}/{self._rank}", text))
 
     def gather_summaries(self, iteration: int, *, own: str, seconds: float) -> dict[int, str | None]:
-        """Every process's line, None for those that did not post any within ``seconds``."""
+        """Every rank's line, None for a rank that stored none within ``seconds``."""
         found: dict[int, str | None] = dict.fromkeys(range(self._world_size))
         found[self._rank] = own
         end = time.monotonic() + seconds
@@ -89,11 +91,11 @@ class Heartbeat:
         return found
 
     def mark_printed(self, iteration: int) -> None:
-        """The report is complete."""
+        """Store that the report is complete."""
         self._with_store(lambda store: store.set(f"{_PRINTED}/{iteration}", "1"))
 
     def wait_for_print(self, iteration: int, *, seconds: float) -> None:
-        """Until the report is complete, but not for ever."""
+        """Wait until the report is complete, at most ``seconds``."""
         end = time.monotonic() + seconds
         while self._store is not None and time.monotonic() < end:
             if self._with_store(lambda store: _read(store, f"{_PRINTED}/{iteration}")) is not None:
@@ -101,14 +103,14 @@ class Heartbeat:
             time.sleep(self._seconds / 4)
 
     def _with_store(self, use: Callable[[Any], Any]) -> Any:
-        """What ``use`` returns of the store; None where there is none or it fails."""
+        """Result of ``use`` on the store; None where there is no store or it fails."""
         if self._store is None or not self._lock.acquire(timeout=self._seconds * 5):
             return None
         try:
             answer = use(self._store)
             self._answered = time.monotonic()
             return answer
-        except RuntimeError:  # what a store raises that has no connection any more; the next beat makes one
+        except RuntimeError:  # the store has lost its connection; the next heartbeat makes a new one
             self._store = None
             return None
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +11,26 @@ from typing import Any, Protocol
 from torch.profiler import record_function
 
 from mindspeed_mm.backend.profiling import Profiler, ProfileRequest, Recording
-from mindspeed_mm.config.tools_config import MemoryProfileConfig, ProfileConfig, ToolsConfig
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.tools_config import (
+    DYNAMIC_FILE,
+    DynamicRequest,
+    MemoryProfileConfig,
+    ProfileConfig,
+    ToolsConfig,
+)
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.tools.dynamic_profile import RequestFile
+from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.logging_setup import ALL_RANKS
 
-ALL_RANKS = -1
+logger = logging.getLogger(__name__)
+
+_EVERY_RANK = -1
+_SHOWN = (
+    "is_valid", "start_step", "active", "prof_dir", "record_shapes", "profile_memory", "with_stack", "is_rank",
+    "rank_list",
+)  # fmt: skip
+"""Fields that the file to be edited begins with."""
 
 
 class MemoryHistory(Protocol):
@@ -28,7 +45,7 @@ class MemoryHistory(Protocol):
 
 
 class _Tool(Protocol):
-    """What is told of every step."""
+    """Records some of the steps."""
 
     def step_begin(self, iteration: int) -> None: ...
 
@@ -37,8 +54,8 @@ class _Tool(Protocol):
     def close(self) -> None: ...
 
 
-class StepTools:
-    """Told of every step's begin and end, starts and stops what tools.json enables for this rank.
+class Profiling(Callback):
+    """Starts and stops the profiles and memory snapshots that tools.json enables for this rank.
 
     Steps are iterations, counted from 1 over the whole run: a run resumed behind a tool's end_step never starts it,
     one resumed in between starts it at once.
@@ -71,18 +88,18 @@ class StepTools:
             if _is_chosen(rank, config.memory_profile.dump_ranks):
                 self._tools.append(_MemoryRecorder(config.memory_profile, rank=rank, memory=memory_history))
 
-    def step_begin(self, iteration: int) -> None:
-        """To be called before anything of ``iteration`` happens."""
+    def on_step_start(self, iteration: int) -> None:
+        """Start what begins with the step."""
         for tool in self._tools:
             tool.step_begin(iteration)
 
-    def step_end(self, iteration: int) -> None:
-        """To be called after everything of ``iteration`` has been started on the device."""
+    def on_step_queued(self, iteration: int) -> None:
+        """Stop what ends with the step."""
         for tool in self._tools:
             tool.step_end(iteration)
 
-    def close(self) -> None:
-        """Write what is still being recorded; the run ends."""
+    def on_run_end(self, *, failed: bool) -> None:
+        """Write what is still being recorded."""
         for tool in self._tools:
             tool.close()
 
@@ -153,7 +170,7 @@ class _Profile:
         self._end_mark()
         if self._recording is not None:
             path = self._recording.stop()
-            print(f" profile of rank {self._rank} is in {path}", flush=True)
+            logger.info(f"profile of rank {self._rank} is in {path}", extra=ALL_RANKS)
             self._recording = None
 
     def _end_mark(self) -> None:
@@ -163,7 +180,7 @@ class _Profile:
 
 
 class _DynamicProfile:
-    """Profiles that a file asks for while training runs. A mistake in it is told, and training goes on."""
+    """Profiles that a file asks for while training runs. A mistake in it is a warning; training continues."""
 
     def __init__(self, directory: str, *, rank: int, profiler: Profiler) -> None:
         self._file = RequestFile(
@@ -180,7 +197,7 @@ class _DynamicProfile:
                 self._profile.step_begin(iteration)
         except UserError as error:
             self._profile = None
-            print(f"warning: {error}; nothing is profiled", flush=True)
+            logger.warning(f"{error}; nothing is profiled")
 
     def _take_request(self, iteration: int) -> None:
         asked = self._file.changed()
@@ -214,6 +231,51 @@ class _DynamicProfile:
     def close(self) -> None:
         if self._profile is not None:
             self._profile.close()
+
+
+class RequestFile:
+    """``profiler_config.json`` in a directory. What it holds when the run starts asks for nothing yet.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, directory: Path, *, writes: bool) -> None:
+        """``writes``: whether this process leaves a file to be edited where there is none.
+
+        Raises:
+            UserError: if the directory cannot be written to.
+        """
+        self.path = directory / DYNAMIC_FILE
+        if writes and not self.path.exists():
+            template = DynamicRequest().model_dump(include=set(_SHOWN))
+            try:
+                self.path.write_text(json.dumps(template, indent=4) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(
+                    f"tools file: profile.dynamic_param.config_path: {self.path} cannot be written: {error.strerror}"
+                ) from error
+        self._seen = self._stamp()
+
+    def changed(self) -> DynamicRequest | None:
+        """What the file asks for, if it has been written anew since the last call.
+
+        Raises:
+            UserError: naming the mistake in it.
+        """
+        stamp = self._stamp()
+        if stamp is None or stamp == self._seen:
+            return None
+        self._seen = stamp
+        return load_config(self.path, DynamicRequest, flag="profile.dynamic_param.config_path")
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """What differs once the file is written anew; None where there is none at present."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class _MemoryRecorder:
@@ -252,7 +314,7 @@ class _MemoryRecorder:
 
 
 def _is_chosen(rank: int, ranks: Sequence[int]) -> bool:
-    return rank in ranks or ALL_RANKS in ranks
+    return rank in ranks or _EVERY_RANK in ranks
 
 
 def _make_directory(path: str, what: str) -> Path:

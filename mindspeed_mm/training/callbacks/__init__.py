@@ -1,0 +1,1 @@
+"""Callbacks: log line, metrics file, evaluation, checkpointing, profiling, watchdog, anomaly detection."""

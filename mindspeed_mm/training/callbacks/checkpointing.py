@@ -1,0 +1,38 @@
+"""Checkpoints of a run: every ``--save-interval`` steps, after the last one, and when the run is asked to stop."""
+
+from __future__ import annotations
+
+from mindspeed_mm.checkpoint.manager import CheckpointManager
+from mindspeed_mm.training.callbacks.base import Callback, Run
+
+
+class Checkpointing(Callback):
+    """Drives a checkpoint manager. Comes after all callbacks whose results belong to the step that is saved."""
+
+    def __init__(self, manager: CheckpointManager) -> None:
+        """``manager`` writes the checkpoints."""
+        self._manager = manager
+
+    def on_run_start(self, run: Run) -> None:
+        """Keep the run."""
+        self._run = run
+
+    def on_step_queued(self, iteration: int) -> None:
+        """Conclude an asynchronous save that has ended, and save if it is due."""
+        args = self._run.args
+        self._manager.poll()
+        due = bool(args.save_interval) and iteration % args.save_interval == 0
+        if due or self._run.stopping or iteration == args.train_iters:
+            with self._run.paused("save"):
+                self._run.notify("on_save", iteration)
+                progress = self._run.context.progress
+                progress.schedule = self._run.schedule.state_dict()
+                self._manager.start(progress)
+
+    def on_run_end(self, *, failed: bool) -> None:
+        """Wait for the last save; in a failed run only for one that is in flight."""
+        if failed:
+            self._manager.abandon()
+        else:
+            self._run.context.phases.pause("save")
+            self._manager.finish()

@@ -1,0 +1,69 @@
+"""Evaluation on held-out data while a run trains."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.interfaces.batch import Batch
+from mindspeed_mm.parallel.fsdp import reshard
+from mindspeed_mm.parallel.single_device import cached_compute_weights
+from mindspeed_mm.training.callbacks.base import Callback, Run
+from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+
+
+class Evaluation(Callback):
+    """Evaluates every ``--eval-interval`` steps and after the last one."""
+
+    def __init__(
+        self, loader: Iterable[StepBatches], *, split: Callable[[Batch], Batch], skipped_samples: SkippedSamples
+    ) -> None:
+        """Evaluate nothing yet.
+
+        Args:
+            loader: micro-batches of held-out data; each evaluation starts from the first.
+            split: takes this rank's part of a micro-batch.
+            skipped_samples: counts those of this data, too.
+        """
+        self._loader = loader
+        self._split = split
+        self._skipped_samples = skipped_samples
+
+    def on_run_start(self, run: Run) -> None:
+        """Take the model."""
+        self._run = run
+
+    def on_step_queued(self, iteration: int) -> None:
+        """Evaluate if it is due."""
+        args = self._run.args
+        if iteration % args.eval_interval == 0 or iteration == args.train_iters:
+            with self._run.paused("evaluation"):
+                self._run.notify("on_evaluation", iteration, {"validation_loss": self.evaluate()})
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy of the target tokens over at most ``--eval-iters`` global batches of held-out data."""
+        args, model = self._run.args, self._run.model
+        device, layout = self._run.context.backend.device, self._run.context.layout
+        micro_batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
+        model.eval()
+        sums, skipped = torch.zeros(3, device=device), []
+        with cached_compute_weights(model):
+            for data in itertools.islice(self._loader, micro_batches):
+                skipped += data.bad
+                for batch in data.batches:
+                    batch = self._split(batch).to(device)
+                    weight = torch.ones_like(batch.labels, dtype=torch.float32)
+                    sums[0] += self._run.objective.forward_step(model, batch, weight).loss
+                    sums[1] += weight.numel()
+        sums[2] = len(skipped) / layout.context_size
+        dist.all_reduce(sums)
+        reshard(model)
+        model.train()
+        loss, count, skipped_count = sums.tolist()
+        self._skipped_samples.check(round(skipped_count), skipped)
+        return loss / max(1.0, count)

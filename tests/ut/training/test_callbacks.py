@@ -1,0 +1,433 @@
+"""The order of callbacks, the log line, the metrics file and the summary, with a step that trains nothing.
+
+The loop, the reading of metrics and the callbacks are the real ones; ``train_step`` is a stand-in.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mindspeed_mm.backend.process_group import shutdown_distributed
+from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
+from mindspeed_mm.training.callbacks.evaluation import Evaluation
+from mindspeed_mm.training.callbacks.log_line import LogLine
+from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
+from mindspeed_mm.training.callbacks.run_summary import RunSummary
+from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.context import Objective, RunContext
+from mindspeed_mm.training.logging_setup import ALL_RANKS, RAW, setup_logging
+from mindspeed_mm.training.metrics import StepDetails, StepMetrics, StepRecord
+from mindspeed_mm.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    shutdown_distributed()
+
+
+@pytest.fixture
+def lines(caplog):
+    """What was logged so far."""
+    caplog.set_level(logging.INFO, "mindspeed_mm")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+class Backend:
+    """A CPU that may read metrics late, as an accelerator's are."""
+
+    device, name = torch.device("cpu"), "cpu"
+
+    def __init__(self, lag):
+        self.is_accelerator = bool(lag)
+
+    def peak_memory_bytes(self):
+        return 3 * 2**29
+
+
+class Schedule:
+    samples = 0
+
+    def step(self, increment):
+        self.samples += increment
+
+    def state_dict(self):
+        return {"num_steps": self.samples}
+
+
+class Manager:
+    """Keeps what a checkpoint manager was asked to do."""
+
+    def __init__(self):
+        self.calls, self.saved = [], []
+
+    def start(self, progress):
+        self.saved.append((progress.iteration, progress.schedule))
+
+    def __getattr__(self, name):
+        return lambda: self.calls.append(name)
+
+
+class Events(Callback):
+    """Keeps the order of all calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_run_start(self, run):
+        self.calls.append(("start",))
+
+    def on_step_start(self, iteration):
+        self.calls.append(("step start", iteration))
+
+    def on_step_queued(self, iteration):
+        self.calls.append(("queued", iteration))
+
+    def on_step_end(self, record):
+        self.calls.append(("step end", record.iteration))
+
+    def on_evaluation(self, iteration, metrics):
+        self.calls.append(("evaluation", iteration))
+
+    def on_save(self, iteration):
+        self.calls.append(("save", iteration))
+
+    def on_run_end(self, *, failed):
+        self.calls.append(("end", failed))
+
+
+def make(*callbacks, steps=5, iteration=0, lag=0, values=None, stop_at=(), layout=None, **flags):
+    """A trainer; ``values`` gives metrics of a step, ``stop_at`` the steps whose sums hold a request to stop."""
+    args = SimpleNamespace(
+        train_iters=steps, global_batch_size=8, exit_interval=None, save_interval=None, eval_interval=2, save="save",
+        log_interval=1, log_tps=True, **{},
+    )
+    vars(args).update(flags)
+    parameter = nn.Parameter(torch.zeros(1))
+    model = nn.Module()
+    model.parameter = parameter
+    context = RunContext(
+        layout=layout or SimpleNamespace(world_size=2, is_main=True, rank=0, dp_size=1, context_size=1),
+        backend=Backend(lag), progress=Progress(iteration=iteration, consumed_samples=8 * iteration), peak_tflops=10.0,
+    )
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    loader = SimpleNamespace(start=lambda: None, close=lambda: None, waited=0.25)
+    trainer = Trainer(
+        args=args, model=model, optimizer=optimizer, schedule=Schedule(), loader=loader,
+        objective=Objective(forward_step=None, loss_mode="per_token"), context=context, callbacks=callbacks,
+    )
+
+    def train_step():
+        current = context.progress.iteration + 1
+        metrics = StepMetrics(torch.device("cpu"))
+        defaults = {"loss": float(current), "tokens": 80, "target_tokens": 20, "samples": 10, "tflop": 2.0}
+        defaults |= {"skipped_samples": 0, "stop_requests": current in stop_at}
+        for name, value in {**defaults, **(values(current) if values else {})}.items():
+            metrics.add(name, value)
+        metrics.reduce()
+        metrics.set("grad_norm", torch.tensor(2.0))
+        metrics.set("skipped", ~metrics["loss"].isfinite())
+        metrics.send()
+        return metrics, StepDetails()
+
+    trainer.train_step = train_step
+    return trainer
+
+
+def evaluation(loss=0.5):
+    callback = Evaluation([], split=lambda batch: batch, skipped_samples=SkippedSamples(0))
+    callback.evaluate = lambda: loss
+    return callback
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_order_of_events(lag):
+    """Records are read before an evaluation or a save sees their step, and otherwise as late as the device allows."""
+    events = Events()
+    trainer = make(events, evaluation(), Checkpointing(Manager()), steps=3, lag=lag)
+    trainer.train()
+    early, late = ([("step end", 1)], []) if lag == 0 else ([], [("step end", 1)])
+    second = events.calls.index(("step start", 2))
+    assert events.calls[:second] == [("start",), ("step start", 1), *early, ("queued", 1)]
+    rest = events.calls[second:]
+    at_2 = [("step end", 2), ("queued", 2)] if lag == 0 else [*late, ("queued", 2), ("step end", 2)]
+    at_3 = [("step end", 3), ("queued", 3)] if lag == 0 else [("queued", 3), ("step end", 3)]
+    assert rest == [
+        ("step start", 2), *at_2, ("evaluation", 2),
+        ("step start", 3), *at_3, ("evaluation", 3), ("save", 3), ("end", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lag", "last"), [(0, 3), (1, 4)])
+def test_a_stop_request_ends_the_run_after_the_step_in_which_it_is_read(lag, last):
+    manager = Manager()
+    trainer = make(Checkpointing(manager), steps=9, lag=lag, stop_at={3})
+    trainer.train()
+    assert trainer.stopped and [iteration for iteration, _ in manager.saved] == [last]
+    assert manager.calls.count("poll") == last and manager.calls[-1] == "finish"
+
+
+def test_the_schedule_is_stored_before_a_save():
+    manager = Manager()
+    make(Checkpointing(manager), steps=4, save_interval=2).train()
+    assert manager.saved == [(2, {"num_steps": 16}), (4, {"num_steps": 32})]
+
+
+def test_exit_interval_saves_and_is_no_stop():
+    manager = Manager()
+    trainer = make(Checkpointing(manager), steps=9, exit_interval=2)
+    trainer.train()
+    assert not trainer.stopped and [iteration for iteration, _ in manager.saved] == [2]
+
+
+def test_a_failed_step_abandons_the_save_and_ends_every_callback():
+    class Refusing(Callback):
+        def on_step_end(self, record):
+            raise UserError(f"step {record.iteration}")
+
+        def on_run_end(self, *, failed):
+            raise OSError("not this")
+
+    manager, events = Manager(), Events()
+    with pytest.raises(UserError, match="step 1"):
+        make(Refusing(), Checkpointing(manager), events).train()
+    assert manager.calls == ["abandon"] and events.calls[-1] == ("end", True)
+
+
+def test_a_last_save_that_fails_ends_the_run_with_its_error_and_every_callback():
+    class Failing(Manager):
+        def finish(self):
+            raise UserError("disk")
+
+    events = Events()
+    with pytest.raises(UserError, match="disk"):
+        make(Checkpointing(Failing()), events).train()
+    assert events.calls[-1] == ("end", True)
+
+
+def test_skipped_samples_of_a_step_stop_the_run():
+    with pytest.raises(IndexError):  # without messages, since no rank has any here: the count arrived
+        make(SkippedSamples(0), values=lambda step: {"skipped_samples": int(step == 2)}).train()
+
+
+# the log line
+
+
+def test_line_of_the_recipe_to_the_byte(lines, monkeypatch):
+    trainer = make(LogLine(packed=False), steps=1, values=lambda step: {"loss": 0.693147})
+    monkeypatch.setattr(trainer._reader, "flush", lambda: [])
+    monkeypatch.setattr(trainer._reader, "add", lambda step: [
+        StepRecord(1, {**step.known, **step.metrics.read(), "seconds": 2.0}, step.details)
+    ])
+    trainer.train()
+    (line,) = lines()
+    assert line[:2] == " [" and line[21:] == (
+        "] iteration        1/       1 | consumed samples:            8 | elapsed time per iteration (ms): 2000.0 | "
+        "learning rate: 1.000000E-01 | global batch size:     8 | tokens per sample: 1.000000E+01 | "
+        "loss: 6.931470E-01 | loss scale: 1.0 | grad norm: 2.000 | number of skipped iterations:   0 | "
+        "number of nan iterations:   0 | data wait: 12.5% | tokens/s per device: 20.0 | "
+        "target tokens/s per device: 5.0 | TFLOP/s per device: 0.5 | MFU: 5.0% | peak memory (GiB): 1.50 | "
+        "remaining time: 0:00:00 |"
+    )
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_lines_are_means_over_the_interval(lines, lag):
+    bad = {2: {"loss": math.nan}, 3: {"loss": math.inf}}
+    trainer = make(LogLine(packed=True), steps=7, lag=lag, log_interval=3, values=lambda step: bad.get(step - 3, {}))
+    trainer.train()
+    first, second, last = lines()
+    assert "iteration        3/       7" in first and "| loss: 2.000000E+00 |" in first
+    assert "samples per iteration: 10.0 | tokens per sample: 8.000000E+00" in first
+    assert "| loss: NAN |" in second and "skipped iterations:   2 | number of nan iterations:   2" in second
+    assert "iteration        7/       7" in last and "skipped iterations:   0" in last
+
+
+def test_remaining_time_is_made_of_recent_steps(lines):
+    line = LogLine(packed=False)
+    line.on_run_start(make(steps=5000))
+    for iteration, seconds in enumerate([600.0, *[1.0] * 4, *[3.0] * 60], start=1):
+        metrics = dict.fromkeys(("loss", "tokens", "target_tokens", "tflop", "skipped", "grad_norm"), 1.0)
+        metrics |= {"learning_rate": 0.1, "data_wait_seconds": 0.0, "consumed_samples": 8, "peak_memory_gib": 1.0}
+        line.on_step_end(StepRecord(iteration, {**metrics, "seconds": seconds}))
+    remaining = [text.rpartition("remaining time: ")[2] for text in lines()]
+    assert remaining[0] == "833:10:00 |"  # the first step alone
+    assert remaining[1] == "1:23:18 |"  # it warms up: not counted any more
+    assert remaining[-1] == "4:06:45 |"
+
+
+def test_validation_loss_has_a_line(lines):
+    make(LogLine(packed=False), evaluation(0.25), steps=1).train()
+    assert lines()[-1] == " validation loss at iteration 1 | loss: 2.500000E-01 |"
+
+
+# the metrics file
+
+
+def read(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_one_line_per_step_with_every_metric(tmp_path, lag):
+    values = lambda step: {"new_metric": 10.0 * step, "loss": math.nan if step == 2 else 1.0}  # noqa: E731
+    make(MetricsFile(str(tmp_path)), evaluation(), lag=lag, log_interval=100, values=values).train()
+    found = read(tmp_path)
+    assert [line["iteration"] for line in found] == [1, 2, 3, 4, 5]
+    assert [line["consumed_samples"] for line in found] == [8, 16, 24, 32, 40]
+    assert [line["new_metric"] for line in found] == [10.0, 20.0, 30.0, 40.0, 50.0]  # one edit: the step's
+    assert [line["loss"] for line in found] == [1.0, None, 1.0, 1.0, 1.0]
+    assert [line.get("validation_loss") for line in found] == [None, 0.5, None, 0.5, 0.5]
+    rest = {"time", "learning_rate", "seconds", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
+    assert rest <= set(found[0])
+
+
+def test_a_resumed_run_continues_the_file(tmp_path, lines):
+    """Killed after step 5 of 8, with a torn line, and resumed from the checkpoint of step 3."""
+    class Killed(Exception):
+        pass
+
+    class Kill(Callback):
+        def on_step_start(self, iteration):
+            if iteration == 6:
+                raise Killed
+
+    def file():
+        return MetricsFile(str(tmp_path))
+
+    whole = tmp_path / "whole"
+    make(MetricsFile(str(whole)), steps=8).train()
+    with pytest.raises(Killed):
+        make(file(), Kill(), steps=8).train()
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write('{"iteration": 3, "lo')
+    assert len(read_complete(tmp_path)) == 5
+    make(file(), steps=8, iteration=3).train()
+    assert any("removed 3 lines after iteration 3" in line for line in lines())
+    timed = ("time", "seconds", "mfu")
+    ours, theirs = (
+        [{key: value for key, value in line.items() if key not in timed and "second" not in key}
+         for line in read(place)]
+        for place in (tmp_path, whole)
+    )
+    assert ours == theirs
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "whole"]  # no temporary file is left
+
+
+def read_complete(directory):
+    return [line for line in (directory / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def test_lines_up_to_a_checkpoint_are_on_disk_before_it(tmp_path):
+    seen = []
+
+    class Looking(Manager):
+        def start(self, progress):
+            seen.append((progress.iteration, [line["iteration"] for line in read(tmp_path)], read(tmp_path)[-1]))
+
+    make(MetricsFile(str(tmp_path)), evaluation(), Checkpointing(Looking()), steps=4, lag=1, save_interval=2).train()
+    assert [(iteration, lines) for iteration, lines, _ in seen] == [(2, [1, 2]), (4, [1, 2, 3, 4])]
+    assert all(last["validation_loss"] == 0.5 for _, _, last in seen)
+
+
+def test_a_full_disk_warns_once_and_leaves_no_torn_line(tmp_path, caplog, monkeypatch):
+    pwrite, full = os.pwrite, []
+
+    def write(descriptor, data, offset):
+        if len(full) in (2, 3):  # in the second and the third line: a part fits, then none
+            full.append(1)
+            if len(full) == 3:
+                return pwrite(descriptor, data[:7], offset)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        full.append(1)
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    make(MetricsFile(str(tmp_path)), steps=5).train()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "No space left" in warnings[0] and "metrics.jsonl" in warnings[0]
+    assert [line["iteration"] for line in read(tmp_path)] == [1, 2, 4, 5]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    layout = SimpleNamespace(world_size=2, is_main=False, rank=1, dp_size=1, context_size=1)
+    make(MetricsFile(str(tmp_path)), layout=layout).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+# the summary
+
+
+def summary(seconds, *, samples=None, tokens=800.0, packed=False, failed=False):
+    callback = RunSummary(packed=packed)
+    callback.on_run_start(make())
+    for iteration, taken in enumerate(seconds, start=1):
+        metrics = {"seconds": taken, "samples": samples[iteration - 1] if samples else 8.0, "tokens": tokens}
+        callback.on_step_end(StepRecord(iteration, metrics))
+    callback.on_run_end(failed=failed)
+
+
+def test_summary_averages_steps_51_to_150(lines):
+    summary([9.0] * 50 + [0.2] * 100 + [9.0] * 10)
+    assert lines()[-3:] == [
+        "Elapsed Time Per iteration: 200.0",
+        "Average Samples per Second: 40.000",
+        "Consumed Tokens per Second: 4000.000",
+    ]
+    assert lines()[0] == "training finished at iteration 0; peak memory 1.50 GiB"
+
+
+def test_summary_counts_packed_samples(lines):
+    summary([0.2] * 3, samples=[1.0, 30.0, 50.0], packed=True)
+    assert lines()[-2:] == ["Average Samples per Second: 200.000", "Consumed Tokens per Second: 4000.000"]
+
+
+def test_summary_of_a_short_run_leaves_out_the_warm_up(lines):
+    summary([5.0, *[0.1] * 8])
+    assert "Elapsed Time Per iteration: 100.0" in lines()
+    summary([5.0])
+    assert lines()[-3] == "Elapsed Time Per iteration: 5000.0"
+
+
+def test_summary_of_a_run_without_steps_or_with_an_error(lines):
+    summary([])
+    assert len(lines()) == 1
+    summary([0.5], failed=True)
+    assert len(lines()) == 4 and "finished" not in lines()[1]
+
+
+# the console
+
+
+def test_console(capsys):
+    logger = logging.getLogger("mindspeed_mm.anything")
+    package = logging.getLogger("mindspeed_mm")
+    before = package.handlers, package.level, package.propagate
+    try:
+        for rank in (0, 2):
+            setup_logging(rank)
+            logger.info("start-up")
+            logger.info(" a line", extra=RAW)
+            logger.info("a place", extra=ALL_RANKS)
+            logger.warning("something")
+    finally:
+        package.handlers, package.level, package.propagate = before
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("s] ")[2] or line for line in lines] == [
+        "start-up", " a line", "a place", "warning: something", "rank 2: a place", "warning: rank 2: something",
+    ]
+    assert lines[0].startswith(" [   0.")
