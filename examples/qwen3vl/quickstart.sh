@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole recipe on an embedded example: installs what is missing, then takes a tiny Qwen3-VL-MoE and 1,797 pictures
+# The whole recipe on an embedded example: installs what is missing, then takes a tiny Qwen3-VL-MoE and 1,797 images
 # of handwritten digits through the guide's five steps, exports the result and examines it with plain transformers.
 set -uo pipefail
 exec </dev/null # nothing here may wait for an answer
@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 source scripts/environment.sh
 
 STEPS=8
-REQUIRED_ACCURACY=94 # percent of the held-out pictures
+REQUIRED_ACCURACY=94 # percent of the held-out images
 ITERATIONS=300
 EXAMPLE=examples/qwen3vl
 
@@ -154,7 +154,7 @@ examine() {
 }
 
 draw() {
-    python "$EXAMPLE/quickstart/plot.py" --log "$OUT/train.log" --loss-png "$OUT/loss.png" \
+    python "$EXAMPLE/quickstart/plot.py" --metrics "$OUT/save_dir/metrics.jsonl" --loss-png "$OUT/loss.png" \
         --predictions "$OUT/predictions.json" --samples-png "$OUT/samples.png"
 }
 
@@ -164,7 +164,7 @@ report() {
 import json, sys
 result = json.load(open(sys.argv[1], encoding="utf-8"))
 print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OUT/predictions.json cannot be read"
-    printf '\nheld-out accuracy: %d of %d pictures' "$right" "$total"
+    printf '\nheld-out accuracy: %d of %d images' "$right" "$total"
     local tenths=$(((right * 2000 + total) / (2 * total))) # of a percent, rounded
     printf ' (%d.%d%%)\n' $((tenths / 10)) $((tenths % 10))
     printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
@@ -196,7 +196,7 @@ main() {
     step "Configuration (step 4)" python "$EXAMPLE/quickstart/configure.py" --run-dir "$OUT"
     step "Fine-tuning, $ITERATIONS iterations (step 5)" finetune
     step "Export to Hugging Face form" export_model
-    step "Answers on the held-out pictures, with plain transformers" examine
+    step "Answers on the held-out images, with plain transformers" examine
     step "Loss curve and sample sheet" draw
     report
 }

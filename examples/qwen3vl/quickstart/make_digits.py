@@ -1,4 +1,4 @@
-"""Handwritten digits as a picture-and-conversation data set, in the format of LLaVA-Instruct.
+"""Handwritten digits as a image-and-conversation data set, in the format of LLaVA-Instruct.
 
 scikit-learn ships 1,797 real 8x8 scans of handwritten digits. They are enlarged, written as JPEG files, and paired with
 questions and answers; 1,500 are for training, 297 are held out. Usage:
@@ -35,13 +35,13 @@ FOLLOW_UP = ("Is it odd or even?", ("It is even.", "It is odd."))
 
 
 def enlarge(scan: np.ndarray, side: int = IMAGE_SIDE) -> Image.Image:
-    """A scan [8, 8] with values 0..16 -> an RGB picture of ``side`` x ``side`` pixels, white on black."""
+    """A scan [8, 8] with values 0..16 -> an RGB image of ``side`` x ``side`` pixels, white on black."""
     levels = np.rint(scan * (255 / _BRIGHTEST)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def conversation(digit: int, rng: np.random.Generator) -> list[dict[str, str]]:
-    """A question about the picture and its answer; every fifth time or so also one that builds on them."""
+    """A question about the image and its answer; every fifth time or so also one that builds on them."""
     question, answer = QUESTIONS[rng.integers(len(QUESTIONS))]
     turns = [(question, answer.format(word=WORDS[digit], numeral=digit))]
     if rng.random() < 0.2:
@@ -62,7 +62,7 @@ def all_texts() -> list[str]:
 
 
 def write_digits(output: str | Path, *, seed: int = 0) -> dict[str, int]:
-    """Write the pictures and the two JSON files; the same files for the same ``seed``, whatever was there before.
+    """Write the images and the two JSON files; the same files for the same ``seed``, whatever was there before.
 
     Args:
         output: directory, created where it is missing.
@@ -80,7 +80,7 @@ def write_digits(output: str | Path, *, seed: int = 0) -> dict[str, int]:
     records: list[dict[str, Any]] = []
     for place in rng.permutation(len(digits.target)):
         name = f"digit_{place:04d}.jpg"
-        # no chroma subsampling: the picture is grey, and stays so
+        # no chroma subsampling: the image is grey, and stays so
         enlarge(digits.images[place]).save(output / IMAGE_DIR / name, quality=_JPEG_QUALITY, subsampling=0)
         turns = conversation(int(digits.target[place]), rng)
         records.append({"id": f"digit_{place:04d}", "image": name, "conversations": turns})

@@ -1,6 +1,6 @@
-"""Pictures of a run: the loss curve from its log, and a sheet of held-out pictures with the model's answers. Usage:
+"""Plots of a run: the loss curve from its metrics, and a sheet of held-out images with the model's answers. Usage:
 
-    python examples/qwen3vl/quickstart/plot.py --log logs/train_X.log --loss-png loss.png \\
+    python examples/qwen3vl/quickstart/plot.py --metrics save_dir/metrics.jsonl --loss-png loss.png \\
         --predictions predictions.json --samples-png samples.png
 """
 
@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,45 +17,36 @@ from typing import Any
 
 from mindspeed_mm.errors import UserError
 
-_ITERATION = re.compile(r"\biteration\s+(\d+)/\s*\d+\s*\|")
-_FIELD = re.compile(r"\|\s*([^|:]+):\s*(-?[0-9.]+(?:[eE][-+]?\d+)?|nan|-?inf)\s*(?=\|)")
 _SMOOTHING = 10  # iterations that the smoothed curve averages over
 _BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#9fb8d3", "#1a7f37", "#c4261d"
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One line of the training log. ``milliseconds`` is the time of the iteration; the rest as in the line."""
+    """One line of the metrics file."""
 
     iteration: int
     loss: float
     learning_rate: float
-    milliseconds: float
 
 
-def parse_log(text: str) -> list[Step]:
-    """Iterations of a training log, in order; of one that was logged twice (a resumed run) the later line counts.
+def read_metrics(path: str | Path) -> list[Step]:
+    """Steps of a run's ``metrics.jsonl``, in order; a loss that was not finite is NaN.
 
     Raises:
-        UserError: if no line holds an iteration with a loss.
+        UserError: if the file cannot be read or holds no step.
     """
-    steps: dict[int, Step] = {}
-    for line in text.splitlines():
-        match = _ITERATION.search(line)
-        if not match:
-            continue
-        fields = {name.strip(): float(value) for name, value in _FIELD.findall(line[match.end() - 1 :])}
-        if "loss" in fields:
-            iteration = int(match[1])
-            steps[iteration] = Step(
-                iteration=iteration,
-                loss=fields["loss"],
-                learning_rate=fields.get("learning rate", math.nan),
-                milliseconds=fields.get("elapsed time per iteration (ms)", math.nan),
-            )
+    steps = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            loss = math.nan if values["loss"] is None else values["loss"]
+            steps.append(Step(values["iteration"], loss, values["learning_rate"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}, holds no step ({error}); name a run's metrics.jsonl") from error
     if not steps:
-        raise UserError("the log holds no line with an iteration and its loss; training ended before the first one")
-    return [steps[iteration] for iteration in sorted(steps)]
+        raise UserError(f"{path} holds no step: training ended before the first one")
+    return steps
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
@@ -87,7 +77,7 @@ def plot_loss(steps: Sequence[Step], path: str | Path) -> None:
         iterations, moving_average(losses, _SMOOTHING), color=_BLUE, linewidth=2, label=f"mean of {_SMOOTHING}"
     )
     top.set_yscale("log")
-    top.set_ylabel("loss per supervised token (nats)")
+    top.set_ylabel("loss per target token (nats)")
     top.set_title(f"Fine-tuning loss over {len(steps)} iterations: from {losses[0]:.2f} to {losses[-1]:.3f}")
     top.grid(True, which="both", alpha=0.25)
     top.legend()
@@ -107,13 +97,13 @@ def choose_samples(predictions: Sequence[dict[str, Any]], count: int) -> list[di
 
 
 def plot_samples(result: dict[str, Any], path: str | Path, *, count: int = 15, columns: int = 5) -> None:
-    """Pictures with question and answer, green where right and red where wrong; ``result`` is inference_demo.py's."""
+    """Images with question and answer, green where right and red where wrong; ``result`` is inference_demo.py's."""
     from PIL import Image
 
     pyplot = _pyplot()
     samples = choose_samples(result["predictions"], count)
     rows = math.ceil(len(samples) / columns)
-    # inches; each row has room for two lines above and below a picture
+    # inches; each row leaves space for two lines above and below an image
     width, height, head = 2.6 * columns, 3.3 * rows, 0.9
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(width, height + head), squeeze=False,
@@ -132,7 +122,7 @@ def plot_samples(result: dict[str, Any], path: str | Path, *, count: int = 15, c
         lines = [line for part in verdict.splitlines() for line in textwrap.wrap(part, 32)]
         axis.set_xlabel("\n".join(lines), fontsize=10, color=_GREEN if sample["right"] else _RED, fontweight="bold")
     figure.suptitle(
-        f"Held-out pictures: {result['right']} of {result['total']} answered rightly "
+        f"Held-out images: {result['right']} of {result['total']} answered rightly "
         f"({100 * result['accuracy']:.1f}%); wrong answers, in red, are shown last",
         y=1 - 0.15 / (height + head), va="top",
     )
@@ -148,16 +138,16 @@ def _save(figure: Any, path: str | Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--log", help="training log to read")
+    parser.add_argument("--metrics", help="metrics.jsonl of the run, in its --save directory")
     parser.add_argument("--loss-png", help="loss curve to write")
     parser.add_argument("--predictions", help="file that inference_demo.py wrote")
     parser.add_argument("--samples-png", help="sample sheet to write")
     args = parser.parse_args(argv)
-    if bool(args.log) != bool(args.loss_png) or bool(args.predictions) != bool(args.samples_png):
-        parser.error("--log goes with --loss-png, and --predictions with --samples-png")
+    if bool(args.metrics) != bool(args.loss_png) or bool(args.predictions) != bool(args.samples_png):
+        parser.error("--metrics goes with --loss-png, and --predictions with --samples-png")
     try:
-        if args.log:
-            plot_loss(parse_log(_read(args.log)), args.loss_png)
+        if args.metrics:
+            plot_loss(read_metrics(args.metrics), args.loss_png)
             print(args.loss_png)
         if args.predictions:
             plot_samples(json.loads(_read(args.predictions)), args.samples_png)
@@ -166,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
 
 
-def _read(path: str) -> str:
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -21,17 +21,6 @@ import make_digits  # noqa: E402
 import make_tiny_model  # noqa: E402
 import plot  # noqa: E402
 
-LOG = """\
-[rank0] something else
- [2025-12-12 10:00:00] iteration        1/     300 | consumed samples:           32 | elapsed time per iteration (ms): \
-1234.5 | learning rate: 0.000000E+00 | global batch size:    32 | tokens per sample: 3.000000E+01 | loss: 6.2E+00 | \
-loss scale: 1.0 | grad norm: 1.234 | number of skipped iterations:   0 | number of nan iterations:   0 |
- [2025-12-12 10:00:01] iteration        2/     300 | consumed samples:           64 | elapsed time per iteration (ms): \
-250.0 | learning rate: 1.000000E-04 | global batch size:    32 | loss: 5.5E+00 | loss scale: 1.0 | \
-number of skipped iterations:   0 | number of nan iterations:   0 |
- [2025-12-12 10:00:09] iteration        2/     300 | learning rate: 1.000000E-04 | loss: 4.5E+00 | loss scale: 1.0 |
-"""
-
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
@@ -178,18 +167,32 @@ def test_configuration_names_the_run_directory_and_is_accepted():
     assert not model.image_encoder.vision_encoder.freeze
 
 
-def test_the_log_is_parsed_and_drawn(tmp_path):
-    steps = plot.parse_log(LOG)
-    assert [(step.iteration, step.loss) for step in steps] == [(1, 6.2), (2, 4.5)]
-    assert (steps[0].learning_rate, steps[0].milliseconds) == (0.0, 1234.5)
-    plot.plot_loss(steps, tmp_path / "loss.png")
+def test_the_metrics_are_read_and_drawn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"iteration": 1, "loss": 6.2, "learning_rate": 0.0, "seconds": 1.2},
+        {"iteration": 2, "loss": None, "learning_rate": 1e-4},
+        {"iteration": 3, "loss": 4.5, "learning_rate": 1e-4, "validation_loss": 4.0},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = plot.read_metrics(path)
+    assert [(step.iteration, step.loss) for step in steps[::2]] == [(1, 6.2), (3, 4.5)]
+    assert steps[1].loss != steps[1].loss
+    assert (steps[0].learning_rate, steps[2].learning_rate) == (0.0, 1e-4)
+    plot.main(["--metrics", str(path), "--loss-png", str(tmp_path / "loss.png")])
     with Image.open(tmp_path / "loss.png") as image:
         assert image.width > 600
 
 
-def test_a_log_without_iterations_is_an_error():
-    with pytest.raises(UserError, match="no line"):
-        plot.parse_log("error: something\n")
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no step: training"), ("{", "line 1, holds no step"), ('{"a": 1}', "('loss')")]
+)
+def test_a_file_without_steps_is_an_error(tmp_path, content, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        plot.read_metrics(path)
+    assert message in str(error.value)
 
 
 def test_the_sample_sheet_shows_wrong_answers(digits, tmp_path):
