@@ -164,7 +164,7 @@ report() {
 import json, sys
 result = json.load(open(sys.argv[1], encoding="utf-8"))
 print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OUT/predictions.json cannot be read"
-    printf '\nheld-out accuracy: %d of %d images' "$right" "$total"
+    printf '\nheld-out accuracy: %d of %d pictures' "$right" "$total"
     local tenths=$(((right * 2000 + total) / (2 * total))) # of a percent, rounded
     printf ' (%d.%d%%)\n' $((tenths / 10)) $((tenths % 10))
     printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
