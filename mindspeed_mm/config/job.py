@@ -33,8 +33,8 @@ class JobConfig(StrictModel):
     args: TrainingArgs
     data: DataConfig
     model: ModelOptions
-    fsdp: FSDPConfig
-    tools: ToolsConfig
+    fsdp: FSDPConfig = FSDPConfig()
+    tools: ToolsConfig = ToolsConfig()
 
     @property
     def loss_mode(self) -> LossMode:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mindspeed_mm.config.checks import ModelFacts
-from mindspeed_mm.config.job import check_data_files, check_weights, load_job_config
+from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.errors import UserError
 
 
@@ -53,6 +54,24 @@ def _edit(place, name, section, **fields):
         owner = owner.setdefault(part, {})
     owner.update(fields)
     (place / name).write_text(json.dumps(content))
+
+
+def test_flags_and_files_are_one_schema(place):
+    """One tree of options holds what the command line and the four files say, and names the place of a mistake."""
+    job = load_job_config(_words(place))
+    tree = {
+        "args": {name: getattr(job.args, name) for name in job.args.given},
+        "data": json.loads((place / "data.json").read_text()),
+        "model": json.loads((place / "model.json").read_text()),
+    }
+    read = validate_config(tree, JobConfig, source="job.yaml")
+    assert read.replace(args=read.args.replace(global_batch_size=1)) == job
+    tree["args"]["lr"] = 0
+    with pytest.raises(UserError, match="job.yaml: args.lr is 0; it must be greater than 0"):
+        validate_config(tree, JobConfig, source="job.yaml")
+    tree["args"] = {**tree["args"], "lr": 1, "learning": 2, "min_lr": "a"}
+    with pytest.raises(UserError, match='args.min_lr is "a"; it must be a number .mistakes in this file: 2'):
+        validate_config(tree, JobConfig, source="job.yaml")
 
 
 def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
