@@ -40,8 +40,8 @@ class PreprocessParameters(StrictModel):
 class BasicParameters(StrictModel):
     """The files, and how conversations become tokens and labels."""
 
-    template: str = effective("qwen3_vl_nothink", "chat template, one of the model family's")
-    enable_thinking: bool = effective(False, "answers start with their thought; template qwen3_vl only")
+    template: str | None = effective(None, "chat template, one of the model family's; null: its first")
+    enable_thinking: bool = effective(False, "answers start with their thought; not with every template")
     dataset_dir: str = effective("./data", "directory that relative image and video paths start from")
     dataset: str = effective(REQUIRED, "data file, or several separated by commas")
     cache_dir: str | None = effective(None, "directory for the tokenized data set; null: Hugging Face's cache")
@@ -119,7 +119,7 @@ class DatasetParam(StrictModel):
 class CollateParam(StrictModel):
     """How samples become a micro-batch."""
 
-    model_name: str = effective("qwen3vl", "collator, one of the model family's")
+    model_name: str | None = effective(None, "collator, one of the model family's; null: its first")
     ignore_pad_token_for_loss: bool = no_effect(True, "micro-batches are packed and hold no padding")
 
 

@@ -135,7 +135,7 @@ def cache_key(source: Source) -> str:
         "limit": source.limit,
         "media": None if source.media is None else dataclasses.asdict(source.media),
         "seq_length": source.seq_length,
-        "template": dataclasses.asdict(template_options(source.config)),
+        "template": dataclasses.asdict(template_options(source.config, source.spec)),
         "dataset_dir": os.path.abspath(basic.dataset_dir),
         "working_directory": os.getcwd(),
         "attr": dict(parameters.attr),
@@ -171,18 +171,18 @@ def make_encoder(source: Source) -> Encoder:
         UserError: if the tokenizer cannot be loaded.
     """
     directory = source.config.dataset_param.preprocess_parameters.model_name_or_path
-    options = template_options(source.config)
+    options = template_options(source.config, source.spec)
     tokenizer = load_tokenizer(directory)
     template = source.spec.build_chat_template(tokenizer, options)
     doubt = compare_with_checkpoint(tokenizer, directory, source.spec, options)
     return Encoder(template, source.media, source.seq_length, may_skip=source.bad_limit > 0, doubt=doubt)
 
 
-def template_options(config: DataConfig) -> ChatTemplateOptions:
+def template_options(config: DataConfig, spec: ModelSpec) -> ChatTemplateOptions:
     """What the data file chooses about the chat template."""
     basic = config.dataset_param.basic_parameters
     return ChatTemplateOptions(
-        name=basic.template,
+        name=basic.template or spec.chat_templates[0],
         enable_thinking=basic.enable_thinking,
         train_on_prompt=basic.train_on_prompt,
         mask_history=basic.mask_history,

@@ -75,8 +75,8 @@ class ModelSpec(abc.ABC):
             UserError: naming the field, its value, and the family's names.
         """
         basic, collator = config.dataset_param.basic_parameters, config.dataloader_param.collate_param.model_name
-        self.check_chat_template(basic.template, enable_thinking=basic.enable_thinking)
-        if collator not in self.collators:
+        self.check_chat_template(basic.template or self.chat_templates[0], enable_thinking=basic.enable_thinking)
+        if collator is not None and collator not in self.collators:
             raise UserError(
                 f"dataloader_param.collate_param.model_name {collator!r} is unknown for this model; choose "
                 f"{' or '.join(self.collators)}"
