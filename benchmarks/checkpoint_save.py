@@ -1,10 +1,10 @@
-"""How long the training stands still for a save, written in front of it and beside it, and what checksums cost a load.
+"""Time for which a save blocks training, synchronous and asynchronous, and the cost of checksums when loading.
 
-    python benchmarks/checkpoint_save.py --dir DIRECTORY_ON_THE_DISK --gigabytes 2 --processes 1 2
+    python benchmarks/checkpoint_save.py --dir DIRECTORY_ON_THE_DISK --gigabytes 2 --ranks 1 2
 
-The state is fp32, spread over the processes as FSDP2 does. Both ways are timed by turns in the same run; the medians
-and their ratio are printed and written to ``DIR/checkpoint_save.json``. What is loaded lies in the page cache, so that
-the checksums have no slow disk to hide behind.
+The state is fp32, sharded over the ranks as by FSDP2. Both modes alternate in one run; the medians and their ratio are
+printed and written to ``DIR/checkpoint_save.json``. Loads read from the page cache, so that no slow disk hides the cost
+of the checksums.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-TENSOR_BYTES = 96 << 20  # as of a layer's expert projection on one of 16 processes
+TENSOR_BYTES = 96 << 20  # a layer's expert projection on one of 16 ranks
 
 
 @dataclasses.dataclass
 class Standing:
-    """Where the run stands."""
+    """Progress of the run."""
 
     iteration: int
 
 
 class State:
-    """Tensors of ``nbytes`` in all, spread over the processes."""
+    """Tensors of ``nbytes`` in total, sharded over the ranks."""
 
     def __init__(self, nbytes: int) -> None:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -57,7 +57,7 @@ class State:
         }
 
     def shared(self) -> Mapping[str, Tensor]:
-        """All of them."""
+        """All tensors."""
         return self.tensors
 
     def own(self) -> Mapping[str, Tensor]:
@@ -65,12 +65,12 @@ class State:
         return {}
 
     def expected_bytes(self) -> int:
-        """Bytes of this process's part."""
+        """Bytes of this rank's shards."""
         return sum(tensor.to_local().nbytes for tensor in self.tensors.values())
 
 
 def train(seconds: float) -> float:
-    """Do matrix products for a while; returns how many a second."""
+    """Run matrix products for ``seconds``; returns products per second."""
     a, count, started = torch.randn(256, 256), 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         a = torch.tanh(a @ a)
@@ -79,46 +79,46 @@ def train(seconds: float) -> float:
 
 
 def worker(directory: Path, gigabytes: float, repeats: int) -> None:
-    """One process of the measurement; rank 0 prints what was measured as JSON."""
+    """One rank of the measurement; rank 0 prints the result as JSON."""
     torch.set_num_threads(1)
     backend = select_backend("cpu")
     init_distributed(backend, timeout_minutes=10)
     state = State(int(gigabytes * 1e9))
-    savers = {
-        way: CheckpointManager(
+    managers = {
+        mode: CheckpointManager(
             state,
-            SaveOptions(directory / way, asynchronous=way == "beside", keep_last=1),
+            SaveOptions(directory / mode, asynchronous=mode == "asynchronous", keep_last=1),
             backend=backend,
             say=lambda line: None,
         )
-        for way in ("front", "beside")
+        for mode in ("synchronous", "asynchronous")
     }
-    alone = train(3.0)  # meanwhile the memory for the copies is taken, as in the first steps of a run
-    stood_still: dict[str, list[float]] = {"front": [], "beside": []}
-    whole, speeds = [], []
+    alone = train(3.0)  # meanwhile the staging buffers are allocated, as in the first steps of a run
+    blocked: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}
+    total, speeds = [], []
     for repeat in range(repeats):
-        for way, saver in savers.items():
+        for mode, manager in managers.items():
             dist.barrier()
             started = time.perf_counter()
-            saver.start(Standing(repeat + 1))
-            stood_still[way].append(time.perf_counter() - started)
-            if way == "beside":
+            manager.start(Standing(repeat + 1))
+            blocked[mode].append(time.perf_counter() - started)
+            if mode == "asynchronous":
                 speeds.append(train(1.0) / alone)
-                saver.wait()
-                whole.append(time.perf_counter() - started)
-    for saver in savers.values():
-        saver.finish()
-    loads = time_loads(directory / "beside", state, repeats)
+                manager.wait()
+                total.append(time.perf_counter() - started)
+    for manager in managers.values():
+        manager.finish()
+    loads = time_loads(directory / "asynchronous", state, repeats)
     if dist.get_rank() == 0:
-        front, beside = statistics.median(stood_still["front"]), statistics.median(stood_still["beside"])
+        synchronous, asynchronous = (statistics.median(blocked[mode]) for mode in ("synchronous", "asynchronous"))
         result = {
-            "processes": dist.get_world_size(),
+            "ranks": dist.get_world_size(),
             "gigabytes": sum(tensor.numel() * 4 for tensor in state.tensors.values()) / 1e9,
-            "front": front,
-            "beside": beside,
-            "beside_first": stood_still["beside"][0],
-            "ratio": beside / front,
-            "whole": statistics.median(whole),
+            "synchronous": synchronous,
+            "asynchronous": asynchronous,
+            "asynchronous_first": blocked["asynchronous"][0],
+            "ratio": asynchronous / synchronous,
+            "asynchronous_total": statistics.median(total),
             "training_speed": statistics.median(speeds),
             **{f"load_{check}": seconds for check, seconds in loads.items()},
         }
@@ -127,7 +127,7 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
 
 
 def time_loads(root: Path, state: State, repeats: int) -> dict[str, float]:
-    """Median seconds to load what was saved, without and with its checksums."""
+    """Median seconds to load the checkpoint, without and with verification of its checksums."""
     path = resolve_checkpoint(root)
     reader = DcpReader(path, read_manifest(path))
     seconds: dict[str, list[float]] = {"sizes": [], "read": []}
@@ -135,18 +135,18 @@ def time_loads(root: Path, state: State, repeats: int) -> dict[str, float]:
         for check, times in seconds.items():
             dist.barrier()
             started = time.perf_counter()
-            load_tensors(reader, state.tensors, check=check)  # returns when all have loaded
+            load_tensors(reader, state.tensors, check=check)  # returns when all ranks have loaded
             times.append(time.perf_counter() - started)
     return {check: statistics.median(times) for check, times in seconds.items()}
 
 
 def main() -> None:
-    """Measure for each number of processes and print a table."""
+    """Measure for each number of ranks and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="directory on the disk to measure")
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the state of all processes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to measure with")
-    parser.add_argument("--repeats", type=int, default=5, help="saves of each way")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the state, all ranks")
+    parser.add_argument("--ranks", "--processes", type=int, nargs="+", default=[1, 2], help="world sizes")
+    parser.add_argument("--repeats", type=int, default=5, help="saves of each mode")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -154,11 +154,11 @@ def main() -> None:
         return
     args.dir.mkdir(parents=True, exist_ok=True)
     results = []
-    print("| processes | state | save in front, s | stands still beside, s | of it, first | share | save beside, s | "
-          "training meanwhile | load, s | with checksums, s |\n|" + " --- |" * 10)
-    for processes in args.processes:
-        work = args.dir / f"work{processes}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+    print("| ranks | state | synchronous save, s | asynchronous: blocked, s | first time | share | total, s | "
+          "training speed meanwhile | load, s | with checksums, s |\n|" + " --- |" * 10)
+    for ranks in args.ranks:
+        work = args.dir / f"work{ranks}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                    str(Path(__file__).resolve()), "--worker", "--dir", str(work), "--gigabytes", str(args.gigabytes),
                    "--repeats", str(args.repeats)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -166,10 +166,10 @@ def main() -> None:
         shutil.rmtree(work)
         result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT "))[7:])
         results.append(result)
-        print(f"| {result['processes']} | {result['gigabytes']:.2f} GB | {result['front']:.2f} | "
-              f"{result['beside']:.2f} | {result['beside_first']:.2f} | {100 * result['ratio']:.0f} % | "
-              f"{result['whole']:.2f} | {100 * result['training_speed']:.0f} % | {result['load_sizes']:.2f} | "
-              f"{result['load_read']:.2f} |", flush=True)
+        print(f"| {result['ranks']} | {result['gigabytes']:.2f} GB | {result['synchronous']:.2f} | "
+              f"{result['asynchronous']:.2f} | {result['asynchronous_first']:.2f} | {100 * result['ratio']:.0f} % | "
+              f"{result['asynchronous_total']:.2f} | {100 * result['training_speed']:.0f} % | "
+              f"{result['load_sizes']:.2f} | {result['load_read']:.2f} |", flush=True)
     (args.dir / "checkpoint_save.json").write_text(json.dumps(results, indent=1))
 
 

@@ -4,11 +4,11 @@
         [--json out.json]
 
 Makes a Qwen3-VL checkpoint of the 30B model's widths with fewer layers (6 layers: 9.8 GB in bf16), then times, each in
-its own process: cp of its files, hf_to_dcp, cp, verify, cp, dcp_to_hf, cp. All start with what they read put out of the
-page cache, as a checkpoint of 62 GB would be, and are timed until their files are on the disk, with the start of the
-process. "of cp" is against the mean of the copies just before and just after, since a shared disk is seldom steady;
-the table has medians over the repetitions. CPU is user and system time. Peak memory is the process's resident set; it
-is an error if that is more than 1.5 GB above the largest tensor.
+its own process: cp of its files, hf_to_dcp, cp, verify, cp, dcp_to_hf, cp. Each starts with its input evicted from the
+page cache, as a checkpoint of 62 GB would be, and is timed from the start of the process until its output is on disk.
+"of cp" is relative to the mean of the copies just before and after, since the speed of a shared disk varies; the table
+has medians over the rounds. CPU is user and system time. Peak memory is the process's resident set; more than 1.5 GB
+above the largest tensor is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEMORY_LIMIT = 1_500_000_000
 
 
 def config_30b(layers: int, depth: int = 27) -> dict[str, Any]:
-    """``config.json`` of Qwen3-VL-30B-A3B with other numbers of text layers and vision blocks."""
+    """``config.json`` of Qwen3-VL-30B-A3B with ``layers`` text layers and ``depth`` vision blocks."""
     deepstack = [index for index in (8, 16, 24) if index < depth][:layers]
     return {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
@@ -70,14 +70,14 @@ def make_checkpoint(directory: Path, *, layers: int, layout: str, depth: int = 2
     (directory / "config.json").write_text(json.dumps(config_30b(layers, depth)))
     shapes = hf_shapes(weight_map(Qwen3VLConfig.from_pretrained(directory), expert_layout=layout))
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
-    held = 0
+    size = 0
     for name, shape in shapes.items():
         nbytes = 2 * torch.Size(shape).numel()
-        if held and held + nbytes > SHARD_BYTES:
+        if size and size + nbytes > SHARD_BYTES:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append((name, torch.bfloat16, shape))
-        held += nbytes
+        size += nbytes
     noise = memoryview(os.urandom(64 << 20))
     weight_of = {}
     for number, entries in enumerate(shards, start=1):
@@ -94,11 +94,11 @@ def make_checkpoint(directory: Path, *, layers: int, layout: str, depth: int = 2
 
 
 def evict(directories: Sequence[Path]) -> None:
-    """Put the files of directories out of the page cache."""
+    """Evict the files of directories from the page cache."""
     for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # only what is on the disk can be put out
+            os.fsync(descriptor)  # only clean pages can be evicted
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
@@ -109,10 +109,10 @@ def measure(command: list[str], reads: Sequence[Path]) -> dict[str, float]:
 
     Args:
         command: to run.
-        reads: directories that it reads.
+        reads: its input directories.
     """
     evict(reads)
-    # A disk that is still busy with what came before, or with giving back removed files, would be counted.
+    # Let the disk finish earlier writes and deletions, which would be timed otherwise.
     os.sync()
     time.sleep(3)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -126,11 +126,11 @@ def measure(command: list[str], reads: Sequence[Path]) -> dict[str, float]:
 
 
 def run_round(work: Path, options: list[str]) -> list[dict[str, Any]]:
-    """Each step once, between copies; all that is written is removed again.
+    """Each step once, between copies; removes all output.
 
     Args:
-        work: holds the Hugging Face directory ``hf``.
-        options: of every mm-convert command.
+        work: directory with the Hugging Face directory ``hf``.
+        options: options of every mm-convert command.
 
     Returns:
         One row for each step, with the mean time of its two copies as ``copy_seconds``.
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="empty or new directory; 4 x the checkpoint's size")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--layout", choices=("hub", "v5"), default="hub", help="expert layout of the source")
-    parser.add_argument("--workers", type=int, help="default: mm-convert's own")
+    parser.add_argument("--workers", type=int, help="default: mm-convert's default")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""How tokens per second and memory change with sequence length, picture size, experts and layers, one at a time.
+"""Tokens per second and memory against sequence length, image size, experts and layers, one at a time.
 
-    python -m benchmarks.cost_growth [--device cpu] [--axes length picture experts layers] [--output cost_growth.json]
+    python -m benchmarks.cost_growth [--device cpu] [--axes length image experts layers] [--output cost_growth.json]
         [--size tiny] [--count-only] [--plot cost_growth.png]
 
-Forward and backward of one packed micro-batch, fp32 on a CPU and bf16 elsewhere; medians, on one thread of a
-CPU of processor time. Beside the measured figures: the operations that FlopCount counts, and which share of them
-attention's pairs, the vision tower and the rest take. Memory is the most that is held beyond the parameters.
+Forward and backward of one packed micro-batch, fp32 on a CPU and bf16 elsewhere; medians, on one CPU thread of CPU
+time. The table also has the FLOPs by FlopCount, with the shares of attention, the vision tower and the rest. Memory is
+the peak above the parameters.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 
 LENGTH, SIDE = 1024, 256
-PATIENCE_SECONDS = 60.0
+MAX_SECONDS = 60.0
 UNITS = {
     "length": "tokens of the sequence",
-    "picture": "side of the picture, pixels",
+    "image": "side of the image, pixels",
     "experts": "experts",
     "layers": "decoder layers",
 }
 VALUES = {
     "length": [1024, 2048, 4096, 8192, 16384, 32768],
-    "picture": [128, 256, 512, 1024],
+    "image": [128, 256, 512, 1024],
     "experts": [4, 8, 16, 32, 64],
     "layers": [3, 4, 8, 16],
 }
 
 
 def sample_of(model_config: Qwen3VLConfig, *, length: int, side: int) -> Sample:
-    """One conversation with one square picture of ``side`` pixels and at least ``length`` tokens."""
+    """One conversation with one square image of ``side`` pixels and at least ``length`` tokens."""
     vision, generator = model_config.vision, np.random.default_rng(0)
     edge = side // vision.patch_size
     patches = generator.integers(0, 256, (edge * edge, vision.patch_dim), np.uint8)
@@ -58,30 +58,34 @@ def sample_of(model_config: Qwen3VLConfig, *, length: int, side: int) -> Sample:
     words = max(64, length - len(ids))
     start = len(ids) + words // 2
     ids += generator.integers(0, model_config.text.vocab_size - 4, words).tolist()
-    picture = MediaPatches(patches, (1, edge, edge))
-    return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, (picture,), 0)
+    image = MediaPatches(patches, (1, edge, edge))
+    return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, (image,), 0)
 
 
 def operations(model_config: Qwen3VLConfig, *, tokens: int, patches: int, target_tokens: int) -> dict[str, Any]:
-    """What FlopCount counts of one sequence with one picture, and the shares of its terms."""
+    """FLOPs of one sequence with one image, and the shares of their terms."""
     count = FlopCount(model_config=model_config)
-    whole = count.of_lengths([tokens], patches=[patches], target_tokens=target_tokens)
-    blind = count.of_lengths([tokens], patches=[], target_tokens=target_tokens)
-    # tokens that see only themselves: what is left of attention is next to nothing
-    apart = count.of_lengths([1] * tokens, patches=[], target_tokens=target_tokens)
+    total = count.of_lengths([tokens], patches=[patches], target_tokens=target_tokens)
+    text_only = count.of_lengths([tokens], patches=[], target_tokens=target_tokens)
+    # sequences of one token: attention costs next to nothing
+    no_attention = count.of_lengths([1] * tokens, patches=[], target_tokens=target_tokens)
     return {
-        "teraflop": whole,
-        "share": {"attention": (blind - apart) / whole, "vision": (whole - blind) / whole, "rest": apart / whole},
+        "teraflop": total,
+        "share": {
+            "attention": (text_only - no_attention) / total,
+            "vision": (total - text_only) / total,
+            "rest": no_attention / total,
+        },
     }
 
 
 def point(
     axis: str, value: int, *, size: str, backend: Backend, rounds: int, count_only: bool = False
 ) -> dict[str, Any]:
-    """Time, memory and operations of one size; ``count_only``: operations alone."""
+    """Time, memory and FLOPs of one size; with ``count_only`` FLOPs alone."""
     text = {"experts": {"num_experts": value}, "layers": {"num_hidden_layers": value}}.get(axis, {})
     model_config = Qwen3VLConfig.from_config(geometry_config(size, text=text))
-    shape = {"length": LENGTH, "side": SIDE} | {{"picture": "side"}.get(axis, axis): value}
+    shape = {"length": LENGTH, "side": SIDE} | {{"image": "side"}.get(axis, axis): value}
     sample = sample_of(model_config, length=shape["length"], side=shape["side"])
     batch = collate([sample], SPEC, model_config)
     tokens, patches = len(sample.input_ids), len(sample.media[0].patches)
@@ -99,17 +103,17 @@ def point(
         model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device=backend.name, dtype=dtype, compute_dtype=dtype
     ).to(backend.device)
     initialise(model)
-    there = batch.to(backend.device)
+    device_batch = batch.to(backend.device)
     weight = torch.full((batch.num_target_tokens,), 1 / batch.num_target_tokens, device=backend.device)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(there, weight).loss.backward()
+        model(device_batch, weight).loss.backward()
 
     step()
     seconds = [seconds_of(step, backend)]
-    # the longest sequences take minutes on a CPU, and next to them the clock's noise is small
-    while len(seconds) < rounds and sum(seconds) < PATIENCE_SECONDS:
+    # the longest sequences take minutes on a CPU, where timing noise is relatively small
+    while len(seconds) < rounds and sum(seconds) < MAX_SECONDS:
         seconds.append(seconds_of(step, backend))
     median = statistics.median(seconds)
     return {
@@ -142,7 +146,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         names = ("rest", "attention", "vision")
         below.stackplot(values, [[100 * row["share"][name] for row in chosen] for name in names], labels=names)
         below.set_xlabel(UNITS[axis])
-        below.set_ylabel("% of the operations")
+        below.set_ylabel("% of FLOPs")
         below.legend(loc="lower left")
         for panel in (above, below):
             panel.set_xscale("log", base=2)
@@ -157,9 +161,12 @@ def main() -> None:
     """Measure, print a table, write JSON and the plot."""
     parser = option_parser(__doc__, rounds=3)
     parser.add_argument("--size", default="tiny", help="model of benchmarks.workload")
-    parser.add_argument("--axes", nargs="+", default=sorted(VALUES), choices=sorted(VALUES))
-    parser.add_argument("--longest", type=int, default=32768, help="leave out longer sequences")
-    parser.add_argument("--count-only", action="store_true", help="measure nothing: operations and shares alone")
+    axes = sorted(VALUES)
+    parser.add_argument(
+        "--axes", nargs="+", type=lambda axis: "image" if axis == "picture" else axis, default=axes, choices=axes
+    )
+    parser.add_argument("--longest", type=int, default=32768, help="maximum sequence length")
+    parser.add_argument("--count-only", action="store_true", help="FLOPs and shares only, without measurement")
     parser.add_argument("--plot", type=Path, help="PNG file to write; needs matplotlib")
     options = parser.parse_args()
     backend = prepare(options)

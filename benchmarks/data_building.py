@@ -1,12 +1,12 @@
-"""How long a data set of LLaVA-Instruct-150K's size takes to check, to build, and to open again.
+"""Time to validate, build and reopen a data set of LLaVA-Instruct-150K's size.
 
     python benchmarks/data_building.py [--records 157712] [--images 81479] [--processes 4] [--dir DIR] [--json out.json]
 
-Makes records of that file's turns and lengths, and that many JPEG files (hard links to 200 photographs of COCO's sizes,
-since building reads their headers only), converts them with the guide's step 3, and then does, each in a process of its
-own and timed from its start: the launcher's check before training; --processes at once that all want the data set, of
-which one builds it; one more that finds it built; and one that also packs it. Processor time includes the processes
-that tokenize; peak memory is that of the largest process.
+Makes records of that file's turns and lengths and as many JPEG files (hard links to 200 photographs of COCO's sizes,
+since building reads only their headers), and converts them with the guide's step 3. Then it times, each in a process of
+its own and from its start: the launcher's preflight check; --processes concurrent requests of the data set, of which
+one builds it; another that finds it built; and one that also packs it. CPU time includes the tokenizing worker
+processes; peak memory is that of the largest process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data_packing import PICTURES
+from benchmarks.data_packing import IMAGE_SIZES
 from benchmarks.data_throughput import PROCESSOR, TINY_MODEL, photographs
 from benchmarks.llava_conversion import SCRIPT, make_files
 from mindspeed_mm.config.data_config import DataConfig
@@ -32,15 +32,15 @@ _SOURCES = 200
 
 
 def write_inputs(root: Path, *, records: int, images: int, workers: int) -> None:
-    """A checkpoint's small files, pictures, converted records, and the data file below ``root``."""
+    """Write a checkpoint's small files, images, converted records and the data file below ``root``."""
     subprocess.run([sys.executable, str(TINY_MODEL), "--output", str(root / "checkpoint")], check=True)
     (root / "checkpoint/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     source, image_dir = make_files(root, records=records, images=images)
-    pictures = photographs()
+    photos = photographs()
     (root / "sources").mkdir()
     for number in range(_SOURCES):
-        height, width, _ = PICTURES[number % len(PICTURES)]
-        pictures[number % len(pictures)].resize((width, height)).save(root / f"sources/{number}.jpg", quality=80)
+        height, width, _ = IMAGE_SIZES[number % len(IMAGE_SIZES)]
+        photos[number % len(photos)].resize((width, height)).save(root / f"sources/{number}.jpg", quality=80)
     for number in range(images):
         path = image_dir / f"{number:012d}.jpg"
         path.unlink()
@@ -57,7 +57,7 @@ def write_inputs(root: Path, *, records: int, images: int, workers: int) -> None
 
 
 def work(root: Path, task: str) -> dict[str, Any]:
-    """Do one task in this process; returns what is worth printing."""
+    """Run one task in this process; returns its report."""
     config = validate_config(json.loads((root / "config.json").read_text()), DataConfig, source="config.json")
     from mindspeed_mm.models.spec import spec_of
 
@@ -79,7 +79,7 @@ def work(root: Path, task: str) -> dict[str, Any]:
 
 
 def timed(root: Path, task: str, *, processes: int = 1) -> list[dict[str, Any]]:
-    """Run a task in so many processes at once; what each reports, with its wall seconds since their start."""
+    """Run a task in ``processes`` concurrent processes; their reports, with wall seconds since the start."""
     started = time.perf_counter()
     running = [
         subprocess.Popen([sys.executable, __file__, "--work", str(root), task], stdout=subprocess.PIPE, text=True)
@@ -99,9 +99,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=157712)
     parser.add_argument("--images", type=int, default=81479)
-    parser.add_argument("--processes", type=int, default=4, help="that want the data set at the same time")
+    parser.add_argument("--processes", type=int, default=4, help="concurrent requests of the data set")
     parser.add_argument("--workers", type=int, default=16, help="preprocessing_num_workers")
-    parser.add_argument("--dir", type=Path, help="an existing directory on the disk that is to be measured")
+    parser.add_argument("--dir", type=Path, help="an existing directory on the disk to measure")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", nargs=2, metavar=("DIR", "TASK"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -117,14 +117,14 @@ def main() -> int:
         results = {
             "check before training": timed(root, "check"),
             f"build, {options.processes} processes at once": timed(root, "build", processes=options.processes),
-            "open what is built": timed(root, "build"),
+            "open the built data set": timed(root, "build"),
             "open and pack": timed(root, "pack"),
         }
         size = sum(path.stat().st_size for path in (root / "cache").rglob("*") if path.is_file()) / 1e6
-    print(f"{options.records} records, {options.images} pictures, {os.cpu_count()} cores, cache {size:.0f} MB")
+    print(f"{options.records} records, {options.images} images, {os.cpu_count()} cores, cache {size:.0f} MB")
     for name, reports in results.items():
         print(f"{name:32s}{max(report['seconds'] for report in reports):8.1f} s"
-              f"{sum(report['cpu'] for report in reports):8.1f} s of processor time"
+              f"{sum(report['cpu'] for report in reports):8.1f} s CPU time"
               f"{max(report['gb'] for report in reports):8.2f} GB")
     if options.json:
         about = {"records": options.records, "images": options.images, "cores": os.cpu_count(), "cache_mb": size}

@@ -1,10 +1,10 @@
-"""Samples per second that one core decodes and packs at the recipe's settings, and the cores that a device needs.
+"""Samples per second and core of the training loader at the recipe's settings, and the cores that a device needs.
 
     python benchmarks/data_throughput.py [--seconds 20] [--workers 0 1 2] [--output throughput.json]
 
-Real pictures (scikit-image's and scikit-learn's samples), cut and resized to COCO's 640x480, are written as JPEGs of
-quality 90 into a temporary directory; conversations of LLaVA's length go with them. What is measured is the training
-loader itself, from memory-mapped tokens and JPEG files to packed batches in this process.
+Writes real images (scikit-image's and scikit-learn's samples, cropped and resized to COCO's 640x480) as JPEGs of
+quality 90 into a temporary directory, with conversations of LLaVA's length. Then it times the training loader, from
+memory-mapped tokens and JPEG files to packed batches in this process.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mindspeed_mm.models.qwen3_vl.spec import SPEC
 TINY_MODEL = Path(__file__).parents[1] / "examples/qwen3vl/quickstart/make_tiny_model.py"
 PROCESSOR = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2,
              "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-             "rescale_factor": 1 / 255}  # that of the published model
-DEVICE_TOKENS_PER_SECOND = 20_000  # of one H200, text and picture tokens together
+             "rescale_factor": 1 / 255}  # the published model's
+DEVICE_TOKENS_PER_SECOND = 20_000  # of one H200, text and image tokens
 QUESTION, ANSWER = "What is on the table next to the window? ", "There is a cup of coffee and a book beside it. "
 
 
 def photographs() -> list[Image.Image]:
-    """The sample photographs of scikit-learn and, where its files are installed, scikit-image, in colour."""
+    """The sample photographs of scikit-learn and, if installed, scikit-image, in colour."""
     from sklearn.datasets import load_sample_images
 
     arrays = list(load_sample_images().images)
@@ -56,21 +56,21 @@ def photographs() -> list[Image.Image]:
 
 
 def write_data(root: Path, samples: int) -> DataConfig:
-    """Pictures, conversations, tokenizer and configuration below ``root``."""
+    """Write images, conversations, tokenizer and configuration below ``root``."""
     subprocess.run([sys.executable, str(TINY_MODEL), "--output", str(root / "checkpoint")], check=True)
     (root / "checkpoint/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     (root / "images").mkdir()
-    pictures = photographs()
-    print(f"{samples} JPEG files of 640x480 from {len(pictures)} photographs")
+    photos = photographs()
+    print(f"{samples} JPEG files of 640x480 from {len(photos)} photographs")
     generator = np.random.RandomState(0)
     records = []
     for index in range(samples):
-        image = pictures[index % len(pictures)]
-        width = generator.randint(image.width * 3 // 4, image.width + 1)  # a cut-out, so that no two files are equal
+        image = photos[index % len(photos)]
+        width = generator.randint(image.width * 3 // 4, image.width + 1)  # a random crop, so that all files differ
         height = min(image.height, width * 3 // 4)
         left, top = generator.randint(image.width - width + 1), generator.randint(image.height - height + 1)
-        picture = image.crop((left, top, left + width, top + height)).resize((640, 480), Image.Resampling.LANCZOS)
-        picture.save(root / f"images/{index:05d}.jpg", quality=90)
+        crop = image.crop((left, top, left + width, top + height)).resize((640, 480), Image.Resampling.LANCZOS)
+        crop.save(root / f"images/{index:05d}.jpg", quality=90)
         answer = ANSWER * generator.randint(1, 6)
         records.append({
             "images": [f"images/{index:05d}.jpg"],
@@ -104,7 +104,7 @@ def measure(
     workers: int,
     seconds: float,
 ) -> dict[str, float]:
-    """Run the training loader for so many seconds; samples per second of wall clock and of processor time."""
+    """Run the training loader for ``seconds``; samples per second of wall time and of CPU time."""
     loader = build_train_loader(
         dataset,
         config,
@@ -119,15 +119,15 @@ def measure(
         num_workers=workers,
     )
     next(loader)  # starts the workers
-    for _ in range(4 * workers):  # what they decoded ahead before the clock started
+    for _ in range(4 * workers):  # skip the batches that they decoded before the clock started
         next(loader)
     samples = tokens = 0
-    started, busy = time.perf_counter(), processor_seconds()
+    started, busy = time.perf_counter(), cpu_seconds()
     while time.perf_counter() - started < seconds:
         step = next(loader)
         samples += sum(len(batch.sample_ids) for batch in step.batches)
         tokens += step.tokens
-    wall, busy = time.perf_counter() - started, processor_seconds() - busy
+    wall, busy = time.perf_counter() - started, cpu_seconds() - busy
     loader.close()
     return {
         "workers": workers, "samples": samples, "tokens_per_sample": tokens / samples, "samples_per_s": samples / wall,
@@ -135,8 +135,8 @@ def measure(
     }
 
 
-def processor_seconds() -> float:
-    """Processor time of this process and its workers, which other work on the machine does not change much."""
+def cpu_seconds() -> float:
+    """CPU time of this process and its workers, which other programs hardly affect."""
     ticks = 0
     for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -148,11 +148,11 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400, help="JPEG files to make")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of each measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes; 0: this process")
     parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a packed micro-batch")
     parser.add_argument("--tokens-per-sample", type=int, default=480,
-                        help="of the data to plan for (benchmarks/data_packing.py's mix has 480)")
+                        help="tokens of a sample in the planned data (benchmarks/data_packing.py's mix has 480)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

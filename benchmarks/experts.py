@@ -1,10 +1,10 @@
-"""One layer's experts, forward and backward: the loop, Hugging Face's grouped_mm and ours, against one large product.
+"""One layer's experts, forward and backward: this project's kernels and Hugging Face's, against one dense product.
 
     python -m benchmarks.experts [--device cpu] [--sizes tiny 100m] [--precisions fp32 bf16] [--output experts.json]
 
-Tokens, weights and routing go in, weighted sums come out, so that sorting rows and bringing them back count. The bound
-is the two products, and their gradients, of one network with as many rows and weights that all rows share; it sorts
-nothing. Routing is drawn anew in each round. Medians over the rounds; on one thread of a CPU, processor time.
+Times the layer from tokens, weights and routing to weighted sums, so permutation and unpermutation count. The bound is
+a dense network with as many tokens as the experts process; it permutes nothing. Each round draws a new routing. Medians
+over the rounds; on one CPU thread, CPU time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mindspeed_mm.parallel.fsdp import DTYPES
 
 
 def hugging_face(text: dict[str, Any], experts: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """transformers' module of experts, uninitialised."""
+    """transformers' expert module, uninitialised."""
     from transformers import Qwen3VLMoeTextConfig
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
@@ -65,7 +65,7 @@ def implementations(
         dispatch = LocalDispatcher(permuter)
         title = f"ours, chosen ({name})" if label == "chosen" else f"ours, {name}"
         found[title] = lambda tokens, weights, experts, kernel=kernel, dispatch=dispatch: dispatch(
-            tokens, weights, experts, lambda rows, n: kernel(rows, gate_up, down, n), count)
+            tokens, weights, experts, lambda permuted, counts: kernel(permuted, gate_up, down, counts), count)
     for name in ("eager", "grouped_mm"):
         module = hugging_face(text, name, device, dtype)
         with torch.no_grad():
@@ -76,11 +76,10 @@ def implementations(
             tokens, experts, weights)
 
     def bound(tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        # as many rows as the experts get
-        rows = tokens.repeat_interleave(text["num_experts_per_tok"], dim=0)
-        return ((rows @ wide)[:, :inner] @ narrow)[: tokens.shape[0]]
+        permuted = tokens.repeat_interleave(text["num_experts_per_tok"], dim=0)
+        return ((permuted @ wide)[:, :inner] @ narrow)[: tokens.shape[0]]
 
-    found["one large product"] = bound
+    found["one dense product"] = bound
     return found, parameters
 
 
@@ -99,13 +98,13 @@ def measure(size: str, precision: str, *, tokens: int, rounds: int, backend: Bac
             weights, experts = logits.softmax(-1).topk(text["num_experts_per_tok"])
             hidden, grad = (torch.randn(tokens, text["hidden_size"], device=device).to(dtype) for _ in range(2))
             for parameter in parameters:
-                parameter.grad = None  # adding to one would count for those with many parameters
+                parameter.grad = None  # or accumulation would be timed too
             inputs = hidden.clone().requires_grad_(), weights.to(dtype).requires_grad_()
             taken = seconds_of(functools.partial(_both_ways, function, *inputs, experts, grad=grad), backend)
             if round_ >= 2:
                 seconds[name].append(taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    bound = medians["one large product"]
+    bound = medians["one dense product"]
     return {"size": size, "precision": precision, "tokens": tokens, "device": str(device),
             "threads": torch.get_num_threads(), "seconds": medians,
             "share_of_bound": {name: bound / value for name, value in medians.items()}}
@@ -116,11 +115,11 @@ def main() -> None:
     parser = option_parser(__doc__, rounds=9)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "100m"], choices=sorted(WIDTHS), help="widths")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
-    parser.add_argument("--tokens", type=int, default=1040, help="tokens that are routed; 8192 suits an accelerator")
+    parser.add_argument("--tokens", type=int, default=1040, help="routed tokens; 8192 suits an accelerator")
     options = parser.parse_args()
     backend = prepare(options)
     rows = []
-    print("| widths | precision | implementation | ms | % of one product |\n| --- | --- | --- | --- | --- |")
+    print("| widths | precision | implementation | ms | % of one dense product |\n| --- | --- | --- | --- | --- |")
     for size in options.sizes:
         for precision in options.precisions:
             row = measure(size, precision, tokens=options.tokens, rounds=options.rounds, backend=backend)

@@ -1,11 +1,11 @@
-"""Everything about speed that needs an accelerator, in one command of at most nine minutes.
+"""All speed measurements that need an accelerator, in one command of at most nine minutes.
 
     python -m benchmarks.gpu [--minutes 9] [--output docs/performance_gpu.md]
-    python -m benchmarks.gpu --device cpu --tiny --output /tmp/performance.md     # the same way on a CPU
+    python -m benchmarks.gpu --device cpu --tiny --output /tmp/performance.md     # the same on a CPU
 
-Needs torch 2.10 or later, transformers and megatron-core 0.12.1 on the path, and no network. Each part's result is
-written, to the page and to a JSON file beside it, as soon as it is there; a part that fails or finds no time left is
-named with the reason, and the others go on.
+Needs torch 2.10 or later, transformers and megatron-core 0.12.1, and no network. Each part's result is written to the
+page and to a JSON file next to it as soon as it is measured. If a part fails or no time is left for it, the page gives
+the reason and the benchmark continues.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GAP_MICROSECONDS = 50
 
 @dataclasses.dataclass
 class Bench:
-    """What all parts share."""
+    """State shared by all parts."""
 
     backend: Backend
     tiny: bool
@@ -60,19 +60,19 @@ class Bench:
         return "tiny" if self.tiny else "30b"
 
     def module(self) -> Any | None:
-        """torch's module of the accelerator; None on a CPU."""
+        """The accelerator's module ``torch.<name>``; None on a CPU."""
         return getattr(torch, self.backend.name) if self.backend.is_accelerator else None
 
     def run(self, name: str, seconds: float, part: Callable[[Bench], Any]) -> None:
-        """Run a part if about ``seconds`` are left for it, and save what came of it."""
+        """Run a part if at least ``seconds`` are left, and save its result."""
         left = self.deadline - time.perf_counter()
         started = time.perf_counter()
         if left < seconds:
-            self.results[name] = {"left out": f"{left:.0f} s left of {seconds:.0f} s that it takes"}
+            self.results[name] = {"skipped": f"{left:.0f} s left, {seconds:.0f} s needed"}
         else:
             try:
                 self.results[name] = part(self)
-            except Exception as error:  # whatever it is, the other parts are still wanted
+            except Exception as error:  # continue with the other parts
                 self.results[name] = {"failed": f"{type(error).__name__}: {error}"[:500],
                                       "trace": traceback.format_exc()[-1500:]}
         gc.collect()
@@ -104,21 +104,21 @@ def _brief(result: dict[str, Any]) -> str:
 
 
 def environment(bench: Bench) -> dict[str, Any]:
-    """Device, versions, and what is there of optional packages."""
+    """Device, versions and optional packages."""
     import transformers
 
     module = bench.module()
     return {
         "device": module.get_device_name() if module is not None else platform.processor() or "CPU",
-        "torch": torch.__version__, "transformers": transformers.__version__, "pictures": photographs()[1],
+        "torch": torch.__version__, "transformers": transformers.__version__, "images": photographs()[1],
         "attention": getattr(attention_kernel(None, device=bench.backend.name), "__name__", "?"),
-        "grouped product": hasattr(F, "grouped_mm"),
-        "matrix rate, TFLOP/s in bf16": measure_peak_tflops(bench.backend, torch.bfloat16, seconds=2.0),
+        "grouped_mm": hasattr(F, "grouped_mm"),
+        "measured peak, TFLOP/s in bf16": measure_peak_tflops(bench.backend, torch.bfloat16, seconds=2.0),
     }
 
 
-def _rate(bench: Bench) -> float:
-    return bench.results.get("Environment", {}).get("matrix rate, TFLOP/s in bf16", float("nan"))
+def _peak(bench: Bench) -> float:
+    return bench.results.get("Environment", {}).get("measured peak, TFLOP/s in bf16", float("nan"))
 
 
 def _config(bench: Bench, layers: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _samples(bench: Bench, model_config: Qwen3VLConfig, count: int) -> Any:
 
 
 def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str, Any]:
-    """Seconds of steps after two that do not count, and what follows from them."""
+    """Seconds of steps after two warm-up steps, and figures derived from them."""
     seconds, waited = [], 0.0
     for index in range(repeats + 2):
         bench.backend.synchronize()
@@ -144,7 +144,7 @@ def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int) -> dict[str
     all_tokens, target_tokens = tokens(steps)
     median = statistics.median(seconds)
     return {"seconds": seconds, "ms per step": 1000 * median, "tokens/s": all_tokens / median,
-            "supervised tokens/s": target_tokens / median, "data wait, %": 100 * waited / sum(seconds),
+            "target tokens/s": target_tokens / median, "data wait, %": 100 * waited / sum(seconds),
             "peak memory, GiB": bench.backend.peak_memory_bytes() / 2**30}
 
 
@@ -152,13 +152,13 @@ def _ours(
     bench: Bench, *, layers: int, frozen: bool, accumulation: int, packed: bool, compiled: bool = False,
     extra: Callable | None = None,
 ) -> dict[str, Any]:
-    """Our trainer; the utilisation is against the matrix rate measured in this run."""
+    """This project's trainer; the utilisation is relative to the peak measured in this run."""
     model_config = Qwen3VLConfig.from_config(_config(bench, layers))
     samples = _samples(bench, model_config, 40 * accumulation if packed else 4 * accumulation)
     budget = 1024 if bench.tiny else 8192
     steps = pack(samples, budget=budget, accumulation=accumulation)[:1] if packed else cut(
         samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
-    # all layers' activations of a full pack would not fit beside all parameters
+    # a full pack's activations of all layers do not fit next to all parameters
     choices = ModelBuildOptions(recompute="full" if frozen and packed else "none", compile_small_operators=compiled)
     runner = OurRunner(
         model_config, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen, choices=choices)
@@ -170,7 +170,7 @@ def _ours(
         result.update({
             "layers": layers, "tokens per step": tokens(steps)[0], "micro-batches": len(steps[0]),
             "parameters, M": sum(p.numel() for p in runner.model.parameters()) / 1e6, "TFLOP/s": rate,
-            "share of the matrix rate, %": 100 * rate / _rate(bench),
+            "share of the measured peak, %": 100 * rate / _peak(bench),
         })  # fmt: skip
         if extra is not None:
             result.update(extra(bench, runner))
@@ -179,10 +179,10 @@ def _ours(
     return result
 
 
-def _waits(bench: Bench, runner: OurRunner) -> dict[str, Any]:
-    """How often a step makes the host wait, by torch's own check, and what a step's time goes to."""
+def _synchronisations(bench: Bench, runner: OurRunner) -> dict[str, Any]:
+    """Host-device synchronisations in a step, by torch's sync debug mode, and a profile of the step."""
     module = bench.module()
-    counted: dict[str, Any] = {"host waits in a step": "not asked: no accelerator"}
+    counted: dict[str, Any] = {"host-device synchronisations in a step": "not measured: no accelerator"}
     if module is not None and hasattr(module, "set_sync_debug_mode"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -192,12 +192,12 @@ def _waits(bench: Bench, runner: OurRunner) -> dict[str, Any]:
             finally:
                 module.set_sync_debug_mode("default")
         places = [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
-        counted = {"host waits in a step": len(places), "where": sorted(set(places))}
+        counted = {"host-device synchronisations in a step": len(places), "where": sorted(set(places))}
     return {**counted, **_profile(bench, runner)}
 
 
 def _profile(bench: Bench, runner: OurRunner) -> dict[str, Any]:
-    """The ten largest kernels of a step, and its gaps."""
+    """The ten kernels with the most time in a step, and the gaps between kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.backend.is_accelerator:
         activities.append(getattr(torch.profiler.ProfilerActivity, bench.backend.name.upper()))
@@ -227,16 +227,16 @@ def _profile(bench: Bench, runner: OurRunner) -> dict[str, Any]:
             "gaps above 50 us": [f"{len(gaps)} in all", *gaps[:20]]}
 
 
-def _innermost(events: Sequence[Any], moment: float) -> str:
-    """Name of the shortest event that lasts at ``moment``: what the host was in."""
-    lasting = [event for event in events if event.time_range.start <= moment <= event.time_range.end]
-    return min(lasting, key=lambda event: event.time_range.elapsed_us()).name if lasting else "nothing that is recorded"
+def _innermost(events: Sequence[Any], time_us: float) -> str:
+    """Name of the innermost host event at ``time_us``."""
+    active = [event for event in events if event.time_range.start <= time_us <= event.time_range.end]
+    return min(active, key=lambda event: event.time_range.elapsed_us()).name if active else "no recorded event"
 
 
 def _theirs(
     bench: Bench, *, layers: int, frozen: bool, accumulation: int, mode: str, attention: str = "sdpa"
 ) -> dict[str, Any]:
-    """Hugging Face's model on the samples of the unpacked step of ours."""
+    """Hugging Face's model on the samples of our unpacked step."""
     config = _config(bench, layers)
     model_config = Qwen3VLConfig.from_config(config)
     samples = _samples(bench, model_config, 4 * accumulation)
@@ -250,25 +250,25 @@ def _theirs(
 
 
 def grouped_experts(bench: Bench) -> dict[str, Any]:
-    """One layer's experts, forward and backward, against one large product of the same number of operations."""
+    """One layer's experts, forward and backward, against one dense product with the same FLOPs."""
     found = experts.measure(bench.size, "bf16", tokens=256 if bench.tiny else 8192, rounds=5, backend=bench.backend)
     return {f"{name}, {unit}": value for name in found["seconds"] for unit, value in (
-        ("ms", 1000 * found["seconds"][name]), ("% of one product", 100 * found["share_of_bound"][name]))}
+        ("ms", 1000 * found["seconds"][name]), ("% of one dense product", 100 * found["share_of_bound"][name]))}
 
 
 def small_operators(bench: Bench) -> dict[str, Any]:
-    """Norm, rotary positions, SwiGLU and router: operators one by one, by hand, chosen and compiled."""
+    """RMSNorm, rotary embedding, SwiGLU and router: torch's operators, autograd functions, chosen and compiled."""
     rows = measure_small_operators(bench.size, "bf16", bench.backend, rounds=9)
     return {f"{row['operation']}, {name}, ms": 1000 * seconds for row in rows
             for name, seconds in row["median_seconds"].items()}
 
 
 def _layers(bench: Bench, *, frozen: bool) -> int:
-    """As many decoder layers as the device's memory holds, at 30B's widths.
+    """Decoder layers that fit in device memory, at 30B's widths.
 
-    A parameter that trains takes 18 bytes in fp32 (itself, a copy in bf16, gradient, two moments) and 8 all in bf16; a
-    layer's experts hold 604 M, the rest of it 19 M, the rest of the model 1200 M. A layer keeps about 1.1 GB of a
-    pack of 8k tokens, or with recomputation its input. 20 GB are for logits, the vision tower and what kernels want.
+    A trained parameter takes 18 bytes in fp32 (parameter, bf16 copy, gradient, two moments) and 8 all in bf16. A
+    layer's experts have 604 M parameters, the rest of it 19 M, the rest of the model 1200 M. A layer keeps about 1.1 GB
+    of activations of an 8k pack, with recomputation only its input. 20 GB are for logits, vision tower and workspaces.
     """
     module = bench.module()
     if module is None or bench.tiny:
@@ -279,12 +279,12 @@ def _layers(bench: Bench, *, frozen: bool) -> int:
 
 
 def main() -> None:
-    """Run all parts within the time."""
+    """Run all parts within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="device to run on")
-    parser.add_argument("--tiny", action="store_true", help="small numbers everywhere, to try the way")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers with fp32 parameters; 0: as fit")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a functional test")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the command")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers with fp32 parameters; 0: as many as fit")
     parser.add_argument("--output", type=Path, default=Path("docs/performance_gpu.md"), help="page to write")
     options = parser.parse_args()
     backend = select_backend(options.device)
@@ -294,7 +294,7 @@ def main() -> None:
     bench.run("Environment", 10, environment)
     bench.run("Grouped experts of one layer, forward and backward", 15, grouped_experts)
     bench.run("All parameters trained, packed to 8k tokens", 60, lambda b: _ours(
-        b, layers=few, frozen=False, accumulation=1 if b.tiny else 8, packed=True, extra=_waits))
+        b, layers=few, frozen=False, accumulation=1 if b.tiny else 8, packed=True, extra=_synchronisations))
     bench.run("All parameters trained, 4 samples a micro-batch, ours", 40, lambda b: _ours(
         b, layers=few, frozen=False, accumulation=2, packed=False))
     flash = ["flash_attention_2"] if bench.module() is not None and importlib.util.find_spec("flash_attn") else []

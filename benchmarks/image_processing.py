@@ -1,12 +1,12 @@
-"""Pictures per second and core: this project's processing against transformers' PIL processor, in the same run.
+"""CPU time per image: this project's image processing against transformers' PIL processor, in the same run.
 
     python benchmarks/image_processing.py [--rounds 15] [--min-pixels 65536] [--max-pixels 262144] [--pillow] [--json F]
 
 Real photographs (scikit-learn's two samples) in several sizes, as JPEG. Two comparisons: "process" starts from a
-decoded picture, "decode + process" from the file, as training does. Ours ends in uint8 patches, transformers' in
-float32 ones; what is left, normalisation, is done by our device and is timed here on the CPU as a line of its own, so
-that nothing is hidden. Both sides take turns within a round, on one thread; figures are medians of the process's own
-CPU time, so that neighbours on the machine do not count. Pixels are compared before anything is timed.
+decoded image, "decode + process" from the file, as training does. This project returns uint8 patches, transformers
+float32 ones; our normalisation runs on the device, and the table lists its time on the CPU separately. Both alternate
+within a round, on one thread; the figures are medians of CPU time, which other programs hardly affect. Before timing,
+the pixels are compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reference_processor(least: int, most: int) -> Any:
     """transformers' processor with the published settings of Qwen3-VL and the given limits."""
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
-    except ImportError:  # transformers 4 has it under another name
+    except ImportError:  # its name in transformers 4
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
     return Processor(
         size={"shortest_edge": least, "longest_edge": most}, patch_size=16, merge_size=2, temporal_patch_size=2,
@@ -48,7 +48,7 @@ def reference_processor(least: int, most: int) -> Any:
 
 
 def photographs(directory: Path) -> list[Path]:
-    """The sample photographs, cut to the aspect ratios of ``SIZES`` and scaled."""
+    """The sample photographs, cropped and scaled to ``SIZES``."""
     from PIL import ImageOps
     from sklearn.datasets import load_sample_images
 
@@ -62,18 +62,18 @@ def photographs(directory: Path) -> list[Path]:
 
 
 def on_device(patches: np.ndarray) -> torch.Tensor:
-    """What the device does with our patches."""
+    """Normalise our patches, as the device does."""
     return (torch.from_numpy(patches).float() / 255 - 0.5) / 0.5
 
 
 def measure(path: Path, settings: ImageSettings, processor: Any, rounds: int) -> dict[str, float]:
-    """Median milliseconds of CPU time for each step on one picture, after checking that the results are equal."""
+    """Median milliseconds of CPU time for each step on one image, after checking that the results are equal."""
     from transformers.image_utils import load_image as load_reference
 
     pixels, decoded = load_pixels(str(path)), load_reference(str(path))
     ours, theirs = image_patches(pixels, settings)[0], processor([decoded], return_tensors="pt")["pixel_values"]
     if not torch.equal(on_device(ours), theirs):
-        raise SystemExit(f"error: {path.name}: our pixels differ from transformers'; the figures would mean nothing")
+        raise SystemExit(f"error: {path.name}: our pixels differ from transformers'; timing makes no sense")
     steps: dict[str, Callable[[], Any]] = {
         "ours, process": lambda: image_patches(pixels, settings),
         "transformers, process": lambda: processor([decoded], return_tensors="pt"),
@@ -114,7 +114,7 @@ def main() -> int:
             each = [measure(path, settings, processor, options.rounds) for path in paths if path.name.startswith(label)]
             results[label] = {name: statistics.mean(one[name] for one in each) for name in each[0]}
 
-    print(f"{'ms of CPU time per picture':32s}" + "".join(f"{label:>12s}" for label in results))
+    print(f"{'ms of CPU time per image':32s}" + "".join(f"{label:>12s}" for label in results))
     for name in next(iter(results.values())):
         print(f"{name:32s}" + "".join(f"{times[name]:12.2f}" for times in results.values()))
     for part in ("process", "decode + process"):

@@ -2,10 +2,10 @@
 
     python benchmarks/llava_conversion.py [--records 157712] [--images 81479] [--rounds 5] [--dir DIR] [--json out.json]
 
-Makes a file of that many records in LLaVA-Instruct's format, and that many image files (empty ones: their names matter,
-not their content) below --dir, or in a temporary directory. Then both sides convert in turns, each in a process of its
-own, start of Python included; figures are medians. The plain loop reads with json, asks os.path.exists for every image
-and writes with json, checks nothing else, and writes the same records. Both outputs are compared.
+Makes a file of that many records in LLaVA-Instruct's format and that many image files (empty: only their names count)
+below --dir or in a temporary directory. Then both converters alternate, each in a process of its own, timed with
+Python's start; figures are medians. The plain loop reads with json, calls os.path.exists for every image, writes the
+same records with json and checks nothing else. Both outputs are compared.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def timed(command: list[str]) -> float:
 
 
 def measure(directory: Path, *, records: int, images: int, rounds: int) -> dict[str, float]:
-    """Median seconds of both sides, after a first round that does not count."""
+    """Median seconds of both, after a warm-up round."""
     source, root = make_files(directory, records=records, images=images)
     ours, plain = directory / "ours.json", directory / "plain.json"
     commands = {
@@ -94,7 +94,7 @@ def measure(directory: Path, *, records: int, images: int, rounds: int) -> dict[
     ours.unlink(missing_ok=True)
     timed(commands["ours"])
     if json.loads(ours.read_bytes()) != json.loads(plain.read_bytes()):
-        raise SystemExit("error: the two outputs differ; the figures would mean nothing")
+        raise SystemExit("error: the two outputs differ; timing makes no sense")
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     return {**medians, "ratio": medians["ours"] / medians["plain"], "megabytes": source.stat().st_size / 1e6}
 
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=157712)
     parser.add_argument("--images", type=int, default=81479)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="an existing directory on the disk that is to be measured")
+    parser.add_argument("--dir", type=Path, help="an existing directory on the disk to measure")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:

@@ -1,13 +1,12 @@
-"""Memory of each process while it is given its weights: meta-device initialisation, sharding, loading.
+"""Memory of each rank while it loads weights: meta-device initialisation, sharding, loading.
 
     python benchmarks/load_memory.py --dir /path/on/the/disk [--layers 2] [--ranks 1 2 4] [--json out.json]
 
 Makes a checkpoint of Qwen3-VL-30B-A3B's widths with fewer layers and random weights (2 text layers and 9 vision blocks:
-4.2 GB in bf16), the same as a converted DCP, and as a DCP saved in fp32 by one training process. Every combination of
-source and number of processes is loaded under FSDP2, and under expert parallelism where there are several. A process's
-peak is the highest resident memory from before its shards exist until they are loaded, less what was resident before
-that. It should be near the shard and one tensor; "above" is what it takes beyond the shard. "read" are the bytes that
-the process asks the file system for.
+4.2 GB in bf16), the same as a converted DCP checkpoint, and as one saved in fp32 by one training rank. Every source is
+loaded by every number of ranks under FSDP2, and with several ranks under expert parallelism too. A rank's peak is its
+highest resident memory while shards are allocated and loaded, less the resident memory before. It should be about the
+shard and one tensor; "above" is the peak minus the shard, "read" the bytes that the rank read from files.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ def status(field: str) -> int:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked the file system for."""
+    """Bytes that this process has read from files."""
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
 def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool) -> None:
-    """One process's part, started by torchrun; rank 0 prints what all have measured."""
+    """One rank, started by torchrun; rank 0 prints the measurements of all."""
     import torch
     import torch.distributed as dist
 
@@ -65,7 +64,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
         model = build_model(Qwen3VLConfig.from_pretrained(hf), ModelBuildOptions(), pixel_norm=norm, device="cpu")
     parallelise(model, layout=build_layout(device_type="cpu", expert_size=expert_size), config=FSDPConfig())
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     resident, read = status("VmRSS"), bytes_read()
     model.to_empty(device="cpu")
     model.reset_buffers()
@@ -89,7 +88,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
 
 
 def measure(work: Path, source: str, ranks: int, expert_size: int, *, save: bool = False) -> list[dict[str, int]]:
-    """What each process of a torchrun has measured."""
+    """Measurements of each rank of a torchrun."""
     directory = {"HF": work / "dcp", "DCP": work / "dcp", "DCP saved by 1": work / "saved"}[source]
     words = ["--worker", str(work / "hf"), source, str(directory), str(expert_size), str(int(save))]
     result = subprocess.run(
@@ -120,17 +119,17 @@ def main() -> None:
     shapes = mcore_shapes(weight_map(Qwen3VLConfig.from_pretrained(work / "hf"), expert_layout="hub")).values()
     sizes = [4 * math.prod(shape) for shape in shapes]
     print(f"{sum(sizes) / 1e9:.2f} GB of parameters in fp32, the largest {max(sizes) / 1e9:.2f} GB; on disk in bf16, "
-          "but in fp32 where training has saved them")
-    print("| source | processes | shard | peak | above | read |")
+          "fp32 if saved by training")
+    print("| source | ranks | shard | peak | above | read |")
     print("| --- | --- | --- | --- | --- | --- |")
     rows = []
     for source in ("HF", "DCP", "DCP saved by 1"):
         for ranks in options.ranks:
             for expert_size in sorted({1, min(2, ranks)}):
                 save = source == "DCP" and ranks == 1
-                processes = measure(work, source, ranks, expert_size, save=save)
-                worst = max(processes, key=lambda one: one["peak"] - one["shard"])
-                rows.append({"source": source, "ranks": ranks, "expert_size": expert_size, "processes": processes})
+                measured = measure(work, source, ranks, expert_size, save=save)
+                worst = max(measured, key=lambda one: one["peak"] - one["shard"])
+                rows.append({"source": source, "ranks": ranks, "expert_size": expert_size, "measured": measured})
                 name = f"{ranks}, EP{expert_size}" if expert_size > 1 else f"{ranks}"
                 figures = [worst["shard"], worst["peak"], worst["peak"] - worst["shard"], worst["read"]]
                 print(f"| {source} | {name} | {' | '.join(f'{x / 1e9:.2f} GB' for x in figures)} |", flush=True)

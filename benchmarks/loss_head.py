@@ -2,9 +2,9 @@
 
     python -m benchmarks.loss_head [--device cpu] [--vocab 151936] [--tokens 1024] [--output loss_head.json]
 
-Hugging Face's way computes the logits of all positions, turns them to fp32 and takes the cross-entropy of those that
-are supervised. Ours computes those of supervised positions, all at once or a chunk at a time. Peak memory is what is
-held at most beyond the hidden states and the weight. Medians over the rounds.
+Hugging Face computes the logits of all positions, converts them to fp32 and takes the cross-entropy at target
+positions. This project computes logits at target positions only, all at once or in chunks. Peak memory is above the
+hidden states and the weight. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from benchmarks.measuring import option_parser, peak_bytes, prepare, seconds_of,
 from mindspeed_mm.models.layers.loss_head import LossHead
 
 
-def ways(options: argparse.Namespace, hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The loss of hidden states [T, H] and an output layer [V, H], by name."""
+def loss_functions(options: argparse.Namespace, hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Loss functions of hidden states [T, H] and an output layer [V, H], by name."""
     device, count = hidden.device, int(options.tokens * options.target_tokens)
     index = torch.arange(options.tokens - count, options.tokens, device=device)
     labels = torch.randint(0, options.vocab, (count,), device=device)
     all_labels = torch.full((options.tokens,), -100, device=device)
     all_labels[index] = labels
-    shares = torch.full((count,), 1 / count, device=device)
+    weights = torch.full((count,), 1 / count, device=device)
 
     def theirs() -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), all_labels, ignore_index=-100)
 
     def ours(chunk: int | None) -> Tensor:
         head = LossHead(options.hidden, options.vocab, chunk_size=chunk, dtype=weight.dtype, tied=True)
-        return head(hidden.index_select(0, index), labels, shares, tied_weight=weight)[0]
+        return head(hidden.index_select(0, index), labels, weights, tied_weight=weight)[0]
 
     return {
-        "Hugging Face, full logits": theirs, "ours, all supervised": lambda: ours(None),
+        "Hugging Face, full logits": theirs, "ours, all at once": lambda: ours(None),
         f"ours, chunks of {options.chunk}": lambda: ours(options.chunk),
     }
 
@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936, help="size of the vocabulary")
     parser.add_argument("--hidden", type=int, default=512, help="hidden width; the published model's is 2048")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the micro-batch")
-    parser.add_argument("--supervised", type=float, default=0.5, help="share of them that is supervised")
-    parser.add_argument("--chunk", type=int, default=128, help="supervised positions of a chunk")
+    parser.add_argument("--target-tokens", "--supervised", type=float, default=0.5, help="share of target tokens")
+    parser.add_argument("--chunk", type=int, default=128, help="target positions of a chunk")
     options = parser.parse_args()
     backend = prepare(options)
     device, dtype = backend.device, torch.bfloat16
@@ -58,10 +58,10 @@ def main() -> None:
     weight = (torch.randn(options.vocab, options.hidden, device=device) * 0.02).to(dtype).requires_grad_()
     results = {}
     print("| head | ms | peak MiB | loss |\n| --- | --- | --- | --- |")
-    for name, way in ways(options, hidden, weight).items():
-        def once(way: Callable[[], Tensor] = way) -> Tensor:
+    for name, function in loss_functions(options, hidden, weight).items():
+        def once(function: Callable[[], Tensor] = function) -> Tensor:
             hidden.grad = weight.grad = None
-            loss = way()
+            loss = function()
             loss.backward()
             return loss.detach()
 

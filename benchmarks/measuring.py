@@ -1,4 +1,4 @@
-"""What the benchmarks of computation share: their common options, the clock, peak memory, and the JSON file."""
+"""Shared by the compute benchmarks: command-line options, timing, peak memory and the JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mindspeed_mm.backend.device import Backend, select_backend
 
 
 def option_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """Device, threads, measured rounds and the file for the results.
+    """A parser with device, threads, measured rounds and result file.
 
     Args:
         description: the benchmark's docstring.
@@ -24,13 +24,13 @@ def option_parser(description: str | None, *, rounds: int) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="device to run on")
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's default")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser
 
 
 def prepare(options: argparse.Namespace) -> Backend:
-    """The device and the threads that the options ask for."""
+    """Set the number of threads and select the device."""
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -38,15 +38,15 @@ def prepare(options: argparse.Namespace) -> Backend:
 
 
 def write_results(options: argparse.Namespace, results: Any) -> None:
-    """Write the JSON file, if one is wanted."""
+    """Write the JSON file, if the options name one."""
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def seconds_of(function: Callable[[], object], backend: Backend) -> float:
-    """Time of one call, with the device's work; on one thread of a CPU processor time, which others hardly change."""
-    on_processor = not backend.is_accelerator and torch.get_num_threads() == 1
-    clock = time.process_time if on_processor else time.perf_counter
+    """Time of one call, device work included; on one CPU thread CPU time, which other programs hardly affect."""
+    cpu_time = not backend.is_accelerator and torch.get_num_threads() == 1
+    clock = time.process_time if cpu_time else time.perf_counter
     backend.synchronize()
     started = clock()
     function()
@@ -55,9 +55,9 @@ def seconds_of(function: Callable[[], object], backend: Backend) -> float:
 
 
 def peak_bytes(function: Callable[[], object], backend: Backend) -> int:
-    """Most bytes held at a time during a call beyond those held before.
+    """Peak of allocated bytes during a call, above those allocated before it.
 
-    As torch's allocator counts them; on a CPU by the profiler's record of allocations.
+    Counted by torch's allocator; on a CPU by the profiler's record of allocations.
     """
     if backend.is_accelerator:
         module = getattr(torch, backend.name)
@@ -68,9 +68,9 @@ def peak_bytes(function: Callable[[], object], backend: Backend) -> int:
         return module.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    held = most = 0
+    allocated = peak = 0
     records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(records, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak

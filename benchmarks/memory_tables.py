@@ -18,7 +18,7 @@ from mindspeed_mm.tools.memory.plan import Plan
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device
 
 LONG = {"tokens": 8192, "patches": 8192, "target_tokens": 6144}
-CHOICES: dict[str, dict[str, Any]] = {
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "EP 8": {"expert_size": 8},
     "EP 8, full recompute": {"expert_size": 8, "recompute": "full"},
@@ -29,25 +29,25 @@ CHOICES: dict[str, dict[str, Any]] = {
         **LONG, "recompute": "full", "expert_size": 8, "loss_chunk": 1024,
     },
     "vision trains too": {"train_vision": True, "train_projector": True},
-    "projector alone trains": {"train_text": False, "train_projector": True},
+    "only the projector trains": {"train_text": False, "train_projector": True},
     "accumulation over 4 micro-batches, EP 8": {"micro_batches": 4, "expert_size": 8},
 }  # fmt: skip
 
 
 def rows(model_config: Qwen3VLConfig, device: Device) -> list[dict[str, Any]]:
-    """One row per number of devices and choice, in bytes."""
+    """One row per number of devices and configuration, in bytes."""
     found = []
-    for processes in (8, 16):
-        for name, changes in CHOICES.items():
+    for ranks in (8, 16):
+        for name, changes in CONFIGURATIONS.items():
             base = {"tokens": 1024, "patches": 1024, "target_tokens": 768, **changes}
-            plan = Plan(model_config=model_config, world_size=processes, sharding_size=processes, **base)
+            plan = Plan(model_config=model_config, world_size=ranks, sharding_size=ranks, **base)
             result, received = estimate(plan), volumes(plan)
             amounts = result.peak.amounts
             static = sum(amounts[key] for key in ("parameters", "gradients", "optimizer"))
-            kept = sum(amounts[key] for key in ("text", "experts", "vision", "head"))
+            activations = sum(amounts[key] for key in ("text", "experts", "vision", "head"))
             found.append({
-                "processes": processes, "choice": name, "static": static, "kept": kept,
-                "rest": result.peak.total - static - kept, "total": result.peak.total, "host": result.host,
+                "ranks": ranks, "configuration": name, "static": static, "activations": activations,
+                "rest": result.peak.total - static - activations, "total": result.peak.total, "host": result.host,
                 "fits": device.fits(result), "all_gather": received["all_gather"],
                 "reduce_scatter": received["reduce_scatter"], "all_to_all": received["expert_all_to_all"],
             })  # fmt: skip
@@ -66,14 +66,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = rows(model_config, Device(size=64 * GIB, reserve=round(RESERVE_GB * GIB)))
-    print("| devices | choice | weights, gradients, AdamW | activations | gathering and work | in all | fits | "
-          "all-gather | reduce-scatter | all-to-all |\n|" + " --- |" * 10)
+    print("| devices | configuration | parameters, gradients, AdamW | activations | all-gathers, workspace | total | "
+          "fits | all-gather | reduce-scatter | all-to-all |\n|" + " --- |" * 10)
     for row in table:
-        figures = [row[key] / GIB for key in ("static", "kept", "rest", "total")]
+        figures = [row[key] / GIB for key in ("static", "activations", "rest", "total")]
         traffic = [row[key] / GIB for key in ("all_gather", "reduce_scatter", "all_to_all")]
         cells = [f"{value:.1f}" for value in figures] + ["yes" if row["fits"] else "**no**"]
         cells += [f"{value:.1f}" for value in traffic]
-        print(f"| {row['processes']} | {row['choice']} | " + " | ".join(cells) + " |")
+        print(f"| {row['ranks']} | {row['configuration']} | " + " | ".join(cells) + " |")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(table, file, indent=1)

@@ -1,11 +1,11 @@
-"""Time of a step on 1, 2 and 4 gloo processes with the same work for each, and what part of it is lost.
+"""Weak scaling on 1, 2 and 4 gloo ranks: time of a step and parallel efficiency.
 
-    python -m benchmarks.scaling [--processes 1 2 4] [--size tiny] [--steps 5] [--output scaling.json]
+    python -m benchmarks.scaling [--ranks 1 2 4] [--size tiny] [--steps 5] [--output scaling.json]
 
-Each process trains on as many samples, the same ones, under FSDP2 (one process: without), on one thread. Efficiency is
-the time of a step on as many processes at once that know nothing of each other, over that of the processes together:
-what the cores cannot do in either case is no loss. Beside it, of the first process: processor time of the thread that
-computes, which FSDP2's copies are part of, of the other threads, which communicate, and the rest of the time: waiting.
+Every rank trains on the same samples under FSDP2 (one rank: without), on one thread. Efficiency is the time of a step
+of as many independent processes at once over that of the ranks together, so that a lack of cores counts as no loss. The
+table also has, for rank 0: CPU time of the computing thread, FSDP2's copies included, CPU time of the other threads,
+which communicate, and the rest of the time, waiting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def work(options: argparse.Namespace) -> None:
-    """One of the processes: train, and print the median on the first."""
+    """One rank: train; rank 0 prints its times."""
     from benchmarks.runners import OurRunner, cut, tokens
     from benchmarks.workload import draw_samples, geometry_config
     from mindspeed_mm.backend.device import select_backend
@@ -57,25 +57,25 @@ def work(options: argparse.Namespace) -> None:
     shutdown_distributed()
 
 
-def launch(processes: int, options: argparse.Namespace, *, groups: int = 1) -> dict[str, float]:
-    """Run :func:`work` on ``processes`` processes, in ``groups`` groups at once.
+def launch(ranks: int, options: argparse.Namespace, *, jobs: int = 1) -> dict[str, float]:
+    """Run :func:`work` on ``ranks`` ranks, in ``jobs`` independent jobs at once.
 
     Returns:
-        ``wall``, ``process`` and ``thread`` seconds of a step, and its ``tokens``: medians over the steps of the first
-        process, and over the groups.
+        ``wall``, ``process`` and ``thread`` seconds of a step, and its ``tokens``: medians over the steps of rank 0 and
+        over the jobs.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
                "benchmarks.scaling", "--worker", "--size", options.size, "--steps", str(options.steps),
                "--accumulation", str(options.accumulation)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(groups)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(jobs)]
     found = []
     for process in started:
         printed, _ = process.communicate(timeout=540)
         if process.returncode:
-            raise SystemExit(f"{processes} processes ended with status {process.returncode}")
+            raise SystemExit(f"the job of {ranks} ranks ended with status {process.returncode}")
         found.append(json.loads(next(line for line in printed.splitlines() if line.startswith('{"seconds"'))))
-    steps = [[statistics.median(column) for column in zip(*group["seconds"], strict=True)] for group in found]
+    steps = [[statistics.median(column) for column in zip(*job["seconds"], strict=True)] for job in found]
     medians = [statistics.median(column) for column in zip(*steps, strict=True)]
     return dict(zip(("wall", "process", "thread"), medians, strict=True)) | {"tokens": found[0]["tokens"]}
 
@@ -83,10 +83,10 @@ def launch(processes: int, options: argparse.Namespace, *, groups: int = 1) -> d
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--size", default="tiny", help="model of benchmarks.workload")
+    parser.add_argument("--ranks", "--processes", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
+    parser.add_argument("--size", default="tiny", help="model size in benchmarks.workload")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of 4 samples in a step")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of 4 samples per step")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -94,15 +94,16 @@ def main() -> None:
         work(options)
         return
     rows: list[dict[str, float]] = []
-    print(f"{CORES} cores\n\n| processes | ms per step | tokens/s of all | ms apart | efficiency | ms computing | "
-          "ms communicating | ms waiting |\n" + "| --- " * 8 + "|")
-    for processes in options.processes:
-        together, apart = launch(processes, options), launch(1, options, groups=processes)
+    print(f"{CORES} cores\n\n| ranks | ms per step | total tokens/s | ms, independent processes | efficiency | "
+          "ms computing | ms communicating | ms waiting |\n" + "| --- " * 8 + "|")
+    for ranks in options.ranks:
+        together, independent = launch(ranks, options), launch(1, options, jobs=ranks)
         wall, process, thread = together["wall"], together["process"], together["thread"]
-        rows.append({"processes": processes, "cores": CORES, **together, "apart": apart["wall"],
-                     "efficiency": apart["wall"] / wall, "tokens_per_second": processes * together["tokens"] / wall})
-        print(f"| {processes} | {1000 * wall:.0f} | {rows[-1]['tokens_per_second']:.0f} | {1000 * apart['wall']:.0f} | "
-              f"{rows[-1]['efficiency']:.2f} | {1000 * thread:.0f} | {1000 * (process - thread):.0f} | "
+        rows.append({"ranks": ranks, "cores": CORES, **together, "independent": independent["wall"],
+                     "efficiency": independent["wall"] / wall, "tokens_per_second": ranks * together["tokens"] / wall})
+        print(f"| {ranks} | {1000 * wall:.0f} | {rows[-1]['tokens_per_second']:.0f} | "
+              f"{1000 * independent['wall']:.0f} | {rows[-1]['efficiency']:.2f} | "
+              f"{1000 * thread:.0f} | {1000 * (process - thread):.0f} | "
               f"{1000 * max(0.0, wall - process):.0f} |", flush=True)
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")

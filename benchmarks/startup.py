@@ -1,10 +1,10 @@
-"""Seconds from torchrun to the end of the first step, and where they go, beside Hugging Face's Trainer.
+"""Seconds from torchrun to the end of the first step, by phase, compared with Hugging Face's Trainer.
 
     python -m benchmarks.startup [--rounds 5] [--output startup.json]
 
-The quickstart's tiny model and digits on one process and one thread, alternately: ours by its launcher, the first time,
-when the data is prepared, and again, when it is there; Hugging Face's Trainer on the same files, without preparing any
-data; and torchrun with a program that does nothing. Medians, by the clock. Needs accelerate, as the Trainer does.
+Trains the quickstart's tiny model and digits on one rank and one thread, alternating: this project's launcher with data
+preparation (first run) and without (second run); Hugging Face's Trainer on the same files, without preparing data; and
+torchrun with an empty program. Medians of wall time. Needs accelerate, as the Trainer does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mindspeed_mm.backend.device import find_device
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/qwen3vl"
 PHASES = ("launcher's checks", "torchrun, imports, process group", "model and weights", "data", "first step", "end")
-# what is printed when a phase is over, in the order of PHASES; the last one is over when the process ends
+# the line printed at the end of each phase in PHASES; the last phase ends with the process
 OURS = (r"^torchrun begins", r"\d+ process\(es\) on ", r"\] loaded ", r"\] data: ", r"\] iteration +1/")
 TRAINER = tuple(f"^{line}" for line in (
     "torchrun begins", "milestone: processes", "milestone: model", "milestone: data", "milestone: first step"))
@@ -38,9 +38,9 @@ def phases_of(arrivals: Sequence[tuple[float, str]], ends: Sequence[str], *, fin
     """Seconds of each phase.
 
     Args:
-        arrivals: when each line came, in seconds after the start, and the line.
-        ends: a pattern of the line at the end of each phase but the last.
-        finished: when the process had ended.
+        arrivals: seconds after the start, and line, for each line of output.
+        ends: pattern of the line at the end of each phase but the last.
+        finished: seconds after the start when the process ended.
 
     Raises:
         SystemExit: if a line is missing.
@@ -59,7 +59,7 @@ def phases_of(arrivals: Sequence[tuple[float, str]], ends: Sequence[str], *, fin
 
 
 def watch(command: Sequence[str | Path], environment: Mapping[str, str]) -> tuple[list[tuple[float, str]], float]:
-    """Run a command; what it printed, with the times, and when it ended."""
+    """Run a command; returns its output lines with their times, and its duration."""
     started, arrivals = time.perf_counter(), []
     with subprocess.Popen(
         [str(word) for word in command], cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
@@ -71,7 +71,7 @@ def watch(command: Sequence[str | Path], environment: Mapping[str, str]) -> tupl
 
 
 def prepare(place: Path) -> dict[str, str]:
-    """The quickstart's files; returns the environment in which its launcher trains one step on them."""
+    """Write the quickstart's files; returns the environment in which its launcher trains one step on them."""
     model = place / "model"
     convert = EXAMPLE.parent / "qwen2vl/llava_instruct_2_mllm_demo_format.py"
     commands = (
@@ -85,7 +85,7 @@ def prepare(place: Path) -> dict[str, str]:
     )
     for command in commands:
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    # a torchrun that says when it begins, before the one of this Python
+    # a torchrun that prints when it starts, first on the PATH
     (place / "bin").mkdir()
     shim = place / "bin/torchrun"
     shim.write_text(f"#!/bin/sh\necho torchrun begins\nexec '{sys.executable}' -m torch.distributed.run \"$@\"\n")
@@ -98,9 +98,9 @@ def prepare(place: Path) -> dict[str, str]:
     }
 
 
-def ours(place: Path, environment: Mapping[str, str], *, again: bool) -> list[float]:
+def ours(place: Path, environment: Mapping[str, str], *, prepared: bool) -> list[float]:
     """Phases of our launcher."""
-    for directory in (place / "save", *(() if again else (place / "data/cache_dir",))):
+    for directory in (place / "save", *(() if prepared else (place / "data/cache_dir",))):
         shutil.rmtree(directory, ignore_errors=True)
     arrivals, finished = watch(("bash", EXAMPLE / "finetune_qwen3vl_tiny.sh"), environment)
     return phases_of(arrivals, OURS, finished=finished)
@@ -123,35 +123,35 @@ def main() -> None:
     options = parser.parse_args()
     if importlib.util.find_spec("accelerate") is None:
         raise SystemExit("accelerate is not installed, and Hugging Face's Trainer needs it: pip install accelerate")
-    runs: dict[str, list[list[float]]] = {"ours, first time": [], "ours, again": [], "Hugging Face's Trainer": []}
-    nothing = []
+    runs: dict[str, list[list[float]]] = {"ours, first run": [], "ours, second run": [], "Hugging Face's Trainer": []}
+    empty_runs = []
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         environment = prepare(place)
         empty = place / "empty.py"
         empty.write_text("")
-        for round_ in range(options.rounds + 1):  # the first one reads programs from the disk
+        for round_ in range(options.rounds + 1):  # the first round is warm-up
             found = {
-                "ours, first time": ours(place, environment, again=False),
+                "ours, first run": ours(place, environment, prepared=False),
                 "Hugging Face's Trainer": trainer(place, environment),
-                "ours, again": ours(place, environment, again=True),
+                "ours, second run": ours(place, environment, prepared=True),
             }
             alone = watch(("torchrun", "--standalone", "--nproc_per_node", "1", empty), environment)[1]
             if round_:
-                nothing.append(alone)
+                empty_runs.append(alone)
                 for name, phases in found.items():
                     runs[name].append(phases)
     medians = {name: [statistics.median(column) for column in zip(*rounds, strict=True)]
                for name, rounds in runs.items()}
-    # torchrun to the end of the first step: without the checks before and what comes after
+    # from torchrun to the end of the first step, without the launcher's checks and the end
     totals = {name: statistics.median(sum(phases[1:-1]) for phases in rounds) for name, rounds in runs.items()}
     print(f"| seconds | {' | '.join(runs)} |\n" + "| --- " * (len(runs) + 1) + "|")
     for index, phase in enumerate(PHASES):
         print(f"| {phase} | {' | '.join(f'{values[index]:.2f}' for values in medians.values())} |")
     print(f"| torchrun to the end of the first step | {' | '.join(f'{value:.2f}' for value in totals.values())} |")
-    print(f"\ntorchrun with a program that does nothing: {statistics.median(nothing):.2f} s")
+    print(f"\ntorchrun with an empty program: {statistics.median(empty_runs):.2f} s")
     if options.output:
-        results = {"phases": PHASES, "runs": runs, "medians": medians, "totals": totals, "torchrun": nothing}
+        results = {"phases": PHASES, "runs": runs, "medians": medians, "totals": totals, "torchrun": empty_runs}
         options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 

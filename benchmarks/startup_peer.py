@@ -1,4 +1,4 @@
-"""The quickstart's tiny model on Hugging Face's Trainer, with as little around it as can be; for benchmarks.startup.
+"""The quickstart's tiny model on Hugging Face's Trainer, as a minimal script; for benchmarks.startup.
 
     torchrun --standalone --nproc_per_node 1 -m benchmarks.startup_peer MODEL_DIR RECORDS.json SCRATCH_DIR DEVICE
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-def say(milestone: str) -> None:
-    """One of the lines that benchmarks.startup waits for."""
+def print_milestone(milestone: str) -> None:
+    """Print a line that benchmarks.startup looks for."""
     print(f"milestone: {milestone}", flush=True)
 
 
@@ -34,9 +34,9 @@ def main() -> None:
         scratch, max_steps=1, per_device_train_batch_size=12, logging_steps=1, save_strategy="no", report_to=[],
         remove_unused_columns=False, use_cpu=device == "cpu", optim="adamw_torch_fused",
     )
-    say("processes")
+    print_milestone("processes")
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(model_directory, dtype=torch.float32)
-    say("model")
+    print_milestone("model")
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     processor = Qwen2VLImageProcessor.from_pretrained(model_directory)
     records = json.loads(Path(records_file).read_text(encoding="utf-8"))
@@ -58,15 +58,15 @@ def main() -> None:
                 "image_grid_thw": made["image_grid_thw"]}
 
     class Milestone(TrainerCallback):
-        """Tells when the first step is done."""
+        """Prints the milestone after the first step."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             """Called by the Trainer."""
-            say("first step")
+            print_milestone("first step")
 
     trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=records,
                       callbacks=[Milestone()])
-    say("data")
+    print_milestone("data")
     trainer.train()
 
 

@@ -3,11 +3,10 @@
     python -m benchmarks.step_speed [--models tiny 100m] [--precisions fp32 bf16] [--output step_speed.json]
 
 Both train on the same samples, alternately, one step each; medians over the rounds. Hugging Face's model runs with
-sdpa, fused AdamW and batches padded to their longest sample, with grouped experts and with its loop over experts. In
-bf16 each runs twice: under autocast, which keeps parameters and moments in fp32, as ours does, and wholly in bf16,
-which does not. The fastest of all counts.
-oneDNN's store of prepared products is made large enough for all models, so that each has what it would have alone.
-On one thread of a CPU the processor's own time is measured, which other programs on the machine hardly change.
+sdpa, fused AdamW and batches padded to the longest sample, with grouped experts and with its loop over experts. In bf16
+it runs twice: under autocast, which keeps parameters and moments in fp32 as this project does, and in bf16 throughout.
+The fastest variant is the baseline. oneDNN's primitive cache is large enough for all models, as if each ran alone. On
+one CPU thread the benchmark measures CPU time, which other programs hardly affect.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 
 
 def alternate(runners: dict[str, Any], *, rounds: int, backend: Backend) -> dict[str, list[float]]:
-    """Seconds of each runner's step in each round, after one that does not count.
+    """Seconds of each runner's step in each round, after one warm-up round.
 
-    Every other round goes backwards: who steps first prepares what several need, such as a CPU's products by shape.
+    Every other round is in reverse order: the first to step fills shared caches, such as oneDNN's primitives by shape.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for round_ in range(rounds + 1):
@@ -79,7 +78,7 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
     per_step, target_tokens = tokens(steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     best = min((name for name in medians if not name.startswith("ours")), key=medians.__getitem__)
-    # of neighbouring steps: what slows the machine slows both
+    # ratio of neighbouring steps, which share the machine's state
     ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds["ours"], strict=True))
     return {
         "model": model,
@@ -87,11 +86,11 @@ def compare(model: str, precision: str, options: argparse.Namespace, backend: Ba
         "precision": precision,
         "threads": torch.get_num_threads(),
         "tokens_per_step": per_step,
-        "supervised_per_step": target_tokens,
+        "target_tokens_per_step": target_tokens,
         "seconds": seconds,
         "median_seconds": medians,
         "tokens_per_second": {name: per_step / value for name, value in medians.items()},
-        "supervised_per_second": {name: target_tokens / value for name, value in medians.items()},
+        "target_tokens_per_second": {name: target_tokens / value for name, value in medians.items()},
         "best_hugging_face": best,
         "ratio": ratio,
     }
@@ -105,9 +104,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="ours with --compile-small-operators too")
     parser.add_argument("--micro-batch", type=int, default=4, help="samples of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--steps", type=int, default=0, help="different steps, repeated in turn; 0: none is repeated")
+    parser.add_argument("--steps", type=int, default=0, help="distinct steps, repeated in a cycle; 0: no repetition")
     options = parser.parse_args()
-    # oneDNN keeps 1024 prepared products, enough for one model; here five would drive out one another's
+    # the default of 1024 primitives suits one model; here up to five would evict each other's
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
     backend = prepare(options)
     init_distributed(backend, timeout_minutes=10)

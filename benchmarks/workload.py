@@ -1,8 +1,8 @@
-"""What the speed benchmarks train on: real pictures, conversations of LLaVA's lengths, models of several sizes.
+"""Workload of the speed benchmarks: real images, conversations of LLaVA's lengths, models of several sizes.
 
-The pictures are crops, in the shapes that are common in COCO, of the photographs that scikit-image and scikit-learn
-carry, and scikit-learn's handwritten digits; where neither is installed, noise with the spectrum of photographs. Words
-are drawn at random: what a step costs depends on their number.
+The images are crops, with COCO's common sizes, of the photographs in scikit-image and scikit-learn, and of
+scikit-learn's handwritten digits; without either package, noise with the spectrum of photographs. Token ids are random:
+the cost of a step depends on their number only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHAPES = (
 )
 # share, median and spread (of the logarithm) of the text tokens of: conversations, detailed descriptions, reasoning
 TEXTS = ((0.37, 260, 0.35), (0.15, 130, 0.25), (0.48, 160, 0.30))
-SUPERVISED_SHARE = 0.6
+TARGET_SHARE = 0.6
 TEXT_ONLY_SHARE = 0.06
 # tiny: 3 M parameters; 100m: 105 M, a fifth of them active per token; 30b: Qwen3-VL-30B-A3B
 WIDTHS: dict[str, dict[str, dict[str, Any]]] = {
@@ -123,7 +123,7 @@ WIDTHS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def geometry_config(size: str, **changes: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the model ``size`` of WIDTHS; ``text`` and ``vision`` change single fields."""
+    """``config.json`` of the model ``size`` in WIDTHS; ``text`` and ``vision`` override fields."""
     text, vision = ({**WIDTHS[size][part], **changes.get(part, {})} for part in ("text", "vision"))
     half, last = text["head_dim"] // 2, text["vocab_size"]
     side = half * 5 // 16
@@ -164,7 +164,7 @@ def geometry_config(size: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def photographs() -> tuple[list[np.ndarray], str]:
-    """Pictures uint8 [height, width, 3], and where they are from."""
+    """Images uint8 [height, width, 3], and their source."""
     found, names = [], []
     for package, (folder, files) in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
@@ -179,7 +179,7 @@ def photographs() -> tuple[list[np.ndarray], str]:
         scan = np.kron(load_digits().images[0] * (255 / 16), np.ones((64, 64))).astype(np.uint8)
         found.append(np.repeat(scan[:, :, None], 3, axis=2))
     if found:
-        return found, f"{len(found)} pictures of {' and '.join(names)}"
+        return found, f"{len(found)} images of {' and '.join(names)}"
     generator = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(768)[:, None], np.fft.fftfreq(768)[None])
     frequency[0, 0] = 1.0
@@ -198,9 +198,9 @@ def draw_samples(
     text_only: float = TEXT_ONLY_SHARE,
     text_scale: float = 1.0,
 ) -> list[Sample]:
-    """Conversations, most with one picture, which was resized to an area within the two limits."""
+    """Conversations, most with one image, resized to an area between the two limits."""
     generator = np.random.default_rng(seed)
-    pictures, _ = photographs()
+    images, _ = photographs()
     vision = model_config.vision
     settings = ImageSettings(
         min_pixels, max_pixels, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, PIXEL_NORM
@@ -217,32 +217,32 @@ def draw_samples(
         chosen: tuple[MediaPatches, ...] = ()
         if generator.random() >= text_only:
             height, width, _ = SHAPES[generator.choice(len(SHAPES), p=shapes / shapes.sum())]
-            patches, grid = image_patches(_crop(pictures, height, width, generator), settings)
+            patches, grid = image_patches(_crop(images, height, width, generator), settings)
             chosen = (MediaPatches(patches, grid),)
             ids = [
                 model_config.vision_start_token_id,
                 *[model_config.image_token_id] * (len(patches) // vision.merge_unit),
                 model_config.vision_end_token_id,
             ]
-        start = len(ids) + int(words * (1 - SUPERVISED_SHARE))
+        start = len(ids) + int(words * (1 - TARGET_SHARE))
         ids += generator.integers(0, model_config.text.vocab_size - 4, words).tolist()
         samples.append(Sample(np.array(ids, np.int64), np.arange(len(ids)) >= start, chosen, index))
     return samples
 
 
-def _crop(pictures: Sequence[np.ndarray], height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """A part of one of ``pictures`` in the wanted shape, as large as it can be, at a random place."""
-    picture = pictures[generator.integers(len(pictures))]
-    scale = min(picture.shape[0] / height, picture.shape[1] / width, 1.0)
+def _crop(images: Sequence[np.ndarray], height: int, width: int, generator: np.random.Generator) -> np.ndarray:
+    """The largest crop of a random image with the given aspect ratio, at a random place."""
+    image = images[generator.integers(len(images))]
+    scale = min(image.shape[0] / height, image.shape[1] / width, 1.0)
     rows, cols = int(height * scale), int(width * scale)
     top, left = (
-        int(generator.integers(0, have - want + 1)) for have, want in zip(picture.shape, (rows, cols), strict=False)
+        int(generator.integers(0, have - need + 1)) for have, need in zip(image.shape, (rows, cols), strict=False)
     )
-    return np.ascontiguousarray(picture[top : top + rows, left : left + cols])
+    return np.ascontiguousarray(image[top : top + rows, left : left + cols])
 
 
 def hugging_face_batch(samples: Sequence[Sample], model_config: Qwen3VLConfig) -> dict[str, torch.Tensor]:
-    """Samples as ``Qwen3VLMoeForConditionalGeneration`` takes them, padded on the right to the longest of them."""
+    """Samples as inputs of ``Qwen3VLMoeForConditionalGeneration``, padded on the right to the longest."""
     length = max(len(sample.input_ids) for sample in samples)
     ids = np.zeros((len(samples), length), np.int64)
     mask = np.zeros_like(ids)
@@ -257,9 +257,9 @@ def hugging_face_batch(samples: Sequence[Sample], model_config: Qwen3VLConfig) -
         "labels": torch.from_numpy(labels),
     }
     batch["mm_token_type_ids"] = (batch["input_ids"] == model_config.image_token_id).int()
-    pictures = [picture for sample in samples for picture in sample.media]
-    if pictures:
-        pixels = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()
+    images = [image for sample in samples for image in sample.media]
+    if images:
+        pixels = torch.from_numpy(np.concatenate([image.patches for image in images])).float()
         batch["pixel_values"] = (pixels / 255 - 0.5) / 0.5
-        batch["image_grid_thw"] = torch.tensor([picture.grid_thw for picture in pictures])
+        batch["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
     return batch
