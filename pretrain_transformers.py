@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from mindspeed_mm.config.job import JobConfig, load_job_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.garbage_collector import uncollected_imports
-from mindspeed_mm.training.preflight import preflight
 from mindspeed_mm.training.signals import end_launcher_with
 
 if TYPE_CHECKING:
@@ -93,21 +92,23 @@ def forward_step(model: nn.Module, batch: Batch, loss_weight: Tensor) -> ModelOu
 
 
 def main() -> int:
-    """Run the recipe that the command line describes."""
+    """Run the job that the command line configures; returns the exit status."""
     try:
-        job = load_job_config(sys.argv[1:])
-        if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher checks once for all processes
+        job = load_job_config(sys.argv[1:])  # prints --help and exits, before the slow imports below
+        if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher has checked once for all ranks
+            from mindspeed_mm.training.preflight import preflight
+
             preflight(job)
         with uncollected_imports():
-            from mindspeed_mm.backend.device import load_device  # imports torch, which --help does not wait for
+            from mindspeed_mm.backend.device import load_device
 
-            load_device(job.args.device)  # first: what adapts megatron to a device must be there before megatron is
+            load_device(job.args.device)  # adapts megatron to the device, so it must precede its import
             from mindspeed_mm.training.pretrain import pretrain
 
         return pretrain(job, model_provider, data_provider, forward_step)
     except UserError as error:
-        # Most mistakes stop every process alike. The others leave the word to the first: torchrun ends them while
-        # they wait, unless theirs is a mistake of their own.
+        # Most errors stop every rank alike. Only rank 0 reports them: torchrun ends the others while they wait here,
+        # unless the error is theirs alone.
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
