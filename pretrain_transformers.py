@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mindspeed_mm.config.job import JobConfig, load_job_config
 from mindspeed_mm.errors import UserError
@@ -20,44 +20,37 @@ if TYPE_CHECKING:
     from mindspeed_mm.data.loader import BatchLoader, TrainLoader
     from mindspeed_mm.interfaces.batch import Batch
     from mindspeed_mm.interfaces.media import ImageSettings
-    from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-    from mindspeed_mm.models.qwen3_vl.model import ModelOutput, Qwen3VLModel
-    from mindspeed_mm.models.spec import ModelSpec
+    from mindspeed_mm.models.model import Model, ModelOutput
+    from mindspeed_mm.models.spec import ModelConfig, ModelSpec
     from mindspeed_mm.parallel.mesh import Layout
 
 
 def model_provider(
-    job: JobConfig, model_config: Qwen3VLConfig, media: ImageSettings, backend: Backend
-) -> Qwen3VLModel:
-    """Qwen3-VL of the given geometry, as the model file wants it, with uninitialised parameters."""
-    from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+    job: JobConfig, spec: ModelSpec, model_config: ModelConfig, media: ImageSettings | None, backend: Backend
+) -> Model:
+    """The model of the given config, as flags and model file choose, with uninitialised parameters."""
+    import torch
+
+    from mindspeed_mm.models.spec import ModelBuildOptions
     from mindspeed_mm.parallel.fsdp import DTYPES
 
-    encoder, decoder, loss = job.model.image_encoder, job.model.text_decoder, job.model.loss_cfg
-    choices = ModelBuildOptions(
-        text_attention=decoder.attn_implementation,
-        vision_attention=encoder.vision_encoder.attn_implementation,
-        fused_experts=decoder.use_npu_fused_moe,
-        loss_chunk_size=loss.chunk_size if loss.compute_mode == "chunk" else None,
-        freeze_vision_encoder=encoder.vision_encoder.freeze,
-        freeze_vision_projector=encoder.vision_projector.freeze,
-        freeze_text_decoder=decoder.freeze,
-        recompute=job.args.recompute_granularity or "none",
-        recompute_method=job.args.recompute_method,
-        recompute_num_layers=job.args.recompute_num_layers,
-        offload_activations=decoder.activation_offload,
-        synchronize_vision_layers=encoder.vision_encoder.synchronize_per_layer,
-        synchronize_text_layers=decoder.synchronize_per_layer,
-        router_load=job.router_aux_loss_coef > 0,
-        compile_small_operators=job.args.compile_small_operators,
-    )
-    return build_model(
-        model_config, choices, pixel_norm=media.norm, device=backend.name, compute_dtype=DTYPES[job.fsdp.param_dtype]
+    return spec.build_model(
+        model_config,
+        ModelBuildOptions.from_config(job.args, job.model, router_load=job.router_aux_loss_coef > 0),
+        media=media,
+        device=backend.name,
+        dtype=torch.float32,
+        compute_dtype=DTYPES[job.fsdp.param_dtype],
     )
 
 
 def data_provider(
-    job: JobConfig, spec: ModelSpec, model_config: Any, media: ImageSettings | None, layout: Layout, progress: Progress
+    job: JobConfig,
+    spec: ModelSpec,
+    model_config: ModelConfig,
+    media: ImageSettings | None,
+    layout: Layout,
+    progress: Progress,
 ) -> tuple[TrainLoader, BatchLoader | None]:
     """Training batches from where ``progress`` stands on, and held-out batches if the data file names any."""
     from mindspeed_mm.data import build_datasets, build_eval_loader, build_train_loader

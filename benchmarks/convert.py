@@ -30,7 +30,8 @@ import torch
 from mindspeed_mm.checkpoint.hf_source import INDEX, LAYOUT_KEY
 from mindspeed_mm.checkpoint.safetensors_io import build_header
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import hf_shapes, weight_map
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.state_dict import hf_shapes
 
 SHARD_BYTES = 5_000_000_000
 MEMORY_LIMIT = 1_500_000_000
@@ -68,7 +69,7 @@ def make_checkpoint(directory: Path, *, layers: int, layout: str, depth: int = 2
     """Write a Hugging Face directory of random bits in shards of 5 GB."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_30b(layers, depth)))
-    shapes = hf_shapes(weight_map(Qwen3VLConfig.from_pretrained(directory), expert_layout=layout))
+    shapes = hf_shapes(weight_rules(Qwen3VLConfig.from_pretrained(directory), expert_layout=layout))
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -185,7 +186,8 @@ def main() -> None:
     make_checkpoint(hf, layers=options.layers, layout=options.layout)
     size = sum(path.stat().st_size for path in hf.iterdir())
     model_config = Qwen3VLConfig.from_pretrained(hf)
-    largest = 2 * max(torch.Size(s).numel() for s in hf_shapes(weight_map(model_config, expert_layout="hub")).values())
+    shapes = hf_shapes(weight_rules(model_config, expert_layout="hub")).values()
+    largest = 2 * max(torch.Size(shape).numel() for shape in shapes)
     workers = ["--workers", str(options.workers)] if options.workers else []
     rows = [row for _ in range(options.repeat) for row in run_round(options.dir, workers)]
     shutil.rmtree(options.dir)

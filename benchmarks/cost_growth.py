@@ -25,8 +25,9 @@ from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 
 LENGTH, SIDE = 1024, 256
 MAX_SECONDS = 60.0

@@ -38,8 +38,8 @@ from mindspeed_mm.backend.process_group import init_distributed, shutdown_distri
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 
 GAP_MICROSECONDS = 50
 

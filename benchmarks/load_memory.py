@@ -51,9 +51,10 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     from mindspeed_mm.config.fsdp_config import FSDPConfig
     from mindspeed_mm.interfaces.media import PixelNorm
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-    from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+    from mindspeed_mm.models.qwen3_vl.model import build_model
+    from mindspeed_mm.models.spec import ModelBuildOptions
     from mindspeed_mm.parallel.mesh import build_layout
-    from mindspeed_mm.parallel.parallelize import parallelise
+    from mindspeed_mm.parallel.parallelize import parallelize
     from mindspeed_mm.training.gradients import local
 
     torch.set_num_threads(1)
@@ -62,7 +63,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     norm = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
     with torch.device("meta"):
         model = build_model(Qwen3VLConfig.from_pretrained(hf), ModelBuildOptions(), pixel_norm=norm, device="cpu")
-    parallelise(model, layout=build_layout(device_type="cpu", expert_size=expert_size), config=FSDPConfig())
+    parallelize(model, layout=build_layout(device_type="cpu", expert_size=expert_size), config=FSDPConfig())
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     resident, read = status("VmRSS"), bytes_read()
@@ -111,12 +112,13 @@ def main() -> None:
 
     from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import mcore_shapes, weight_map
+    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+    from mindspeed_mm.models.state_dict import mcore_shapes
 
     work = options.dir
     make_checkpoint(work / "hf", layers=options.layers, layout="hub", depth=options.depth)
     hf_to_dcp(work / "hf", work / "dcp")
-    shapes = mcore_shapes(weight_map(Qwen3VLConfig.from_pretrained(work / "hf"), expert_layout="hub")).values()
+    shapes = mcore_shapes(weight_rules(Qwen3VLConfig.from_pretrained(work / "hf"), expert_layout="hub")).values()
     sizes = [4 * math.prod(shape) for shape in shapes]
     print(f"{sum(sizes) / 1e9:.2f} GB of parameters in fp32, the largest {max(sizes) / 1e9:.2f} GB; on disk in bf16, "
           "fp32 if saved by training")

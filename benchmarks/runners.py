@@ -19,11 +19,12 @@ from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
 from mindspeed_mm.training.metrics import StepMetrics
@@ -86,7 +87,7 @@ class OurRunner:
         config = FSDPConfig.model_construct(
             **{**FSDPConfig().model_dump(), "param_dtype": precision, "reduce_dtype": "fp32"}
         )
-        parallelise(self.model, layout=layout, config=config)
+        parallelize(self.model, layout=layout, config=config)
         self.model.to_empty(device=backend.device)
         self.model.reset_buffers()
         initialise(self.model)

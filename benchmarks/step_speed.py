@@ -24,7 +24,7 @@ from benchmarks.workload import draw_samples, geometry_config, photographs
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.spec import ModelBuildOptions
 
 PIXELS = {"tiny": (16384, 65536), "100m": (16384, 65536)}
 

@@ -37,8 +37,8 @@ from mindspeed_mm.checkpoint.locate import check_huggingface, find_checkpoint
 from mindspeed_mm.checkpoint.pieces import listed
 from mindspeed_mm.checkpoint.resume_log import Journal
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import WEIGHT_MAP_VERSION, WeightRule, weight_map
+from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
+from mindspeed_mm.models.state_dict import WeightRule
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SPARE_BYTES = 64 << 20  # for tokenizer files and headers
@@ -78,13 +78,14 @@ def dcp_to_hf(
     checkpoint = find_checkpoint(load, "--load_dir")
     check_huggingface(assets, "--model_assets_dir")
     manifest = verify_directory(checkpoint)
-    model_config = Qwen3VLConfig.from_pretrained(assets)
+    spec = spec_of(assets)
+    model_config = spec.read_config(assets)
     reader = DcpReader(checkpoint, manifest)
-    rules = weight_map(model_config, expert_layout="hub")
+    rules = spec.weight_rules(model_config, expert_layout="hub")
     _check(reader, rules, assets)
     outputs = [_output(rule, reader, _target_dtype(dtype, manifest, assets)) for rule in rules]
     files = plan_files(outputs, max_shard_size)
-    journal = Journal(save, _fingerprint(checkpoint, files))
+    journal = Journal(save, _fingerprint(checkpoint, files, spec.weight_map_version))
     if journal.is_done():
         journal.remove()
         return save
@@ -109,7 +110,7 @@ def dcp_to_hf(
             {
                 "kind": "exported",
                 "plan": journal.plan,
-                "weight_map_version": WEIGHT_MAP_VERSION,
+                "weight_map_version": spec.weight_map_version,
                 "expert_layout": "hub",
                 "source": {"checkpoint": str(checkpoint), ".metadata": manifest["files"][".metadata"]},
                 "tensors": {name: fact for file in files for name, fact in records[file]["tensors"].items()},
@@ -118,12 +119,12 @@ def dcp_to_hf(
             written={name: WrittenFile(record["size"], record["checksum"]) for name, record in records.items()},
         )
         journal.remove()
-    _warn_of_square_experts(model_config)
+    _warn_of_square_experts(spec, model_config)
     return save
 
 
-def _warn_of_square_experts(model_config: Qwen3VLConfig) -> None:
-    if model_config.text.num_experts and layout_by_shapes({}, model_config) is None:
+def _warn_of_square_experts(spec: ModelSpec, model_config: ModelConfig) -> None:
+    if model_config.num_experts and layout_by_shapes({}, spec, model_config) is None:
         print(
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
             "published layout, which was written; load it with transformers 4.57"
@@ -201,9 +202,9 @@ def _write_files(
             shard.close()
 
 
-def _fingerprint(checkpoint: Path, files: Mapping[str, list[Output]]) -> str:
+def _fingerprint(checkpoint: Path, files: Mapping[str, list[Output]], weight_map_version: int) -> str:
     """Changes whenever the bytes of the weight files could."""
     manifest = (checkpoint / "manifest.json").stat()
     plan = [[name, [[o.rule.target, str(o.stored), str(o.dtype)] for o in shard]] for name, shard in files.items()]
-    facts = [str(checkpoint.resolve()), manifest.st_mtime_ns, manifest.st_size, WEIGHT_MAP_VERSION, plan]
+    facts = [str(checkpoint.resolve()), manifest.st_mtime_ns, manifest.st_size, weight_map_version, plan]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

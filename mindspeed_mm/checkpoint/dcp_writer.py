@@ -23,7 +23,7 @@ from mindspeed_mm.checkpoint.executor import WRITE_BYTES, ByteBudget, Progress
 from mindspeed_mm.checkpoint.hf_source import HFSource, ReadRange
 from mindspeed_mm.checkpoint.pieces import split_rows
 from mindspeed_mm.checkpoint.safetensors_io import tensor_bytes
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import WeightRule
+from mindspeed_mm.models.state_dict import WeightRule
 
 PREFIX = "model."
 FILE_BYTES = 1 << 30

@@ -16,14 +16,13 @@ from mindspeed_mm.checkpoint.checksum import combine, crc32, file_checksum, form
 from mindspeed_mm.checkpoint.pieces import listed, split_rows
 from mindspeed_mm.checkpoint.safetensors_io import Header, StoredTensor, read_header, read_tensor, tensor_bytes
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import ExpertLayout, WeightRule, hf_shapes, weight_map
+from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
+from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, WeightRule, hf_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LAYOUT_KEY = "expert_layout"
 """Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
-_EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,8 @@ class HFSource:
 
     Attributes:
         directory: as given.
-        geometry: from its ``config.json``.
+        spec: its model family.
+        model_config: from its ``config.json``.
         layout: how its experts lie: ``hub`` or ``v5``.
         rules: the weight map for this geometry and layout.
         tensors: where each tensor lies, by name.
@@ -58,13 +58,15 @@ class HFSource:
             UserError: naming what is missing, unexpected, damaged or of another shape or type.
         """
         self.directory = Path(directory)
-        self.model_config = Qwen3VLConfig.from_pretrained(self.directory)
+        self.spec = spec_of(self.directory)
+        self.model_config: ModelConfig = self.spec.read_config(self.directory)
         self._headers = read_headers(self.directory)
         self.tensors: dict[str, StoredTensor] = {}
         for header in self._headers.values():
             self.tensors.update(header.tensors)
         self.layout: ExpertLayout = self._decide_layout(expert_layout)
-        self.rules = weight_map(self.model_config, expert_layout=self.layout)
+        self.rules = self.spec.weight_rules(self.model_config, expert_layout=self.layout)
+        self._repeated = self.spec.repeated_tensors(self.model_config)
         self.dropped: list[str] = []
         self._check()
 
@@ -90,15 +92,16 @@ class HFSource:
         """
         ranges = []
         for name in self.dropped:
+            repeated = self._repeated[name]
             stored = self.tensors[name]
             row_bytes = stored.nbytes // stored.shape[0]
             for rows in split_rows(stored.shape[0], row_bytes):
                 head, read = self.read(name, rows)
-                embedding, _ = self.read(_EMBEDDING, rows)
+                embedding, _ = self.read(repeated, rows)
                 ranges.append(read)
                 if not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):
                     raise UserError(
-                        f"{self.directory}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}; "
+                        f"{self.directory}: config.json ties the embeddings, but {name} differs from {repeated}; "
                         "set tie_word_embeddings to false in config.json, or remove the tensor"
                     )
         return ranges
@@ -138,17 +141,17 @@ class HFSource:
     def _decide_layout(self, requested: str) -> ExpertLayout:
         if requested in ("hub", "v5"):
             return requested  # type: ignore[return-value]
-        text = self.model_config.text
-        if text.num_experts == 0:
+        if self.model_config.num_experts == 0:
             return "hub"
         recorded = {header.metadata.get(LAYOUT_KEY) for header in self._headers.values()}
         if recorded in ({"hub"}, {"v5"}):
             return recorded.pop()  # type: ignore[return-value]
-        decided = layout_by_shapes({name: tensor.shape for name, tensor in self.tensors.items()}, self.model_config)
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        decided = layout_by_shapes(shapes, self.spec, self.model_config)
         if decided is None:
             raise UserError(
-                f"{self.directory}: with hidden_size {text.hidden_size} and moe_intermediate_size "
-                f"{text.moe_intermediate_size} the shapes do not tell how the experts lie; pass --expert-layout hub "
+                f"{self.directory}: the experts' matrices are square, so their shapes do not tell their layout; pass "
+                "--expert-layout hub "
                 "for the published layout (also transformers 4.57), or --expert-layout v5 for a model that "
                 "transformers 5 has saved"
             )
@@ -157,10 +160,9 @@ class HFSource:
     def _check(self) -> None:
         expected = hf_shapes(self.rules)
         found = dict(self.tensors)
-        if self.model_config.text.tie_word_embeddings and _HEAD in found:
-            head = found.pop(_HEAD)
-            if head.shape == expected[_EMBEDDING]:
-                self.dropped.append(_HEAD)
+        for name in [name for name in self._repeated if name in found]:
+            if found.pop(name).shape == expected[self._repeated[name]]:
+                self.dropped.append(name)
         problems = [
             *listed("missing", sorted(expected.keys() - found.keys())),
             *listed("unexpected", sorted(found.keys() - expected.keys())),
@@ -182,18 +184,20 @@ class HFSource:
             )
 
 
-def layout_by_shapes(shapes: Mapping[str, tuple[int, ...]], model_config: Qwen3VLConfig) -> ExpertLayout | None:
+def layout_by_shapes(
+    shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, model_config: ModelConfig
+) -> ExpertLayout | None:
     """The expert layout that tensors of these shapes have; None where a matrix is square, so that they cannot tell.
 
     One square matrix of the two is enough to refuse: transformers 5 leaves a square one as it is and turns the other,
     so a directory that it has saved may hold one of each. Shapes that fit neither layout count as ``hub``, for the
     comparison with the config to name them.
     """
-    text = model_config.text
-    if text.hidden_size in (2 * text.moe_intermediate_size, text.moe_intermediate_size):
+    rules = spec.weight_rules(model_config, expert_layout="v5")
+    expected = hf_shapes([rule for rule in rules if isinstance(rule.transform, TransposeExperts)])
+    if any(shape[1] == shape[2] for shape in expected.values()):
         return None
-    expected = hf_shapes(weight_map(model_config, expert_layout="v5"))
-    experts = [name for name in expected if ".mlp.experts." in name and name in shapes]
+    experts = expected.keys() & shapes.keys()
     return "v5" if experts and all(shapes[name] == expected[name] for name in experts) else "hub"
 
 

@@ -33,7 +33,6 @@ from mindspeed_mm.checkpoint.hf_source import HFSource
 from mindspeed_mm.checkpoint.locate import check_huggingface
 from mindspeed_mm.checkpoint.resume_log import Journal
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import WEIGHT_MAP_VERSION
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _SPARE_BYTES = 16 << 20  # for metadata and manifest
@@ -71,7 +70,7 @@ def hf_to_dcp(
     check_huggingface(Path(hf_dir), "--hf_dir")
     source = HFSource(hf_dir, expert_layout=expert_layout)
     _check_types(source, dtype)
-    if tie_weight and not source.model_config.text.tie_word_embeddings:
+    if tie_weight and not source.model_config.tie_word_embeddings:
         raise UserError(
             f"--tie_weight was given, but {source.directory / 'config.json'} has tie_word_embeddings false; "
             "leave the option out, or correct the config"
@@ -101,7 +100,7 @@ def hf_to_dcp(
             {
                 "kind": "converted",
                 "plan": journal.plan,
-                "weight_map_version": WEIGHT_MAP_VERSION,
+                "weight_map_version": source.spec.weight_map_version,
                 "expert_layout": "hub",
                 "dtype": dtype,
                 "transformers_version": _installed_transformers(),
@@ -171,7 +170,7 @@ def _fingerprint(version: list[list[Any]], source: HFSource, files: dict[str, li
     pieces = [
         [name, [[p.rule.target, p.first, p.last, str(p.dtype)] for p in pieces]] for name, pieces in files.items()
     ]
-    versions = [WEIGHT_MAP_VERSION, _RECORDS_VERSION, torch.__version__]
+    versions = [source.spec.weight_map_version, _RECORDS_VERSION, torch.__version__]
     facts: list[Any] = [version, source.layout, versions, pieces]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from mindspeed_mm.checkpoint.hf_source import HFSource
 from mindspeed_mm.checkpoint.pieces import split_rows
 from mindspeed_mm.checkpoint.safetensors_io import StoredTensor, read_tensor
 from mindspeed_mm.checkpoint.shards import ShardSlice, local_shard
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import WeightRule
+from mindspeed_mm.models.state_dict import WeightRule
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from mindspeed_mm.checkpoint.executor import WRITE_BYTES, ByteBudget, Progress
 from mindspeed_mm.checkpoint.files import FILE_MODE
 from mindspeed_mm.checkpoint.hf_source import INDEX, LAYOUT_KEY, SINGLE
 from mindspeed_mm.checkpoint.safetensors_io import build_header, tensor_bytes
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import WeightRule
+from mindspeed_mm.models.state_dict import WeightRule
 
 _WORKERS_PER_FILE = 4
 """Linux lets one thread at a time write to a file; the others read meanwhile."""

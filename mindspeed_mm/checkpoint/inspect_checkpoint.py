@@ -15,7 +15,7 @@ from mindspeed_mm.checkpoint.directory import read_tracker, verify_directory
 from mindspeed_mm.checkpoint.executor import counted, format_bytes
 from mindspeed_mm.checkpoint.hf_source import LAYOUT_KEY, layout_by_shapes, read_headers
 from mindspeed_mm.checkpoint.locate import find_checkpoint, is_huggingface
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.spec import spec_of
 
 Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -45,19 +45,20 @@ def inspect(directory: str | Path, *, every_tensor: bool = False) -> str:
 
 def _describe_hf(path: Path) -> tuple[dict[str, str], Entries]:
     headers = read_headers(path)
-    model_config = Qwen3VLConfig.from_pretrained(path)
+    spec = spec_of(path)
+    model_config = spec.read_config(path)
     entries = {n: (t.shape, t.dtype) for header in headers.values() for n, t in header.tensors.items()}
     recorded = {header.metadata.get(LAYOUT_KEY) for header in headers.values()}
-    if model_config.text.num_experts == 0:
+    if model_config.num_experts == 0:
         layout = "no experts"
     elif recorded in ({"hub"}, {"v5"}):
         layout = f"{recorded.pop()} (recorded)"
     else:
-        decided = layout_by_shapes({name: shape for name, (shape, _) in entries.items()}, model_config)
+        decided = layout_by_shapes({name: shape for name, (shape, _) in entries.items()}, spec, model_config)
         layout = f"{decided} (by shapes)" if decided else "undecided: the shapes fit both, pass --expert-layout"
     kind = f"Hugging Face, weights in {counted(len(headers), 'file')}"
     facts = {"directory": str(path), "format": kind, "expert layout": layout}
-    return facts | _describe_geometry(model_config), entries
+    return facts | spec.describe(model_config), entries
 
 
 def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
@@ -82,19 +83,6 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
             f"{text.get('num_experts')} experts"
         )
     return facts, DcpReader(path, manifest).tensors
-
-
-def _describe_geometry(model_config: Qwen3VLConfig) -> dict[str, str]:
-    text, vision = model_config.text, model_config.vision
-    experts = f", {text.num_experts} experts of {text.moe_intermediate_size}, {text.num_experts_per_token} per token"
-    return {
-        "model": f"{model_config.model_type}{', embeddings tied' if text.tie_word_embeddings else ''}",
-        "text": f"{text.num_layers} layers of width {text.hidden_size}, {text.num_heads} heads, "
-        f"{text.num_kv_heads} key/value heads of {text.head_dim}{experts if text.num_experts else ''}, "
-        f"vocabulary {text.vocab_size}",
-        "vision": f"{vision.depth} blocks of width {vision.hidden_size}, {vision.num_heads} heads, "
-        f"deepstack {list(vision.deepstack_visual_indexes)}",
-    }
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

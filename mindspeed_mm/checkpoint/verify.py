@@ -16,7 +16,7 @@ from mindspeed_mm.checkpoint.executor import ByteBudget, Progress, counted, defa
 from mindspeed_mm.checkpoint.hf_source import HFSource
 from mindspeed_mm.checkpoint.locate import check_huggingface, find_checkpoint
 from mindspeed_mm.checkpoint.pieces import split_rows
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import WeightRule, mcore_shapes
+from mindspeed_mm.models.state_dict import WeightRule, mcore_shapes
 
 
 def verify(

@@ -114,3 +114,19 @@ class ModelOptions(StrictModel):
     text_decoder: TextDecoderConfig = TextDecoderConfig()
     loss_cfg: LossConfig = LossConfig()
     patch: PatchConfig = PatchConfig()
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parts that do not train."""
+        encoder = self.image_encoder
+        parts = {
+            "vision_encoder": encoder.vision_encoder.freeze,
+            "vision_projector": encoder.vision_projector.freeze,
+            "text_decoder": self.text_decoder.freeze,
+        }
+        return frozenset(name for name, freeze in parts.items() if freeze)
+
+    @property
+    def loss_chunk_size(self) -> int | None:
+        """Target tokens whose logits exist at a time; None for all."""
+        return self.loss_cfg.chunk_size if self.loss_cfg.compute_mode == "chunk" else None

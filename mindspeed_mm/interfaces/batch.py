@@ -84,7 +84,8 @@ class Batch(_TensorFields):
         label_sample: int64 [S], the sample (0..B-1) of each target token.
         target_tokens_per_sample: target tokens of each sample; length B.
         sample_ids: dataset index of each packed sample; length B.
-        vision: the micro-batch's images and videos, or a dummy block; None for a model that takes text only.
+        vision: the micro-batch's images and videos, or a dummy block, so that every rank calls the vision tower in
+            every micro-batch; None for a family without vision.
         padding: tokens at the end that belong to no sample; none in a whole micro-batch, only in a part of one.
     """
 

@@ -7,22 +7,28 @@ spec and never name a family. This module imports no torch; a spec's methods imp
 from __future__ import annotations
 
 import abc
+import dataclasses
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from mindspeed_mm.config.checks import ModelFacts
     from mindspeed_mm.config.data_config import DataConfig
-    from mindspeed_mm.interfaces.batch import VisionBatch
+    from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
+    from mindspeed_mm.models.model import Model
+    from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
 
 _BUILT_IN: dict[str, str] = {
     "qwen3_vl": "mindspeed_mm.models.qwen3_vl.spec",
@@ -32,8 +38,92 @@ _BUILT_IN: dict[str, str] = {
 _REGISTERED: dict[str, ModelSpec] = {}
 
 
+class ModelConfig(Protocol):
+    """What the config of every family has; it is a frozen dataclass."""
+
+    @property
+    def model_type(self) -> str:
+        """As in ``config.json``."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the word embeddings."""
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output layer is the word embeddings."""
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of initial weights."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a sparse layer; 0 in a dense model."""
+
+    @property
+    def num_experts_per_token(self) -> int:
+        """Experts that a token goes to."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelBuildOptions:
+    """What a user may choose about a model of a given config.
+
+    Attributes:
+        text_attention: name of the text attention; None for the device's best.
+        vision_attention: likewise for vision.
+        fused_experts: grouped expert products instead of the reference loop.
+        loss_chunk_size: target tokens whose logits exist at a time; None for all.
+        frozen: names of the parts that do not train; see :attr:`ModelSpec.parts`.
+        recompute: ``none``, ``full`` or ``selective``, for vision blocks that train and for decoder layers; see
+            :class:`~mindspeed_mm.models.layers.activation_checkpoint.ActivationCheckpointPolicy`.
+        recompute_method: of ``full``; ``uniform`` or ``block``.
+        recompute_num_layers: of ``full``.
+        offload_activations: keep on the host what the decoder layers keep for backward.
+        synchronize_vision_layers: wait for the device after each vision block.
+        synchronize_text_layers: wait for the device after each decoder layer.
+        router_load: return the routers' load, which the load-balancing loss is made of.
+        compile_small_operators: norms, rotary positions and SwiGLU of grouped experts by torch.compile.
+    """
+
+    text_attention: str | None = None
+    vision_attention: str | None = None
+    fused_experts: bool = True
+    loss_chunk_size: int | None = None
+    frozen: Collection[str] = ()
+    recompute: Literal["none", "full", "selective"] = "none"
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: int = 1
+    offload_activations: bool = False
+    synchronize_vision_layers: bool = False
+    synchronize_text_layers: bool = False
+    router_load: bool = False
+    compile_small_operators: bool = False
+
+    @classmethod
+    def from_config(cls, args: TrainingArgs, model: ModelOptions, *, router_load: bool) -> ModelBuildOptions:
+        """The choices of flags and model file."""
+        vision, text = model.image_encoder.vision_encoder, model.text_decoder
+        return cls(
+            text_attention=text.attn_implementation,
+            vision_attention=vision.attn_implementation,
+            fused_experts=text.use_npu_fused_moe,
+            loss_chunk_size=model.loss_chunk_size,
+            frozen=model.frozen,
+            recompute=args.recompute_granularity or "none",  # type: ignore[arg-type]
+            recompute_method=args.recompute_method,  # type: ignore[arg-type]
+            recompute_num_layers=args.recompute_num_layers,
+            offload_activations=text.activation_offload,
+            synchronize_vision_layers=vision.synchronize_per_layer,
+            synchronize_text_layers=text.synchronize_per_layer,
+            router_load=router_load,
+            compile_small_operators=args.compile_small_operators,
+        )
+
+
 class ModelSpec(abc.ABC):
-    """One model family.
+    """One model family; ``model_config`` is what :meth:`read_config` returns.
 
     What concerns images and videos has defaults for a family that takes text only.
 
@@ -46,6 +136,7 @@ class ModelSpec(abc.ABC):
         data_modules: modules that decide how records become tokens; a data cache is rebuilt when one of them changes.
         media_kinds: media that the family takes, of ``image`` and ``video``.
         parts: name of a part of the model that can be frozen by itself -> globs of its parameters' names.
+        weight_map_version: rises whenever a name, a shape or the order of rows of a parameter changes.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -55,10 +146,11 @@ class ModelSpec(abc.ABC):
     data_modules: ClassVar[tuple[str, ...]]
     media_kinds: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[Mapping[str, Sequence[str]]]
+    weight_map_version: ClassVar[int] = 1
 
     @abc.abstractmethod
     def read_config(self, directory: str | Path) -> Any:
-        """The model config of a Hugging Face directory.
+        """The model config (see :class:`ModelConfig`) of a Hugging Face directory.
 
         Raises:
             UserError: if ``config.json`` is missing or cannot be trained.
@@ -170,6 +262,56 @@ class ModelSpec(abc.ABC):
         """
         del media, placeholder_index, model_config
         return None
+
+    @abc.abstractmethod
+    def describe(self, model_config: Any) -> dict[str, str]:
+        """Sizes of the model in words, by topic, for ``mm-convert inspect``."""
+
+    @abc.abstractmethod
+    def build_model(
+        self,
+        model_config: Any,
+        options: ModelBuildOptions,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        media: ImageSettings | None,
+    ) -> Model:
+        """The model with uninitialised parameters; under ``torch.device("meta")`` it allocates nothing.
+
+        Args:
+            model_config: of this family.
+            options: the user's choices.
+            device: kind of device (``Backend.name``) whose kernels are plugged in.
+            dtype: of the parameters.
+            compute_dtype: of forward and backward, by which kernels are chosen.
+            media: from :meth:`read_media_settings`; None for a family that takes text only.
+
+        Raises:
+            UserError: if an implementation is not available on the device.
+        """
+
+    @abc.abstractmethod
+    def weight_rules(self, model_config: Any, *, expert_layout: ExpertLayout) -> list[WeightRule]:
+        """The map between Hugging Face tensors and the model's parameters, each of which occurs exactly once."""
+
+    def repeated_tensors(self, model_config: Any) -> dict[str, str]:
+        """Tensors that a Hugging Face directory may hold although they repeat another -> the one that they repeat."""
+        return {}
+
+    @abc.abstractmethod
+    def flop_counter(self, model_config: Any, *, frozen: Collection[str]) -> Callable[[Batch], float]:
+        """Counts floating-point operations of a micro-batch's forward and backward pass, in 10^12.
+
+        Args:
+            model_config: of this family.
+            frozen: names of the parts that do not train.
+        """
+
+    def merge_unit(self, model_config: Any) -> int:
+        """Vision patches that become one token; 1 for a family that takes text only."""
+        return 1
 
 
 def register(spec: ModelSpec) -> ModelSpec:

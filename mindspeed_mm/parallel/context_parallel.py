@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments
+from mindspeed_mm.backend.kernels.segments import AttentionKernel, Segments
 from mindspeed_mm.interfaces.batch import Batch, VisionBatch
-from mindspeed_mm.models.layers.attention import CoreAttention
-from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
+from mindspeed_mm.models.model import ParallelPlan
 from mindspeed_mm.parallel.collectives import all_gather, all_to_all
 
 
@@ -47,7 +46,7 @@ def split_batch(batch: Batch, *, rank: int, size: int, merge_unit: int) -> Batch
     return dataclasses.replace(
         batch,
         input_ids=_part(batch.input_ids, 0, start, length),
-        position_ids=_part(batch.position_ids, 1, start, length),
+        position_ids=_part(batch.position_ids, batch.position_ids.dim() - 1, start, length),
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
         cu_seqlens_host=offsets,
         max_seqlen=max_seqlen,
@@ -55,7 +54,9 @@ def split_batch(batch: Batch, *, rank: int, size: int, merge_unit: int) -> Batch
         labels=batch.labels[mine],
         label_sample=batch.label_sample[mine],
         padding=length - max(0, min(length, batch.num_tokens - start)),
-        vision=_split_vision(batch.vision, rank=rank, size=size, merge_unit=merge_unit, start=start, length=length),
+        vision=None
+        if batch.vision is None
+        else _split_vision(batch.vision, rank=rank, size=size, merge_unit=merge_unit, start=start, length=length),
     )
 
 
@@ -141,11 +142,10 @@ class VisionExchange:
         return own[0], list(own[1:])
 
 
-def apply_context_parallelism(model: Qwen3VLModel, mesh: DeviceMesh) -> None:
-    """Let the processes of the one-dimensional ``mesh`` share their micro-batches.
-    """
+def apply_context_parallelism(plan: ParallelPlan, mesh: DeviceMesh) -> None:
+    """Let the ranks of the one-dimensional ``mesh`` share their micro-batches."""
     group = mesh.get_group()
-    for module in model.modules():
-        if isinstance(module, CoreAttention):
-            module.kernel = UlyssesAttention(module.kernel, group)
-    model.exchange_vision = VisionExchange(group)
+    for module in plan.attention:
+        module.kernel = UlyssesAttention(module.kernel, group)
+    if plan.set_vision_exchange is not None:
+        plan.set_vision_exchange(VisionExchange(group))

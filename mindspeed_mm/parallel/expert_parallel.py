@@ -6,6 +6,7 @@ Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ def _experts_of_rows(received: Tensor, *, total: int) -> Tensor:
     return experts.repeat_interleave(received.flatten(), output_size=total).unsqueeze(1)
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+def shard_experts(layers: Sequence[MoELayer], mesh: DeviceMesh) -> list[nn.Module]:
     """Keep on each process of the one-dimensional ``mesh`` its share of every layer's experts. Call before FSDP2.
 
     The experts' gradients are sums over the tokens of all processes of the group, where every other parameter's are a
@@ -75,10 +76,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         The modules that hold experts.
     """
     group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
-    found = []
-    for layer in model.modules():
-        if not isinstance(layer, MoELayer):
-            continue
+    for layer in layers:
         layer.dispatch = ExpertParallelDispatcher(group, layer.permuter)
         for name, parameter in list(layer.experts.named_parameters()):
             assert parameter.shape[0] % size == 0, "config.checks refuses other sizes"
@@ -87,8 +85,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
             shard.requires_grad_(parameter.requires_grad)
             setattr(layer.experts, name, shard)
         layer.experts.as_local = _Localiser(1.0 / size)
-        found.append(layer.experts)
-    return found
+    return [layer.experts for layer in layers]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ def shard_model(
     layout: Layout,
     config: FSDPConfig,
     experts: Sequence[nn.Module] = (),
-    small: Sequence[nn.Module] = (),
+    root_group: Sequence[nn.Module] = (),
 ) -> None:
     """Shard ``model`` in place.
 
@@ -39,7 +39,7 @@ def shard_model(
         config: the YAML file.
         experts: modules within the units whose experts are spread over processes: they are sharded over the processes
             that hold the same experts, along the second axis, so that the number of experts need not divide.
-        small: modules within the units that are gathered once per step instead of with their unit.
+        root_group: modules within the units that are gathered once per step instead of with their unit.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=_compute_dtype(config.param_dtype),
@@ -63,12 +63,12 @@ def shard_model(
             mp_policy=policy,
             shard_placement_fn=lambda parameter: Shard(1),
         )
-    left_to_root = {parameter for module in small for parameter in module.parameters()}
+    left_to_root = {parameter for module in root_group for parameter in module.parameters()}
     for unit in units[:-1]:
         fully_shard(unit, mp_policy=policy, ignored_params=left_to_root, **options)
     fully_shard(units[-1], mp_policy=uncast, **kept)
     # FSDP2 does not look into the units for what its root is to gather; so let it find these modules beside them
-    model.found_by_root = nn.ModuleList(small)
+    model.found_by_root = nn.ModuleList(root_group)
     fully_shard(model, mp_policy=uncast, **kept)
     del model.found_by_root
     set_prefetch(

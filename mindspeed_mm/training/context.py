@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.interfaces.batch import Batch
-from mindspeed_mm.models.qwen3_vl.model import ModelOutput
+from mindspeed_mm.models.model import ModelOutput
 from mindspeed_mm.parallel.mesh import Layout
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.loss import LossMode

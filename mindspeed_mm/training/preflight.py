@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mindspeed_mm.backend.device_check import check_device
 from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
@@ -21,7 +20,7 @@ from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.spec import spec_of
+from mindspeed_mm.models.spec import ModelConfig, spec_of
 from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
 from mindspeed_mm.tools.memory.plan import Load, Plan, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
@@ -66,7 +65,7 @@ def check_temporary_directory(num_workers: int) -> None:
         )
 
 
-def warn_of_room(job: JobConfig, model_config: Any) -> None:
+def warn_of_room(job: JobConfig, model_config: ModelConfig) -> None:
     """Warn if the run's checkpoints do not fit on the disk."""
     args = job.args
     if args.save is None:
@@ -81,7 +80,7 @@ def warn_of_room(job: JobConfig, model_config: Any) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _plan(job: JobConfig, model_config: Any) -> Plan:
+def _plan(job: JobConfig, model_config: ModelConfig) -> Plan:
     load = Load.largest(
         job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
     )
@@ -89,7 +88,7 @@ def _plan(job: JobConfig, model_config: Any) -> Plan:
     return plan_run(job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size, load=load)
 
 
-def warn_of_memory(job: JobConfig, model_config: Any, *, memory: str) -> None:
+def warn_of_memory(job: JobConfig, model_config: ModelConfig, *, memory: str) -> None:
     """Warn if samples of the full length are unlikely to fit into a device's memory.
 
     Args:

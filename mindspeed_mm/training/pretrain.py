@@ -24,13 +24,11 @@ from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import ImageSettings
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.flops import FlopCount
-from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
-from mindspeed_mm.models.spec import ModelSpec, spec_of
+from mindspeed_mm.models.model import Model
+from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from mindspeed_mm.training.callbacks.anomaly_detection import AnomalyDetector, reports_directory
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
@@ -52,9 +50,10 @@ from mindspeed_mm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-ModelProvider = Callable[[JobConfig, Qwen3VLConfig, "ImageSettings | None", Backend], Qwen3VLModel]
+ModelProvider = Callable[[JobConfig, ModelSpec, ModelConfig, "ImageSettings | None", Backend], Model]
 DataProvider = Callable[
-    [JobConfig, ModelSpec, Any, "ImageSettings | None", Layout, Progress], tuple[TrainLoader, "BatchLoader | None"]
+    [JobConfig, ModelSpec, ModelConfig, "ImageSettings | None", Layout, Progress],
+    tuple[TrainLoader, "BatchLoader | None"],
 ]
 
 
@@ -120,7 +119,7 @@ def _run(
     job.check_model(spec.facts(model_config), world_size=layout.world_size)
     media = spec.read_media_settings(job.data, model_config)
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
-        model = model_provider(job, model_config, media, backend)
+        model = model_provider(job, spec, model_config, media, backend)
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args)
@@ -143,7 +142,7 @@ def _run(
             peak_tflops=_peak_tflops(job, backend),
             stop_requested=stop_request,
         )
-        split = batch_splitter(layout, merge_unit=model_config.vision.merge_unit)
+        split = batch_splitter(layout, merge_unit=spec.merge_unit(model_config))
         trainer = Trainer(
             args=args,
             model=model,
@@ -154,7 +153,7 @@ def _run(
                 forward_step=forward_step,
                 loss_mode=job.loss_mode,
                 load_balancing=_load_balancing(job, model_config),
-                flop_count=_flop_count(job, model_config),
+                flop_count=spec.flop_counter(model_config, frozen=job.model.frozen),
             ),
             context=context,
             callbacks=_callbacks(
@@ -210,16 +209,6 @@ def _watchdog(args: TrainingArgs, context: RunContext) -> Watchdog:
     )
 
 
-def _flop_count(job: JobConfig, model_config: Qwen3VLConfig) -> FlopCount:
-    encoder = job.model.image_encoder
-    return FlopCount(
-        model_config=model_config,
-        train_vision=not encoder.vision_encoder.freeze,
-        train_projector=not encoder.vision_projector.freeze,
-        train_text=not job.model.text_decoder.freeze,
-    )
-
-
 def _peak_tflops(job: JobConfig, backend: Backend) -> float | None:
     """What MFU compares with: as given, or measured for 0."""
     if job.args.peak_tflops != 0:
@@ -229,9 +218,9 @@ def _peak_tflops(job: JobConfig, backend: Backend) -> float | None:
     return rate
 
 
-def _load_balancing(job: JobConfig, model_config: Qwen3VLConfig) -> LoadBalancingLoss | None:
+def _load_balancing(job: JobConfig, model_config: ModelConfig) -> LoadBalancingLoss | None:
     coefficient = job.router_aux_loss_coef
-    return LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token) if coefficient else None
+    return LoadBalancingLoss(coefficient, top_k=model_config.num_experts_per_token) if coefficient else None
 
 
 def _checkpoint_manager(
@@ -257,11 +246,11 @@ def _checkpoint_manager(
     )
 
 
-def _shard_and_allocate(model: Qwen3VLModel, job: JobConfig, backend: Backend, layout: Layout) -> None:
+def _shard_and_allocate(model: Model, job: JobConfig, backend: Backend, layout: Layout) -> None:
     """Shard the model and give this process's shards storage on the device; the values come from a checkpoint."""
     # FSDP2 moves what is elsewhere by exchanging a tensor's data, which not every device allows
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(backend.device))
-    parallelise(model, layout=layout, config=job.fsdp)
+    parallelize(model, layout=layout, config=job.fsdp)
     model.to_empty(device="cpu" if job.fsdp.offload_to_cpu else backend.device)
     for module in model.modules():  # constants are wanted on the device wherever the parameters are kept
         for name, constant in module.named_buffers(recurse=False):

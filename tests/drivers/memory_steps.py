@@ -28,11 +28,12 @@ from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel import collectives
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
 from mindspeed_mm.training.gradients import local
@@ -138,7 +139,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
                           expert_size=args.expert_model_parallel_size, context_size=args.context_parallel_size)
     model_config = Qwen3VLConfig.from_config(case["config"])
     choices = ModelBuildOptions(
-        **case["choices"],
+        frozen=case["frozen"],
         text_attention="sdpa",  # the estimate knows what this keeps
         vision_attention="sdpa",
         recompute=args.recompute_granularity or "none",  # type: ignore[arg-type]
@@ -147,7 +148,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     )
     with torch.device("meta"):
         model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
-    parallelise(model, layout=layout, config=config)
+    parallelize(model, layout=layout, config=config)
     model.to_empty(device="cpu")
     model.reset_buffers()
     torch.manual_seed(0)

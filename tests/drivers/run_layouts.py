@@ -26,12 +26,12 @@ from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.collectives import scale_gradient
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
 from mindspeed_mm.training.callbacks.evaluation import Evaluation
@@ -153,7 +153,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     compute_dtype = DTYPES["fp32" if case.get("host_reads") else config.param_dtype]
     hf_model = tiny_model(**case.get("model", {}))
     model, model_config = model_like(hf_model, choices, device=backend.name, compute_dtype=compute_dtype)
-    parallelise(model, layout=layout, config=config)
+    parallelize(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args)
     progress = Progress()
     if "load" in case:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, Qwen3VLModel, build_model
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import ExpertLayout, weight_map
+from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel, build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.spec import ModelBuildOptions
+from mindspeed_mm.models.state_dict import ExpertLayout
 
 PIXEL_NORM = PixelNorm(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rescale_factor=1 / 255)
 
@@ -25,7 +27,7 @@ def memory_layout() -> ExpertLayout:
 
 def to_mcore(model_config: Qwen3VLConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under Hugging Face names -> under ours."""
-    rules = weight_map(model_config, expert_layout=memory_layout())
+    rules = weight_rules(model_config, expert_layout=memory_layout())
     return {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
 
 

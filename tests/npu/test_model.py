@@ -11,10 +11,11 @@ import torch
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.kernels import npu as npu_kernels
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention, RMSNorm
+from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention
 from mindspeed_mm.models.layers.moe import MoELayer
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
+from mindspeed_mm.models.layers.norm import RMSNorm
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 from tests.helpers.npu_environment import host_waits
 from tests.ut.models.test_parity import GRADIENT, LOGITS, LOSS, reference  # noqa: F401  a fixture

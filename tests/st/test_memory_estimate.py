@@ -65,6 +65,9 @@ def config(
     }  # fmt: skip
 
 
+PARTS = {"vision_encoder": "vision", "vision_projector": "projector", "text_decoder": "text"}
+
+
 def case(
     samples: list[tuple[int, int, int]] = EVEN, *flags: str, processes: int = 1, micro_batches: int = 1,
     trains: str = "text", fsdp: dict[str, Any] | None = None, **model_config: Any,
@@ -79,8 +82,7 @@ def case(
                   "--use-torch-fsdp2", "--clip-grad", "0", "--micro-batch-size", str(len(samples)),
                   "--global-batch-size", str(batch), *flags],
         "fsdp": fsdp or {},
-        "choices": {"freeze_vision_encoder": "vision" not in trains, "freeze_text_decoder": "text" not in trains,
-                    "freeze_vision_projector": "projector" not in trains},
+        "frozen": [part for part, name in PARTS.items() if name not in trains],
         "samples": samples,
         "micro_batches": micro_batches,
     }  # fmt: skip
@@ -120,12 +122,12 @@ CASES = {
 
 def plan_of(one: dict[str, Any]) -> Plan:
     """What the estimate is told of a case."""
-    args, choices = parse_args(one["flags"]), one["choices"]
+    args, frozen = parse_args(one["flags"]), one["frozen"]
     model = ModelOptions.model_validate({
         "model_id": one["config"]["model_type"], "init_from_hf_path": "-",
-        "image_encoder": {"vision_encoder": {"freeze": choices["freeze_vision_encoder"]},
-                          "vision_projector": {"freeze": choices["freeze_vision_projector"]}},
-        "text_decoder": {"freeze": choices["freeze_text_decoder"]},
+        "image_encoder": {"vision_encoder": {"freeze": "vision_encoder" in frozen},
+                          "vision_projector": {"freeze": "vision_projector" in frozen}},
+        "text_decoder": {"freeze": "text_decoder" in frozen},
     })  # fmt: skip
     tokens, pictures, target_tokens = (sum(values) for values in zip(*one["samples"], strict=True))
     plan = plan_run(

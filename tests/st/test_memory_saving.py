@@ -24,9 +24,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "waiting": {"synchronize_text_layers": True, "synchronize_vision_layers": True},
 }
 FROZEN = {
-    "encoder": {"freeze_vision_encoder": True},
-    "vision": {"freeze_vision_encoder": True, "freeze_vision_projector": True, "recompute": "full"},
-    "text": {"freeze_text_decoder": True},
+    "encoder": {"frozen": ["vision_encoder"]},
+    "vision": {"frozen": ["vision_encoder", "vision_projector"], "recompute": "full"},
+    "text": {"frozen": ["text_decoder"]},
 }
 PARTS = {
     "encoder": ("vision_encoder",), "vision": ("vision_encoder", "vision_projector"), "text": ("text_decoder",),

@@ -206,7 +206,7 @@ def test_export_is_the_trained_model(place, whole_run):
     from safetensors.torch import load_file
 
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
+    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 
     run(
         sys.executable, "-m", "checkpoint.cli", "Qwen3VLConverter", "dcp_to_hf", "--load_dir",
@@ -217,7 +217,7 @@ def test_export_is_the_trained_model(place, whole_run):
     for file in (place / "export").glob("*.safetensors"):
         exported.update(load_file(file))
     trained = stored(place / "whole/iter_0000006")
-    rules = weight_map(Qwen3VLConfig.from_pretrained(place / "export"), expert_layout="hub")
+    rules = weight_rules(Qwen3VLConfig.from_pretrained(place / "export"), expert_layout="hub")
     assert len(exported) == sum(len(rule.sources) for rule in rules)
     for rule in rules:
         ours = rule.to_mcore([exported[name] for name, _ in rule.sources])

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.interfaces.media import MediaPatches
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.hf_model import hf_inputs
 from tests.helpers.mcore_model import PIXEL_NORM, memory_layout, relative
 from tests.helpers.published import published_config
@@ -102,7 +103,7 @@ def main(name: str = "30B") -> int:
         hf_model, hf_loss, hf_logits = hugging_face(name, path)
         print(f"Hugging Face: loss {hf_loss:.7f} ({time.perf_counter() - started:.0f} s)", flush=True)
         model_config = Qwen3VLConfig.from_config(hf_model.config.to_dict())
-        rules = weight_map(model_config, expert_layout=memory_layout())
+        rules = weight_rules(model_config, expert_layout=memory_layout())
         weights = hf_model.state_dict()
         del hf_model
         with torch.device("meta"):

@@ -22,7 +22,8 @@ from make_digits import all_texts
 from torch import Tensor
 
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import hf_shapes, weight_map
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.state_dict import hf_shapes
 
 VOCABULARY = 512  # rows of the embedding: bytes, merges and special tokens, and a few that stay unused
 _BYTE_PAIR_TOKENS = 440
@@ -137,7 +138,7 @@ def initial_weights(config: dict[str, Any], *, seed: int) -> dict[str, Tensor]:
     norms are the identity and biases zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    rules = weight_map(Qwen3VLConfig.from_config(config), expert_layout="hub")
+    rules = weight_rules(Qwen3VLConfig.from_config(config), expert_layout="hub")
     weights = {}
     for name, shape in hf_shapes(rules).items():
         if name.endswith(".bias"):

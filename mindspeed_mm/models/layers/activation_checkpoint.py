@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindspeed_mm.backend.activation_offload import Offload
+from mindspeed_mm.backend.activation_offload import Offload, host_offload, synchronizer
+from mindspeed_mm.models.spec import ModelBuildOptions
 
 Step = Callable[[int, Tensor], tuple[Tensor, ...]]
 """(index of the layer, hidden states) -> (hidden states after it, further tensors that the caller wants)."""
@@ -39,6 +40,26 @@ class ActivationCheckpointPolicy:
     num_layers: int = 1
     offload: Offload | None = None
     after_layer: Callable[[], None] | None = None
+
+    @classmethod
+    def from_options(
+        cls, options: ModelBuildOptions, *, device: str, synchronize: bool, offload: bool
+    ) -> ActivationCheckpointPolicy:
+        """The policy of a stack that a user's choices describe.
+
+        Args:
+            options: the choices.
+            device: kind of device (``Backend.name``).
+            synchronize: wait for the device after each layer.
+            offload: keep on the host what the layers keep for backward.
+        """
+        return cls(
+            recompute=options.recompute,
+            method=options.recompute_method,
+            num_layers=options.recompute_num_layers,
+            offload=host_offload(device=device) if offload else None,
+            after_layer=synchronizer(device=device) if synchronize else None,
+        )
 
     def groups(self, depth: int) -> Iterator[tuple[range, bool]]:
         """The layers that run together, from the first to the last, and whether backward runs them again."""

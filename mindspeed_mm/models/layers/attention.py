@@ -1,4 +1,4 @@
-"""Modules that fill the slots of megatron-core's specs: linear layers, norms, and attention over packed sequences.
+"""Attention over packed sequences, for megatron-core's specs.
 
 Legend: T tokens of the packed sequence, H hidden width, D head width. megatron-core's layers pass [T, 1, H].
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,45 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments
-from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
-
-
-class Linear(nn.Linear):
-    """The column- and row-parallel slots on one tensor-parallel rank: ``y = x W^T + b`` -> ``(y, None)``.
-
-    The bias is added inside the product instead of being handed on (``skip_bias_add``), which saves a pass over the
-    activations in every layer of the vision tower.
-    """
-
-    def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **slot_arguments: Any
-    ) -> None:
-        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """[..., input_size] -> ([..., output_size], None)."""
-        return F.linear(hidden, self.weight, self.bias), None
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm slot; the kernel comes with the spec."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, kernel: RMSNormKernel) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.eps = eps
-        self.kernel = kernel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        return self.kernel(hidden, self.weight, self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm slot."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+from mindspeed_mm.backend.kernels.elementwise import RotaryKernel
 
 
 class RotaryAngles:
@@ -110,7 +70,7 @@ class PackedSelfAttention(SelfAttention):
     """megatron-core's self-attention with rotary angles given per token.
 
     megatron-core 0.12.1 applies rotary positions to packed sequences by splitting them on the host, and restarts the
-    positions of each sample at 0. Qwen3-VL's three-dimensional positions are no such arithmetic progression.
+    positions of each sample at 0. Three-dimensional positions of images are no such arithmetic progression.
     """
 
     def __init__(self, *arguments: Any, rotary_kernel: RotaryKernel, **keywords: Any) -> None:

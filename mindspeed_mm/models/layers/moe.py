@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 from mindspeed_mm.models.layers.token_dispatcher import Dispatcher, LocalDispatcher
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLTextConfig
 
 
 class RouterLoad(NamedTuple):
@@ -41,12 +40,10 @@ class TopKRouter(nn.Module):
         keeps_routing: whether each forward pass leaves what :meth:`take_load` sums up.
     """
 
-    def __init__(self, config: TransformerConfig, *, model_config: Qwen3VLTextConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.top_k = model_config.num_experts_per_token
-        self.weight = nn.Parameter(
-            torch.empty(model_config.num_experts, model_config.hidden_size, dtype=config.params_dtype)
-        )
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=config.params_dtype))
         self.keeps_routing = False
         self._routing: tuple[Tensor, Tensor] | None = None
 
@@ -82,9 +79,11 @@ class Experts(nn.Module):
             processes.
     """
 
-    def __init__(self, config: TransformerConfig, *, model_config: Qwen3VLTextConfig, kernel: ExpertKernel) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, num_experts: int, intermediate_size: int, kernel: ExpertKernel
+    ) -> None:
         super().__init__()
-        experts, hidden, inner = model_config.num_experts, model_config.hidden_size, model_config.moe_intermediate_size
+        experts, hidden, inner = num_experts, config.hidden_size, intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * inner, dtype=config.params_dtype))
         self.down_proj = nn.Parameter(torch.empty(experts, inner, hidden, dtype=config.params_dtype))
         self.kernel = kernel

@@ -1,4 +1,4 @@
-"""megatron-core specs and configurations of Qwen3-VL's layers."""
+"""megatron-core specs and configurations of transformer layers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels.attention import AttentionKernel
+from mindspeed_mm.backend.kernels.compiled import check_compiler
 from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
+from mindspeed_mm.backend.kernels.registry import (
+    attention_kernel,
+    combine_kernel,
+    expert_kernel,
+    expert_kernel_name,
+    rms_norm_kernel,
+    rotary_kernel,
+    token_permuter,
+)
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.layers.attention import CoreAttention, LayerNorm, Linear, PackedSelfAttention, RMSNorm
+from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention
+from mindspeed_mm.models.layers.config import DecoderConfig
+from mindspeed_mm.models.layers.linear import Linear
 from mindspeed_mm.models.layers.moe import Experts, MoELayer, MoESubmodules, TopKRouter
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLTextConfig, Qwen3VLVisionConfig
+from mindspeed_mm.models.layers.norm import RMSNorm
+from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter
+from mindspeed_mm.models.spec import ModelBuildOptions
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -35,51 +49,71 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The implementations that the specs plug in, chosen once when the model is built."""
+    """The implementations that the specs plug in, chosen once when the model is built.
 
-    text_attention: AttentionKernel
-    vision_attention: AttentionKernel
-    experts: ExpertKernel
-    rows: TokenPermuter
+    Attributes:
+        experts: None where no layer has experts, and so is ``permuter``.
+    """
+
+    attention: AttentionKernel
     rms_norm: RMSNormKernel
     rotary: RotaryKernel
+    experts: ExpertKernel | None = None
+    permuter: TokenPermuter | None = None
 
 
-def text_config(model_config: Qwen3VLTextConfig, dtype: torch.dtype) -> TransformerConfig:
+def decoder_kernels(config: DecoderConfig, options: ModelBuildOptions, *, device: str, dtype: torch.dtype) -> Kernels:
+    """The kernels of a decoder.
+
+    Args:
+        config: the decoder's.
+        options: the user's choices.
+        device: kind of device (``Backend.name``).
+        dtype: what the model computes in.
+
+    Raises:
+        UserError: if an implementation is not available on the device.
+    """
+    compiled = options.compile_small_operators
+    if compiled:
+        check_compiler(device=device)
+    name = expert_kernel_name(
+        fused=options.fused_experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.moe_intermediate_size,
+        device=device,
+        dtype=dtype,
+    )
+    permuter = IndexPermuter(combine_kernel(device=device))
+    return Kernels(
+        attention=attention_kernel(options.text_attention, device=device),
+        rms_norm=rms_norm_kernel(device=device, compiled=compiled),
+        rotary=rotary_kernel(device=device, compiled=compiled),
+        experts=expert_kernel(name, device=device, compiled=compiled),
+        permuter=token_permuter(permuter, fused=options.fused_experts, device=device),
+    )
+
+
+def decoder_config(config: DecoderConfig, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of a decoder layer."""
     return TransformerConfig(
-        num_layers=model_config.num_layers,
-        hidden_size=model_config.hidden_size,
-        num_attention_heads=model_config.num_heads,
-        num_query_groups=model_config.num_kv_heads,
-        kv_channels=model_config.head_dim,
-        ffn_hidden_size=model_config.intermediate_size,
-        activation_func=_activation(model_config.hidden_act),
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        activation_func=activation(config.hidden_act),
         gated_linear_unit=True,
         normalization="RMSNorm",
-        layernorm_epsilon=model_config.rms_norm_eps,
+        layernorm_epsilon=config.rms_norm_eps,
         add_bias_linear=False,
-        **_common(dtype),
+        **common_options(dtype),
     )
 
 
-def vision_config(model_config: Qwen3VLVisionConfig, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's configuration of a vision block."""
-    return TransformerConfig(
-        num_layers=model_config.depth,
-        hidden_size=model_config.hidden_size,
-        num_attention_heads=model_config.num_heads,
-        kv_channels=model_config.head_dim,
-        ffn_hidden_size=model_config.intermediate_size,
-        activation_func=_activation(model_config.hidden_act),
-        normalization="LayerNorm",
-        layernorm_epsilon=model_config.layernorm_epsilon,
-        add_bias_linear=True,
-        **_common(dtype),
-    )
-
-
-def _common(dtype: torch.dtype) -> dict[str, object]:
+def common_options(dtype: torch.dtype) -> dict[str, object]:
+    """What every layer's configuration sets alike: no dropout, no fusion of megatron's, no initialisation."""
     return {
         "params_dtype": dtype,
         "hidden_dropout": 0.0,
@@ -91,7 +125,8 @@ def _common(dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation that ``config.json`` calls ``name``."""
     if name not in ACTIVATIONS:
         raise UserError(f"hidden_act {name!r} in config.json is not supported; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -102,46 +137,31 @@ def rms_norm_spec(kernels: Kernels) -> ModuleSpec:
     return ModuleSpec(module=RMSNorm, params={"kernel": kernels.rms_norm})
 
 
-def decoder_layer_spec(model_config: Qwen3VLTextConfig, layer: int, kernels: Kernels) -> ModuleSpec:
-    """Decoder layer ``layer`` (from 0): causal attention with per-head norms, and experts or a dense MLP."""
+def decoder_layer_spec(config: DecoderConfig, layer: int, kernels: Kernels) -> ModuleSpec:
+    """Decoder layer ``layer`` (from 0): causal attention, and experts or a dense MLP."""
     norm = rms_norm_spec(kernels)
+    head_norm = norm if config.qk_layernorm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=_attention_spec(AttnMaskType.causal, kernels.text_attention, kernels, head_norm=norm),
+            self_attention=attention_spec(AttnMaskType.causal, kernels, head_norm=head_norm),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_moe_spec(model_config, kernels) if model_config.is_moe_layer(layer) else _mlp_spec(),
+            mlp=_moe_spec(config, kernels) if config.is_moe_layer(layer) else mlp_spec(),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def vision_layer_spec(kernels: Kernels) -> ModuleSpec:
-    """Vision block: full attention within each picture, dense MLP."""
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
-            self_attention=_attention_spec(AttnMaskType.no_mask, kernels.vision_attention, kernels, head_norm=None),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
-            mlp=_mlp_spec(),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def _attention_spec(
-    mask: AttnMaskType, kernel: AttentionKernel, kernels: Kernels, *, head_norm: ModuleSpec | None
-) -> ModuleSpec:
+def attention_spec(mask: AttnMaskType, kernels: Kernels, *, head_norm: ModuleSpec | None) -> ModuleSpec:
+    """Self-attention over packed sequences; ``head_norm`` normalises queries and keys per head."""
     return ModuleSpec(
         module=PackedSelfAttention,
         params={"attn_mask_type": mask, "rotary_kernel": kernels.rotary},
         submodules=SelfAttentionSubmodules(
             linear_qkv=Linear,
-            core_attention=ModuleSpec(module=CoreAttention, params={"kernel": kernel}),
+            core_attention=ModuleSpec(module=CoreAttention, params={"kernel": kernels.attention}),
             linear_proj=Linear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -149,16 +169,19 @@ def _attention_spec(
     )
 
 
-def _mlp_spec() -> ModuleSpec:
+def mlp_spec() -> ModuleSpec:
+    """Dense MLP, gated where the configuration says so."""
     return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=Linear, linear_fc2=Linear))
 
 
-def _moe_spec(model_config: Qwen3VLTextConfig, kernels: Kernels) -> ModuleSpec:
+def _moe_spec(config: DecoderConfig, kernels: Kernels) -> ModuleSpec:
+    experts = {"num_experts": config.num_experts, "intermediate_size": config.moe_intermediate_size}
+    router = {"num_experts": config.num_experts, "top_k": config.num_experts_per_token}
     return ModuleSpec(
         module=MoELayer,
-        params={"permuter": kernels.rows},
+        params={"permuter": kernels.permuter},
         submodules=MoESubmodules(
-            router=ModuleSpec(module=TopKRouter, params={"model_config": model_config}),
-            experts=ModuleSpec(module=Experts, params={"model_config": model_config, "kernel": kernels.experts}),
+            router=ModuleSpec(module=TopKRouter, params=router),
+            experts=ModuleSpec(module=Experts, params={**experts, "kernel": kernels.experts}),
         ),
     )

@@ -1,4 +1,4 @@
-"""The shape of a Qwen3-VL model, read once from the Hugging Face ``config.json``."""
+"""Model config of Qwen3-VL, read once from the Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.layers.config import DecoderConfig
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
 
@@ -53,40 +54,13 @@ class Qwen3VLVisionConfig:
         return round(self.num_position_embeddings**0.5)
 
 
-@dataclasses.dataclass(frozen=True)
-class Qwen3VLTextConfig:
-    """Text decoder. ``num_experts`` is 0 in a dense model."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3VLTextConfig(DecoderConfig):
+    """Text decoder."""
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    intermediate_size: int
-    hidden_act: str
-    rms_norm_eps: float
     rope_type: str
-    rope_theta: float
     mrope_section: tuple[int, int, int]
-    max_position_embeddings: int
     attention_bias: bool
-    tie_word_embeddings: bool
-    initializer_range: float
-    num_experts: int = 0
-    num_experts_per_token: int = 0
-    moe_intermediate_size: int = 0
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-    router_aux_loss_coef: float = 0.0
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether ``layer`` (from 0) has experts instead of a dense MLP."""
-        return (
-            self.num_experts > 0
-            and layer not in self.mlp_only_layers
-            and (layer + 1) % self.decoder_sparse_step == 0
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +74,31 @@ class Qwen3VLConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a sparse layer; 0 in a dense model."""
+        return self.text.num_experts
+
+    @property
+    def num_experts_per_token(self) -> int:
+        """Experts that a token goes to."""
+        return self.text.num_experts_per_token
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output layer is the word embeddings."""
+        return self.text.tie_word_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the word embeddings."""
+        return self.text.vocab_size
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of initial weights."""
+        return self.text.initializer_range
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Qwen3VLConfig:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mindspeed_mm.config.checks import ModelFacts
 from mindspeed_mm.models.qwen3_vl.config import SUPPORTED_MODEL_TYPES, Qwen3VLConfig
-from mindspeed_mm.models.spec import ModelSpec, register
+from mindspeed_mm.models.spec import ModelBuildOptions, ModelSpec, register
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from mindspeed_mm.config.data_config import DataConfig
-    from mindspeed_mm.interfaces.batch import VisionBatch
+    from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
+    from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
+    from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
 
 
 class Qwen3VLSpec(ModelSpec):
@@ -128,6 +131,62 @@ class Qwen3VLSpec(ModelSpec):
         from mindspeed_mm.models.qwen3_vl.collator import collate_vision
 
         return collate_vision(media, placeholder_index, model_config.vision)
+
+    def describe(self, model_config: Qwen3VLConfig) -> dict[str, str]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        text, vision, per_token = model_config.text, model_config.vision, model_config.num_experts_per_token
+        experts = f", {text.num_experts} experts of {text.moe_intermediate_size}, {per_token} per token"
+        return {
+            "model": f"{model_config.model_type}{', embeddings tied' if text.tie_word_embeddings else ''}",
+            "text": f"{text.num_layers} layers of width {text.hidden_size}, {text.num_heads} heads, "
+            f"{text.num_kv_heads} key/value heads of {text.head_dim}{experts if text.num_experts else ''}, "
+            f"vocabulary {text.vocab_size}",
+            "vision": f"{vision.depth} blocks of width {vision.hidden_size}, {vision.num_heads} heads, "
+            f"deepstack {list(vision.deepstack_visual_indexes)}",
+        }
+
+    def build_model(
+        self,
+        model_config: Qwen3VLConfig,
+        options: ModelBuildOptions,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        media: ImageSettings | None,
+    ) -> Qwen3VLModel:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.model import build_model
+
+        return build_model(
+            model_config, options, pixel_norm=media.norm, device=device, dtype=dtype, compute_dtype=compute_dtype
+        )
+
+    def weight_rules(self, model_config: Qwen3VLConfig, *, expert_layout: ExpertLayout) -> list[WeightRule]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+
+        return weight_rules(model_config, expert_layout=expert_layout)
+
+    def repeated_tensors(self, model_config: Qwen3VLConfig) -> dict[str, str]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        tied = model_config.tie_word_embeddings
+        return {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
+
+    def flop_counter(self, model_config: Qwen3VLConfig, *, frozen: Collection[str]) -> Callable[[Batch], float]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.flops import FlopCount
+
+        return FlopCount(
+            model_config=model_config,
+            train_vision="vision_encoder" not in frozen,
+            train_projector="vision_projector" not in frozen,
+            train_text="text_decoder" not in frozen,
+        )
+
+    def merge_unit(self, model_config: Qwen3VLConfig) -> int:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        return model_config.vision.merge_unit
 
 
 SPEC = register(Qwen3VLSpec())

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.attention import Segments
@@ -18,9 +21,42 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import VisionBatch
 from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy, run_layers
-from mindspeed_mm.models.layers.attention import LayerNorm, PackedSequence, RotaryAngles
+from mindspeed_mm.models.layers.attention import PackedSequence, RotaryAngles
+from mindspeed_mm.models.layers.norm import LayerNorm
 from mindspeed_mm.models.layers.rotary import VisionRotary
+from mindspeed_mm.models.layers.specs import Kernels, activation, attention_spec, common_options, mlp_spec
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
+
+
+def vision_config(model_config: Qwen3VLVisionConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration of a vision block."""
+    return TransformerConfig(
+        num_layers=model_config.depth,
+        hidden_size=model_config.hidden_size,
+        num_attention_heads=model_config.num_heads,
+        kv_channels=model_config.head_dim,
+        ffn_hidden_size=model_config.intermediate_size,
+        activation_func=activation(model_config.hidden_act),
+        normalization="LayerNorm",
+        layernorm_epsilon=model_config.layernorm_epsilon,
+        add_bias_linear=True,
+        **common_options(dtype),
+    )
+
+
+def vision_layer_spec(kernels: Kernels) -> ModuleSpec:
+    """Vision block: full attention within each image, dense MLP."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=attention_spec(AttnMaskType.no_mask, kernels, head_norm=None),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=mlp_spec(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
 
 
 class PixelNormalisation(nn.Module):
@@ -147,19 +183,22 @@ class VisionProjector(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Vision encoder and projector; whichever is frozen, with nothing trainable before it, runs without autograd."""
+    """Vision encoder and projector. A part runs without autograd if neither it nor a part before it trains."""
 
     def __init__(self, vision_encoder: VisionEncoder, vision_projector: VisionProjector) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
         self.vision_projector = vision_projector
-        self.encoder_trains = True
-        self.projector_trains = True
 
     def forward(self, vision: VisionBatch) -> tuple[Tensor, list[Tensor]]:
         """-> (embeddings [M, O], deepstack embeddings, each [M, O])."""
-        enabled = torch.is_grad_enabled()
-        with torch.set_grad_enabled(enabled and self.encoder_trains):
+        encoder_grad = torch.is_grad_enabled() and _trains(self.vision_encoder)
+        projector_grad = torch.is_grad_enabled() and (encoder_grad or _trains(self.vision_projector))
+        with torch.set_grad_enabled(encoder_grad):
             hidden, taken = self.vision_encoder(vision)
-        with torch.set_grad_enabled(enabled and (self.encoder_trains or self.projector_trains)):
+        with torch.set_grad_enabled(projector_grad):
             return self.vision_projector(hidden, taken)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -21,7 +21,7 @@ from mindspeed_mm.checkpoint.inspect_checkpoint import inspect
 from mindspeed_mm.checkpoint.verify import verify
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Tensors = dict[str, torch.Tensor]
@@ -47,7 +47,7 @@ def assert_equal(left: Tensors, right: Tensors) -> None:
 
 
 def expected_mcore(hub: Tensors, hf: Path) -> Tensors:
-    rules = weight_map(Qwen3VLConfig.from_pretrained(hf), expert_layout="hub")
+    rules = weight_rules(Qwen3VLConfig.from_pretrained(hf), expert_layout="hub")
     return {f"model.{rule.target}": rule.to_mcore([hub[name] for name, _ in rule.sources]) for rule in rules}
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import mcore_shapes, weight_map
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.state_dict import mcore_shapes
 from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
 from mindspeed_mm.tools.memory.plan import Plan
 from tests.helpers.tiny_config import tiny_config
@@ -69,7 +70,7 @@ def test_bytes_of_a_checkpoint(processes: int) -> None:
         target_tokens=8,
     )
     sizes = {
-        name: math.prod(shape) for name, shape in mcore_shapes(weight_map(model_config, expert_layout="hub")).items()
+        name: math.prod(shape) for name, shape in mcore_shapes(weight_rules(model_config, expert_layout="hub")).items()
     }
     trained = sum(size for name, size in sizes.items() if not name.startswith("image_encoder"))
     assert checkpoint_bytes(plan, moments=False) == 4 * sum(sizes.values())

@@ -18,10 +18,11 @@ from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_map
+from mindspeed_mm.models.qwen3_vl.model import build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from mindspeed_mm.training.gradients import local
 from tests.helpers.hf_model import tiny_config, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM
@@ -49,7 +50,7 @@ def loaded(directory, *, sharding_size="auto", **layout):
     with torch.device("meta"):
         model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
     config = FSDPConfig(param_dtype="fp32")
-    parallelise(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
+    parallelize(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
     model.to_empty(device="cpu")
     with mock.patch.object(hf_weights, "read_tensor", side_effect=hf_weights.read_tensor) as reader:
         load_hf_weights(model, directory)
@@ -64,7 +65,7 @@ def saved(request, tmp_path_factory):
     tiny_model(dense=request.param == "dense", many_heads=True).save_pretrained(directory)
     tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
     source = HFSource(directory)
-    rules = weight_map(source.model_config, expert_layout=source.layout)
+    rules = weight_rules(source.model_config, expert_layout=source.layout)
     return directory, {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
 
 
@@ -113,7 +114,7 @@ def test_each_rank_reads_its_own_shards_alone(saved, world_size, layout):
 def test_published_layout_is_read_within_experts(tmp_path):
     """Of experts that are cut within, in the published layout, a rank reads its parts alone."""
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
-    rules = weight_map(Qwen3VLConfig.from_pretrained(tmp_path), expert_layout="hub")
+    rules = weight_rules(Qwen3VLConfig.from_pretrained(tmp_path), expert_layout="hub")
     tensors = {name: torch.randn(shape) for rule in rules for name, shape in rule.sources}
     save_file(tensors, tmp_path / "model.safetensors", metadata={LAYOUT_KEY: "hub"})
     wholes = {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}

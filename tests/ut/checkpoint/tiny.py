@@ -125,7 +125,8 @@ def write_hf_directory(
     from safetensors.torch import save_file
 
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import hf_shapes, weight_map
+    from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+    from mindspeed_mm.models.state_dict import hf_shapes
 
     directory.mkdir(parents=True)
     model_config = Qwen3VLConfig.from_config(config)
@@ -139,7 +140,7 @@ def write_hf_directory(
 
     hub = {
         name: values(shape)
-        for name, shape in hf_shapes(weight_map(model_config, expert_layout="hub")).items()
+        for name, shape in hf_shapes(weight_rules(model_config, expert_layout="hub")).items()
     }
     written = {
         name: tensor.transpose(1, 2).contiguous() if layout == "v5" and ".mlp.experts." in name else tensor

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
@@ -49,6 +49,6 @@ def test_packed_batch_equals_hf(tied, chunk_size):
 
 def test_tied_embeddings_are_in_no_unit_that_is_freed_between_their_two_uses():
     model, _ = model_like(tiny_model(dense=True, tied=True))
-    in_units = {name for unit in model.wrap_units() for name, _ in unit.named_parameters()}
+    in_units = {name for unit in model.parallel_plan().wrap_units for name, _ in unit.named_parameters()}
     assert not any("word_embeddings" in name for name in in_units)
-    assert model.wrap_units()[-1] is model.text_decoder.output_layer
+    assert model.parallel_plan().wrap_units[-1] is model.text_decoder.output_layer

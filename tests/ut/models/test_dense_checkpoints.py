@@ -13,10 +13,11 @@ from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoi
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM, relative
 
@@ -49,7 +50,7 @@ def test_converted_trained_and_exported(tmp_path, tied):
     with torch.device("meta"):
         model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
     layout = build_layout(device_type="cpu")
-    parallelise(model, layout=layout, config=FSDPConfig(param_dtype="fp32"))
+    parallelize(model, layout=layout, config=FSDPConfig(param_dtype="fp32"))
     model.to_empty(device="cpu")
     model.reset_buffers()
     load_checkpoint(release, model=model, optimizer=None, backend=backend, with_rng=False)

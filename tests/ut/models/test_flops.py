@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
 CASES = {
     "all trains": ({}, {}),
-    "frozen vision": ({"freeze_vision_encoder": True, "freeze_vision_projector": True}, {}),
-    "projector alone": ({"freeze_vision_encoder": True, "freeze_text_decoder": True}, {}),
+    "frozen vision": ({"frozen": ["vision_encoder", "vision_projector"]}, {}),
+    "projector alone": ({"frozen": ["vision_encoder", "text_decoder"]}, {}),
     "dense, recompute": ({"recompute": "full"}, {"dense": True}),
 }
 
@@ -37,12 +37,7 @@ def test_every_product_is_counted(case):
     plain = {"text_attention": "eager", "vision_attention": "eager", "fused_experts": False}
     model, model_config = model_like(tiny_model(**kind), ModelBuildOptions(**plain, **choices))
     batch = collate(mixed_samples(), SPEC, model_config)
-    count = FlopCount(
-        model_config=model_config,
-        train_vision=not choices.get("freeze_vision_encoder", False),
-        train_projector=not choices.get("freeze_vision_projector", False),
-        train_text=not choices.get("freeze_text_decoder", False),
-    )
+    count = SPEC.flop_counter(model_config, frozen=choices.get("frozen", ()))
     text = model_config.text
     lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens_host)]
     # eager attention also multiplies what causality then hides

@@ -12,8 +12,9 @@ from benchmarks.workload import PIXEL_NORM, geometry_config
 from mindspeed_mm.backend.kernels import attention
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 
 
 @pytest.mark.parametrize("repeat_heads", [False, True])

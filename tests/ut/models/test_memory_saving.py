@@ -7,10 +7,10 @@ import torch
 
 from mindspeed_mm.backend import activation_offload
 from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.layers import activation_checkpoint
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy
-from mindspeed_mm.models.qwen3_vl import model as qwen3_vl_model
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
@@ -118,7 +118,7 @@ def test_offload_moves_activations_and_leaves_weights():
 )
 def test_waits_after_each_layer(monkeypatch, choices, waits):
     calls = []
-    monkeypatch.setattr(qwen3_vl_model, "synchronizer", lambda *, device: lambda: calls.append(device))
+    monkeypatch.setattr(activation_checkpoint, "synchronizer", lambda *, device: lambda: calls.append(device))
     model, model_config = model_like(tiny_model(), ModelBuildOptions(**choices))
     batch = collate(mixed_samples(), SPEC, model_config)
     with torch.no_grad():

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
@@ -127,13 +127,11 @@ def test_batch_without_supervised_tokens_trains_nothing(reference):
 @pytest.mark.parametrize("projector", [True, False])
 def test_frozen_parts_get_no_gradient_and_change_no_other(reference, encoder, projector):
     hf_model, samples, _, _ = reference
-    model, model_config = model_like(
-        hf_model, ModelBuildOptions(freeze_vision_encoder=encoder, freeze_vision_projector=projector)
-    )
+    frozen = [part for part, is_frozen in (("vision_encoder", encoder), ("vision_projector", projector)) if is_frozen]
+    model, model_config = model_like(hf_model, ModelBuildOptions(frozen=frozen))
     batch = collate(samples, SPEC, model_config)
     model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))[0].backward()
     theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})
-    frozen = [part for part, is_frozen in (("vision_encoder", encoder), ("vision_projector", projector)) if is_frozen]
     for name, parameter in model.named_parameters():
         if any(part in name for part in frozen):
             assert parameter.grad is None, name

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import hf_shapes, mcore_shapes, weight_map
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.state_dict import hf_shapes, mcore_shapes
 from tests.ut.checkpoint.tiny import build_hf_model, random_config
 
 CASES = 12
@@ -27,7 +28,7 @@ def test_round_trip_is_exact(seed: int, layout: str) -> None:
     model_config = Qwen3VLConfig.from_config(random_config(random.Random(seed)))
     generator = torch.Generator().manual_seed(seed)
     dtype = [torch.bfloat16, torch.float32, torch.float16][seed % 3]
-    for rule in weight_map(model_config, expert_layout=layout):
+    for rule in weight_rules(model_config, expert_layout=layout):
         sources = [_random_bits(shape, dtype, generator) for _, shape in rule.sources]
         target = rule.to_mcore(sources)
         assert tuple(target.shape) == rule.target_shape and target.is_contiguous()
@@ -43,7 +44,7 @@ def test_round_trip_is_exact(seed: int, layout: str) -> None:
 def test_row_ranges_agree_with_the_whole(seed: int, layout: str) -> None:
     model_config = Qwen3VLConfig.from_config(random_config(random.Random(seed)))
     generator = torch.Generator().manual_seed(seed)
-    for rule in weight_map(model_config, expert_layout=layout):
+    for rule in weight_rules(model_config, expert_layout=layout):
         if not rule.row_wise:
             continue
         ((_, shape),) = rule.sources
@@ -64,12 +65,12 @@ def test_names_and_shapes_are_those_of_transformers(seed: int) -> None:
         state.pop("lm_head.weight", None)
     actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
     # transformers 4.57 holds the published layout in memory, 5 the other one.
-    expected = [hf_shapes(weight_map(model_config, expert_layout=layout)) for layout in ("hub", "v5")]
+    expected = [hf_shapes(weight_rules(model_config, expert_layout=layout)) for layout in ("hub", "v5")]
     assert actual in expected
 
 
 def test_names_occur_once() -> None:
-    rules = weight_map(Qwen3VLConfig.from_config(random_config(random.Random(3))), expert_layout="hub")
+    rules = weight_rules(Qwen3VLConfig.from_config(random_config(random.Random(3))), expert_layout="hub")
     assert len(mcore_shapes(rules)) == len(rules)
     assert len(hf_shapes(rules)) == sum(len(rule.sources) for rule in rules)
 
@@ -77,7 +78,7 @@ def test_names_occur_once() -> None:
 def test_fused_qkv_rows_are_grouped_by_key_value_head() -> None:
     config = random_config(random.Random(0), text={"num_attention_heads": 4, "num_key_value_heads": 2})
     model_config = Qwen3VLConfig.from_config(config)
-    rule = next(r for r in weight_map(model_config, expert_layout="hub") if r.target.endswith("linear_qkv.weight"))
+    rule = next(r for r in weight_rules(model_config, expert_layout="hub") if r.target.endswith("linear_qkv.weight"))
     width, head_dim = model_config.text.hidden_size, model_config.text.head_dim
     q = torch.arange(4).repeat_interleave(head_dim)[:, None].expand(-1, width)
     k = torch.arange(10, 12).repeat_interleave(head_dim)[:, None].expand(-1, width)
@@ -92,7 +93,7 @@ def test_vision_qkv_rows_are_grouped_by_head() -> None:
     )
     rule = next(
         r
-        for r in weight_map(model_config, expert_layout="hub")
+        for r in weight_rules(model_config, expert_layout="hub")
         if r.target.startswith("image_encoder") and r.target.endswith("linear_qkv.bias")
     )
     rows = torch.arange(6).repeat_interleave(8)  # q0 q1 k0 k1 v0 v1
@@ -101,10 +102,10 @@ def test_vision_qkv_rows_are_grouped_by_head() -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     model_config = Qwen3VLConfig.from_config(random_config(random.Random(0)))
-    rule = weight_map(model_config, expert_layout="hub")[0]
+    rule = weight_rules(model_config, expert_layout="hub")[0]
     with pytest.raises(ValueError, match="must have shape"):
         rule.to_mcore([torch.zeros(3)])
     with pytest.raises(ValueError, match="made of 1 tensors"):
         rule.to_mcore([])
     with pytest.raises(ValueError, match="choose hub or v5"):
-        weight_map(model_config, expert_layout="auto")
+        weight_rules(model_config, expert_layout="auto")

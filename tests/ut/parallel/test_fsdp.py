@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.fsdp import reshard, shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from tests.helpers.hf_model import mixed_samples, tiny_model
@@ -30,10 +30,10 @@ def sharded(hf_model, *, choices=None, **fields):
     config = FSDPConfig(**{"param_dtype": "fp32", **fields})
     shard_model(
         model,
-        model.wrap_units(),
+        model.parallel_plan().wrap_units,
         layout=build_layout(device_type="cpu", sharding_size=config.sharding_size),
         config=config,
-        small=model.root_group_modules() if config.align_fsdp_param_groups else [],
+        root_group=model.parallel_plan().root_group if config.align_fsdp_param_groups else [],
     )
     return model, collate(mixed_samples(), SPEC, model_config)
 
@@ -117,7 +117,7 @@ def test_cast_forward_inputs(hf_model, cast):
 @pytest.mark.parametrize(("forward", "backward"), [(0, 0), (1, 1), (2, 3)])
 def test_prefetch_lists(hf_model, forward, backward):
     model, _ = sharded(hf_model, num_to_forward_prefetch=forward, num_to_backward_prefetch=backward)
-    units = model.wrap_units()
+    units = model.parallel_plan().wrap_units
     for index, unit in enumerate(units):
         assert ahead(model, unit, "forward") == units[index + 1 : index + 1 + forward]
         wanted = units[max(0, index - backward) : index][::-1]
@@ -125,7 +125,7 @@ def test_prefetch_lists(hf_model, forward, backward):
 
 
 def test_backward_prefetches_nothing_that_is_frozen(hf_model):
-    frozen = ModelBuildOptions(freeze_vision_encoder=True, freeze_vision_projector=True)
+    frozen = ModelBuildOptions(frozen=["vision_encoder", "vision_projector"])
     model, batch = sharded(hf_model, choices=frozen, num_to_backward_prefetch=2)
     decoder = model.text_decoder
     assert ahead(model, decoder.layers[1], "backward") == [decoder.layers[0], decoder.embedding]

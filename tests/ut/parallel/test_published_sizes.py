@@ -8,10 +8,12 @@ import torch
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
-from mindspeed_mm.models.qwen3_vl.state_dict_adapter import mcore_shapes, weight_map
+from mindspeed_mm.models.qwen3_vl.model import build_model
+from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from mindspeed_mm.models.spec import ModelBuildOptions
+from mindspeed_mm.models.state_dict import mcore_shapes
 from mindspeed_mm.parallel.mesh import build_layout
-from mindspeed_mm.parallel.parallelize import parallelise
+from mindspeed_mm.parallel.parallelize import parallelize
 from tests.helpers.mcore_model import PIXEL_NORM
 from tests.helpers.published import published_config
 
@@ -30,9 +32,9 @@ def test_full_size_is_sharded_evenly(fake_process_group, name):
     model_config = Qwen3VLConfig.from_config(published_config(name))
     with torch.device("meta"):
         model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
-    shapes = mcore_shapes(weight_map(model_config, expert_layout="hub"))
+    shapes = mcore_shapes(weight_rules(model_config, expert_layout="hub"))
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == shapes
-    parallelise(model, layout=build_layout(device_type="cpu", **layout), config=load_config(YAML, FSDPConfig, flag=""))
+    parallelize(model, layout=build_layout(device_type="cpu", **layout), config=load_config(YAML, FSDPConfig, flag=""))
     parameters = dict(model.named_parameters())
     assert {n: tuple(p.shape) for n, p in parameters.items()} == shapes
     total = sum(parameter.numel() for parameter in parameters.values())

@@ -7,8 +7,8 @@ import torch
 
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.fsdp import shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.single_device import apply_mixed_precision, cached_compute_weights
@@ -42,7 +42,7 @@ CASES = {
     "bf16": ({}, {}, "bf16"),
     "fp32": ({}, {}, "fp32"),
     "selective recompute": ({"recompute": "selective"}, {}, "bf16"),
-    "frozen vision": ({"freeze_vision_encoder": True}, {}, "bf16"),
+    "frozen vision": ({"frozen": ["vision_encoder"]}, {}, "bf16"),
     "dense, tied, recompute": ({"recompute": "full"}, {"dense": True, "tied": True}, "bf16"),
 }
 
@@ -55,9 +55,9 @@ def test_same_bits_as_fsdp(layout, case):
     for whole in (True, False):
         model, model_config = model_like(tiny_model(**kind), ModelBuildOptions(**choices))
         if whole:
-            apply_mixed_precision(model, model.wrap_units(), config)
+            apply_mixed_precision(model, model.parallel_plan().wrap_units, config)
         else:
-            shard_model(model, model.wrap_units(), layout=layout, config=config)
+            shard_model(model, model.parallel_plan().wrap_units, layout=layout, config=config)
         results.append(train(model, model_config))
     (losses, gradients, parameters), (wanted_losses, wanted_gradients, wanted_parameters) = results
     assert all(map(torch.equal, losses, wanted_losses))
@@ -72,7 +72,7 @@ def test_parameters_are_back_after_each_pass():
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), "param_dtype": "bf16"})
     model, model_config = model_like(tiny_model())
     parameters = dict(model.named_parameters())
-    apply_mixed_precision(model, model.wrap_units(), config)
+    apply_mixed_precision(model, model.parallel_plan().wrap_units, config)
     batch = collate(mixed_samples(), SPEC, model_config)
     weight = torch.full((batch.num_target_tokens,), 0.01)
 
@@ -95,7 +95,7 @@ def test_parameters_are_back_after_each_pass():
 def test_copies_follow_the_optimizer():
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), "param_dtype": "bf16"})
     model, model_config = model_like(tiny_model())
-    apply_mixed_precision(model, model.wrap_units(), config)
+    apply_mixed_precision(model, model.parallel_plan().wrap_units, config)
     optimizer = AdamW([{"params": list(model.parameters()), "lr": 1e-2}])
     batch = collate(mixed_samples(), SPEC, model_config)
     weight = torch.full((batch.num_target_tokens,), 0.01)
@@ -112,7 +112,7 @@ def test_copies_follow_the_optimizer():
 def test_copies_are_made_once_while_parameters_rest(monkeypatch):
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), "param_dtype": "bf16"})
     model, model_config = model_like(tiny_model())
-    apply_mixed_precision(model, model.wrap_units(), config)
+    apply_mixed_precision(model, model.parallel_plan().wrap_units, config)
     made, copy = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: made.append(copy(*args)))
     batch = collate(mixed_samples(), SPEC, model_config)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions, build_model
+from mindspeed_mm.models.qwen3_vl.model import build_model
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.tools.memory.__main__ import main, read_plan
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
@@ -43,7 +44,7 @@ def dense(model_config: Qwen3VLConfig, *, tied: bool) -> Qwen3VLConfig:
 def test_parameters_are_the_models(kind, aligned):
     model_config = tiny_config() if kind != "published" else Qwen3VLConfig.from_config(config_30b())
     model_config = dense(model_config, tied=kind == "tied") if kind in ("dense", "tied") else model_config
-    choices = ModelBuildOptions(freeze_vision_encoder=True)
+    choices = ModelBuildOptions(frozen=["vision_encoder"])
     with torch.device("meta"):
         model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
     plan = dataclasses.replace(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
-from mindspeed_mm.models.qwen3_vl.model import ModelBuildOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
