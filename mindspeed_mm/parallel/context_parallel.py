@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mindspeed_mm.backend.kernels.segments import AttentionKernel, Segments
+from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments
 from mindspeed_mm.interfaces.batch import Batch, VisionBatch
 from mindspeed_mm.models.model import ParallelPlan
 from mindspeed_mm.parallel.collectives import all_gather, all_to_all
