@@ -94,24 +94,23 @@ def _add_flag(group: argparse._ArgumentGroup, option: str, info: FieldInfo) -> N
     if info.annotation is bool:
         group.add_argument(option, action="store_const", const="true", help=text.replace("%", "%%"))
         return
-    choices, kind = _choices_and_kind(info.annotation)
-    if choices:
-        text += f" ({' | '.join(choices)})"
     if info.is_required():
         text += " (required)"
     elif info.default is not None and role != REFUSED:
         text += f" (default: {info.default})"
     extra = typing.cast("dict[str, Any]", info.json_schema_extra)
-    metavar = extra.get("metavar") or {int: "N", float: "X"}.get(kind, "WORD")
+    metavar = extra.get("metavar") or _placeholder(info.annotation)
     group.add_argument(option, metavar=metavar, help=text.replace("%", "%%"))
 
 
-def _choices_and_kind(annotation: Any) -> tuple[tuple[str, ...], type]:
-    """The words of a Literal, else none, and the type of the value; None in a union is ignored."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return typing.get_args(annotation), str
-    members = [member for member in typing.get_args(annotation) if member is not type(None)]
-    return _choices_and_kind(members[0]) if members else ((), annotation)
+def _placeholder(annotation: Any) -> str:
+    """The value of a flag in ``--help``: its choices, or N for a whole number, X for a number, WORD for a string."""
+    kinds = [annotation]
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            return f"{{{','.join(typing.get_args(kind))}}}"
+        kinds += typing.get_args(kind)
+    return next(placeholder for kind, placeholder in ((int, "N"), (float, "X"), (str, "WORD")) if kind in kinds)
 
 
 def _attach_negative_numbers(words: Sequence[str]) -> list[str]:

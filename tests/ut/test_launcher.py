@@ -330,7 +330,7 @@ def test_the_example_files_are_what_the_models_expect():
     from mindspeed_mm.config.job import load_job_config
 
     examples = ROOT / "examples/qwen3vl"
-    recipe = load_job_config(
+    job = load_job_config(
         ["--mm-data", str(examples / "data_30B.json"), "--mm-model", str(examples / "model_30B.json"),
          "--mm-tool", str(ROOT / "mindspeed_mm/tools/tools.json"),
          "--fsdp2-config-path", str(examples / "fsdp2_config.yaml"),
@@ -338,9 +338,9 @@ def test_the_example_files_are_what_the_models_expect():
          "--use-torch-fsdp2"],
         world_size=8,
     )
-    assert recipe.args.warmup_samples == 8000.0
-    assert recipe.describe_ignored() == []
-    assert not recipe.tools.profile.enable and not recipe.tools.memory_profile.enable
+    assert job.args.warmup_samples == 8000.0
+    assert job.describe_ignored() == []
+    assert not job.tools.profile.enable and not job.tools.memory_profile.enable
     assert json.loads((examples / "model_30B.json").read_text())["text_decoder"]["num_layers"] == 48
 
 

@@ -1,4 +1,4 @@
-"""The JSON and YAML files: what is allowed, how mistakes are told, and what each field does."""
+"""The JSON and YAML files: what is allowed, how mistakes are reported, and what each field does."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The recipe as a whole: files and flags together, paths, geometry, and what is listed at start-up."""
+"""The configuration as a whole: files and flags together, paths, the model, and what is listed at start-up."""
 
 import json
 
@@ -91,13 +91,13 @@ def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
     ],
 )
 def test_missing_parts_name_their_step(place, missing, message):
-    recipe = load_job_config(_words(place))
-    check_weights(recipe)
-    check_data_files(recipe)
+    job = load_job_config(_words(place))
+    check_weights(job)
+    check_data_files(job)
     (place / missing).unlink()
     with pytest.raises(UserError, match=message) as caught:
-        check_weights(recipe)
-        check_data_files(recipe)
+        check_weights(job)
+        check_data_files(job)
     assert "\n" not in str(caught.value)
 
 
@@ -129,9 +129,9 @@ def test_expert_size_of_the_fsdp2_file(place):
 
 
 def test_degree_that_does_not_divide_the_experts(place):
-    recipe = load_job_config(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
+    job = load_job_config(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
     with pytest.raises(UserError, match="3 does not divide num_experts 128"):
-        recipe.check_model(_facts(), world_size=3)
+        job.check_model(_facts(), world_size=3)
 
 
 def test_sharding_size_that_does_not_divide(place):
@@ -176,9 +176,9 @@ def test_what_changes_nothing_is_listed_with_its_reason(place):
 def test_loss_mode_and_metadata(place):
     assert load_job_config(_words(place)).loss_mode == "default"
     assert load_job_config(_words(place, "--calculate-per-sample-loss")).loss_mode == "per_sample"
-    recipe = load_job_config(_words(place, "--calculate-per-token-loss"))
-    assert recipe.loss_mode == "per_token"
-    metadata = json.loads(json.dumps(recipe.checkpoint_metadata()))
+    job = load_job_config(_words(place, "--calculate-per-token-loss"))
+    assert job.loss_mode == "per_token"
+    metadata = json.loads(json.dumps(job.checkpoint_metadata()))
     assert metadata["flags"]["--lr"] == 1e-4 and metadata["model"]["model_id"] == "qwen3_vl_moe"
 
 
