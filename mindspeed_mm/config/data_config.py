@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -63,11 +63,6 @@ class BasicParameters(StrictModel):
     neat_packing: bool = effective(False, "same as packing; attention never crosses samples in either")
 
     @property
-    def packs(self) -> bool:
-        """Whether samples are packed to a token budget."""
-        return self.packing or self.neat_packing
-
-    @property
     def dataset_files(self) -> list[str]:
         """``dataset`` as a list of paths."""
         return _comma_separated(self.dataset)
@@ -77,13 +72,20 @@ class BasicParameters(StrictModel):
         """``val_dataset`` as a list of paths, empty where there is none."""
         return _comma_separated(self.val_dataset or "")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _neat_packing_is_packing(cls, content: Any) -> Any:
+        """Only ``packing`` is read elsewhere."""
+        neat = isinstance(content, dict) and content.get("neat_packing") is True
+        return {**content, "packing": True} if neat else content
+
     @model_validator(mode="after")
     def _names_a_file(self) -> BasicParameters:
         if not self.dataset_files:
             raise ValueError("dataset names no file")
         if self.val_dataset is not None and self.val_rate:
             raise ValueError("val_dataset and val_rate exclude each other; keep one")
-        if self.packs and (self.streaming or self.preprocess_on_fly):
+        if self.packing and (self.streaming or self.preprocess_on_fly):
             name = "streaming" if self.streaming else "preprocess_on_fly"
             raise ValueError(f"packing needs the length of every sample beforehand, which {name} finds while training; "
                              "keep one of the two")

@@ -1,4 +1,4 @@
-"""The data set as the loader sees it: index in, Sample with decoded pictures out."""
+"""The data set as the loader sees it: index in, Sample with decoded images and videos out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mindspeed_mm.data.collator import Sample
-from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, Encoder
+from mindspeed_mm.data.encoder import Encoder, Outcome
 from mindspeed_mm.data.images import compiled_resampling
-from mindspeed_mm.data.media import describe_media, load_media
+from mindspeed_mm.data.media import Medium, in_order, load_media
 from mindspeed_mm.data.packing import Costs
-from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records, resolve_record
-from mindspeed_mm.data.records import MediaFinder
+from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records
+from mindspeed_mm.data.record_files import RecordFile
 from mindspeed_mm.data.sampler import permutation
-from mindspeed_mm.data.streaming import RecordFile
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings, MediaPatches
 from mindspeed_mm.models.spec import ModelSpec
@@ -27,8 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DroppedSample(Exception):
-    """The length rule leaves a record out, which was found only now that it was tokenized."""
+class SkippedSample(Exception):
+    """A record gives no sample, which was found only now that it was tokenized.
+
+    Attributes:
+        outcome: the reason, TOO_LONG or NO_TARGET.
+    """
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.name)
+        self.outcome = outcome
 
 
 class Rows(Protocol):
@@ -42,10 +49,10 @@ class Rows(Protocol):
 
 
 class TokenizedOnTheFly:
-    """Rows made from records when they are asked for (``preprocess_on_fly``)."""
+    """Tokenizes a record when its row is read (``preprocess_on_fly``)."""
 
     def __init__(self, records: Rows, encoder: Encoder) -> None:
-        """Take records with the columns RECORD_COLUMNS and ``record``."""
+        """Take records as rows with the columns of :class:`~mindspeed_mm.data.records.Record`."""
         self._records = records
         self._encoder = encoder
 
@@ -54,41 +61,44 @@ class TokenizedOnTheFly:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """One row, with its ``record``."""
-        record = self._records[index]
-        row = self._encoder.encode(*(record[name] for name in RECORD_COLUMNS))
-        return {**row, "record": record["record"]}
+        """One row."""
+        return self._encoder.encode(self._records[index])
 
 
 class Streamed:
-    """Records of several files, read when they are asked for (``streaming``)."""
+    """Records of several files, each read from its file when needed (``streaming``)."""
 
     def __init__(self, source: Source) -> None:
         """Find the records of all files."""
         self._files = [RecordFile(path, limit=source.limit) for path in source.files]
         self._ends = np.cumsum([0, *(len(file) for file in self._files)])
-        self._source = source
-        self._finder = MediaFinder(source.config.dataset_param.basic_parameters.dataset_dir)
+        self._reader = source.reader()
 
     def __len__(self) -> int:
         """Number of records of all files."""
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """One record, checked, with its pictures' paths resolved."""
+        """The columns of one checked record."""
         number = int(np.searchsorted(self._ends, index, side="right")) - 1
         file, place = self._files[number], index - int(self._ends[number])
-        values = resolve_record(file[place], f"{file.path}, record {place}", self._source, self._finder)
-        return {**dict(zip(RECORD_COLUMNS, values, strict=True)), "record": index}
+        return self._reader.check(file[place], f"{file.path}, record {place}", index).columns()
 
 
 class ChatDataset:
-    """Conversations; pictures are decoded when a sample is asked for."""
+    """Conversations as samples; images and videos are decoded when a sample is read."""
 
     def __init__(
         self, rows: Rows, settings: ImageSettings | None, name: str, chosen: np.ndarray | None = None
     ) -> None:
-        """Wrap ``rows``, or those of them that are ``chosen``; ``name`` is what the data set is called in messages."""
+        """Wrap ``rows``.
+
+        Args:
+            rows: of all samples.
+            settings: pixel limits and patch sizes; None for a model that takes text only.
+            name: of the data set, for messages.
+            chosen: indices of the rows to use; None for all.
+        """
         self._rows = rows
         self._settings = settings
         self._chosen = chosen
@@ -99,32 +109,32 @@ class ChatDataset:
         return len(self._rows) if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample and decode its pictures.
+        """Read a sample and decode its images and videos.
 
         Raises:
-            UserError: naming data set, record, picture and reason, if the record cannot be used, or a picture is
+            UserError: naming data set, record, file and reason, if the record cannot be used, or an image or video is
                 missing, damaged, or has changed its size since the data set was built.
-            DroppedSample: if the record is too long, or nothing of it is supervised.
+            SkippedSample: if the record is too long, or has no target token.
         """
         try:
             row = self._row(index)
-            if row.get("outcome", KEPT) > SHORTENED:
-                raise DroppedSample
+            if Outcome(row["outcome"]).is_skipped:
+                raise SkippedSample(Outcome(row["outcome"]))
             grids = np.array(row["grids"], dtype=np.int64).reshape(-1, 3).tolist()
-            paths = zip(row["images"], grids, strict=True)
-            media = tuple(self._load(path, tuple(grid)) for path, grid in paths)
+            media = in_order(row["is_video"], row["images"], row["videos"])
+            loaded = tuple(self._load(medium, tuple(grid)) for medium, grid in zip(media, grids, strict=True))
         except UserError as error:
             raise UserError(f"{self.describe(index)}: {error}") from error
         loss_mask = np.zeros(len(row["input_ids"]), dtype=bool)
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             loss_mask[start:end] = True
-        return Sample(np.array(row["input_ids"], dtype=np.int64), loss_mask, media, int(index))
+        return Sample(np.array(row["input_ids"], dtype=np.int64), loss_mask, loaded, int(index))
 
     def costs(self) -> Costs:
         """Tokens and patches of every sample, without reading any of them.
 
         Raises:
-            TypeError: if the samples are tokenized on the fly, so that nobody knows.
+            TypeError: if the samples are tokenized on the fly: their lengths are unknown.
         """
         if isinstance(self._rows, TokenizedOnTheFly):
             raise TypeError("samples that are tokenized on the fly have no known cost")
@@ -138,7 +148,7 @@ class ChatDataset:
         return costs if self._chosen is None else costs.take(self._chosen)
 
     def target_token_counts(self) -> np.ndarray:
-        """Supervised tokens of every sample, int64 [n], without reading any of them.
+        """Target tokens of every sample, int64 [n], without reading any of them.
 
         Raises:
             TypeError: as ``costs`` does.
@@ -169,11 +179,11 @@ class ChatDataset:
     def _row(self, index: int) -> Mapping[str, Any]:
         return self._rows[self._place(index)]
 
-    def _load(self, path: str, grid: tuple[int, ...]) -> MediaPatches:
-        patches, found = load_media(path, self._settings)
+    def _load(self, medium: Medium, grid: tuple[int, ...]) -> MediaPatches:
+        patches, found = load_media(medium, self._settings)
         if found != grid:
             raise UserError(
-                f"{describe_media(path)} now has {'x'.join(map(str, found))} slices, rows and columns of patches, not "
+                f"{medium} now has {'x'.join(map(str, found))} slices, rows and columns of patches, not "
                 f"{'x'.join(map(str, grid))}; it was replaced after the data set was built: set overwrite_cache"
             )
         return MediaPatches(patches, found)
@@ -217,7 +227,7 @@ def build_datasets(
 
 
 def _rows(source: Source) -> Rows:
-    """The samples by the way that the data file asks for."""
+    """The samples, prepared beforehand or on the fly as the data file says."""
     basic = source.config.dataset_param.basic_parameters
     if basic.streaming:
         streamed = Streamed(source)
@@ -231,6 +241,6 @@ def _rows(source: Source) -> Rows:
 
 def _encoder(source: Source) -> Encoder:
     encoder = make_encoder(source)
-    if encoder.doubt:
-        logger.info("%s: %s", source.names, encoder.doubt)
+    if encoder.warning:
+        logger.info("%s: %s", source.names, encoder.warning)
     return encoder

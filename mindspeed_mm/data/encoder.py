@@ -1,21 +1,34 @@
-"""One record to one row: tokens, what of them is supervised, pictures and their sizes."""
+"""One record to one row: tokens, loss mask, images and videos with their grids of patches."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindspeed_mm.data.media import measure_media
+from mindspeed_mm.data.media import in_order, measure_media
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.conversation import ChatTemplate, Message
+from mindspeed_mm.interfaces.conversation import VIDEO_TAG, ChatTemplate, Message, media_tags
 from mindspeed_mm.interfaces.media import ImageSettings
 
-KEPT, SHORTENED, TOO_LONG, NOTHING_SUPERVISED, UNUSABLE = range(5)  # what becomes of a record
-RECORD_COLUMNS = ("roles", "texts", "images", "where")
+
+class Outcome(enum.IntEnum):
+    """What becomes of a record; those above SHORTENED are skipped."""
+
+    KEPT = 0
+    SHORTENED = 1
+    TOO_LONG = 2
+    NO_TARGET = 3
+    UNUSABLE = 4
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the record gives no sample."""
+        return self > Outcome.SHORTENED
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -48,56 +61,70 @@ class Encoder:
         media: pixel limits and patch sizes; None for a model that takes text only.
         seq_length: most tokens of a sample.
         may_skip: whether a batch's record that cannot be used becomes a row of outcome UNUSABLE instead of an error.
-        doubt: what ``compare_with_checkpoint`` says of the template.
+        warning: what ``compare_with_checkpoint`` says about the template; may be empty.
     """
 
     template: ChatTemplate
     media: ImageSettings | None
     seq_length: int
     may_skip: bool = False
-    doubt: str = ""
+    warning: str = ""
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """The rows of a batch of records."""
-        rows = [self._row(*row) for row in zip(*(batch[name] for name in RECORD_COLUMNS), strict=True)]
-        encoded = {name: [row[name] for row in rows] for name in rows[0]}
-        return {**encoded, "record": list(batch["record"])}
+        """The rows of a batch of records, with a column ``problem`` for unusable ones."""
+        rows = [self._row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def _row(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
+    def _row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return {**self.encode(roles, texts, images, where), "problem": ""}
+            return {**self.encode(record), "problem": ""}
         except UserError as error:
             if not self.may_skip:
                 raise
-            return {**_nothing(UNUSABLE), "problem": str(error)}
+            return {**_empty(record, Outcome.UNUSABLE), "problem": str(error)}
 
-    def encode(self, roles: Sequence[Any], texts: Sequence[str], images: Sequence[str], where: str) -> dict[str, Any]:
-        """The row of one record; columns as the module says, without ``record``.
+    def encode(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of one record; columns as in ``mindspeed_mm.data.prepare``.
+
+        Args:
+            record: the columns of :class:`~mindspeed_mm.data.records.Record`.
 
         Raises:
-            UserError: naming ``where`` and the picture that cannot be used.
+            UserError: naming the record, and the image or video that cannot be used.
         """
-        messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
+        messages = [Message(role, text) for role, text in zip(record["roles"], record["texts"], strict=True)]
+        are_videos = [tag == VIDEO_TAG for tag in media_tags(messages)] if record["images"] or record["videos"] else []
         try:
-            measured = [measure_media(entry, self.media) for entry in images]
+            media = in_order(are_videos, record["images"], record["videos"])
+            measured = [measure_media(medium, self.media) for medium in media]
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{record['where']}: {error}") from error
         placeholders = [one for _, one in measured]
         encoded = self.template.encode(messages, placeholders, max_length=self.seq_length)
         if encoded is None:
-            return _nothing(TOO_LONG)
-        outcome = SHORTENED if encoded.dropped_messages else KEPT
+            return _empty(record, Outcome.TOO_LONG)
+        if not encoded.loss_mask[1:].any():
+            return _empty(record, Outcome.NO_TARGET)
+        are_videos = are_videos[: encoded.num_media]
+        num_videos = sum(are_videos)
         return {
             "input_ids": encoded.input_ids.astype(np.int32),
             "spans": _spans(encoded.loss_mask),
-            "images": list(images[: encoded.num_media]),
+            "images": list(record["images"][: len(are_videos) - num_videos]),
+            "videos": list(record["videos"][:num_videos]),
+            "is_video": are_videos,
             "grids": [number for grid, _ in measured[: encoded.num_media] for number in grid],
-            "outcome": outcome if encoded.loss_mask[1:].any() else NOTHING_SUPERVISED,
+            "record": record["record"],
+            "outcome": Outcome.SHORTENED if encoded.dropped_messages else Outcome.KEPT,
         }
 
 
-def _nothing(outcome: int) -> dict[str, Any]:
-    return {"input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "grids": [], "outcome": outcome}
+def _empty(record: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """The row of a skipped record."""
+    return {
+        "input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "videos": [], "is_video": [], "grids": [],
+        "record": record["record"], "outcome": outcome,
+    }
 
 
 def _spans(loss_mask: np.ndarray) -> list[int]:

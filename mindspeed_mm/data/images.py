@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import GridTHW, ImageSettings
 
 logger = logging.getLogger(__name__)
-_MAX_ASPECT_RATIO = 200
+MAX_ASPECT_RATIO = 200
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
@@ -36,8 +36,8 @@ def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int,
     Raises:
         ValueError: if one side is more than 200 times the other, which the reference refuses, too.
     """
-    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {_MAX_ASPECT_RATIO} times the other")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
     factor = settings.factor
     sides = (height, width)
     rounded = [round(side / factor) * factor for side in sides]
@@ -51,7 +51,7 @@ def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int,
     return rounded[0], rounded[1]
 
 
-def image_grid(path: str, settings: ImageSettings) -> tuple[int, int, int]:
+def image_grid(path: str, settings: ImageSettings) -> GridTHW:
     """Grid (1, rows, columns) of patches that the picture at ``path`` will have, from the file's header.
 
     Raises:
@@ -157,7 +157,7 @@ def compiled_resampling() -> ModuleType | None:
     return resample
 
 
-def image_patches(pixels: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+def image_patches(pixels: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, GridTHW]:
     """Resize a picture, uint8 [height, width, 3], and cut it into patches.
 
     Returns:

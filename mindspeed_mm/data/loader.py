@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from mindspeed_mm.backend.worker_signals import ignore_group_signals
 from mindspeed_mm.data.collator import Sample, collate
-from mindspeed_mm.data.dataset import ChatDataset, DroppedSample
+from mindspeed_mm.data.dataset import ChatDataset, SkippedSample
+from mindspeed_mm.data.encoder import Outcome
 from mindspeed_mm.data.packing import PackedSampler, pack
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
@@ -27,7 +28,28 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
 
 _PREFETCHED_PER_WORKER = 4
-_PADDING = -1  # stands for a sample that only keeps this rank in step with the others
+_PADDING = -1  # index of a sample that only gives this rank as many micro-batches as the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedSamples:
+    """Samples that a placeholder without target tokens replaces, by reason.
+
+    Attributes:
+        unusable: file, sample and reason of each that could not be used.
+        too_long: number whose first turn is too long, found while training (``preprocess_on_fly``, ``streaming``).
+        no_target: number without a target token, found likewise.
+    """
+
+    unusable: tuple[str, ...] = ()
+    too_long: int = 0
+    no_target: int = 0
+
+    def __add__(self, other: SkippedSamples) -> SkippedSamples:
+        """The skipped samples of both."""
+        return SkippedSamples(
+            self.unusable + other.unusable, self.too_long + other.too_long, self.no_target + other.no_target
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +58,13 @@ class StepBatches:
 
     Attributes:
         batches: micro-batches, of the same number on every rank.
-        bad: file, sample and reason of each sample that could not be used; a stub stands in for it.
-        dropped: samples that the length rule left out while training (``preprocess_on_fly``, ``streaming``).
+        skipped: samples that take no part.
         tokens: of all micro-batches, before they are split within a context-parallel group.
         samples: conversations in all micro-batches.
     """
 
     batches: list[Batch]
-    bad: tuple[str, ...] = ()
-    dropped: int = 0
+    skipped: SkippedSamples = SkippedSamples()
     tokens: int = -1
     samples: int = -1
 
@@ -56,16 +76,16 @@ class StepBatches:
             object.__setattr__(self, "samples", sum(len(batch.sample_ids) for batch in self.batches))
 
 
-def _stub(index: int) -> Sample:
-    """One token with nothing supervised: takes the place of a sample without taking part in the loss."""
+def _stand_in(index: int) -> Sample:
+    """One token and no target: takes the place of a skipped sample without taking part in the loss."""
     return Sample(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), (), index)
 
 
 class _MicroBatches(torch.utils.data.Dataset):
-    """Indices of a micro-batch in, its Batch out, as a step of one. Runs in the worker processes.
+    """Indices of a micro-batch in, its Batch out. Runs in the worker processes.
 
-    A sample that cannot be used never raises here: this rank would leave the others waiting in a collective. The reason
-    travels with the batch, and all ranks decide together.
+    An unusable sample never raises here: the other ranks would wait for this one in a collective. The reason travels
+    with the batch, and all ranks decide together.
     """
 
     def __init__(self, dataset: ChatDataset, spec: ModelSpec, model_config: Any) -> None:
@@ -74,41 +94,40 @@ class _MicroBatches(torch.utils.data.Dataset):
         self._model_config = model_config
 
     def __getitem__(self, indices: Sequence[int]) -> _MicroBatch:
-        bad: list[str] = []
-        dropped = 0
+        skipped = SkippedSamples()
         samples: list[Sample] = []
         for index in indices:
-            sample = _stub(index)
+            sample = _stand_in(index)
             if index != _PADDING:
                 try:
                     sample = self._dataset[index]
-                except DroppedSample:
-                    dropped += 1
+                except SkippedSample as reason:
+                    too_long = reason.outcome == Outcome.TOO_LONG
+                    skipped += SkippedSamples(too_long=int(too_long), no_target=int(not too_long))
                 except UserError as error:
-                    bad.append(str(error))
+                    skipped += SkippedSamples((str(error),))
             samples.append(sample)
         try:
-            batch = collate(samples, self._spec, self._model_config)
-        except UserError:
-            batch = collate([self._checked(sample, bad) for sample in samples], self._spec, self._model_config)
-        return _MicroBatch(batch, tuple(bad), dropped)
+            return _MicroBatch(self._collate(samples), skipped)
+        except UserError:  # one of them does not fit its placeholders: find out which
+            for place, sample in enumerate(samples):
+                try:
+                    self._collate([sample])
+                except UserError as error:
+                    skipped += SkippedSamples((f"{self._dataset.describe(sample.index)}: {error}",))
+                    samples[place] = _stand_in(sample.index)
+            return _MicroBatch(self._collate(samples), skipped)
 
-    def _checked(self, sample: Sample, bad: list[str]) -> Sample:
-        try:
-            collate([sample], self._spec, self._model_config)
-        except UserError as error:
-            bad.append(f"{self._dataset.describe(sample.index)}: {error}")
-            return _stub(sample.index)
-        return sample
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples, self._spec, self._model_config)
 
 
 @dataclasses.dataclass(frozen=True)
 class _MicroBatch:
-    """One micro-batch on its way from a worker process; fields as in StepBatches."""
+    """One micro-batch on its way from a worker process."""
 
     batch: Batch
-    bad: tuple[str, ...]
-    dropped: int
+    skipped: SkippedSamples
 
     def pin_memory(self) -> _MicroBatch:
         """With the batch in page-locked memory; called by the DataLoader."""
@@ -135,9 +154,9 @@ def _shield(worker: int) -> None:
 
 @contextlib.contextmanager
 def dead_workers_named() -> Iterator[None]:
-    """What torch raises when a worker process dies becomes an error of one line.
+    """Turn the errors that torch raises when a worker process dies into one line.
 
-    Torch raises it in a signal handler: in the main thread, wherever that happens to be, also far from the loader.
+    Torch raises them in a signal handler: in the main thread, possibly far from the loader.
 
     Raises:
         UserError: if a worker process dies.
@@ -222,11 +241,8 @@ class BatchLoader:
     def _steps(self, loaded: Iterator[_MicroBatch]) -> Iterator[StepBatches]:
         with dead_workers_named():
             while parts := list(itertools.islice(loaded, self._micro_batches)):
-                yield StepBatches(
-                    [part.batch for part in parts],
-                    tuple(message for part in parts for message in part.bad),
-                    sum(part.dropped for part in parts),
-                )
+                skipped = sum((part.skipped for part in parts), SkippedSamples())
+                yield StepBatches([part.batch for part in parts], skipped)
 
 
 class TrainLoader(BatchLoader):
@@ -292,7 +308,7 @@ def build_train_loader(
     options = config.dataloader_param
     per_round = micro_batch_size * dp_size
     assert global_batch_size % per_round == 0, "config.checks refuses other sizes"
-    if config.dataset_param.basic_parameters.packs:
+    if config.dataset_param.basic_parameters.packing:
         budget = micro_batch_size * seq_length
         packs = pack(dataset.costs(), budget=budget, seed=seed)
         summary = (
@@ -336,7 +352,7 @@ def build_eval_loader(
     """This rank's micro-batches of the evaluation data, one per step.
 
     Finite, unpacked, in the data set's order, and of the same number on every rank: a rank that runs out of samples
-    gets one with nothing supervised. Arguments as in ``build_train_loader``.
+    gets one without target tokens. Arguments as in ``build_train_loader``.
     """
     return BatchLoader(
         dataset,

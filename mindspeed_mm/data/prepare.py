@@ -1,8 +1,9 @@
 """From data files to a tokenized data set on disk, with everything but the pixels decided.
 
-Row of the result: ``input_ids``; ``spans``, the borders [start, end, start, end, ...] of what is supervised;
-``images``, resolved paths; ``grids``, three numbers per image; ``record``, index over the files one after another;
-``outcome``, what became of the record.
+Columns of the result: ``input_ids``; ``spans``, the borders [start, end, start, end, ...] of the runs of target tokens;
+``images``, resolved paths; ``videos``, structs of :class:`~mindspeed_mm.data.records.Video`; ``is_video``, one flag per
+image or video in the order of their placeholders; ``grids``, three numbers for each of these; ``record``, index over
+the files one after another; ``outcome``, an :class:`~mindspeed_mm.data.encoder.Outcome`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mindspeed_mm.data import cache
-from mindspeed_mm.data.encoder import KEPT, RECORD_COLUMNS, SHORTENED, UNUSABLE, Encoder, load_tokenizer
-from mindspeed_mm.data.records import MediaFinder, parse_record, read_rows, resolve_media
+from mindspeed_mm.data.encoder import Encoder, Outcome, load_tokenizer
+from mindspeed_mm.data.records import RecordReader, SkippedRecords
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
 
 logger = logging.getLogger(__name__)
-_OUTCOMES = ("kept whole", "shortened to whole turns", "dropped: the first turn is too long",
-             "dropped: nothing supervised", "left out: cannot be used")
+_OUTCOMES = {
+    Outcome.KEPT: "kept whole", Outcome.SHORTENED: "shortened to whole turns",
+    Outcome.TOO_LONG: "skipped: the first turn is too long", Outcome.NO_TARGET: "skipped: no target token",
+    Outcome.UNUSABLE: "skipped: unusable",
+}
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 # Modules of this package that decide what a cache holds; the model family names its own.
-_DATA_MODULES = tuple(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "records", "images",
-                                                            "media", "videos"))
+_DATA_MODULES = tuple(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "record_files",
+                                                            "records", "images", "media", "videos"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +70,13 @@ class Source:
     seq_length: int
 
     @property
-    def bad_limit(self) -> int:
-        """Records that cannot be used and may be left out; 0 stops at the first."""
-        return self.config.dataloader_param.bad_sample_limit
+    def may_skip(self) -> bool:
+        """Whether records that cannot be used are skipped."""
+        return self.config.dataloader_param.bad_sample_limit > 0
+
+    def reader(self) -> RecordReader:
+        """A new reader of the records."""
+        return RecordReader(self.config, self.spec, self.files, limit=self.limit)
 
     @property
     def names(self) -> str:
@@ -89,9 +97,9 @@ def prepare_dataset(source: Source) -> Dataset:
 
 
 def prepare_records(source: Source) -> Dataset:
-    """The same for ``preprocess_on_fly``: checked records with the pictures' paths resolved, and no tokens.
+    """The same for ``preprocess_on_fly``: checked records, not tokenized.
 
-    Columns: ``roles``, ``texts``, ``images``, ``record``, ``where``.
+    The columns are those of :class:`~mindspeed_mm.data.records.Record`.
 
     Raises:
         UserError: naming file and record that cannot be used, or if no record is left.
@@ -115,17 +123,16 @@ def _load_rows(target: Path) -> Dataset:
 
 
 def _build_records(source: Source, directory: Path) -> None:
-    import datasets
-
-    columns, bad = _read_columns(source)
-    datasets.Dataset.from_dict(columns).save_to_disk(str(directory / "rows"))
-    _write_bad(directory, bad)
+    table, skipped = _read_records(source)
+    skipped.check()
+    table.save_to_disk(str(directory / "rows"))
+    _write_skipped(directory, skipped)
 
 
 def cache_key(source: Source) -> str:
     """Digest of everything that changes the result: files by content, settings, tokenizer, and this code.
 
-    Pictures are not read for it; one that has changed its size since is noticed when it is decoded.
+    Images and videos are not read for it; one that has changed its size since is noticed when it is decoded.
     """
     parameters = source.config.dataset_param
     basic = parameters.basic_parameters
@@ -140,7 +147,7 @@ def cache_key(source: Source) -> str:
         "working_directory": os.getcwd(),
         "attr": dict(parameters.attr),
         "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
-        "skip": source.bad_limit > 0,
+        "skip": source.may_skip,
         "code": {name: _digest(_module_file(name)) for name in (*_DATA_MODULES, *source.spec.data_modules)},
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }
@@ -174,8 +181,8 @@ def make_encoder(source: Source) -> Encoder:
     options = template_options(source.config, source.spec)
     tokenizer = load_tokenizer(directory)
     template = source.spec.build_chat_template(tokenizer, options)
-    doubt = compare_with_checkpoint(tokenizer, directory, source.spec, options)
-    return Encoder(template, source.media, source.seq_length, may_skip=source.bad_limit > 0, doubt=doubt)
+    warning = compare_with_checkpoint(tokenizer, directory, source.spec, options)
+    return Encoder(template, source.media, source.seq_length, may_skip=source.may_skip, warning=warning)
 
 
 def template_options(config: DataConfig, spec: ModelSpec) -> ChatTemplateOptions:
@@ -195,18 +202,19 @@ def _build(source: Source, directory: Path) -> None:
     import datasets
 
     basic = source.config.dataset_param.basic_parameters
-    columns, bad = _read_columns(source)
-    count = len(columns["record"])
+    table, skipped = _read_records(source)
+    skipped.check()
+    count = len(table)
     processes = min(basic.preprocessing_num_workers or 1, os.cpu_count() or 1, count // _RECORDS_PER_PROCESS)
     encoder = make_encoder(source)
     dataset = _mapped(
-        datasets.Dataset.from_dict(columns),
+        table,
         encoder,
         batched=True,
         batch_size=basic.preprocessing_batch_size,
         num_proc=processes if processes > 1 else None,
-        remove_columns=list(RECORD_COLUMNS),
-        features=_features(datasets),
+        remove_columns=["roles", "texts", "where"],
+        features=_row_features(datasets),
         load_from_cache_file=False,
         keep_in_memory=processes <= 1,
         cache_file_name=str(directory / "rows.arrow") if processes > 1 else None,  # not in the machine's /tmp
@@ -214,11 +222,10 @@ def _build(source: Source, directory: Path) -> None:
         desc="tokenizing",
     )
     outcomes = np.array(dataset["outcome"])
-    chosen = np.flatnonzero(outcomes <= SHORTENED)
-    unusable = np.flatnonzero(outcomes == UNUSABLE)
-    bad += dataset.select(unusable)["problem"]
-    _check_bad(bad, source)
-    summary = _summary(outcomes)
+    chosen = np.flatnonzero(outcomes <= Outcome.SHORTENED)
+    summary = _summary(outcomes, np.array(dataset["record"]), len(skipped.messages))
+    skipped.messages += dataset.select(np.flatnonzero(outcomes == Outcome.UNUSABLE))["problem"]
+    skipped.check()
     if not len(chosen):
         raise UserError(
             f"{source.names}: no record can be trained on ({summary}); raise --seq-length "
@@ -228,15 +235,15 @@ def _build(source: Source, directory: Path) -> None:
     rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
     for part in directory.glob("rows*.arrow"):  # of the processes
         part.unlink()
-    (directory / "summary.txt").write_text(f"{summary}\n{encoder.doubt}".rstrip() + "\n")
-    _write_bad(directory, bad)
+    (directory / "summary.txt").write_text(f"{summary}\n{encoder.warning}".rstrip() + "\n")
+    _write_skipped(directory, skipped)
 
 
 def _mapped(dataset: Dataset, encoder: Encoder, **options: Any) -> Dataset:
     """``dataset.map``; a process that dies is an error of one line.
 
     Raises:
-        UserError: if a process dies, most likely for want of memory.
+        UserError: if a process dies, most likely out of memory.
     """
     try:
         return dataset.map(encoder, **options)
@@ -248,82 +255,64 @@ def _mapped(dataset: Dataset, encoder: Encoder, **options: Any) -> Dataset:
         ) from error
 
 
-def _check_bad(bad: Sequence[str], source: Source) -> None:
-    """Refuse more bad records than the data file allows.
-
-    Raises:
-        UserError: with the first of them.
-    """
-    if len(bad) > source.bad_limit:
-        limit = f" (and so are more than dataloader_param.max_bad_samples {source.bad_limit} records)"
-        raise UserError(f"{bad[0]}{limit if source.bad_limit else ''}")
+def _write_skipped(directory: Path, skipped: SkippedRecords) -> None:
+    (directory / "skipped.txt").write_text("".join(f"{message}\n" for message in skipped.messages))
+    for message in skipped.messages[:5]:
+        logger.warning("skipped: %s", message)
+    if skipped.messages:
+        logger.warning("%d unusable records skipped; all: %s/skipped.txt", len(skipped.messages), directory)
 
 
-def _write_bad(directory: Path, bad: Sequence[str]) -> None:
-    (directory / "left_out.txt").write_text("".join(f"{message}\n" for message in bad))
-    for message in bad[:5]:
-        logger.warning("left out: %s", message)
-    if bad:
-        logger.warning("%d records left out because they cannot be used; all: %s/left_out.txt", len(bad), directory)
+def _media_features(datasets: Any) -> dict[str, Any]:
+    value = datasets.Value
+    return {
+        "images": [value("string")], "videos": [{"path": value("string"), "frames": [value("string")]}],
+        "record": value("int64"),
+    }
 
 
-def _features(datasets: Any) -> Any:
-    sequence, value = datasets.Sequence, datasets.Value
+def _record_features(datasets: Any) -> Any:
+    value = datasets.Value
+    texts = {"roles": [value("string")], "texts": [value("string")], "where": value("string")}
+    return datasets.Features({**texts, **_media_features(datasets)})
+
+
+def _row_features(datasets: Any) -> Any:
+    value = datasets.Value
     return datasets.Features({
-        "input_ids": sequence(value("int32")), "spans": sequence(value("int32")), "images": sequence(value("string")),
-        "grids": sequence(value("int32")), "record": value("int64"), "outcome": value("int8"),
-        "problem": value("string"),
+        "input_ids": [value("int32")], "spans": [value("int32")], "is_video": [value("bool")],
+        "grids": [value("int32")], "outcome": value("int8"), "problem": value("string"), **_media_features(datasets),
     })
 
 
-def _summary(outcomes: np.ndarray) -> str:
-    """Counts of what became of the records, the first few of the dropped ones by index."""
-    parts = [f"{len(outcomes)} records"]
-    for outcome, words in enumerate(_OUTCOMES):
-        places = np.flatnonzero(outcomes == outcome)
-        if len(places):
-            some = f" (records {', '.join(map(str, places[:5]))}{', ...' if len(places) > 5 else ''})"
-            parts.append(f"{len(places)} {words}{some if outcome != KEPT else ''}")
+def _summary(outcomes: np.ndarray, records: np.ndarray, unreadable: int) -> str:
+    """Counts of what became of the records, and the first few that were shortened or skipped.
+
+    Args:
+        outcomes: of the records that could be parsed.
+        records: their indices over the files.
+        unreadable: number of records that could not be parsed.
+    """
+    parts = [f"{len(outcomes) + unreadable} records"]
+    for outcome, words in _OUTCOMES.items():
+        found = records[outcomes == outcome]
+        count = len(found) + (unreadable if outcome == Outcome.UNUSABLE else 0)
+        some = f" (records {', '.join(map(str, found[:5]))}{', ...' if len(found) > 5 else ''})"
+        if count:
+            parts.append(f"{count} {words}{some if len(found) and outcome != Outcome.KEPT else ''}")
     return ", ".join(parts)
 
 
-def _read_columns(source: Source) -> tuple[dict[str, list[Any]], list[str]]:
-    """All usable records of all files, with every picture's path resolved; and what is wrong with the others."""
-    finder = MediaFinder(source.config.dataset_param.basic_parameters.dataset_dir)
-    columns: dict[str, list[Any]] = {name: [] for name in (*RECORD_COLUMNS, "record")}
-    bad: list[str] = []
-    count = 0
-    for path in source.files:
-        for index, row in enumerate(read_rows(path, limit=source.limit)):
-            count += 1
-            try:
-                values = resolve_record(row, f"{path}, record {index}", source, finder)
-            except UserError as error:
-                bad.append(str(error))
-                _check_bad(bad, source)
-                continue
-            for name, value in zip(RECORD_COLUMNS, values, strict=True):
-                columns[name].append(value)
-            columns["record"].append(count - 1)
-    if not columns["record"]:
+def _read_records(source: Source) -> tuple[Dataset, SkippedRecords]:
+    """All usable records of all files as a table, and the rest."""
+    import datasets
+
+    reader = source.reader()
+    features = _record_features(datasets)
+    columns: dict[str, list[Any]] = {name: [] for name in features}
+    for record in reader.read():
+        for name, value in record.columns().items():
+            columns[name].append(value)
+    if not columns["record"] and not reader.skipped.messages:
         raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
-    return columns, bad
-
-
-def resolve_record(
-    row: Any, where: str, source: Source, finder: MediaFinder
-) -> tuple[list[str], list[str], list[str], str]:
-    """Roles, texts, and paths of pictures of a row, and ``where`` it is; in the order of RECORD_COLUMNS.
-
-    Raises:
-        UserError: naming ``where`` and what is wrong with it.
-    """
-    try:
-        record = parse_record(row, source.config.dataset_param.attr, source.spec)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    try:
-        media = resolve_media(record, finder)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; restore it or remove the record") from error
-    return [message.role for message in record.messages], [message.text for message in record.messages], media, where
+    return datasets.Dataset.from_dict(columns, features=features), reader.skipped

@@ -1,4 +1,7 @@
-"""Reading data files: records of named columns become messages and picture paths, by the ``attr`` of the data file."""
+"""Records: rows of a data file become checked conversations with the paths of their images and videos.
+
+``RecordReader`` is the only place that parses and checks a row: preflight, data set building and streaming all use it.
+"""
 
 from __future__ import annotations
 
@@ -6,128 +9,173 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from mindspeed_mm.data.record_files import RecordFile, kind_of, read_rows
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from mindspeed_mm.config.data_config import Attributes
+    from mindspeed_mm.config.data_config import Attributes, DataConfig
+
+_STREAMED_ROWS_CHECKED = 1000
 
 
-@dataclasses.dataclass(frozen=True)
+class Video(TypedDict):
+    """A video: a file, or the image files that are its frames; the other value is None. A struct in Arrow tables."""
+
+    path: str | None
+    frames: list[str] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation as it stands in a data file: messages, and the paths of pictures and videos as written.
+    """One conversation of a data file. Each field but ``messages`` is a column of the table of records.
 
-    A video is a path, or the list of its frames' paths.
+    Attributes:
+        messages: the conversation.
+        images: paths of its images, in the order of their tags.
+        videos: its videos, in the order of their tags.
+        where: file and index within it, for messages.
+        record: index over the data files, one after another.
     """
 
     messages: list[Message]
     images: list[str]
-    videos: list[str | list[str]] = dataclasses.field(default_factory=list)
+    videos: list[Video]
+    where: str = ""
+    record: int = -1
+
+    def columns(self) -> dict[str, Any]:
+        """The record as a row of a table: strings, lists and numbers only."""
+        return {
+            "roles": [message.role for message in self.messages],
+            "texts": [message.text for message in self.messages],
+            "images": self.images,
+            "videos": self.videos,
+            "where": self.where,
+            "record": self.record,
+        }
 
 
-def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
-    """The rows of a JSON list, a JSON-lines file (``.jsonl``) or a Parquet file (``.parquet``).
+class RecordError(UserError):
+    """A record that cannot be used; ``on_bad_sample`` decides whether it is skipped."""
 
-    Args:
-        path: the file.
-        limit: keep the first so many.
 
-    Raises:
-        UserError: if the file is missing or holds no list of records.
+class SkippedRecords:
+    """Counts the records that cannot be used and stops when there are more than the data file allows.
+
+    Attributes:
+        messages: file, record and reason of each.
     """
-    path = Path(path)
-    require_file(path)
-    if path.suffix == ".parquet":
-        return _read_parquet(path, limit)
-    content = path.read_bytes()
-    if path.suffix == ".jsonl":
-        rows: Any = []
-        for number, line in enumerate(content.splitlines(), start=1):
-            if limit is not None and len(rows) >= limit:
-                break
-            if line.strip():
-                rows.append(parse_json(line, f"{path}, line {number}"))
-        return rows
-    rows = parse_json(content, str(path))
-    if not isinstance(rows, list):
-        raise UserError(
-            f"{path} holds {_kind(rows)}, not a list of records; make it anew (step 3 of the guide) or name another "
-            "file"
-        )
-    return rows[:limit]
+
+    def __init__(self, config: DataConfig) -> None:
+        self.messages: list[str] = []
+        self._limit = config.dataloader_param.bad_sample_limit
+
+    def check(self) -> None:
+        """Stop if there are too many.
+
+        Raises:
+            UserError: with the first record's message and the number of the rest.
+        """
+        if len(self.messages) <= self._limit:
+            return
+        more = f" (and {len(self.messages) - 1} more such records)" if len(self.messages) > 1 else ""
+        limit = f"; dataloader_param.max_bad_samples allows {self._limit}" if self._limit else ""
+        raise UserError(f"{self.messages[0]}{more}{limit}")
 
 
-def require_file(path: Path) -> None:
-    """See that a data file is there.
+class RecordReader:
+    """Reads and checks the records of some data files.
 
-    Raises:
-        UserError: naming it and how it is made.
+    Attributes:
+        skipped: the records of ``read`` that cannot be used.
     """
-    if not path.is_file():
-        raise UserError(
-            f"dataset {path} does not exist; make it (step 3 of the guide: "
-            "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
-        )
 
+    def __init__(self, config: DataConfig, spec: ModelSpec, files: Sequence[str], *, limit: int | None) -> None:
+        """Prepare to read.
 
-def parse_json(content: bytes, source: str) -> Any:
-    """The value of a JSON text; ``source`` names it in messages.
+        Args:
+            config: the data file; names columns, roles and the directory of images and videos.
+            spec: the model family; formats tool calls.
+            files: paths, in order.
+            limit: most records to use of each file, from the first; None for all.
+        """
+        self.skipped = SkippedRecords(config)
+        self._files = files
+        self._limit = limit
+        self._attr = config.dataset_param.attr
+        self._spec = spec
+        self._finder = MediaFinder(config.dataset_param.basic_parameters.dataset_dir)
 
-    Raises:
-        UserError: if it is not valid.
-    """
-    try:
-        import orjson
-    except ImportError:  # three times slower, same result
-        parse: Any = json.loads
-    else:
-        parse = orjson.loads
-    try:
-        return parse(content)
-    except ValueError as error:
-        raise UserError(f"{source} is not valid JSON ({error}); make it anew (step 3 of the guide)") from error
+    def read(self, *, sample: bool = False) -> Iterator[Record]:
+        """All usable records; the rest is counted in ``skipped``, which the caller checks at the end.
 
+        Args:
+            sample: read the first rows of each file only: a file that is streamed may be too large to read at once.
 
-def _read_parquet(path: Path, limit: int | None) -> list[Any]:
-    import pyarrow
-    import pyarrow.parquet
+        Raises:
+            UserError: if a file is missing or no list of records.
+        """
+        for index, (row, where) in enumerate(chain.from_iterable(self._rows(path, sample) for path in self._files)):
+            try:
+                record = self.check(row, where, index)
+            except RecordError as error:
+                self.skipped.messages.append(str(error))
+            else:
+                yield record
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    return table.slice(0, limit).to_pylist()
+    def _rows(self, path: str, sample: bool) -> Iterator[tuple[Any, str]]:
+        if sample:
+            file = RecordFile(path, limit=min(self._limit or _STREAMED_ROWS_CHECKED, _STREAMED_ROWS_CHECKED))
+            rows: Any = (file[index] for index in range(len(file)))
+        else:
+            rows = read_rows(path, limit=self._limit)
+        return ((row, f"{path}, record {index}") for index, row in enumerate(rows))
 
+    def check(self, row: Any, where: str, index: int) -> Record:
+        """Parse a row and find its images and videos.
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+        Args:
+            row: as the file has it.
+            where: file and index within it.
+            index: over all files.
+
+        Raises:
+            RecordError: naming ``where``, what is wrong with the row, and the remedy.
+            UserError: if there is a video file and nothing that reads it.
+        """
+        try:
+            record = parse_record(row, self._attr, self._spec)
+            images, videos = _found_media(record, self._finder) if record.images or record.videos else ([], [])
+        except ValueError as error:
+            raise RecordError(f"{where}: {error}") from error
+        return Record(record.messages, images, videos, where, index)
 
 
 def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
-    """One row as messages, images and videos.
+    """One row as messages, images and videos, with paths as written.
 
     Raises:
         ValueError: saying what is wrong with the row; the caller knows the file and the index.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"it is {_kind(row)}, not an object with columns")
+        raise ValueError(f"it is {kind_of(row)}, not an object with columns")
     turns = row.get(attr.messages)
     if not isinstance(turns, list):
-        what = f"is {_kind(turns)}, not a list" if attr.messages in row else "is missing"
+        what = f"is {kind_of(turns)}, not a list" if attr.messages in row else "is missing"
         raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}")
     roles = _roles(attr)
     messages = [_message(turn, place, attr, roles, spec) for place, turn in enumerate(turns)]
     system = row.get(attr.system) if attr.system else None
     if system:
         if not isinstance(system, str):
-            raise ValueError(f"its column {attr.system!r} (attr.system) is {_kind(system)}, not a string")
+            raise ValueError(f"its column {attr.system!r} (attr.system) is {kind_of(system)}, not a string")
         messages.insert(0, Message("system", system))
     if tools := _tools(row, attr):
         first = messages.pop(0).text if messages and messages[0].role == "system" else None
@@ -135,15 +183,16 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
     complaint = check_order(messages)
     if complaint:
         raise ValueError(complaint)
-    images, videos = _image_paths(row, attr), _video_paths(row, attr)
+    images, videos = _images(row, attr), _videos(row, attr)
     tags = media_tags(messages)
+    # the tags are plain text for a model that takes text only
     kinds = ((IMAGE_TAG, attr.images, "images", images), (VIDEO_TAG, attr.videos, "videos", videos))
     for tag, column, name, media in kinds:
-        if tags.count(tag) != len(media):
-            where = f"its column {column!r}" if column in row else f"no column {column!r} (attr.{name})"
-            raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name}; {where}")
         if media and name.removesuffix("s") not in spec.media_kinds:
             raise ValueError(f"it has {name}, which this model does not take; use other records or another model")
+        if spec.media_kinds and tags.count(tag) != len(media):
+            where = f"its column {column!r}" if column in row else f"no column {column!r} (attr.{name})"
+            raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name}; {where}")
     return Record(messages, images, videos)
 
 
@@ -182,10 +231,10 @@ def _message(
     turn: Any, place: int, attr: Attributes, roles: Mapping[str, tuple[str, Role]], spec: ModelSpec
 ) -> Message:
     if not isinstance(turn, dict):
-        raise ValueError(f"message {place} is {_kind(turn)}, not an object")
+        raise ValueError(f"message {place} is {kind_of(turn)}, not an object")
     for name in (attr.role_tag, attr.content_tag):
         if not isinstance(turn.get(name), str):
-            what = f"is {_kind(turn[name])}, not a string" if name in turn else "is missing"
+            what = f"is {kind_of(turn[name])}, not a string" if name in turn else "is missing"
             raise ValueError(f"{name!r} of message {place} {what}")
     if turn[attr.role_tag] not in roles:
         raise ValueError(
@@ -202,7 +251,7 @@ def _message(
 
 
 def _tools(row: Mapping[str, Any], attr: Attributes) -> list[Any]:
-    """Descriptions of the tools that the model may call: a list of objects, or its JSON text."""
+    """Descriptions of the tools that the model may call, from a list of objects or its JSON text."""
     tools = row.get(attr.tools) if attr.tools else None
     if isinstance(tools, str) and tools.strip():
         try:
@@ -215,7 +264,7 @@ def _tools(row: Mapping[str, Any], attr: Attributes) -> list[Any]:
     return tools
 
 
-def _image_paths(row: Mapping[str, Any], attr: Attributes) -> list[str]:
+def _images(row: Mapping[str, Any], attr: Attributes) -> list[str]:
     images = row.get(attr.images) if attr.images else None
     images = [images] if isinstance(images, str) else images or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
@@ -223,7 +272,7 @@ def _image_paths(row: Mapping[str, Any], attr: Attributes) -> list[str]:
     return images
 
 
-def _video_paths(row: Mapping[str, Any], attr: Attributes) -> list[str | list[str]]:
+def _videos(row: Mapping[str, Any], attr: Attributes) -> list[Video]:
     videos = row.get(attr.videos) if attr.videos else None
     videos = [videos] if isinstance(videos, str) else videos or []
     if not isinstance(videos, list) or not all(
@@ -231,21 +280,14 @@ def _video_paths(row: Mapping[str, Any], attr: Attributes) -> list[str | list[st
         for video in videos
     ):
         raise ValueError(f"its column {attr.videos!r} (attr.videos) is no list of paths, or of lists of frames' paths")
-    return videos
-
-
-def video_entry(video: str | list[str]) -> str:
-    """How a video is named among a row's media, where an image is its path."""
-    return VIDEO_TAG + json.dumps(video)
-
-
-def as_video(entry: str) -> str | list[str] | None:
-    """The video that an entry names, or None for an image."""
-    return json.loads(entry.removeprefix(VIDEO_TAG)) if entry.startswith(VIDEO_TAG) else None
+    return [
+        Video(path=video, frames=None) if isinstance(video, str) else Video(path=None, frames=video)
+        for video in videos
+    ]
 
 
 def require_video_reader() -> None:
-    """See that video files can be read.
+    """Check that video files can be read.
 
     Raises:
         UserError: if PyAV is not installed.
@@ -254,8 +296,8 @@ def require_video_reader() -> None:
         raise UserError("the data has videos, and PyAV, which reads them, is not installed: pip install av")
 
 
-def resolve_media(record: Record, finder: MediaFinder) -> list[str]:
-    """Entries of a record's images and videos in the order of their tags, paths resolved.
+def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[Video]]:
+    """A record's images and videos with their paths resolved.
 
     Raises:
         ValueError: naming the first file that does not exist.
@@ -265,31 +307,30 @@ def resolve_media(record: Record, finder: MediaFinder) -> list[str]:
     def found(path: str, kind: str) -> str:
         place = finder.find(path)
         if place is None:
-            raise ValueError(f"{kind} {path} does not exist")
+            raise ValueError(
+                f"{kind} {path} does not exist; put it there (step 3 of the guide), correct "
+                "basic_parameters.dataset_dir, or convert the data anew to skip such records"
+            )
         return place
 
-    images, videos = iter(record.images), iter(record.videos)
-    entries = []
-    for tag in media_tags(record.messages):
-        if tag == IMAGE_TAG:
-            entries.append(found(next(images), "image"))
-            continue
-        video = next(videos)
-        if isinstance(video, str):
+    images = [found(path, "image") for path in record.images]
+    videos = []
+    for video in record.videos:
+        if video["path"] is not None:
             require_video_reader()
-            entries.append(video_entry(found(video, "video")))
+            videos.append(Video(path=found(video["path"], "video"), frames=None))
         else:
-            entries.append(video_entry([found(path, "video frame") for path in video]))
-    return entries
+            videos.append(Video(path=None, frames=[found(path, "video frame") for path in video["frames"] or ()]))
+    return images, videos
 
 
 class MediaFinder:
-    """Finds pictures and videos.
+    """Finds image and video files.
 
     Absolute paths are taken as they are; a relative one starts from ``dataset_dir``, or, if there is no such file, from
     the working directory. So a path that already contains ``dataset_dir`` is not joined to it a second time.
 
-    Directories are listed once and kept, because asking for 80,000 files one by one takes minutes on shared storage.
+    Each directory is listed once and cached, because 80,000 stat calls take minutes on shared storage.
     """
 
     def __init__(self, dataset_dir: str | Path) -> None:
@@ -297,7 +338,7 @@ class MediaFinder:
         self._names: dict[str, frozenset[str]] = {}
 
     def find(self, path: str) -> str | None:
-        """Where the picture is, or None if there is no such file."""
+        """Path of the file, or None if there is no such file."""
         candidates = [path] if os.path.isabs(path) else [os.path.join(self._root, path), path]
         return next((candidate for candidate in candidates if self._exists(candidate)), None)
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindspeed_mm.data.images import cut_patches, load_pixels
+from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings, VideoSettings
+from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, VideoSettings
 
-_MAX_ASPECT_RATIO = 200
-Video = str | Sequence[str]
+VideoSource = str | Sequence[str]
+"""A video file, or the image files that are its frames."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ def clip_size(frames: int, height: int, width: int, settings: VideoSettings, ima
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {_MAX_ASPECT_RATIO} times the other")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
     counted = round(frames / depth) * depth  # the reference's way to count, to even
     least = max(settings.min_volume, settings.min_pixels * max(frames, counted))
     most = min(settings.max_volume, settings.max_pixels * min(frames, counted))
@@ -90,7 +90,7 @@ def clip_size(frames: int, height: int, width: int, settings: VideoSettings, ima
     return rounded[0], rounded[1]
 
 
-def clip_shape(video: Video, settings: VideoSettings) -> ClipShape:
+def clip_shape(video: VideoSource, settings: VideoSettings) -> ClipShape:
     """Read a video's header.
 
     Raises:
@@ -113,8 +113,8 @@ def clip_shape(video: Video, settings: VideoSettings) -> ClipShape:
 
 
 def clip_layout(
-    video: Video, settings: VideoSettings, images: ImageSettings
-) -> tuple[tuple[int, int, int], tuple[float, ...]]:
+    video: VideoSource, settings: VideoSettings, images: ImageSettings
+) -> tuple[GridTHW, tuple[float, ...]]:
     """Grid (slices, rows, columns) of patches that the video will have, and the second of each slice.
 
     Raises:
@@ -131,8 +131,8 @@ def clip_layout(
 
 
 def clip_patches(
-    video: Video, settings: VideoSettings, images: ImageSettings
-) -> tuple[np.ndarray, tuple[int, int, int]]:
+    video: VideoSource, settings: VideoSettings, images: ImageSettings
+) -> tuple[np.ndarray, GridTHW]:
     """Decode, resize and cut a video; returns patches uint8 [t * rows * cols, patch_dim] and the grid.
 
     Frames are resized one by one as they are decoded, so that the whole video never lies in memory.
@@ -165,7 +165,7 @@ def clip_patches(
     return cut_patches(resized, images), (slices, rows, cols)
 
 
-def _decoded(video: Video, indices: np.ndarray) -> Iterator[np.ndarray]:
+def _decoded(video: VideoSource, indices: np.ndarray) -> Iterator[np.ndarray]:
     """The frames with these indices, uint8 [height, width, 3]."""
     if not isinstance(video, str):
         yield from (load_pixels(video[index]) for index in indices.tolist())
@@ -207,7 +207,7 @@ class _opened:
             raise _unusable(self._path, error) from error
 
 
-def _name(video: Video) -> str:
+def _name(video: VideoSource) -> str:
     return video if isinstance(video, str) else f"of {len(video)} frames from {video[0]}"
 
 

@@ -182,7 +182,7 @@ def _callbacks(
 ) -> list[Callback]:
     """All that follows the run, in the order in which it sees a step."""
     args, backend, rank = job.args, context.backend, context.layout.rank
-    packed = job.data.dataset_param.basic_parameters.packs
+    packed = job.data.dataset_param.basic_parameters.packing
     skipped_samples = SkippedSamples(job.data.dataloader_param.bad_sample_limit)
     callbacks: list[Callback] = [
         Profiling(job.tools, rank=rank, profiler=backend.profiler(), memory_history=backend.memory_history()),

@@ -148,7 +148,7 @@ class Trainer:
         metrics.set("grad_norm", norm.total)
         metrics.set("skipped", ~finite)
         metrics.send()
-        return metrics, StepDetails(tuple(samples), tuple(norm.parts), tuple(data.bad))
+        return metrics, StepDetails(tuple(samples), tuple(norm.parts), tuple(data.skipped.unusable))
 
     def _count(self, metrics: StepMetrics, data: StepBatches) -> None:
         """Metrics that the host knows; of the ranks that share micro-batches the first counts for all."""
@@ -156,7 +156,7 @@ class Trainer:
         metrics.add("tokens", counts * data.tokens)
         metrics.add("target_tokens", counts * sum(batch.num_target_tokens for batch in data.batches))
         metrics.add("samples", counts * data.samples)
-        metrics.add("skipped_samples", counts * len(data.bad))
+        metrics.add("skipped_samples", counts * len(data.skipped.unusable))
         metrics.add("tflop", counts * sum(map(self.objective.flop_count, data.batches)))
         metrics.add("stop_requests", self.context.stop_requested())
 

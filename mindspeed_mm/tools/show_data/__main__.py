@@ -1,7 +1,7 @@
 """Show what the model will see of a data set.
 
-Prints chosen samples with the supervised part in colour, and how lengths and costs are distributed. With --out it also
-writes a web page with the same text, the resized pictures with their patches, and the distributions as PNG. Samples are
+Prints chosen samples with their target tokens in colour, and the distributions of lengths and costs. With --out it also
+writes a web page with the same text, the resized images with their patches, and the distributions as PNG. Samples are
 prepared exactly as for training, through the same cache.
 """
 
@@ -23,12 +23,12 @@ from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.data.collator import Sample
-from mindspeed_mm.data.dataset import ChatDataset, DroppedSample, build_datasets
+from mindspeed_mm.data.dataset import ChatDataset, SkippedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings
 from mindspeed_mm.models.spec import spec_of
-from mindspeed_mm.tools.show_data.drawings import draw_costs, draw_picture
+from mindspeed_mm.tools.show_data.drawings import draw_costs, draw_media
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
 
 
@@ -73,13 +73,13 @@ def _views(dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], to
     for index in indices:
         try:
             sample = dataset[index]
-        except DroppedSample:
-            print(f"{dataset.describe(index)} is left out: too long, or nothing of it is supervised")
+        except SkippedSample as reason:
+            print(f"{dataset.describe(index)} is skipped: {reason.outcome.name.lower().replace('_', ' ')}")
             continue
-        patches = sum(len(picture.patches) for picture in sample.media)
+        patches = sum(len(one.patches) for one in sample.media)
         heading = (
-            f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} of them "
-            f"supervised, {patches} patches"
+            f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} target "
+            f"tokens, {patches} patches"
         )
         parts = list(pieces(sample.input_ids, sample.loss_mask, pads=pads, tokenizer=tokenizer))
         views.append(_View(index, heading, sample, parts))
@@ -87,7 +87,7 @@ def _views(dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], to
 
 
 def _columns(dataset: ChatDataset, settings: ImageSettings | None) -> dict[str, np.ndarray]:
-    """What is drawn over the whole data set, by the name of its axis."""
+    """Numbers of every sample whose distributions are shown, by the name of their axis."""
     costs, targets = dataset.costs(), dataset.target_token_counts()
     columns = {"length: tokens of a sample, placeholders included": costs.text}
     if settings is not None:
@@ -101,26 +101,26 @@ def _write_page(
     out: Path, views: Sequence[_View], settings: ImageSettings | None, summary: str, has_costs: bool
 ) -> None:
     body = [f"<p>{html.escape(summary)}</p>"] + (['<p><img src="costs.png" alt="distributions"></p>'] * has_costs)
-    body.append('<p>Colours: <span class="supervised">supervised</span>, given, <span class="vision">placeholders'
+    body.append('<p>Colours: <span class="target">target tokens</span>, context, <span class="vision">placeholders'
                 "</span>. Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
     for view in views:
         body.append(f"<h2>{html.escape(view.heading)}</h2>{for_page(view.parts)}")
-        for number, picture in enumerate(view.sample.media):
+        for number, medium in enumerate(view.sample.media):
             assert settings is not None  # or the sample could not have been built
             name = f"sample-{view.index}-{number}.png"
-            slices, rows, cols = picture.grid_thw
+            slices, rows, cols = medium.grid_thw
             size = f"{cols * settings.patch_size} x {rows * settings.patch_size} pixels"
             tokens = slices * rows * cols // settings.merge_size**2
             title = f"sample {view.index}, {number + 1} of {len(view.sample.media)}: {size}, "
             title += f"{slices} x {rows} x {cols} patches, {tokens} tokens"
-            draw_picture(out / name, picture.patches, picture.grid_thw, settings, title=title)
+            draw_media(out / name, medium.patches, medium.grid_thw, settings, title=title)
             body.append(f'<p><img src="{name}" alt="{html.escape(title)}"></p>')
     page = f"<!doctype html><meta charset=utf-8><title>data</title><style>{STYLE}</style>{''.join(body)}\n"
     (out / "index.html").write_text(page, encoding="utf-8")
 
 
 def show(options: argparse.Namespace) -> None:
-    """Do what the command line asks.
+    """Run the command line.
 
     Raises:
         UserError: for anything wrong in the files or options.
@@ -143,7 +143,7 @@ def show(options: argparse.Namespace) -> None:
         print(for_terminal(view.parts, colour=colour))
     try:
         columns = _columns(dataset, media)
-    except TypeError as error:  # streamed or tokenized while training
+    except TypeError as error:  # streamed or tokenized on the fly
         columns, summary = {}, f"{len(dataset)} samples; no distributions: {error}"
     else:
         summary = f"{len(dataset)} samples"
@@ -167,7 +167,7 @@ def show(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("mindspeed_mm").setLevel(logging.INFO)  # what became of the records when they were prepared
+    logging.getLogger("mindspeed_mm").setLevel(logging.INFO)  # how many records were kept and skipped
     try:
         show(_arguments(argv))
     except UserError as error:

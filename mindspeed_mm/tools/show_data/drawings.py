@@ -1,4 +1,4 @@
-"""Drawings: a picture as the model gets it, with its patches, and how costs are distributed over the data set."""
+"""Drawings: an image or video as the model sees it, with its patches, and histograms over the data set."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import GridTHW, ImageSettings
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"
 _SLICES_SHOWN = 12
 _BINS = 60
 
 
-def frames_of(patches: np.ndarray, grid: tuple[int, int, int], settings: ImageSettings) -> np.ndarray:
+def frames_of(patches: np.ndarray, grid: GridTHW, settings: ImageSettings) -> np.ndarray:
     """Undo the cutting: patches uint8 [t * rows * cols, patch_dim] -> frames uint8 [frames, height, width, 3]."""
     slices, rows, cols = grid
     merge, patch, depth = settings.merge_size, settings.patch_size, settings.temporal_patch_size
@@ -28,15 +28,15 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("drawings need matplotlib: pip install matplotlib, or leave --out away") from error
+        raise UserError("--out needs matplotlib: pip install matplotlib, or run without --out") from error
     matplotlib.use("Agg")  # files only: there may be no display
     from matplotlib import pyplot
 
     return pyplot
 
 
-def draw_picture(
-    path: Path, patches: np.ndarray, grid: tuple[int, int, int], settings: ImageSettings, *, title: str
+def draw_media(
+    path: Path, patches: np.ndarray, grid: GridTHW, settings: ImageSettings, *, title: str
 ) -> None:
     """One image, or the first frame of each slice of a video, with lines between patches and merge blocks."""
     pyplot = _pyplot()
@@ -81,7 +81,7 @@ def draw_costs(path: Path, columns: dict[str, np.ndarray], *, limit: int, title:
 
     Args:
         path: PNG file.
-        columns: what is drawn, by the name of its axis; values per sample.
+        columns: values per sample, by the name of their axis.
         limit: ``--seq-length``, drawn where the axis is tokens of a sample.
         title: of the whole.
     """

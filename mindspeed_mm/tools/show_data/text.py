@@ -1,4 +1,4 @@
-"""A sample's tokens as text for a terminal and for a web page, with what is supervised marked."""
+"""A sample's tokens as text for a terminal and for a web page, with the target tokens marked."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["given", "supervised", "vision"]
-_ANSI = {"given": "\x1b[0m", "supervised": "\x1b[1;32m", "vision": "\x1b[36m"}
+Kind = Literal["context", "target", "vision"]
+_ANSI = {"context": "\x1b[0m", "target": "\x1b[1;32m", "vision": "\x1b[36m"}
 _RESET = "\x1b[0m"
-_SPACES = {"\n": "\u21b5\n", "\t": "\u2192\t"}  # so that what the model sees of line ends and tabs is seen
+_SPACES = {"\n": "\u21b5\n", "\t": "\u2192\t"}  # makes line ends and tabs visible
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; background: #fff; }
 pre { white-space: pre-wrap; background: #f6f6f4; padding: 1em; border-radius: 6px; font-size: 14px; }
-.supervised { background: #c9efc9; color: #064; font-weight: 600; }
+.target { background: #c9efc9; color: #064; font-weight: 600; }
 .vision { color: #06799a; }
 img { max-width: 100%; }
 h2 { margin-top: 2.5em; border-top: 1px solid #ccc; padding-top: 1em; font-size: 18px; }
@@ -26,7 +26,7 @@ h2 { margin-top: 2.5em; border-top: 1px solid #ccc; padding-top: 1em; font-size:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens of one kind, as text."""
+    """A run of tokens of one kind, as text."""
 
     text: str
     kind: Kind
@@ -37,12 +37,12 @@ def pieces(input_ids: np.ndarray, loss_mask: np.ndarray, *, pads: Sequence[int],
 
     Args:
         input_ids: int [L].
-        supervised: bool [L].
+        loss_mask: bool [L].
         pads: ids of the image and video placeholders.
         tokenizer: the checkpoint's.
     """
     at = 0
-    kinds = ["vision" if token in pads else "supervised" if flag else "given"
+    kinds = ["vision" if token in pads else "target" if flag else "context"
              for token, flag in zip(input_ids.tolist(), loss_mask.tolist(), strict=True)]
     for key, run in groupby(zip(kinds, (token if kind == "vision" else -1
                                         for kind, token in zip(kinds, input_ids.tolist(), strict=True)), strict=True)):
@@ -56,9 +56,9 @@ def pieces(input_ids: np.ndarray, loss_mask: np.ndarray, *, pads: Sequence[int],
 
 
 def for_terminal(parts: Sequence[Piece], *, colour: bool) -> str:
-    """Supervised text in green, or between brackets where there is no colour."""
+    """Target tokens in green, or between brackets where there is no colour."""
     if not colour:
-        return "".join(f"\u27e6{part.text}\u27e7" if part.kind == "supervised" else part.text for part in parts)
+        return "".join(f"\u27e6{part.text}\u27e7" if part.kind == "target" else part.text for part in parts)
     return "".join(_ANSI[part.kind] + part.text for part in parts) + _RESET
 
 

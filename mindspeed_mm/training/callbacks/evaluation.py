@@ -54,7 +54,7 @@ class Evaluation(Callback):
         sums, skipped = torch.zeros(3, device=device), []
         with cached_compute_weights(model):
             for data in itertools.islice(self._loader, micro_batches):
-                skipped += data.bad
+                skipped += data.skipped.unusable
                 for batch in data.batches:
                     batch = self._split(batch).to(device)
                     weight = torch.ones_like(batch.labels, dtype=torch.float32)

@@ -17,7 +17,8 @@ from PIL import Image
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.dataset import ChatDataset
-from mindspeed_mm.data.records import MediaFinder, read_rows
+from mindspeed_mm.data.record_files import read_rows
+from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_data import (
@@ -151,7 +152,7 @@ def test_truncation_drops_turns_then_samples(root: Path) -> None:
     short, _ = build(root, seq_length=limit)
     assert 0 < len(short) < 12 and max(len(short[index].input_ids) for index in range(len(short))) <= limit
     (summary,) = {path.read_text() for path in (root / "cache").glob("*/summary.txt")} - {"12 records, 12 kept whole\n"}
-    assert "dropped: the first turn is too long (records" in summary
+    assert "skipped: the first turn is too long (records" in summary
     with pytest.raises(UserError, match="no record can be trained on"):
         build(root, seq_length=3)
 

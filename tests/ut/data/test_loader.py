@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 import re
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.data import build_eval_loader
 from mindspeed_mm.data.collator import Sample
-from mindspeed_mm.data.loader import TrainLoader, dead_workers_named
+from mindspeed_mm.data.loader import SkippedSamples, TrainLoader, dead_workers_named
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
@@ -122,12 +121,12 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
     loader = tiny_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
     (tmp_path / "images" / "0001.png").write_bytes(b"damaged")
     step = next(loader)
-    (message,) = step.bad
+    (message,) = step.skipped.unusable
     assert re.search(r"data.json, sample 1 \(record 1\): image .*0001.png cannot be used", message)
     assert "\n" not in message
     (batch,) = step.batches
     assert batch.sample_ids == [0, 1] and batch.target_tokens_per_sample[0] and not batch.target_tokens_per_sample[1]
-    assert next(loader).bad == ()
+    assert next(loader).skipped == SkippedSamples()
     loader.close()
 
 
@@ -147,7 +146,7 @@ def test_placeholders_without_pictures_travel_with_the_step(root: Path) -> None:
     loader = tiny_loader(
         config, dataset=loader.dataset, **loader_options(root, global_batch_size=4, micro_batch_size=4))
     step = next(loader)
-    (message,) = step.bad
+    (message,) = step.skipped.unusable
     assert re.search(r"sample 1 \(record 1\): sample 1: .*placeholder", message)
     (batch,) = step.batches
     counts = whole.target_tokens_per_sample
@@ -161,8 +160,8 @@ def test_killed_worker_is_one_line(root: Path) -> None:
     next(loader)
     # torch raises in a signal handler, so wherever this thread is
     with pytest.raises(UserError, match="DataLoader worker .*lower --num-workers") as raised, dead_workers_named():
-        for child in multiprocessing.active_children():
-            child.kill()
+        for worker in loader._loader._iterator._workers:  # not those of other tests: each raises once
+            worker.kill()
         time.sleep(10)  # cut short by the handler
         for _ in range(50):
             next(loader)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mindspeed_mm.data import validate_data
-from mindspeed_mm.data.streaming import RecordFile
+from mindspeed_mm.data.record_files import RecordFile
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -110,9 +110,9 @@ def test_too_long_records_are_counted_not_bad(root: Path, mode: str) -> None:
         dp_rank=0, dp_size=1, seed=5,
     )
     step = next(loader)
-    assert step.bad == () and 0 < step.dropped < 24
+    assert step.skipped.unusable == () and step.skipped.no_target == 0 and 0 < step.skipped.too_long < 24
     loss_mask = [count for batch in step.batches for count in batch.target_tokens_per_sample]
-    assert loss_mask.count(0) == step.dropped
+    assert loss_mask.count(0) == step.skipped.too_long
 
 
 @pytest.mark.parametrize(("name", "write"), [
@@ -159,11 +159,11 @@ def test_bad_records_before_training_stop_or_are_left_out(tmp_path: Path) -> Non
 
     with pytest.raises(UserError, match="record 3: the conversation is empty"):
         build()
-    with pytest.raises(UserError, match="record 3: the conversation is empty.*max_bad_samples 1"):
+    with pytest.raises(UserError, match="record 3: the conversation is empty.*max_bad_samples allows 1"):
         build(on_bad_sample="skip", max_bad_samples=1)
     assert build(on_bad_sample="skip", max_bad_samples=2) == 10
-    (left_out,) = (tmp_path / "cache").glob("tokenized-*/left_out.txt")
-    first, second = left_out.read_text().splitlines()
+    (skipped,) = (tmp_path / "cache").glob("tokenized-*/skipped.txt")
+    first, second = skipped.read_text().splitlines()
     assert "record 3" in first and "record 4" in second and "0004.png" in second
 
 
@@ -181,8 +181,8 @@ def test_bad_records_while_streaming_travel_with_the_step(tmp_path: Path) -> Non
         global_batch_size=6, dp_rank=0, dp_size=1, seed=5,
     )
     step = next(loader)
-    assert len(step.bad) == 2 and len(step.batches) == 2
-    assert "record 1" in step.bad[0] and "0001.png" in step.bad[0]
-    assert "record 2: it has 0 <image> tags" in step.bad[1]
+    assert len(step.skipped.unusable) == 2 and len(step.batches) == 2
+    assert "record 1" in step.skipped.unusable[0] and "0001.png" in step.skipped.unusable[0]
+    assert "record 2: it has 0 <image> tags" in step.skipped.unusable[1]
     counts = [count for batch in step.batches for count in batch.target_tokens_per_sample]
     assert np.flatnonzero(np.array(counts) == 0).tolist() == [1, 2]

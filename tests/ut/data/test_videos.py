@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data import collate, records, validate_data
-from mindspeed_mm.data.media import load_media, measure_media
-from mindspeed_mm.data.records import video_entry
+from mindspeed_mm.data.media import Medium, load_media, measure_media
 from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm, VideoSettings
@@ -143,17 +142,17 @@ def test_a_list_of_frames_is_a_video(tmp_path: Path) -> None:
     for number in range(5):
         paths.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", (64, 32), (40 * number, 0, 0)).save(paths[-1])
-    entry = video_entry(paths)
+    video = Medium(paths, is_video=True)
     images = ImageSettings(*(1024, 1 << 20, 16, 2, 2), IMAGES.norm, limits(fps=1.0))
-    grid, clip = measure_media(entry, images)
-    patches, found = load_media(entry, images)
+    grid, clip = measure_media(video, images)
+    patches, found = load_media(video, images)
     assert grid == found == (3, 2, 4) and patches.shape == (24, 1536)
     assert clip.seconds == (0.5, 2.5, 4.0) and clip.total == 6
     red = patches.reshape(3, 8, 3, 2, 256)[:, 0, 0, :, 0]
     assert red.tolist() == [[0, 40], [80, 120], [160, 160]]
     Image.new("RGB", (32, 32)).save(paths[2])
     with pytest.raises(UserError, match="differ in size"):
-        load_media(entry, images)
+        load_media(video, images)
 
 
 def test_unusable_videos_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +212,34 @@ def test_from_file_to_batch(recipe: Path) -> None:
     assert f"user\nFirst <0.3 seconds>{one}<1.4 seconds>{two}<2.5 seconds>{three}<3.6 seconds>{four}, then" in text
     assert f"then {image} and <0.2 seconds>{frames}. What?<|im_end|>" in text
     assert (batch.input_ids == model_config.video_token_id).sum() == 28
+
+
+def test_video_column_keeps_files_frames_and_order(recipe: Path) -> None:
+    """A list of one frame is a video of one frame and no file; media shortened away leave both columns."""
+    turns = [["<image><video>", "a"], ["<video><image><video>", "b"], ["<video>", "c" * 400]]
+    messages = [{"role": role, "content": text} for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)]
+    Image.new("RGB", (96, 64)).save(recipe / "b.png")
+    record = {"images": ["a.png", "b.png"], "videos": [["a.png"], "clip.mp4", ["b.png", "b.png"], ["a.png"]],
+              "messages": messages}
+    text_only = {"images": [], "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (recipe / "data.json").write_text(json.dumps([text_only, record]))
+    grids = []
+    for basic in ({}, {"preprocess_on_fly": True}, {"streaming": True}):
+        config = make_config(recipe, dataset=str(recipe / "data.json"), attr={"videos": "videos"}, basic=basic)
+        dataset, _ = build_tiny(config, seq_length=300)
+        assert dataset[0].media == ()
+        sample = dataset[1]
+        assert len(sample.input_ids) <= 300
+        grids.append([one.grid_thw for one in sample.media])
+        row = dataset._rows[1]
+        assert [Path(path).name for path in row["images"]] == ["a.png", "b.png"]
+        frame, file, frames = row["videos"]
+        assert frame["path"] is None and [Path(path).name for path in frame["frames"]] == ["a.png"]
+        assert Path(file["path"]).name == "clip.mp4" and file["frames"] is None
+        assert frames["path"] is None and [Path(path).name for path in frames["frames"]] == ["b.png", "b.png"]
+        assert list(row["is_video"]) == [False, True, True, False, True]
+    assert grids[0] == grids[1] == grids[2] == [(1, 4, 4), (1, 4, 4), (4, 4, 6), (1, 4, 6), (1, 4, 6)]
 
 
 def test_mistakes_are_found_before_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

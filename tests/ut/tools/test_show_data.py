@@ -67,7 +67,7 @@ def test_text_and_pictures(files: Path, capsys: pytest.CaptureFixture) -> None:
     assert printed.count("\u27e6") == 4  # two turns in both
     assert "share of target tokens" in printed and "12 samples" in printed
     page = (files / "out" / "index.html").read_text()
-    assert '<span class="supervised">The digit is 4.&lt;|im_end|&gt;</span>' in page
+    assert '<span class="target">The digit is 4.&lt;|im_end|&gt;</span>' in page
     for name in ("costs.png", "sample-4-0.png"):
         with Image.open(files / "out" / name) as picture:
             assert min(picture.size) > 100
@@ -78,9 +78,9 @@ def test_text_and_pictures(files: Path, capsys: pytest.CaptureFixture) -> None:
 def test_colours(files: Path, capsys: pytest.CaptureFixture) -> None:
     assert call(files, "--colour", "always") == 0
     assert "\x1b[1;32mThe digit is 0.<|im_end|>\x1b[0m\n" in capsys.readouterr().out
-    parts = [Piece("a <b>\n", "given"), Piece("c", "supervised")]
+    parts = [Piece("a <b>\n", "context"), Piece("c", "target")]
     assert for_terminal(parts, colour=False) == "a <b>\n\u27e6c\u27e7"
-    assert '<span class="given">a &lt;b&gt;\u21b5\n</span><span class="supervised">c</span>' in for_page(parts)
+    assert '<span class="context">a &lt;b&gt;\u21b5\n</span><span class="target">c</span>' in for_page(parts)
 
 
 def test_counts_are_those_of_the_samples(files: Path) -> None:

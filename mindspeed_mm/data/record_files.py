@@ -1,12 +1,14 @@
-"""Records read one by one from where they lie: each can be reached without reading the whole file into memory.
+"""Data files: JSON list, JSON lines (``.jsonl``) and Parquet (``.parquet``), read whole or one record at a time.
 
-So ``streaming`` keeps the order, the shuffling and the exact resume of a data set that was built beforehand. What it
-takes is one pass over a file to find where its records are: 16 bytes of memory for each.
+``RecordFile`` gives random access without reading a file into memory, so that ``streaming`` keeps the order, the
+shuffling and the exact resume of a data set that was built beforehand. It scans a file once for the offsets of its
+records: 16 bytes of memory each.
 """
 
 from __future__ import annotations
 
 import bisect
+import json
 import mmap
 import os
 import re
@@ -16,23 +18,102 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_mm.data.records import parse_json, require_file
 from mindspeed_mm.errors import UserError
 
 _ROW_GROUPS_KEPT = 4
-# Strings are passed over whole, so that brackets within them do not count.
+# A string matches as a whole, so that brackets within it do not count.
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 
 
+def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
+    """The rows of a JSON list, a JSON-lines file (``.jsonl``) or a Parquet file (``.parquet``).
+
+    Args:
+        path: the file.
+        limit: most rows to read, from the first; None for all.
+
+    Raises:
+        UserError: if the file is missing or holds no list of records.
+    """
+    path = Path(path)
+    require_file(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path, limit)
+    content = path.read_bytes()
+    if path.suffix == ".jsonl":
+        rows: Any = []
+        for number, line in enumerate(content.splitlines(), start=1):
+            if limit is not None and len(rows) >= limit:
+                break
+            if line.strip():
+                rows.append(parse_json(line, f"{path}, line {number}"))
+        return rows
+    rows = parse_json(content, str(path))
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path} holds {kind_of(rows)}, not a list of records; make it anew (step 3 of the guide) or name another "
+            "file"
+        )
+    return rows[:limit]
+
+
+def require_file(path: Path) -> None:
+    """Check that a data file exists.
+
+    Raises:
+        UserError: naming it and how to make it.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"dataset {path} does not exist; make it (step 3 of the guide: "
+            "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
+        )
+
+
+def parse_json(content: bytes, source: str) -> Any:
+    """The value of a JSON text; ``source`` names it in messages.
+
+    Raises:
+        UserError: if it is not valid.
+    """
+    try:
+        import orjson
+    except ImportError:  # three times slower, same result
+        parse: Any = json.loads
+    else:
+        parse = orjson.loads
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise UserError(f"{source} is not valid JSON ({error}); make it anew (step 3 of the guide)") from error
+
+
+def _read_parquet(path: Path, limit: int | None) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return table.slice(0, limit).to_pylist()
+
+
+def kind_of(value: Any) -> str:
+    """A value's JSON type, for messages."""
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
 class RecordFile:
-    """One data file: JSON list, JSON lines (``.jsonl``) or Parquet (``.parquet``)."""
+    """Random access to the records of one data file."""
 
     def __init__(self, path: str, *, limit: int | None = None) -> None:
-        """Find the records.
+        """Find the offsets of the records.
 
         Args:
             path: the file.
-            limit: keep the first so many.
+            limit: most records to use, from the first; None for all.
 
         Raises:
             UserError: if the file is missing or no list of records.
