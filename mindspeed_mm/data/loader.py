@@ -32,7 +32,7 @@ _PADDING = -1  # index of a sample that only gives this rank as many micro-batch
 
 
 @dataclasses.dataclass(frozen=True)
-class SkippedSamples:
+class SkipReport:
     """Samples that a placeholder without target tokens replaces, by reason.
 
     Attributes:
@@ -45,9 +45,9 @@ class SkippedSamples:
     too_long: int = 0
     no_target: int = 0
 
-    def __add__(self, other: SkippedSamples) -> SkippedSamples:
+    def __add__(self, other: SkipReport) -> SkipReport:
         """The skipped samples of both."""
-        return SkippedSamples(
+        return SkipReport(
             self.unusable + other.unusable, self.too_long + other.too_long, self.no_target + other.no_target
         )
 
@@ -64,7 +64,7 @@ class StepBatches:
     """
 
     batches: list[Batch]
-    skipped: SkippedSamples = SkippedSamples()
+    skipped: SkipReport = SkipReport()
     tokens: int = -1
     samples: int = -1
 
@@ -94,7 +94,7 @@ class _MicroBatches(torch.utils.data.Dataset):
         self._model_config = model_config
 
     def __getitem__(self, indices: Sequence[int]) -> _MicroBatch:
-        skipped = SkippedSamples()
+        skipped = SkipReport()
         samples: list[Sample] = []
         for index in indices:
             sample = _stand_in(index)
@@ -103,9 +103,9 @@ class _MicroBatches(torch.utils.data.Dataset):
                     sample = self._dataset[index]
                 except SkippedSample as reason:
                     too_long = reason.outcome == Outcome.TOO_LONG
-                    skipped += SkippedSamples(too_long=int(too_long), no_target=int(not too_long))
+                    skipped += SkipReport(too_long=int(too_long), no_target=int(not too_long))
                 except UserError as error:
-                    skipped += SkippedSamples((str(error),))
+                    skipped += SkipReport((str(error),))
             samples.append(sample)
         try:
             return _MicroBatch(self._collate(samples), skipped)
@@ -114,7 +114,7 @@ class _MicroBatches(torch.utils.data.Dataset):
                 try:
                     self._collate([sample])
                 except UserError as error:
-                    skipped += SkippedSamples((f"{self._dataset.describe(sample.index)}: {error}",))
+                    skipped += SkipReport((f"{self._dataset.describe(sample.index)}: {error}",))
                     samples[place] = _stand_in(sample.index)
             return _MicroBatch(self._collate(samples), skipped)
 
@@ -127,7 +127,7 @@ class _MicroBatch:
     """One micro-batch on its way from a worker process."""
 
     batch: Batch
-    skipped: SkippedSamples
+    skipped: SkipReport
 
     def pin_memory(self) -> _MicroBatch:
         """With the batch in page-locked memory; called by the DataLoader."""
@@ -241,7 +241,7 @@ class BatchLoader:
     def _steps(self, loaded: Iterator[_MicroBatch]) -> Iterator[StepBatches]:
         with dead_workers_named():
             while parts := list(itertools.islice(loaded, self._micro_batches)):
-                skipped = sum((part.skipped for part in parts), SkippedSamples())
+                skipped = sum((part.skipped for part in parts), SkipReport())
                 yield StepBatches([part.batch for part in parts], skipped)
 
 

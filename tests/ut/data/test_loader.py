@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.data import build_eval_loader
 from mindspeed_mm.data.collator import Sample
-from mindspeed_mm.data.loader import SkippedSamples, TrainLoader, dead_workers_named
+from mindspeed_mm.data.loader import SkipReport, TrainLoader, dead_workers_named
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
@@ -126,7 +126,7 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
     assert "\n" not in message
     (batch,) = step.batches
     assert batch.sample_ids == [0, 1] and batch.target_tokens_per_sample[0] and not batch.target_tokens_per_sample[1]
-    assert next(loader).skipped == SkippedSamples()
+    assert next(loader).skipped == SkipReport()
     loader.close()
 
 

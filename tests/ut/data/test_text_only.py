@@ -67,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(root: Path, count: int, **basic: Any) -> list[Any]:
-    config = make_config(root, dataset=str(root / "data.json"), basic={"template": "line", **basic}, loader=LOADER)
+    config = make_config(root, dataset=str(root / "data.json"), basic=basic, loader=LOADER)
     assert validate_data(config, SPEC) == 10
     media = SPEC.read_media_settings(config, MODEL_CONFIG)
     dataset, _ = build_datasets(config, spec=SPEC, media=media, seq_length=100, seed=1)
@@ -110,24 +110,28 @@ def test_what_the_family_cannot_do_is_refused(root: Path, tmp_path: Path, change
     rows = json.loads((root / "data.json").read_text())
     change(rows[0])
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    config = make_config(root, dataset=str(tmp_path / "data.json"), basic={"template": "line"}, loader=LOADER,
+    config = make_config(root, dataset=str(tmp_path / "data.json"), loader=LOADER,
                          attr={"tools": "tools"})
     with pytest.raises(UserError, match=complaint):
         validate_data(config, SPEC)
 
 
-def test_names_of_another_family_are_refused(root: Path) -> None:
-    with pytest.raises(UserError, match="template 'qwen3_vl_nothink' is unknown for this model; choose line$"):
-        validate_data(make_config(root, dataset=str(root / "data.json"), loader=LOADER), SPEC)
-    with pytest.raises(UserError, match="model_name 'qwen3vl' is unknown for this model; choose line$"):
-        validate_data(make_config(root, dataset=str(root / "data.json"), basic={"template": "line"}), SPEC)
-    with pytest.raises(UserError, match="enable_thinking is true.*set it to false"):
-        validate_data(make_config(root, dataset=str(root / "data.json"),
-                                  basic={"template": "line", "enable_thinking": True}), SPEC)
+@pytest.mark.parametrize(
+    ("basic", "collator", "complaint"),
+    [
+        ({"template": "qwen3_vl_nothink"}, "line", "template 'qwen3_vl_nothink' is unknown .*; choose line$"),
+        ({}, "qwen3vl", "model_name 'qwen3vl' is unknown for this model; choose line$"),
+        ({"enable_thinking": True}, "line", "enable_thinking is true.*set it to false"),
+    ],
+)
+def test_names_of_another_family_are_refused(root: Path, basic: Any, collator: str, complaint: str) -> None:
+    loader = {"collate_param": {"model_name": collator}}
+    with pytest.raises(UserError, match=complaint):
+        validate_data(make_config(root, dataset=str(root / "data.json"), basic=basic, loader=loader), SPEC)
 
 
 def test_the_familys_code_is_part_of_the_cache_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(root, dataset=str(root / "data.json"), basic={"template": "line"})
+    config = make_config(root, dataset=str(root / "data.json"))
     source = Source(config, (str(root / "data.json"),), None, SPEC, None, 100)
     key = cache_key(source)
     assert cache_key(source) == key
