@@ -11,25 +11,26 @@ import sys
 from typing import Any
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
-from mindspeed_mm.tools.memory.plan import Plan
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device
 
+VISION = ("vision_encoder", "vision_projector")
 LONG = {"tokens": 8192, "patches": 8192, "target_tokens": 6144}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "EP 8": {"expert_size": 8},
-    "EP 8, full recompute": {"expert_size": 8, "recompute": "full"},
-    "offload_to_cpu": {"shards_on_host": True},
+    "EP 8, full recompute": {"expert_size": 8, "recompute_granularity": "full"},
+    "offload_to_cpu": {"offload_to_cpu": True},
     "8192 tokens": LONG,
-    "8192 tokens, full recompute": {**LONG, "recompute": "full"},
+    "8192 tokens, full recompute": {**LONG, "recompute_granularity": "full"},
     "8192 tokens, full recompute, EP 8, chunked loss": {
-        **LONG, "recompute": "full", "expert_size": 8, "loss_chunk": 1024,
+        **LONG, "recompute_granularity": "full", "expert_size": 8, "loss_chunk_size": 1024,
     },
-    "vision trains too": {"train_vision": True, "train_projector": True},
-    "only the projector trains": {"train_text": False, "train_projector": True},
+    "vision trains too": {"frozen": ()},
+    "only the projector trains": {"frozen": ("vision_encoder", "text_decoder")},
     "accumulation over 4 micro-batches, EP 8": {"micro_batches": 4, "expert_size": 8},
 }  # fmt: skip
 
@@ -39,7 +40,7 @@ def rows(model_config: Qwen3VLConfig, device: Device) -> list[dict[str, Any]]:
     found = []
     for ranks in (8, 16):
         for name, changes in CONFIGURATIONS.items():
-            base = {"tokens": 1024, "patches": 1024, "target_tokens": 768, **changes}
+            base = {"tokens": 1024, "patches": 1024, "target_tokens": 768, "frozen": VISION, **changes}
             plan = Plan(model_config=model_config, world_size=ranks, sharding_size=ranks, **base)
             result, received = estimate(plan), volumes(plan)
             amounts = result.peak.amounts

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
+    from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.model import Model
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
 
@@ -308,6 +309,23 @@ class ModelSpec(abc.ABC):
             model_config: of this family.
             frozen: names of the parts that do not train.
         """
+
+    @abc.abstractmethod
+    def memory_units(self, plan: Plan) -> list[Unit]:
+        """Parameters and activations of the model, by wrap unit in the order of forward, the root first."""
+
+    @abc.abstractmethod
+    def memory_exchanges(self, plan: Plan) -> dict[str, float]:
+        """Bytes that a rank receives in a micro-batch by collectives of the model itself.
+
+        Returns:
+            ``expert_all_to_all``, ``context_all_to_all``, ``vision_all_gather`` -> bytes, those that there are.
+        """
+
+    def image_patches(self, pixels: int, model_config: Any) -> int:
+        """Vision patches of ``pixels`` pixels; 0 for a family that takes text only."""
+        del pixels, model_config
+        return 0
 
     def merge_unit(self, model_config: Any) -> int:
         """Vision patches that become one token; 1 for a family that takes text only."""

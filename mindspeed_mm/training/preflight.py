@@ -20,9 +20,9 @@ from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.spec import ModelConfig, spec_of
-from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
-from mindspeed_mm.tools.memory.plan import Load, Plan, plan_run
+from mindspeed_mm.tools.memory.plan import Load, checkpoint_bytes, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
 
 # a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678

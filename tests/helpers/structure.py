@@ -26,7 +26,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     # parallelism is applied to models from outside: models know nothing of it
     "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models"),
     "mindspeed_mm.tools": ("errors", "backend", "config"),
-    "mindspeed_mm.tools.memory": ("errors", "config", "models.qwen3_vl", "models.spec"),
+    "mindspeed_mm.tools.memory": ("errors", "config", "models.memory", "models.spec"),
     "mindspeed_mm.tools.show_data": ("errors", "config", "data", "interfaces", "models.spec"),
     "mindspeed_mm.checkpoint": ("errors", "backend", "config", "models", "parallel", "training.optimizer"),
     "mindspeed_mm.training": (

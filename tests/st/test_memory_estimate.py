@@ -20,10 +20,11 @@ import torch
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.models.memory import WRITTEN_OUT, Plan
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import Estimate, estimate
-from mindspeed_mm.tools.memory.plan import WRITTEN_OUT, Load, Plan, plan_run
+from mindspeed_mm.tools.memory.plan import Load, plan_run
 
 pytestmark = [
     pytest.mark.st,

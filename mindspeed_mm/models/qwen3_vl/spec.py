@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
+    from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
 
@@ -183,6 +184,22 @@ class Qwen3VLSpec(ModelSpec):
             train_projector="vision_projector" not in frozen,
             train_text="text_decoder" not in frozen,
         )
+
+    def memory_units(self, plan: Plan) -> list[Unit]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.memory import memory_units
+
+        return list(memory_units(plan))
+
+    def memory_exchanges(self, plan: Plan) -> dict[str, float]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.memory import memory_exchanges
+
+        return memory_exchanges(plan)
+
+    def image_patches(self, pixels: int, model_config: Qwen3VLConfig) -> int:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        return pixels // model_config.vision.patch_size**2
 
     def merge_unit(self, model_config: Qwen3VLConfig) -> int:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""

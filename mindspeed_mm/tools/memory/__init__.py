@@ -1,9 +1,9 @@
 """What a run needs of a device's memory and of the network, computed from its configuration without any device.
 
-``plan``           what is asked about: geometry, layout, types, batch, what trains, what is computed again
-``parameters``     which tensors there are, and how FSDP2 groups and shards them
-``activations``    what layers keep for backward, and what they need while they run
-``estimate``       a step walked through: what is held at its fullest moment
-``communication``  bytes that a process exchanges with others in a step
-``report``         all of it as text, and which knob helps
+``plan``           from flags and files to the plan of a run, and the model's wrap units
+``estimate``       peak memory of a step: a walk over the wrap units
+``communication``  bytes that a rank exchanges with others in a step
+``report``         all of it as text, and which options would save memory
+
+The model itself is described by its family, in the terms of ``mindspeed_mm.models.memory``.
 """

@@ -20,8 +20,9 @@ from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT, Plan
 from mindspeed_mm.models.spec import spec_of
-from mindspeed_mm.tools.memory.plan import FUSED, WRITTEN_OUT, Load, Plan, plan_run
+from mindspeed_mm.tools.memory.plan import Load, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, table
 
 # what the launcher's parser insists on and the estimate does not depend on
@@ -96,7 +97,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     given = {name: value for name, value in given.items() if value is not None}
     load = dataclasses.replace(load, **given)
     if "target_tokens" not in given:
-        merged = load.patches // model_config.vision.merge_unit
+        merged = load.patches // spec.merge_unit(model_config)
         load = dataclasses.replace(load, target_tokens=max(1, load.tokens - merged))
     plan = plan_run(args, model, fsdp, model_config=model_config, world_size=options.nproc, load=load,
                     imbalance=options.imbalance)  # fmt: skip

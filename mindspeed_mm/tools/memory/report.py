@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from mindspeed_mm.models.memory import Plan
+from mindspeed_mm.models.spec import get_spec
 from mindspeed_mm.tools.memory.communication import COLLECTIVES, volumes
 from mindspeed_mm.tools.memory.estimate import TERMS, Estimate, estimate
-from mindspeed_mm.tools.memory.parameters import units_of
-from mindspeed_mm.tools.memory.plan import Plan
+from mindspeed_mm.tools.memory.plan import units_of
 
 GIB = 2**30
 RESERVE_GB = 4.0
@@ -53,33 +54,33 @@ def knobs(plan: Plan, device: Device) -> list[Knob]:
 
 
 def _candidates(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
-    experts, everyone = plan.model_config.text.num_experts, plan.sharding_size == plan.world_size
+    experts, everyone = plan.model_config.num_experts, plan.sharding_size == plan.world_size
     if not everyone:
         yield "sharding_size: auto", {"sharding_size": plan.world_size}
     sharding = 2 * plan.sharding_size if everyone else plan.sharding_size
-    yield f"{2 * plan.world_size} processes", {"world_size": 2 * plan.world_size, "sharding_size": sharding}
-    if not plan.shards_on_host:
-        yield "offload_to_cpu: true (slow: the optimizer then runs on the host)", {"shards_on_host": True}
-    if plan.recompute != "full":
-        full = {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1}
+    yield f"{2 * plan.world_size} ranks", {"world_size": 2 * plan.world_size, "sharding_size": sharding}
+    if not plan.offload_to_cpu:
+        yield "offload_to_cpu: true (slow: the optimizer then runs on the host)", {"offload_to_cpu": True}
+    if plan.recompute_granularity != "full":
+        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         yield "--recompute-granularity full", full
-    if plan.recompute == "none":
-        yield "--recompute-granularity selective", {"recompute": "selective"}
-    if not plan.activations_on_host:
-        yield "activation_offload true", {"activations_on_host": True}
+    if plan.recompute_granularity is None:
+        yield "--recompute-granularity selective", {"recompute_granularity": "selective"}
+    if not plan.activation_offload:
+        yield "activation_offload true", {"activation_offload": True}
     for size in (8, 4, 2) if experts else ():
         if plan.expert_size < size and not plan.sharding_size % size and not experts % size:
             yield f"--expert-model-parallel-size {size}", {"expert_size": size}
             break
-    if plan.loss_chunk is None:
-        yield "compute_mode chunk with chunk_size 1024", {"loss_chunk": 1024}
-    if plan.forward_prefetch or plan.backward_prefetch:
+    if plan.loss_chunk_size is None:
+        yield "compute_mode chunk with chunk_size 1024", {"loss_chunk_size": 1024}
+    if plan.num_to_forward_prefetch or plan.num_to_backward_prefetch:
         # for 0 in backward FSDP2 gathers one ahead by itself
-        yield "num_to_forward_prefetch 0, num_to_backward_prefetch 1", {"forward_prefetch": 0, "backward_prefetch": 1}
-    if plan.train_text and (plan.train_vision or plan.train_projector):
-        yield "freeze true in text_decoder", {"train_text": False}
-    if plan.train_vision and plan.train_text:
-        yield "freeze true in vision_encoder", {"train_vision": False}
+        fewest = {"num_to_forward_prefetch": 0, "num_to_backward_prefetch": 1}
+        yield ", ".join(f"{name} {value}" for name, value in fewest.items()), fewest
+    training = [part for part in get_spec(plan.model_config.model_type).parts if plan.trains(part)]
+    for part in training if len(training) > 1 else ():
+        yield f"freeze true in {part}", {"frozen": {*plan.frozen, part}}
 
 
 def table(plan: Plan, device: Device) -> list[str]:
@@ -120,20 +121,20 @@ def _heading(plan: Plan) -> list[str]:
     names = {2: "bf16", 4: "fp32"}
     return [
         f"{plan.model_config.model_type}: {whole:.2f} B parameters, {trained:.2f} B of them trained; "
-        f"{plan.world_size} processes, parameters over {plan.sharding_size}, experts over {plan.expert_size}, "
+        f"{plan.world_size} ranks, parameters over {plan.sharding_size}, experts over {plan.expert_size}, "
         f"a micro-batch over {plan.context_size}",
-        f"micro-batch: {plan.tokens} tokens, {plan.patches} patches, {plan.target_tokens} supervised tokens; "
+        f"micro-batch: {plan.tokens} tokens, {plan.patches} patches, {plan.target_tokens} target tokens; "
         f"{plan.micro_batches} per step; computed in {names[plan.compute_bytes]}, gradients summed in "
-        f"{names[plan.reduce_bytes]}; recompute: {plan.recompute}",
+        f"{names[plan.reduce_bytes]}; recompute: {plan.recompute_granularity or 'none'}",
     ]
 
 
 def _held(plan: Plan, result: Estimate) -> list[str]:
-    where = "in the host's memory" if plan.shards_on_host else "on the device"
-    lines = [f"{f'held by each process {where}':<72}{'GiB':>9}"]
+    where = "in the host's memory" if plan.offload_to_cpu else "on the device"
+    lines = [f"{f'held by each rank {where}':<72}{'GiB':>9}"]
     for name in ("parameters", "gradients", "optimizer"):
         lines.append(_row(TERMS[name], getattr(result, name)))
-    if result.host and not plan.shards_on_host:
+    if result.host and not plan.offload_to_cpu:
         lines.append(_row("activations in the host's memory", result.host))
     return lines
 
@@ -164,7 +165,7 @@ def _advice(plan: Plan, device: Device, result: Estimate) -> list[str]:
 
 
 def _exchanged(plan: Plan) -> list[str]:
-    lines = [f"{'received by each process in a step':<72}{'GiB':>9}"]
+    lines = [f"{'received by each rank in a step':<72}{'GiB':>9}"]
     return lines + [_row(COLLECTIVES[name], value) for name, value in volumes(plan).items() if value]
 
 

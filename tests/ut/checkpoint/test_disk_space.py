@@ -14,10 +14,10 @@ import pytest
 
 from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 from mindspeed_mm.models.state_dict import mcore_shapes
-from mindspeed_mm.tools.memory.parameters import checkpoint_bytes
-from mindspeed_mm.tools.memory.plan import Plan
+from mindspeed_mm.tools.memory.plan import checkpoint_bytes
 from tests.helpers.tiny_config import tiny_config
 
 GB = 10**9
@@ -68,6 +68,7 @@ def test_bytes_of_a_checkpoint(processes: int) -> None:
         tokens=8,
         patches=4,
         target_tokens=8,
+        frozen=["vision_encoder", "vision_projector"],
     )
     sizes = {
         name: math.prod(shape) for name, shape in mcore_shapes(weight_rules(model_config, expert_layout="hub")).items()

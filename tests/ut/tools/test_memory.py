@@ -10,14 +10,14 @@ import sys
 import pytest
 import torch
 
+from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.tools.memory.__main__ import main, read_plan
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
-from mindspeed_mm.tools.memory.parameters import units_of
-from mindspeed_mm.tools.memory.plan import Plan
+from mindspeed_mm.tools.memory.plan import units_of
 from mindspeed_mm.tools.memory.report import GIB, Device, knobs, verdict
 from tests.helpers.mcore_model import PIXEL_NORM
 from tests.helpers.published import config_30b
@@ -26,11 +26,14 @@ from tests.helpers.tiny_config import tiny_config
 DEVICE = Device(size=64 * GIB, reserve=4 * GIB)
 
 
+VISION = ("vision_encoder", "vision_projector")
+
+
 def published(processes: int, **changes) -> Plan:
     """The recipe for 30B: a picture of 1024 patches in a sample of 1024 tokens."""
     return Plan(
         model_config=Qwen3VLConfig.from_config(config_30b()), world_size=processes, sharding_size=processes,
-        **{"tokens": 1024, "patches": 1024, "target_tokens": 768, **changes},
+        **{"tokens": 1024, "patches": 1024, "target_tokens": 768, "frozen": VISION, **changes},
     )  # fmt: skip
 
 
@@ -48,7 +51,7 @@ def test_parameters_are_the_models(kind, aligned):
     with torch.device("meta"):
         model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
     plan = dataclasses.replace(
-        published(1), model_config=model_config, train_projector=True, small_in_root=aligned
+        published(1), model_config=model_config, frozen=VISION[:1], align_fsdp_param_groups=aligned
     )
     listed = [parameter for unit in units_of(plan) for parameter in unit.parameters]
     theirs = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
@@ -73,7 +76,7 @@ def test_eight_devices_of_64_gib_do_not_hold_30b_and_16_do():
     assert eight.parameters + eight.gradients + eight.optimizer > 57 * GIB
     assert not DEVICE.fits(eight) and "does not fit" in verdict(eight, DEVICE)
     assert DEVICE.fits(sixteen) and "fits, " in verdict(sixteen, DEVICE)
-    offloaded = estimate(published(8, shards_on_host=True))
+    offloaded = estimate(published(8, offload_to_cpu=True))
     assert DEVICE.fits(offloaded) and offloaded.host > 57 * GIB
 
 
@@ -83,24 +86,24 @@ def test_knobs_are_tried_and_sorted():
     assert [knob.total for knob in found] == sorted(knob.total for knob in found)
     assert all(knob.total < before for knob in found)
     by_text = {knob.text: knob for knob in found}
-    assert by_text["16 processes"].total == estimate(published(16)).peak.total
-    assert by_text["16 processes"].fits
+    assert by_text["16 ranks"].total == estimate(published(16)).peak.total
+    assert by_text["16 ranks"].fits
 
 
 @pytest.mark.parametrize(
     ("change", "smaller"),
     [
-        ({"recompute": "full"}, True),
-        ({"recompute": "selective"}, True),
+        ({"recompute_granularity": "full"}, True),
+        ({"recompute_granularity": "selective"}, True),
         ({"tokens": 2048, "target_tokens": 1500}, False),
         ({"compute_bytes": 4}, False),
-        ({"train_vision": True}, False),
+        ({"frozen": VISION[1:]}, False),
         ({"expert_size": 8}, True),
         ({"context_size": 2}, True),
-        ({"activations_on_host": True}, True),
-        ({"train_text": False, "train_projector": True}, True),
+        ({"activation_offload": True}, True),
+        ({"frozen": ["vision_encoder", "text_decoder"]}, True),
         ({"micro_batches": 2}, False),
-        ({"reshard": False}, False),
+        ({"reshard_after_forward": False}, False),
     ],
 )
 def test_each_choice_moves_the_estimate_the_right_way(change, smaller):
@@ -111,7 +114,7 @@ def test_each_choice_moves_the_estimate_the_right_way(change, smaller):
 def test_chunks_bound_the_logits():
     long = {"tokens": 16384, "target_tokens": 16000}
     whole, chunked = (
-        estimate(dataclasses.replace(published(16, recompute="full", loss_chunk=chunk), **long)).peak
+        estimate(dataclasses.replace(published(16, recompute_granularity="full", loss_chunk_size=chunk), **long)).peak
         for chunk in (None, 1024)
     )
     # 16,000 fp32 logits of 151,936 entries and a temporary of that size
@@ -120,7 +123,7 @@ def test_chunks_bound_the_logits():
 
 
 def test_volumes_by_hand():
-    plan = published(8, expert_size=8, recompute="full")
+    plan = published(8, expert_size=8, recompute_granularity="full")
     # rows x width x 2 bytes x 7/8 from others, there and back, in forward, forward again and backward of 48 layers
     assert volumes(plan)["expert_all_to_all"] == 1024 * 8 * 2048 * 2 * 7 // 8 * 2 * 3 * 48
     gradients = sum(unit.gathered(training_only=True) for unit in units_of(published(8)))
