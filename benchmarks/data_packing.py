@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mindspeed_mm.data.images import resized_size
-from mindspeed_mm.data.packing import Costs, Packs, pack, spread, worst_over_mean
+from mindspeed_mm.data.packing import Costs, Packs, assign_packs, pack, worst_over_mean
 from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
 
 SETTINGS = ImageSettings(65536, 262144, 16, 2, 2, PixelNorm((0.5,) * 3, (0.5,) * 3, 1 / 255))
@@ -72,7 +72,7 @@ def balance(packs: Packs, samples: Costs, *, ranks: int, packs_per_rank: int, se
     started = time.process_time()
     for step in range(count):
         chosen = [packs.members[place] for place in order[step * size : (step + 1) * size]]
-        rows = spread(chosen, samples, budget=packs.budget, ranks=ranks)
+        rows = assign_packs(chosen, samples, budget=packs.budget, ranks=ranks)
         flat = [[sample for members in row for sample in members] for row in rows]
         ratios.append([worst_over_mean([cost[row].sum() for row in flat]) for cost in (samples.text, samples.vision)])
     seconds = (time.process_time() - started) / max(1, count)

@@ -4,8 +4,8 @@
 In:  [{"id": ..., "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat ..."}, ...]}, ...]
 Out: [{"images": ["./data/COCO2017/train2017/x.jpg"], "messages": [{"role": "user", "content": ...}, ...]}, ...]
 
-Needs no other package; takes orjson where it is installed. Exit status: 0 if all is well or only images are missing,
-1 if malformed records were left out, 2 if nothing was written.
+Needs no other package; uses orjson if it is installed. Exit status: 0 on success or if only images are missing,
+1 if malformed records were skipped, 2 if nothing was written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES_SHOWN = 5
 
 
 class InputError(Exception):
-    """A mistake that the user can mend: one line."""
+    """A mistake that the user can correct: one line."""
 
 
 class Malformed(ValueError):
@@ -50,12 +50,12 @@ class TagMismatch(Malformed):
 
 @dataclasses.dataclass
 class Result:
-    """What became of the records.
+    """Records by outcome.
 
     Attributes:
         kept: converted records.
-        text_only: how many of the kept ones have no image.
-        missing: names of images that are not there; their records are left out.
+        text_only: number of kept records without an image.
+        missing: names of missing images; their records are skipped.
         malformed: index and reason of records that cannot be converted, by kind.
     """
 
@@ -68,10 +68,10 @@ class Result:
         """Lines for the terminal."""
         lines = [f"kept {len(self.kept)} records, {self.text_only} of them text-only"]
         if self.missing:
-            lines.append(f"left out {len(self.missing)} records whose image is missing: {_first(self.missing)}")
+            lines.append(f"skipped {len(self.missing)} records whose image is missing: {_first(self.missing)}")
         for kind, records in self.malformed.items():
             reasons = [f"record {index}: {reason}" for index, reason in records]
-            lines.append(f"left out {len(records)} {kind}: {_first(reasons, separator='; ')}")
+            lines.append(f"skipped {len(records)} {kind}: {_first(reasons, separator='; ')}")
         return "\n".join(lines)
 
 
@@ -80,7 +80,7 @@ def _first(items: list[str], *, separator: str = ", ") -> str:
 
 
 class ImageNames:
-    """Which images there are. Each directory is listed once: asking file by file is slow on shared storage."""
+    """Names of the existing images. Each directory is listed once: a stat call per file is slow on shared storage."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -185,7 +185,7 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
         )
     if not result.kept:
         raise InputError(f"{source} has no record that can be used; " + result.summary().replace("\n", "; "))
-    # A line for each record. Within a text these quotes would have backslashes, so only records begin like this.
+    # One line per record. Within a text these quotes are escaped, so only records begin like this.
     lines = dump(result.kept).replace(b']},{"images":', b']},\n{"images":')
     content = b"[\n%b\n]\n" % memoryview(lines)[1:-1]
     done = _write(output, content, overwrite=overwrite)
@@ -194,7 +194,7 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
 
 
 def _write(output: Path, content: bytes, *, overwrite: bool) -> str:
-    """Write ``content`` so that ``output`` is never half a file; says what was done."""
+    """Write ``content`` atomically; returns what was done, for the terminal."""
     if output.is_file():
         if output.stat().st_size == len(content) and output.read_bytes() == content:
             return f"{output} is up to date"
@@ -210,7 +210,7 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> str:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner only
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are readable by their owner only
             os.replace(temporary, output)
         except BaseException:
             os.unlink(temporary)
@@ -238,9 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--image-root", default="./data/COCO2017/train2017", help="directory of the images; written as given")
     add("--output", type=Path, default=Path("./data/mllm_format_llava_instruct_data.json"), help="file to write")
     add("--overwrite", action="store_true", help="replace an output that differs")
-    add("--limit", type=_positive, help="convert the first so many records only")
+    add("--limit", type=_positive, help="convert only this number of records, from the first")
     options = parser.parse_args(argv)
-    # Millions of small objects are made and none becomes garbage, so looking for it is wasted time.
+    # Millions of small objects are created and none becomes garbage, so collecting it only costs time.
     gc.disable()
     try:
         return run(

@@ -1,7 +1,7 @@
-"""A directory that one process builds while the others wait.
+"""A directory that one process builds while the rest waits.
 
-The finished directory appears by a rename, so a process that is killed while it builds leaves nothing that looks
-finished. The lock belongs to the operating system and goes with the process that held it.
+The finished directory appears by a rename, so a killed build leaves nothing that looks finished. The lock is the
+operating system's and is released when its process dies.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool =
 
     Args:
         target: directory named after everything that decides its content.
-        build: fills the empty directory that it is given.
-        overwrite: build anew, unless ``target`` is younger than this process: then another process of the same job
-            has just done so.
+        build: fills an empty directory.
+        overwrite: rebuild, unless ``target`` is newer than this process, since another process of the same job has
+            then rebuilt it.
 
     Returns:
         ``target``, which now exists. Waits without a limit while another process builds it.
@@ -53,11 +53,11 @@ def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool =
         raise UserError(f"cache_dir {target.parent} cannot be written: {error.strerror}; choose another") from error
     except NotImplementedError as error:
         raise UserError(
-            f"cache_dir {target.parent} lies on a file system without file locks, by which processes agree who builds; "
-            "choose another"
+            f"cache_dir {target.parent} is on a file system without file locks, which keep processes from "
+            "building twice; choose another"
         ) from error
     try:
-        os.listdir(target.parent)  # or a network file system may answer from memory that there is no target yet
+        os.listdir(target.parent)  # refreshes a network file system's cache, which may not have the target yet
         if not _is_current(target, overwrite):
             _build(target, build)
     finally:
@@ -92,7 +92,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror or " ".join(str(error).split())
         where = f"cache_dir {target.parent}"
-        raise UserError(f"{where} cannot be written: {reason}; make room or choose another") from error
+        raise UserError(f"{where} cannot be written: {reason}; free disk space or choose another") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

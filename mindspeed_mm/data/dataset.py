@@ -194,7 +194,7 @@ def build_datasets(
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The training data set and the one to evaluate on, if the data file asks for one.
 
-    Every rank calls this; one process per shared cache directory builds, the others wait.
+    Every rank calls this; one process per shared cache directory builds, and the rest waits.
 
     Args:
         config: the data file.

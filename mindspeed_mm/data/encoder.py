@@ -17,7 +17,7 @@ from mindspeed_mm.interfaces.media import ImageSettings
 
 
 class Outcome(enum.IntEnum):
-    """What becomes of a record; those above SHORTENED are skipped."""
+    """What becomes of a record; outcomes above SHORTENED are skipped."""
 
     KEPT = 0
     SHORTENED = 1

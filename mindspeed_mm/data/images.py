@@ -1,7 +1,7 @@
-"""Pictures: size of the resized picture, decoding, and cutting into patches.
+"""Images: size after resizing, decoding, and cutting into patches.
 
 The result, normalised, equals transformers' ``Qwen2VLImageProcessorPil`` after its ``load_image``. Pixels stay uint8
-until they are on the device: a fourth of the bytes to move.
+until they are on the device, which moves a quarter of the bytes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restarts
 
 
 def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
-    """Height and width of the resized picture: multiples of the factor, area within the limits, aspect kept.
+    """Height and width after resizing: multiples of the factor, area within the limits, aspect kept.
 
-    Where the limits and the multiples cannot all hold (a very thin picture), the multiples win.
+    Where the limits and the multiples cannot all hold (a very thin image), the multiples win.
 
     Raises:
-        ValueError: if one side is more than 200 times the other, which the reference refuses, too.
+        ValueError: if one side is more than 200 times the other; the reference refuses such an image, too.
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
@@ -52,10 +52,10 @@ def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int,
 
 
 def image_grid(path: str, settings: ImageSettings) -> GridTHW:
-    """Grid (1, rows, columns) of patches that the picture at ``path`` will have, from the file's header.
+    """Grid (1, rows, columns) of patches that the image at ``path`` will have, from the file's header.
 
     Raises:
-        UserError: naming the file, if it is missing, no picture, or too thin.
+        UserError: naming the file, if it is missing, no image, or too thin.
     """
     try:
         with Image.open(path) as image:
@@ -69,10 +69,10 @@ def image_grid(path: str, settings: ImageSettings) -> GridTHW:
 
 
 def load_pixels(path: str) -> np.ndarray:
-    """Decode a picture, turned upright by its EXIF orientation: uint8 [height, width, 3], RGB.
+    """Decode an image, turned upright by its EXIF orientation: uint8 [height, width, 3], RGB.
 
     Raises:
-        UserError: naming the file, if it is missing, no picture, or damaged.
+        UserError: naming the file, if it is missing, no image, or damaged.
     """
     try:
         content = Path(path).read_bytes()
@@ -81,7 +81,7 @@ def load_pixels(path: str) -> np.ndarray:
             try:
                 return decode(content)
             except ValueError:
-                pass  # damaged, or unusual: Pillow decides, whose pixels and complaints are the reference
+                pass  # damaged or unusual: Pillow's pixels and errors are the reference
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -95,10 +95,10 @@ def _is_upright_jpeg(content: bytes) -> bool:
 
 
 def is_plain_jpeg(content: bytes) -> bool:
-    """Whether a file's header is that of a JPEG in colour with nothing that Pillow would act on but its pixels.
+    """Whether a file's header is that of a colour JPEG in which Pillow would act on nothing but the pixels.
 
-    EXIF and XMP (orientation), Adobe's segment (other colours) and a second picture make it not plain: there Pillow has
-    to look. So has it at a picture so large that it would refuse it.
+    EXIF and XMP (orientation), Adobe's segment (other colours), a second image, and a size that Pillow refuses make it
+    not plain; Pillow decodes those.
     """
     place = 2 if content.startswith(b"\xff\xd8") else len(content)
     while place + 10 <= len(content) and content[place] == 0xFF:
@@ -116,9 +116,9 @@ def is_plain_jpeg(content: bytes) -> bool:
 
 @cache
 def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
-    """A decoder that gives Pillow's pixels in two thirds of its time, or None where there is none.
+    """A decoder that gives Pillow's pixels in two thirds of its time, or None if there is none.
 
-    Both are built on libjpeg-turbo; that the two builds agree is seen by trying.
+    Both are built on libjpeg-turbo; a trial shows whether the two builds agree.
     """
     try:
         import simplejpeg
@@ -129,7 +129,7 @@ def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
         file = io.BytesIO()
         Image.fromarray(noise).save(file, "JPEG", quality=80, subsampling=subsampling)
         if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue(), "RGB"), np.asarray(Image.open(file))):
-            logger.info("pictures are decoded by Pillow: simplejpeg gives other pixels")
+            logger.info("images are decoded by Pillow: simplejpeg gives other pixels")
             return None
     return lambda content: simplejpeg.decode_jpeg(content, "RGB")
 
@@ -142,30 +142,30 @@ def _unusable(path: str, error: Exception) -> UserError:
 
 @cache
 def compiled_resampling() -> ModuleType | None:
-    """The compiled resizing of ``resample.py``, or None where only Pillow's own can give Pillow's pixels.
+    """The compiled resizing of ``resample.py``, or None where only Pillow's own gives Pillow's pixels.
 
-    Ask once before worker processes start: they then inherit what takes seconds to load.
+    Call it once before worker processes start: loading takes seconds, and they inherit the result.
     """
     try:
         from mindspeed_mm.data import resample
     except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no directory for compiled code
-        logger.info("pictures are resized by Pillow, with the same result in three times the time: %s", error)
+        logger.info("images are resized by Pillow, with the same result in three times the time: %s", error)
         return None
     if resample.pillow_order() is None:
-        logger.info("pictures are resized by Pillow: in this version it resizes in an order of its own")
+        logger.info("images are resized by Pillow: this version resizes in an unknown order")
         return None
     return resample
 
 
 def image_patches(pixels: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, GridTHW]:
-    """Resize a picture, uint8 [height, width, 3], and cut it into patches.
+    """Resize an image, uint8 [height, width, 3], and cut it into patches.
 
     Returns:
         Patches uint8 [rows * cols, 3 * temporal_patch_size * patch_size**2], each merge block contiguous, within a
         patch ordered channel, frame, row, column; and the grid (1, rows, cols).
 
     Raises:
-        ValueError: if the picture is too thin.
+        ValueError: if the image is too thin.
     """
     height, width = resized_size(*pixels.shape[:2], settings)
     patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size

@@ -130,7 +130,7 @@ class _MicroBatch:
     skipped: SkipReport
 
     def pin_memory(self) -> _MicroBatch:
-        """With the batch in page-locked memory; called by the DataLoader."""
+        """Copy with the batch in pinned memory; called by the DataLoader."""
         return dataclasses.replace(self, batch=self.batch.pin_memory())
 
 
@@ -164,7 +164,7 @@ def dead_workers_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as error:
-        # the latter two where a worker was lost with a batch on its way
+        # the latter two if a worker dies while it sends a batch
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         reason = " ".join(str(error).split()) if isinstance(error, RuntimeError) else "a DataLoader worker was lost"
@@ -184,8 +184,8 @@ class BatchLoader:
     Attributes:
         dataset: the samples.
         samples_per_epoch: samples that one pass over them trains on, as ``--global-batch-size`` counts them.
-        summary: the data set's size in words, for the log.
-        close: call it to stop the worker processes; also happens by itself when the loader or the program ends.
+        summary: the data set's size, for the log.
+        close: stops the worker processes; called automatically when the loader or the program ends.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class BatchLoader:
             samples_per_epoch: samples of one pass.
             summary: see above.
             num_workers: processes that decode; 0 decodes in this process.
-            pin_memory: put batches into page-locked memory, where there is an accelerator.
+            pin_memory: copy batches into pinned memory if there is an accelerator.
         """
         self.dataset = dataset
         self.samples_per_epoch = samples_per_epoch
@@ -223,11 +223,11 @@ class BatchLoader:
             sampler=sampler,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_is,
-            generator=torch.Generator(),  # or each iteration would advance the global one, and with it the model's
+            generator=torch.Generator(),  # otherwise each iteration advances the global one, which the model uses
             pin_memory=pin_memory and torch.accelerator.is_available(),
             **_worker_count(num_workers),  # type: ignore[arg-type]
         )
-        # Left to the garbage collector or the interpreter's exit, each worker process holds them up for 5 seconds.
+        # Without it each worker process delays the garbage collector or the interpreter's exit by 5 seconds.
         self.close = weakref.finalize(self, _stop_workers, self._loader)
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -246,7 +246,7 @@ class BatchLoader:
 
 
 class TrainLoader(BatchLoader):
-    """An endless BatchLoader: ``next(loader)`` gives one step after the other."""
+    """An endless BatchLoader: ``next(loader)`` gives the next step."""
 
     _iterator: Iterator[StepBatches] | None = None
 
@@ -285,7 +285,7 @@ def build_train_loader(
 
     Without packing a step holds ``global_batch_size`` samples and a micro-batch ``micro_batch_size`` of them. With
     packing both count sequences of up to ``seq_length`` tokens: a micro-batch is one pack of at most
-    ``micro_batch_size * seq_length`` tokens, which is what it may come to without packing, too, and a step holds
+    ``micro_batch_size * seq_length`` tokens, the same limit as without packing, and a step holds
     ``global_batch_size / micro_batch_size`` packs.
 
     Args:
@@ -296,10 +296,10 @@ def build_train_loader(
         seq_length: most tokens of a sample.
         micro_batch_size: samples packed into a micro-batch.
         global_batch_size: samples of a step, over all ranks.
-        dp_rank: this rank among the ``dp_size`` that hold different data.
-        dp_size: number of these ranks.
+        dp_rank: data-parallel rank.
+        dp_size: number of data-parallel ranks.
         seed: decides the order of samples.
-        consumed_samples: where to go on in the stream.
+        consumed_samples: position in the stream to continue from.
         num_workers: processes that decode.
 
     Raises:

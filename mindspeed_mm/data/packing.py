@@ -1,7 +1,6 @@
-"""Packing samples to a token budget, and spreading packs over ranks so that text and vision cost come out even.
+"""Packs samples to a token budget, and assigns packs to ranks so that text and vision cost are balanced.
 
-Both are functions of the samples' costs and a seed, and of nothing else: every rank computes them for itself and they
-agree, without a word between the ranks.
+Both depend on the samples' costs and a seed only: every rank computes the same result without communication.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ import numpy as np
 
 from mindspeed_mm.data.sampler import SampleStream, permutation
 
-_MEAN = 10**9  # a rank's mean cost, in whole numbers: their sums are the same on every machine, those of floats are not
-_EVEN_ENOUGH = _MEAN * 15 // 1000  # of the mean that a rank may have too much
-_PARTNERS = 8  # ranks with the least cost that the worst rank may exchange with
+_MEAN = 10**9  # a rank's mean cost as an integer: sums of integers are the same on every machine, of floats not
+_TOLERANCE = _MEAN * 15 // 1000  # by which a rank may exceed the mean
+_PARTNERS = 8  # ranks of least cost that the worst rank may exchange with
 _MOST_EXCHANGES = 400
-_MUCH_FEWER = 0.997  # of the packs: for less it is not worth having packs of equal samples, which balance badly
+_MUCH_FEWER = 0.997  # ratio of packs below which best fit is taken, although its packs are harder to balance
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What each sample costs the device: int64 arrays [n].
+    """Cost of each sample for the device: int64 arrays [n].
 
     Attributes:
-        text: tokens, placeholders of pictures included.
+        text: tokens, placeholders included.
         vision: patches.
     """
 
@@ -44,7 +43,7 @@ class Packs:
 
     Attributes:
         members: sample indices of each pack.
-        costs: what each pack costs.
+        costs: of each pack.
         budget: most tokens of a pack.
     """
 
@@ -58,16 +57,16 @@ class Packs:
 
     @property
     def fill(self) -> float:
-        """Share of the packs' budgets that holds tokens."""
+        """Fraction of the packs' budgets that holds tokens."""
         return float(self.costs.text.sum() / (len(self) * self.budget))
 
 
 def pack(costs: Costs, *, budget: int, seed: int) -> Packs:
     """Group all samples into packs of at most ``budget`` tokens.
 
-    Samples are taken in random order, and the gap that a pack is left with is closed by the two of all remaining
-    samples that fit it best. That leaves next to nothing empty where a pack holds several samples. Where it holds two,
-    best fit by falling length does better, and is taken.
+    Samples are taken in random order, and the remaining gap of a pack is filled with the two of all remaining samples
+    that fit it best. That leaves almost no gap where a pack holds several samples. Where packs hold two, best fit by
+    decreasing length is better, and is taken.
 
     Args:
         costs: of the samples; no text cost may exceed ``budget``.
@@ -83,7 +82,7 @@ def pack(costs: Costs, *, budget: int, seed: int) -> Packs:
     if len(costs.text) and costs.text.max() > budget:
         raise ValueError(f"a sample of {costs.text.max()} tokens exceeds the budget of {budget}")
     order = permutation(len(costs.text), seed=seed, epoch=None)
-    members, sorted_members = _close_gaps(costs.text, order, budget), _best_fit(costs.text, order, budget)
+    members, sorted_members = _fill_gaps(costs.text, order, budget), _best_fit(costs.text, order, budget)
     if len(sorted_members) < len(members) * _MUCH_FEWER:
         members = sorted_members
     of = np.repeat(np.arange(len(members)), [len(chosen) for chosen in members])
@@ -94,23 +93,23 @@ def pack(costs: Costs, *, budget: int, seed: int) -> Packs:
     return Packs(members, Costs(text, vision), budget)
 
 
-def _close_gaps(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
-    """Packs of samples in the given order, their gaps closed with the one or two samples that fit best."""
-    shelf = _Shelf(lengths, order, budget)
+def _fill_gaps(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
+    """Packs of samples in the given order, their gaps filled with the one or two samples that fit best."""
+    remaining = _Remaining(lengths, order, budget)
     wide = 2 * float(lengths.mean()) if len(lengths) else 0.0
     members: list[list[int]] = []
-    while (following := shelf.following()) is not None:
-        chosen, room = [shelf.take(following)], budget - shelf.lengths[following]
+    while (following := remaining.following()) is not None:
+        chosen, room = [remaining.take(following)], budget - remaining.lengths[following]
         while room > 0:
-            following = shelf.following()
-            if following is not None and room >= wide and shelf.lengths[following] <= room:
-                chosen.append(shelf.take(following))  # far from full: whatever comes next
-                room -= shelf.lengths[following]
+            following = remaining.following()
+            if following is not None and room >= wide and remaining.lengths[following] <= room:
+                chosen.append(remaining.take(following))  # far from full: the next one
+                room -= remaining.lengths[following]
                 continue
-            fitting = shelf.best(room)
+            fitting = remaining.best(room)
             if not fitting:
                 break
-            chosen += [shelf.take(shelf.first_of(length)) for length in fitting]
+            chosen += [remaining.take(remaining.first_of(length)) for length in fitting]
             room -= sum(fitting)
         members.append(chosen)
     return members
@@ -142,12 +141,11 @@ def _best_fit(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[
     return members
 
 
-class _Shelf:
+class _Remaining:
     """Samples that are in no pack yet.
 
-    Which lengths are there is kept in the bits of two integers, so that looking for two lengths of a given sum is a few
-    operations on them: bit n of ``_there`` is set while a sample of n tokens is left, and bit budget - n of
-    ``_mirrored``.
+    Two integers hold the available lengths as bits: while a sample of n tokens is left, bit n of ``_there`` and bit
+    budget - n of ``_mirrored`` are set. So a search for two lengths of a given sum is a few operations.
     """
 
     def __init__(self, lengths: np.ndarray, order: np.ndarray, budget: int) -> None:
@@ -177,7 +175,7 @@ class _Shelf:
         return slot[-1]
 
     def take(self, sample: int) -> int:
-        """Take a sample off the shelf and return it."""
+        """Remove a sample and return it."""
         length = self.lengths[sample]
         self._taken[sample] = 1
         self._left[length] -= 1
@@ -187,7 +185,7 @@ class _Shelf:
         return sample
 
     def best(self, room: int) -> tuple[int, ...]:
-        """Lengths of the one or two samples that leave least of ``room``; of equal pairs, the most alike."""
+        """Lengths of the one or two samples that leave least of ``room``; of equal pairs, the most similar."""
         one = (self._there & (1 << room + 1) - 1).bit_length() - 1
         if one < 0:
             return ()
@@ -202,12 +200,12 @@ class _Shelf:
         return (one,)
 
 
-def spread(packs: Sequence[list[int]], costs: Costs, *, budget: int, ranks: int) -> list[list[list[int]]]:
-    """Share the packs of a step out among the ranks, the same number to each, so that text and vision cost are even.
+def assign_packs(packs: Sequence[list[int]], costs: Costs, *, budget: int, ranks: int) -> list[list[list[int]]]:
+    """Assign the packs of a step to the ranks, the same number to each, balancing text and vision cost.
 
     Packs go to the rank with the least vision cost so far, the costliest first. Then whole packs, and after them single
-    samples, change places with others for as long as that lowers the cost, in text or vision, of the rank that has
-    most of it. What is exchanged never takes a pack over the budget.
+    samples, are exchanged between ranks while that lowers the text or vision cost of the rank that has most of it. An
+    exchange never takes a pack over the budget.
 
     Args:
         packs: samples of each pack; their number is a multiple of ``ranks``.
@@ -216,8 +214,8 @@ def spread(packs: Sequence[list[int]], costs: Costs, *, budget: int, ranks: int)
         ranks: number of ranks.
 
     Returns:
-        For each rank its packs, by falling vision cost: ranks work in step, so the packs that they work on at the same
-        time should cost about the same.
+        For each rank its packs, by decreasing vision cost: ranks run in lockstep, so packs that run at the same time
+        should cost about the same.
     """
     both = np.stack([costs.text, costs.vision])
     loads = np.array([both[:, members].sum(axis=1) for members in packs]).T  # [2, packs]
@@ -291,19 +289,20 @@ def _best_pair(
     size: np.ndarray | None = None,
     room: np.ndarray | None = None,
 ) -> tuple[int, int] | None:
-    """The two things of different ranks whose exchange helps the worst rank most.
+    """The two items of different ranks whose exchange lowers the worst rank's cost most.
 
     Args:
-        shares: cost of each thing in text and vision, a rank's mean being _MEAN: int64 [2, things].
-        holder: rank of each thing.
+        shares: cost of each item (pack or sample) in text and vision, a rank's mean being _MEAN: int64 [2, items].
+        holder: rank of each item.
         totals: sum of the shares of each rank: [2, ranks].
-        size: what each thing takes of ``room``, the room that is left where it is.
+        size: tokens of each item, where packs have a budget.
+        room: tokens left in the pack of each item.
 
     Returns:
-        Places of the pair, the worst rank's first; None if the ranks are even enough or no exchange helps.
+        Indices of the pair, the worst rank's first; None if the ranks are balanced or no exchange helps.
     """
     worst = int(totals.max(axis=0).argmax())
-    if totals[:, worst].max() <= _MEAN + _EVEN_ENOUGH:
+    if totals[:, worst].max() <= _MEAN + _TOLERANCE:
         return None
     partners = np.argsort(totals[totals[:, worst].argmax()], kind="stable")[:_PARTNERS]
     ours, theirs = np.flatnonzero(holder == worst), np.flatnonzero(np.isin(holder, partners) & (holder != worst))
@@ -322,17 +321,17 @@ def _best_pair(
 
 @dataclasses.dataclass(frozen=True)
 class PackedSampler:
-    """One rank's packs, without end: each is a micro-batch.
+    """One rank's endless packs: each is a micro-batch.
 
     Step k takes packs k*G to (k+1)*G of the stream (G packs per step), so a step's samples do not depend on the number
-    of ranks; which of the ranks trains on which of them follows from their costs.
+    of ranks; their costs decide which rank trains on which pack.
 
     Attributes:
         stream: of packs.
         packs: all of them.
         costs: of the samples.
-        dp_rank: this rank among those that hold different data.
-        dp_size: number of these ranks.
+        dp_rank: data-parallel rank.
+        dp_size: number of data-parallel ranks.
         consumed: packs of the stream that were trained on before; a multiple of G.
     """
 
@@ -348,11 +347,11 @@ class PackedSampler:
         size, place = self.stream.global_batch_size, self.consumed
         while True:
             chosen = [self.packs.members[self.stream[place + slot]] for slot in range(size)]
-            yield from spread(chosen, self.costs, budget=self.packs.budget, ranks=self.dp_size)[self.dp_rank]
+            yield from assign_packs(chosen, self.costs, budget=self.packs.budget, ranks=self.dp_size)[self.dp_rank]
             place += size
 
 
 def worst_over_mean(loads: Sequence[float] | np.ndarray) -> float:
-    """Largest load over the mean load; 1.0 is even, and so is no load at all."""
+    """Largest load over the mean load; 1.0 if balanced, or if there is no load."""
     values = np.asarray(loads, dtype=np.float64)
     return float(values.max() / values.mean()) if values.sum() else 1.0

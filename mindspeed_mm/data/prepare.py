@@ -130,7 +130,7 @@ def _build_records(source: Source, directory: Path) -> None:
 
 
 def cache_key(source: Source) -> str:
-    """Digest of everything that changes the result: files by content, settings, tokenizer, and this code.
+    """Digest of everything that changes the result: data files, settings, tokenizer, and code.
 
     Images and videos are not read for it; one that has changed its size since is noticed when it is decoded.
     """
@@ -172,7 +172,7 @@ def _digest(path: Path) -> str:
 
 
 def make_encoder(source: Source) -> Encoder:
-    """What turns records into rows, by the data file's template.
+    """The encoder that turns records into rows, with the data file's template.
 
     Raises:
         UserError: if the tokenizer cannot be loaded.

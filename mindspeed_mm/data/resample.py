@@ -1,11 +1,11 @@
 """Bicubic resizing and cutting into patches, compiled: Pillow's pixels, bit for bit, in a third of its time.
 
 Pillow resizes one axis after the other and rounds to bytes in between; each weight is an integer of 22 fractional
-bits. The same sums are made here, in an order that a processor's vector units like. Needs numba; ``images.py`` can do
-without.
+bits. The kernels here compute the same sums in an order that suits SIMD units. Needs numba; ``images.py`` works without
+it.
 
-Letters: H, W rows and columns of the picture; h, w of the resized one. A picture comes as [H, W, 3]; once its columns
-are resized it goes on as three planes, [3, H, w], of which patches are cut in whole words.
+Shapes: H, W rows and columns of the image; h, w of the resized one. An image comes as [H, W, 3]; after its columns are
+resized it is three planes, [3, H, w], from which patches are cut in whole words.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _cut(planes: np.ndarray, patch: int, merge: int, frames: int, words: int) ->
 
 
 def cut_patches(planes: np.ndarray, patch: int, merge: int, frames: int) -> np.ndarray:
-    """Cut a resized picture, uint8 [3, h, w], into patches of ``frames`` copies of it.
+    """Cut a resized image, uint8 [3, h, w], into patches of ``frames`` copies of it.
 
     Returns:
         uint8 [patches, 3 * frames * patch * patch], each merge block contiguous, within a patch ordered channel,
@@ -165,8 +165,8 @@ def cut_patches(planes: np.ndarray, patch: int, merge: int, frames: int) -> np.n
     return cut.view(np.uint8).reshape(len(cut), -1)
 
 
-# Which axis Pillow resizes first, by the sizes (H, W, h, w). It matters, for bytes are rounded in between. Pillow has
-# changed its mind twice, so the installed one is asked, by pictures on which the rules differ.
+# Which axis Pillow resizes first, by the sizes (H, W, h, w). It matters, since values are rounded to bytes in between.
+# Pillow has changed the rule twice, so the installed version is probed with images on which the rules differ.
 _RULES: tuple[RowsFirst, ...] = (
     lambda rows, columns, height, width: height < rows and rows - height > 2 * (columns - width),  # 13
     lambda rows, columns, height, width: height < rows and rows > 100 * columns,  # 12.2
@@ -178,15 +178,15 @@ _PROBES = ((41, 13, 32, 45), (40, 30, 21, 20), (40, 30, 19, 20), (30, 40, 17, 9)
 
 @cache
 def pillow_order() -> RowsFirst | None:
-    """The installed Pillow's rule, or None if no known rule gives its pixels: then it has to do the work itself."""
+    """The installed Pillow's rule, or None if no known rule gives its pixels."""
     noise = np.random.default_rng(0)
     cases = []
     for rows, columns, height, width in _PROBES:
-        picture = noise.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
-        resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
-        cases.append((picture, np.asarray(resized)))
+        image = noise.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        cases.append((image, np.asarray(resized)))
     for rule in _RULES:
-        if all(np.array_equal(resize(picture, *wanted.shape[:2], rule), wanted) for picture, wanted in cases):
+        if all(np.array_equal(resize(image, *expected.shape[:2], rule), expected) for image, expected in cases):
             return rule
     return None
 

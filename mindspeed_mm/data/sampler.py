@@ -1,4 +1,4 @@
-"""Which samples each micro-batch of each rank holds: a function of seed, epoch and place, and of nothing else."""
+"""Which samples each micro-batch of each rank holds: a function of seed, epoch and index only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mindspeed_mm.errors import UserError
 def permutation(size: int, *, seed: int, epoch: int | None) -> np.ndarray:
     """An order of ``size`` samples: int64 [size].
 
-    NumPy promises that RandomState's streams never change between versions; it makes no such promise for its newer
-    generators, and a resumed run may meet another NumPy.
+    NumPy guarantees RandomState's streams across versions, which it does not for its newer generators, and a run may be
+    resumed under another NumPy.
 
     Args:
         size: number of samples.
@@ -28,18 +28,18 @@ def permutation(size: int, *, seed: int, epoch: int | None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SampleStream:
-    """The endless sequence of samples that all ranks train on together.
+    """The endless sequence of samples that the ranks train on together.
 
-    Epochs follow each other. With ``drop_last`` an epoch ends after its last whole global batch, and what is left over
-    is skipped (another part in every epoch, when shuffled); without it a batch may run across the border.
+    Epochs follow each other. With ``drop_last`` an epoch ends after its last whole global batch, and the remaining
+    samples are dropped (others in every epoch, when shuffled); without it a batch may hold samples of two epochs.
 
     Attributes:
         size: samples in the data set.
         global_batch_size: samples of an optimizer step.
         seed: decides the order.
-        shuffle: whether each epoch has an order of its own; otherwise the data set's.
+        shuffle: whether each epoch has its own order; otherwise the data set's.
         drop_last: see above.
-        things: what is counted, for messages: samples, or packs of samples.
+        things: name of the unit for messages: samples, or packs of samples.
     """
 
     size: int
@@ -87,14 +87,14 @@ class RankSampler:
     """One rank's micro-batches, without end.
 
     Step k takes places k*G to (k+1)*G of the stream (G the global batch size). Within a step, micro-batch m of rank r
-    takes the places from (m * dp_size + r) * micro_batch_size on. So the samples of a step do not depend on the number
-    of ranks.
+    takes micro_batch_size places from (m * dp_size + r) * micro_batch_size. So the samples of a step do not depend on
+    the number of ranks.
 
     Attributes:
         stream: the samples.
         micro_batch_size: samples of a micro-batch.
-        dp_rank: this rank among those that hold different data.
-        dp_size: number of these ranks.
+        dp_rank: data-parallel rank.
+        dp_size: number of data-parallel ranks.
         consumed_samples: samples of the stream that were trained on before; a multiple of G.
     """
 

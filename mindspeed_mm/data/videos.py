@@ -1,7 +1,7 @@
 """Videos: which frames, what size, at which seconds, and cutting into patches.
 
 Frames, sizes, seconds and pixels equal those of transformers' ``Qwen3VLVideoProcessor`` reading with PyAV. A video is a
-file, or a list of pictures that are its frames, taken ``video_fps`` times a second.
+file, or a list of image files that are its frames, taken ``video_fps`` times a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VideoSource = str | Sequence[str]
 
 @dataclasses.dataclass(frozen=True)
 class ClipShape:
-    """What is known of a video from its header: frames, frames per second, height and width in pixels."""
+    """A video by its header: frames, frames per second, height and width in pixels."""
 
     frames: int
     fps: float
@@ -34,20 +34,20 @@ class ClipShape:
 
 
 def frame_indices(frames: int, fps: float, settings: VideoSettings) -> np.ndarray:
-    """Which frames are taken: evenly spread from the first to the last, int64 [n].
+    """Indices of the sampled frames, evenly spread from the first to the last: int64 [n].
 
     Args:
         frames: of the video.
         fps: of the video.
-        settings: frames per second to take, and limits.
+        settings: frames per second to sample, and limits.
     """
-    wanted = int(frames / fps * settings.fps)
-    count = min(max(wanted, settings.min_frames), settings.max_frames, frames)
+    target = int(frames / fps * settings.fps)
+    count = min(max(target, settings.min_frames), settings.max_frames, frames)
     return np.linspace(0, frames - 1, count).round().astype(np.int64)
 
 
 def slice_seconds(indices: np.ndarray, fps: float, depth: int) -> tuple[float, ...]:
-    """The second that each temporal slice stands for: the mean of its first and last frame's."""
+    """Timestamp of each temporal slice, in seconds: the mean of its first and last frame's."""
     padded = np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % depth)])
     return tuple(
         (first / fps + last / fps) / 2
@@ -135,7 +135,7 @@ def clip_patches(
 ) -> tuple[np.ndarray, GridTHW]:
     """Decode, resize and cut a video; returns patches uint8 [t * rows * cols, patch_dim] and the grid.
 
-    Frames are resized one by one as they are decoded, so that the whole video never lies in memory.
+    Frames are resized one by one as they are decoded, so that memory never holds the whole video.
 
     Raises:
         UserError: naming the file, if it cannot be used.
@@ -151,7 +151,7 @@ def clip_patches(
     for frame in _decoded(video, indices):
         if frame.shape[:2] != (shape.height, shape.width):
             raise _unusable(_name(video), "its frames differ in size")
-        # torch's kernel for bytes, which the reference takes, too; Pillow's rounds differently
+        # torch's kernel for bytes, as in the reference; Pillow's rounds differently
         pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None]
         if frame.shape[:2] != size:
             pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
@@ -170,18 +170,18 @@ def _decoded(video: VideoSource, indices: np.ndarray) -> Iterator[np.ndarray]:
     if not isinstance(video, str):
         yield from (load_pixels(video[index]) for index in indices.tolist())
         return
-    wanted = set(indices.tolist())
+    chosen = set(indices.tolist())
     with _opened(video) as container:
         container.streams.video[0].codec_context.thread_count = 1  # workers are processes, one per core
         for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
+            if index in chosen:
                 yield frame.to_ndarray(format="rgb24")
             if index >= indices[-1]:
                 return
 
 
 class _opened:
-    """A video file opened for reading; what goes wrong becomes a UserError that names it."""
+    """A video file opened for reading; errors become a UserError that names it."""
 
     def __init__(self, path: str) -> None:
         require_video_reader()

@@ -1,4 +1,4 @@
-"""What travels from the collator to the model: one packed micro-batch, with everything the device must not compute.
+"""From the collator to the model: one packed micro-batch, with everything the device must not compute.
 
 Shapes: T tokens and B samples of the micro-batch, S target tokens, N vision patches in K attention segments.
 """
@@ -51,7 +51,7 @@ class VisionBatch(_TensorFields):
         placeholder_index: int64 [N / merge_unit], the packed position that each merged patch replaces; empty in a
             dummy.
         grid_thw: temporal slices, rows and columns of patches of each image or video.
-        is_dummy: whether this is one merge block of zeros that stands for "no image or video in this micro-batch".
+        is_dummy: whether this is one merge block of zeros because the micro-batch has no image or video.
         merged_index: int64 [placeholders here], in a part of a micro-batch: which of the whole's merged patches replace
             the part's placeholders; None in a whole micro-batch, whose patches are in that order.
     """

@@ -47,13 +47,13 @@ class VideoSettings:
     """What decides a video's frames and their size. Areas are in pixels.
 
     Attributes:
-        min_pixels: least area of a frame, by the data file.
+        min_pixels: smallest area of a frame, by the data file.
         max_pixels: largest area of a frame, by the data file.
-        min_volume: least area of all frames together, by the checkpoint's processor.
+        min_volume: smallest area of all frames together, by the checkpoint's processor.
         max_volume: largest area of all frames together, by the checkpoint's processor.
         fps: frames to take per second.
-        min_frames: take at least so many, where the video has them.
-        max_frames: take at most so many.
+        min_frames: fewest frames to take of a video that has as many.
+        max_frames: most frames to take.
     """
 
     min_pixels: int
@@ -67,16 +67,16 @@ class VideoSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """What decides a picture's patches.
+    """What decides an image's patches.
 
     Attributes:
-        min_pixels: least area of a resized picture, in pixels; at least 1.
-        max_pixels: largest area of a resized picture, in pixels.
+        min_pixels: smallest area of a resized image, in pixels; at least 1.
+        max_pixels: largest area of a resized image, in pixels.
         patch_size: side of a patch, in pixels.
         temporal_patch_size: frames in a patch; an image fills them with copies of itself.
         merge_size: patches per side of a merge block.
         norm: normalisation that the device applies.
-        videos: what decides a video's frames; None where there are none.
+        videos: what decides a video's frames; None if the data has no videos.
     """
 
     min_pixels: int
@@ -89,5 +89,5 @@ class ImageSettings:
 
     @property
     def factor(self) -> int:
-        """Both sides of a resized picture are multiples of this many pixels."""
+        """Both sides of a resized image are multiples of this number of pixels."""
         return self.patch_size * self.merge_size

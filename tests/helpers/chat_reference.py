@@ -126,7 +126,7 @@ def render(template: str, row: dict[str, Any]) -> str:
 
 
 def with_placeholders(text: str, media: list[int | Clip]) -> str:
-    """A rendered text with each picture's and slice's placeholders, as ``Qwen3VLProcessor`` puts them in."""
+    """A rendered text with each image's and slice's placeholders, as ``Qwen3VLProcessor`` puts them in."""
     remaining = iter(media)
 
     def widen(match: re.Match[str]) -> str:

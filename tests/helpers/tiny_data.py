@@ -1,4 +1,4 @@
-"""A small data set on disk: pictures of several sizes, text-only records in between, several turns."""
+"""A small data set on disk: images of several sizes, text-only records in between, several turns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_checkpoint(directory: Path) -> Path:
 
 
 def checkpoint_config(directory: Path) -> Qwen3VLConfig:
-    """The tiny geometry with the token ids of the checkpoint's tokenizer."""
+    """The tiny model config with the token ids of the checkpoint's tokenizer."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -40,7 +40,7 @@ def checkpoint_config(directory: Path) -> Qwen3VLConfig:
 
 
 def make_records(image_dir: Path, count: int) -> list[dict[str, Any]]:
-    """Write pictures into ``image_dir`` and return records: every third is text only, every fourth has two turns."""
+    """Write images into ``image_dir`` and return records: every third is text only, every fourth has two turns."""
     image_dir.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     records = []
@@ -104,7 +104,7 @@ def tiny_loader(
 
 
 def write_dataset(root: Path, count: int = 12) -> Path:
-    """A checkpoint, pictures and ``data.json`` below ``root``; returns the JSON file."""
+    """A checkpoint, images and ``data.json`` below ``root``; returns the JSON file."""
     write_checkpoint(root / "checkpoint")
     path = root / "data.json"
     path.write_text(json.dumps(make_records(root / "images", count)))

@@ -1,17 +1,17 @@
-"""What transformers' own video processor makes of some videos.
+"""Results of transformers' own video processor for some videos.
 
     python -m tests.helpers.video_processor OUTPUT.npz VIDEO ...
 
-runs ``Qwen3VLVideoProcessor`` and ``Qwen3VLProcessor``'s timestamps. Both want torchvision, of which many machines have
+runs ``Qwen3VLVideoProcessor`` and ``Qwen3VLProcessor``'s timestamps. Both need torchvision, of which many machines have
 no build that loads. Three ways are tried, in this order:
 
 1. the installed torchvision;
 2. the one in the directory $TORCHVISION_DIR (``pip install --no-deps --target DIR torchvision``): its Python code, with
-   the compiled operators that it misses declared and never called;
-3. a stand-in with the few functions that the processor takes from it. torchvision's ``resize`` hands bytes on a CPU to
+   its missing compiled operators declared and never called;
+3. a stand-in with the few functions that the processor calls. torchvision's ``resize`` hands bytes on a CPU to
    ``torch.nn.functional.interpolate`` as they are, and so does the stand-in.
 
-In a process of its own, since transformers decides once whether torchvision is there.
+Run in its own process, since transformers checks once whether torchvision is available.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _write_stand_in(directory: Path) -> None:
 
 
 def _import_torchvision(place: Path) -> str:
-    """Make ``import torchvision`` work; returns which of the three it is."""
+    """Make ``import torchvision`` work; returns which of the three ways works."""
     directory = os.environ.get("TORCHVISION_DIR")
     if directory:
         sys.path.insert(0, directory)
@@ -99,7 +99,7 @@ _KEPT: list[torch.library.Library] = []
 
 
 def process(paths: list[str]) -> dict[str, Any]:
-    """Pixels, grid, frames and seconds of each video, and the frames that would be taken of others."""
+    """Pixels, grid, frames and seconds of each video, and the sampled frames of other lengths and rates."""
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
     from transformers.video_utils import VideoMetadata, load_video
@@ -124,7 +124,7 @@ def process(paths: list[str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Write what ``process`` finds."""
+    """Write the results of ``process``."""
     with tempfile.TemporaryDirectory() as place:
         by = _import_torchvision(Path(place))
         content = process(arguments[1:])

@@ -50,23 +50,23 @@ def test_packing_at_another_world_size_and_resumed(place):  # noqa: F811
     pytest.param({"preprocess_on_fly": True}, id="on_the_fly", marks=pytest.mark.slow),
     pytest.param({"streaming": True}, id="streaming", marks=pytest.mark.slow),
 ])
-def test_bad_sample_stops_all_processes_or_is_left_out(place, basic):  # noqa: F811
+def test_bad_sample_stops_all_ranks_or_is_skipped(place, basic):  # noqa: F811
     layout = {"NPUS_PER_NODE": "2", "MBS": "6", "TRAIN_ITERS": "9"}  # 108 samples: more than an epoch
     stop = data_json(place, "stop", basic=basic)
     skip = data_json(place, "skip", basic=basic, loader={"on_bad_sample": "skip", "max_bad_samples": 5})
-    for file in (stop, skip):  # builds both data sets while the picture is whole
+    for file in (stop, skip):  # builds both data sets while the image is whole
         train(place, "cached", MM_DATA=file, **{**layout, "TRAIN_ITERS": "1"})
     used = re.findall(r"[^\"]+\.\w+(?=\")", (place / "data/mllm_format_digits_train.json").read_text())
-    picture = Path(sorted(name for name in used if "images" in name)[0])
-    shutil.copy(picture, place / "kept")
-    picture.write_bytes(b"damaged")
+    image = Path(sorted(name for name in used if "images" in name)[0])
+    shutil.copy(image, place / "kept")
+    image.write_bytes(b"damaged")
     try:
         output = train(place, "bad", status=2, MM_DATA=stop, **layout)
         (line,) = {line for line in output.splitlines() if line.startswith("error: ")}  # all processes agree
-        assert picture.name in line and "record" in line and "cannot be used" in line
+        assert image.name in line and "record" in line and "cannot be used" in line
         output = train(place, "bad", MM_DATA=skip, **layout)
-        assert re.search(rf"skipped bad sample: .*record \d+.*: image .*{picture.name} cannot be used", output)
+        assert re.search(rf"skipped bad sample: .*record \d+.*: image .*{image.name} cannot be used", output)
         assert "bad samples skipped so far: 1 of at most 5" in output
         assert sorted(logged(output)) == list(range(1, 10))
     finally:
-        shutil.copy(place / "kept", picture)
+        shutil.copy(place / "kept", image)

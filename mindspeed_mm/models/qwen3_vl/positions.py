@@ -1,4 +1,4 @@
-"""Positions of tokens and of vision patches, made on the host so that the device never has to.
+"""Positions of tokens and of vision patches, computed on the host so that the device never waits for them.
 
 Patch order is the image processor's: the patches of one spatial merge block are contiguous, blocks follow in raster
 order. Cached arrays are shared between callers and therefore read-only.
@@ -13,7 +13,7 @@ import numpy as np
 
 from mindspeed_mm.interfaces.media import GridTHW
 
-_CACHED_GRIDS = 512  # a 512x512 picture's entry takes about 80 KB
+_CACHED_GRIDS = 512  # a 512x512 image's entry takes about 80 KB
 
 
 def _frozen(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -91,8 +91,8 @@ def token_positions(is_placeholder: np.ndarray, grids: Sequence[GridTHW], merge:
     over height and width; text goes on after the largest of them.
 
     Args:
-        is_placeholder: bool [L], whether a token stands for a merged vision patch.
-        grids: the sample's pictures in order; a video's frames are separated by timestamp text, so each temporal
+        is_placeholder: bool [L], whether a token is the placeholder of a merged vision patch.
+        grids: the sample's images and videos in order; timestamp text separates a video's temporal slices, so each
             slice is a run of its own.
         merge: patches per side of a merge block.
 
@@ -109,7 +109,7 @@ def token_positions(is_placeholder: np.ndarray, grids: Sequence[GridTHW], merge:
     if [rows * cols for rows, cols in sizes] != (ends - starts).tolist():
         raise ValueError(
             f"placeholder runs of {(ends - starts).tolist()} tokens do not match "
-            f"pictures of {[rows * cols for rows, cols in sizes]} merged patches"
+            f"images or frames of {[rows * cols for rows, cols in sizes]} merged patches"
         )
     # Outside the runs a position is the token's index minus what the runs before it did not use up.
     positions = np.broadcast_to(np.arange(len(is_placeholder), dtype=np.int64), (3, len(is_placeholder))).copy()

@@ -1,4 +1,4 @@
-"""How pictures and videos become patches: the data file's limits joined with those of the checkpoint's processors."""
+"""How images and videos become patches: the data file's limits joined with those of the checkpoint's processors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_image_settings(
 ) -> ImageSettings:
     """Join the data file's pixel limits with those of the checkpoint's image processor.
 
-    A picture is resized once, to the intersection of both ranges, so that training sees what the checkpoint's own
-    processor will show the model later.
+    An image is resized once, to the intersection of both ranges, so that training sees the same pixels as inference
+    with the checkpoint's own processor.
 
     Args:
         directory: Hugging Face directory with ``preprocessor_config.json`` (or a ``processor_config.json`` that holds
@@ -104,7 +104,7 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
         directory: Hugging Face directory.
         name: the processor's own file, as published.
         part: its key in ``processor_config.json``, in which transformers 5 keeps all processors together.
-        why: put behind the path where neither file exists.
+        why: appended to the path in the message if neither file exists.
 
     Raises:
         UserError: if there is none, or it cannot be read.

@@ -137,7 +137,7 @@ def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     def full(directory: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match=r"cache_dir \S+cache cannot be written: No space left on device; make room"):
+    with pytest.raises(UserError, match=r"cache_dir \S+cache cannot be written: No space left on device; free disk space"):
         cache.build_once(tmp_path / "cache" / "entry", full)
     assert not list((tmp_path / "cache").glob("*building*"))
     (tmp_path / "file").touch()
@@ -194,7 +194,7 @@ def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.
         cache.build_once(tmp_path / "cache" / "entry", lambda directory: None)
 
 
-def test_replaced_and_vanished_pictures_are_named(root: Path) -> None:
+def test_replaced_and_missing_images_are_named(root: Path) -> None:
     train, _ = build(root)
     Image.new("RGB", (320, 320)).save(root / "images" / "0001.png")
     with pytest.raises(UserError, match=r"sample 1 \(record 1\): image .*0001.png now has"):

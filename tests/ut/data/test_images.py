@@ -109,12 +109,12 @@ def test_compiled_resizing_equals_pillow() -> None:
     wrong_order = 0
     for number in range(600):
         rows, columns, height, width = (int(value) for value in 2 ** generator.uniform(0, 8, 4))
-        picture = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+        image = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
         if number % 3 == 0:
-            picture = (picture > 127).astype(np.uint8) * 255
-        expected = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
-        assert np.array_equal(resample.resize(picture, height, width, rule), expected), (rows, columns, height, width)
-        other = resample.resize(picture, height, width, lambda *sizes: not rule(*sizes))
+            image = (image > 127).astype(np.uint8) * 255
+        expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        assert np.array_equal(resample.resize(image, height, width, rule), expected), (rows, columns, height, width)
+        other = resample.resize(image, height, width, lambda *sizes: not rule(*sizes))
         wrong_order += not np.array_equal(other, expected)
     assert wrong_order > 100  # so the comparison would notice
 
@@ -202,10 +202,10 @@ def test_normalisation_table() -> None:
     assert np.array_equal(NORM.table()[0], ((values.float() / 255 - 0.5) / 0.5).numpy())
 
 
-def test_too_thin_and_damaged_pictures_name_the_file(tmp_path: Path) -> None:
+def test_too_thin_and_damaged_images_name_the_file(tmp_path: Path) -> None:
     thin, broken, cut = tmp_path / "thin.png", tmp_path / "broken.jpg", tmp_path / "cut.jpg"
     Image.new("RGB", (1000, 4)).save(thin)
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     Image.fromarray(sample_photos()[0]).save(cut)
     cut.write_bytes(cut.read_bytes()[:9000])
     for path, function in (

@@ -61,7 +61,7 @@ def test_default_call_is_the_recipe(recipe: Path) -> None:
                                     {"role": "assistant", "content": "Hello \x7f\u2028\"."}]},
     ]
     assert "kept 2 records, 1 of them text-only" in done.stdout
-    assert "left out 1 records whose image is missing: gone.jpg" in done.stdout
+    assert "skipped 1 records whose image is missing: gone.jpg" in done.stdout
     assert oct((recipe / "data/mllm_format_llava_instruct_data.json").stat().st_mode & 0o777) == oct(0o666 & ~umask())
 
 
@@ -112,10 +112,10 @@ def test_malformed_records_are_named(recipe: Path) -> None:
     write(recipe, [GOOD, *bad])
     done = call(recipe)
     assert done.returncode == 1 and len(output(recipe)) == 1
-    assert "left out 4 malformed records: record 1: it is no object; record 2: it has no list" in done.stdout
+    assert "skipped 4 malformed records: record 1: it is no object; record 2: it has no list" in done.stdout
     assert "tags is not that of their images: record 3: 0 <image> tags for 1 images\n" in done.stdout
     assert (
-        "left out 3 records whose turns are out of order: record 4: turn 0 is out of order: gpt; "
+        "skipped 3 records whose turns are out of order: record 4: turn 0 is out of order: gpt; "
         "record 5: its last turn is no answer; record 7: turn 1 is out of order: human\n"
     ) in done.stdout
 

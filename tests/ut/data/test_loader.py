@@ -44,7 +44,7 @@ def test_order_does_not_depend_on_ranks(size: int, seed: int, drop_last: bool, s
     epoch = stream.samples_per_epoch
     assert epoch == (size // 8 * 8 if drop_last else size)
     for start in range(0, len(flat) - epoch + 1, epoch):
-        assert len(set(flat[start : start + epoch])) == epoch  # no sample twice in an epoch, none left out
+        assert len(set(flat[start : start + epoch])) == epoch  # no sample twice in an epoch, none skipped
 
 
 def test_permutations() -> None:
@@ -115,7 +115,7 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> None:
+def test_damaged_image_travels_with_the_step(tmp_path: Path, num_workers: int) -> None:
     write_dataset(tmp_path, 4)
     config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader={"shuffle": False})
     loader = tiny_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
@@ -130,8 +130,8 @@ def test_bad_picture_travels_with_the_step(tmp_path: Path, num_workers: int) -> 
     loader.close()
 
 
-def test_placeholders_without_pictures_travel_with_the_step(root: Path) -> None:
-    """As from a cache entry that was tampered with: the sample is left out, its neighbours are not."""
+def test_placeholders_without_images_travel_with_the_step(root: Path) -> None:
+    """As from a cache entry that was tampered with: the sample is skipped, its neighbours are not."""
     config = make_config(root, dataset=str(root / "data.json"), loader={"shuffle": False})
     loader = tiny_loader(config, **loader_options(root, global_batch_size=4, micro_batch_size=4))
     (whole,) = next(loader).batches

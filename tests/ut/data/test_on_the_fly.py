@@ -145,7 +145,7 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
         RecordFile(str(tmp_path / "absent.jsonl"))
 
 
-def test_bad_records_before_training_stop_or_are_left_out(tmp_path: Path) -> None:
+def test_bad_records_before_training_stop_or_are_skipped(tmp_path: Path) -> None:
     records = make_records(tmp_path / "images", 12)
     write_dataset(tmp_path, 12)
     records[3]["messages"] = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.data_packing import balance, draw, least_packs
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.loader import StepBatches
-from mindspeed_mm.data.packing import Costs, _Shelf, pack, spread, worst_over_mean
+from mindspeed_mm.data.packing import Costs, _Remaining, assign_packs, pack, worst_over_mean
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_data import make_config, tiny_loader, write_dataset
 
@@ -43,12 +43,12 @@ def test_spreading_keeps_samples_and_budget(pairs: list, seed: int) -> None:
     costs = costs_of(pairs)
     packs = pack(costs, budget=130, seed=seed)
     for ranks in (size for size in (1, 2, 3, 4) if len(packs) % size == 0):
-        rows = spread(packs.members, costs, budget=130, ranks=ranks)
+        rows = assign_packs(packs.members, costs, budget=130, ranks=ranks)
         assert {len(row) for row in rows} == {len(packs) // ranks}
         together = [sample for row in rows for members in row for sample in members]
         assert sorted(together) == list(range(len(pairs)))
         assert max(costs.text[members].sum() for row in rows for members in row) <= 130
-        assert rows == spread(packs.members, costs, budget=130, ranks=ranks)
+        assert rows == assign_packs(packs.members, costs, budget=130, ranks=ranks)
 
 
 def test_too_long_sample_is_refused() -> None:
@@ -58,7 +58,7 @@ def test_too_long_sample_is_refused() -> None:
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(0, 40), taken=st.integers(0, 11))
 def test_a_gap_is_closed_by_the_best_two(lengths: list[int], room: int, taken: int) -> None:
-    shelf = _Shelf(np.array(lengths), np.arange(len(lengths)), 40)
+    shelf = _Remaining(np.array(lengths), np.arange(len(lengths)), 40)
     for sample in range(min(taken, len(lengths))):
         shelf.take(sample)
     left = lengths[taken:]
@@ -167,7 +167,7 @@ def test_loss_and_gradients_equal_the_unpacked_run() -> None:
     packs = pack(costs, budget=budget, seed=1)
     pairs = packs.members[: len(packs) // 2 * 2]
     rest = packs.members[len(pairs):]
-    packed = [members for row in spread(pairs, costs, budget=budget, ranks=2) for members in row] + rest
+    packed = [members for row in assign_packs(pairs, costs, budget=budget, ranks=2) for members in row] + rest
     assert 1 < len(packed) < 12
 
     def run(groups: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:

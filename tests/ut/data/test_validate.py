@@ -89,7 +89,7 @@ def test_unknown_names_of_the_model_family(root: Path, records: list) -> None:
         check(root, records, loader={"collate_param": {"model_name": "llava"}})
 
 
-def test_counts_missing_pictures(root: Path, records: list) -> None:
+def test_counts_missing_images(root: Path, records: list) -> None:
     with pytest.raises(UserError, match="record 1.*and 3 more such records"):
         check(root, [{**record, "images": ["no.png"] * len(record["images"])} for record in records])
 
@@ -112,9 +112,9 @@ def test_other_names_and_roles(root: Path) -> None:
             {"from": "call", "value": '{"name": "clock", "arguments": {}}'}, {"from": "result", "value": "12:00"},
             {"from": "gpt", "value": "Noon."},
         ],
-        "pictures": None,
+        "photos": None,
     }]
-    attr = {"images": "pictures", "messages": "chat", "role_tag": "from", "content_tag": "value", "user_tag": "human",
+    attr = {"images": "photos", "messages": "chat", "role_tag": "from", "content_tag": "value", "user_tag": "human",
             "assistant_tag": "gpt", "system_tag": "sys", "function_tag": "call", "observation_tag": "result"}
     assert check(root, rows, attr=attr) == 1
     rows[0]["chat"][2]["value"] = "now"

@@ -42,9 +42,9 @@ def write_video(path: Path, *, frames: int, fps: int = 10, size: tuple[int, int]
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(frames):
-            picture = noise.copy()
-            picture[10:30, number % 50 : number % 50 + 20] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = noise.copy()
+            frame[10:30, number % 50 : number % 50 + 20] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
 

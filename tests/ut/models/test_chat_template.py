@@ -1,4 +1,4 @@
-"""Token ids against a rendered chat template, and what is supervised."""
+"""Token ids against a rendered chat template, and the loss mask."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def vision(kind: str, count: int) -> str:
     return "<|vision_start|>" + f"<|{kind}_pad|>" * count + "<|vision_end|>"
 
 
-def supervised_text(tokenizer: Any, encoded: Any) -> str:
+def target_text(tokenizer: Any, encoded: Any) -> str:
     return tokenizer.decode(encoded.input_ids[encoded.loss_mask])
 
 
@@ -109,7 +109,7 @@ def test_ids_equal_the_chat_template(
     encoded = template.encode(messages, images, max_length=10_000)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, images)
     assert (encoded.num_media, encoded.dropped_messages) == (len(images), 0)
-    text = supervised_text(tokenizer, encoded)
+    text = target_text(tokenizer, encoded)
     if train_on_prompt:
         assert text.count("<|im_start|>") == tokenizer.decode(encoded.input_ids).count("<|im_start|>")
         assert "<|image_pad|>" not in text and "<|vision_start|>" not in text
@@ -131,12 +131,12 @@ def test_thinking_template(tokenizer: Any, messages: list[Message]) -> None:
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, THINK, messages, [])
     thought = {0: "hm", 1: "", 2: "new"}[THOUGHTS.index(messages)]
     # An empty thought begins with the line break that the tokenizer joins with the prompt's.
-    assert supervised_text(tokenizer, encoded) == f"{thought}\n</think>\n\nyes<|im_end|>".lstrip("\n")
+    assert target_text(tokenizer, encoded) == f"{thought}\n</think>\n\nyes<|im_end|>".lstrip("\n")
 
 
 def test_thinking_switched_off(tokenizer: Any) -> None:
     encoded = chat_template(tokenizer, name="qwen3_vl").encode(THOUGHTS[2], [], max_length=999)
-    assert supervised_text(tokenizer, encoded) == "no<|im_end|>yes<|im_end|>"
+    assert target_text(tokenizer, encoded) == "no<|im_end|>yes<|im_end|>"
     text = tokenizer.decode(encoded.input_ids)
     assert text.endswith("assistant\n<think>\n\n</think>\n\nyes<|im_end|>\n") and "old" not in text
 
@@ -144,7 +144,7 @@ def test_thinking_switched_off(tokenizer: Any) -> None:
 def test_mask_history_trains_the_last_answer(tokenizer: Any) -> None:
     messages, images = CONVERSATIONS[3]
     encoded = chat_template(tokenizer, mask_history=True).encode(messages, images, max_length=9999)
-    assert supervised_text(tokenizer, encoded) == "  Yes <image> 42<|im_end|>"
+    assert target_text(tokenizer, encoded) == "  Yes <image> 42<|im_end|>"
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, images)
 
 
@@ -167,12 +167,12 @@ def test_split_special_tokens(tokenizer: Any) -> None:
     assert box not in split.input_ids and "<|box_start|>" in tokenizer.decode(split.input_ids)
 
 
-def test_token_over_the_border_is_not_supervised(tokenizer: Any) -> None:
+def test_token_over_the_border_is_no_target(tokenizer: Any) -> None:
     """The tokenizer joins the line break before the answer with those in it."""
     messages = conversation((USER, "q"), (ASSISTANT, "\n\nfirst"))
     encoded = chat_template(tokenizer).encode(messages, [], max_length=99)
     assert encoded.input_ids.tolist() == reference_ids(tokenizer, NOTHINK, messages, [])
-    assert supervised_text(tokenizer, encoded) in ("first<|im_end|>", "\n\nfirst<|im_end|>")
+    assert target_text(tokenizer, encoded) in ("first<|im_end|>", "\n\nfirst<|im_end|>")
 
 
 @st.composite
@@ -199,7 +199,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[Message], list]:
 @given(conversations(), st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_history: bool, on_prompt: bool) -> None:
-    """Ids are the chat template's; masks cover answers and their ends, and nothing that shows a picture."""
+    """Ids are the chat template's; masks cover answers and their ends, and no vision token."""
     messages, media = drawn
     assert check_order(messages) is None
     name, reference = ("qwen3_vl", THINK) if thinks else ("qwen3_vl_nothink", NOTHINK)
@@ -212,7 +212,7 @@ def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_histo
           for token in ("vision_start", "vision_end", "image_pad", "video_pad", "im_start", "im_end")}
     shows = np.isin(ids, [of[token] for token in ("vision_start", "vision_end", "image_pad", "video_pad")])
     assert not encoded.loss_mask[shows].any()
-    # what every turn is and whether it is supervised, from the tokens alone
+    # role and loss mask of every turn, from the tokens alone
     starts, ends = np.flatnonzero(ids == of["im_start"]), np.flatnonzero(ids == of["im_end"])
     speakers = [tokenizer.decode(ids[start + 1 : start + 2]) for start in starts]
     answers = [place for place, speaker in enumerate(speakers) if speaker == "assistant"]
@@ -243,9 +243,9 @@ texts = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<|>"),
 @settings(max_examples=120, deadline=None)
 def test_masks_and_truncation(tokenizer: Any, turns: list, limit: int, mask_history: bool) -> None:
     messages, images = [], []
-    for question, answer, pictures in turns:
-        messages += conversation((USER, question + "<image>" * pictures), (ASSISTANT, answer))
-        images += [4 + len(images)] * pictures
+    for question, answer, count in turns:
+        messages += conversation((USER, question + "<image>" * count), (ASSISTANT, answer))
+        images += [4 + len(images)] * count
     template = chat_template(tokenizer, mask_history=mask_history)
     whole = template.encode(messages, images, max_length=10**6)
     lengths = [len(template.encode(messages[:end], images, max_length=10**6).input_ids)

@@ -57,7 +57,7 @@ def call(files: Path, *options: str) -> int:
                  "--seq-length", "256", *options])
 
 
-def test_text_and_pictures(files: Path, capsys: pytest.CaptureFixture) -> None:
+def test_text_and_images(files: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib")
     assert call(files, "--samples", "4,0", "--out", str(files / "out")) == 0
     printed = capsys.readouterr().out
@@ -69,8 +69,8 @@ def test_text_and_pictures(files: Path, capsys: pytest.CaptureFixture) -> None:
     page = (files / "out" / "index.html").read_text()
     assert '<span class="target">The digit is 4.&lt;|im_end|&gt;</span>' in page
     for name in ("costs.png", "sample-4-0.png"):
-        with Image.open(files / "out" / name) as picture:
-            assert min(picture.size) > 100
+        with Image.open(files / "out" / name) as image:
+            assert min(image.size) > 100
         assert name in page
     assert not (files / "out" / "sample-0-0.png").exists()  # text only
 
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(files: Path, options: list[str], complaint: str, 
 
 
 @pytest.mark.parametrize("grid", [(1, 4, 6), (3, 2, 4)])
-def test_pictures_are_what_the_patches_hold(grid: tuple[int, int, int]) -> None:
+def test_drawn_frames_equal_the_patches(grid: tuple[int, int, int]) -> None:
     slices, rows, cols = grid
     frames = np.random.default_rng(0).integers(0, 256, (slices * 2, rows * 16, cols * 16, 3), dtype=np.uint8)
     assert np.array_equal(frames_of(cut_patches(frames, SETTINGS), grid, SETTINGS), frames)
