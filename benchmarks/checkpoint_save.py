@@ -89,7 +89,6 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
             state,
             SaveOptions(directory / mode, asynchronous=mode == "asynchronous", keep_last=1),
             backend=backend,
-            say=lambda line: None,
         )
         for mode in ("synchronous", "asynchronous")
     }

@@ -45,7 +45,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     from mindspeed_mm.backend.device import select_backend
     from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
     from mindspeed_mm.checkpoint.directory import resolve_checkpoint
-    from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
+    from mindspeed_mm.checkpoint.hf import load_hf_weights
     from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
     from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
     from mindspeed_mm.config.fsdp_config import FSDPConfig
@@ -84,7 +84,7 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     if save:
         state = TrainingState(model, None, backend, with_rng=False)
         options = SaveOptions(directory.with_name("saved"))
-        CheckpointManager(state, options, backend=backend, say=lambda line: None).start(Progress(iteration=1))
+        CheckpointManager(state, options, backend=backend).start(Progress(iteration=1))
     shutdown_distributed()
 
 

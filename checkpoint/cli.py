@@ -172,7 +172,7 @@ def _dcp_to_hf(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from mindspeed_mm.checkpoint.verify import verify
+    from mindspeed_mm.checkpoint.inspection import verify
 
     differing = verify(
         options.dcp_dir, options.hf_dir, expert_layout=options.expert_layout, workers=options.workers
@@ -185,7 +185,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from mindspeed_mm.checkpoint.inspect_checkpoint import inspect
+    from mindspeed_mm.checkpoint.inspection import inspect
 
     print(inspect(options.dir, every_tensor=options.all))
     return 0

@@ -1,8 +1,7 @@
-"""Ranged reading of a distributed checkpoint written by any number of processes in any sharding.
+"""Ranged reading of a distributed checkpoint written by any number of ranks in any sharding.
 
-torch's own reader loads whole stored pieces. Here only the bytes that are asked for are read: each stored piece is a
-``torch.save`` archive, that is an uncompressed zip file whose one storage lies at a known place, and a small pickle
-that gives its strides.
+torch's own reader loads whole stored chunks. ``DcpReader`` reads the requested bytes only; ``ChunkReader`` reads whole
+chunks where the manifest has their checksums, and compares these on the way.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from mindspeed_mm.checkpoint.archive_reader import ArchivedTensor, find_tensor
-from mindspeed_mm.checkpoint.checksum import crc32, file_checksum, format_checksum
-from mindspeed_mm.checkpoint.dcp_metadata import METADATA, read_metadata
-from mindspeed_mm.checkpoint.safetensors_io import read_tensor, tensor_bytes
+from mindspeed_mm.checkpoint import safetensors_io
+from mindspeed_mm.checkpoint.dcp_format import ArchivedTensor, find_tensor, read_metadata
+from mindspeed_mm.checkpoint.directory import METADATA
+from mindspeed_mm.checkpoint.files import crc32, file_checksum, format_checksum
+from mindspeed_mm.checkpoint.safetensors_io import read_tensor, split_rows, tensor_bytes
 from mindspeed_mm.errors import UserError
+
+Rows = tuple[int, int]
+"""First row and end, exclusive."""
 
 
 class DcpReader:
@@ -32,8 +35,8 @@ class DcpReader:
 
     Attributes:
         path: the directory.
-        tensors: shape and type by name; entries that are no tensors are left out.
-        summed: files whose parts have checksums of their own in the manifest.
+        tensors: shape and dtype by name, without entries that are not tensors.
+        files_with_chunk_checksums: files for which the manifest has a checksum of each chunk.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +46,7 @@ class DcpReader:
             manifest: its manifest, to compare ``.metadata`` with.
 
         Raises:
-            UserError: if ``.metadata`` is missing, unreadable or another one than recorded.
+            UserError: if ``.metadata`` is missing, unreadable or not the recorded one.
         """
         self.path = path
         files = (manifest or {"files": {}})["files"]
@@ -58,24 +61,24 @@ class DcpReader:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._files = None if manifest is None else frozenset(manifest["files"])
-        self.summed = {file for file, facts in files.items() if facts.get("items")}
+        self.files_with_chunk_checksums = {file for file, facts in files.items() if facts.get("items")}
         self._checksums = {
             (file, offset, length): checksum
-            for file in self.summed
+            for file in self.files_with_chunk_checksums
             for offset, length, checksum in files[file]["items"]
         }
-        self._places: dict[tuple[str, tuple[int, ...]], tuple[Path, ArchivedTensor]] = {}
+        self._located: dict[tuple[str, tuple[int, ...]], tuple[Path, ArchivedTensor]] = {}
         self._lock = threading.Lock()
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Read a tensor, or rows [a, b) of it on axis 0, joined from its stored pieces.
+        """Read a tensor, or rows [a, b) of it on axis 0, assembled from its stored chunks.
 
         Raises:
-            UserError: if the stored pieces do not cover it, or cannot be read.
+            UserError: if the chunks do not cover it, or cannot be read.
         """
         shape, dtype = self.tensors[name]
         if not shape:
-            return self.read_piece(name, self._chunks(name)[0], None, dtype)
+            return self._read_rows(name, self._chunks(name)[0], None)
         first, last = rows or (0, shape[0])
         result: Tensor | None = None
         covered = 0
@@ -84,44 +87,43 @@ class DcpReader:
             end = min(last, chunk.offsets[0] + chunk.sizes[0])
             if begin >= end or 0 in chunk.sizes:
                 continue
-            part = self.read_piece(name, chunk, (begin - chunk.offsets[0], end - chunk.offsets[0]), dtype)
-            covered += part.numel()
-            if tuple(part.shape) == (last - first, *shape[1:]):
-                return part
+            values = self._read_rows(name, chunk, (begin - chunk.offsets[0], end - chunk.offsets[0]))
+            covered += values.numel()
+            if tuple(values.shape) == (last - first, *shape[1:]):
+                return values
             if result is None:
                 result = torch.empty((last - first, *shape[1:]), dtype=dtype)
-            place = [slice(begin - first, end - first)]
-            place += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
-            result[tuple(place)] = part
+            index = [slice(begin - first, end - first)]
+            index += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
+            result[tuple(index)] = values
         if result is None or covered != result.numel():
             raise UserError(f"{self.path}: rows {first} to {last} of {name} are not completely stored; save it again")
         return result
 
-    def read_piece(
-        self, name: str, chunk: ChunkStorageMetadata, rows: tuple[int, int] | None, dtype: torch.dtype
-    ) -> Tensor:
-        """Read rows [a, b) of one stored piece; the whole of a piece without axes."""
-        path, place = self._place(name, chunk, dtype)
+    def _read_rows(self, name: str, chunk: ChunkStorageMetadata, rows: Rows | None) -> Tensor:
+        """Read rows [a, b) of a chunk; None for a chunk without axes."""
+        path, archived = self._locate(name, chunk)
+        dtype = archived.dtype
         if rows is None:
-            return read_tensor(path, place.start, dtype, place.shape)
-        if not place.is_contiguous:
-            elements = read_tensor(path, place.start, dtype, (place.span,))
-            return elements.as_strided(place.shape, place.stride)[rows[0] : rows[1]].contiguous()
-        row_bytes = math.prod(place.shape[1:]) * dtype.itemsize
-        shape = (rows[1] - rows[0], *place.shape[1:])
-        return read_tensor(path, place.start + rows[0] * row_bytes, dtype, shape)
+            return read_tensor(path, archived.start, dtype, archived.shape)
+        if not archived.is_contiguous:
+            elements = read_tensor(path, archived.start, dtype, (archived.span,))
+            return elements.as_strided(archived.shape, archived.stride)[rows[0] : rows[1]].contiguous()
+        row_bytes = math.prod(archived.shape[1:]) * dtype.itemsize
+        shape = (rows[1] - rows[0], *archived.shape[1:])
+        return read_tensor(path, archived.start + rows[0] * row_bytes, dtype, shape)
 
-    def items(self, name: str) -> list[tuple[ChunkStorageMetadata, Any]]:
-        """The stored pieces of a tensor: which part of it, and where (file, offset, length)."""
+    def chunks(self, name: str) -> list[tuple[ChunkStorageMetadata, Any]]:
+        """The chunks of a tensor, each with its storage (``relative_path``, ``offset``, ``length``)."""
         return [(chunk, self._info(name, chunk)) for chunk in self._chunks(name)]
 
-    def read_item(self, name: str, chunk: ChunkStorageMetadata, *, check: bool) -> Tensor:
-        """Read a stored piece in one go, with all that surrounds its values.
+    def read_chunk(self, name: str, chunk: ChunkStorageMetadata, *, check: bool) -> Tensor:
+        """Read a whole chunk, including the archive around its values.
 
         Args:
             name: of the tensor.
-            chunk: which piece.
-            check: compare its checksum, if the manifest knows it.
+            chunk: one of its chunks.
+            check: compare its checksum, if the manifest has it.
 
         Raises:
             UserError: if it cannot be read, is damaged, or is not what ``.metadata`` says.
@@ -129,7 +131,7 @@ class DcpReader:
         info = self._info(name, chunk)
         path, dtype = self.path / info.relative_path, self.tensors[name][1]
         content = read_tensor(path, info.offset, torch.uint8, (info.length,))
-        if check and info.relative_path in self.summed:
+        if check and info.relative_path in self.files_with_chunk_checksums:
             recorded = self._checksums.get((info.relative_path, info.offset, info.length))
             if recorded != format_checksum(crc32(tensor_bytes(content))):
                 raise UserError(f"{path}: {name} has another checksum than recorded; restore the file or another "
@@ -139,12 +141,12 @@ class DcpReader:
             buffer[:] = tensor_bytes(content)[position : position + len(buffer)]
             return len(buffer)
 
-        with _damage_named(path, name):
-            place = find_tensor(read, info.length)
-            values = content[place.start : place.start + place.span * dtype.itemsize]
-            values = values.clone() if place.start % dtype.itemsize else values
-            tensor = values.view(dtype).as_strided(place.shape, place.stride)
-        _check_layout(path, name, place, chunk, dtype)
+        with _naming_damage(path, name):
+            archived = find_tensor(read, info.length)
+            values = content[archived.start : archived.start + archived.span * dtype.itemsize]
+            values = values.clone() if archived.start % dtype.itemsize else values
+            tensor = values.view(dtype).as_strided(archived.shape, archived.stride)
+        _check_layout(path, name, archived, chunk, dtype)
         return tensor
 
     def _info(self, name: str, chunk: ChunkStorageMetadata) -> Any:
@@ -160,25 +162,25 @@ class DcpReader:
     def _chunks(self, name: str) -> list[ChunkStorageMetadata]:
         return self._metadata.state_dict_metadata[name].chunks
 
-    def _place(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> tuple[Path, ArchivedTensor]:
-        """The file of a stored piece, and where in the file its elements lie."""
-        key = (name, tuple(chunk.offsets))
+    def _locate(self, name: str, chunk: ChunkStorageMetadata) -> tuple[Path, ArchivedTensor]:
+        """The file of a chunk, and the location of its values in that file."""
+        key, dtype = (name, tuple(chunk.offsets)), self.tensors[name][1]
         with self._lock:
-            known = self._places.get(key)
+            known = self._located.get(key)
         if known is None:
             info = self._info(name, chunk)
             path = self.path / info.relative_path
-            with _damage_named(path, name), path.open("rb") as file:
-                place = find_tensor(lambda b, at: os.preadv(file.fileno(), [b], info.offset + at), info.length)
-            _check_layout(path, name, place, chunk, dtype)
-            known = path, dataclasses.replace(place, start=place.start + info.offset)
+            with _naming_damage(path, name), path.open("rb") as file:
+                archived = find_tensor(lambda b, at: os.preadv(file.fileno(), [b], info.offset + at), info.length)
+            _check_layout(path, name, archived, chunk, dtype)
+            known = path, dataclasses.replace(archived, start=archived.start + info.offset)
             with self._lock:
-                self._places[key] = known
+                self._located[key] = known
         return known
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path, name: str) -> Iterator[None]:
+def _naming_damage(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -190,10 +192,110 @@ def _damage_named(path: Path, name: str) -> Iterator[None]:
 
 
 def _check_layout(
-    path: Path, name: str, place: ArchivedTensor, chunk: ChunkStorageMetadata, dtype: torch.dtype
+    path: Path, name: str, archived: ArchivedTensor, chunk: ChunkStorageMetadata, dtype: torch.dtype
 ) -> None:
-    if place.shape != tuple(chunk.sizes) or place.dtype != dtype:
+    if archived.shape != tuple(chunk.sizes) or archived.dtype != dtype:
         raise UserError(
-            f"{path}: {name} is stored as {list(place.shape)} {place.dtype} and .metadata says {list(chunk.sizes)} "
-            f"{dtype}; the checkpoint is damaged, make it again"
+            f"{path}: {name} is stored as {list(archived.shape)} {archived.dtype} and .metadata says "
+            f"{list(chunk.sizes)} {dtype}; the checkpoint is damaged, make it again"
         )
+
+
+class ChunkReader:
+    """Reads rows of parameters in bounded memory.
+
+    Where the manifest has checksums of chunks, as every checkpoint of this package has, whole chunks are read and
+    compared, each once. Files written by other programs are read by ranges of rows.
+    """
+
+    def __init__(self, reader: DcpReader, *, check: bool) -> None:
+        """
+        Args:
+            reader: the checkpoint.
+            check: compare checksums.
+        """
+        self._reader = reader
+        self._check = check
+
+    def files_without_chunk_checksums(self, names: Iterable[str]) -> set[str]:
+        """Files of these parameters that have no checksums of chunks and must be checked as a whole."""
+        files = {info.relative_path for name in names for _, info in self._reader.chunks(name)}
+        return files - self._reader.files_with_chunk_checksums
+
+    def ranges(self, name: str) -> list[Rows]:
+        """Ranges of rows, to be read one by one, that make up the whole parameter."""
+        shape, dtype = self._reader.tensors[name]
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        if not self._has_chunk_checksums(name):
+            return split_rows(shape[0], row_bytes)
+        return list(_grouped(self._bands(name), row_bytes))
+
+    def read(self, name: str, rows: Rows) -> Tensor:
+        """Rows [a, b) of a parameter; one of its ``ranges``, or all of it.
+
+        Raises:
+            UserError: if a chunk is missing, damaged or unreadable.
+        """
+        if not self._has_chunk_checksums(name):
+            return self._reader.read(name, rows)
+        first, last = rows
+        shape, dtype = self._reader.tensors[name]
+        result, covered = None, 0
+        for chunk, _ in self._reader.chunks(name):
+            if chunk.offsets[0] >= last or chunk.offsets[0] + chunk.sizes[0] <= first or 0 in chunk.sizes:
+                continue
+            values = self._reader.read_chunk(name, chunk, check=self._check)
+            if tuple(values.shape) == (last - first, *shape[1:]):
+                return values.contiguous()
+            if result is None:
+                result = torch.empty((last - first, *shape[1:]), dtype=dtype)
+            result[_index_in_rows(chunk, first)] = values
+            covered += values.numel()
+        if result is None or covered != result.numel():
+            raise UserError(
+                f"{self._reader.path}: rows {first} to {last} of {name} are not completely stored; save it again"
+            )
+        return result
+
+    def _has_chunk_checksums(self, name: str) -> bool:
+        files = {info.relative_path for _, info in self._reader.chunks(name)}
+        return files <= self._reader.files_with_chunk_checksums
+
+    def _bands(self, name: str) -> list[Rows]:
+        """The finest ranges of rows whose limits no chunk crosses."""
+        spans = sorted(
+            (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+            for chunk, _ in self._reader.chunks(name)
+            if 0 not in chunk.sizes
+        )
+        bands: list[Rows] = []
+        for start, end in spans:
+            if bands and start < bands[-1][1]:
+                bands[-1] = (bands[-1][0], max(end, bands[-1][1]))
+            else:
+                bands.append((start, end))
+        rows = self._reader.tensors[name][0][0]
+        edges = [0, *(edge for band in bands for edge in band), rows]
+        if any(edges[i] != edges[i + 1] for i in range(0, len(edges), 2)):
+            raise UserError(f"{self._reader.path}: {name} is not completely stored; save it again")
+        return bands
+
+
+def _index_in_rows(chunk: ChunkStorageMetadata, first: int) -> tuple[slice, ...]:
+    """Index of a chunk in a tensor that begins with row ``first``."""
+    starts = [chunk.offsets[0] - first, *chunk.offsets[1:]]
+    return tuple(slice(start, start + size) for start, size in zip(starts, chunk.sizes, strict=True))
+
+
+def _grouped(bands: Iterable[Rows], row_bytes: int) -> Iterator[Rows]:
+    """Adjacent bands, merged up to ``ROW_CHUNK_BYTES``."""
+    merged: Rows | None = None
+    for start, end in bands:
+        if merged is not None and (end - merged[0]) * row_bytes <= safetensors_io.ROW_CHUNK_BYTES:
+            merged = (merged[0], end)
+            continue
+        if merged is not None:
+            yield merged
+        merged = (start, end)
+    if merged is not None:
+        yield merged

@@ -1,221 +1,130 @@
-"""Writing a distributed checkpoint file by file, from tensors that are made on demand.
-
-torch's own writer wants the whole state dict in memory. The files are the same: each holds tensors saved by
-``torch.save`` one after another, and ``.metadata`` says where each piece of each tensor lies.
-"""
+"""Writes one rank's chunks of a checkpoint in torch's file format, with their checksums."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mindspeed_mm.checkpoint import torch_archive
-from mindspeed_mm.checkpoint.checksum import combine, crc32, format_checksum
-from mindspeed_mm.checkpoint.dcp_metadata import StoredItem
+from mindspeed_mm.checkpoint.dcp_format import StoredChunk, archive_frame, can_frame
 from mindspeed_mm.checkpoint.directory import WrittenFile
-from mindspeed_mm.checkpoint.executor import WRITE_BYTES, ByteBudget, Progress
-from mindspeed_mm.checkpoint.hf_source import HFSource, ReadRange
-from mindspeed_mm.checkpoint.pieces import split_rows
+from mindspeed_mm.checkpoint.files import OutputFile, combine, crc32, format_checksum, new_file
 from mindspeed_mm.checkpoint.safetensors_io import tensor_bytes
-from mindspeed_mm.models.state_dict import WeightRule
+from mindspeed_mm.checkpoint.shards import Chunk, total_bytes
 
-PREFIX = "model."
-FILE_BYTES = 1 << 30
-"""Size at which a file is closed: what an interruption can cost, per worker."""
+MIN_FILE_BYTES = 256 << 20
+"""A rank that writes more than this begins another file, in another thread."""
+MAX_THREADS = 4
+
+
+class SaveAborted(Exception):
+    """Another rank failed to write, so this one stops."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """Rows [first, last) of one mcore parameter, stored as one item."""
+class RankFile:
+    """One file of one rank, flushed to disk."""
 
-    rule: WeightRule
-    first: int
-    last: int
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the stored item."""
-        return (self.last - self.first, *self.rule.target_shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored item."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass
-class Item:
-    """A stored piece: where it lies in its file, the CRC-32 of its values, and the checksum of all its bytes there."""
-
-    target: str
-    first: int
-    rows: int
-    offset: int
-    length: int
-    crc: int
-    checksum: str
-
-
-@dataclasses.dataclass
-class FileRecord:
-    """What one finished file holds, and which source bytes went into it; kept in the journal as JSON."""
-
+    name: str
     size: int
     checksum: str
-    items: list[Item]
-    reads: list[ReadRange]
+    chunks: list[StoredChunk]
 
     @property
     def written(self) -> WrittenFile:
         """For the manifest."""
-        return WrittenFile(self.size, self.checksum, [(i.offset, i.length, i.checksum) for i in self.items])
+        return WrittenFile(self.size, self.checksum, [(c.offset, c.length, c.checksum) for c in self.chunks])
 
     def to_json(self) -> dict[str, Any]:
-        """As plain dictionaries and lists."""
-        return dataclasses.asdict(self)
+        """As plain lists and strings, for another rank."""
+        chunks = [
+            [c.name, str(c.dtype).removeprefix("torch."), c.global_shape, c.offsets, c.shape, c.offset, c.length,
+             c.checksum]
+            for c in self.chunks
+        ]
+        return {"name": self.name, "size": self.size, "checksum": self.checksum, "chunks": chunks}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> FileRecord:
+    def from_json(cls, content: dict[str, Any]) -> RankFile:
         """Inverse of ``to_json``."""
-        items = [Item(**item) for item in content["items"]]
-        return cls(content["size"], content["checksum"], items, [ReadRange(**read) for read in content["reads"]])
+        chunks = [
+            StoredChunk(
+                name, getattr(torch, dtype), tuple(global_shape), tuple(offsets), tuple(shape), content["name"], *stored
+            )
+            for name, dtype, global_shape, offsets, shape, *stored in content["chunks"]
+        ]
+        return cls(content["name"], content["size"], content["checksum"], chunks)
 
 
-def plan_files(source: HFSource, dtype: torch.dtype | None) -> dict[str, list[Piece]]:
-    """Divide all parameters into pieces and the pieces into files, in the order of the weight map.
+def write_rank_files(
+    directory: Path, chunks: Sequence[Chunk], *, rank: int, should_continue: Callable[[], bool] = lambda: True
+) -> list[RankFile]:
+    """Write chunks into this rank's files and flush them to disk.
 
     Args:
-        source: what is converted.
-        dtype: type to store, None for each tensor's own.
+        directory: must exist.
+        chunks: their values may be on any device.
+        rank: of this process; part of the file names.
+        should_continue: called before each chunk.
+
+    Raises:
+        OSError: if writing failed.
+        SaveAborted: if ``should_continue`` returned False.
     """
-    files: list[list[Piece]] = [[]]
-    local_shard = 0
-    for rule in source.rules:
-        stored = dtype or source.dtype_of(rule)
-        rows = rule.target_shape[0]
-        row_bytes = math.prod(rule.target_shape[1:]) * stored.itemsize
-        for first, last in split_rows(rows, row_bytes) if rule.row_wise else [(0, rows)]:
-            piece = Piece(rule, first, last, stored)
-            if local_shard and local_shard + piece.nbytes > FILE_BYTES:
-                files.append([])
-                local_shard = 0
-            files[-1].append(piece)
-            local_shard += piece.nbytes
-    return {f"__0_{number}.distcp": pieces for number, pieces in enumerate(files)}
+    if not chunks:
+        return []
+    files = _divide(chunks, max(1, min(MAX_THREADS, total_bytes(chunks) // MIN_FILE_BYTES)))
+    paths = [directory / f"__{rank}_{number}.distcp" for number in range(len(files))]
+    with ThreadPoolExecutor(len(files), thread_name_prefix="save") as pool:
+        return list(pool.map(lambda path, content: _write_file(path, content, should_continue), paths, files))
 
 
-def write_file(
-    path: Path, pieces: Sequence[Piece], source: HFSource, *, budget: ByteBudget, progress: Progress
-) -> FileRecord:
-    """Write one file of pieces, flush it to disk and return its record."""
-    items: list[Item] = []
-    reads: list[ReadRange] = []
-    with path.open("wb") as file:
-        stream = _CountingStream(file, progress)
-        for piece in pieces:
-            # Source and result are both held, and a change of type holds one more.
-            with budget.take(3 * piece.nbytes):
-                offset = stream.position
-                tensor, crc = _resolve(piece, source, reads)
-                checksum = format_checksum(stream.save(tensor, crc))
-                del tensor
-            length = stream.position - offset
-            items.append(Item(piece.rule.target, piece.first, piece.last - piece.first, offset, length, crc, checksum))
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(stream.position, format_checksum(stream.crc), items, reads)
+def _divide(chunks: Sequence[Chunk], count: int) -> list[list[Chunk]]:
+    """Divide chunks, in their order, into ``count`` files of about the same size."""
+    share, files, nbytes = total_bytes(chunks) / count, [[]], 0
+    for chunk in chunks:
+        if nbytes >= share * len(files) and len(files) < count:
+            files.append([])
+        files[-1].append(chunk)
+        nbytes += chunk.values.nbytes
+    return files
 
 
-def _resolve(piece: Piece, source: HFSource, reads: list[ReadRange]) -> tuple[torch.Tensor, int]:
-    """The values of a piece and their checksum; the ranges read are appended to ``reads``."""
-    rows = (piece.first, piece.last) if piece.rule.row_wise else None
-    parts = [source.read(name, rows) for name, _ in piece.rule.sources]
-    reads.extend(read for _, read in parts)
-    tensor = piece.rule.to_mcore([part for part, _ in parts]).to(piece.dtype)
-    if piece.rule.is_copy and piece.dtype == parts[0][0].dtype:
-        return tensor, parts[0][1].crc
-    return tensor, crc32(tensor_bytes(tensor))
+def _write_file(path: Path, chunks: Sequence[Chunk], should_continue: Callable[[], bool]) -> RankFile:
+    stored = []
+    with new_file(path) as file:
+        for chunk in chunks:
+            if not should_continue():
+                raise SaveAborted
+            offset = file.length
+            checksum = _write_chunk(file, chunk)
+            dtype, shape = chunk.values.dtype, tuple(chunk.values.shape)
+            stored.append(
+                StoredChunk(
+                    chunk.name, dtype, chunk.global_shape, chunk.offsets, shape, path.name, offset,
+                    file.length - offset, checksum,
+                )
+            )
+    return RankFile(path.name, file.length, format_checksum(file.crc), stored)
 
 
-class _CountingStream:
-    """A binary file that keeps its position and checksum, and advances the progress bar."""
-
-    def __init__(self, file: Any, progress: Progress) -> None:
-        self._file = file
-        self._progress = progress
-        self.position = 0
-        self.crc = 0
-
-    def save(self, tensor: torch.Tensor, crc: int) -> int:
-        """Write a tensor as ``torch.save`` does, its values having the checksum ``crc``; returns that of the whole."""
-        before, start, self.crc = self.crc, self.position, 0
-        if torch_archive.fits(tensor):
-            head, tail = torch_archive.frame(tensor, crc)
-            self.write(head)
-            self._write_parts(tensor_bytes(tensor))
-            self.crc = combine(self.crc, crc, tensor.nbytes)
-            self.write(tail)
-        else:
-            torch.save(tensor, self)
-        whole = self.crc
-        self.crc = combine(before, whole, self.position - start)
-        return whole
-
-    def write(self, data: Any) -> int:
-        """Write any buffer; returns its length in bytes."""
-        view = memoryview(data).cast("B")
-        self.crc = crc32(view, self.crc)
-        self._write_parts(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """The file is flushed once, when it is complete."""
-
-    def _write_parts(self, view: memoryview) -> None:
-        for start in range(0, len(view), WRITE_BYTES):
-            part = view[start : start + WRITE_BYTES]
-            self._file.write(part)
-            self._progress.advance(len(part))
-        self.position += len(view)
-
-
-def stored_items(files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> list[StoredItem]:
-    """All pieces, where they lie."""
-    return [
-        StoredItem(
-            name=PREFIX + piece.rule.target,
-            dtype=piece.dtype,
-            whole=piece.rule.target_shape,
-            offsets=(piece.first, *[0] * (len(piece.shape) - 1)),
-            shape=piece.shape,
-            file=file,
-            offset=item.offset,
-            length=item.length,
-        )
-        for file, pieces in files.items()
-        for piece, item in zip(pieces, records[file].items, strict=True)
-    ]
-
-
-def tensor_facts(files: dict[str, list[Piece]], records: dict[str, FileRecord]) -> dict[str, dict[str, Any]]:
-    """Shape, type and checksum of every parameter, for the manifest."""
-    crcs: dict[str, int] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for file, pieces in files.items():
-        for piece, item in zip(pieces, records[file].items, strict=True):
-            name = PREFIX + piece.rule.target
-            # Pieces of a tensor follow one another, so their checksums join to that of the whole.
-            crcs[name] = combine(crcs[name], item.crc, piece.nbytes) if name in crcs else item.crc
-            facts[name] = {
-                "shape": list(piece.rule.target_shape),
-                "dtype": str(piece.dtype).removeprefix("torch."),
-                "checksum": format_checksum(crcs[name]),
-            }
-    return facts
+def _write_chunk(file: OutputFile, chunk: Chunk) -> str:
+    values = chunk.values.cpu().contiguous()
+    if not can_frame(values):
+        buffer = io.BytesIO()
+        torch.save(values.clone(), buffer)
+        content = buffer.getbuffer()
+        crc = crc32(content)
+        file.write(content, crc=crc)
+        return format_checksum(crc)
+    data = tensor_bytes(values)
+    data_crc = crc32(data)
+    head, tail = archive_frame(values, data_crc)
+    crc = crc32(tail, combine(crc32(head), data_crc, len(data)))
+    file.write(head, data, tail, crc=crc)
+    return format_checksum(crc)

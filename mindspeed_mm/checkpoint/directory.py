@@ -1,15 +1,15 @@
-"""The directory format of checkpoints: what makes one complete, and how one comes into being atomically.
+"""The directory format of checkpoints: names, tracker, manifest, verification, and atomic commit.
 
 ```
 ROOT/latest_checkpointed_iteration.txt     "release" or an iteration number; written last
 ROOT/release/ or ROOT/iter_0000010/
     .metadata  *.distcp                    PyTorch distributed checkpoint
     manifest.json                          sizes and checksums of all files, and facts about the content
-ROOT/.iter_0000010.partial/                a checkpoint that is being written, or whose writer died
-ROOT/.iter_0000010.replaced/               the one that had this name before, while another takes its place
+ROOT/.iter_0000010.partial/                a checkpoint being written, or left by an interrupted save
+ROOT/.iter_0000010.replaced/               the previous checkpoint of this name, while a new one is renamed into place
 ```
-A directory is written under a hidden name beside its place, flushed to disk, given its manifest and only then renamed.
-So a directory without a manifest is not a checkpoint, and a crash at any moment leaves either nothing or all of it.
+A checkpoint is written to a hidden directory, flushed to disk, completed by its manifest and only then renamed. A
+directory without a manifest is not a checkpoint, and a crash at any moment leaves either all of it or nothing.
 This module imports no torch.
 """
 
@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.checksum import file_checksum
 from mindspeed_mm.checkpoint.files import (
     DIRECTORY_MODE,
     FILE_MODE,
+    file_checksum,
     make_directory,
     remove,
     set_mode,
@@ -39,24 +39,27 @@ from mindspeed_mm.errors import UserError
 
 RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
+METADATA = ".metadata"
+PROGRESS_FILE = "progress.json"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+_HF_CONFIG = "config.json"
 _HASH_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """A file that its writer has flushed to disk and summed.
+    """A file that its writer has flushed to disk, with its checksum.
 
     Attributes:
         size: in bytes.
-        checksum: of the whole.
-        items: (offset, length, checksum) of each part that is read by itself; empty where these are not known.
+        checksum: of the whole file.
+        chunks: (offset, length, checksum) of each chunk; empty if these are not known.
     """
 
     size: int
     checksum: str
-    items: Sequence[tuple[int, int, str]] = ()
+    chunks: Sequence[tuple[int, int, str]] = ()
 
 
 def iteration_name(iteration: int) -> str:
@@ -70,10 +73,10 @@ def checkpoint_name(value: str | int) -> str:
 
 
 def read_tracker(root: str | os.PathLike[str]) -> str | int | None:
-    """What the tracker file holds: ``"release"``, an iteration number, or None where there is no tracker.
+    """Content of the tracker file: ``"release"``, an iteration number, or None if there is no tracker.
 
     Raises:
-        UserError: if the file holds anything else.
+        UserError: if the file has any other content.
     """
     path = Path(root) / TRACKER
     try:
@@ -90,7 +93,7 @@ def read_tracker(root: str | os.PathLike[str]) -> str | int | None:
 
 
 def write_tracker(root: str | os.PathLike[str], value: str | int) -> None:
-    """Point the tracker of ``root`` to ``"release"`` or an iteration; atomic, and on disk when this returns."""
+    """Point the tracker of ``root`` to ``"release"`` or an iteration, atomically and flushed to disk."""
     write_atomically(Path(root) / TRACKER, str(value).encode())
 
 
@@ -98,7 +101,7 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     """The checkpoint directory that the tracker in ``root`` points to.
 
     Raises:
-        UserError: if ``root``, the tracker or the directory is missing, naming the step of the guide that makes it.
+        UserError: if ``root``, the tracker or the directory is missing, naming the step of the guide that creates it.
     """
     root = Path(root)
     if not root.is_dir():
@@ -111,29 +114,29 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
         )
     path = root / checkpoint_name(value)
     if not path.is_dir() and replaced_name(path).is_dir():
-        return replaced_name(path)  # a writer was killed while it put another in its place
+        return replaced_name(path)  # a save was killed between the two renames
     if not path.is_dir():
         raise UserError(f"{root / TRACKER} points to {path.name}, which is missing; restore it or correct the tracker")
     return path
 
 
 def partial_name(target: Path) -> Path:
-    """Where ``target`` lies until it is complete."""
+    """Path of ``target`` until it is complete."""
     return target.with_name(f".{target.name}.partial")
 
 
 def replaced_name(target: Path) -> Path:
-    """Where ``target`` lies while another takes its place."""
+    """Path of the previous ``target`` while a new one is renamed into place."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def prepare_directory(target: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Make the directory in which ``target`` is to be written; for one process, the others wait until it returns.
+    """Make the directory in which ``target`` is written. Called by one rank, before any rank writes.
 
     Args:
-        target: final place.
-        overwrite: accept that ``target`` exists; it stays in place until ``finish_directory``.
-        resume: keep what an earlier writer left; otherwise it is removed.
+        target: final path.
+        overwrite: accept an existing ``target``; it stays until ``finish_directory``.
+        resume: keep the files of an interrupted writer; otherwise they are removed.
 
     Raises:
         UserError: if ``target`` exists and ``overwrite`` is false.
@@ -157,14 +160,15 @@ def finish_directory(
     overwrite: bool = False,
     written: Mapping[str, WrittenFile] | None = None,
 ) -> None:
-    """Flush ``partial`` to disk, write its manifest and rename it to ``target``; for one process, after all wrote.
+    """Flush ``partial`` to disk, write its manifest and rename it to ``target``. Called by one rank, after all wrote.
 
     Args:
-        partial: what ``prepare_directory`` returned.
-        target: final place.
-        metadata: JSON-able facts about the content, kept under ``metadata`` in the manifest.
+        partial: as returned by ``prepare_directory``.
+        target: final path.
+        metadata: JSON-able facts about the content, stored under ``metadata`` in the manifest.
         overwrite: replace an existing ``target``.
-        written: files that are on the disk and known already, by relative name; all others are flushed and summed here.
+        written: files whose writer has flushed and checksummed them, by relative name; all others are flushed and read
+            here.
 
     Raises:
         UserError: if a file of ``written`` is missing or of another size; if ``target`` exists and may not be replaced.
@@ -174,7 +178,7 @@ def finish_directory(
     _check_written(partial, known)
     names = sorted({*_files_below(partial), *known})  # a network file system may list late what others wrote
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        entries = list(pool.map(lambda name: known.get(name) or _flush_and_sum(partial / name), names))
+        entries = list(pool.map(lambda name: known.get(name) or _flush_and_checksum(partial / name), names))
     files = {name: _manifest_entry(entry) for name, entry in zip(names, entries, strict=True)}
     directories = {parent for name in names for parent in (partial / name).parents if parent.is_relative_to(partial)}
     for path, mode in [(partial / name, FILE_MODE) for name in names] + [(d, DIRECTORY_MODE) for d in directories]:
@@ -209,27 +213,27 @@ def _check_written(partial: Path, written: Mapping[str, WrittenFile]) -> None:
             size = (partial / name).stat().st_size
         except FileNotFoundError:
             raise UserError(
-                f"{partial / name} was written by another process and is not to be seen here; the directory must lie "
-                "on a file system that all machines share"
+                f"{partial / name} was written by another rank and is not visible here; the directory must be on a "
+                "file system that all machines share"
             ) from None
         if size != entry.size:
-            raise UserError(f"{partial / name} has {size} bytes instead of {entry.size}; does something else write it?")
+            raise UserError(f"{partial / name} has {size} bytes, not {entry.size}; is another process writing it?")
 
 
-def _flush_and_sum(path: Path) -> WrittenFile:
+def _flush_and_checksum(path: Path) -> WrittenFile:
     sync_file(path)
     return WrittenFile(path.stat().st_size, file_checksum(path))
 
 
 def _manifest_entry(file: WrittenFile) -> dict[str, Any]:
     entry: dict[str, Any] = {"size": file.size, "checksum": file.checksum}
-    if file.items:
-        entry["items"] = [list(item) for item in file.items]
+    if file.chunks:
+        entry["items"] = [list(chunk) for chunk in file.chunks]
     return entry
 
 
 def _manifest_text(files: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    """JSON with a line for each file, which may have thousands of items."""
+    """JSON with one line per file, which may have thousands of chunks."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
     facts = json.dumps(dict(metadata), indent=1)
     return f'{{\n "format": {MANIFEST_FORMAT},\n "metadata": {facts},\n "files": {{\n{lines}\n }}\n}}\n'
@@ -239,10 +243,10 @@ def _manifest_text(files: Mapping[str, Any], metadata: Mapping[str, Any]) -> str
 def commit_directory(
     target: str | os.PathLike[str], metadata: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """Give a temporary directory to write into; it becomes ``target`` when the block ends without an error.
+    """A temporary directory to write into; it becomes ``target`` when the block ends without an error.
 
     Args:
-        target: final place.
+        target: final path.
         metadata: facts for the manifest; may be filled inside the block.
         overwrite: replace an existing ``target``.
     """
@@ -259,7 +263,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a checkpoint directory.
 
     Raises:
-        UserError: if it is missing or unreadable: then the directory is no complete checkpoint.
+        UserError: if it is missing or unreadable, so that the directory is no complete checkpoint.
     """
     file = Path(path) / MANIFEST
     if not Path(path).is_dir():
@@ -287,7 +291,7 @@ def verify_directory(path: str | os.PathLike[str], *, checksums: bool = False) -
         checksums: also read all files and compare their checksums; sizes are always compared.
 
     Raises:
-        UserError: naming the files that are missing, of another size, or of another content.
+        UserError: naming missing files, and files whose size or checksum differs.
     """
     manifest = read_manifest(path)
     verify_files(Path(path), manifest["files"], checksums=checksums)
@@ -299,11 +303,11 @@ def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksum
 
     Args:
         path: the directory.
-        files: what the manifest says of them, by name.
+        files: their manifest entries, by name.
         checksums: also read them and compare their checksums; sizes are always compared.
 
     Raises:
-        UserError: naming the files that are missing, of another size, or of another content.
+        UserError: naming missing files, and files whose size or checksum differs.
     """
     faults = []
     for name, facts in files.items():
@@ -329,3 +333,46 @@ def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksum
 
 def _files_below(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether a directory looks like a Hugging Face model directory."""
+    return (path / _HF_CONFIG).is_file() and not (path / METADATA).exists()
+
+
+def find_checkpoint(path: Path, option: str) -> Path:
+    """The checkpoint directory that ``path`` is, or that its tracker file points to.
+
+    Args:
+        path: as given by the user.
+        option: command-line option that gave it, for messages.
+
+    Raises:
+        UserError: if it is none, saying what the path is instead.
+    """
+    if not path.exists():
+        raise UserError(f"{option} {path} does not exist; name a checkpoint, or the directory of its tracker file")
+    if not path.is_dir():
+        raise UserError(f"{option} {path} is a file; name the checkpoint's directory")
+    if (path / TRACKER).is_file():
+        return resolve_checkpoint(path)
+    if is_huggingface(path):
+        raise UserError(f"{option} {path} is a Hugging Face directory; name a distributed checkpoint")
+    if not any((path / name).exists() for name in (MANIFEST, METADATA)):
+        if partial_name(path / RELEASE).is_dir():
+            raise UserError(f"{option} {path} holds an unfinished conversion; run the same hf_to_dcp command again")
+        raise UserError(
+            f"{option} {path} holds neither {TRACKER} nor {MANIFEST}, so it is no checkpoint; name .../{RELEASE}, "
+            ".../iter_XXXXXXX, or the directory of the tracker file"
+        )
+    return path
+
+
+def check_huggingface(path: Path, option: str) -> None:
+    """Refuse a distributed checkpoint where a Hugging Face directory is expected.
+
+    Raises:
+        UserError: if ``path`` is a distributed checkpoint.
+    """
+    if not (path / _HF_CONFIG).exists() and any((path / name).exists() for name in (TRACKER, METADATA)):
+        raise UserError(f"{option} {path} is a distributed checkpoint; name a Hugging Face directory")

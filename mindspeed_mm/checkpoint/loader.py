@@ -1,6 +1,6 @@
-"""Reading a checkpoint into tensors that are spread over processes, with checksums, and strictly.
+"""Loads a checkpoint into sharded tensors, strictly and with checksums.
 
-Every process reads the stored pieces that meet its own part, whoever wrote them in whichever sharding, and no others.
+Every rank reads only the stored chunks that overlap its own shards, whatever sharding wrote them.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.directory import read_manifest, verify_files
-from mindspeed_mm.checkpoint.shards import ShardSlice, local_shard, overlap, within
+from mindspeed_mm.checkpoint.shards import ShardSlice, local_shard, overlap, relative_index
 from mindspeed_mm.errors import UserError
 
 Check = Literal["read", "all", "sizes"]
-"""Which checksums to compare: of what is read, of every file, or none."""
+"""Checksums to compare: of the chunks that are read, of all files, or none."""
 _THREADS = 4
 
 
 @torch.no_grad()
-def load_tensors(reader: DcpReader, wanted: Mapping[str, Tensor], *, check: Check = "read") -> None:
-    """Fill tensors, in place, from a checkpoint. Called by all processes together.
+def load_tensors(reader: DcpReader, tensors: Mapping[str, Tensor], *, check: Check = "read") -> None:
+    """Fill tensors from a checkpoint, in place. Called by all ranks.
 
     Args:
-        reader: of the checkpoint; has all names of ``wanted`` in the same shapes.
-        wanted: sharded or not, with storage, on any device; by their names in the checkpoint.
+        reader: of the checkpoint; has all names of ``tensors`` in the same shapes.
+        tensors: sharded or not, with storage, on any device; by their names in the checkpoint.
         check: which checksums to compare.
 
     Raises:
-        UserError: on all processes, if a piece is missing, unreadable or damaged.
+        UserError: on all ranks, if a chunk is missing, unreadable or damaged.
     """
-    with agreed_error():
-        jobs = sorted(_jobs(reader, wanted), key=lambda job: job[0])
+    with raise_on_all_ranks():
+        jobs = sorted(_jobs(reader, tensors), key=lambda job: job[0])
         files = {file for (file, _), *_ in jobs}
         _check_files(reader, files, check)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="load") as pool:
@@ -54,39 +54,39 @@ def load_tensors(reader: DcpReader, wanted: Mapping[str, Tensor], *, check: Chec
 _Job = tuple[tuple[str, int], str, Any, Tensor, ShardSlice]
 
 
-def _jobs(reader: DcpReader, wanted: Mapping[str, Tensor]) -> Iterator[_Job]:
-    """A job for each stored piece that this process needs: its place, its tensor, and the part that it is to fill."""
-    for name, tensor in wanted.items():
-        local, region = local_shard(tensor)
+def _jobs(reader: DcpReader, tensors: Mapping[str, Tensor]) -> Iterator[_Job]:
+    """A job for each stored chunk that this rank needs: (file, offset), name, chunk, values to fill, their slice."""
+    for name, tensor in tensors.items():
+        local, shard_slice = local_shard(tensor)
         covered = 0
-        for chunk, info in reader.items(name) if local.numel() else ():
-            common = overlap(region, tuple(chunk.offsets), tuple(chunk.sizes))
+        for chunk, info in reader.chunks(name) if local.numel() else ():
+            common = overlap(shard_slice, tuple(chunk.offsets), tuple(chunk.sizes))
             if common is None:
                 continue
-            part = local[within(common, tuple(start for start, _ in region))]
-            covered += part.numel()
-            yield (info.relative_path, info.offset), name, chunk, part, common
+            values = local[relative_index(common, tuple(start for start, _ in shard_slice))]
+            covered += values.numel()
+            yield (info.relative_path, info.offset), name, chunk, values, common
         if covered != local.numel():
             raise UserError(f"{reader.path}: {name} is not completely stored; load another checkpoint")
 
 
-def _read(reader: DcpReader, name: str, chunk: Any, part: Tensor, common: ShardSlice, *, check: bool) -> None:
-    stored = reader.read_item(name, chunk, check=check)
-    part.copy_(stored[within(common, tuple(chunk.offsets))])
+def _read(reader: DcpReader, name: str, chunk: Any, values: Tensor, common: ShardSlice, *, check: bool) -> None:
+    stored = reader.read_chunk(name, chunk, check=check)
+    values.copy_(stored[relative_index(common, tuple(chunk.offsets))])
 
 
 def _check_files(reader: DcpReader, needed: set[str], check: Check) -> None:
-    """Compare whole files, dealt out over the processes, where their parts have no checksums or all are wanted."""
+    """Compare whole files, divided among the ranks: all files, or those without checksums of chunks."""
     if check == "sizes":
         return
     recorded = read_manifest(reader.path)["files"]
-    names = sorted(recorded) if check == "all" else sorted(needed - reader.summed)
+    names = sorted(recorded) if check == "all" else sorted(needed - reader.files_with_chunk_checksums)
     verify_files(reader.path, {name: recorded[name] for name in names[dist.get_rank() :: dist.get_world_size()]})
 
 
 @contextlib.contextmanager
-def agreed_error() -> Iterator[None]:
-    """Raise on all processes what any of them raised, so that none waits for one that has left."""
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise an error of any rank on all ranks, so that none waits in a collective for a rank that has stopped."""
     message: str | None = None
     try:
         yield
@@ -103,36 +103,36 @@ def agreed_error() -> Iterator[None]:
 
 def compare(
     path: Path,
-    wanted: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     stored: Mapping[str, tuple[Sequence[int], torch.dtype]],
     *,
     exact: bool = True,
 ) -> None:
-    """Refuse a checkpoint whose names, shapes or types are not the model's.
+    """Refuse a checkpoint whose names, shapes or dtypes differ from the model's.
 
     Args:
         path: of the checkpoint, for the message.
-        wanted: the model's tensors.
-        stored: shapes and types of the checkpoint's.
-        exact: whether types must be the same; otherwise one that holds all stored values will do.
+        tensors: of the model or optimizer.
+        stored: shapes and dtypes of the checkpoint's tensors.
+        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly.
 
     Raises:
         UserError: naming the first three differences of the first kind.
     """
-    common = sorted(wanted.keys() & stored.keys())
+    common = sorted(tensors.keys() & stored.keys())
     shapes = [
-        f"{name} {tuple(stored[name][0])} instead of {tuple(wanted[name].shape)}"
+        f"{name} {tuple(stored[name][0])} instead of {tuple(tensors[name].shape)}"
         for name in common
-        if tuple(stored[name][0]) != tuple(wanted[name].shape)
+        if tuple(stored[name][0]) != tuple(tensors[name].shape)
     ]
     types = [
-        f"{name} {_word(stored[name][1])} instead of {_word(wanted[name].dtype)}"
+        f"{name} {_dtype_name(stored[name][1])} instead of {_dtype_name(tensors[name].dtype)}"
         for name in common
-        if not _fits(stored[name][1], wanted[name].dtype, exact=exact)
+        if not _fits(stored[name][1], tensors[name].dtype, exact=exact)
     ]
     for kind, names in (
-        ("lacks", sorted(wanted.keys() - stored.keys())),
-        ("has unexpected", sorted(stored.keys() - wanted.keys())),
+        ("lacks", sorted(tensors.keys() - stored.keys())),
+        ("has unexpected", sorted(stored.keys() - tensors.keys())),
         ("has other shapes:", shapes),
         ("has other types:", types),
     ):
@@ -144,9 +144,9 @@ def compare(
             )
 
 
-def _fits(stored: torch.dtype, wanted: torch.dtype, *, exact: bool) -> bool:
-    return stored == wanted or (not exact and torch.promote_types(stored, wanted) == wanted)
+def _fits(stored: torch.dtype, dtype: torch.dtype, *, exact: bool) -> bool:
+    return stored == dtype or (not exact and torch.promote_types(stored, dtype) == dtype)
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -22,14 +22,17 @@ from torch import Tensor
 from mindspeed_mm.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that a weight may have; anything else (integers, 8-bit floats with scales) is no plain weight."""
+"""Supported weight dtypes; others (integers, 8-bit floats with scales) belong to quantised releases."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+ROW_CHUNK_BYTES = 16 << 20
+"""Large tensors are read, converted and written in chunks of rows of about this size: small enough to stay in the cache
+from reading to writing, and for malloc to reuse the memory."""
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies in a file: ``nbytes`` bytes from the absolute offset ``start``."""
+    """Location of a tensor in a file: ``nbytes`` bytes from the absolute offset ``start``."""
 
     name: str
     file: Path
@@ -41,7 +44,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself; ``length`` is where its data begin, in bytes."""
+    """Header of a safetensors file; its data begin at byte ``length``."""
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
@@ -52,8 +55,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        UserError: if the file is unreadable, truncated, longer than its header says, has tensors that do not fit their
-            byte ranges, overlap or leave gaps, or holds a type that no weight has.
+        UserError: if the file is unreadable, truncated or too long, if tensors do not fit their byte ranges, overlap or
+            leave gaps, or if a dtype is not supported.
     """
     try:
         size = path.stat().st_size
@@ -101,7 +104,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> Stored
 
 
 def build_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data of a file that holds ``tensors`` (name, dtype, shape) in this order."""
+    """The bytes before the data of a file with ``tensors`` (name, dtype, shape) in this order."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape in tensors:
@@ -114,10 +117,10 @@ def build_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], me
 
 
 def read_tensor(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Read a contiguous tensor from byte ``start`` of a file into memory of its own.
+    """Read a contiguous tensor from byte ``start`` of a file into new memory.
 
     Raises:
-        UserError: if the file ends before that, or cannot be read.
+        UserError: if the file is too short or unreadable.
     """
     buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     view = tensor_bytes(buffer)
@@ -140,3 +143,24 @@ def read_tensor(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ..
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def listed(kind: str, names: Sequence[str]) -> list[str]:
+    """``3 tensors missing: a, b, c`` with at most three of the names; no line if there are none."""
+    if not names:
+        return []
+    more = ", ..." if len(names) > 3 else ""
+    return [f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {kind}: {', '.join(names[:3])}{more}"]
+
+
+def split_rows(rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Split ``rows`` rows of ``row_bytes`` bytes into ranges [a, b) of about ``ROW_CHUNK_BYTES``.
+
+    A divisor of ``rows`` close to that size is preferred, so that experts are split at powers of two and the shard of
+    an expert-parallel rank consists of whole chunks.
+    """
+    fitting = max(1, ROW_CHUNK_BYTES // max(1, row_bytes))
+    if fitting >= rows:
+        return [(0, rows)]
+    step = next((n for n in range(fitting, fitting // 2, -1) if rows % n == 0), fitting)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds: parameters, AdamW's moments, random generators, and where the run stands."""
+"""State in a training checkpoint: parameters, AdamW's moments, random generators, and progress of the run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.checkpoint.commit import PROGRESS_FILE
+from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.checkpoint.directory import verify_directory
-from mindspeed_mm.checkpoint.loader import Check, agreed_error, compare, load_tensors
-from mindspeed_mm.checkpoint.shards import bytes_of, items_to_write
+from mindspeed_mm.checkpoint.directory import PROGRESS_FILE, verify_directory
+from mindspeed_mm.checkpoint.loader import Check, compare, load_tensors, raise_on_all_ranks
+from mindspeed_mm.checkpoint.shards import chunks_to_write, total_bytes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.optimizer import initialise_state
 
-MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
+OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         iteration: optimizer steps done.
         consumed_samples: samples consumed by them.
         schedule: state of the learning-rate schedule, None before the first step.
         seed: that decided the order of the samples.
-        samples_per_epoch: length of that order.
+        samples_per_epoch: number of samples in that order.
     """
 
     iteration: int = 0
@@ -43,15 +43,15 @@ class Progress:
 
     @staticmethod
     def is_training(path: Path) -> bool:
-        """Whether ``path`` was written by training; a converted checkpoint (``release``) was not."""
+        """Whether ``path`` is a training checkpoint and not a converted one (``release``)."""
         return (path / PROGRESS_FILE).is_file()
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        """From a checkpoint directory; a converted one starts at iteration 0.
+        """Read from a checkpoint directory; a converted one starts at iteration 0.
 
         Raises:
-            UserError: if the file is damaged, or of a version of this program that knew more than this one.
+            UserError: if the file is damaged, or was written by a newer version.
         """
         if not cls.is_training(path):
             return cls()
@@ -64,13 +64,13 @@ class Progress:
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """``model.<name>`` -> parameter, sharded as it is."""
-    return {MODEL + name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {MODEL_PREFIX + name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """``optimizer.<parameter name>.<exp_avg | exp_avg_sq | step>`` -> tensor."""
     return {
-        f"{OPTIMIZER}{name}.{key}": value
+        f"{OPTIMIZER_PREFIX}{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -78,11 +78,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def rng_state(backend: Backend, rank: int) -> dict[str, Tensor]:
     """``rng.<rank>.<device>`` -> uint8 state of this rank's generators."""
-    return {f"{RNG}{rank}.{device}": state for device, state in backend.rng_state().items()}
+    return {f"{RNG_PREFIX}{rank}.{device}": state for device, state in backend.rng_state().items()}
 
 
 class TrainingState:
-    """What a run's checkpoints hold, as ``saver.SavedState`` wants it."""
+    """The state that a run saves; a ``manager.SavedState``."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, backend: Backend, *, with_rng: bool
@@ -90,9 +90,9 @@ class TrainingState:
         """
         Args:
             model: sharded model.
-            optimizer: None to leave its state out (``--no-save-optim``).
-            backend: whose generators are saved.
-            with_rng: whether to save them (``--no-save-rng`` leaves them out).
+            optimizer: None to skip its state (``--no-save-optim``).
+            backend: of the generators.
+            with_rng: whether to save the generators' state; False for ``--no-save-rng``.
         """
         self._model, self._optimizer, self._backend, self._with_rng = model, optimizer, backend, with_rng
 
@@ -102,17 +102,17 @@ class TrainingState:
         return {**model_state(self._model), **optimizer}
 
     def own(self) -> dict[str, Tensor]:
-        """This process's random generators."""
+        """Random generators of this rank."""
         return rng_state(self._backend, dist.get_rank()) if self._with_rng else {}
 
     def expected_bytes(self) -> int:
-        """Bytes that this process will write, whether or not AdamW has made its state yet."""
+        """Bytes that this rank will write, also before AdamW has created its state."""
         state: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
             state[name] = parameter.detach()
             if self._optimizer is not None and parameter.requires_grad:
                 state.update({f"{name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")})
-        return bytes_of(items_to_write(state, {}, rank=dist.get_rank()))
+        return total_bytes(chunks_to_write(state, {}, rank=dist.get_rank()))
 
 
 def load_checkpoint(
@@ -124,33 +124,33 @@ def load_checkpoint(
     with_rng: bool,
     check: Check = "read",
 ) -> Progress:
-    """Read a checkpoint directory into the model, in place. Called by all ranks together.
+    """Load a checkpoint directory into the model, in place. Called by all ranks.
 
     Args:
         path: ``release`` or ``iter_XXXXXXX`` directory.
         model: sharded, with storage.
-        optimizer: None to leave its state as it is (``--no-load-optim``, or a converted checkpoint).
-        backend: whose generators are restored.
-        with_rng: whether to restore them.
+        optimizer: None to keep its state (``--no-load-optim``, or a converted checkpoint).
+        backend: of the generators.
+        with_rng: whether to restore the generators' state.
         check: which checksums to compare (``--check-load``).
 
     Raises:
-        UserError: on all ranks, if the checkpoint is incomplete or damaged; if it is of another model, with the first
-            differences; or if it lacks what was asked for.
+        UserError: on all ranks, if the checkpoint is incomplete or damaged, is of another model, or lacks the requested
+            state.
     """
-    with agreed_error():
+    with raise_on_all_ranks():
         reader = DcpReader(path, verify_directory(path))
-        wanted = _wanted(reader, model, optimizer, backend, with_rng=with_rng)
+        tensors = _tensors_to_load(reader, model, optimizer, backend, with_rng=with_rng)
         progress = Progress.read(path)
-    load_tensors(reader, wanted, check=check)
+    load_tensors(reader, tensors, check=check)
     if with_rng:
         backend.set_rng_state(
-            {name.rsplit(".", 1)[1]: tensor for name, tensor in wanted.items() if name.startswith(RNG)}
+            {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(RNG_PREFIX)}
         )
     return progress
 
 
-def _wanted(
+def _tensors_to_load(
     reader: DcpReader,
     model: nn.Module,
     optimizer: torch.optim.AdamW | None,
@@ -158,24 +158,28 @@ def _wanted(
     *,
     with_rng: bool,
 ) -> dict[str, Tensor]:
-    """The tensors to fill, by their names in the checkpoint, which has them all."""
+    """The tensors to fill, by their names in the checkpoint.
+
+    Raises:
+        UserError: if the checkpoint does not have them all.
+    """
     stored, path = reader.tensors, reader.path
     state = model_state(model)
-    exact = Progress.is_training(path)  # converted weights may be of a narrower type
-    compare(path, state, {name: entry for name, entry in stored.items() if name.startswith(MODEL)}, exact=exact)
+    exact = Progress.is_training(path)  # converted weights may have a narrower dtype
+    compare(path, state, {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}, exact=exact)
     if optimizer is not None:
-        if not any(name.startswith(OPTIMIZER) for name in stored):
+        if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
             raise UserError(
                 f"{path} holds no optimizer state (saved with --no-save-optim?); "
                 "add --no-load-optim to start AdamW's moments from zero"
             )
         initialise_state(optimizer)
         moments = optimizer_state(model, optimizer)
-        compare(path, moments, {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER)})
+        compare(path, moments, {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER_PREFIX)})
         state.update(moments)
     if with_rng:
-        if not any(name.startswith(RNG) for name in stored):
+        if not any(name.startswith(RNG_PREFIX) for name in stored):
             raise UserError(f"{path} holds no random generator state (saved with --no-save-rng?); add --no-load-rng")
-        # a rank or a kind of device that the saving run did not have keeps the state that --seed gave it
+        # a rank or device type that the saving run did not have keeps the state from --seed
         state.update({n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored})
     return state

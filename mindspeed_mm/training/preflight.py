@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device
 from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
-from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
+from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
@@ -42,7 +42,7 @@ def preflight(job: JobConfig) -> None:
     if job.args.load is not None:
         verify_directory(resolve_checkpoint(job.args.load))
     if job.args.save is not None:
-        check_place(Path(job.args.save))
+        check_writable(Path(job.args.save))
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
     validate_data(job.data, spec)
@@ -70,7 +70,7 @@ def warn_of_room(job: JobConfig, model_config: ModelConfig) -> None:
     args = job.args
     if args.save is None:
         return
-    line = warning_of_room(
+    line = disk_space_warning(
         Path(args.save),
         nbytes=checkpoint_bytes(_plan(job, model_config), moments=not args.no_save_optim),
         count=1 if args.save_interval is None else -(-args.train_iters // args.save_interval),

@@ -14,9 +14,8 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
-from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
-from mindspeed_mm.checkpoint.save_directory import held_save_directory
+from mindspeed_mm.checkpoint.hf import load_hf_weights
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
@@ -85,7 +84,7 @@ def pretrain(
     )
     setup_logging(dist.get_rank())
     try:
-        with held_save_directory(job.args.save):
+        with locked_save_directory(job.args.save):
             stopped = _run(job, backend, model_provider, data_provider, forward_step)
     finally:
         shutdown_distributed()

@@ -35,12 +35,12 @@ from torch.distributed.tensor import DTensor
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory, shards
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
-from mindspeed_mm.checkpoint.save_directory import held_save_directory
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.optimizer import initialise_state
 from tests.drivers.fault_injection import Case, Switch
+from tests.helpers.log_lines import log_lines
 
 LAST = 4  # iteration at which a run ends
 _QUICK = 0.02  # seconds between two looks at the processes
@@ -69,11 +69,11 @@ class Run:
     def set_state(self, iteration: int) -> None:
         """Train: every tensor takes its value of this iteration."""
         for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
-            local, region = shards.local_shard(tensor)
+            local, shard_slice = shards.local_shard(tensor)
             whole = value(name, tuple(tensor.shape), iteration)
-            local.copy_(whole[tuple(slice(begin, end) for begin, end in region)])
+            local.copy_(whole[tuple(slice(begin, end) for begin, end in shard_slice)])
 
-    def go(self, switch: Switch, say: Callable[[str], None]) -> None:
+    def go(self, switch: Switch) -> None:
         """Resume, and save at every iteration up to the last."""
         switch.phase = "resume"
         path = directory.resolve_checkpoint(self.root)
@@ -88,7 +88,6 @@ class Run:
             TrainingState(self.model, self.optimizer, self.backend, with_rng=True),
             SaveOptions(self.root, asynchronous=self.case.asynchronous, keep_last=1, failure_limit=3),
             backend=self.backend,
-            say=say,
         )
         switch.phase, switch.before_saving = "save", switch.count
         for iteration in range(progress.iteration + 1, LAST + 1):
@@ -115,8 +114,8 @@ def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> No
         switch = Switch(case, rank, report)
         switch.install()
         switch.armed = True
-        with held_save_directory(str(root)):
-            run.go(switch, lambda line: report(said=line))
+        with log_lines(lambda line: report(said=line)), locked_save_directory(str(root)):
+            run.go(switch)
         report(points=(switch.before_saving, switch.count))
         dist.barrier()
         status = 0
@@ -199,7 +198,7 @@ def prepare(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
         run = Run(root, case)
         state = TrainingState(run.model, run.optimizer, run.backend, with_rng=True)
-        saver = CheckpointManager(state, SaveOptions(root), backend=run.backend, say=lambda line: None)
+        saver = CheckpointManager(state, SaveOptions(root), backend=run.backend)
         for iteration in (3, 1):
             run.set_state(iteration)
             saver.start(Progress(iteration=iteration))
@@ -215,7 +214,7 @@ def examine(root: Path, case: Case, said: list[str]) -> int:
     """Check what a run has left; returns the iteration that the next run resumes from."""
     tracked = directory.read_tracker(root)
     assert isinstance(tracked, int), "the tracker is gone"
-    promised = [int(line.split("iter_")[1][:7]) for line in said if line.startswith(" saved checkpoint")]
+    promised = [int(line.split("iter_")[1][:7]) for line in said if line.startswith("saved checkpoint")]
     assert tracked >= max([1, *promised]), f"iteration {max(promised)} was said to be saved, the tracker says {tracked}"
     path = directory.resolve_checkpoint(root)
     reader = DcpReader(path, directory.verify_directory(path, checksums=True))

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mindspeed_mm.checkpoint import dcp_writer, directory, executor, pieces
+from mindspeed_mm.checkpoint import conversion, directory, safetensors_io
+from mindspeed_mm.checkpoint import hf_to_dcp as hf_to_dcp_module
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
@@ -39,13 +40,13 @@ class KillSwitch:
 
     def install(self) -> None:
         sys.addaudithook(self._audit)
-        advance = executor.Progress.advance
+        advance = conversion.ProgressBar.advance
 
-        def counted(progress: executor.Progress, nbytes: int) -> None:
+        def counted(progress: conversion.ProgressBar, nbytes: int) -> None:
             self._point()
             advance(progress, nbytes)
 
-        executor.Progress.advance = counted
+        conversion.ProgressBar.advance = counted
 
     def _audit(self, event: str, arguments: tuple) -> None:
         if event in EVENTS and str(arguments[0]).startswith(self._root):
@@ -137,7 +138,8 @@ def main() -> None:
     root, command, points = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
     replaces = sys.argv[4:] == ["overwrite"]
     torch.set_num_threads(1)
-    pieces.PIECE_BYTES, dcp_writer.FILE_BYTES = 2000, 30_000
+    safetensors_io.ROW_CHUNK_BYTES = 2000
+    hf_to_dcp_module.FILE_BYTES = 30_000
     rng = random.Random(0)
     conversion = Conversion(root, command, replaces=replaces)
     place = conversion.place

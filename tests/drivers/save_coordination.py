@@ -19,11 +19,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint import directory, save_directory, save_job
+from mindspeed_mm.checkpoint import directory, files, save_job
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.errors import UserError
+from tests.helpers.log_lines import log_lines
 
 WHOLE = {f"model.{number}": torch.arange(7.0 * 30).view(7, 30) + number for number in range(12)}
 
@@ -54,23 +55,21 @@ class State:
         return 10_000
 
 
-def saver_of(root: Path, lines: list[str]) -> CheckpointManager:
-    return CheckpointManager(
-        State(), SaveOptions(root, asynchronous=True), backend=select_backend("cpu"), say=lines.append
-    )
+def saver_of(root: Path) -> CheckpointManager:
+    return CheckpointManager(State(), SaveOptions(root, asynchronous=True), backend=select_backend("cpu"))
 
 
-def every_element_once(root: Path, lines: list[str]) -> None:
+def every_element_once(root: Path) -> None:
     """What both hold is written by one of them, by turns; any other sharding reads it."""
-    saver = saver_of(root, lines)
+    saver = saver_of(root)
     saver.start(Standing(1))
     saver.finish()
     path = root / "iter_0000001"
     reader = DcpReader(path, directory.verify_directory(path, checksums=True))
     for name, tensor in WHOLE.items():
         assert torch.equal(reader.read(name), tensor)
-        assert sum(torch.Size(chunk.sizes).numel() for chunk, _ in reader.items(name)) == tensor.numel()
-    writers = {info.relative_path[2] for name in list(WHOLE)[::3] for _, info in reader.items(name)}
+        assert sum(torch.Size(chunk.sizes).numel() for chunk, _ in reader.chunks(name)) == tensor.numel()
+    writers = {info.relative_path[2] for name in list(WHOLE)[::3] for _, info in reader.chunks(name)}
     assert writers == {"0", "1"}  # of those that both hold
     assert {name for name in reader.tensors if name.startswith("rng.")} == {"rng.0.cpu", "rng.1.cpu"}
     for turn in (0, 1, 2):
@@ -81,16 +80,16 @@ def every_element_once(root: Path, lines: list[str]) -> None:
         assert all(torch.equal(tensor.full_tensor(), WHOLE[name]) for name, tensor in state.tensors.items())
 
 
-def damage_on_one_is_told_to_all(root: Path, lines: list[str]) -> None:
+def damage_on_one_is_told_to_all(root: Path) -> None:
     """A process whose pieces are whole does not wait for one whose are not."""
-    saver = saver_of(root, lines)
+    saver = saver_of(root)
     saver.start(Standing(1))
     saver.finish()
     path = root / "iter_0000001"
     reader = DcpReader(path, directory.verify_directory(path))
     dist.barrier()  # writing the damage makes the file empty for a moment, which the other would find in verifying
     if dist.get_rank() == 0:
-        _, info = next(item for item in reader.items("model.1") if item[1].relative_path.startswith("__1"))
+        _, info = next(item for item in reader.chunks("model.1") if item[1].relative_path.startswith("__1"))
         content = bytearray((path / info.relative_path).read_bytes())
         content[info.offset + info.length // 2] ^= 1
         (path / info.relative_path).write_bytes(content)
@@ -103,14 +102,14 @@ def damage_on_one_is_told_to_all(root: Path, lines: list[str]) -> None:
         raise AssertionError("damage went unnoticed")
 
 
-def directory_of_one_machine(root: Path, lines: list[str]) -> None:
+def directory_of_one_machine(root: Path) -> None:
     """A relative path, and another working directory on each: not the same directory."""
-    save_directory._PATIENCE = 0.2
+    files.VISIBILITY_SECONDS = 0.2
     home, own = os.getcwd(), root / f"machine{dist.get_rank()}"
     own.mkdir(parents=True)
     os.chdir(own)
     try:
-        saver_of(Path("save"), lines)
+        saver_of(Path("save"))
     except UserError as error:
         assert "is not the same directory on all machines: rank 1 on" in str(error)
     else:
@@ -119,12 +118,12 @@ def directory_of_one_machine(root: Path, lines: list[str]) -> None:
         os.chdir(home)
 
 
-def files_that_do_not_arrive(root: Path, lines: list[str]) -> None:
+def files_that_do_not_arrive(root: Path) -> None:
     """The second process writes to a directory that only looks like the first's."""
-    saver = saver_of(root, lines)
+    saver = saver_of(root)
     saver.start(Standing(1))
     saver.wait()
-    write = save_job.write_shards
+    write = save_job.write_rank_files
 
     def elsewhere(directory_: Path, *arguments, **options):
         shards = write(directory_, *arguments, **options)
@@ -133,13 +132,15 @@ def files_that_do_not_arrive(root: Path, lines: list[str]) -> None:
                 (directory_ / shard.name).unlink()
         return shards
 
-    save_job.write_shards = elsewhere
-    saver.start(Standing(2))
-    saver.wait()
-    save_job.write_shards = write
+    save_job.write_rank_files = elsewhere
+    lines: list[str] = []
+    with log_lines(lines.append):
+        saver.start(Standing(2))
+        saver.wait()
+    save_job.write_rank_files = write
     assert saver.failures == 1 and directory.read_tracker(root) == 1
     if dist.get_rank() == 0:
-        assert "__1_0.distcp was written by another process and is not to be seen here" in lines[-1], lines
+        assert "__1_0.distcp was written by another rank and is not visible here" in lines[-1], lines
     saver.start(Standing(3))
     saver.finish()
     assert saver.failures == 0 and directory.read_tracker(root) == 3
@@ -155,7 +156,7 @@ def main(work: Path) -> None:
         directory_of_one_machine,
         files_that_do_not_arrive,
     ):
-        action(work / action.__name__, [])
+        action(work / action.__name__)
         dist.barrier()
         if dist.get_rank() == 0:
             print(f"{action.__name__}: as it should be", flush=True)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint import directory, shard_writer, shards
+from mindspeed_mm.checkpoint import dcp_writer, directory, shards
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     tensors, root = load_file(sys.argv[1]), Path(sys.argv[2])
     backend = select_backend("cpu")
     init_distributed(backend, timeout_minutes=1)
-    shards.ITEM_BYTES, shard_writer.FILE_BYTES = 3000, 50_000
+    shards.CHUNK_BYTES, dcp_writer.MIN_FILE_BYTES = 3000, 50_000
     mesh = init_device_mesh("cpu", (2, 2))
     parameters, moments, counter = {}, {}, itertools.count()
     for name, tensor in sorted(tensors.items()):
@@ -71,7 +71,7 @@ def main() -> None:
         parameters[name] = distribute_tensor(tensor, mesh, placements)
         moments[f"optimizer.{name}.exp_avg"] = distribute_tensor(torch.zeros_like(tensor), mesh, placements)
     for place, state in (("ours", parameters | moments), ("bare", parameters)):
-        saver = CheckpointManager(State(state), SaveOptions(root / place), backend=backend, say=lambda _: None)
+        saver = CheckpointManager(State(state), SaveOptions(root / place), backend=backend)
         saver.start(Standing(5))
         saver.finish()
     target = root / "torch" / "iter_0000005"

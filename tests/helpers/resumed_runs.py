@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.checkpoint.save_lock import SaveLock
+from mindspeed_mm.checkpoint.save_directory import SaveLock
 from tests.helpers.tiny_recipe import recipe_flags, write_data_file
 from tests.st.test_recipe import stored
 
@@ -115,7 +115,7 @@ class Runs:
 def locked(directory: Path) -> Iterator[None]:
     """This process as another run that saves into a directory."""
     lock = SaveLock(directory)
-    assert lock.take() is None
+    assert lock.acquire() is None
     yield
     lock.release()
 

@@ -110,13 +110,13 @@ def whole_run(place) -> dict[int, str]:
 
 def test_resumed_run_is_the_same_run(place, whole_run):
     assert (place / "whole/latest_checkpointed_iteration.txt").read_text() == "6"
-    saving = ("--async-save", "--keep-last", "1")  # and beside the training the same is saved as in front of it
+    saving = ("--async-save", "--keep-last", "1")  # asynchronously the same is saved as synchronously
     first = logged(train(place, "parts", "--exit-interval", "3", *saving, NUM_WORKERS="2", SAVE_INTERVAL="1"))
     assert sorted(first) == [1, 2, 3]
     output = train(place, "parts", *saving, load="parts", SAVE_INTERVAL="1")
     second = logged(output)
     assert sorted(second) == [4, 5, 6]
-    assert output.count("beside the training, which stood still for") == 3
+    assert output.count("training blocked for") == 3
     assert sorted(path.name for path in (place / "parts").iterdir()) == [
         "iter_0000006", "latest_checkpointed_iteration.txt"
     ]

@@ -12,13 +12,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mindspeed_mm.checkpoint import dcp_writer, directory, pieces
-from mindspeed_mm.checkpoint.checksum import file_checksum, format_checksum
+from mindspeed_mm.checkpoint import directory, safetensors_io
+from mindspeed_mm.checkpoint import hf_to_dcp as hf_to_dcp_module
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.files import file_checksum, format_checksum
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.checkpoint.inspect_checkpoint import inspect
-from mindspeed_mm.checkpoint.verify import verify
+from mindspeed_mm.checkpoint.inspection import inspect, verify
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
@@ -30,8 +30,8 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and files so small that the tiny models are cut as large ones are."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
-    monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 700)
+    monkeypatch.setattr(hf_to_dcp_module, "FILE_BYTES", 20_000)
 
 
 def read_all(path: Path) -> Tensors:
@@ -58,8 +58,8 @@ def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) 
     """Any geometry, from either layout and both kinds of square experts, in any type and with any bits."""
     rng = random.Random(seed)
     if seed % 2:
-        monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
-        monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
+        monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 700)
+        monkeypatch.setattr(hf_to_dcp_module, "FILE_BYTES", 20_000)
     layout, square = ("hub", "v5")[seed // 2 % 2], (0, 2, 1)[seed // 4 % 3]
     config = random_config(rng, square=square, moe=True if square else None)
     dtype = rng.choice([torch.bfloat16, torch.float32, torch.float16])

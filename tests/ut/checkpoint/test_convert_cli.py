@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.cli import main
-from mindspeed_mm.checkpoint import dcp_to_hf, directory, hf_to_dcp, inspect_checkpoint, verify  # noqa: F401 (before privileges are given up)
+from mindspeed_mm.checkpoint import directory, hf_to_dcp
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Run = Callable[..., str]

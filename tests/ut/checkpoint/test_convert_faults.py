@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.cli import main
-from mindspeed_mm.checkpoint import directory, executor
+from mindspeed_mm.checkpoint import conversion, directory
+from mindspeed_mm.checkpoint.conversion import ResumeLog
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
-from mindspeed_mm.checkpoint.hf_source import HFSource
+from mindspeed_mm.checkpoint.hf import HFSource
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.checkpoint.resume_log import Journal
-from mindspeed_mm.checkpoint.verify import verify
+from mindspeed_mm.checkpoint.inspection import verify
 from mindspeed_mm.errors import UserError
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
@@ -230,7 +230,7 @@ def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def fail(self: object, nbytes: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(executor.Progress, "advance", fail)
+    monkeypatch.setattr(conversion.ProgressBar, "advance", fail)
     with pytest.raises(UserError, match="the disk of .* is full; finished files are kept: make room"):
         hf_to_dcp(hf, tmp_path / "dcp")
     monkeypatch.undo()
@@ -256,7 +256,7 @@ def test_source_that_changes_while_it_is_read(hf: Path, tmp_path: Path, monkeypa
 
 def test_two_at_once(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "dcp").mkdir()
-    with Journal(tmp_path / "dcp" / "release", "x").locked(), pytest.raises(UserError, match="another process"):
+    with ResumeLog(tmp_path / "dcp" / "release", "x").locked(), pytest.raises(UserError, match="another process"):
         hf_to_dcp(hf, tmp_path / "dcp")
 
 

@@ -15,13 +15,12 @@ from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 DRIVER = """
 import json, re, sys
-from mindspeed_mm.checkpoint import executor
-from mindspeed_mm.checkpoint import pieces
-pieces.PIECE_BYTES, executor.BUDGET_BYTES = 2 << 20, 12 << 20
+from mindspeed_mm.checkpoint import conversion, safetensors_io
+safetensors_io.ROW_CHUNK_BYTES, conversion.BUDGET_BYTES = 2 << 20, 12 << 20
 import torch, transformers, numpy, tqdm, safetensors
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.checkpoint.verify import verify
+from mindspeed_mm.checkpoint.inspection import verify
 small, large, out = sys.argv[1:]
 
 def peak():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint import dcp_writer, directory, executor, pieces
+from mindspeed_mm.checkpoint import conversion, directory, safetensors_io
+from mindspeed_mm.checkpoint import hf_to_dcp as hf_to_dcp_module
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.errors import UserError
@@ -19,8 +20,8 @@ class Converter:
 
     def __init__(self, root: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._root, self._command, self._patch = root, command, monkeypatch
-        monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
-        monkeypatch.setattr(dcp_writer, "FILE_BYTES", 20_000)
+        monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 2000)
+        monkeypatch.setattr(hf_to_dcp_module, "FILE_BYTES", 20_000)
         write_hf_directory(root / "hf", random_config(random.Random(1), moe=True), layout="v5")
         if command == "dcp_to_hf":
             hf_to_dcp(root / "hf", root / "dcp")
@@ -39,9 +40,9 @@ class Converter:
     def run_until_full(self, nbytes: int) -> dict[str, int]:
         """Fail after ``nbytes``; returns the times of the finished files by name."""
         written = 0
-        advance = executor.Progress.advance
+        advance = conversion.ProgressBar.advance
 
-        def limited(progress: executor.Progress, count: int) -> None:
+        def limited(progress: conversion.ProgressBar, count: int) -> None:
             nonlocal written
             written += count
             if written > nbytes:
@@ -49,12 +50,12 @@ class Converter:
             advance(progress, count)
 
         with self._patch.context() as patch:
-            patch.setattr(executor.Progress, "advance", limited)
+            patch.setattr(conversion.ProgressBar, "advance", limited)
             with pytest.raises(UserError, match="is full; finished files are kept: make room"):
                 self.run()
         assert not self.target().exists()
-        journal = self.target().with_name(f".{self.target().name}.journal")
-        names = [path.name.removesuffix(".record") for path in journal.glob("*.record")]
+        resume_log = self.target().with_name(f".{self.target().name}.journal")
+        names = [path.name.removesuffix(".record") for path in resume_log.glob("*.record")]
         return {name: (directory.partial_name(self.target()) / name).stat().st_mtime_ns for name in names}
 
     def same(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mindspeed_mm.checkpoint import pieces
+from mindspeed_mm.checkpoint import safetensors_io
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.errors import UserError
@@ -48,7 +48,7 @@ def test_any_sharding(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wr
     names = DcpReader(target).tensors
     assert len(list(target.glob("*.distcp"))) > 3
     assert any(name.startswith("optimizer.") for name in names) == (writer != "bare")
-    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", piece_bytes)
     dcp_to_hf(target, tmp_path / "out", hf, dtype="keep", max_shard_size=40_000)
     assert_equal(read_all(tmp_path / "out"), hub)
 
@@ -61,7 +61,7 @@ def test_every_damaged_parameter_is_found(saved, tmp_path: Path) -> None:
     reader, rng = DcpReader(target), random.Random(0)
     names = sorted(name for name in reader.tensors if not name.startswith("rng."))
     for number, name in enumerate(rng.sample(names, 12)):
-        _, info = rng.choice(reader.items(name))
+        _, info = rng.choice(reader.chunks(name))
         file = target / info.relative_path
         intact = file.read_bytes()
         damaged = bytearray(intact)

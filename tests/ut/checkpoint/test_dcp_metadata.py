@@ -11,8 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mindspeed_mm.checkpoint.dcp_metadata import METADATA, StoredItem, read_metadata, write_metadata
+from mindspeed_mm.checkpoint.dcp_format import StoredChunk, read_metadata, write_metadata
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint.directory import METADATA
 from mindspeed_mm.errors import UserError
 
 
@@ -35,7 +36,7 @@ def test_torchs_own_file_is_read(tmp_path: Path) -> None:
 
 
 def test_torch_reads_ours(tmp_path: Path) -> None:
-    items = [StoredItem("x", torch.float32, (4, 2), (row, 0), (2, 2), "__0_0.distcp", row, 10) for row in (0, 2)]
+    items = [StoredChunk("x", torch.float32, (4, 2), (row, 0), (2, 2), "__0_0.distcp", row, 10) for row in (0, 2)]
     write_metadata(tmp_path / METADATA, items)
     theirs = dcp.FileSystemReader(tmp_path).read_metadata()
     assert theirs.storage_data == read_metadata(tmp_path / METADATA).storage_data

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm.checkpoint import directory as d
-from mindspeed_mm.checkpoint.checksum import combine, crc32, file_checksum, format_checksum
+from mindspeed_mm.checkpoint.files import combine, crc32, file_checksum, format_checksum
 from mindspeed_mm.errors import UserError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint.disk_space import check_place, warning_of_room
+from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
@@ -24,16 +24,16 @@ GB = 10**9
 
 
 def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
-    assert check_place(tmp_path / "a" / "b") == tmp_path
+    assert check_writable(tmp_path / "a" / "b") == tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--save .*file/save: .*file is no directory"):
-        check_place(tmp_path / "file" / "save")
+        check_writable(tmp_path / "file" / "save")
 
 
 def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a superuser may write anywhere
     with pytest.raises(UserError, match="may not be written by this user"):
-        check_place(tmp_path / "save")
+        check_writable(tmp_path / "save")
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:
 def test_room_for_all_that_will_lie_there(tmp_path: Path, monkeypatch, count: int, keep_last, words) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=120 * GB))
-    line = warning_of_room(tmp_path / "save", nbytes=50 * GB, count=count, keep_last=keep_last)
+    line = disk_space_warning(tmp_path / "save", nbytes=50 * GB, count=count, keep_last=keep_last)
     if words is None:
         assert line is None
     else:
         assert line is not None and re.search(words, line)
-    assert "no save will succeed" in warning_of_room(tmp_path, nbytes=130 * GB, count=1, keep_last=None)
+    assert "no save will succeed" in disk_space_warning(tmp_path, nbytes=130 * GB, count=1, keep_last=None)
 
 
 @pytest.mark.parametrize("processes", [1, 4])

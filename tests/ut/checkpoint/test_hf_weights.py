@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from mindspeed_mm.checkpoint import hf_weights
-from mindspeed_mm.checkpoint.hf_source import LAYOUT_KEY, HFSource
-from mindspeed_mm.checkpoint.hf_weights import load_hf_weights
+from mindspeed_mm.checkpoint import hf
+from mindspeed_mm.checkpoint.hf import LAYOUT_KEY, HFSource, load_hf_weights
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -52,7 +51,7 @@ def loaded(directory, *, sharding_size="auto", **layout):
     config = FSDPConfig(param_dtype="fp32")
     parallelize(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
     model.to_empty(device="cpu")
-    with mock.patch.object(hf_weights, "read_tensor", side_effect=hf_weights.read_tensor) as reader:
+    with mock.patch.object(hf, "read_tensor", side_effect=hf.read_tensor) as reader:
         load_hf_weights(model, directory)
     read = sum(math.prod(shape) * dtype.itemsize for (_, _, dtype, shape), _ in reader.call_args_list)
     return dict(model.named_parameters()), read

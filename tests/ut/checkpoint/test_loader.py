@@ -13,8 +13,9 @@ from torch import nn
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory
-from mindspeed_mm.checkpoint.checksum import file_checksum
-from mindspeed_mm.checkpoint.dcp_metadata import METADATA, read_metadata
+from mindspeed_mm.checkpoint.dcp_format import read_metadata
+from mindspeed_mm.checkpoint.directory import METADATA
+from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
 from mindspeed_mm.errors import UserError
@@ -43,7 +44,6 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
         TrainingState(model, optimizer, BACKEND, with_rng=with_rng),
         SaveOptions(root),
         backend=BACKEND,
-        say=lambda line: None,
     )
     saver.start(Progress(iteration=1))
     return root / "iter_0000001"

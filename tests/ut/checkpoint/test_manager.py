@@ -18,12 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mindspeed_mm.backend.device import select_backend
-from mindspeed_mm.checkpoint import directory, shard_writer, shards
+from mindspeed_mm.checkpoint import dcp_writer, directory, shards
 from mindspeed_mm.checkpoint import manager as manager_module
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.errors import UserError
+from tests.helpers.log_lines import log_lines
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -64,9 +65,16 @@ class State:
             tensor.add_(1)
 
 
-def saver_of(state: State, root: Path, lines: list[str] | None = None, **options) -> CheckpointManager:
-    said = [] if lines is None else lines
-    return CheckpointManager(state, SaveOptions(root, **options), backend=select_backend("cpu"), say=said.append)
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What the manager logs."""
+    messages: list[str] = []
+    with log_lines(messages.append):
+        yield messages
+
+
+def saver_of(state: State, root: Path, **options) -> CheckpointManager:
+    return CheckpointManager(state, SaveOptions(root, **options), backend=select_backend("cpu"))
 
 
 def stored(path: Path) -> dict[str, Tensor]:
@@ -90,13 +98,15 @@ def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("item_bytes", [64 << 20, 500])
-def test_saved_is_what_was_there(tmp_path: Path, monkeypatch, asynchronous: bool, item_bytes: int) -> None:
-    monkeypatch.setattr(shards, "ITEM_BYTES", item_bytes)
-    monkeypatch.setattr(shard_writer, "FILE_BYTES", 2000)
-    state, lines = State(), []
+@pytest.mark.parametrize("chunk_bytes", [64 << 20, 500])
+def test_saved_is_what_was_there(
+    tmp_path: Path, monkeypatch, asynchronous: bool, chunk_bytes: int, lines: list[str]
+) -> None:
+    monkeypatch.setattr(shards, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(dcp_writer, "MIN_FILE_BYTES", 2000)
+    state = State()
     before = state.everything()
-    saver = saver_of(state, tmp_path, lines, asynchronous=asynchronous)
+    saver = saver_of(state, tmp_path, asynchronous=asynchronous)
     saver.start(Standing(5))
     state.train()
     saver.finish()
@@ -107,7 +117,7 @@ def test_saved_is_what_was_there(tmp_path: Path, monkeypatch, asynchronous: bool
     assert_same(loaded(path, before), before)
     assert len(list(path.glob("__0_*.distcp"))) > 1
     assert json.loads((path / "progress.json").read_text()) == {"iteration": 5}
-    assert len(lines) == 1 and ("stood still" in lines[0]) is asynchronous, lines
+    assert len(lines) == 1 and ("training blocked for" in lines[0]) is asynchronous, lines
     assert os.listdir(tmp_path) == [path.name, directory.TRACKER] or sorted(os.listdir(tmp_path)) == sorted(
         [path.name, directory.TRACKER]
     )
@@ -126,10 +136,10 @@ def gate(monkeypatch) -> threading.Event:
     return event
 
 
-def test_training_goes_on_while_it_is_written(tmp_path: Path, gate: threading.Event) -> None:
+def test_training_goes_on_while_it_is_written(tmp_path: Path, gate: threading.Event, lines: list[str]) -> None:
     gate.set()
-    state, lines = State(), []
-    saver = saver_of(state, tmp_path, lines, asynchronous=True)
+    state = State()
+    saver = saver_of(state, tmp_path, asynchronous=True)
     gate.clear()
     before = state.everything()
     saver.start(Standing(1))
@@ -142,24 +152,25 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, gate: threading.Ev
     assert not torch.equal(before["model.a"], state.tensors["model.a"])
 
 
-def test_a_file_system_that_hangs_ends_the_run(tmp_path: Path, gate: threading.Event, monkeypatch) -> None:
+def test_a_file_system_that_hangs_ends_the_run(
+    tmp_path: Path, gate: threading.Event, monkeypatch, lines: list[str]
+) -> None:
     gate.set()
     monkeypatch.setattr(manager_module, "_REPORT_SECONDS", 0.05)
-    lines: list[str] = []
-    saver = saver_of(State(), tmp_path, lines, asynchronous=True, timeout_minutes=0.01)
+    saver = saver_of(State(), tmp_path, asynchronous=True, timeout_minutes=0.01)
     gate.clear()
     saver.start(Standing(1))
-    with pytest.raises(UserError, match=r"iteration 1 has not got on for 0.01 minutes.*ranks still writing: 0;"):
+    with pytest.raises(UserError, match=r"iteration 1 has made no progress for 0.01 minutes.*ranks still writing: 0;"):
         saver.wait()
     assert "waiting for the save of iteration 1" in lines[0]
     gate.set()
     saver.wait()
 
 
-def test_one_save_in_flight(tmp_path: Path, gate: threading.Event) -> None:
+def test_one_save_in_flight(tmp_path: Path, gate: threading.Event, lines: list[str]) -> None:
     gate.set()
-    state, lines = State(), []
-    saver = saver_of(state, tmp_path, lines, asynchronous=True)
+    state = State()
+    saver = saver_of(state, tmp_path, asynchronous=True)
     gate.clear()
     saver.start(Standing(1))
     threading.Timer(0.5, gate.set).start()
@@ -204,16 +215,16 @@ def iterations(root: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in root.glob("iter_*"))
 
 
-def test_keep_last_and_keep_every(tmp_path: Path) -> None:
-    state, lines = State(), []
+def test_keep_last_and_keep_every(tmp_path: Path, lines: list[str]) -> None:
+    state = State()
     saver_of(state, tmp_path).start(Standing(100))  # of another course of the run: later than all that follow
-    saver = saver_of(state, tmp_path, lines, keep_last=2, keep_every=4)
+    saver = saver_of(state, tmp_path, keep_last=2, keep_every=4)
     (tmp_path / "iter_0000003").mkdir()  # no checkpoint: nobody's to delete
     for iteration in (1, 2, 4, 5, 6, 8, 9):
         saver.start(Standing(iteration))
     assert iterations(tmp_path) == [3, 4, 8, 9, 100]
     assert directory.read_tracker(tmp_path) == 9
-    assert any(line == " deleted iter_0000005 (--keep-last)" for line in lines)
+    assert any(line == "deleted iter_0000005 (--keep-last)" for line in lines)
 
 
 def fill_disk(monkeypatch, *, after: int, code: int = errno.ENOSPC) -> None:
@@ -231,10 +242,10 @@ def fill_disk(monkeypatch, *, after: int, code: int = errno.ENOSPC) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("after", range(0, 40, 3))
 def test_full_disk_leaves_the_run_and_the_last_checkpoint(
-    tmp_path: Path, monkeypatch, asynchronous: bool, after: int
+    tmp_path: Path, monkeypatch, asynchronous: bool, after: int, lines: list[str]
 ) -> None:
-    state, lines = State(), []
-    saver = saver_of(state, tmp_path, lines, asynchronous=asynchronous)
+    state = State()
+    saver = saver_of(state, tmp_path, asynchronous=asynchronous)
     saver.start(Standing(1))
     saver.wait()
     good = state.everything()
@@ -259,9 +270,9 @@ def test_full_disk_leaves_the_run_and_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_too_many_failures_end_the_run(tmp_path: Path, monkeypatch, asynchronous: bool) -> None:
-    state, lines = State(), []
-    saver = saver_of(state, tmp_path, lines, asynchronous=asynchronous, failure_limit=2)
+def test_too_many_failures_end_the_run(tmp_path: Path, monkeypatch, asynchronous: bool, lines: list[str]) -> None:
+    state = State()
+    saver = saver_of(state, tmp_path, asynchronous=asynchronous, failure_limit=2)
     saver.start(Standing(1))
     saver.wait()
     with monkeypatch.context() as patch:
@@ -287,7 +298,7 @@ def test_copies_must_fit_into_memory(tmp_path: Path, monkeypatch) -> None:
     state = State()
     monkeypatch.setattr(state, "expected_bytes", lambda: 10**15)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"--async-save .* 2000000.0 GB for the 2 processes .*leave --async-save out"):
+    with pytest.raises(UserError, match=r"--async-save .* 2000000.0 GB for the 2 ranks .*leave --async-save out"):
         saver_of(state, tmp_path, asynchronous=True)
     saver_of(state, tmp_path).start(Standing(1))
 
@@ -301,13 +312,13 @@ def test_failure_of_the_last_save_is_an_error(tmp_path: Path, monkeypatch) -> No
             saver.finish()
 
 
-def test_space_is_looked_at_first(tmp_path: Path, monkeypatch) -> None:
-    state, lines = State(), []
-    saver = saver_of(state, tmp_path, lines)
+def test_space_is_looked_at_first(tmp_path: Path, monkeypatch, lines: list[str]) -> None:
+    state = State()
+    saver = saver_of(state, tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     saver.start(Standing(1))
-    assert "0.00 GB free and the checkpoint needs 0.02 GB; make room" in lines[0]
+    assert "0.00 GB free and the checkpoint needs 0.02 GB; free disk space" in lines[0]
     assert os.listdir(tmp_path) == []
 
 
@@ -317,8 +328,8 @@ def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
         saver_of(State(), tmp_path / "file" / "save")
 
 
-def test_left_overs_are_cleaned(tmp_path: Path) -> None:
-    state, lines = State(), []
+def test_left_overs_are_cleaned(tmp_path: Path, lines: list[str]) -> None:
+    state = State()
     for iteration in (1, 2):
         saver_of(state, tmp_path).start(Standing(iteration))
     good = state.everything()
@@ -328,8 +339,9 @@ def test_left_overs_are_cleaned(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000000.deleted")
     (tmp_path / f".{directory.TRACKER}.tmp").write_text("9")
     (tmp_path / ".release.partial").mkdir()  # mm-convert's
+    lines.clear()
     assert_same(stored(directory.resolve_checkpoint(tmp_path)), good)  # found where it is, for a read-only source
-    saver_of(state, tmp_path, lines)
+    saver_of(state, tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".release.partial", "iter_0000001", "iter_0000002", directory.TRACKER]
     assert directory.resolve_checkpoint(tmp_path) == tmp_path / "iter_0000002"
-    assert len(lines) == 4 and any("iter_0000002 is back in its place" in line for line in lines)
+    assert len(lines) == 4 and any("restored iter_0000002" in line for line in lines)

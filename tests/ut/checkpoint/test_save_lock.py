@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint import save_lock
-from mindspeed_mm.checkpoint.save_lock import LOCK, SaveLock
+from mindspeed_mm.checkpoint import save_directory
+from mindspeed_mm.checkpoint.save_directory import LOCK, SaveLock
 from mindspeed_mm.errors import UserError
 
 HOLDER = """
 import os, pathlib, sys, time
-from mindspeed_mm.checkpoint.save_lock import SaveLock
+from mindspeed_mm.checkpoint.save_directory import SaveLock
 lock = SaveLock(pathlib.Path(sys.argv[1]))
-assert lock.take() is None
+assert lock.acquire() is None
 worker = os.fork() if "worker" in sys.argv else 1
 if worker:
     print(worker, flush=True)
@@ -32,7 +32,7 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    monkeypatch.setattr(save_lock, "_PATIENCE", 0.3)
+    monkeypatch.setattr(save_directory, "LOCK_SECONDS", 0.3)
 
 
 @contextlib.contextmanager
@@ -55,10 +55,10 @@ def test_second_run_is_told_who_writes_there(tmp_path):
     with holder(root) as (process, _):
         lock = SaveLock(root)
         with pytest.raises(UserError) as refused:
-            lock.take()
+            lock.acquire()
         lock.release()  # of one that holds nothing: the other's stays
         with pytest.raises(UserError):
-            SaveLock(root).take()
+            SaveLock(root).acquire()
     text = str(refused.value)
     assert text.startswith(f"--save {root} is being written by another run (process {process.pid} on host ")
     assert os.uname().nodename in text and text.endswith(f"remove {root / LOCK}") and "\n" not in text
@@ -71,7 +71,7 @@ def test_death_releases_it_whatever_outlives_the_process(tmp_path):
         process.wait()
         try:
             os.kill(worker, 0)  # it lives, and has the same files open
-            assert SaveLock(tmp_path).take() is None
+            assert SaveLock(tmp_path).acquire() is None
         finally:
             os.kill(worker, signal.SIGKILL)
 
@@ -80,7 +80,7 @@ def test_end_leaves_nothing_behind(tmp_path):
     made, found, used = tmp_path / "made", tmp_path, tmp_path / "used"
     for root in (made, found, used):
         lock = SaveLock(root)
-        assert lock.take() is None and (root / LOCK).read_text().startswith(f"process {os.getpid()} on host ")
+        assert lock.acquire() is None and (root / LOCK).read_text().startswith(f"process {os.getpid()} on host ")
         if root == used:
             (root / "checkpoint").touch()
         lock.release()
@@ -90,7 +90,7 @@ def test_end_leaves_nothing_behind(tmp_path):
 def test_remedy_for_a_lost_host_works_and_the_lost_one_takes_nothing_away(tmp_path):
     """A file system may hold the lock of a host that is gone; the user removes the file."""
     lost = SaveLock(tmp_path)
-    assert lost.take() is None
+    assert lost.acquire() is None
     (tmp_path / LOCK).unlink()
     with holder(tmp_path) as (process, _):
         lost.release()
@@ -109,7 +109,7 @@ def test_lock_file_that_its_holder_takes_away_is_not_a_lock(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     lock = SaveLock(tmp_path)
-    assert lock.take() is None and len(taken) == 2
+    assert lock.acquire() is None and len(taken) == 2
     assert os.path.samestat(os.fstat(taken[1]), (tmp_path / LOCK).stat())
     lock.release()
 
@@ -122,7 +122,7 @@ def test_file_system_without_locks_is_a_line_and_no_obstacle(tmp_path, monkeypat
     monkeypatch.setattr(fcntl, "lockf", lockf)
     lock = SaveLock(tmp_path)
     reason = os.strerror(code)
-    assert lock.take() == (
+    assert lock.acquire() == (
         f"warning: --save {tmp_path} could not be locked ({reason}): see to it that no second run saves there"
     )
     lock.release()

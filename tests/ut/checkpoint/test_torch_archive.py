@@ -9,13 +9,13 @@ import zlib
 import pytest
 import torch
 
+from mindspeed_mm.checkpoint.dcp_format import archive_frame, can_frame
 from mindspeed_mm.checkpoint.safetensors_io import tensor_bytes
-from mindspeed_mm.checkpoint.torch_archive import fits, frame
 
 
 def archive(tensor: torch.Tensor) -> bytes:
     values = tensor_bytes(tensor)
-    head, tail = frame(tensor, zlib.crc32(values))
+    head, tail = archive_frame(tensor, zlib.crc32(values))
     return head + bytes(values) + tail
 
 
@@ -48,6 +48,6 @@ def test_it_describes_the_tensor_as_torch_does(tmp_path) -> None:
 
 
 def test_what_does_not_fit() -> None:
-    assert fits(torch.zeros(3))
-    assert not fits(torch.zeros(3, dtype=torch.int8))
-    assert not fits(torch.empty(2**30, device="meta"))
+    assert can_frame(torch.zeros(3))
+    assert not can_frame(torch.zeros(3, dtype=torch.int8))
+    assert not can_frame(torch.empty(2**30, device="meta"))

@@ -1,0 +1,33 @@
+"""Log lines of the package, collected by a test."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+
+class _Handler(logging.Handler):
+    def __init__(self, receive: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._receive = receive
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._receive(record.getMessage())
+
+
+@contextlib.contextmanager
+def log_lines(receive: Callable[[str], None], name: str = "mindspeed_mm.checkpoint") -> Iterator[None]:
+    """Call ``receive`` with every message that a logger of the package gets, from INFO on.
+
+    Unlike ``caplog`` it works in processes without pytest, and after the package's logging was set up.
+    """
+    logger, handler = logging.getLogger(name), _Handler(receive)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
