@@ -3,7 +3,7 @@
 Usage: torchrun --nproc_per_node 4 sharded_save.py TENSORS.safetensors ROOT
 
 Writes ``ROOT/ours/iter_0000005`` by this project's saver, ``ROOT/bare/iter_0000005`` likewise without the optimizer's
-state, and ``ROOT/torch/iter_0000005`` by torch.distributed.checkpoint, which records no checksums of items.
+state, and ``ROOT/torch/iter_0000005`` by torch.distributed.checkpoint, which records no checksums of chunks.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion.ProgressBar, "advance", fail)
-    with pytest.raises(UserError, match="the disk of .* is full; finished files are kept: make room"):
+    with pytest.raises(UserError, match="the disk of .* is full; finished files are kept: free disk space"):
         hf_to_dcp(hf, tmp_path / "dcp")
     monkeypatch.undo()
     hf_to_dcp(hf, tmp_path / "dcp")
@@ -239,13 +239,13 @@ def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_source_that_changes_while_it_is_read(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = HFSource.check_dropped
+    check = HFSource.check_duplicates
 
     def meddle(source: HFSource) -> list:
         _flip(hf / "model-00002-of-00003.safetensors", -1)
         return check(source)
 
-    monkeypatch.setattr(HFSource, "check_dropped", meddle)
+    monkeypatch.setattr(HFSource, "check_duplicates", meddle)
     with pytest.raises(UserError, match="were changed while they were read; run the same command again"):
         hf_to_dcp(hf, tmp_path / "dcp")
     assert not (tmp_path / "dcp" / "release").exists()
@@ -287,22 +287,22 @@ def test_faults_of_the_checkpoint(hf: Path, tmp_path: Path, fault: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def _forget_items(manifest: dict) -> None:
+def _drop_chunk_checksums(manifest: dict) -> None:
     for facts in manifest["files"].values():
         facts.pop("items", None)
 
 
-@pytest.mark.parametrize("with_items", [True, False])
-def test_damaged_training_checkpoint(hf: Path, tmp_path: Path, with_items: bool, capsys) -> None:
+@pytest.mark.parametrize("chunk_checksums", [True, False])
+def test_damaged_training_checkpoint(hf: Path, tmp_path: Path, chunk_checksums: bool, capsys) -> None:
     """Ours records checksums of each item; another program may record those of files only."""
     path = hf_to_dcp(hf, tmp_path / "dcp")
     _edit_json(path / "manifest.json", lambda manifest: manifest.update(metadata={"iteration": 1}))
-    if not with_items:
-        _edit_json(path / "manifest.json", _forget_items)
+    if not chunk_checksums:
+        _edit_json(path / "manifest.json", _drop_chunk_checksums)
     dcp_to_hf(path, tmp_path / "out", hf)
-    assert ("checking 1 file" in capsys.readouterr().out) == (not with_items)
+    assert ("checking 1 file" in capsys.readouterr().out) == (not chunk_checksums)
     _spoil_data(path)
-    with pytest.raises(UserError, match="gate_up_proj has another" if with_items else "__0_0.distcp has another"):
+    with pytest.raises(UserError, match="gate_up_proj has another" if chunk_checksums else "__0_0.distcp has another"):
         dcp_to_hf(path, tmp_path / "out2", hf)
     assert not (tmp_path / "out2").exists()
     dcp_to_hf(path, tmp_path / "out3", hf, check=False)

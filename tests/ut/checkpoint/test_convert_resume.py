@@ -51,7 +51,7 @@ class Converter:
 
         with self._patch.context() as patch:
             patch.setattr(conversion.ProgressBar, "advance", limited)
-            with pytest.raises(UserError, match="is full; finished files are kept: make room"):
+            with pytest.raises(UserError, match="is full; finished files are kept: free disk space"):
                 self.run()
         assert not self.target().exists()
         resume_log = self.target().with_name(f".{self.target().name}.journal")

@@ -36,8 +36,10 @@ def test_torchs_own_file_is_read(tmp_path: Path) -> None:
 
 
 def test_torch_reads_ours(tmp_path: Path) -> None:
-    items = [StoredChunk("x", torch.float32, (4, 2), (row, 0), (2, 2), "__0_0.distcp", row, 10) for row in (0, 2)]
-    write_metadata(tmp_path / METADATA, items)
+    chunks = [
+        StoredChunk("x", torch.float32, (4, 2), (row, 0), (2, 2), "__0_0.distcp", row, 10, "crc32:0") for row in (0, 2)
+    ]
+    write_metadata(tmp_path / METADATA, chunks)
     theirs = dcp.FileSystemReader(tmp_path).read_metadata()
     assert theirs.storage_data == read_metadata(tmp_path / METADATA).storage_data
     assert [chunk.offsets for chunk in theirs.state_dict_metadata["x"].chunks] == [(0, 0), (2, 0)]

@@ -32,7 +32,7 @@ def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
 
 def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a superuser may write anywhere
-    with pytest.raises(UserError, match="may not be written by this user"):
+    with pytest.raises(UserError, match="is not writable by this user"):
         check_writable(tmp_path / "save")
 
 
@@ -42,7 +42,7 @@ def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:
         (2, None, None),
         (3, None, "120.0 GB free and a checkpoint of this run takes about 50.0 GB, of which up to 3 .*; --keep-last"),
         (9, 1, None),
-        (9, 2, "up to 3 will lie there at once; lower --keep-last"),
+        (9, 2, "up to 3 will exist at the same time; lower --keep-last"),
     ],
 )
 def test_room_for_all_that_will_lie_there(tmp_path: Path, monkeypatch, count: int, keep_last, words) -> None:
@@ -79,5 +79,5 @@ def test_bytes_of_a_checkpoint(processes: int) -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, mindspeed_mm.checkpoint.disk_space; sys.exit('torch' in sys.modules)"
+    code = "import sys, mindspeed_mm.checkpoint.save_directory; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -107,14 +107,14 @@ def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
         )
 
 
-def edit_manifest(path: Path, *, drop: list[str] = (), without_items: bool = False) -> None:
+def edit_manifest(path: Path, *, drop: list[str] = (), without_chunk_checksums: bool = False) -> None:
     """Take files out of a checkpoint, or make its manifest one of a time when pieces had no checksums."""
     manifest = json.loads((path / "manifest.json").read_text())
     for name in drop:
         del manifest["files"][name]
         (path / name).unlink()
     for facts in manifest["files"].values():
-        if without_items:
+        if without_chunk_checksums:
             facts.pop("items", None)
         file = path / next(name for name, other in manifest["files"].items() if other is facts)
         facts.update(size=file.stat().st_size, checksum=file_checksum(file))
@@ -133,9 +133,9 @@ def flip(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("without_items", [False, True])
-def test_no_byte_of_what_is_read_may_differ(saved: Path, tmp_path: Path, without_items: bool) -> None:
-    edit_manifest(saved, without_items=without_items)
+@pytest.mark.parametrize("without_chunk_checksums", [False, True])
+def test_no_byte_of_what_is_read_may_differ(saved: Path, tmp_path: Path, without_chunk_checksums: bool) -> None:
+    edit_manifest(saved, without_chunk_checksums=without_chunk_checksums)
     file, offset, length = places(saved, "model.0.weight")[0]
     for position in range(0, length, 37):
         shutil.copytree(saved, tmp_path / "damaged")

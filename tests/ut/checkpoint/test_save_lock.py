@@ -123,6 +123,6 @@ def test_file_system_without_locks_is_a_line_and_no_obstacle(tmp_path, monkeypat
     lock = SaveLock(tmp_path)
     reason = os.strerror(code)
     assert lock.acquire() == (
-        f"warning: --save {tmp_path} could not be locked ({reason}): see to it that no second run saves there"
+        f"--save {tmp_path} could not be locked ({reason}): make sure that no second run saves there"
     )
     lock.release()
