@@ -1,4 +1,4 @@
-"""Python's garbage collector at the start and the end of a run, where it would only cost time."""
+"""Python's garbage collector: off while modules are imported and when the process ends, where it only costs time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected_imports() -> Iterator[None]:
-    """Import without the collector, which would look through ever more modules, a fifth of the time, and find nothing.
+    """Import without the collector, which would take a fifth of the time and find nothing.
 
-    Afterwards it leaves out all that is there by then, also at the end of the process, where nothing has to be freed.
+    Afterwards it ignores the objects that exist by then, and at the end of the process all objects.
     """
     gc.disable()
     try:

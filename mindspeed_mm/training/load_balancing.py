@@ -1,14 +1,14 @@
-"""The auxiliary loss that balances experts, over a whole optimizer step.
+"""The load-balancing loss of the routers, over a whole optimizer step.
 
 With E experts, N routed tokens (each token once per sparse layer), c_e choices of expert e and p_e the sum of its
-probabilities, all of them over every sparse layer, micro-batch and process of the step:
+probabilities, all of them over every sparse layer, micro-batch and rank of the step:
 
     loss = E * sum over e of (c_e / N) * (p_e / N)
 
 This is what Hugging Face's ``load_balancing_loss_func`` gives for the whole step in one batch. Counts have no gradient,
-so once c and N are known, expert e has a price, ``coefficient * E * c_e / N^2``, at which every micro-batch of every
-process adds its own probabilities to the loss. c has to be known before the first backward pass: it is summed over the
-processes, and over the micro-batches by running the later ones forward once more, without gradients.
+so once c and N are known, every micro-batch of every rank adds its own probabilities to the loss, those of expert e
+times the weight ``coefficient * E * c_e / N^2``. c must be known before the first backward pass: it is summed over the
+ranks, and over the micro-batches by an additional forward pass of the later ones, without gradients.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from mindspeed_mm.models.layers.moe import RouterLoad
 
 
 class LoadBalancingLoss:
-    """The balancing loss of one step after another."""
+    """The load-balancing loss of each step."""
 
     def __init__(self, coefficient: float, *, top_k: int) -> None:
-        """``coefficient`` is the share of the auxiliary loss in the whole; ``top_k`` experts are chosen per token."""
+        """``coefficient`` multiplies the auxiliary loss; ``top_k`` experts are chosen per token."""
         self.coefficient = coefficient
         self.top_k = top_k
         self._later: Tensor | None = None
-        self._price: Tensor | None = None
+        self._weights: Tensor | None = None
 
     def start_step(self, later: Iterable[RouterLoad]) -> None:
         """Begin an optimizer step.
 
         Args:
-            later: loads of all micro-batches of this process but the first.
+            later: router loads of all micro-batches of this rank but the first.
         """
-        self._price = None
+        self._weights = None
         self._later = None
         for load in later:
             self._later = load.choices if self._later is None else self._later + load.choices
 
     def loss(self, load: RouterLoad) -> Tensor:
-        """This process's share in the step's auxiliary loss, times the coefficient, of one more micro-batch.
+        """This micro-batch's part of the step's auxiliary loss, times the coefficient.
 
-        To be called for each micro-batch, in their order, on all processes: the first call sums the counts over them.
+        Call it for each micro-batch, in their order, on all ranks: the first call sums the counts over ranks.
 
         Args:
             load: of the micro-batch.
 
         Returns:
-            fp32 scalar with gradient. Their sum over micro-batches and processes is ``coefficient * loss`` as above.
+            fp32 scalar with gradient. Their sum over micro-batches and ranks is ``coefficient * loss`` as above.
         """
-        if self._price is None:
+        if self._weights is None:
             choices = load.choices if self._later is None else load.choices + self._later
             choices = choices.clone()
             dist.all_reduce(choices)
-            rows = choices.sum() / self.top_k
-            self._price = self.coefficient * len(choices) * (choices / rows / rows).float()
-        return (self._price * load.probabilities).sum()
+            tokens = choices.sum() / self.top_k
+            self._weights = self.coefficient * len(choices) * (choices / tokens / tokens).float()
+        return (self._weights * load.probabilities).sum()

@@ -1,7 +1,7 @@
-"""Shares of the tokens in the loss of one optimizer step.
+"""Loss weights of the target tokens of one optimizer step.
 
-The model sums ``share * cross_entropy`` over its supervised tokens. A mode of averaging is nothing but a choice of
-shares, made once per step over all micro-batches of all ranks, so that no split of the batch changes the sum.
+The model sums ``loss_weight * cross_entropy`` over its target tokens. A loss mode is a choice of weights, made once per
+step over all micro-batches of all ranks, so that no split of the batch changes the sum.
 """
 
 from __future__ import annotations
@@ -24,42 +24,41 @@ def step_loss_weights(
 ) -> list[Tensor]:
     """fp32 [S] for each micro-batch of this rank's step.
 
-    ``n`` below is the number of supervised tokens of the token's own sample.
+    ``n`` below is the number of target tokens of the token's own sample.
 
-    - ``per_token``: 1 / (supervised tokens of the step): the mean over tokens.
-    - ``per_sample``: 1 / n / (samples of the step with supervised tokens): the mean over samples of their token means.
+    - ``per_token``: 1 / (target tokens of the step): the mean over tokens.
+    - ``per_sample``: 1 / n / (samples of the step with target tokens): the mean over samples of their token means.
     - ``square``: 1 / sqrt(n), divided by the sum of these over the step.
-    - ``default``: the token mean of each micro-batch, then the mean over micro-batches and ranks. Alone among the
-      four, it depends on the split.
+    - ``default``: the token mean of each micro-batch, then the mean over micro-batches and ranks. The only mode
+      that depends on the split.
 
     Args:
         batches: the micro-batches of one optimizer step on this rank.
         mode: which mean.
-        layout: processes that share a micro-batch each have all its samples' counts, and their own part's tokens.
-        device: of the results. The sum over ranks stays there: nothing is read back to the host, and no copy to the
-            device is waited for.
+        layout: ranks that share a micro-batch each have the counts of all its samples, and their own part's tokens.
+        device: of the results. The sum over ranks stays there: no host-device synchronisation.
     """
-    shares = [_sample_shares(batch.target_tokens_per_sample, mode) for batch in batches]
+    weights = [_unnormalized_weights(batch.target_tokens_per_sample, mode) for batch in batches]
     if mode == "default":
         total = torch.full((), float(len(batches) * layout.dp_size), device=device)
     else:
         local = sum(
-            count * share
-            for batch, own in zip(batches, shares, strict=True)
-            for count, share in zip(batch.target_tokens_per_sample, own, strict=True)
+            count * weight
+            for batch, own in zip(batches, weights, strict=True)
+            for count, weight in zip(batch.target_tokens_per_sample, own, strict=True)
         )
         total = torch.full((), float(local), dtype=torch.float32, device=device)
         dist.all_reduce(total)
         total /= layout.context_size
-    total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without any supervised token has a loss of 0, not NaN
+    total.clamp_(min=torch.finfo(torch.float32).tiny)  # a step without target tokens has a loss of 0, not NaN
     return [
         copy_to_device(own, device).index_select(0, batch.label_sample) / total
-        for batch, own in zip(batches, shares, strict=True)
+        for batch, own in zip(batches, weights, strict=True)
     ]
 
 
-def _sample_shares(target_tokens: Sequence[int], mode: LossMode) -> list[float]:
-    """Share of a token of each sample, before the division by the step's total."""
+def _unnormalized_weights(target_tokens: Sequence[int], mode: LossMode) -> list[float]:
+    """Loss weight of a token of each sample, before the division by the step's total."""
     if mode == "per_token":
         return [1.0] * len(target_tokens)
     if mode == "per_sample":

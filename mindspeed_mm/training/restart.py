@@ -1,4 +1,4 @@
-"""Where a run starts: from --load as the flags say, or, started again by torchrun, from its own last checkpoint."""
+"""Where a run starts: from --load, or after a restart by torchrun from its own last checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RUN_KEY = "run"
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What to begin with.
+    """The start of a run.
 
     Attributes:
         path: checkpoint directory; None for the Hugging Face weights.
         with_optimizer: whether AdamW's moments are read from it.
         with_rng: whether the random generators' states are.
-        notes: sentences for the log.
+        notes: lines for the log.
     """
 
     path: Path | None
@@ -37,7 +37,7 @@ class Start:
 
 
 def run_identity() -> str:
-    """Names this run on rank 0: the same after a restart by torchrun, another in each run of torchrun."""
+    """Identifies this run on rank 0: the same after a restart by torchrun, another in each run of torchrun."""
     parent = os.getppid()  # torchrun's agent, which outlives its processes
     began = ""
     with contextlib.suppress(OSError, IndexError):
@@ -47,7 +47,7 @@ def run_identity() -> str:
 
 
 def choose_start(args: TrainingArgs) -> Start:
-    """Decide on rank 0 and tell all. Called by all processes together.
+    """Decide on rank 0 and broadcast. Called by all ranks together.
 
     Raises:
         UserError: if ``--load`` names no checkpoint.
@@ -78,11 +78,11 @@ def _choose(args: TrainingArgs) -> Start:
             if left_out
         ]
         if lost:
-            notes.append(f"warning: lost, because that checkpoint holds none: {' and '.join(lost)}; they start anew")
+            notes.append(f"warning: lost, since that checkpoint holds none: {' and '.join(lost)}; they start from zero")
         return Start(
             own, with_optimizer=not args.no_save_optim, with_rng=not args.no_save_rng, notes=tuple(notes)
         )
-    notes = (f"restart {restarts} by torchrun: this run has saved no checkpoint yet, it begins anew",) * bool(restarts)
+    notes = (f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over",) * bool(restarts)
     if args.load is None:
         return Start(None, notes=notes)
     return Start(
@@ -91,7 +91,7 @@ def _choose(args: TrainingArgs) -> Start:
 
 
 def _own_checkpoint(args: TrainingArgs) -> Path | None:
-    """The last checkpoint in ``--save``, if this very run wrote it."""
+    """The last checkpoint in ``--save``, if this run wrote it."""
     if args.save is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Signals that end a run in good order: it saves after the step that it is in, on all processes together.
+"""Signals that stop a run gracefully: it saves after the present step, on all ranks together.
 
-A signal may reach one process, or all of them at different moments. Each process only notes the wish; it travels with
-the step's sums, so that all learn of it after the same step.
+A signal may reach one rank, or all of them at different moments. Each rank only records it. The request travels with
+the step's metrics, so that all ranks see it after the same step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 STOPPED_STATUS = 75
-"""Exit status of a run that was told to stop, saved, and can be continued."""
+"""Exit status of a run that stopped on request, saved, and can be continued."""
 QUIT_STATUS = 130
 """Exit status after a second Ctrl-C: nothing was saved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -22,25 +22,25 @@ _STATE_VARIABLE = "MM_RUN_STATE"
 
 
 class StopRequest:
-    """Notes the signals that arrive while the block under it runs; to be asked for before every step."""
+    """Records the signals that arrive inside the ``with`` block; called once in every step."""
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
-        """Whether this process was told to stop."""
+        """Whether this process was asked to stop."""
         return self._signal is not None
 
     def __enter__(self) -> StopRequest:
-        """Take over SIGTERM, SIGUSR1 and SIGINT, and tell the launcher that there is something to save now."""
+        """Handle SIGTERM, SIGUSR1 and SIGINT, and report to the launcher that a signal now saves."""
         self._former = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        end_launcher_with(None)  # with torchrun's, whatever an attempt before this one ended with
-        _tell_launcher(f"pid.{os.environ.get('LOCAL_RANK', '0')}", str(os.getpid()))
+        end_launcher_with(None)  # with torchrun's status, whatever an earlier attempt ended with
+        _report_to_launcher(f"pid.{os.environ.get('LOCAL_RANK', '0')}", str(os.getpid()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the former handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -59,7 +59,7 @@ def exit_status(*, stopped: bool) -> int:
     """Status that this process should end with after training.
 
     torchrun takes any status but 0 for a failure, which it reports at length and answers with a restart. So under
-    torchrun a process that was told to stop ends with 0, and the launcher, which is told here, with 75.
+    torchrun a stopped process ends with 0, and the launcher, which reads a file written here, with 75.
     """
     if not stopped:
         return 0
@@ -69,12 +69,12 @@ def exit_status(*, stopped: bool) -> int:
 
 def end_launcher_with(status: int | None) -> None:
     """Ask the launcher, if there is one, to end with ``status``, or with torchrun's for None."""
-    _tell_launcher("status", "" if status is None else str(status))
+    _report_to_launcher("status", "" if status is None else str(status))
 
 
-def _tell_launcher(name: str, content: str) -> None:
+def _report_to_launcher(name: str, content: str) -> None:
     if directory := os.environ.get(_STATE_VARIABLE):
-        with contextlib.suppress(OSError):  # it is the launcher's business whether it can be told
+        with contextlib.suppress(OSError):  # the launcher then ends with torchrun's status
             (Path(directory) / name).write_text(content and f"{content}\n")
 
 

@@ -64,7 +64,7 @@ def test_restart_leaves_another_runs_checkpoint_alone(tmp_path, monkeypatch, met
     checkpoint(tmp_path / "save", 4, **metadata)
     start = choose_start(flags(tmp_path, *FIRST))
     assert start.path.parent == tmp_path / "weights" and not start.with_optimizer
-    assert "begins anew" in start.notes[0]
+    assert "starts over" in start.notes[0]
 
 
 def test_missing_load_is_the_users_mistake(tmp_path):
