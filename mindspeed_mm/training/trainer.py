@@ -157,6 +157,8 @@ class Trainer:
         metrics.add("target_tokens", counts * sum(batch.num_target_tokens for batch in data.batches))
         metrics.add("samples", counts * data.samples)
         metrics.add("skipped_samples", counts * len(data.skipped.unusable))
+        metrics.add("too_long_samples", counts * data.skipped.too_long)
+        metrics.add("no_target_samples", counts * data.skipped.no_target)
         metrics.add("tflop", counts * sum(map(self.objective.flop_count, data.batches)))
         metrics.add("stop_requests", self.context.stop_requested())
 
