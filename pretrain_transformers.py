@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from mindspeed_mm.checkpoint.state import Progress
     from mindspeed_mm.data.loader import BatchLoader, TrainLoader
     from mindspeed_mm.interfaces.batch import Batch
-    from mindspeed_mm.interfaces.media import ImageSettings
+    from mindspeed_mm.interfaces.media import MediaSettings
     from mindspeed_mm.models.model import Model, ModelOutput
     from mindspeed_mm.models.spec import ModelConfig, ModelSpec
     from mindspeed_mm.parallel.mesh import Layout
 
 
 def model_provider(
-    job: JobConfig, spec: ModelSpec, model_config: ModelConfig, media: ImageSettings | None, backend: Backend
+    job: JobConfig, spec: ModelSpec, model_config: ModelConfig, media: MediaSettings | None, backend: Backend
 ) -> Model:
     """The model of the given config, as flags and model file choose, with uninitialised parameters."""
     import torch
@@ -48,7 +48,7 @@ def data_provider(
     job: JobConfig,
     spec: ModelSpec,
     model_config: ModelConfig,
-    media: ImageSettings | None,
+    media: MediaSettings | None,
     layout: Layout,
     progress: Progress,
 ) -> tuple[TrainLoader, BatchLoader | None]:

@@ -21,9 +21,9 @@ import numpy as np
 
 from mindspeed_mm.data.images import resized_size
 from mindspeed_mm.data.packing import Costs, Packs, assign_packs, pack, worst_over_mean
-from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
+from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
 
-SETTINGS = ImageSettings(65536, 262144, 16, 2, 2, PixelNorm((0.5,) * 3, (0.5,) * 3, 1 / 255))
+SETTINGS = MediaSettings(65536, 262144, 16, 2, 2, PixelNorm((0.5,) * 3, (0.5,) * 3, 1 / 255))
 # height, width, share: the common sizes of COCO's photographs
 IMAGE_SIZES = ((480, 640, 0.36), (640, 480, 0.12), (427, 640, 0.20), (640, 427, 0.09), (426, 640, 0.06),
                (640, 640, 0.04), (375, 500, 0.06), (500, 375, 0.03), (360, 640, 0.04))

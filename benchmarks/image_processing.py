@@ -29,7 +29,7 @@ from PIL import Image
 
 from mindspeed_mm.data import images
 from mindspeed_mm.data.images import image_patches, load_pixels
-from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
+from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
 
 SIZES = ((640, 480), (480, 640), (500, 375), (1920, 1080))
 HALF = (0.5, 0.5, 0.5)
@@ -66,7 +66,7 @@ def on_device(patches: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(patches).float() / 255 - 0.5) / 0.5
 
 
-def measure(path: Path, settings: ImageSettings, processor: Any, rounds: int) -> dict[str, float]:
+def measure(path: Path, settings: MediaSettings, processor: Any, rounds: int) -> dict[str, float]:
     """Median milliseconds of CPU time for each step on one image, after checking that the results are equal."""
     from transformers.image_utils import load_image as load_reference
 
@@ -104,7 +104,7 @@ def main() -> int:
         images.compiled_resampling = images.jpeg_decoder = lambda: None  # type: ignore[assignment]
     torch.set_num_threads(1)
     norm = PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255)
-    settings = ImageSettings(options.min_pixels, options.max_pixels, 16, 2, 2, norm)
+    settings = MediaSettings(options.min_pixels, options.max_pixels, 16, 2, 2, norm)
     processor = reference_processor(options.min_pixels, options.max_pixels)
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.images import image_patches
-from mindspeed_mm.interfaces.media import ImageSettings, MediaPatches, PixelNorm
+from mindspeed_mm.interfaces.media import MediaPatches, MediaSettings, PixelNorm
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 PIXEL_NORM = PixelNorm(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255)
@@ -202,7 +202,7 @@ def draw_samples(
     generator = np.random.default_rng(seed)
     images, _ = photographs()
     vision = model_config.vision
-    settings = ImageSettings(
+    settings = MediaSettings(
         min_pixels, max_pixels, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, PIXEL_NORM
     )
     kinds, shapes = (

@@ -17,7 +17,7 @@ from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, pre
 from mindspeed_mm.data.record_files import RecordFile
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings, MediaPatches
+from mindspeed_mm.interfaces.media import MediaPatches, MediaSettings
 from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class ChatDataset:
     """Conversations as samples; images and videos are decoded when a sample is read."""
 
     def __init__(
-        self, rows: Rows, settings: ImageSettings | None, name: str, chosen: np.ndarray | None = None
+        self, rows: Rows, settings: MediaSettings | None, name: str, chosen: np.ndarray | None = None
     ) -> None:
         """Wrap ``rows``.
 
@@ -190,7 +190,7 @@ class ChatDataset:
 
 
 def build_datasets(
-    config: DataConfig, *, spec: ModelSpec, media: ImageSettings | None, seq_length: int, seed: int
+    config: DataConfig, *, spec: ModelSpec, media: MediaSettings | None, seq_length: int, seed: int
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The training data set and the one to evaluate on, if the data file asks for one.
 

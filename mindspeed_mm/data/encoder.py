@@ -13,7 +13,7 @@ import numpy as np
 from mindspeed_mm.data.media import in_order, measure_media
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import VIDEO_TAG, ChatTemplate, Message, media_tags
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import MediaSettings
 
 
 class Outcome(enum.IntEnum):
@@ -65,7 +65,7 @@ class Encoder:
     """
 
     template: ChatTemplate
-    media: ImageSettings | None
+    media: MediaSettings | None
     seq_length: int
     may_skip: bool = False
     warning: str = ""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import GridTHW, ImageSettings
+from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
 logger = logging.getLogger(__name__)
 MAX_ASPECT_RATIO = 200
@@ -28,7 +28,7 @@ _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restarts, JFIF, comment
 
 
-def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+def resized_size(height: int, width: int, settings: MediaSettings) -> tuple[int, int]:
     """Height and width after resizing: multiples of the factor, area within the limits, aspect kept.
 
     Where the limits and the multiples cannot all hold (a very thin image), the multiples win.
@@ -51,7 +51,7 @@ def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int,
     return rounded[0], rounded[1]
 
 
-def image_grid(path: str, settings: ImageSettings) -> GridTHW:
+def image_grid(path: str, settings: MediaSettings) -> GridTHW:
     """Grid (1, rows, columns) of patches that the image at ``path`` will have, from the file's header.
 
     Raises:
@@ -157,7 +157,7 @@ def compiled_resampling() -> ModuleType | None:
     return resample
 
 
-def image_patches(pixels: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, GridTHW]:
+def image_patches(pixels: np.ndarray, settings: MediaSettings) -> tuple[np.ndarray, GridTHW]:
     """Resize an image, uint8 [height, width, 3], and cut it into patches.
 
     Returns:
@@ -179,7 +179,7 @@ def image_patches(pixels: np.ndarray, settings: ImageSettings) -> tuple[np.ndarr
     return cut_patches(np.broadcast_to(pixels, (frames, height, width, 3)), settings), grid
 
 
-def cut_patches(frames: np.ndarray, settings: ImageSettings) -> np.ndarray:
+def cut_patches(frames: np.ndarray, settings: MediaSettings) -> np.ndarray:
     """Cut resized frames into patches.
 
     Args:

@@ -12,7 +12,7 @@ from mindspeed_mm.data.records import Video
 from mindspeed_mm.data.videos import clip_layout, clip_patches
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import Clip
-from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, VideoSettings
+from mindspeed_mm.interfaces.media import GridTHW, MediaSettings, VideoSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def in_order(are_videos: Iterable[bool], images: Iterable[str], videos: Iterable
     return media
 
 
-def measure_media(medium: Medium, settings: ImageSettings | None) -> tuple[GridTHW, int | Clip]:
+def measure_media(medium: Medium, settings: MediaSettings | None) -> tuple[GridTHW, int | Clip]:
     """Grid of patches, and the placeholders that the chat template writes; from the file's header.
 
     Raises:
@@ -56,7 +56,7 @@ def measure_media(medium: Medium, settings: ImageSettings | None) -> tuple[GridT
     return grid, Clip(seconds, grid[1] * grid[2] // settings.merge_size**2)
 
 
-def load_media(medium: Medium, settings: ImageSettings | None) -> tuple[np.ndarray, GridTHW]:
+def load_media(medium: Medium, settings: MediaSettings | None) -> tuple[np.ndarray, GridTHW]:
     """Patches uint8 [t * rows * cols, patch_dim] and their grid.
 
     Raises:
@@ -69,13 +69,13 @@ def load_media(medium: Medium, settings: ImageSettings | None) -> tuple[np.ndarr
     return clip_patches(medium.source, _video_settings(settings), settings)
 
 
-def _required(settings: ImageSettings | None) -> ImageSettings:
+def _required(settings: MediaSettings | None) -> MediaSettings:
     if settings is None:
         raise UserError("a record has images or videos, and this model takes text only; remove such records")
     return settings
 
 
-def _video_settings(settings: ImageSettings) -> VideoSettings:
+def _video_settings(settings: MediaSettings) -> VideoSettings:
     if settings.videos is None:
         raise UserError("a record has a video, but attr.videos names no column; name it in the data file")
     return settings.videos

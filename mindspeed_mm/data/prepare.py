@@ -27,7 +27,7 @@ from mindspeed_mm.data.records import RecordReader, SkippedRecords
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Source:
     files: tuple[str, ...]
     limit: int | None
     spec: ModelSpec
-    media: ImageSettings | None
+    media: MediaSettings | None
     seq_length: int
 
     @property

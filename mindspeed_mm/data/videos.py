@@ -17,7 +17,7 @@ from PIL import Image
 from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, VideoSettings
+from mindspeed_mm.interfaces.media import GridTHW, MediaSettings, VideoSettings
 
 VideoSource = str | Sequence[str]
 """A video file, or the image files that are its frames."""
@@ -55,7 +55,7 @@ def slice_seconds(indices: np.ndarray, fps: float, depth: int) -> tuple[float, .
     )
 
 
-def clip_size(frames: int, height: int, width: int, settings: VideoSettings, images: ImageSettings) -> tuple[int, int]:
+def clip_size(frames: int, height: int, width: int, settings: VideoSettings, images: MediaSettings) -> tuple[int, int]:
     """Height and width of the resized frames: multiples of the factor, aspect kept, within the limits.
 
     The limits of a frame count once per frame and the checkpoint's for all frames together; the narrower holds.
@@ -113,7 +113,7 @@ def clip_shape(video: VideoSource, settings: VideoSettings) -> ClipShape:
 
 
 def clip_layout(
-    video: VideoSource, settings: VideoSettings, images: ImageSettings
+    video: VideoSource, settings: VideoSettings, images: MediaSettings
 ) -> tuple[GridTHW, tuple[float, ...]]:
     """Grid (slices, rows, columns) of patches that the video will have, and the second of each slice.
 
@@ -131,7 +131,7 @@ def clip_layout(
 
 
 def clip_patches(
-    video: VideoSource, settings: VideoSettings, images: ImageSettings
+    video: VideoSource, settings: VideoSettings, images: MediaSettings
 ) -> tuple[np.ndarray, GridTHW]:
     """Decode, resize and cut a video; returns patches uint8 [t * rows * cols, patch_dim] and the grid.
 

@@ -66,8 +66,8 @@ class VideoSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSettings:
-    """What decides an image's patches.
+class MediaSettings:
+    """Sizes and normalisation of images and videos.
 
     Attributes:
         min_pixels: smallest area of a resized image, in pixels; at least 1.

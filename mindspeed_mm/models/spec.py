@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
     from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
-    from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
+    from mindspeed_mm.interfaces.media import GridTHW, MediaPatches, MediaSettings
     from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.model import Model
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
@@ -211,7 +211,7 @@ class ModelSpec(abc.ABC):
         """
         raise ValueError("this model has no format for descriptions of tools")
 
-    def read_media_settings(self, config: DataConfig, model_config: Any) -> ImageSettings | None:
+    def read_media_settings(self, config: DataConfig, model_config: Any) -> MediaSettings | None:
         """Sizes and normalisation of images and videos, by the data file and the checkpoint's processor files.
 
         Read once per run; data and model both take them. None for a family that takes text only.
@@ -277,7 +277,7 @@ class ModelSpec(abc.ABC):
         device: str,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
-        media: ImageSettings | None,
+        media: MediaSettings | None,
     ) -> Model:
         """The model with uninitialised parameters; under ``torch.device("meta")`` it allocates nothing.
 

@@ -22,7 +22,7 @@ from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
@@ -49,9 +49,9 @@ from mindspeed_mm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-ModelProvider = Callable[[JobConfig, ModelSpec, ModelConfig, "ImageSettings | None", Backend], Model]
+ModelProvider = Callable[[JobConfig, ModelSpec, ModelConfig, "MediaSettings | None", Backend], Model]
 DataProvider = Callable[
-    [JobConfig, ModelSpec, ModelConfig, "ImageSettings | None", Layout, Progress],
+    [JobConfig, ModelSpec, ModelConfig, "MediaSettings | None", Layout, Progress],
     tuple[TrainLoader, "BatchLoader | None"],
 ]
 

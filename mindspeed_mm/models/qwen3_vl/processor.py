@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm, VideoSettings
+from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
 
 
 def read_image_settings(
     directory: str | Path, *, min_pixels: int, max_pixels: int, vision: Qwen3VLVisionConfig
-) -> ImageSettings:
+) -> MediaSettings:
     """Join the data file's pixel limits with those of the checkpoint's image processor.
 
     An image is resized once, to the intersection of both ranges, so that training sees the same pixels as inference
@@ -58,11 +58,11 @@ def read_image_settings(
         std=tuple(content.get("image_std") or (0.5, 0.5, 0.5)),
         rescale_factor=content.get("rescale_factor") or 1 / 255,
     )
-    return ImageSettings(low, high, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, norm)
+    return MediaSettings(low, high, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, norm)
 
 
 def read_video_settings(
-    directory: str | Path, *, min_pixels: int, max_pixels: int, fps: float, max_frames: int, images: ImageSettings
+    directory: str | Path, *, min_pixels: int, max_pixels: int, fps: float, max_frames: int, images: MediaSettings
 ) -> VideoSettings:
     """Join the data file's limits with those of the checkpoint's video processor.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
     from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
-    from mindspeed_mm.interfaces.media import GridTHW, ImageSettings, MediaPatches
+    from mindspeed_mm.interfaces.media import GridTHW, MediaPatches, MediaSettings
     from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
@@ -90,7 +90,7 @@ class Qwen3VLSpec(ModelSpec):
 
         return tools_text(tools, system)
 
-    def read_media_settings(self, config: DataConfig, model_config: Qwen3VLConfig) -> ImageSettings:
+    def read_media_settings(self, config: DataConfig, model_config: Qwen3VLConfig) -> MediaSettings:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`. Video settings only where ``attr.videos`` is set."""
         from mindspeed_mm.models.qwen3_vl.processor import read_image_settings, read_video_settings
 
@@ -154,7 +154,7 @@ class Qwen3VLSpec(ModelSpec):
         device: str,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
-        media: ImageSettings | None,
+        media: MediaSettings | None,
     ) -> Qwen3VLModel:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         from mindspeed_mm.models.qwen3_vl.model import build_model

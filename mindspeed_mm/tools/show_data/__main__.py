@@ -26,7 +26,7 @@ from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, SkippedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings
+from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.show_data.drawings import draw_costs, draw_media
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
@@ -86,7 +86,7 @@ def _views(dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], to
     return views
 
 
-def _columns(dataset: ChatDataset, settings: ImageSettings | None) -> dict[str, np.ndarray]:
+def _columns(dataset: ChatDataset, settings: MediaSettings | None) -> dict[str, np.ndarray]:
     """Numbers of every sample whose distributions are shown, by the name of their axis."""
     costs, targets = dataset.costs(), dataset.target_token_counts()
     columns = {"length: tokens of a sample, placeholders included": costs.text}
@@ -98,7 +98,7 @@ def _columns(dataset: ChatDataset, settings: ImageSettings | None) -> dict[str, 
 
 
 def _write_page(
-    out: Path, views: Sequence[_View], settings: ImageSettings | None, summary: str, has_costs: bool
+    out: Path, views: Sequence[_View], settings: MediaSettings | None, summary: str, has_costs: bool
 ) -> None:
     body = [f"<p>{html.escape(summary)}</p>"] + (['<p><img src="costs.png" alt="distributions"></p>'] * has_costs)
     body.append('<p>Colours: <span class="target">target tokens</span>, context, <span class="vision">placeholders'

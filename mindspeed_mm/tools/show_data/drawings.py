@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import GridTHW, ImageSettings
+from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"
 _SLICES_SHOWN = 12
 _BINS = 60
 
 
-def frames_of(patches: np.ndarray, grid: GridTHW, settings: ImageSettings) -> np.ndarray:
+def frames_of(patches: np.ndarray, grid: GridTHW, settings: MediaSettings) -> np.ndarray:
     """Undo the cutting: patches uint8 [t * rows * cols, patch_dim] -> frames uint8 [frames, height, width, 3]."""
     slices, rows, cols = grid
     merge, patch, depth = settings.merge_size, settings.patch_size, settings.temporal_patch_size
@@ -36,7 +36,7 @@ def _pyplot() -> Any:
 
 
 def draw_media(
-    path: Path, patches: np.ndarray, grid: GridTHW, settings: ImageSettings, *, title: str
+    path: Path, patches: np.ndarray, grid: GridTHW, settings: MediaSettings, *, title: str
 ) -> None:
     """One image, or the first frame of each slice of a video, with lines between patches and merge blocks."""
     pyplot = _pyplot()

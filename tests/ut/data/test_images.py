@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from mindspeed_mm.data import images
 from mindspeed_mm.data.images import image_grid, image_patches, is_plain_jpeg, load_pixels, resized_size
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm
+from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
 from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
 from tests.helpers.tiny_config import tiny_config
 
@@ -22,8 +22,8 @@ HALF = (0.5, 0.5, 0.5)
 NORM = PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255)
 
 
-def settings(least: int, most: int) -> ImageSettings:
-    return ImageSettings(least, most, patch_size=16, temporal_patch_size=2, merge_size=2, norm=NORM)
+def settings(least: int, most: int) -> MediaSettings:
+    return MediaSettings(least, most, patch_size=16, temporal_patch_size=2, merge_size=2, norm=NORM)
 
 
 def reference(path: Path, least: int, most: int) -> tuple[torch.Tensor, list[int]]:
@@ -52,7 +52,7 @@ def assert_equal_to_reference(path: Path, least: int, most: int) -> None:
         assert torch.equal(on_device, expected)
 
 
-def patches_by_pillow(image: np.ndarray, limits: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+def patches_by_pillow(image: np.ndarray, limits: MediaSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
     """As on a machine without numba."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "compiled_resampling", lambda: None)

@@ -18,14 +18,14 @@ from mindspeed_mm.data import collate, records, validate_data
 from mindspeed_mm.data.media import Medium, load_media, measure_media
 from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.interfaces.media import ImageSettings, PixelNorm, VideoSettings
+from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSettings
 from mindspeed_mm.models.qwen3_vl.processor import read_video_settings
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_data import build_tiny, checkpoint_config, make_config, write_checkpoint
 from tests.helpers.video_processor import PROCESSOR, SAMPLED
 
 HALF = (0.5, 0.5, 0.5)
-IMAGES = ImageSettings(1024, 1 << 20, 16, 2, 2, PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255))
+IMAGES = MediaSettings(1024, 1 << 20, 16, 2, 2, PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255))
 UNLIMITED = 1 << 40
 
 
@@ -143,7 +143,7 @@ def test_a_list_of_frames_is_a_video(tmp_path: Path) -> None:
         paths.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", (64, 32), (40 * number, 0, 0)).save(paths[-1])
     video = Medium(paths, is_video=True)
-    images = ImageSettings(*(1024, 1 << 20, 16, 2, 2), IMAGES.norm, limits(fps=1.0))
+    images = MediaSettings(*(1024, 1 << 20, 16, 2, 2), IMAGES.norm, limits(fps=1.0))
     grid, clip = measure_media(video, images)
     patches, found = load_media(video, images)
     assert grid == found == (3, 2, 4) and patches.shape == (24, 1536)
