@@ -272,7 +272,7 @@ def _load(
     path = start.path
     if path is None:
         directory = job.model.init_from_hf_path
-        load_hf_weights(model, directory)
+        load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
         logger.info(f"loaded the weights of {directory}; no --load was given")
         return Progress()
     converted = not Progress.is_training(path)

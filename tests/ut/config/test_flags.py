@@ -111,6 +111,7 @@ def test_effective_flags_are_read_somewhere():
         ("--async-save", "--async-save has no effect without --save; add --save DIR"),
         ("--save d --keep-every 100", "--keep-every 100 has no effect without --keep-last; add --keep-last N"),
         ("--check-load some", "--check-load is some; choose read, all or sizes"),
+        ("--expert-layout v6", "--expert-layout is v6; choose auto, hub or v5"),
         ("--tensor-model-parallel-size 2", "use --expert-model-parallel-size"),
         ("--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 4 is not supported"),
         ("--calculate-per-token-loss --calculate-per-sample-loss", "exclude each other"),

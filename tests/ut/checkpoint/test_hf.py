@@ -1,10 +1,12 @@
-"""Weights straight from a Hugging Face directory: each process of any layout reads its own slices, and only these."""
+"""Loading a Hugging Face directory into a sharded model: each rank reads its own slices only, in any layout."""
 
 from __future__ import annotations
 
 import json
 import math
 import multiprocessing
+import random
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,16 +24,18 @@ from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelize
+from mindspeed_mm.training import pretrain
 from mindspeed_mm.training.gradients import local
 from tests.helpers.hf_model import tiny_config, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM
 from tests.helpers.process_groups import init_fake_process_group
+from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 
 def as_rank(world_size, rank, function, *arguments):
-    """What ``function`` returns or raises in a process that takes the place of one rank; collectives do nothing there.
+    """Result or error of ``function`` in a process that acts as one rank; its collectives do nothing.
 
-    A process for each, since torch remembers what the first rank of a process was given.
+    Each rank needs its own process, because torch caches facts of the first.
     """
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(_in_place, (world_size, rank, function, *arguments))
@@ -43,7 +47,7 @@ def _in_place(world_size, rank, function, *arguments):
     return function(*arguments)
 
 
-def loaded(directory, *, sharding_size="auto", **layout):
+def loaded(directory, *, sharding_size="auto", expert_layout="auto", **layout):
     """(the rank's parameters after meta-device initialisation and loading, bytes that it read)."""
     model_config = Qwen3VLConfig.from_pretrained(directory)
     with torch.device("meta"):
@@ -52,7 +56,7 @@ def loaded(directory, *, sharding_size="auto", **layout):
     parallelize(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
     model.to_empty(device="cpu")
     with mock.patch.object(hf, "read_tensor", side_effect=hf.read_tensor) as reader:
-        load_hf_weights(model, directory)
+        load_hf_weights(model, directory, expert_layout=expert_layout)
     read = sum(math.prod(shape) * dtype.itemsize for (_, _, dtype, shape), _ in reader.call_args_list)
     return dict(model.named_parameters()), read
 
@@ -69,12 +73,12 @@ def saved(request, tmp_path_factory):
 
 
 def shard_of(whole, parameter):
-    """What a rank must hold, cut axis by axis as the placements say."""
+    """The expected shard of a rank, split axis by axis according to the placements."""
     if not isinstance(parameter, DTensor):  # one process alone
         return whole
     mesh = parameter.device_mesh
     cuts = list(zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True))
-    # spread experts: axis 0 is cut by the expert axis before axis 1 is by FSDP2's
+    # expert parallelism splits axis 0 before FSDP2 splits axis 1
     for placement, coordinate, size in cuts:
         if isinstance(placement, Replicate):
             continue
@@ -105,7 +109,7 @@ def test_each_rank_reads_its_own_shards_alone(saved, world_size, layout):
     for rank in {0, world_size // 2, world_size - 1}:
         wrong, read, held = as_rank(world_size, rank, check, directory, wholes, layout)
         assert wrong == [], rank
-        # experts that transformers 5 has written lie the other way round: a part of each is no run of bytes
+        # transformers 5 writes experts transposed: a shard within an expert is no contiguous range of bytes
         if layout.get("sharding_size", world_size) == layout.get("expert_size", 1) or "expert_size" not in layout:
             assert read == held, rank
 
@@ -138,3 +142,30 @@ def test_a_missing_tensor_is_named(saved, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"1 tensor missing: {name}"):
         HFSource(tmp_path, expert_layout="v5")
+
+
+@pytest.mark.parametrize("square", [1, 2])
+@pytest.mark.parametrize("layout", ["hub", "v5"])
+def test_square_experts_need_the_layout(tmp_path, layout, square):
+    """Shapes do not tell the layout of square experts; the declared one decides the values."""
+    config = random_config(random.Random(2), moe=True, square=square, text={"mlp_only_layers": []})
+    hub = write_hf_directory(tmp_path / "hf", config, layout=layout, dtype=torch.float32)
+    rules = weight_rules(Qwen3VLConfig.from_pretrained(tmp_path / "hf"), expert_layout="hub")
+    wholes = {rule.target: rule.to_mcore([hub[name] for name, _ in rule.sources]) for rule in rules}
+    with pytest.raises(UserError, match="--expert-layout hub for the published layout.* or --expert-layout v5"):
+        as_rank(1, 0, check, tmp_path / "hf", wholes, {})
+    wrong, _, _ = as_rank(1, 0, check, tmp_path / "hf", wholes, {"expert_layout": layout})
+    assert wrong == []
+
+
+def test_the_trainer_passes_the_layout_on():
+    job = SimpleNamespace(
+        args=SimpleNamespace(expert_layout="v5"), model=SimpleNamespace(init_from_hf_path="somewhere")
+    )
+    start = SimpleNamespace(notes=[], path=None)
+    with (
+        mock.patch.object(pretrain, "choose_start", return_value=start),
+        mock.patch.object(pretrain, "load_hf_weights") as load,
+    ):
+        pretrain._load(job, None, None, None)
+    load.assert_called_once_with(None, "somewhere", expert_layout="v5")
