@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What an Ascend machine has: toolkit (CANN), driver, devices, network. Sourced by install.sh; finds, and changes nothing.
+# Detects an Ascend machine's toolkit (CANN), driver, devices and network. Sourced by install.sh; changes nothing.
 
-ASCEND_ROOT=${ASCEND_ROOT:-/usr/local/Ascend} # where drivers and toolkits are installed by default
+ASCEND_ROOT=${ASCEND_ROOT:-/usr/local/Ascend} # default directory of drivers and toolkits
 
-# cann_home: the toolkit's directory: the one whose set_env.sh was sourced, else the newest in its usual places.
+# cann_home: the toolkit's directory: the one whose set_env.sh was sourced, else the newest in the default places.
 cann_home() {
     local directory
     for directory in "${ASCEND_HOME_PATH:-}" "${ASCEND_TOOLKIT_HOME:-}" "$ASCEND_ROOT"/ascend-toolkit/latest \
@@ -16,7 +16,7 @@ cann_home() {
     return 1
 }
 
-# cann_version HOME: such as 8.3.RC1, from where torch_npu reads it too, or from version.cfg.
+# cann_version HOME: such as 8.3.RC1, from the file that torch_npu reads, or from version.cfg.
 cann_version() {
     local file version
     for file in "$1"/*-linux/ascend_*_install.info "$1"/ascend_*_install.info; do
@@ -29,7 +29,7 @@ cann_version() {
     [[ -n $version ]] && printf '%s\n' "$version"
 }
 
-# torch_npu_for TORCH CANN: the torch_npu release that its own table of versions names for the two.
+# torch_npu_for TORCH CANN: the torch_npu release for both, by torch_npu's version table.
 torch_npu_for() {
     case "$1 $2" in
         '2.7.1 8.5'* | '2.8.0 8.5'*) printf '%s.post2\n' "$1" ;;
@@ -37,25 +37,25 @@ torch_npu_for() {
     esac
 }
 
-# cann_is_old CANN: whether no torch_npu that is installed here was released for it.
+# cann_is_old CANN: whether CANN is older than every supported torch_npu requires.
 cann_is_old() {
     local major minor rest
     IFS=. read -r major minor rest <<<"$1"
     [[ $major =~ ^[0-9]+$ && $minor =~ ^[0-9]+$ ]] && ((major < 8 || (major == 8 && minor < 3)))
 }
 
-# te_wheel HOME: CANN's own Python package, which the guide installs in step 1.
+# te_wheel HOME: CANN's Python package te, which the guide installs in step 1.
 te_wheel() {
     compgen -G "$1/lib64/te-*-py3-none-any.whl" | head -n 1
 }
 
-# ascend_report HOME VERSION: one line each on toolkit, driver, devices and network, with what is missing for them.
+# ascend_report HOME VERSION: one line each on toolkit, driver, devices and network, with the remedy for problems.
 ascend_report() {
     local home=$1 version=$2 driver devices
     if [[ -n $home ]]; then
         note "CANN ${version:-of unknown version} in $home"
         ! cann_is_old "$version" ||
-            note "CANN $version is older than any torch_npu that is installed here: install CANN 8.3.RC1 or later"
+            note "CANN $version is older than every supported torch_npu requires: install CANN 8.3.RC1 or later"
         [[ ${ASCEND_HOME_PATH:-} != '' ]] ||
             note "set_env.sh of CANN is not sourced in this shell; the launchers source it themselves (SET_ENV)"
     else
@@ -70,5 +70,5 @@ ascend_report() {
             "(HwHiAiUser), or pass the device on to the container"
     fi
     [[ -f ${HCCN_CONF:-/etc/hccn.conf} ]] ||
-        note "no ${HCCN_CONF:-/etc/hccn.conf}: fine for one machine; several need the NPUs' own network set up (hccn_tool)"
+        note "no ${HCCN_CONF:-/etc/hccn.conf}: fine for one machine; several machines need the NPU network configured (hccn_tool)"
 }

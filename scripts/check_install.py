@@ -1,7 +1,7 @@
-"""Says what is missing from the Python environment that runs it. Standard library only, so that it runs in a new one.
+"""Reports what the running Python environment lacks. Standard library only, so that it runs in a new environment.
 
-``check_install.py missing GROUP=WANT ...`` prints one line ``GROUP<TAB>reason`` per unmet want, nothing if all are met.
-A want is a requirement (``torch==2.13.0``), ``@FILE`` (every line of a requirements file), ``editable:NAME:DIR`` (the
+``check_install.py missing GROUP=NEED ...`` prints one line ``GROUP<TAB>reason`` per unmet need, nothing if all are met.
+A need is a requirement (``torch==2.13.0``), ``@FILE`` (every line of a requirements file), ``editable:NAME:DIR`` (the
 distribution NAME is installed from DIR), ``linked:NAME:DIR`` (NAME.pth puts DIR on the import path) or
 ``checkout:DIR:COMMIT`` (DIR is a git checkout of COMMIT).
 
@@ -20,12 +20,12 @@ from urllib.parse import unquote, urlparse
 
 try:
     from packaging.requirements import Requirement
-except ImportError:  # a new environment holds only pip, which carries a copy
+except ImportError:  # a new environment has only pip, which vendors a copy
     from pip._vendor.packaging.requirements import Requirement
 
 
 def unmet_requirement(text: str) -> str | None:
-    """Why the requirement ``text`` is not met, or None if it is."""
+    """The reason why the requirement ``text`` is not met, or None."""
     requirement = Requirement(text)
     if requirement.marker is not None and not requirement.marker.evaluate():
         return None
@@ -35,11 +35,11 @@ def unmet_requirement(text: str) -> str | None:
         return f"{requirement.name} is not installed"
     if requirement.specifier.contains(version, prereleases=True):
         return None
-    return f"{requirement.name} is {version}, wanted {requirement.specifier}"
+    return f"{requirement.name} is {version}, required {requirement.specifier}"
 
 
 def unmet_editable(name: str, directory: Path) -> str | None:
-    """Why the distribution ``name`` does not come from ``directory`` with its present entry points, or None."""
+    """The reason why ``name`` is not installed from ``directory`` with its current entry points, or None."""
     try:
         distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def unmet_editable(name: str, directory: Path) -> str | None:
 
 
 def unmet_link(name: str, directory: Path) -> str | None:
-    """Why ``name``.pth does not put ``directory`` on the import path, or None."""
+    """The reason why ``name``.pth does not put ``directory`` on the import path, or None."""
     link = Path(sysconfig.get_path("purelib")) / f"{name}.pth"
     if link.is_file() and Path(link.read_text().strip()) == directory:
         return None
@@ -63,24 +63,24 @@ def unmet_link(name: str, directory: Path) -> str | None:
 
 
 def unmet_checkout(directory: Path, commit: str) -> str | None:
-    """Why ``directory`` is not a git checkout of ``commit`` (detached, as the installer leaves it), or None."""
+    """The reason why ``directory`` is not a detached git checkout of ``commit``, or None."""
     head = directory / ".git" / "HEAD"
     if not head.is_file():
         return f"{directory} is not checked out"
     found = head.read_text().strip()
-    return None if found.startswith(commit.lower()) else f"{directory} is at {found[:12]}, wanted {commit[:12]}"
+    return None if found.startswith(commit.lower()) else f"{directory} is at {found[:12]}, required {commit[:12]}"
 
 
-def reasons(want: str) -> Iterator[str]:
-    """Why ``want`` is not met; yields nothing if it is.
+def reasons(need: str) -> Iterator[str]:
+    """The reasons why ``need`` is not met; none if it is.
 
     Raises:
-        ValueError: if ``want`` cannot be read.
+        ValueError: if ``need`` cannot be parsed.
     """
-    kind, _, rest = want.partition(":")
+    kind, _, rest = need.partition(":")
     found: list[str | None]
-    if want.startswith("@"):
-        lines = (line.split("#")[0].strip() for line in Path(want[1:]).read_text(encoding="utf-8").splitlines())
+    if need.startswith("@"):
+        lines = (line.split("#")[0].strip() for line in Path(need[1:]).read_text(encoding="utf-8").splitlines())
         found = [unmet_requirement(line) for line in lines if line]
     elif kind in ("editable", "linked", "checkout"):
         first, _, second = rest.partition(":")
@@ -90,17 +90,17 @@ def reasons(want: str) -> Iterator[str]:
             check = unmet_editable if kind == "editable" else unmet_link
             found = [check(first, Path(second).resolve())]
     else:
-        found = [unmet_requirement(want)]
+        found = [unmet_requirement(need)]
     yield from (reason for reason in found if reason)
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``missing`` or ``report``; the exit status is 0 unless the arguments cannot be read."""
+    """Run ``missing`` or ``report``; the exit status is 0 unless the arguments cannot be parsed."""
     command, *rest = arguments or [""]
     if command == "missing":
         for item in rest:
-            group, _, want = item.partition("=")
-            for reason in reasons(want):
+            group, _, need = item.partition("=")
+            for reason in reasons(need):
                 print(f"{group}\t{reason}")
     elif command == "report":
         for name in rest:

@@ -1,9 +1,8 @@
-"""Asks the package index whether a wheel exists for everything that scripts/install.sh would install.
+"""Checks that the package index has a wheel for everything that scripts/install.sh would install.
 
-``python scripts/check_wheels.py npu cpu`` takes the plans of install.sh for these devices, on x86 and arm, and looks
-every package up for Python 3.10 and 3.11, with all that it depends on there. Nothing is installed; of most packages the
-index hands out the metadata alone. Needs the index and takes minutes: not part of the tests. Exits with 1 where one is
-missing.
+``python scripts/check_wheels.py npu cpu`` takes install.sh's plans for these devices, on x86 and arm, and looks up
+every package and its dependencies for Python 3.10 and 3.11. Installs nothing; most packages need only their metadata.
+Takes minutes and needs the index, so it is not part of the tests. Exits with 1 if a wheel is missing.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ ROOT = Path(__file__).resolve().parents[1]
 MACHINES = {"x86": "x86_64", "arm": "aarch64"}
 PYTHONS = ("3.10", "3.11")
 SHOWN = ("torch", "torch-npu", "megatron-core", "transformers", "numpy")
-# what a system with glibc 2.28 or later takes
+# tags that a system with glibc 2.28 or later accepts
 MANYLINUX = (*(f"_2_{minor}" for minor in range(28, 4, -1)), "2014", "2010", "1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine that is installed on."""
+    """A machine to install on."""
 
     python: str
     arch: str
 
     @property
     def options(self) -> list[str]:
-        """pip's words for it."""
+        """pip options for it."""
         machine = MACHINES[self.arch]
         platforms = [f"manylinux{glibc}_{machine}" for glibc in MANYLINUX] + [f"linux_{machine}"]
         words = [word for platform in platforms for word in ("--platform", platform)]
         return ["--only-binary=:all:", "--implementation", "cp", "--python-version", self.python, *words]
 
-    def wants(self, requirement: Requirement) -> bool:
-        """Whether the requirement's marker holds there."""
+    def applies(self, requirement: Requirement) -> bool:
+        """Whether the requirement's marker holds on this machine."""
         environment = default_environment() | {
             "python_version": self.python, "python_full_version": f"{self.python}.0", "sys_platform": "linux",
             "platform_system": "Linux", "platform_machine": MACHINES[self.arch], "extra": "",
@@ -55,7 +54,7 @@ class Target:
 
 
 def plan(arch: str, device: str) -> tuple[list[str], list[tuple[str, bool]]]:
-    """(lines of the constraints file, requirements and whether their dependencies are installed too)."""
+    """(lines of the constraints file, requirements with whether their dependencies are installed too)."""
     with tempfile.TemporaryDirectory() as directory:
         command = ["bash", "scripts/install.sh", "--arch", arch, "--device", device, "--dry-run", "--dev",
                    "--python", sys.executable, "--venv", str(Path(directory, "env"))]  # fmt: skip
@@ -63,19 +62,19 @@ def plan(arch: str, device: str) -> tuple[list[str], list[tuple[str, bool]]]:
     if result.returncode:
         raise SystemExit(result.stderr.strip())
     constraints: list[str] = []
-    wanted: list[tuple[str, bool]] = []
+    requirements: list[tuple[str, bool]] = []
     for line in result.stdout.splitlines():
         words = shlex.split(re.sub(r"^ *\d+\. \[[^]]*\] ", "", line)) if re.match(r" *\d+\. ", line) else []
         if words[:1] == ["printf"] and "install-constraints.txt" in line:
             constraints = words[2 : words.index(">")]
         elif "pip" in words and "--editable" not in words:
             rest = words[words.index("--constraint") + 2 :]
-            wanted += [(text, "--no-deps" not in rest) for text in _named(rest)]
-    return constraints, wanted
+            requirements += [(text, "--no-deps" not in rest) for text in _named(rest)]
+    return constraints, requirements
 
 
 def _named(words: list[str]) -> Iterator[str]:
-    """The requirements among pip's words, those in files included."""
+    """The requirements among pip's arguments, requirements files included."""
     words = [word for word in words if word != "--no-deps"]
     while words:
         word = words.pop(0)
@@ -87,7 +86,7 @@ def _named(words: list[str]) -> Iterator[str]:
 
 
 def look_up(requirements: Iterable[str], target: Target, constraints: Path) -> list[dict]:
-    """What pip would take for the requirements, without their dependencies: entries of its report.
+    """The wheels pip selects for the requirements, without dependencies: entries of its report.
 
     Raises:
         LookupError: with pip's last line, if one of them has no wheel.
@@ -105,20 +104,20 @@ def look_up(requirements: Iterable[str], target: Target, constraints: Path) -> l
 
 
 def check(target: Target, device: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(file of each package, why others have none)."""
-    constraints, wanted = plan(target.arch, device)
+    """(wheel of each package, reason for each package without one)."""
+    constraints, requirements = plan(target.arch, device)
     found: dict[str, str] = {}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "constraints.txt")
         path.write_text("\n".join(constraints))
-        level = {text: with_dependencies for text, with_dependencies in wanted if target.wants(Requirement(text))}
+        level = {text: follow for text, follow in requirements if target.applies(Requirement(text))}
         while level:
             try:
                 entries = look_up(level, target, path)
             except LookupError:
                 entries = []
-                for text in level:  # one by one, to name those that are missing
+                for text in level:  # one by one, to name the missing ones
                     try:
                         entries += look_up([text], target, path)
                     except LookupError as error:
@@ -130,7 +129,7 @@ def check(target: Target, device: str) -> tuple[dict[str, str], dict[str, str]]:
                 found[name] = entry["download_info"]["url"].rsplit("/", 1)[-1]
                 for line in entry["metadata"].get("requires_dist", []) if follow[name] else []:
                     requirement = Requirement(line)
-                    if target.wants(requirement) and _key(requirement.name) not in {*found, *map(_key, level)}:
+                    if target.applies(requirement) and _key(requirement.name) not in {*found, *map(_key, level)}:
                         level[f"{requirement.name}{requirement.specifier}"] = True
             level = {text: flag for text, flag in level.items() if _key(Requirement(text).name) not in found}
     return found, missing
@@ -141,10 +140,10 @@ def _key(name: str) -> str:
 
 
 def main() -> int:
-    """Print what was found and what is missing."""
+    """Print the wheels found and missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("devices", nargs="+", metavar="DEVICE", help="what install.sh takes for --device")
-    parser.add_argument("--verbose", action="store_true", help="name every file")
+    parser.add_argument("devices", nargs="+", metavar="DEVICE", help="value of install.sh --device")
+    parser.add_argument("--verbose", action="store_true", help="list every wheel")
     options = parser.parse_args()
     status = 0
     for device in options.devices:

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Which Python environment the scripts use. Sourced from the repository root by scripts that need the answer.
+# Selects the Python environment, device and architecture. Sourced from the repository root by other scripts.
 
 # environment_dir [DIR]: the directory of the environment: DIR, else the active one, else .venv of this repository.
 environment_dir() {
     local directory
     for directory in "${1:-}" "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
-        # an activated environment that was deleted since is no environment; a named one is created
+        # skip an activated environment that was deleted; a named one is created
         if [[ -n $directory && ( $directory == "${1:-}" || -x $directory/bin/python ) ]]; then
             printf '%s\n' "$directory"
             return
@@ -14,8 +14,8 @@ environment_dir() {
     printf '.venv\n'
 }
 
-# python_version PYTHON: prints major.minor.micro. Fails where PYTHON is absent or does not run: a version manager's
-# shim may lie on PATH for a version that is not installed.
+# python_version PYTHON: prints major.minor.micro. Fails if PYTHON is absent or does not run, such as a version manager's
+# shim for a version that is not installed.
 python_version() {
     "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null
 }
@@ -51,7 +51,7 @@ detect_device() {
     fi
 }
 
-# machine_arch: x86, arm, or the kernel's own name for anything else.
+# machine_arch: x86, arm, or the kernel's name of another architecture.
 machine_arch() {
     case $(uname -m) in
         x86_64 | amd64) echo x86 ;;

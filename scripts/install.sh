@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs this project and what it needs. The plan is made once; --dry-run prints it, otherwise it is run.
+# Installs this project and its dependencies: builds a plan, then runs it, or prints it with --dry-run.
 set -uo pipefail
-exec </dev/null # nothing here may wait for an answer
+exec </dev/null # never prompt
 CALLER_DIR=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=scripts/environment.sh
@@ -22,24 +22,24 @@ usage: bash scripts/install.sh [--arch x86|arm] [options]
 
   --arch x86|arm       processor of this machine; a wrong one is corrected, except in the plan of --dry-run
   --msid COMMIT        commit of MindSpeed, on NPUs (default: the guide's d76dbddd)
-  --torchversion V     torch 2.7.1 to 2.13 (default: the one that is there, else 2.7.1 on NPUs, 2.13.0)
+  --torchversion V     torch 2.7.1 to 2.13 (default: the installed one, else 2.7.1 on NPUs, 2.13.0)
   --device DEVICE      auto, npu, cuda or cpu (default: auto)
   --venv DIR           virtual environment to create or reuse (default: the active one, else .venv)
   --python PYTHON      interpreter for a new environment (default: python3.11, python3.10 or python3)
-  --dev                also what tests and lint need
+  --dev                also install test and lint tools
   --dry-run            print the plan and change nothing
   --help               print this
 
-Environment: MINDSPEED_REPO and MINDSPEED_DIR (where MindSpeed comes from and goes to), TORCH_NPU_VERSION (default: the
+Environment: MINDSPEED_REPO and MINDSPEED_DIR (MindSpeed's source and directory), TORCH_NPU_VERSION (default: the
 release for this machine's CANN, e.g. 2.7.1.post2), ASCEND_HOME_PATH (CANN, if not in /usr/local/Ascend),
-INSTALL_RETRY_PAUSE (seconds between attempts, default 5). Packages come from where pip is configured to look (pip
+INSTALL_RETRY_PAUSE (seconds between attempts, default 5). Packages come from pip's configured index (pip
 config, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 USAGE
 }
 
 note() { printf 'note: %s\n' "$*"; }
 
-# fail STATUS WORD...: 2 for a wrong option, 1 for a machine that cannot be installed on.
+# fail STATUS WORD...: status 2 for a wrong option, 1 for an unsupported machine.
 fail() {
     printf 'error: %s\n' "${*:2}" >&2
     exit "$1"
@@ -73,7 +73,7 @@ parse_options() {
     [[ $MSID =~ ^([0-9a-fA-F]{7,40}|)$ ]] || fail 2 "--msid is $MSID; give a commit of 7 to 40 hexadecimal digits"
 }
 
-# Sets ARCH, and FOREIGN=1 where the plan is for another machine than this one.
+# Sets ARCH, and FOREIGN=1 if the plan is for another machine.
 choose_arch() {
     local machine
     machine=$(machine_arch)
@@ -81,7 +81,7 @@ choose_arch() {
     if [[ -n $ARCH && $ARCH != "$machine" ]]; then
         if ((DRY_RUN)); then
             FOREIGN=1
-            note "this machine is $machine; the plan is for $ARCH, as named"
+            note "this machine is $machine; the plan is for $ARCH, as given"
         else
             note "--arch $ARCH contradicts this machine, which is $machine; installing for $machine"
             ARCH=$machine
@@ -110,7 +110,7 @@ choose_versions() {
             fail 2 "--torchversion is $TORCH; choose 2.7.1 to 2.13.0"
     elif [[ $present =~ ^2\.(7\.[1-9]|[89]\.|1[0-3]\.) ]] &&
         [[ $DEVICE != npu || $(installed torch-npu) == "$present"* ]]; then
-        TORCH=$present # as an earlier run was told, or the user's own
+        TORCH=$present # from an earlier run, or the user's
     elif [[ $DEVICE == npu ]]; then
         TORCH=2.7.1
     else
@@ -123,7 +123,7 @@ choose_versions() {
     fi
     TORCH_NPU=${TORCH_NPU_VERSION:-$(torch_npu_for "$TORCH" "$CANN_VERSION")}
     if [[ $DEVICE == npu ]]; then
-        # only these have a torch_npu
+        # the releases that have a torch_npu
         [[ $TORCH =~ ^2\.(7\.1|8\.0|9\.0|9\.1|10\.0|11\.0|12\.0|13\.0)$ ]] ||
             fail 2 "--torchversion is $TORCH, which has no torch_npu;" \
                 "choose 2.7.1, 2.8.0, 2.9.0, 2.10.0, 2.11.0, 2.12.0 or 2.13.0"
@@ -131,12 +131,12 @@ choose_versions() {
             fail 2 "TORCH_NPU_VERSION is $TORCH_NPU, which does not belong to torch $TORCH;" \
                 "choose $TORCH or $TORCH.postN"
     elif [[ -n $MSID ]]; then
-        note "--msid has no effect on $DEVICE: MindSpeed serves NPUs only"
+        note "--msid has no effect on $DEVICE: MindSpeed is for NPUs only"
     fi
     MSID=${MSID:-$DEFAULT_MSID}
 }
 
-# Sets ENV_DIR, PY (its interpreter), BASE_PYTHON (what creates it, or empty where it exists) and PY_VERSION.
+# Sets ENV_DIR, PY (its interpreter), BASE_PYTHON (the interpreter that creates it; empty if it exists) and PY_VERSION.
 choose_environment() {
     [[ -z $VENV || $VENV == /* ]] || VENV=$CALLER_DIR/$VENV
     [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$CALLER_DIR/$PYTHON
@@ -166,31 +166,31 @@ choose_environment() {
     fi
 }
 
-# Sets MISSING: lines "component<TAB>reason" of what this environment lacks.
+# Sets MISSING: a line "component<TAB>reason" for each thing that this environment lacks.
 find_missing() {
-    local wants=('pip=pip>=21.3' 'build tools=setuptools>=77' "torch=torch==$TORCH"
+    local needs=('pip=pip>=21.3' 'build tools=setuptools>=77' "torch=torch==$TORCH"
         "megatron-core=megatron-core==$MEGATRON_VERSION" 'requirements=@requirements.txt'
         'requirements=@examples/qwen3vl/requirements.txt' "mindspeed-mm=editable:mindspeed-mm:$PWD")
     if [[ $DEVICE == npu ]]; then
-        # CANN's own package; what it depends on stands in requirements-npu.txt
-        [[ -z $CANN_HOME || -z $(te_wheel "$CANN_HOME") ]] || wants+=('te=te')
-        # any torch_npu of this torch will do, unless one was asked for: it has to match the machine's CANN
-        wants+=("torch-npu=torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}"
+        # CANN's Python package; its dependencies are in requirements-npu.txt
+        [[ -z $CANN_HOME || -z $(te_wheel "$CANN_HOME") ]] || needs+=('te=te')
+        # any torch_npu for this torch is accepted unless TORCH_NPU_VERSION names one, which must match the CANN version
+        needs+=("torch-npu=torch-npu==${TORCH_NPU_VERSION:-$TORCH.*}"
             'requirements=@requirements-npu.txt' "MindSpeed=checkout:$MINDSPEED_DIR:$MSID"
             "MindSpeed=linked:mindspeed:$MINDSPEED_DIR")
     fi
-    ((DEV)) && wants+=('dev tools=@requirements-dev.txt')
+    ((DEV)) && needs+=('dev tools=@requirements-dev.txt')
     if [[ -n $BASE_PYTHON ]]; then
-        MISSING=$(printf '%s\tis to be installed\n' "${wants[@]%%=*}" | sort -u)
+        MISSING=$(printf '%s\tnot installed yet\n' "${needs[@]%%=*}" | sort -u)
     else
-        MISSING=$("$PY" scripts/check_install.py missing "${wants[@]}") ||
-            fail 1 "$PY could not look into $ENV_DIR; remove that directory and run this again"
+        MISSING=$("$PY" scripts/check_install.py missing "${needs[@]}") ||
+            fail 1 "$PY could not inspect $ENV_DIR; remove that directory and run this again"
     fi
 }
 
 is_missing() { [[ $'\n'$MISSING == *$'\n'"$1"$'\t'* ]]; }
 
-# add_step COMPONENT local|download TEXT: a line of shell to be printed or run.
+# add_step COMPONENT local|download TEXT: adds a line of shell to print or run.
 add_step() {
     STEP_COMPONENT+=("$1") STEP_KIND+=("$2") STEP_COMMAND+=("$3")
 }
@@ -207,7 +207,7 @@ add_pip() {
     add_command "$1" download "$PY" -m pip install --constraint "$CONSTRAINTS" "${@:2}"
 }
 
-# Fills STEP_* with what brings the environment from what find_missing saw to what was asked for.
+# Fills STEP_* with the steps that install what find_missing reported.
 build_plan() {
     STEP_COMPONENT=() STEP_KIND=() STEP_COMMAND=()
     CONSTRAINTS=$ENV_DIR/install-constraints.txt
@@ -230,10 +230,10 @@ build_plan() {
     is_missing torch && add_pip torch "torch==$TORCH"
     is_missing requirements && add_pip requirements "${requirements[@]}"
     is_missing 'dev tools' && add_pip 'dev tools' -r requirements-dev.txt
-    # without its dependencies: one of them replaces torch, and what is used of megatron-core needs none of the others;
-    # after the rest, because pip lists as errors what an installed megatron-core lacks
+    # without dependencies: one of them replaces torch, and this project's use of megatron-core needs none;
+    # last, because pip reports missing dependencies of an installed megatron-core as errors
     is_missing megatron-core && add_pip megatron-core --no-deps "megatron-core==$MEGATRON_VERSION"
-    # without its dependency: its x86 wheel names the build torch==V+cpu, which not every package index holds
+    # without its dependency: its x86 wheel requires torch==V+cpu, which not every package index has
     is_missing torch-npu && add_pip torch-npu --no-deps "torch-npu==$TORCH_NPU"
     is_missing te && add_pip te --no-deps "$(te_wheel "$CANN_HOME")"
     is_missing MindSpeed && plan_mindspeed
@@ -258,13 +258,13 @@ plan_mindspeed() {
 print_plan() {
     local index
     printf 'plan: %s, %s, Python %s, torch %s, environment %s\n' "$ARCH" "$DEVICE" "$PY_VERSION" "$TORCH" "$ENV_DIR"
-    ((${#STEP_COMMAND[@]})) || printf '  nothing to do: everything is in place\n'
+    ((${#STEP_COMMAND[@]})) || printf '  nothing to do: everything is installed\n'
     for ((index = 0; index < ${#STEP_COMMAND[@]}; index++)); do
         printf '  %d. [%s] %s\n' $((index + 1)) "${STEP_COMPONENT[index]}" "${STEP_COMMAND[index]}"
     done
 }
 
-# run_step INDEX: 0 if the step succeeded; downloads are tried ATTEMPTS times.
+# run_step INDEX: 0 if the step succeeded; downloads get ATTEMPTS attempts.
 run_step() {
     local attempt=1 attempts=1 pause=${INSTALL_RETRY_PAUSE:-5}
     [[ ${STEP_KIND[$1]} == download ]] && attempts=$ATTEMPTS
@@ -277,7 +277,7 @@ run_step() {
     done
 }
 
-# Runs the steps. A component that fails is skipped from there on; without environment or torch nothing else is tried.
+# Runs the steps. Skips the rest of a failed component; stops if the environment or torch fails.
 run_plan() {
     local index component
     FAILED=''
@@ -292,7 +292,7 @@ run_plan() {
     done
 }
 
-# The closing check: everything asked for is there, torch is the asked one, and it can be imported. Sets PROBLEMS.
+# Final check: everything is installed in the requested versions and can be imported. Sets PROBLEMS.
 verify() {
     local modules='import torch, megatron.core' output set_env
     BASE_PYTHON=''
@@ -307,7 +307,7 @@ verify() {
     if [[ $DEVICE == npu ]]; then
         modules+=', torch_npu'
         for set_env in "$ASCEND_ROOT"/{ascend-toolkit,cann}/set_env.sh; do
-            # shellcheck disable=SC1090 # of the machine's CANN, where there is one
+            # shellcheck disable=SC1090 # set_env.sh of the machine's CANN, if any
             [[ ! -f $set_env ]] || source "$set_env" >/dev/null 2>&1 || true
         done
     fi
@@ -324,7 +324,7 @@ report() {
     fi
     if [[ -n $PROBLEMS ]]; then
         printf 'Not installed:\n  %s\n' "${PROBLEMS//$'\n'/$'\n'  }"
-        printf 'Mend the cause named above and run the same command again; it goes on where it stopped.\n'
+        printf 'Fix the cause above and run the same command again; it continues where it stopped.\n'
     fi
     if [[ -f $ENV_DIR/bin/activate && ${VIRTUAL_ENV:-} != "$ENV_DIR" ]]; then
         printf 'Activate it with: source %q/bin/activate\n' "$ENV_DIR"
@@ -339,7 +339,7 @@ main() {
     find_missing
     build_plan
     if is_missing torch && [[ $DEVICE != cuda ]]; then
-        note "pip takes torch from where it is configured to look; the CPU build serves here," \
+        note "pip takes torch from its configured index; the CPU build suffices here," \
             "and a CUDA build is several GB larger"
     fi
     if ((DRY_RUN)); then
@@ -347,16 +347,16 @@ main() {
         exit 0
     fi
     if [[ -z $MISSING ]]; then
-        printf 'Everything is in place already; nothing to do.\n'
+        printf 'Everything is installed already; nothing to do.\n'
         FAILED='' PROBLEMS=''
         report
         exit 0
     fi
     print_plan
-    # pip answers Ctrl-C with a mere failure, which would be tried again
-    trap 'fail 130 "interrupted; the same command goes on where this one stopped"' INT TERM
+    # pip reports Ctrl-C as a failure, which would be retried
+    trap 'fail 130 "interrupted; the same command continues where this one stopped"' INT TERM
     is_missing megatron-core ||
-        note "pip may list dependencies that megatron-core lacks; it is installed without them on purpose"
+        note "pip may list dependencies that megatron-core lacks; it is deliberately installed without them"
     run_plan
     verify
     report

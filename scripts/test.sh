@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what is missing, lints, and runs the fast tests. Further arguments go to pytest:
-#   bash scripts/test.sh                       everything that takes seconds
-#   bash scripts/test.sh -m "slow or not slow" everything
-#   bash scripts/test.sh -m st                 launchers and several processes only
-#   bash scripts/test.sh tests/ut/data -k mask as pytest understands it
-#   bash scripts/test.sh --stack npu           in an environment as NPU users have it: Python 3.10, torch 2.7.1, the newest
+# Installs missing packages, lints, and runs the fast tests. Further arguments go to pytest:
+#   bash scripts/test.sh                       tests that take seconds
+#   bash scripts/test.sh -m "slow or not slow" all tests
+#   bash scripts/test.sh -m st                 tests with launchers and several ranks only
+#   bash scripts/test.sh tests/ut/data -k mask a selection, in pytest's syntax
+#   bash scripts/test.sh --stack npu           in an environment like NPU users': Python 3.10, torch 2.7.1, the newest
 #                                              transformers and numpy for these, in .venv-npu-stack (or
 #                                              STACK_VENV), by STACK_PYTHON or python3.10
 set -euo pipefail
@@ -20,7 +20,7 @@ if [[ ${1:-} == --stack ]]; then
     directory=${STACK_VENV:-.venv-npu-stack}
     bash scripts/install.sh --arch "$(machine_arch)" --dev --device cpu --venv "$directory" --python "${STACK_PYTHON:-python3.10}" \
         --torchversion 2.7.1
-    # what an NPU user has besides, among it numpy 1
+    # further packages of an NPU user, numpy 1 among them
     "$directory/bin/python" -m pip install --quiet --constraint "$directory/install-constraints.txt" \
         -r requirements.txt -r examples/qwen3vl/requirements.txt -r requirements-npu.txt
     VIRTUAL_ENV=$(cd "$directory" && pwd)

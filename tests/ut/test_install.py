@@ -182,7 +182,7 @@ def test_torch_npu_is_the_one_for_the_machines_cann(npu_machine, cann, torch, to
 def test_what_an_npu_machine_lacks_is_said(npu_machine, tmp_path):
     info = npu_machine.cann / "x86_64-linux/ascend_toolkit_install.info"
     info.write_text("version=8.0.RC3\n")
-    assert "CANN 8.0.RC3 is older than any torch_npu" in npu_machine().stdout
+    assert "CANN 8.0.RC3 is older than every supported torch_npu" in npu_machine().stdout
     (tmp_path / "hccn.conf").unlink()
     (tmp_path / "dev/davinci_manager").unlink()
     shutil.rmtree(npu_machine.ascend)
@@ -335,7 +335,7 @@ def test_missing_is_found_by_what_is_installed(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git/HEAD").write_text("d76dbddd4517\n")
     assert missing(f"m=checkout:{tmp_path}:d76dbddd") == ""
-    assert "wanted abcdef1" in missing(f"m=checkout:{tmp_path}:abcdef1")
+    assert "required abcdef1" in missing(f"m=checkout:{tmp_path}:abcdef1")
 
 
 def test_requirements_never_bring_in_torch():
