@@ -146,7 +146,7 @@ class Trainer:
         finite = metrics["loss"].isfinite().to(norm.total.device) & norm.total.isfinite()
         self.optimizer.step_where(finite)
         metrics.set("grad_norm", norm.total)
-        metrics.set("skipped", ~finite)
+        metrics.set("skipped_step", ~finite)
         metrics.send()
         return metrics, StepDetails(tuple(samples), tuple(norm.parts), tuple(data.skipped.unusable))
 
@@ -156,9 +156,9 @@ class Trainer:
         metrics.add("tokens", counts * data.tokens)
         metrics.add("target_tokens", counts * sum(batch.num_target_tokens for batch in data.batches))
         metrics.add("samples", counts * data.samples)
-        metrics.add("skipped_samples", counts * len(data.skipped.unusable))
-        metrics.add("too_long_samples", counts * data.skipped.too_long)
-        metrics.add("no_target_samples", counts * data.skipped.no_target)
+        metrics.add("skipped_unusable", counts * len(data.skipped.unusable))
+        metrics.add("skipped_too_long", counts * data.skipped.too_long)
+        metrics.add("skipped_no_target", counts * data.skipped.no_target)
         metrics.add("tflop", counts * sum(map(self.objective.flop_count, data.batches)))
         metrics.add("stop_requests", self.context.stop_requested())
 

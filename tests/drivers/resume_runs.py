@@ -42,7 +42,7 @@ class Recorder(AnomalyDetector):
             "norm": record.metrics["grad_norm"].hex(),
             "learning_rate": record.metrics["learning_rate"].hex(),
             "consumed": record.metrics["consumed_samples"],
-            "skipped": bool(record.metrics["skipped"]),
+            "skipped": bool(record.metrics["skipped_step"]),
             "samples": [list(part.sample_ids) for part in record.details.samples],
         }
         super().on_step_end(record)

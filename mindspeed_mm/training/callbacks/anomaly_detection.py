@@ -94,7 +94,7 @@ class AnomalyDetector(Callback):
             UserError: on all ranks, if more than ``--max-nonfinite-steps`` in a row were skipped.
         """
         loss, grad_norm = record.metrics["loss"], record.metrics["grad_norm"]
-        if not record.metrics["skipped"]:
+        if not record.metrics["skipped_step"]:
             self._in_a_row = 0
             messages = [
                 message
@@ -136,7 +136,7 @@ class AnomalyDetector(Callback):
             content = {
                 "iteration": record.iteration,
                 "reason": reason,
-                "skipped": bool(record.metrics["skipped"]),
+                "skipped": bool(record.metrics["skipped_step"]),
                 "loss": _number(record.metrics["loss"]),
                 "grad_norm": _number(record.metrics["grad_norm"]),
                 "learning_rate": record.metrics["learning_rate"],

@@ -74,7 +74,7 @@ class LogLine(Callback):
         fields += [
             "loss scale: 1.0",
             f"grad norm: {last.metrics['grad_norm']:.3f}",
-            f"number of skipped iterations: {round(sums['skipped']):3d}",
+            f"number of skipped iterations: {round(sums['skipped_step']):3d}",
             f"number of nan iterations: {round(sums['nan']):3d}",
             f"data wait: {100.0 * sums['data_wait_seconds'] / max(1e-9, sums['seconds']):.1f}%",
         ]

@@ -30,7 +30,7 @@ class SkippedSamples(Callback):
 
     def on_step_end(self, record: StepRecord) -> None:
         """Count a step's."""
-        self.check(round(record.metrics["skipped_samples"]), record.details.skipped_messages)
+        self.check(round(record.metrics["skipped_unusable"]), record.details.skipped_messages)
 
     def check(self, count: int, messages: Sequence[str]) -> None:
         """Count skipped samples. Called by all ranks together, with the same ``count``.

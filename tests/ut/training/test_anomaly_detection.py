@@ -60,7 +60,7 @@ def make(tmp_path, *flags):
 def record(iteration, *, loss=1.0, norm=1.0, losses=(1.0, 2.0, 3.0, 4.0), gradient_norms=()):
     samples = SampleLosses([7, 8, 9], torch.tensor([0, 1, 1, 2]), torch.tensor(losses))
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    metrics = {"loss": loss, "grad_norm": norm, "skipped": float(skipped), "learning_rate": 0.25}
+    metrics = {"loss": loss, "grad_norm": norm, "skipped_step": float(skipped), "learning_rate": 0.25}
     return StepRecord(iteration, metrics, StepDetails((samples,), gradient_norms))
 
 

@@ -135,12 +135,12 @@ def make(*callbacks, steps=5, iteration=0, lag=0, values=None, stop_at=(), layou
         current = context.progress.iteration + 1
         metrics = StepMetrics(torch.device("cpu"))
         defaults = {"loss": float(current), "tokens": 80, "target_tokens": 20, "samples": 10, "tflop": 2.0}
-        defaults |= {"skipped_samples": 0, "stop_requests": current in stop_at}
+        defaults |= {"skipped_unusable": 0, "stop_requests": current in stop_at}
         for name, value in {**defaults, **(values(current) if values else {})}.items():
             metrics.add(name, value)
         metrics.reduce()
         metrics.set("grad_norm", torch.tensor(2.0))
-        metrics.set("skipped", ~metrics["loss"].isfinite())
+        metrics.set("skipped_step", ~metrics["loss"].isfinite())
         metrics.send()
         return metrics, StepDetails()
 
@@ -221,7 +221,7 @@ def test_a_last_save_that_fails_ends_the_run_with_its_error_and_every_callback()
 
 def test_skipped_samples_of_a_step_stop_the_run():
     with pytest.raises(IndexError):  # without messages, since no rank has any here: the count arrived
-        make(SkippedSamples(0), values=lambda step: {"skipped_samples": int(step == 2)}).train()
+        make(SkippedSamples(0), values=lambda step: {"skipped_unusable": int(step == 2)}).train()
 
 
 # the log line
@@ -261,7 +261,7 @@ def test_remaining_time_is_made_of_recent_steps(lines):
     line = LogLine(packed=False)
     line.on_run_start(make(steps=5000))
     for iteration, seconds in enumerate([600.0, *[1.0] * 4, *[3.0] * 60], start=1):
-        metrics = dict.fromkeys(("loss", "tokens", "target_tokens", "tflop", "skipped", "grad_norm"), 1.0)
+        metrics = dict.fromkeys(("loss", "tokens", "target_tokens", "tflop", "skipped_step", "grad_norm"), 1.0)
         metrics |= {"learning_rate": 0.1, "data_wait_seconds": 0.0, "consumed_samples": 8, "peak_memory_gib": 1.0}
         line.on_step_end(StepRecord(iteration, {**metrics, "seconds": seconds}))
     remaining = [text.rpartition("remaining time: ")[2] for text in lines()]
