@@ -1,21 +1,17 @@
-"""Floating-point operations that a micro-batch's forward and backward pass need: what TFLOP/s and MFU are made of.
+"""Floating-point operations of a micro-batch's forward and backward pass: what TFLOP/s and MFU are computed from.
 
-A product of x [n, a] with a weight [a, b] counts 2nab in forward, and as much again in backward for each of the two
-gradients that are wanted: that of x where anything before it trains, that of the weight where it trains. Attention
-counts its two products over the pairs of positions that see each other, causal in text and whole in pictures, and
-twice that in backward. Of the experts those count that serve a token. Norms, rotary positions, softmax and lookups do
-not count, and neither does what recomputation repeats.
+What counts is said in :mod:`mindspeed_mm.models.layers.flops`; attention is causal in text and full within images.
 
-Legend: T tokens, S supervised positions, N patches, M merged patches.
+Legend: N patches, M merged patches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from mindspeed_mm.interfaces.batch import Batch
+from mindspeed_mm.models.layers.flops import decoder_flops, product_flops, segment_lengths
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 
@@ -24,7 +20,7 @@ class FlopCount:
     """Counts for one model, of which some parts may be frozen.
 
     Attributes:
-        geometry: of the model.
+        model_config: of the model.
         train_vision: whether the vision encoder trains.
         train_projector: whether the mergers train.
         train_text: whether the text decoder trains.
@@ -41,13 +37,13 @@ class FlopCount:
         """Operations of a whole micro-batch, in 10^12."""
         vision = batch.vision
         return self.of_lengths(
-            _lengths(batch.cu_seqlens_host),
-            patches=[] if vision.is_dummy else _lengths(vision.cu_seqlens_host),
+            segment_lengths(batch.cu_seqlens_host),
+            patches=[] if vision.is_dummy else segment_lengths(vision.cu_seqlens_host),
             target_tokens=batch.num_target_tokens,
         )
 
     def of_lengths(self, tokens: Sequence[int], *, patches: Sequence[int], target_tokens: int) -> float:
-        """Likewise, of the tokens of each sample, the patches of each picture and the supervised positions."""
+        """Likewise, of the tokens of each sample, the patches of each image, and the number of target tokens."""
         return (self._vision(patches) + self._text(tokens, target_tokens)) / 1e12
 
     def _vision(self, patches: Sequence[int]) -> float:
@@ -58,38 +54,20 @@ class FlopCount:
         wide = width * vision.merge_unit
         mergers = (1 + len(vision.deepstack_visual_indexes)) * (count // vision.merge_unit)
         return (
-            _product(count * vision.patch_dim * width, inputs=False, weights=trains)
-            + vision.depth * (_product(block, inputs=trains, weights=trains)
-                              + _product(attention, inputs=trains, weights=trains))
+            product_flops(count * vision.patch_dim * width, inputs=False, weights=trains)
+            + vision.depth * (product_flops(block, inputs=trains, weights=trains)
+                              + product_flops(attention, inputs=trains, weights=trains))
             # a merger's first product follows its own norm
-            + _product(mergers * wide * (wide + vision.out_hidden_size), inputs=trains or self.train_projector,
-                       weights=self.train_projector)
+            + product_flops(mergers * wide * (wide + vision.out_hidden_size), inputs=trains or self.train_projector,
+                            weights=self.train_projector)
         )  # fmt: skip
 
     def _text(self, tokens: Sequence[int], target_tokens: int) -> float:
-        text, count = self.model_config.text, sum(tokens)
-        trains, width = self.train_text, text.hidden_size
-        flows = trains or self.train_projector or self.train_vision
-        query, key = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        projections = count * width * (2 * query + 2 * key)
-        attention = 2 * query * sum(length * (length + 1) // 2 for length in tokens)
-        total = _product(target_tokens * width * text.vocab_size, inputs=flows, weights=trains)
-        for layer in range(text.num_layers):
-            total += _product(projections, inputs=flows, weights=trains)
-            total += _product(attention, inputs=flows, weights=flows)
-            if text.is_moe_layer(layer):
-                experts = count * text.num_experts_per_token * 3 * width * text.moe_intermediate_size
-                total += _product(experts, inputs=flows, weights=trains and self.train_experts)
-                total += _product(count * width * text.num_experts, inputs=flows, weights=trains)
-            else:
-                total += _product(count * 3 * width * text.intermediate_size, inputs=flows, weights=trains)
-        return total
-
-
-def _product(multiplications: float, *, inputs: bool, weights: bool) -> float:
-    """Forward, and the gradients that are wanted."""
-    return 2.0 * multiplications * (1 + inputs + weights)
-
-
-def _lengths(offsets: Sequence[int]) -> list[int]:
-    return [end - start for start, end in itertools.pairwise(offsets)]
+        return decoder_flops(
+            self.model_config.text,
+            tokens,
+            target_tokens=target_tokens,
+            trains=self.train_text,
+            runs_backward=self.train_text or self.train_projector or self.train_vision,
+            train_experts=self.train_experts,
+        )

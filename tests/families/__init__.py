@@ -1,0 +1,1 @@
+"""Model families that only tests know."""
