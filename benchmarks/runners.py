@@ -1,4 +1,4 @@
-"""One optimizer step of this project's trainer, and of Hugging Face's model in a plain loop, on the same samples."""
+"""Optimizer steps of this project's trainer and of Hugging Face's model in a plain loop, on the same samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Steps = Sequence[Sequence[Sequence[Sample]]]
 
 
 def initialise(model: nn.Module, seed: int = 0) -> None:
-    """Random values of the published models' size; norms and biases as they are there at the beginning."""
+    """Initialise parameters: normal weights with the published models' standard deviation, norms 1, biases 0."""
     generators: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def initialise(model: nn.Module, seed: int = 0) -> None:
 
 
 class OurRunner:
-    """This project's trainer on one process (init_distributed first)."""
+    """This project's trainer; call init_distributed first."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class OurRunner:
         choices: ModelBuildOptions | None = None,
         frozen_experts: bool = False,
     ) -> None:
-        """``steps`` are trained on in turn, again and again."""
+        """Trains on ``steps`` in a cycle."""
         micro, accumulation = len(steps[0][0]), len(steps[0])
         layout = build_layout(device_type=backend.device.type)
         args = parse_args(
@@ -107,15 +107,15 @@ class OurRunner:
         self.trainer.loader.start()
 
     def step(self) -> StepMetrics:
-        """One optimizer step, queued."""
+        """Enqueue one optimizer step."""
         return self.trainer.train_step()[0]
 
     def waited(self) -> float:
-        """Seconds that the last step waited for its data."""
+        """Seconds that the last step waited for data."""
         return self.trainer.loader.waited
 
     def close(self) -> None:
-        """Stop the prefetcher's thread and let go of the model."""
+        """Stop the prefetcher and free the model."""
         self.trainer.loader.close()
         del self.trainer, self.model
 
@@ -177,7 +177,7 @@ class HuggingFaceRunner:
         return batches
 
     def step(self) -> torch.Tensor:
-        """One optimizer step, as transformers' Trainer makes it; returns the loss, on the device."""
+        """One optimizer step as by transformers' Trainer; returns the loss, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for batch in next(self._steps):
@@ -192,16 +192,16 @@ class HuggingFaceRunner:
         return total
 
     def waited(self) -> float:
-        """Seconds that the last step waited for its data, which are prepared before: none."""
+        """Seconds that the last step waited for data: none, all batches are prepared in advance."""
         return 0.0
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         del self.model, self.optimizer, self.trainable
 
 
 def _reset_rotary(model: nn.Module, device: torch.device) -> None:
-    """Rotary frequencies are no parameters: make them again after the model left the meta device."""
+    """Recompute the rotary frequencies, which are no parameters, after the model left the meta device."""
     for module in model.modules():
         if hasattr(module, "compute_default_rope_parameters") or hasattr(module, "rope_init_fn"):
             init = getattr(module, "compute_default_rope_parameters", None) or module.rope_init_fn
@@ -216,7 +216,7 @@ def _reset_rotary(model: nn.Module, device: torch.device) -> None:
 
 
 def cut(samples: Sequence[Sample], *, micro_batch: int, accumulation: int) -> Steps:
-    """Samples in order, as optimizer steps of equal size; a remainder is left out."""
+    """Samples in order, as optimizer steps of equal size; drops the remainder."""
     size = micro_batch * accumulation
     return [
         [samples[start + part * micro_batch : start + (part + 1) * micro_batch] for part in range(accumulation)]
@@ -225,7 +225,7 @@ def cut(samples: Sequence[Sample], *, micro_batch: int, accumulation: int) -> St
 
 
 def pack(samples: Sequence[Sample], *, budget: int, accumulation: int) -> Steps:
-    """Samples packed in their order up to ``budget`` tokens a micro-batch; a remainder is left out."""
+    """Samples packed in their order up to ``budget`` tokens a micro-batch; drops the remainder."""
     packs: list[list[Sample]] = [[]]
     filled = 0
     for sample in samples:
@@ -239,7 +239,7 @@ def pack(samples: Sequence[Sample], *, budget: int, accumulation: int) -> Steps:
 
 
 def tokens(steps: Steps) -> tuple[float, float]:
-    """(all tokens, supervised tokens) of a step on average."""
+    """Mean (tokens, target tokens) of a step."""
     flat = [sample for step in steps for batch in step for sample in batch]
     target_tokens = sum(int(sample.loss_mask[1:].sum()) for sample in flat)
     return sum(len(sample.input_ids) for sample in flat) / len(steps), target_tokens / len(steps)

@@ -8,10 +8,8 @@ import random
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from mindspeed_mm.backend.process_group import shutdown_distributed
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.anomaly_detection import (
@@ -23,12 +21,7 @@ from mindspeed_mm.training.callbacks.anomaly_detection import (
 from mindspeed_mm.training.gradients import total_norm
 from mindspeed_mm.training.metrics import SampleLosses, StepDetails, StepRecord
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 MODEL = nn.ModuleDict({"good": nn.Linear(2, 2, bias=False), "bad": nn.Linear(2, 2)})

@@ -14,10 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from mindspeed_mm.backend.process_group import shutdown_distributed
 from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.base import Callback
@@ -32,12 +30,7 @@ from mindspeed_mm.training.logging_setup import ALL_RANKS, RAW, setup_logging
 from mindspeed_mm.training.metrics import StepDetails, StepMetrics, StepRecord
 from mindspeed_mm.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture
