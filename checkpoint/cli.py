@@ -1,4 +1,4 @@
-"""Command line of mm-convert. Imports no torch until a conversion starts, so that help is instant."""
+"""Command line of mm-convert. Imports torch only when a command runs, so that help is instant."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CONVERTERS = ("Qwen3VLConverter",)
 _HELP = ("-h", "--help", "help")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LAYOUT_HELP = (
-    "how the experts lie in --hf_dir: hub is the published layout, v5 what transformers 5 saves; "
-    "auto takes what the files record, else what the shapes decide, and refuses where they do not (default: auto)"
+    "layout of the experts in --hf_dir; hub: the published one; v5: as saved by transformers 5; "
+    "auto: as recorded in the files, else by the tensors' shapes, else refused (default: auto)"
 )
 
 
@@ -32,7 +32,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as one ``error:`` line with the nearest known option."""
+    """Reports errors in one line, with the nearest known option."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Name a misspelt option before argparse complains that the right one is missing."""
+        """Report a misspelt option before argparse reports the correct one as missing."""
         known = [option for action in self._actions for option in action.option_strings if option != "-h"]
         for argument in arguments:
             name = argument.split("=")[0]
@@ -77,7 +77,7 @@ def positive(text: str) -> int:
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **settings: object) -> None:
-    """Add an option in both spellings, ``--hf_dir`` and ``--hf-dir``; the one given is shown."""
+    """Add an option in both spellings, ``--hf_dir`` and ``--hf-dir``; help shows ``name``."""
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"))
     parser.add_argument(*spellings, dest=name.replace("-", "_"), **settings)  # type: ignore[arg-type]
 
@@ -96,7 +96,7 @@ def _add_hf_to_dcp(parser: argparse.ArgumentParser) -> None:
     )
     _option(
         parser, "tie_weight", action="store_true",
-        help="insist that input and output embeddings are tied; config.json decides either way",
+        help="refuse a model whose input and output embeddings are not tied in config.json",
     )
     _option(parser, "overwrite", action="store_true", help="replace an existing release/")
     _add_common(parser)
@@ -121,7 +121,7 @@ def _add_dcp_to_hf(parser: argparse.ArgumentParser) -> None:
     _option(parser, "overwrite", action="store_true", help="replace an existing model in --save_dir")
     _option(
         parser, "skip_check", action="store_true",
-        help="do not compare checksums, to save what can be saved of a damaged checkpoint",
+        help="do not compare checksums, to export a damaged checkpoint",
     )
     _add_common(parser)
 
@@ -246,16 +246,16 @@ def _choose(kind: str, given: str, known: Sequence[str]) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line (without the program's name); returns the exit status.
+    """Run a command line (without the program's name); returns the exit status.
 
     Raises:
-        UserError: for a mistake in the command line or in what it names.
+        UserError: for an error in the command line or in the files that it names.
     """
     if not arguments or arguments[0] in _HELP:
         converters = "\n".join(f"  {name}  Qwen3-VL, mixture-of-experts and dense" for name in CONVERTERS)
         print("usage: mm-convert CONVERTER COMMAND [options]\n\nMoves weights between Hugging Face directories and "
-              "distributed checkpoints, bit for bit.\nAn interrupted conversion goes on where it was when the same "
-              f"command is given again.\n\nconverters:\n{converters}\n\n{_command_list(CONVERTERS[0])}")
+              "distributed checkpoints, bit for bit.\nThe same command resumes an interrupted "
+              f"conversion.\n\nconverters:\n{converters}\n\n{_command_list(CONVERTERS[0])}")
         return 0
     if arguments[0] in COMMANDS:
         raise UserError(
@@ -284,14 +284,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: 0 when done, 1 when ``verify`` finds a difference, 2 for a mistake, 130 when interrupted."""
+    """Entry point: 0 on success, 1 if ``verify`` finds a difference, 2 for a user error, 130 if interrupted."""
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output, such as head, has gone; what is left in the buffer goes nowhere.
+        # The reader of the output, such as head, has ended; discard the rest of the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {place}{error.strerror or error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        print("interrupted; the same command resumes it", file=sys.stderr)
         return 130
 
 

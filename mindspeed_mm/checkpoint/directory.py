@@ -15,11 +15,10 @@ This module imports no torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -237,26 +236,6 @@ def _manifest_text(files: Mapping[str, Any], metadata: Mapping[str, Any]) -> str
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
     facts = json.dumps(dict(metadata), indent=1)
     return f'{{\n "format": {MANIFEST_FORMAT},\n "metadata": {facts},\n "files": {{\n{lines}\n }}\n}}\n'
-
-
-@contextlib.contextmanager
-def commit_directory(
-    target: str | os.PathLike[str], metadata: Mapping[str, Any], *, overwrite: bool = False
-) -> Iterator[Path]:
-    """A temporary directory to write into; it becomes ``target`` when the block ends without an error.
-
-    Args:
-        target: final path.
-        metadata: facts for the manifest; may be filled inside the block.
-        overwrite: replace an existing ``target``.
-    """
-    partial = prepare_directory(target, overwrite=overwrite)
-    try:
-        yield partial
-    except BaseException:
-        remove(partial)
-        raise
-    finish_directory(partial, target, metadata, overwrite=overwrite)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -29,10 +29,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+from tests.helpers.checkpoint_directory import commit_directory
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 TOLERANCE = 1e-5
@@ -117,7 +117,7 @@ def _training_checkpoint(place: Path) -> Path:
     state = {name: reader.read(name) for name in reader.tensors}
     state |= {f"optimizer.{name}.exp_avg": torch.ones_like(tensor) for name, tensor in list(state.items())}
     path = place / "save" / "iter_0000003"
-    with directory.commit_directory(path, {"iteration": 3}) as partial:
+    with commit_directory(path, {"iteration": 3}) as partial:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
     return path
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint.directory import commit_directory, write_tracker
+from mindspeed_mm.checkpoint.directory import write_tracker
+from tests.helpers.checkpoint_directory import commit_directory
 from tests.helpers.published import DIRECTORIES, published_config
 
 ROOT = Path(__file__).resolve().parents[2]

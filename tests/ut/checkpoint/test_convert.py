@@ -22,6 +22,7 @@ from mindspeed_mm.checkpoint.inspection import inspect, verify
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
+from tests.helpers.checkpoint_directory import commit_directory
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Tensors = dict[str, torch.Tensor]
@@ -152,7 +153,7 @@ def _training_checkpoint(root: Path, hub: Tensors, hf: Path) -> Path:
         if tensor.is_floating_point():
             tensor.mul_(1.2345678)
     path = root / "iter_0000003"
-    with directory.commit_directory(path, {"iteration": 3}) as partial:
+    with commit_directory(path, {"iteration": 3}) as partial:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
     directory.write_tracker(root, 3)
     return path

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mindspeed_mm.checkpoint.directory import commit_directory, iteration_name, write_tracker
+from mindspeed_mm.checkpoint.directory import iteration_name, write_tracker
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
+from tests.helpers.checkpoint_directory import commit_directory
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
