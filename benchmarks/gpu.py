@@ -159,7 +159,8 @@ def _ours(
     steps = pack(samples, budget=budget, accumulation=accumulation)[:1] if packed else cut(
         samples, micro_batch=4, accumulation=min(accumulation, len(samples) // 4))[:1]
     # a full pack's activations of all layers do not fit next to all parameters
-    choices = ModelBuildOptions(recompute="full" if frozen and packed else "none", compile_small_operators=compiled)
+    granularity = "full" if frozen and packed else None
+    choices = ModelBuildOptions(recompute_granularity=granularity, compile_small_operators=compiled)
     runner = OurRunner(
         model_config, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen, choices=choices)
     try:

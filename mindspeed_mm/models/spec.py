@@ -77,11 +77,11 @@ class ModelBuildOptions:
         fused_experts: grouped expert products instead of the reference loop.
         loss_chunk_size: target tokens whose logits exist at a time; None for all.
         frozen: names of the parts that do not train; see :attr:`ModelSpec.parts`.
-        recompute: ``none``, ``full`` or ``selective``, for vision blocks that train and for decoder layers; see
+        recompute_granularity: ``full``, ``selective`` or None, for vision blocks that train and for decoder layers; see
             :class:`~mindspeed_mm.models.layers.activation_checkpoint.ActivationCheckpointPolicy`.
         recompute_method: of ``full``; ``uniform`` or ``block``.
         recompute_num_layers: of ``full``.
-        offload_activations: keep on the host what the decoder layers keep for backward.
+        activation_offload: keep on the host what the decoder layers keep for backward.
         synchronize_vision_layers: wait for the device after each vision block.
         synchronize_text_layers: wait for the device after each decoder layer.
         router_load: return the routers' load, which the load-balancing loss is made of.
@@ -93,10 +93,10 @@ class ModelBuildOptions:
     fused_experts: bool = True
     loss_chunk_size: int | None = None
     frozen: Collection[str] = ()
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
-    offload_activations: bool = False
+    activation_offload: bool = False
     synchronize_vision_layers: bool = False
     synchronize_text_layers: bool = False
     router_load: bool = False
@@ -112,10 +112,10 @@ class ModelBuildOptions:
             fused_experts=text.use_npu_fused_moe,
             loss_chunk_size=model.loss_chunk_size,
             frozen=model.frozen,
-            recompute=args.recompute_granularity or "none",  # type: ignore[arg-type]
+            recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
             recompute_method=args.recompute_method,  # type: ignore[arg-type]
             recompute_num_layers=args.recompute_num_layers,
-            offload_activations=text.activation_offload,
+            activation_offload=text.activation_offload,
             synchronize_vision_layers=vision.synchronize_per_layer,
             synchronize_text_layers=text.synchronize_per_layer,
             router_load=router_load,

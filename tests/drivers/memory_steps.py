@@ -142,7 +142,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
         frozen=case["frozen"],
         text_attention="sdpa",  # the estimate knows what this keeps
         vision_attention="sdpa",
-        recompute=args.recompute_granularity or "none",  # type: ignore[arg-type]
+        recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
         recompute_num_layers=args.recompute_num_layers,
     )

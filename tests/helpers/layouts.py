@@ -92,13 +92,13 @@ FURTHER: dict[int, dict[str, dict[str, Any]]] = {
         "FSDP, prefetch 0 and 3": case(4, fsdp={"num_to_forward_prefetch": 0, "num_to_backward_prefetch": 3}),
         "FSDP, offload to host": case(4, fsdp={"offload_to_cpu": True}),
         "FSDP, aligned groups": case(4, fsdp={"align_fsdp_param_groups": True}),
-        "FSDP, recompute": case(4, choices={"recompute": "full"}),
+        "FSDP, recompute": case(4, choices={"recompute_granularity": "full"}),
         "FSDP, dense, tied": case(4, model=TIED),
         "HSDP, dense, tied": case(4, model=TIED, fsdp={"sharding_size": 1}),
     },
     4: {
         "EP2, loop over experts": case(2, choices={"fused_experts": False}, expert_size=2),
-        "EP2, recompute": case(2, choices={"recompute": "full"}, expert_size=2),
+        "EP2, recompute": case(2, choices={"recompute_granularity": "full"}, expert_size=2),
         "EP2, prefetch 2 and 2": case(
             2, fsdp={"num_to_forward_prefetch": 2, "num_to_backward_prefetch": 2}, expert_size=2
         ),

@@ -80,13 +80,13 @@ def test_bf16_is_as_near_to_fp32_as_on_the_host(reference):  # noqa: F811
 def test_recompute_changes_no_bit(reference, recompute):  # noqa: F811
     hf_model, samples, _, _ = reference
     plain = step(hf_model, samples)[1:]
-    again = step(hf_model, samples, recompute=recompute)[1:]
+    again = step(hf_model, samples, recompute_granularity=recompute)[1:]
     assert plain[0] == again[0] and all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
 
 
 def test_offloaded_activations_change_no_bit(reference):  # noqa: F811
     hf_model, samples, _, _ = reference
-    plain, offloaded = step(hf_model, samples)[1:], step(hf_model, samples, offload_activations=True)[1:]
+    plain, offloaded = step(hf_model, samples)[1:], step(hf_model, samples, activation_offload=True)[1:]
     assert plain[0] == offloaded[0] and all(torch.equal(plain[1][name], offloaded[1][name]) for name in plain[1])
 
 

@@ -30,7 +30,7 @@ def test_one_process_reads_nothing(tmp_path):
     layouts = {
         "fp32": case(8),
         "bf16, accumulation": case(4, fsdp=BF16),
-        "recompute and chunks": case(8, choices={"recompute": "full", "loss_chunk_size": 3}),
+        "recompute and chunks": case(8, choices={"recompute_granularity": "full", "loss_chunk_size": 3}),
         "balance": {**case(4), "router_aux_loss_coef": 0.1, "loss_mode": "per_sample"},
     }
     for name, steps in reads_of(layouts, 1, tmp_path).items():
@@ -41,7 +41,7 @@ def test_one_process_reads_nothing(tmp_path):
 def test_expert_parallelism_reads_split_sizes_once_a_layer(tmp_path):
     layouts = {
         "EP2": case(4, expert_size=2),
-        "EP2, recompute": case(4, choices={"recompute": "selective"}, expert_size=2),
+        "EP2, recompute": case(4, choices={"recompute_granularity": "selective"}, expert_size=2),
         "CP2": case(8, context_size=2),
         "the loop reads too": case(4, choices={"fused_experts": False}),
     }

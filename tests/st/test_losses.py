@@ -114,7 +114,9 @@ LOSSES: dict[tuple[str, float, str], dict[int, dict[str, dict[str, Any]]]] = {
     ("per_token", 0.0, "tied"): {
         2: {
             "FSDP, accumulation 2": two_steps(2, model=TIED),
-            "recomputed by two": two_steps(4, model=TIED, choices={"recompute": "full", "recompute_num_layers": 2}),
+            "recomputed by two": two_steps(
+                4, model=TIED, choices={"recompute_granularity": "full", "recompute_num_layers": 2}
+            ),
         },
         4: {"HSDP": two_steps(2, model=TIED, fsdp={"sharding_size": 2})},
     },

@@ -15,17 +15,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP": (2, {}), "EP2": (2, {"expert_size": 2}), "CP2": (4, {"context_size": 2}),
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
-    "full": {"recompute": "full"},
-    "full by two": {"recompute": "full", "recompute_num_layers": 2},
-    "full, the first": {"recompute": "full", "recompute_method": "block", "recompute_num_layers": 1},
-    "selective": {"recompute": "selective"},
-    "offload": {"offload_activations": True},
-    "full and offload": {"recompute": "full", "offload_activations": True},
+    "full": {"recompute_granularity": "full"},
+    "full by two": {"recompute_granularity": "full", "recompute_num_layers": 2},
+    "full, the first": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+    "offload": {"activation_offload": True},
+    "full and offload": {"recompute_granularity": "full", "activation_offload": True},
     "waiting": {"synchronize_text_layers": True, "synchronize_vision_layers": True},
 }
 FROZEN = {
     "encoder": {"frozen": ["vision_encoder"]},
-    "vision": {"frozen": ["vision_encoder", "vision_projector"], "recompute": "full"},
+    "vision": {"frozen": ["vision_encoder", "vision_projector"], "recompute_granularity": "full"},
     "text": {"frozen": ["text_decoder"]},
 }
 PARTS = {

@@ -30,7 +30,7 @@ CASES = {
     "EP2": case(4, expert_size=2),
     "CP2": case(8, context_size=2),
     "EP2, reference experts": case(4, expert_size=2, choices={"fused_experts": False}),
-    "EP2, full recompute": case(4, expert_size=2, choices={"recompute": "full"}),
+    "EP2, full recompute": case(4, expert_size=2, choices={"recompute_granularity": "full"}),
     "FSDP2, bf16": case(4, fsdp=BF16),
     "EP2, bf16": case(4, fsdp=BF16, expert_size=2),
 }

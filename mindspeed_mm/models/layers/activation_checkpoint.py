@@ -26,18 +26,18 @@ class ActivationCheckpointPolicy:
     """How a stack is run.
 
     Attributes:
-        recompute: ``none``; ``full``: keep inputs of layers only; ``selective``: keep all but the inside of the core
-            attention and of the experts or the dense MLP (see :func:`recompute_inside`).
-        method: of ``full``: ``uniform`` keeps the input of every ``num_layers``-th layer and computes that many
-            again together; ``block`` computes the first ``num_layers`` again, one by one, and keeps the others whole.
-        num_layers: see ``method``.
+        recompute_granularity: ``full``: keep inputs of layers only; ``selective``: keep all but the inside of the core
+            attention and of the experts or the dense MLP (see :func:`recompute_inside`); None: keep all.
+        recompute_method: of ``full``: ``uniform`` keeps the input of every ``recompute_num_layers``-th layer and
+            recomputes that many together; ``block`` recomputes the first ``recompute_num_layers``, one by one.
+        recompute_num_layers: see ``recompute_method``.
         offload: keeps on the host what is kept for backward; None leaves it on the device.
         after_layer: called after each layer's forward; None for nothing.
     """
 
-    recompute: Literal["none", "full", "selective"] = "none"
-    method: Literal["uniform", "block"] = "uniform"
-    num_layers: int = 1
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: int = 1
     offload: Offload | None = None
     after_layer: Callable[[], None] | None = None
 
@@ -54,20 +54,20 @@ class ActivationCheckpointPolicy:
             offload: keep on the host what the layers keep for backward.
         """
         return cls(
-            recompute=options.recompute,
-            method=options.recompute_method,
-            num_layers=options.recompute_num_layers,
+            recompute_granularity=options.recompute_granularity,
+            recompute_method=options.recompute_method,
+            recompute_num_layers=options.recompute_num_layers,
             offload=host_offload(device=device) if offload else None,
             after_layer=synchronizer(device=device) if synchronize else None,
         )
 
     def groups(self, depth: int) -> Iterator[tuple[range, bool]]:
         """The layers that run together, from the first to the last, and whether backward runs them again."""
-        if self.recompute == "full" and self.method == "uniform":
-            for start in range(0, depth, self.num_layers):
-                yield range(start, min(start + self.num_layers, depth)), True
+        if self.recompute_granularity == "full" and self.recompute_method == "uniform":
+            for start in range(0, depth, self.recompute_num_layers):
+                yield range(start, min(start + self.recompute_num_layers, depth)), True
         else:
-            again = self.num_layers if self.recompute == "full" else 0
+            again = self.recompute_num_layers if self.recompute_granularity == "full" else 0
             for index in range(depth):
                 yield range(index, index + 1), index < again
 

@@ -85,9 +85,9 @@ class Decoder(nn.Module):
             options,
             device=device,
             synchronize=options.synchronize_text_layers,
-            offload=options.offload_activations,
+            offload=options.activation_offload,
         )
-        if options.recompute == "selective":
+        if options.recompute_granularity == "selective":
             recompute_selectively(self.layers)
         for layer in self.moe_layers():
             layer.router.keeps_routing = options.router_load

@@ -118,7 +118,7 @@ def build_model(
     encoder.policy = ActivationCheckpointPolicy.from_options(
         options, device=device, synchronize=options.synchronize_vision_layers, offload=False
     )
-    if options.recompute == "selective":
+    if options.recompute_granularity == "selective":
         recompute_selectively(encoder.layers)
     model = Qwen3VLModel(model_config, ImageEncoder(encoder, VisionProjector(vision, of_vision)), text_decoder)
     _freeze(model, options.frozen)

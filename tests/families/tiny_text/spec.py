@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mindspeed_mm.interfaces.batch import Batch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
-    from mindspeed_mm.interfaces.media import ImageSettings
+    from mindspeed_mm.interfaces.media import MediaSettings
     from mindspeed_mm.models.model import Model
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
 
@@ -62,7 +62,7 @@ class TinyTextSpec(ModelSpec):
         device: str,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
-        media: ImageSettings | None,
+        media: MediaSettings | None,
     ) -> Model:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         from tests.families.tiny_text.model import build_model

@@ -19,7 +19,7 @@ CASES = {
     "all trains": ({}, {}),
     "frozen vision": ({"frozen": ["vision_encoder", "vision_projector"]}, {}),
     "projector alone": ({"frozen": ["vision_encoder", "text_decoder"]}, {}),
-    "dense, recompute": ({"recompute": "full"}, {"dense": True}),
+    "dense, recompute": ({"recompute_granularity": "full"}, {"dense": True}),
 }
 
 
@@ -45,7 +45,7 @@ def test_every_product_is_counted(case):
     backward = 2 if count.train_text or count.train_projector else 0
     hidden = 2 * 2 * text.num_heads * text.head_dim * hidden_pairs * text.num_layers * (1 + backward) / 1e12
     found = counted(model, batch) - hidden
-    if choices.get("recompute") != "full":
+    if choices.get("recompute_granularity") != "full":
         assert count(batch) == pytest.approx(found, rel=1e-6)
     else:
         assert count(batch) < 0.85 * found  # what runs again is not counted

@@ -15,14 +15,16 @@ from tests.helpers.hf_model import mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like
 
 WAYS = {
-    "full": {"recompute": "full"},
-    "full, 2 layers at a time": {"recompute": "full", "recompute_num_layers": 2},
-    "full, the first 2 layers": {"recompute": "full", "recompute_method": "block", "recompute_num_layers": 2},
-    "full, more layers than there are": {"recompute": "full", "recompute_num_layers": 9},
-    "selective": {"recompute": "selective"},
-    "offload": {"offload_activations": True},
-    "full and offload": {"recompute": "full", "offload_activations": True},
-    "selective and offload": {"recompute": "selective", "offload_activations": True},
+    "full": {"recompute_granularity": "full"},
+    "full, 2 layers at a time": {"recompute_granularity": "full", "recompute_num_layers": 2},
+    "full, the first 2 layers": {
+        "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2,
+    },
+    "full, more layers than there are": {"recompute_granularity": "full", "recompute_num_layers": 9},
+    "selective": {"recompute_granularity": "selective"},
+    "offload": {"activation_offload": True},
+    "full and offload": {"recompute_granularity": "full", "activation_offload": True},
+    "selective and offload": {"recompute_granularity": "selective", "activation_offload": True},
     "waiting": {"synchronize_text_layers": True, "synchronize_vision_layers": True},
 }
 
@@ -71,9 +73,9 @@ def kept_bytes(hf_model, **choices):
 def test_each_way_keeps_less(plain):
     hf_model, *_ = plain
     everything = kept_bytes(hf_model)
-    selective = kept_bytes(hf_model, recompute="selective")
-    first = kept_bytes(hf_model, recompute="full", recompute_method="block", recompute_num_layers=1)
-    full = kept_bytes(hf_model, recompute="full")
+    selective = kept_bytes(hf_model, recompute_granularity="selective")
+    first = kept_bytes(hf_model, recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
+    full = kept_bytes(hf_model, recompute_granularity="full")
     assert full < 0.6 * everything and full < first < everything and selective < everything
 
 
@@ -82,10 +84,10 @@ def test_groups_of_layers():
         return [(list(indices), again) for indices, again in ActivationCheckpointPolicy(**policy).groups(5)]
 
     alone = [[0], [1], [2], [3], [4]]
-    assert groups() == [(group, False) for group in alone] == groups(recompute="selective")
-    assert groups(recompute="full") == [(group, True) for group in alone]
-    assert groups(recompute="full", num_layers=2) == [([0, 1], True), ([2, 3], True), ([4], True)]
-    block = groups(recompute="full", method="block", num_layers=2)
+    assert groups() == [(group, False) for group in alone] == groups(recompute_granularity="selective")
+    assert groups(recompute_granularity="full") == [(group, True) for group in alone]
+    assert groups(recompute_granularity="full", recompute_num_layers=2) == [([0, 1], True), ([2, 3], True), ([4], True)]
+    block = groups(recompute_granularity="full", recompute_method="block", recompute_num_layers=2)
     assert block == [(group, group[0] < 2) for group in alone]
 
 
@@ -129,7 +131,7 @@ def test_waits_after_each_layer(monkeypatch, choices, waits):
 def test_routers_hold_nothing_after_backward(plain):
     """A router that kept its part of the graph would keep a whole layer's activations until the next step."""
     hf_model, *_ = plain
-    model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, recompute="full"))
+    model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, recompute_granularity="full"))
     batch = collate(mixed_samples(), SPEC, model_config)
     model(batch, torch.ones(batch.num_target_tokens)).loss.backward()
     routers = [layer.mlp.router for layer in model.text_decoder.layers if hasattr(layer.mlp, "router")]

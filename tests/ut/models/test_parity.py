@@ -142,8 +142,8 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(reference, encoder, pr
 def test_recompute_changes_no_bit(reference):
     hf_model, samples, _, _ = reference
     results = []
-    for recompute in ("none", "full"):
-        model, model_config = model_like(hf_model, ModelBuildOptions(recompute=recompute))
+    for recompute in (None, "full"):
+        model, model_config = model_like(hf_model, ModelBuildOptions(recompute_granularity=recompute))
         batch = collate(samples, SPEC, model_config)
         loss, *_ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
         loss.backward()

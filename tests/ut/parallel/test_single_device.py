@@ -41,9 +41,9 @@ def train(model, model_config):
 CASES = {
     "bf16": ({}, {}, "bf16"),
     "fp32": ({}, {}, "fp32"),
-    "selective recompute": ({"recompute": "selective"}, {}, "bf16"),
+    "selective recompute": ({"recompute_granularity": "selective"}, {}, "bf16"),
     "frozen vision": ({"frozen": ["vision_encoder"]}, {}, "bf16"),
-    "dense, tied, recompute": ({"recompute": "full"}, {"dense": True, "tied": True}, "bf16"),
+    "dense, tied, recompute": ({"recompute_granularity": "full"}, {"dense": True, "tied": True}, "bf16"),
 }
 
 

@@ -43,7 +43,9 @@ def reference(request):
 
 
 @pytest.mark.parametrize("parts", [[4], [1, 3], [2, 1, 1]])
-@pytest.mark.parametrize("choices", [{}, {"recompute": "full", "recompute_num_layers": 2}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "choices", [{}, {"recompute_granularity": "full", "recompute_num_layers": 2}], ids=["kept", "recomputed"]
+)
 def test_equals_hf_whatever_the_micro_batches(reference, parts, choices):
     hf_model, samples, hf_loss, hf_balance = reference
     model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, **choices))
