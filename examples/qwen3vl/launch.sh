@@ -1,6 +1,6 @@
 #!/bin/bash
 # Common part of the launchers in this directory, which source it after setting what differs between models.
-# Sets defaults and environment, checks that the guide's earlier steps are done, runs torchrun and summarises the log.
+# Sets defaults and environment, checks that the guide's earlier steps are done, and runs torchrun.
 # The launcher's own arguments are appended to the flags, and so override them.
 
 set -o pipefail
@@ -25,42 +25,6 @@ setup_npu() {
     export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
     export MM_DEVICE_MEMORY_GB=${MM_DEVICE_MEMORY_GB-64}                  # warn of a run that is unlikely to fit
     export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}      # share freed memory between streams
-}
-
-# Averages over log lines 51 to 150; of a shorter log, over all but a warm-up of a tenth (at least one line).
-summarise() {
-    awk -v samples="$GBS" '
-        # value after "name:" on a log line, up to the next bar
-        function field(name,    start, rest) {
-            start = index($0, name)
-            if (!start) return ""
-            rest = substr($0, start + length(name))
-            sub(/^[^:]*: */, "", rest)
-            sub(/ *\|.*/, "", rest)
-            return rest
-        }
-        /elapsed time per iteration/ {
-            time[++lines] = field("elapsed time per iteration")
-            tokens[lines] = field("tokens per sample")
-            packed[lines] = field("samples per iteration") # with packing: differs from the batch size
-        }
-        END {
-            if (!lines) exit
-            first = 51; last = 150
-            if (lines < last) { last = lines; first = 1 + int((lines + 9) / 10); if (first > last) first = last }
-            for (line = first; line <= last; line++) {
-                now = packed[line] == "" ? samples : packed[line]
-                count++; milliseconds += time[line]; sample_sum += now; token_sum += now * tokens[line]
-                if (tokens[line] == "") unknown = 1
-            }
-            mean = milliseconds / count
-            rate = mean > 0 ? sample_sum * 1000 / milliseconds : 0
-            token_rate = mean > 0 ? token_sum * 1000 / milliseconds : 0
-            printf "Elapsed Time Per iteration: %.1f\n", mean
-            printf "Average Samples per Second: %.3f\n", rate
-            if (unknown) print "Consumed Tokens per Second: unknown (add --log-tps)"
-            else printf "Consumed Tokens per Second: %.3f\n", token_rate
-        }' "$1"
 }
 
 # Process ids of the ranks on this machine, into the array ranks
@@ -259,5 +223,4 @@ logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
 [ -e "$logfile" ] && logfile=${logfile%.log}_$$.log # another launcher was started in the same second
 mkdir -p logs
 run_torchrun "$logfile"
-summarise "$logfile"
 exit "$status"
