@@ -33,7 +33,7 @@ _PADDING = -1  # index of a sample that only gives this rank as many micro-batch
 
 @dataclasses.dataclass(frozen=True)
 class SkipReport:
-    """Samples that a placeholder without target tokens replaces, by reason.
+    """Skipped samples, by reason; a stand-in without target tokens takes their place in the batch.
 
     Attributes:
         unusable: file, sample and reason of each that could not be used.
@@ -138,16 +138,16 @@ def _as_is(value: _MicroBatch) -> _MicroBatch:
     return value
 
 
-def _worker_count(num_workers: int) -> dict[str, object]:
+def _worker_options(num_workers: int) -> dict[str, object]:
     if not num_workers:
         return {}
     return {
         "num_workers": num_workers, "persistent_workers": True, "prefetch_factor": _PREFETCHED_PER_WORKER,
-        "worker_init_fn": _shield,
+        "worker_init_fn": _start_worker,
     }
 
 
-def _shield(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     del worker
     ignore_group_signals()
 
@@ -225,7 +225,7 @@ class BatchLoader:
             collate_fn=_as_is,
             generator=torch.Generator(),  # otherwise each iteration advances the global one, which the model uses
             pin_memory=pin_memory and torch.accelerator.is_available(),
-            **_worker_count(num_workers),  # type: ignore[arg-type]
+            **_worker_options(num_workers),  # type: ignore[arg-type]
         )
         # Without it each worker process delays the garbage collector or the interpreter's exit by 5 seconds.
         self.close = weakref.finalize(self, _stop_workers, self._loader)

@@ -44,9 +44,10 @@ _OUTCOMES = {
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-# Modules of this package that decide what a cache holds; the model family names its own.
-_DATA_MODULES = tuple(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "record_files",
-                                                            "records", "images", "media", "videos"))
+# Modules that decide what a cache holds; the model family names its own.
+_MODULES = (*(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "record_files", "records",
+                                                    "images", "media", "videos")),
+            "mindspeed_mm.interfaces.conversation", "mindspeed_mm.interfaces.media")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,6 @@ def _load_rows(target: Path) -> Dataset:
 
 def _build_records(source: Source, directory: Path) -> None:
     table, skipped = _read_records(source)
-    skipped.check()
     table.save_to_disk(str(directory / "rows"))
     _write_skipped(directory, skipped)
 
@@ -148,7 +148,7 @@ def cache_key(source: Source) -> str:
         "attr": dict(parameters.attr),
         "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.may_skip,
-        "code": {name: _digest(_module_file(name)) for name in (*_DATA_MODULES, *source.spec.data_modules)},
+        "code": {name: _digest(_module_file(name)) for name in (*_MODULES, *source.spec.data_modules)},
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -203,7 +203,6 @@ def _build(source: Source, directory: Path) -> None:
 
     basic = source.config.dataset_param.basic_parameters
     table, skipped = _read_records(source)
-    skipped.check()
     count = len(table)
     processes = min(basic.preprocessing_num_workers or 1, os.cpu_count() or 1, count // _RECORDS_PER_PROCESS)
     encoder = make_encoder(source)
@@ -304,7 +303,11 @@ def _summary(outcomes: np.ndarray, records: np.ndarray, unreadable: int) -> str:
 
 
 def _read_records(source: Source) -> tuple[Dataset, SkippedRecords]:
-    """All usable records of all files as a table, and the rest."""
+    """All usable records of all files as a table, and the rest.
+
+    Raises:
+        UserError: if more records are unusable than the data file allows, or none is usable.
+    """
     import datasets
 
     reader = source.reader()
@@ -313,6 +316,7 @@ def _read_records(source: Source) -> tuple[Dataset, SkippedRecords]:
     for record in reader.read():
         for name, value in record.columns().items():
             columns[name].append(value)
-    if not columns["record"] and not reader.skipped.messages:
+    reader.skipped.check()
+    if not columns["record"]:
         raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
     return datasets.Dataset.from_dict(columns, features=features), reader.skipped
