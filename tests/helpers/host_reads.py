@@ -1,4 +1,4 @@
-"""Finds, on a CPU too, every place where a program would have to wait for an accelerator's numbers."""
+"""Finds host-device synchronisations, on a CPU too: every place where the host reads a tensor's values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[2]
 READING_METHODS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
-# operators whose result's shape or value the host has to know
+# operators whose result's shape or value the host needs
 READING_OPERATORS = {
     "_local_scalar_dense",
     "item",
@@ -33,13 +33,13 @@ READING_OPERATORS = {
 
 
 def _place() -> str:
-    """``path:function`` of the innermost frame in this project, ``DeferredHostRead`` left out."""
+    """``path:function`` of the innermost frame in this project, except those of ``DeferredHostRead``."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        for_others = path == ROOT / "mindspeed_mm/backend/transfer.py"
+        is_deferred_read = path == ROOT / "mindspeed_mm/backend/transfer.py"
         inside = any(path.is_relative_to(ROOT / part) for part in ("mindspeed_mm", "tests/ut"))
-        if inside and not for_others:
+        if inside and not is_deferred_read:
             return f"{path.relative_to(ROOT)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "outside the project"
@@ -78,7 +78,7 @@ class _Methods(TorchFunctionMode):
 
 
 class HostReads:
-    """While entered, collects reads of tensors by the host in this thread, and in backward passes that it runs.
+    """Context that records the host's reads of tensors in this thread and in its backward passes.
 
     Attributes:
         found: (operator or method, ``path:function``) of each. A method and the operator it calls are one entry each.

@@ -1,4 +1,4 @@
-"""Processes that see a simulated NPU: see ``tests/helpers/simulated_npu/torch_npu``."""
+"""Environment of processes with a simulated NPU, see ``tests/helpers/simulated_npu/torch_npu``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SIMULATED_NPU = Path(__file__).parent / "simulated_npu"
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def host_waits() -> int:
-    """How often the host has waited for the device; always 0 on a real one, which does not count."""
+def host_synchronisations() -> int:
+    """Number of host-device synchronisations so far; always 0 on a real NPU, which does not count them."""
     import torch_npu
 
     return getattr(torch_npu._C, "host_waits", int)()

@@ -1,4 +1,4 @@
-"""The simulated device behaves as one: its own tensors, generators, pinned memory, streams."""
+"""The simulated NPU behaves like a device: its own tensors, generators, pinned memory, streams."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_results_are_the_cpus_and_devices_do_not_mix():
         a.npu() @ b
     with pytest.raises(RuntimeError, match="same device"):
         a.npu()[torch.tensor([0])] + b[:1, :4]
-    assert (a.npu() + torch.tensor(1.0)).device.type == "npu"  # a number may come from the host
+    assert (a.npu() + torch.tensor(1.0)).device.type == "npu"  # a scalar may be on the host
 
 
 def test_views_and_writes_reach_the_same_memory():
@@ -58,7 +58,7 @@ def test_random_numbers_are_the_devices_own():
     assert torch.randn(2, device="npu", generator=torch.Generator(device="npu").manual_seed(1)).device.type == "npu"
 
 
-def test_time_between_places_in_the_queue():
+def test_seconds_between_events():
     device = torch.device("npu")
     first, read = DeviceEvent(device), DeferredHostRead(torch.full((2,), 3.0, device=device))
     time.sleep(0.02)
@@ -68,7 +68,7 @@ def test_time_between_places_in_the_queue():
     assert last.seconds_since(first) == pytest.approx(last.seconds_since(read.ready) + read.ready.seconds_since(first))
 
 
-def test_pinned_memory_streams_and_waits():
+def test_pinned_memory_streams_and_synchronisation():
     assert torch.empty(4, pin_memory=True).is_pinned()
     assert not torch.empty(4).is_pinned()
     stream = torch.npu.Stream()

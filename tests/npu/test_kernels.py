@@ -1,4 +1,4 @@
-"""Every NPU kernel against the reference on the host: values and gradients."""
+"""Every NPU kernel against the reference on the CPU: values and gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mindspeed_mm.backend.kernels.registry import (
 )
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter
-from tests.helpers.npu_environment import host_waits
+from tests.helpers.npu_environment import host_synchronisations
 
-TOLERANCE = 2e-6  # fp32, other order of additions
+TOLERANCE = 2e-6  # fp32, another summation order
 
 
 def pairs(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -68,7 +68,7 @@ def test_attention(causal, lengths, heads, groups, width):
     check_gradients(device, host)
 
 
-def test_attention_over_more_segments_than_a_call_takes(monkeypatch):
+def test_attention_over_more_segments_than_one_call(monkeypatch):
     torch.manual_seed(1)
     lengths = [1 + index % 3 for index in range(npu.MAX_SEGMENTS + 5)]
     host, device = pairs(*(torch.randn(sum(lengths), 2, 4) for _ in range(3)))
@@ -88,7 +88,7 @@ def test_attention_over_more_segments_than_a_call_takes(monkeypatch):
 def test_attention_names():
     fused = attention_kernel(None, device="npu")
     assert attention_kernel("npu_fusion_attention", device="npu") is fused
-    assert attention_kernel("flash_attention_2", device="npu") is fused  # the original's name for it
+    assert attention_kernel("flash_attention_2", device="npu") is fused  # the name in the recipe's files
     assert attention_kernel("sdpa", device="npu") is not fused
     with pytest.raises(UserError, match="not available on cpu; choose one of eager, "):
         attention_kernel("npu_fusion_attention", device="cpu")
@@ -107,16 +107,16 @@ def test_grouped_experts(counts):
         fused=True, hidden_size=hidden, intermediate_size=inner, device="npu", dtype=torch.bfloat16
     )
     assert name == "npu_grouped_matmul"
-    before = host_waits()
+    before = host_synchronisations()
     ours = expert_kernel(name, device="npu")(*device, torch.tensor(counts).npu())
     (ours * weight.npu()).sum().backward()
-    assert host_waits() == before  # the counts stay on the device
+    assert host_synchronisations() == before  # the counts stay on the device
     (theirs * weight).sum().backward()
     check(ours, theirs)
     check_gradients(device, host)
 
 
-def test_experts_without_rows_get_gradients_of_zero():
+def test_experts_without_tokens_get_zero_gradients():
     _, device = pairs(torch.empty(0, 8), torch.randn(4, 8, 24), torch.randn(4, 12, 8))
     counts = torch.zeros(4, dtype=torch.int64).npu()
     output = expert_kernel("npu_grouped_matmul", device="npu")(*device, counts)
@@ -135,8 +135,8 @@ def test_frozen_experts_get_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_rows(dtype, top_k):
-    """Small whole numbers, whose sums are exact in bf16 too: the rows that travel are the same to the bit."""
+def test_permutation(dtype, top_k):
+    """Small integers, whose sums are exact in bf16 too, so the results are equal bit for bit."""
     torch.manual_seed(3)
     tokens, weights = (torch.randint(-2, 3, shape).to(dtype) for shape in ((9, 8), (9, top_k)))
     experts = torch.stack([torch.randperm(6)[:top_k] for _ in range(9)])
@@ -144,21 +144,21 @@ def test_rows(dtype, top_k):
     plain, fused = IndexPermuter(), token_permuter(IndexPermuter(), fused=True, device="npu")
     assert isinstance(fused, npu.NpuTokenPermuter)
     results = []
-    before = host_waits()
+    before = host_synchronisations()
     for permuter, values in zip((plain, fused), pairs(tokens, weights), strict=True):
         own = values[0].device
         rows, places = permuter.permute(values[0], experts.to(own))
         output = permuter.unpermute(rows * 2, places, values[1])
         (output * factor.to(own)).sum().backward()
         results.append([rows, output, values[0].grad, values[1].grad, permuter.count(experts.to(own), 6)])
-    assert host_waits() == before
+    assert host_synchronisations() == before
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours.device.type == "npu" and torch.equal(ours.cpu(), theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rows_come_back_as_they_went(dtype):
-    """What expert parallelism does with rows that came from other processes."""
+def test_unpermute_inverts_permute(dtype):
+    """As expert parallelism does with tokens from other ranks."""
     tokens = torch.arange(24, dtype=torch.float32).view(6, 4).to(dtype).npu().requires_grad_()
     permuter = token_permuter(IndexPermuter(), fused=True, device="npu")
     rows, places = permuter.permute(tokens, torch.tensor([[2], [0], [1], [0], [2], [0]]).npu())
@@ -169,7 +169,7 @@ def test_rows_come_back_as_they_went(dtype):
     assert torch.equal(tokens.grad, tokens.detach())
 
 
-def test_no_rows():
+def test_permutation_of_no_tokens():
     permuter = token_permuter(IndexPermuter(), fused=True, device="npu")
     tokens = torch.empty(0, 4, dtype=torch.bfloat16, device="npu", requires_grad=True)
     experts = torch.empty(0, 1, dtype=torch.int64, device="npu")
@@ -215,7 +215,7 @@ def test_rotary(tensor_type, angle_type, width):
     cos, sin = angles.cos().to(angle_type), angles.sin().to(angle_type)
     factor = torch.randn(7, 3, width).to(tensor_type)
     expected, result = torch_rotary(tensor, cos, sin), rotary_kernel(device="npu")(ours, cos.npu(), sin.npu())
-    # between bf16 angles and values the host rounds each product, the operator the sum
+    # with bf16 angles the CPU rounds each product, the operator only the sum
     tolerance = 1e-2 if angle_type is torch.bfloat16 else 4e-3 if tensor_type is torch.bfloat16 else TOLERANCE
     check(result, expected, tolerance)
     (expected * factor).sum().backward()

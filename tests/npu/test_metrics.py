@@ -1,4 +1,4 @@
-"""A step's metrics on their way to the host."""
+"""Deferred host read of a step's metrics."""
 
 from __future__ import annotations
 

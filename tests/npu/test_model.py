@@ -1,4 +1,4 @@
-"""The whole model with the NPU's kernels: against Hugging Face in fp32, and in bf16 as near to it as the host is."""
+"""The model with the NPU's kernels: against Hugging Face in fp32; in bf16 as close to it as on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mindspeed_mm.models.layers.norm import RMSNorm
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
 from tests.helpers.mcore_model import model_like, relative, to_mcore
-from tests.helpers.npu_environment import host_waits
+from tests.helpers.npu_environment import host_synchronisations
 from tests.ut.models.test_parity import GRADIENT, LOGITS, LOSS, reference  # noqa: F401  a fixture
 
 BACKEND = select_backend("npu")
@@ -26,22 +26,22 @@ BACKEND = select_backend("npu")
 def step(
     hf_model: Any, samples: list[Any], *, device: str = "npu", dtype: torch.dtype = torch.float32, **choices: Any
 ) -> tuple[Any, float, dict[str, torch.Tensor]]:
-    """Loss and gradients of a packed micro-batch; the model as well."""
+    """(model, loss, gradients) of a packed micro-batch."""
     model, model_config = model_like(hf_model, ModelBuildOptions(**choices), device=device)
     model = model.to(dtype)
     model.reset_buffers()
     batch = collate(samples, SPEC, model_config).to(torch.device(device))
     weight = torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens, device=device)
-    before = host_waits()
+    before = host_synchronisations()
     loss, *_ = model(batch, weight)
     loss.backward()
-    assert host_waits() == before or not choices.get("fused_experts", True)
+    assert host_synchronisations() == before or not choices.get("fused_experts", True)
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return model, float(loss), gradients
 
 
 @pytest.mark.parametrize("attention", [None, "flash_attention_2", "sdpa", "eager"])
-@pytest.mark.parametrize("fused", [True, False], ids=["grouped", "loop"])
+@pytest.mark.parametrize("fused", [True, False], ids=["grouped", "reference"])
 def test_packed_batch_equals_hf(reference, attention, fused):  # noqa: F811
     hf_model, samples, hf_loss, hf_logits = reference
     choices = {"text_attention": attention, "vision_attention": attention, "fused_experts": fused}
@@ -56,8 +56,8 @@ def test_packed_batch_equals_hf(reference, attention, fused):  # noqa: F811
     assert max(errors.values()) <= GRADIENT, sorted(errors.items(), key=lambda item: -item[1])[:3]
 
 
-def test_bf16_is_as_near_to_fp32_as_on_the_host(reference):  # noqa: F811
-    """In bf16 permutation is the fused operator; rounding differs in places, so it is held against the host's error."""
+def test_bf16_is_as_close_to_fp32_as_on_the_cpu(reference):  # noqa: F811
+    """In bf16 permutation uses the fused operator, whose rounding differs, so the bound is the CPU's own error."""
     hf_model, samples, hf_loss, _ = reference
     theirs = to_mcore(
         model_like(hf_model)[1], {name: parameter.grad for name, parameter in hf_model.named_parameters()}
@@ -72,7 +72,7 @@ def test_bf16_is_as_near_to_fp32_as_on_the_host(reference):  # noqa: F811
         _, loss, gradients = step(hf_model, samples, device=device, dtype=torch.bfloat16)
         errors[device] = distance(gradients)
         assert abs(loss - hf_loss) <= 1e-3 * hf_loss
-    # one draw of rounding errors each, which may send a token to another expert; a wrong kernel is off by 1
+    # rounding may route a token to another expert, so errors vary; a wrong kernel's error is about 1
     assert errors["npu"] <= 1.5 * errors["cpu"] < 0.1
 
 
@@ -90,7 +90,7 @@ def test_offloaded_activations_change_no_bit(reference):  # noqa: F811
     assert plain[0] == offloaded[0] and all(torch.equal(plain[1][name], offloaded[1][name]) for name in plain[1])
 
 
-def test_specs_hold_the_fused_kernels(reference):  # noqa: F811
+def test_specs_have_the_fused_kernels(reference):  # noqa: F811
     model, _ = model_like(reference[0], device="npu")
 
     def kernels(kind: type, read: Callable[[Any], Any]) -> set[Any]:

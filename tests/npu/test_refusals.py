@@ -1,4 +1,4 @@
-"""The simulated operators refuse what the documentation of the real ones excludes: no test can pass on it."""
+"""The simulated operators refuse the arguments that the real ones' documentation excludes."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def test_attention(changes, message):
         attention(**changes)
 
 
-def test_lists_of_lengths_lie_on_the_host():
+def test_lengths_must_be_host_lists():
     with pytest.raises(RuntimeError, match="actual_seq_qlen"):
         attention(actual_seq_qlen=torch.tensor([2, 6]).npu())
 
 
-def test_rows_of_no_sequence_are_no_numbers():
+def test_tokens_outside_all_sequences_are_nan():
     output = attention(actual_seq_qlen=[2, 4], actual_seq_kvlen=[2, 4])[0]
     assert output[:4].isfinite().all() and output[4:].isnan().all()
 
 
 def test_without_a_mask_causal_mode_has_no_effect():
-    """As documented, and easily missed: the mode alone masks nothing."""
+    """As documented: the mode alone masks nothing."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(6, 2, 8, device="npu") for _ in range(3))
 
@@ -141,7 +141,7 @@ def test_unpermute():
         ({"permuted_tokens": rows.float()}, "float32"),
         ({"probs": npu(4, 2)}, "float32"),
         ({"probs": npu(3, 2, dtype=torch.bfloat16)}, "as many probs"),
-        ({"sorted_indices": places[:6]}, "as many sorted_indices"),
+        ({"sorted_indices": places[:6]}, "differ in length"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch_npu.npu_moe_token_unpermute(**{"permuted_tokens": rows, "sorted_indices": places, **changes})

@@ -1,4 +1,4 @@
-"""Saving from a device: through page-locked copies beside the training, piece by piece in front of it."""
+"""Saving from a device: asynchronous through pinned staging buffers, synchronous chunk by chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No step reads the device's numbers before the log wants them, but for the one read of expert parallelism."""
+"""No host-device synchronisation inside a step, except one per layer under expert parallelism."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.helpers.layouts import BF16, case, run_layouts
 LAYERS = 3  # of the tiny model, all sparse
 EXCHANGE = ("tolist", "mindspeed_mm/parallel/expert_parallel.py:__call__")
 LOOP = ("tolist", "mindspeed_mm/backend/kernels/experts.py:reference_experts")
-# torch 2.7 has no grouped product for a CPU: the reference loop, which reads, stands in for it
+# torch 2.7 has no grouped_mm on a CPU, so the reference loop, which synchronises, replaces it
 ALLOWED = set() if hasattr(torch.nn.functional, "grouped_mm") else {LOOP}
 pytestmark = pytest.mark.st
 
 
 def reads_of(layouts, processes, directory):
-    """Name -> the reads of each step, but for the allowed ones."""
+    """Name -> the reads of each step, without the allowed ones."""
     cases = {name: {**layout, "host_reads": True} for name, layout in layouts.items()}
     return {
         name: [[read for read in step if read not in ALLOWED] for step in outcome["host_reads"]]
@@ -43,13 +43,13 @@ def test_expert_parallelism_reads_split_sizes_once_a_layer(tmp_path):
         "EP2": case(4, expert_size=2),
         "EP2, recompute": case(4, choices={"recompute_granularity": "selective"}, expert_size=2),
         "CP2": case(8, context_size=2),
-        "the loop reads too": case(4, choices={"fused_experts": False}),
+        "reference experts": case(4, choices={"fused_experts": False}),
     }
     reads = reads_of(layouts, 2, tmp_path)
     assert not any(reads.pop("CP2"))
-    # shows that what is not allowed is found: the reference loop reads the rows of each expert
-    assert bool(ALLOWED) or LOOP in reads["the loop reads too"][0]
-    reads.pop("the loop reads too")
+    # a check that reads are found: the reference loop reads the tokens per expert
+    assert bool(ALLOWED) or LOOP in reads["reference experts"][0]
+    reads.pop("reference experts")
     for name, steps in reads.items():
         for found in steps:
             assert Counter(found) == {EXCHANGE: LAYERS}, name

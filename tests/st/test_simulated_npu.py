@@ -1,4 +1,4 @@
-"""Runs ``tests/npu`` in processes that see a simulated NPU, under the operator signatures of two torch_npu versions."""
+"""Runs ``tests/npu`` with a simulated NPU, under the operator signatures of two torch_npu versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard against host reads finds each kind of them."""
+"""``HostReads`` finds every kind of host-device synchronisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels with backward passes written out, against autograd's own; values and every gradient."""
+"""Custom autograd functions and kernels against torch's autograd: values and every gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TYPES = list(BOUND)
 
 
 def outcome(function, *inputs):
-    """The result, and the gradients of all inputs that are floating-point, under one fixed gradient of the result."""
+    """The result and the gradients of all floating-point inputs, for one fixed gradient of the result."""
     inputs = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
     result = function(*inputs)
     result.backward(torch.rand(result.shape, generator=torch.Generator().manual_seed(9)).to(result.dtype) - 0.3)
@@ -37,12 +37,12 @@ def outcome(function, *inputs):
 
 
 def agree(ours, theirs, dtype, *inputs):
-    found, wanted = (
+    found, expected = (
         outcome(ours, *inputs),
         outcome(theirs, *(value.float() if value.is_floating_point() else value for value in inputs)),
     )
-    assert len(found) == len(wanted)
-    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+    assert len(found) == len(expected)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert relative(one.float(), other) <= BOUND[dtype], index
 
 
@@ -70,18 +70,18 @@ def test_rms_norm(dtype, shape):
 @pytest.mark.parametrize("angles", TYPES)
 def test_rotary(dtype, angles):
     tensor = random(6, 3, 8, dtype=dtype)
-    cos, sin = (random(6, 1, 8, dtype=angles, seed=seed) for seed in (1, 2))  # of two different halves
+    cos, sin = (random(6, 1, 8, dtype=angles, seed=seed) for seed in (1, 2))  # both halves differ
     found = outcome(lambda x: elementwise.autograd_rotary(x, cos, sin), tensor)
-    wanted = outcome(lambda x: elementwise.torch_rotary(x, cos.float(), sin.float()), tensor.float())
-    assert all(relative(one.float(), other) <= BOUND[dtype] for one, other in zip(found, wanted, strict=True))
+    expected = outcome(lambda x: elementwise.torch_rotary(x, cos.float(), sin.float()), tensor.float())
+    assert all(relative(one.float(), other) <= BOUND[dtype] for one, other in zip(found, expected, strict=True))
     assert found[0].dtype == dtype
-    turned_back = outcome(lambda x: elementwise.autograd_rotary(x, cos, -sin), tensor)
-    assert relative(turned_back[1].float(), wanted[1]) > 0.1
+    inverse = outcome(lambda x: elementwise.autograd_rotary(x, cos, -sin), tensor)
+    assert relative(inverse[1].float(), expected[1]) > 0.1
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0]])
-@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped product")
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
 def test_grouped_experts(dtype, counts):
     inputs = random(10, 16, dtype=dtype), random(4, 16, 48, dtype=dtype, seed=1), random(4, 24, 16, dtype=dtype, seed=2)
     per_expert = torch.tensor(counts)
@@ -94,7 +94,7 @@ def test_grouped_experts(dtype, counts):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_swiglu(dtype):
     gate_up, grad = random(10, 48, dtype=dtype), random(10, 24, dtype=dtype, seed=1)
     swiglu = registry.swiglu_kernel(compiled=True)
@@ -106,7 +106,7 @@ def test_compiled_swiglu(dtype):
         assert one.dtype == dtype and relative(one.float(), other.float()) <= BOUND[dtype]
 
 
-def test_what_cannot_be_compiled_is_refused(monkeypatch):
+def test_missing_compiler_is_refused(monkeypatch):
     with pytest.raises(UserError, match="an NPU has fused operators"):
         compiled.check_compiler(device="npu")
     monkeypatch.setenv("PATH", "/nowhere")
@@ -118,7 +118,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 37, 18, 5], [40, 3, 0, 17], [1, 1, 1, 57], [60, 0, 0, 0]])
 def test_padded_bucket_experts(dtype, counts):
-    """Whatever rows lie before an expert's own: none, fewer than its span wants, those of several experts."""
+    """Before an expert's tokens there are none, fewer than its span covers, or tokens of several experts."""
     inputs = (
         random(sum(counts), 16, dtype=dtype),
         random(4, 16, 48, dtype=dtype, seed=1),
@@ -152,22 +152,22 @@ def test_expert_kernel_by_device_and_type():
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("combine", [permutation.embedding_bag_combine, permutation.gather_combine])
-def test_rows_and_back(dtype, combine):
+def test_permute_and_unpermute(dtype, combine):
     experts_of = torch.tensor([[2, 0], [1, 2], [0, 3], [2, 1], [3, 2]])
     tokens, weights = random(5, 12, dtype=dtype), torch.rand(5, 2).to(dtype)
     permuter = IndexPermuter(combine)
 
-    def there_and_back(tokens, weights):
-        moved, places = permuter.permute(tokens, experts_of)
+    def through_permuter(tokens, weights):
+        permuted, routing = permuter.permute(tokens, experts_of)
         assert torch.equal(permuter.count(experts_of, 4), torch.tensor([2, 2, 4, 2]))
-        return permuter.unpermute(moved * torch.arange(10)[:, None], places, weights)
+        return permuter.unpermute(permuted * torch.arange(10)[:, None], routing, weights)
 
-    def directly(tokens, weights):
+    def reference(tokens, weights):
         order = experts_of.flatten().argsort(stable=True)
         moved = tokens[order // 2] * torch.arange(10)[:, None] * weights.flatten()[order][:, None]
         return torch.zeros_like(tokens).index_add(0, order // 2, moved)
 
-    agree(there_and_back, directly, dtype, tokens, weights)
+    agree(through_permuter, reference, dtype, tokens, weights)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -183,7 +183,7 @@ def test_attention(kernel, lengths, causal, dtype):
 
 
 def varlen_of(version):
-    """``varlen_attn`` as a version of torch has it, in plain arithmetic."""
+    """``varlen_attn`` with the signature of one torch version, in plain arithmetic."""
     seen = SimpleNamespace(options={})
 
     def function(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
@@ -201,14 +201,14 @@ def varlen_of(version):
     "version", [{"is_causal"}, {"scale", "window_size"}, {"scale", "window_size", "enable_gqa"}], ids=str
 )
 @pytest.mark.parametrize("repeat_heads", [False, True])
-def test_varlen_is_called_as_each_torch_wants_it(version, repeat_heads):
+def test_varlen_is_called_with_each_torch_signature(version, repeat_heads):
     function, seen = varlen_of(version)
-    with torch.device("meta"):  # as models are built
+    with torch.device("meta"):  # as during model building
         assert _matches_reference(VarlenKernel(function, frozenset(version), repeat_heads), "cpu")
     assert ("enable_gqa" in seen.options) == ("enable_gqa" in version and not repeat_heads)
 
 
-def test_varlen_that_is_wrong_or_fails_is_not_offered():
+def test_wrong_or_failing_varlen_is_not_used():
     def without_causality(query, key, value, offsets, _, longest, __, **options):
         segments = Segments(offsets, offsets.tolist(), longest)
         return eager_attention(query, key, value, segments=segments, causal=False, scale=0.125)

@@ -1,20 +1,20 @@
-"""A simulated torch_npu: a device called ``npu`` in a process without one, and torch_npu's operators on it.
+"""A simulated torch_npu: a device ``npu`` on a machine without one, with torch_npu's operators.
 
-Put the directory above this one on PYTHONPATH, and ``import torch_npu`` finds it; ``torch`` then has a device ``npu``
-with memory, random numbers, streams and the collective library ``hccl`` (gloo underneath). The first import compiles
+With the parent directory on PYTHONPATH, ``import torch_npu`` finds it; ``torch`` then has a device ``npu`` with memory,
+random generators, streams and the collective library ``hccl`` (gloo underneath). The first import compiles
 two C++ files (about a minute with g++; kept in the temporary directory, or in SIMULATED_NPU_CACHE).
 
     PYTHONPATH=tests/helpers/simulated_npu python -c "import torch, torch_npu; print(torch.ones(2, device='npu'))"
 
-The tensors' memory is the host's and torch's CPU kernels compute, so results equal the CPU's; but tensors of different
-devices do not mix, generators of another device are refused, and operators registered here (``torch_npu._operators``)
-refuse what their documentation says the real ones do.
+Tensors are in host memory and torch's CPU kernels compute, so results equal the CPU's. But tensors of different devices
+do not mix, generators of another device are refused, and the operators (``torch_npu._operators``) refuse the arguments
+that the real ones' documentation excludes.
 
 Environment:
     SIMULATED_NPU_COUNT: devices of this machine (8).
     SIMULATED_NPU_VERSION: torch_npu version whose operator signatures are registered (2.7.1, or another key of
         ``signatures.yaml``).
-    SIMULATED_NPU_CACHE: where the compiled device is kept.
+    SIMULATED_NPU_CACHE: directory of the compiled device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch_npu._operators import register  # noqa: E402
 __version__ = os.environ.get("SIMULATED_NPU_VERSION", "2.7.1")
 
 
-_gloo_groups: list[Any] = []  # kept: torch 2.7 cannot take one apart from within another, see shutdown_distributed
+_gloo_groups: list[Any] = []  # never destroyed: torch 2.7 cannot destroy one inside another, see shutdown_distributed
 
 
 def _create_hccl(options: Any, group_options: Any) -> Any:
@@ -60,7 +60,7 @@ def _register_device() -> None:
 
 
 def _autoload() -> None:
-    """torch's entry point for devices; importing this module has done it all."""
+    """torch's entry point for devices; importing this module did all the work."""
 
 
 _register_device()

@@ -1,4 +1,4 @@
-"""Compiles the simulated device once for each torch and each state of its sources, and loads it."""
+"""Compiles the simulated device once per torch version and per version of its sources, and loads it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = Path(__file__).with_name("_device.h")
 
 
 def build() -> Path:
-    """The compiled module; several processes may ask at the same time.
+    """Path of the compiled module; safe for concurrent processes.
 
     Raises:
         ImportError: if there is no compiler, or it fails.
@@ -39,7 +39,7 @@ def build() -> Path:
 
 
 def _compile(directory: Path, library: Path) -> None:
-    # not by torch.utils.cpp_extension, which prints what it thinks of the machine's CUDA
+    # not by torch.utils.cpp_extension, which prints warnings about CUDA
     home = Path(torch.__file__).parent
     headers = (home / "include", home / "include/torch/csrc/api/include", sysconfig.get_path("include"))
     include = [f"-I{path}" for path in headers]
@@ -50,7 +50,7 @@ def _compile(directory: Path, library: Path) -> None:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO",
     ]
-    for name in ("COMPILER_TYPE", "STDLIB", "BUILD_ABI"):  # or pybind would not know torch's own classes
+    for name in ("COMPILER_TYPE", "STDLIB", "BUILD_ABI"):  # pybind must match torch's ABI to share its classes
         value = getattr(torch._C, f"_PYBIND11_{name}", None)
         if value is not None:
             flags.append(f'-DPYBIND11_{name}="{value}"')
@@ -72,7 +72,7 @@ def _run_together(commands: list[list[str]]) -> None:
     try:
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     except FileNotFoundError as error:
-        raise ImportError(f"the simulated NPU is compiled on first use, which takes {error.filename}") from error
+        raise ImportError(f"the simulated NPU is compiled on first use, which needs {error.filename}") from error
     for process in running:
         _, errors = process.communicate()
         if process.returncode:

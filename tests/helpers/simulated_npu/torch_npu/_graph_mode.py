@@ -1,6 +1,6 @@
-"""``torchair``, which torch_npu brings along for graph mode: MindSpeed registers converters with it on import.
+"""A stub of ``torchair``, torch_npu's graph mode: MindSpeed registers converters with it on import.
 
-Nothing here runs a graph, so whatever is asked of it is there and does nothing.
+No test runs a graph, so every attribute exists and does nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Anything:
-    """A name, a type or a decorator."""
+    """Stands for a name, a type or a decorator."""
 
     def __call__(self, *arguments: Any, **_: Any) -> Any:
         return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], FunctionType) else self

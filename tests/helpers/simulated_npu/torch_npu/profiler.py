@@ -1,7 +1,7 @@
-"""torch_npu's profiler as its wheels declare it, recording by torch's own; ``tests/ut/tools/test_npu_profiler.py``
-holds the signatures against a wheel.
+"""torch_npu's profiler interface over torch's profiler; ``tests/ut/tools/test_npu_profiler.py`` compares the signatures
+with a wheel.
 
-What the real one only warns of and resets is an error here.
+Options that the real one resets with a warning are errors here.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def tensorboard_trace_handler(
     dir_name: str | None = None, worker_name: str | None = None, analyse_flag: bool = True, async_mode: bool = False
 ) -> Callable[[profile], None]:
     if dir_name is not None and not Path(dir_name).is_dir():
-        raise ValueError(f"{dir_name} is no directory")
+        raise ValueError(f"{dir_name} is not a directory")
 
     def write(recorder: profile) -> None:
         name = f"{worker_name}_{os.getpid()}_{time.strftime('%Y%m%d%H%M%S')}000_ascend_pt"

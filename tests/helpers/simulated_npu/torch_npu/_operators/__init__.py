@@ -1,8 +1,8 @@
 """torch_npu's operators, under their published signatures, in plain PyTorch.
 
-``signatures.yaml`` holds the schemas. Each operator is written from its documentation, which lies in torch_npu's
-``_op_plugin_docs.py``, and refuses what that excludes. Where the real library registers a derivative, so does this one,
-by the published backward operator: fusion_attention, rms_norm, rotary_mul, swiglu, moe_token_permute and
+``signatures.yaml`` has the schemas. Each operator follows its documentation in torch_npu's ``_op_plugin_docs.py`` and
+refuses the arguments that it excludes. Where the real library registers a derivative, so does this one, by the
+published backward operator: fusion_attention, rms_norm, rotary_mul, swiglu, moe_token_permute and
 moe_token_unpermute (autograd nodes of these names are in libtorch_npu.so; there is none for grouped_matmul).
 """
 
@@ -51,12 +51,12 @@ def register(version: str) -> list[str]:
 
 
 def _histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
-    """Counts integers too, which torch's CPU kernel does not."""
+    """``histc`` for integers too, which torch's CPU kernel does not support."""
     return torch.histc(self.double(), bins, min, max).to(self.dtype)
 
 
 def _on_host_memory(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation on CPU tensors, as one on npu tensors."""
+    """Wrap an implementation for CPU tensors to take npu tensors."""
 
     def lend(value: Any) -> Any:
         if not isinstance(value, Tensor):

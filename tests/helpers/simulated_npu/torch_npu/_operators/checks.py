@@ -1,4 +1,4 @@
-"""What documentation says of an operator's arguments, as errors."""
+"""Checks of operators' arguments against their documentation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def demand(holds: bool, message: str) -> None:
 
 
 def demand_type(name: str, tensor: Tensor, types: Sequence[torch.dtype]) -> None:
-    """``tensor`` has one of ``types``."""
+    """Raise :class:`Refused` unless ``tensor`` has one of ``types``."""
     demand(tensor.dtype in types, f"{name} is {tensor.dtype}; supported are {', '.join(map(str, types))}")
 
 
 def demand_same_type(**tensors: Tensor) -> None:
-    """All have the same type."""
+    """Raise :class:`Refused` unless all have the same type."""
     kinds = {name: tensor.dtype for name, tensor in tensors.items()}
     demand(len(set(kinds.values())) == 1, f"types must be the same: {kinds}")

@@ -1,6 +1,6 @@
 """npu_moe_token_permute, npu_moe_token_unpermute and npu_grouped_matmul.
 
-Legend: T tokens, k experts per token, H width, R = T * k rows, E groups, M rows, K and N the axes of a product.
+Legend: T tokens, k experts per token, H width, R = T * k permuted tokens, E groups, M rows, K and N axes of a product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_GROUPS = 1024
 def permute(
     tokens: Tensor, indices: Tensor, num_out_tokens: int | None = None, padded_mode: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rows sorted by expert, and for each of the T * k choices its row."""
+    """Tokens sorted by expert, and for each of the T * k choices its place among them."""
     demand(not padded_mode, "padded_mode only supports False")
     demand_type("tokens", tokens, (torch.bfloat16,))
     demand_type("indices", indices, (torch.int64, torch.int32))
@@ -34,8 +34,8 @@ def permute(
     order = indices.flatten().argsort(stable=True)
     rows = torch.empty_like(order, dtype=torch.int32)
     rows[order] = torch.arange(order.numel(), dtype=torch.int32)
-    wanted = 0 if num_out_tokens is None else num_out_tokens
-    kept = min(wanted, order.numel()) if wanted > 0 else order.numel() + wanted
+    requested = 0 if num_out_tokens is None else num_out_tokens
+    kept = min(requested, order.numel()) if requested > 0 else order.numel() + requested
     return tokens[order[:kept] // top_k], rows
 
 
@@ -57,13 +57,13 @@ def unpermute(
     padded_mode: bool = False,
     restore_shape: list[int] | None = None,
 ) -> Tensor:
-    """[T, H]: for each token the sum of its rows, each times its probability."""
+    """[T, H]: each token's sum of its permuted tokens, weighted by probability."""
     demand(not padded_mode, "padded_mode only supports False")
     demand_type("permuted_tokens", permuted_tokens, (torch.bfloat16,))
     demand_type("sorted_indices", sorted_indices, (torch.int32, torch.int64))
     demand(permuted_tokens.dim() == 2 and sorted_indices.dim() == 1, "permuted_tokens must be 2-, sorted_indices 1-D")
     demand(permuted_tokens.shape[0] > 0, "permuted_tokens is empty")
-    demand(sorted_indices.numel() == permuted_tokens.shape[0], "as many sorted_indices as permuted_tokens are wanted")
+    demand(sorted_indices.numel() == permuted_tokens.shape[0], "sorted_indices and permuted_tokens differ in length")
     top_k = 1
     if probs is not None:
         demand_type("probs", probs, (torch.bfloat16,))

@@ -39,7 +39,7 @@ def init() -> None:
 
 
 def _lazy_call(function: Callable[[], None], **_: Any) -> None:
-    """What is to be done once the device is initialised, which it is."""
+    """Run ``function`` at once, since the device is always initialised."""
     function()
 
 
@@ -78,7 +78,7 @@ def get_device_capability(device: Any = None) -> None:
 
 
 class device(contextlib.ContextDecorator):  # noqa: N801  the name is torch's
-    """Makes a device the current one."""
+    """Context with another current device."""
 
     def __init__(self, device: Any) -> None:
         self.index = _index(device)
@@ -105,11 +105,11 @@ _maybe_exchange_device = _exchange_device
 
 
 def synchronize(device: Any = None) -> None:
-    """Work is done when it is queued."""
+    """Nothing to wait for: work is done when it is queued."""
 
 
 class Stream(torch.Stream):
-    """An identity; see the device guard."""
+    """An identity only; see the device guard."""
 
     def __new__(cls, device: Any = None, priority: int = 0, **keywords: Any) -> Stream:
         if not keywords:
@@ -118,7 +118,7 @@ class Stream(torch.Stream):
 
 
 class Event(torch.Event):
-    """The time at which it was recorded, in seconds; the device has done all work that was queued by then."""
+    """The time in seconds at which it was recorded; all work queued before is done."""
 
     seconds: float | None = None
 
@@ -141,7 +141,7 @@ class Event(torch.Event):
         if not (self.timed and end_event.timed):
             raise RuntimeError("both events must be made with enable_timing=True")
         if self.seconds is None or end_event.seconds is None:
-            raise RuntimeError("both events must be recorded before their time is asked for")
+            raise RuntimeError("both events must be recorded before elapsed_time")
         return 1000.0 * (end_event.seconds - self.seconds)
 
 
@@ -164,7 +164,7 @@ def set_stream(stream: torch.Stream) -> None:
 
 @contextlib.contextmanager
 def stream(stream: torch.Stream | None) -> Iterator[None]:
-    """Makes a stream the current one of its device; None changes nothing."""
+    """Context with another current stream on its device; None changes nothing."""
     if stream is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Memory statistics of the simulated device: what its allocator has handed out, by all devices of this process."""
+"""Memory statistics of the simulated allocator, over all devices of this process."""
 
 from __future__ import annotations
 
