@@ -72,24 +72,24 @@ class ModelBuildOptions:
     """What a user may choose about a model of a given config.
 
     Attributes:
-        text_attention: name of the text attention; None for the device's best.
-        vision_attention: likewise for vision.
+        text_attn_implementation: name of the text attention; None for the device's best.
+        vision_attn_implementation: likewise for vision.
         fused_experts: grouped expert products instead of the reference loop.
         loss_chunk_size: target tokens whose logits exist at a time; None for all.
         frozen: names of the parts that do not train; see :attr:`ModelSpec.parts`.
-        recompute_granularity: ``full``, ``selective`` or None, for vision blocks that train and for decoder layers; see
+        recompute_granularity: ``full`` or ``selective``, for vision blocks that train and for decoder layers; see
             :class:`~mindspeed_mm.models.layers.activation_checkpoint.ActivationCheckpointPolicy`.
         recompute_method: of ``full``; ``uniform`` or ``block``.
         recompute_num_layers: of ``full``.
         activation_offload: keep on the host what the decoder layers keep for backward.
-        synchronize_vision_layers: wait for the device after each vision block.
-        synchronize_text_layers: wait for the device after each decoder layer.
+        vision_synchronize_per_layer: wait for the device after each vision block.
+        text_synchronize_per_layer: wait for the device after each decoder layer.
         router_load: return the routers' load, which the load-balancing loss is made of.
         compile_small_operators: norms, rotary positions and SwiGLU of grouped experts by torch.compile.
     """
 
-    text_attention: str | None = None
-    vision_attention: str | None = None
+    text_attn_implementation: str | None = None
+    vision_attn_implementation: str | None = None
     fused_experts: bool = True
     loss_chunk_size: int | None = None
     frozen: Collection[str] = ()
@@ -97,8 +97,8 @@ class ModelBuildOptions:
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
     activation_offload: bool = False
-    synchronize_vision_layers: bool = False
-    synchronize_text_layers: bool = False
+    vision_synchronize_per_layer: bool = False
+    text_synchronize_per_layer: bool = False
     router_load: bool = False
     compile_small_operators: bool = False
 
@@ -107,17 +107,17 @@ class ModelBuildOptions:
         """The choices of flags and model file."""
         vision, text = model.image_encoder.vision_encoder, model.text_decoder
         return cls(
-            text_attention=text.attn_implementation,
-            vision_attention=vision.attn_implementation,
+            text_attn_implementation=text.attn_implementation,
+            vision_attn_implementation=vision.attn_implementation,
             fused_experts=text.use_npu_fused_moe,
             loss_chunk_size=model.loss_chunk_size,
             frozen=model.frozen,
-            recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
-            recompute_method=args.recompute_method,  # type: ignore[arg-type]
+            recompute_granularity=args.recompute_granularity,
+            recompute_method=args.recompute_method,
             recompute_num_layers=args.recompute_num_layers,
             activation_offload=text.activation_offload,
-            synchronize_vision_layers=vision.synchronize_per_layer,
-            synchronize_text_layers=text.synchronize_per_layer,
+            vision_synchronize_per_layer=vision.synchronize_per_layer,
+            text_synchronize_per_layer=text.synchronize_per_layer,
             router_load=router_load,
             compile_small_operators=args.compile_small_operators,
         )

@@ -140,10 +140,10 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     model_config = Qwen3VLConfig.from_config(case["config"])
     choices = ModelBuildOptions(
         frozen=case["frozen"],
-        text_attention="sdpa",  # the estimate knows what this keeps
-        vision_attention="sdpa",
-        recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
-        recompute_method=args.recompute_method,  # type: ignore[arg-type]
+        text_attn_implementation="sdpa",  # the estimate knows what this keeps
+        vision_attn_implementation="sdpa",
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
         recompute_num_layers=args.recompute_num_layers,
     )
     with torch.device("meta"):

@@ -44,7 +44,7 @@ def step(
 @pytest.mark.parametrize("fused", [True, False], ids=["grouped", "reference"])
 def test_packed_batch_equals_hf(reference, attention, fused):  # noqa: F811
     hf_model, samples, hf_loss, hf_logits = reference
-    choices = {"text_attention": attention, "vision_attention": attention, "fused_experts": fused}
+    choices = {"text_attn_implementation": attention, "vision_attn_implementation": attention, "fused_experts": fused}
     model, loss, gradients = step(hf_model, samples, **choices)
     assert abs(loss - hf_loss) <= LOSS * hf_loss
     model_config = model_like(hf_model)[1]

@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective"},
     "offload": {"activation_offload": True},
     "full and offload": {"recompute_granularity": "full", "activation_offload": True},
-    "waiting": {"synchronize_text_layers": True, "synchronize_vision_layers": True},
+    "waiting": {"text_synchronize_per_layer": True, "vision_synchronize_per_layer": True},
 }
 FROZEN = {
     "encoder": {"frozen": ["vision_encoder"]},

@@ -28,46 +28,47 @@ class ActivationCheckpointPolicy:
     Attributes:
         recompute_granularity: ``full``: keep inputs of layers only; ``selective``: keep all but the inside of the core
             attention and of the experts or the dense MLP (see :func:`recompute_inside`); None: keep all.
-        recompute_method: of ``full``: ``uniform`` keeps the input of every ``recompute_num_layers``-th layer and
-            recomputes that many together; ``block`` recomputes the first ``recompute_num_layers``, one by one.
-        recompute_num_layers: see ``recompute_method``.
-        offload: keeps on the host what is kept for backward; None leaves it on the device.
+        recompute_method: with ``full``: ``uniform`` keeps the input of every n-th layer and recomputes n layers
+            together; ``block`` recomputes the first n layers one by one, and keeps all activations of the rest.
+        recompute_num_layers: the n of ``recompute_method``.
+        activation_offload: keeps on the host what is kept for backward; None leaves it on the device.
         after_layer: called after each layer's forward; None for nothing.
     """
 
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
-    offload: Offload | None = None
+    activation_offload: Offload | None = None
     after_layer: Callable[[], None] | None = None
 
     @classmethod
     def from_options(
-        cls, options: ModelBuildOptions, *, device: str, synchronize: bool, offload: bool
+        cls, options: ModelBuildOptions, *, device: str, synchronize_per_layer: bool, activation_offload: bool
     ) -> ActivationCheckpointPolicy:
         """The policy of a stack that a user's choices describe.
 
         Args:
             options: the choices.
             device: kind of device (``Backend.name``).
-            synchronize: wait for the device after each layer.
-            offload: keep on the host what the layers keep for backward.
+            synchronize_per_layer: synchronise with the device after each layer.
+            activation_offload: keep on the host what the layers keep for backward.
         """
         return cls(
             recompute_granularity=options.recompute_granularity,
             recompute_method=options.recompute_method,
             recompute_num_layers=options.recompute_num_layers,
-            offload=host_offload(device=device) if offload else None,
-            after_layer=synchronizer(device=device) if synchronize else None,
+            activation_offload=host_offload(device=device) if activation_offload else None,
+            after_layer=synchronizer(device=device) if synchronize_per_layer else None,
         )
 
     def groups(self, depth: int) -> Iterator[tuple[range, bool]]:
         """The layers that run together, from the first to the last, and whether backward runs them again."""
-        if self.recompute_granularity == "full" and self.recompute_method == "uniform":
-            for start in range(0, depth, self.recompute_num_layers):
-                yield range(start, min(start + self.recompute_num_layers, depth)), True
+        together, full = self.recompute_num_layers, self.recompute_granularity == "full"
+        if full and self.recompute_method == "uniform":
+            for start in range(0, depth, together):
+                yield range(start, min(start + together, depth)), True
         else:
-            again = self.recompute_num_layers if self.recompute_granularity == "full" else 0
+            again = together if full else 0
             for index in range(depth):
                 yield range(index, index + 1), index < again
 
@@ -109,7 +110,7 @@ def run_layers(
 
     for indices, again in policy.groups(len(layers)):
         part = [layers[index] for index in indices]
-        with policy.offload(part) if policy.offload is not None else contextlib.nullcontext():
+        with policy.activation_offload(part) if policy.activation_offload is not None else contextlib.nullcontext():
             hidden, *more = _run_again(run, indices, hidden) if again else run(indices, hidden)
         # The last layer's must not be run again: what starts that in backward would differ between processes, and
         # with it the order in which they gather parameters.

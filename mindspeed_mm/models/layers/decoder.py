@@ -84,8 +84,8 @@ class Decoder(nn.Module):
         self.policy = ActivationCheckpointPolicy.from_options(
             options,
             device=device,
-            synchronize=options.synchronize_text_layers,
-            offload=options.activation_offload,
+            synchronize_per_layer=options.text_synchronize_per_layer,
+            activation_offload=options.activation_offload,
         )
         if options.recompute_granularity == "selective":
             recompute_selectively(self.layers)

@@ -86,7 +86,7 @@ def decoder_kernels(config: DecoderConfig, options: ModelBuildOptions, *, device
     )
     permuter = IndexPermuter(combine_kernel(device=device))
     return Kernels(
-        attention=attention_kernel(options.text_attention, device=device),
+        attention=attention_kernel(options.text_attn_implementation, device=device),
         rms_norm=rms_norm_kernel(device=device, compiled=compiled),
         rotary=rotary_kernel(device=device, compiled=compiled),
         experts=expert_kernel(name, device=device, compiled=compiled),

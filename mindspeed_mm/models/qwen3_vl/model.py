@@ -112,11 +112,12 @@ def build_model(
     kernels = decoder_kernels(text, options, device=device, dtype=compute_dtype)
     rotary = TextRotary(text.head_dim, text.rope_theta, text.mrope_section)
     text_decoder = TextDecoder(text, kernels, rotary, options=options, device=device, dtype=dtype)
-    vision_kernels = dataclasses.replace(kernels, attention=attention_kernel(options.vision_attention, device=device))
+    vision_attention = attention_kernel(options.vision_attn_implementation, device=device)
+    vision_kernels = dataclasses.replace(kernels, attention=vision_attention)
     of_vision = vision_config(vision, dtype)
     encoder = VisionEncoder(vision, of_vision, vision_layer_spec(vision_kernels), pixel_norm)
     encoder.policy = ActivationCheckpointPolicy.from_options(
-        options, device=device, synchronize=options.synchronize_vision_layers, offload=False
+        options, device=device, synchronize_per_layer=options.vision_synchronize_per_layer, activation_offload=False
     )
     if options.recompute_granularity == "selective":
         recompute_selectively(encoder.layers)

@@ -34,7 +34,7 @@ def counted(model, batch) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_every_product_is_counted(case):
     choices, kind = CASES[case]
-    plain = {"text_attention": "eager", "vision_attention": "eager", "fused_experts": False}
+    plain = {"text_attn_implementation": "eager", "vision_attn_implementation": "eager", "fused_experts": False}
     model, model_config = model_like(tiny_model(**kind), ModelBuildOptions(**plain, **choices))
     batch = collate(mixed_samples(), SPEC, model_config)
     count = SPEC.flop_counter(model_config, frozen=choices.get("frozen", ()))

@@ -18,20 +18,23 @@ WAYS = {
     "full": {"recompute_granularity": "full"},
     "full, 2 layers at a time": {"recompute_granularity": "full", "recompute_num_layers": 2},
     "full, the first 2 layers": {
-        "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2,
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": 2,
     },
     "full, more layers than there are": {"recompute_granularity": "full", "recompute_num_layers": 9},
     "selective": {"recompute_granularity": "selective"},
     "offload": {"activation_offload": True},
     "full and offload": {"recompute_granularity": "full", "activation_offload": True},
     "selective and offload": {"recompute_granularity": "selective", "activation_offload": True},
-    "waiting": {"synchronize_text_layers": True, "synchronize_vision_layers": True},
+    "waiting": {"text_synchronize_per_layer": True, "vision_synchronize_per_layer": True},
 }
 
 
 def run(hf_model, *, seen=None, **choices):
     """(loss with the routers' part, gradients) of a mixed batch; ``seen`` collects what autograd keeps."""
-    model, model_config = model_like(hf_model, ModelBuildOptions(router_load=True, text_attention="eager", **choices))
+    options = ModelBuildOptions(router_load=True, text_attn_implementation="eager", **choices)
+    model, model_config = model_like(hf_model, options)
     batch = collate(mixed_samples(), SPEC, model_config)
 
     def pack(tensor):
@@ -115,8 +118,8 @@ def test_offload_moves_activations_and_leaves_weights():
 
 @pytest.mark.parametrize(
     ("choices", "waits"),
-    [({}, 0), ({"synchronize_text_layers": True}, 3), ({"synchronize_vision_layers": True}, 3),
-     ({"synchronize_text_layers": True, "synchronize_vision_layers": True}, 6)],
+    [({}, 0), ({"text_synchronize_per_layer": True}, 3), ({"vision_synchronize_per_layer": True}, 3),
+     ({"text_synchronize_per_layer": True, "vision_synchronize_per_layer": True}, 6)],
 )
 def test_waits_after_each_layer(monkeypatch, choices, waits):
     calls = []

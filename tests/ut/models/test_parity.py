@@ -37,7 +37,8 @@ def reference():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fused", [True, False], ids=["grouped", "loop"])
 def test_packed_batch_equals_hf(reference, attention, fused):
-    equals_hf(reference, ModelBuildOptions(text_attention=attention, vision_attention=attention, fused_experts=fused))
+    kernels = {"text_attn_implementation": attention, "vision_attn_implementation": attention}
+    equals_hf(reference, ModelBuildOptions(**kernels, fused_experts=fused))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler for C++")
