@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mindspeed_mm.interfaces.media import GridTHW
+
 T = TypeVar("T", bound="_TensorFields")
 
 
@@ -64,7 +66,7 @@ class VisionBatch(_TensorFields):
     interp_index: Tensor
     interp_weight: Tensor
     placeholder_index: Tensor
-    grid_thw: list[tuple[int, int, int]]
+    grid_thw: list[GridTHW]
     is_dummy: bool
     merged_index: Tensor | None = None
 

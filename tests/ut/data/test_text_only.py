@@ -20,7 +20,7 @@ from tests.helpers.tiny_data import make_config, make_records, write_dataset
 
 
 class LineTemplate:
-    """``role: text`` and a line break for each message; the loss counts the answers."""
+    """``role: text`` and a line break for each message; the loss counts the answers that are not empty."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
@@ -31,7 +31,7 @@ class LineTemplate:
         for message in messages:
             tokens = self._backend.encode(f"{message.role}: {message.text}\n", add_special_tokens=False).ids
             ids += tokens
-            loss_mask += [message.role == "assistant"] * len(tokens)
+            loss_mask += [message.role == "assistant" and bool(message.text)] * len(tokens)
         if len(ids) > max_length:
             return None
         return Encoded(np.array(ids), np.array(loss_mask), 0, 0)
@@ -97,6 +97,33 @@ def test_packing(root: Path) -> None:
     batches = [batch for step in steps(root, 2, packing=True) for batch in step.batches]
     assert all(batch.vision is None for batch in batches)
     assert max(len(batch.sample_ids) for batch in batches) > 2 and max(batch.num_tokens for batch in batches) <= 200
+
+
+def test_each_reason_has_its_counter(root: Path, tmp_path: Path) -> None:
+    rows = json.loads((root / "data.json").read_text())[:4]
+    rows[1]["messages"] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]
+    rows[2]["messages"][0]["content"] = "word " * 200
+    rows[3] = {"messages": []}
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+
+    def loader_of(**basic: Any) -> Any:
+        config = make_config(root, dataset=str(tmp_path / "data.json"), basic={"cache_dir": str(tmp_path), **basic},
+                             loader={**LOADER, "on_bad_sample": "skip", "drop_last": False})
+        dataset, _ = build_datasets(config, spec=SPEC, media=None, seq_length=100, seed=1)
+        return build_train_loader(
+            dataset, config, spec=SPEC, model_config=MODEL_CONFIG, seq_length=100, micro_batch_size=2,
+            global_batch_size=4, dp_rank=0, dp_size=1, seed=1,
+        )
+
+    report = next(loader_of(streaming=True)).skipped
+    assert (len(report.unusable), report.too_long, report.no_target) == (1, 1, 1)
+    assert "record 3: the conversation is empty" in report.unusable[0]
+    assert len(loader_of().dataset) == 1
+    (summary,) = tmp_path.glob("tokenized-*/summary.txt")
+    assert summary.read_text() == (
+        "4 records, 1 kept whole, 1 skipped: the first turn is too long (records 2), "
+        "1 skipped: no target token (records 1), 1 skipped: unusable\n"
+    )
 
 
 @pytest.mark.parametrize(
