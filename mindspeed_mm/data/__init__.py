@@ -1,6 +1,6 @@
-"""Data: conversations and pictures from files to packed micro-batches.
+"""Data: conversations, images and videos from files to packed micro-batches.
 
-Names are imported when they are first used, since the checks of ``validate_data`` need no torch.
+Names are imported on first use, since the checks of ``validate_data`` need no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures against transformers' own PIL processor: exactly equal, not close."""
+"""Images against transformers' own PIL processor: exactly equal, not close."""
 
 from __future__ import annotations
 
