@@ -127,6 +127,11 @@ class ModelOptions(StrictModel):
         return frozenset(name for name, freeze in parts.items() if freeze)
 
     @property
+    def activation_offload(self) -> bool:
+        """Whether activations that decoder layers keep are moved to the host."""
+        return self.text_decoder.activation_offload
+
+    @property
     def loss_chunk_size(self) -> int | None:
         """Target tokens whose logits exist at a time; None for all."""
         return self.loss_cfg.chunk_size if self.loss_cfg.compute_mode == "chunk" else None

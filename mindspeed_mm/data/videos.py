@@ -1,6 +1,6 @@
 """Videos: which frames, what size, at which seconds, and cutting into patches.
 
-Frames, sizes, seconds and pixels equal those of transformers' ``Qwen3VLVideoProcessor`` reading with PyAV. A video is a
+Frames, sizes, seconds and pixels equal those of the video processor in transformers, reading with PyAV. A video is a
 file, or a list of image files that are its frames, taken ``video_fps`` times a second.
 """
 

@@ -1,1 +1,1 @@
-"""Qwen3-VL built from megatron-core specs. Models know mathematics: no process groups, no devices, no flags."""
+"""Model families, built from megatron-core specs. Models are single-device code: no process groups, no flags."""

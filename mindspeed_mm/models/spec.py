@@ -115,7 +115,7 @@ class ModelBuildOptions:
             recompute_granularity=args.recompute_granularity,
             recompute_method=args.recompute_method,
             recompute_num_layers=args.recompute_num_layers,
-            activation_offload=text.activation_offload,
+            activation_offload=model.activation_offload,
             vision_synchronize_per_layer=vision.synchronize_per_layer,
             text_synchronize_per_layer=text.synchronize_per_layer,
             router_load=router_load,

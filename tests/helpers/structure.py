@@ -21,16 +21,23 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.interfaces": ("errors",),
     "mindspeed_mm.config": ("errors", "backend"),
     "mindspeed_mm.models": ("errors", "backend", "config", "interfaces"),
+    "mindspeed_mm.models.layers": (
+        "errors", "backend", "config", "interfaces", "models.memory", "models.model", "models.spec",
+    ),
+    "mindspeed_mm.models.layers.config": (),
     "mindspeed_mm.models.qwen3_vl.config": ("errors", "models.layers.config"),
     "mindspeed_mm.data": ("errors", "backend", "config", "interfaces", "models.spec"),
     # parallelism is applied to models from outside: models know nothing of it
-    "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models"),
+    "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models.layers", "models.model"),
     "mindspeed_mm.tools": ("errors", "backend", "config"),
     "mindspeed_mm.tools.memory": ("errors", "config", "models.memory", "models.spec"),
     "mindspeed_mm.tools.show_data": ("errors", "config", "data", "interfaces", "models.spec"),
-    "mindspeed_mm.checkpoint": ("errors", "backend", "config", "models", "parallel", "training.optimizer"),
+    "mindspeed_mm.checkpoint": (
+        "errors", "backend", "config", "models.spec", "models.state_dict", "parallel", "training.optimizer",
+    ),
     "mindspeed_mm.training": (
-        "errors", "backend", "config", "data", "interfaces", "models", "parallel", "tools", "checkpoint",
+        "errors", "backend", "config", "data", "interfaces", "models.layers", "models.memory", "models.model",
+        "models.spec", "parallel", "tools", "checkpoint",
     ),
     "checkpoint": ("errors", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
@@ -48,8 +55,17 @@ FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.data": ("torch.distributed",),
     "mindspeed_mm.interfaces": ("torch.distributed",),
     "mindspeed_mm.tools.memory": ("torch", "transformers", "megatron"),
+    "mindspeed_mm.models.memory": ("torch", "transformers", "megatron"),
+    "mindspeed_mm.models.layers.config": ("torch", "transformers", "megatron"),
+    "mindspeed_mm.models.layers.memory": ("torch", "transformers", "megatron"),
+    "mindspeed_mm.models.qwen3_vl.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.errors": ("torch",),
 }
+
+# Files outside the family's folder that may name it: the registry, and the converter's name on the command line.
+FAMILY_NAMES = re.compile(r"qwen3_?vl", re.IGNORECASE)
+MAY_NAME_FAMILY = ("mindspeed_mm/models/qwen3_vl/", "mindspeed_mm/models/spec.py", "checkpoint/cli.py")
+FAMILY_PARTS = ("text_decoder", "image_encoder")
 
 DEVICE_WORDS = ("cuda", "npu", "nccl", "hccl", "gloo")
 _DEVICE_NAME = re.compile(rf"(cpu:\w+,)?({'|'.join(DEVICE_WORDS)})([:,].*)?", re.IGNORECASE)
@@ -151,6 +167,25 @@ def device_violations(source: str, path: Path) -> list[str]:
         elif isinstance(node, ast.keyword) and node.arg in DEVICE_WORDS:
             found.append(f"{path}:{node.value.lineno}: names the device {node.arg}")
     return [f"{violation}; only {PACKAGE}/backend may" for violation in found]
+
+
+def family_violations(source: str, path: Path) -> list[str]:
+    """Places outside a family's folder that name the family, or reach into its model or its config."""
+    name = path.as_posix()
+    if not name.startswith((f"{PACKAGE}/", "checkpoint/")) or name.startswith(MAY_NAME_FAMILY):
+        return []
+    found = []
+    for number, line in enumerate(source.splitlines(), start=1):
+        if (match := FAMILY_NAMES.search(line)) and "examples/" not in line:
+            found.append(f"{path}:{number}: names the family {match.group()}")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+        in_model = node.attr in FAMILY_PARTS and name != f"{PACKAGE}/config/model_options.py"
+        if in_model or (node.attr in ("text", "vision") and owner == "model_config"):
+            found.append(f"{path}:{node.lineno}: reaches into {owner}.{node.attr}")
+    return [f"{violation}; take it from the ModelSpec" for violation in found]
 
 
 def size_violations(source: str, path: Path) -> list[str]:

@@ -33,6 +33,7 @@ def violations(check: Check, suffixes: tuple[str, ...]) -> list[str]:
     [
         (structure.import_violations, (".py",)),
         (structure.device_violations, (".py",)),
+        (structure.family_violations, (".py",)),
         (structure.size_violations, (".py", ".sh")),
         (structure.registry_violations, ()),
     ],
@@ -58,8 +59,11 @@ def test_tree_is_not_empty():
     assert {"setup.py", "mindspeed_mm/errors.py", "scripts/install.sh"} <= paths
 
 
-def test_arguments_load_without_torch():
-    code = "import sys, mindspeed_mm.config; print(*{'torch', 'transformers', 'megatron'} & set(sys.modules))"
+@pytest.mark.parametrize(
+    "module", ["mindspeed_mm.config", "mindspeed_mm.models.qwen3_vl.spec", "mindspeed_mm.tools.memory.__main__"]
+)
+def test_it_loads_without_torch(module):
+    code = f"import sys, {module}; print(*{{'torch', 'transformers', 'megatron'}} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=structure.ROOT, capture_output=True, text=True, check=True
     )
@@ -83,6 +87,10 @@ def test_arguments_load_without_torch():
         ("mindspeed_mm/interfaces/batch.py", "from mindspeed_mm.data.images import PixelNorm"),
         ("mindspeed_mm/models/qwen3_vl/config.py", "from mindspeed_mm.models import specs"),
         ("mindspeed_mm/models/layers/moe.py", "from mindspeed_mm.data import collator"),
+        ("mindspeed_mm/models/layers/moe.py", "from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig"),
+        ("mindspeed_mm/models/layers/memory.py", "import torch"),
+        ("mindspeed_mm/parallel/mesh.py", "from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel"),
+        ("mindspeed_mm/checkpoint/manager.py", "from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig"),
         ("mindspeed_mm/models/layers/moe.py", "from mindspeed_mm.parallel import dispatch"),
         ("mindspeed_mm/models/layers/specs.py", "from mindspeed_mm.parallel import expert"),
         ("mindspeed_mm/parallel/mesh.py", "from mindspeed_mm.data.loader import BatchLoader"),
@@ -106,7 +114,7 @@ def test_wrong_import_is_found(path, source):
         ("mindspeed_mm/data/collator.py", "from mindspeed_mm.models.spec import ModelSpec"),
         ("mindspeed_mm/models/qwen3_vl/model.py", "from mindspeed_mm.interfaces.batch import Batch"),
         ("mindspeed_mm/parallel/expert_parallel.py", "from mindspeed_mm.models.layers.moe import MoELayer"),
-        ("mindspeed_mm/models/layers/specs.py", "from mindspeed_mm.models import moe"),
+        ("mindspeed_mm/models/layers/specs.py", "from mindspeed_mm.models.layers import moe"),
         ("checkpoint/cli.py", "from mindspeed_mm.checkpoint import directory\nfrom checkpoint import reader"),
         ("pretrain_transformers.py", "from mindspeed_mm.training import pretrain"),
         ("tests/ut/test_any.py", "from mindspeed_mm.training import pretrain\nimport checkpoint"),
@@ -145,6 +153,30 @@ def test_device_name_is_found(source):
 )
 def test_other_names_pass(source):
     assert structure.device_violations(source, Path("mindspeed_mm/training/loop.py")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from mindspeed_mm.models.qwen3_vl import model",
+        "def f(config: Qwen3VLConfig): ...",
+        "kind = 'qwen3_vl_moe'",
+        "layers = model.text_decoder.layers",
+        "merge = self.model_config.vision.merge_unit",
+        "experts = model_config.text.num_experts",
+    ],
+)
+def test_knowledge_of_a_family_is_found(source):
+    assert structure.family_violations(source, Path("mindspeed_mm/training/loop.py"))
+    assert not structure.family_violations(source, Path("mindspeed_mm/models/qwen3_vl/model.py"))
+    assert not structure.family_violations(source, Path("benchmarks/any.py"))
+
+
+@pytest.mark.parametrize(
+    "source", ["count = model_config.num_experts", "batch.vision.pixels", "'see examples/qwen3vl/README.md'"]
+)
+def test_other_attributes_pass(source):
+    assert structure.family_violations(source, Path("mindspeed_mm/training/loop.py")) == []
 
 
 def test_long_file_and_function_are_found():

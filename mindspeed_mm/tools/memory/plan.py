@@ -63,7 +63,7 @@ def plan_run(
         recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
         recompute_num_layers=args.recompute_num_layers,
-        activation_offload=model.text_decoder.activation_offload,
+        activation_offload=model.activation_offload,
         loss_chunk_size=model.loss_chunk_size,
         imbalance=imbalance,
     )
