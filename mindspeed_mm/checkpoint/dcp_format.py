@@ -39,6 +39,9 @@ from mindspeed_mm.errors import UserError
 
 MODEL_PREFIX = "model."
 """Begins the names of the model's parameters in a checkpoint; the rest is the parameter's name in the model."""
+_ALIGNMENT = 64  # bytes, of the values within the archive, as in torch
+_LIMIT = 2**32 - 1  # bytes; a larger zip file needs the zip64 format
+_DOS_EPOCH = (0, 33)  # time and date of every entry, 1 January 1980: the same tensor gives the same bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +153,6 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def _joined(*parts: str) -> str:
     return "/".join(map(str, parts))
-
-
-_ALIGNMENT = 64  # bytes, of the values within the archive, as in torch
-_LIMIT = 2**32 - 1  # bytes; a larger zip file needs the zip64 format
-_DOS_EPOCH = (0, 33)  # time and date of every entry, 1 January 1980: the same tensor gives the same bytes
 
 
 class _TensorPickler(pickle.Pickler):

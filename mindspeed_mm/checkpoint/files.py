@@ -24,6 +24,9 @@ except ImportError:  # no wheel for this machine
 
 _POLYNOMIAL = 0xEDB88320  # CRC-32 of zlib, gzip and PNG; coefficients reflected, so the highest bit is x^0
 _READ_BYTES = 16 << 20
+FILE_MODE, DIRECTORY_MODE = 0o640, 0o750
+WRITE_BYTES = 1 << 20
+"""Bytes in one write: several times faster than 16 MB at once where Linux buffers them, and quick to interrupt."""
 VISIBILITY_SECONDS = 10.0
 """Time for a network file system to show what another machine has written."""
 
@@ -76,12 +79,6 @@ def _power_of_x(exponent: int) -> int:
         base = _multiply(base, base)
         exponent >>= 1
     return result
-
-
-FILE_MODE, DIRECTORY_MODE = 0o640, 0o750
-WRITE_BYTES = 1 << 20
-"""Bytes in one write: several times faster than 16 MB at once where Linux buffers them, and quick to interrupt."""
-
 
 def make_directory(path: Path) -> None:
     """Make a directory and its parents; a new one gets ``DIRECTORY_MODE`` whatever the umask."""

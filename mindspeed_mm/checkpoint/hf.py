@@ -29,6 +29,10 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, WeightRule, hf_shapes
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LAYOUT_KEY = "expert_layout"
+"""Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
 _FOLDERS = ("additional_chat_templates",)  # the only folder that transformers reads
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # in transformers 5 and in earlier versions
@@ -101,12 +105,6 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
                 holder[key] = name
     if not any(key in config for key in _DTYPE_KEYS):
         config["torch_dtype"] = name
-
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-LAYOUT_KEY = "expert_layout"
-"""Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
 
 
 @dataclasses.dataclass(frozen=True)

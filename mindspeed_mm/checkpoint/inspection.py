@@ -173,11 +173,10 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
         facts["made from"] = f"{counted(len(source['files']), 'file')} in {source['expert_layout']} layout"
     model_config = metadata.get("model_config", metadata.get("geometry"))  # the second in older checkpoints
     if isinstance(model_config, Mapping):
-        text = model_config.get("text", {})
-        facts["model"] = (
-            f"{model_config.get('model_type')}, {text.get('num_layers')} layers of width {text.get('hidden_size')}, "
-            f"{text.get('num_experts')} experts"
-        )
+        text = model_config.get("text", model_config)
+        sizes = {"num_layers": "layers", "hidden_size": "hidden size", "num_experts": "experts"}
+        known = [f"{words} {text[key]}" for key, words in sizes.items() if key in text]
+        facts["model"] = ", ".join([str(model_config.get("model_type")), *known])
     return facts, DcpReader(path, manifest).tensors
 
 

@@ -25,6 +25,10 @@ LOCK_SECONDS = 5.0
 """Time for a process that was stopped or killed to end."""
 _LATER = (errno.EACCES, errno.EAGAIN, errno.ENOENT, errno.ESTALE)
 """Another process holds the lock, or has just released it and removed the file."""
+_COMPLETE = re.compile(r"iter_(\d{7,})")
+PROBE = ".probe-"
+"""Begins the name of a file by which ranks check that they share a directory."""
+_LEFTOVER = re.compile(r"\.(iter_\d{7,})\.(partial|replaced|deleted)")
 
 
 class SaveLock:
@@ -108,12 +112,6 @@ class SaveLock:
         with contextlib.suppress(OSError):
             return self._path.read_text(errors="replace").strip() or "unknown: the lock file is empty"
         return "unknown: the lock file cannot be read"
-
-
-_COMPLETE = re.compile(r"iter_(\d{7,})")
-PROBE = ".probe-"
-"""Begins the name of a file by which ranks check that they share a directory."""
-_LEFTOVER = re.compile(r"\.(iter_\d{7,})\.(partial|replaced|deleted)")
 
 
 def remove_leftovers(root: Path) -> list[str]:
