@@ -84,7 +84,7 @@ class Run:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             assert torch.equal(whole, value(name, tuple(whole.shape), progress.iteration)), f"{name} was read wrongly"
         switch.phase = "start"
-        saver = CheckpointManager(
+        manager = CheckpointManager(
             TrainingState(self.model, self.optimizer, self.backend, with_rng=True),
             SaveOptions(self.root, asynchronous=self.case.asynchronous, keep_last=1, failure_limit=3),
             backend=self.backend,
@@ -93,10 +93,10 @@ class Run:
         for iteration in range(progress.iteration + 1, LAST + 1):
             self.set_state(iteration)
             progress.iteration = iteration
-            saver.start(progress)
+            manager.start(progress)
             self.set_state(-1)  # what is trained while it is written must not be saved
         with contextlib.suppress(UserError) if not self.case.ends_the_run else contextlib.nullcontext():
-            saver.finish()
+            manager.finish()
 
 
 def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:
@@ -108,7 +108,7 @@ def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> No
 
     status = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the process group complains at length of those that die
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the process group logs lost ranks at length
         dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
         run = Run(root, case)
         switch = Switch(case, rank, report)
@@ -191,17 +191,17 @@ class Stage:
 
 
 def prepare(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:
-    """A run that saves iteration 3, of another course, and then iteration 1, to which the tracker points."""
+    """A run that saves iteration 3, of another lineage, and then iteration 1, to which the tracker points."""
     status = 1
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
         run = Run(root, case)
         state = TrainingState(run.model, run.optimizer, run.backend, with_rng=True)
-        saver = CheckpointManager(state, SaveOptions(root), backend=run.backend)
+        manager = CheckpointManager(state, SaveOptions(root), backend=run.backend)
         for iteration in (3, 1):
             run.set_state(iteration)
-            saver.start(Progress(iteration=iteration))
+            manager.start(Progress(iteration=iteration))
         dist.barrier()
         status = 0
     except BaseException:
@@ -275,12 +275,12 @@ def points_of(
     return [tuple(counts[rank]) for rank in range(case.ranks)], attempt.seconds
 
 
-def spread(low: int, high: int, wanted: int, rng: random.Random) -> list[int]:
-    """So many points after ``low`` up to ``high``, one at random in each of as many equal parts; 0: every point."""
-    if not wanted or wanted >= high - low:
+def spread(low: int, high: int, count: int, rng: random.Random) -> list[int]:
+    """``count`` points after ``low`` up to ``high``, a random one in each of as many equal ranges; 0: every point."""
+    if not count or count >= high - low:
         return list(range(low + 1, high + 1))
-    step = (high - low) / wanted
-    return sorted({min(high, low + 1 + int((index + rng.random()) * step)) for index in range(wanted)})
+    step = (high - low) / count
+    return sorted({min(high, low + 1 + int((index + rng.random()) * step)) for index in range(count)})
 
 
 def main(sweeps: list[dict[str, Any]], results: Path) -> None:
@@ -309,13 +309,13 @@ def main(sweeps: list[dict[str, Any]], results: Path) -> None:
         if (ranks, asynchronous) not in known:
             known[ranks, asynchronous] = points_of(stage, sweep, template, work / "root")
         counts, seconds = known[ranks, asynchronous]
-        wanted, rank = sweep["count"], sweep["rank"]
+        count, rank = sweep["count"], sweep["rank"]
         if sweep["fault"] == "random time":
-            cases = [Case(ranks, asynchronous, "kill all", seconds=rng.uniform(0.01, seconds)) for _ in range(wanted)]
+            cases = [Case(ranks, asynchronous, "kill all", seconds=rng.uniform(0.01, seconds)) for _ in range(count)]
         else:
             saving, end = counts[rank]
             low, high = {"before": (0, saving), "saving": (saving, end), "ever": (0, end)}[sweep["when"]]
-            points = spread(low, high, wanted, rng)
+            points = spread(low, high, count, rng)
             cases = [Case(ranks, asynchronous, sweep["fault"], rank, point) for point in points]
         outcomes += [survive(stage, case, template, work / "root") for case in cases]
         print(f"{sweep}: {len(cases)} cases", flush=True)

@@ -129,7 +129,7 @@ class Conversion:
 
 
 def chosen_points(rng: random.Random, total: int, points: int) -> list[int]:
-    """A third of them among the last, where the result takes its place, the others anywhere."""
+    """A third of them among the last, where the result is renamed, the rest anywhere."""
     late = total - COMMIT_POINTS
     return sorted(rng.sample(range(1, late), points - points // 3) + rng.sample(range(late, total + 1), points // 3))
 

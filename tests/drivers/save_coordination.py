@@ -30,7 +30,7 @@ WHOLE = {f"model.{number}": torch.arange(7.0 * 30).view(7, 30) + number for numb
 
 
 @dataclasses.dataclass
-class Standing:
+class SavedProgress:
     iteration: int
 
 
@@ -55,22 +55,22 @@ class State:
         return 10_000
 
 
-def saver_of(root: Path) -> CheckpointManager:
+def manager_of(root: Path) -> CheckpointManager:
     return CheckpointManager(State(), SaveOptions(root, asynchronous=True), backend=select_backend("cpu"))
 
 
 def every_element_once(root: Path) -> None:
     """What both hold is written by one of them, by turns; any other sharding reads it."""
-    saver = saver_of(root)
-    saver.start(Standing(1))
-    saver.finish()
+    manager = manager_of(root)
+    manager.start(SavedProgress(1))
+    manager.finish()
     path = root / "iter_0000001"
     reader = DcpReader(path, directory.verify_directory(path, checksums=True))
     for name, tensor in WHOLE.items():
         assert torch.equal(reader.read(name), tensor)
         assert sum(torch.Size(chunk.sizes).numel() for chunk, _ in reader.chunks(name)) == tensor.numel()
     writers = {info.relative_path[2] for name in list(WHOLE)[::3] for _, info in reader.chunks(name)}
-    assert writers == {"0", "1"}  # of those that both hold
+    assert writers == {"0", "1"}  # of the replicated ones
     assert {name for name in reader.tensors if name.startswith("rng.")} == {"rng.0.cpu", "rng.1.cpu"}
     for turn in (0, 1, 2):
         state = State(turn)
@@ -80,11 +80,11 @@ def every_element_once(root: Path) -> None:
         assert all(torch.equal(tensor.full_tensor(), WHOLE[name]) for name, tensor in state.tensors.items())
 
 
-def damage_on_one_is_told_to_all(root: Path) -> None:
-    """A process whose pieces are whole does not wait for one whose are not."""
-    saver = saver_of(root)
-    saver.start(Standing(1))
-    saver.finish()
+def damage_on_one_rank_fails_on_all(root: Path) -> None:
+    """A rank whose chunks are intact does not wait for one with damaged chunks."""
+    manager = manager_of(root)
+    manager.start(SavedProgress(1))
+    manager.finish()
     path = root / "iter_0000001"
     reader = DcpReader(path, directory.verify_directory(path))
     dist.barrier()  # writing the damage makes the file empty for a moment, which the other would find in verifying
@@ -109,20 +109,20 @@ def directory_of_one_machine(root: Path) -> None:
     own.mkdir(parents=True)
     os.chdir(own)
     try:
-        saver_of(Path("save"))
+        manager_of(Path("save"))
     except UserError as error:
         assert "is not the same directory on all machines: rank 1 on" in str(error)
     else:
-        raise AssertionError("nobody noticed")
+        raise AssertionError("no error")
     finally:
         os.chdir(home)
 
 
 def files_that_do_not_arrive(root: Path) -> None:
     """The second process writes to a directory that only looks like the first's."""
-    saver = saver_of(root)
-    saver.start(Standing(1))
-    saver.wait()
+    manager = manager_of(root)
+    manager.start(SavedProgress(1))
+    manager.wait()
     write = save_job.write_rank_files
 
     def elsewhere(directory_: Path, *arguments, **options):
@@ -135,15 +135,15 @@ def files_that_do_not_arrive(root: Path) -> None:
     save_job.write_rank_files = elsewhere
     lines: list[str] = []
     with log_lines(lines.append):
-        saver.start(Standing(2))
-        saver.wait()
+        manager.start(SavedProgress(2))
+        manager.wait()
     save_job.write_rank_files = write
-    assert saver.failures == 1 and directory.read_tracker(root) == 1
+    assert manager.failures == 1 and directory.read_tracker(root) == 1
     if dist.get_rank() == 0:
         assert "__1_0.distcp was written by another rank and is not visible here" in lines[-1], lines
-    saver.start(Standing(3))
-    saver.finish()
-    assert saver.failures == 0 and directory.read_tracker(root) == 3
+    manager.start(SavedProgress(3))
+    manager.finish()
+    assert manager.failures == 0 and directory.read_tracker(root) == 3
 
 
 def main(work: Path) -> None:
@@ -152,7 +152,7 @@ def main(work: Path) -> None:
     init_distributed(select_backend("cpu"), timeout_minutes=1)
     for action in (
         every_element_once,
-        damage_on_one_is_told_to_all,
+        damage_on_one_rank_fails_on_all,
         directory_of_one_machine,
         files_that_do_not_arrive,
     ):

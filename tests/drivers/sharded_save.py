@@ -2,7 +2,7 @@
 
 Usage: torchrun --nproc_per_node 4 sharded_save.py TENSORS.safetensors ROOT
 
-Writes ``ROOT/ours/iter_0000005`` by this project's saver, ``ROOT/bare/iter_0000005`` likewise without the optimizer's
+Writes ``ROOT/ours/iter_0000005`` by this project's manager, ``ROOT/bare/iter_0000005`` likewise without the optimizer's
 state, and ``ROOT/torch/iter_0000005`` by torch.distributed.checkpoint, which records no checksums of chunks.
 """
 
@@ -29,7 +29,7 @@ from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 
 @dataclasses.dataclass
-class Standing:
+class SavedProgress:
     iteration: int
 
 
@@ -71,9 +71,9 @@ def main() -> None:
         parameters[name] = distribute_tensor(tensor, mesh, placements)
         moments[f"optimizer.{name}.exp_avg"] = distribute_tensor(torch.zeros_like(tensor), mesh, placements)
     for place, state in (("ours", parameters | moments), ("bare", parameters)):
-        saver = CheckpointManager(State(state), SaveOptions(root / place), backend=backend)
-        saver.start(Standing(5))
-        saver.finish()
+        manager = CheckpointManager(State(state), SaveOptions(root / place), backend=backend)
+        manager.start(SavedProgress(5))
+        manager.finish()
     target = root / "torch" / "iter_0000005"
     partial = directory.partial_name(target)
     if dist.get_rank() == 0:

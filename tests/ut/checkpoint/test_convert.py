@@ -29,8 +29,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces and files so small that the tiny models are cut as large ones are."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and files so small that tiny models are split like large ones."""
     monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 700)
     monkeypatch.setattr(hf_to_dcp_module, "FILE_BYTES", 20_000)
 
@@ -86,7 +86,7 @@ def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) 
         assert path.read_bytes() == (tmp_path / "again" / "release" / path.name).read_bytes()
 
 
-def test_manifest(tmp_path: Path, small_pieces: None) -> None:
+def test_manifest(tmp_path: Path, small_chunks: None) -> None:
     config = random_config(random.Random(5), moe=True, tie=False)
     hub = write_hf_directory(tmp_path / "hf", config, layout="v5")
     path = hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
@@ -122,7 +122,7 @@ def test_index_and_shards(tmp_path: Path) -> None:
     directory.verify_directory(tmp_path / "out", checksums=True)
 
 
-def test_result_does_not_depend_on_workers(tmp_path: Path, small_pieces: None) -> None:
+def test_result_does_not_depend_on_workers(tmp_path: Path, small_chunks: None) -> None:
     write_hf_directory(tmp_path / "hf", random_config(random.Random(8), moe=True))
     for workers in (1, 4):
         hf_to_dcp(tmp_path / "hf", tmp_path / f"dcp{workers}", workers=workers)

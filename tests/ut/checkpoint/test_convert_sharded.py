@@ -41,14 +41,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensors
 
 
 @pytest.mark.parametrize("writer", ["ours", "bare", "torch"])
-@pytest.mark.parametrize("piece_bytes", [1000, 10**9])
-def test_any_sharding(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, piece_bytes: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1000, 10**9])
+def test_any_sharding(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, chunk_bytes: int) -> None:
     root, hf, hub = saved
     target = root / writer / "iter_0000005"
     names = DcpReader(target).tensors
     assert len(list(target.glob("*.distcp"))) > 3
     assert any(name.startswith("optimizer.") for name in names) == (writer != "bare")
-    monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", piece_bytes)
+    monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", chunk_bytes)
     dcp_to_hf(target, tmp_path / "out", hf, dtype="keep", max_shard_size=40_000)
     assert_equal(read_all(tmp_path / "out"), hub)
 

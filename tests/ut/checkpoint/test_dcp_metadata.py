@@ -1,4 +1,4 @@
-"""``.metadata``: readable by torch and by us whoever wrote it, and never a way to run code."""
+"""``.metadata``: read by torch and by this package, whichever wrote it, without running code."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_no_file(tmp_path: Path) -> None:
         read_metadata(tmp_path / METADATA)
 
 
-def test_malicious_piece_runs_nothing(tmp_path: Path) -> None:
+def test_malicious_chunk_runs_nothing(tmp_path: Path) -> None:
     """A stored tensor is a pickle too."""
     dcp.save({"a": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     info = next(iter(read_metadata(tmp_path / METADATA).storage_data.values()))

@@ -40,12 +40,12 @@ def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32,
 
 
 def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, with_rng: bool = True) -> Path:
-    saver = CheckpointManager(
+    manager = CheckpointManager(
         TrainingState(model, optimizer, BACKEND, with_rng=with_rng),
         SaveOptions(root),
         backend=BACKEND,
     )
-    saver.start(Progress(iteration=1))
+    manager.start(Progress(iteration=1))
     return root / "iter_0000001"
 
 
@@ -108,7 +108,7 @@ def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
 
 
 def edit_manifest(path: Path, *, drop: list[str] = (), without_chunk_checksums: bool = False) -> None:
-    """Take files out of a checkpoint, or make its manifest one of a time when pieces had no checksums."""
+    """Take files out of a checkpoint, or make its manifest one of a time when chunks had no checksums."""
     manifest = json.loads((path / "manifest.json").read_text())
     for name in drop:
         del manifest["files"][name]
@@ -122,7 +122,7 @@ def edit_manifest(path: Path, *, drop: list[str] = (), without_chunk_checksums: 
 
 
 def places(path: Path, prefix: str) -> list[tuple[Path, int, int]]:
-    """File, offset and length of all stored pieces of tensors with a prefix."""
+    """File, offset and length of all stored chunks of tensors with a prefix."""
     entries = read_metadata(path / METADATA).storage_data.items()
     return [(path / at.relative_path, at.offset, at.length) for key, at in entries if key.fqn.startswith(prefix)]
 
@@ -149,7 +149,7 @@ def test_no_byte_of_what_is_read_may_differ(saved: Path, tmp_path: Path, without
 def test_which_checksums_are_compared(saved: Path) -> None:
     file, offset, length = places(saved, "rng.")[0]
     flip(file, offset + length // 2)
-    load(saved, *make())  # nobody read it
+    load(saved, *make())  # it is not read
     load(saved, *make(), check="sizes")
     with pytest.raises(UserError, match="another checksum"):
         load(saved, *make(), check="all")
@@ -166,7 +166,7 @@ def test_missing_and_truncated_files(saved: Path, name: str) -> None:
         load(saved, *make(), check="sizes")
 
 
-def test_pieces_must_cover_a_tensor(saved: Path) -> None:
+def test_chunks_must_cover_a_tensor(saved: Path) -> None:
     metadata = read_metadata(saved / METADATA)
     metadata.state_dict_metadata["model.1.weight"].chunks.clear()
     (saved / METADATA).write_bytes(pickle.dumps(metadata))
@@ -175,7 +175,7 @@ def test_pieces_must_cover_a_tensor(saved: Path) -> None:
         load(saved, *make())
 
 
-def test_pieces_must_lie_in_the_checkpoint(saved: Path) -> None:
+def test_chunks_must_be_in_the_checkpoint(saved: Path) -> None:
     metadata = read_metadata(saved / METADATA)
     next(iter(metadata.storage_data.values())).relative_path = "../../secret"
     (saved / METADATA).write_bytes(pickle.dumps(metadata))

@@ -1,4 +1,4 @@
-"""Saving by one process: bitwise, beside the training, and what happens when the disk does not play along."""
+"""Saving by one rank: bitwise, synchronous and asynchronous, and with disk errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @dataclasses.dataclass
-class Standing:
+class SavedProgress:
     iteration: int
 
 
@@ -73,7 +73,7 @@ def lines() -> Iterator[list[str]]:
         yield messages
 
 
-def saver_of(state: State, root: Path, **options) -> CheckpointManager:
+def manager_of(state: State, root: Path, **options) -> CheckpointManager:
     return CheckpointManager(state, SaveOptions(root, **options), backend=select_backend("cpu"))
 
 
@@ -106,10 +106,10 @@ def test_saved_is_what_was_there(
     monkeypatch.setattr(dcp_writer, "MIN_FILE_BYTES", 2000)
     state = State()
     before = state.everything()
-    saver = saver_of(state, tmp_path, asynchronous=asynchronous)
-    saver.start(Standing(5))
+    manager = manager_of(state, tmp_path, asynchronous=asynchronous)
+    manager.start(SavedProgress(5))
     state.train()
-    saver.finish()
+    manager.finish()
     path = directory.resolve_checkpoint(tmp_path)
     assert path.name == "iter_0000005"
     directory.verify_directory(path, checksums=True)
@@ -136,18 +136,18 @@ def gate(monkeypatch) -> threading.Event:
     return event
 
 
-def test_training_goes_on_while_it_is_written(tmp_path: Path, gate: threading.Event, lines: list[str]) -> None:
+def test_training_continues_during_a_save(tmp_path: Path, gate: threading.Event, lines: list[str]) -> None:
     gate.set()
     state = State()
-    saver = saver_of(state, tmp_path, asynchronous=True)
+    manager = manager_of(state, tmp_path, asynchronous=True)
     gate.clear()
     before = state.everything()
-    saver.start(Standing(1))
+    manager.start(SavedProgress(1))
     state.train()
-    saver.poll()
+    manager.poll()
     assert lines == [] and directory.read_tracker(tmp_path) is None
     gate.set()
-    saver.wait()
+    manager.wait()
     assert_same(stored(tmp_path / "iter_0000001"), before)
     assert not torch.equal(before["model.a"], state.tensors["model.a"])
 
@@ -157,29 +157,29 @@ def test_a_file_system_that_hangs_ends_the_run(
 ) -> None:
     gate.set()
     monkeypatch.setattr(manager_module, "_REPORT_SECONDS", 0.05)
-    saver = saver_of(State(), tmp_path, asynchronous=True, timeout_minutes=0.01)
+    manager = manager_of(State(), tmp_path, asynchronous=True, timeout_minutes=0.01)
     gate.clear()
-    saver.start(Standing(1))
+    manager.start(SavedProgress(1))
     with pytest.raises(UserError, match=r"iteration 1 has made no progress for 0.01 minutes.*ranks still writing: 0;"):
-        saver.wait()
+        manager.wait()
     assert "waiting for the save of iteration 1" in lines[0]
     gate.set()
-    saver.wait()
+    manager.wait()
 
 
 def test_one_save_in_flight(tmp_path: Path, gate: threading.Event, lines: list[str]) -> None:
     gate.set()
     state = State()
-    saver = saver_of(state, tmp_path, asynchronous=True)
+    manager = manager_of(state, tmp_path, asynchronous=True)
     gate.clear()
-    saver.start(Standing(1))
+    manager.start(SavedProgress(1))
     threading.Timer(0.5, gate.set).start()
     state.train()
     second = state.everything()
-    saver.start(Standing(2))
+    manager.start(SavedProgress(2))
     assert directory.read_tracker(tmp_path) == 1  # complete before the next begins
     state.train()
-    saver.finish()
+    manager.finish()
     assert [line.split()[0] for line in lines] == ["saved", "waited", "saved"]
     assert_same(stored(tmp_path / "iter_0000002"), second)
 
@@ -188,7 +188,7 @@ def test_one_save_in_flight(tmp_path: Path, gate: threading.Event, lines: list[s
 def test_permissions_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        saver_of(State(), tmp_path / "with space" / "save").start(Standing(1))
+        manager_of(State(), tmp_path / "with space" / "save").start(SavedProgress(1))
     finally:
         os.umask(before)
     paths = [tmp_path / "with space" / "save", *(tmp_path / "with space" / "save").rglob("*")]
@@ -201,7 +201,7 @@ def test_symlinks_and_a_read_only_source(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     state = State()
-    saver_of(state, tmp_path / "link").start(Standing(1))
+    manager_of(state, tmp_path / "link").start(SavedProgress(1))
     path = directory.resolve_checkpoint(tmp_path / "link")
     paths = [tmp_path / "disk", *(tmp_path / "disk").rglob("*")]
     for part in paths:
@@ -217,11 +217,11 @@ def iterations(root: Path) -> list[int]:
 
 def test_keep_last_and_keep_every(tmp_path: Path, lines: list[str]) -> None:
     state = State()
-    saver_of(state, tmp_path).start(Standing(100))  # of another course of the run: later than all that follow
-    saver = saver_of(state, tmp_path, keep_last=2, keep_every=4)
-    (tmp_path / "iter_0000003").mkdir()  # no checkpoint: nobody's to delete
+    manager_of(state, tmp_path).start(SavedProgress(100))  # of another lineage: later than all that follow
+    manager = manager_of(state, tmp_path, keep_last=2, keep_every=4)
+    (tmp_path / "iter_0000003").mkdir()  # no checkpoint, so not deleted
     for iteration in (1, 2, 4, 5, 6, 8, 9):
-        saver.start(Standing(iteration))
+        manager.start(SavedProgress(iteration))
     assert iterations(tmp_path) == [3, 4, 8, 9, 100]
     assert directory.read_tracker(tmp_path) == 9
     assert any(line == "deleted iter_0000005 (--keep-last)" for line in lines)
@@ -245,16 +245,16 @@ def test_full_disk_leaves_the_run_and_the_last_checkpoint(
     tmp_path: Path, monkeypatch, asynchronous: bool, after: int, lines: list[str]
 ) -> None:
     state = State()
-    saver = saver_of(state, tmp_path, asynchronous=asynchronous)
-    saver.start(Standing(1))
-    saver.wait()
+    manager = manager_of(state, tmp_path, asynchronous=asynchronous)
+    manager.start(SavedProgress(1))
+    manager.wait()
     good = state.everything()
     state.train()
     with monkeypatch.context() as patch:
         fill_disk(patch, after=after)
-        saver.start(Standing(2))
-        saver.wait()
-    failed = saver.failures == 1
+        manager.start(SavedProgress(2))
+        manager.wait()
+    failed = manager.failures == 1
     assert failed or after > 20  # enough writes for a whole save
     if failed:
         assert "No space left on device" in lines[-1] and "GB free" in lines[-1] and "iter_0000001" in lines[-1]
@@ -262,9 +262,9 @@ def test_full_disk_leaves_the_run_and_the_last_checkpoint(
         assert directory.read_tracker(tmp_path) == 1
         assert_same(stored(directory.resolve_checkpoint(tmp_path)), good)
     state.train()
-    saver.start(Standing(3))
-    saver.finish()
-    assert saver.failures == 0 and directory.read_tracker(tmp_path) == 3
+    manager.start(SavedProgress(3))
+    manager.finish()
+    assert manager.failures == 0 and directory.read_tracker(tmp_path) == 3
     assert_same(stored(tmp_path / "iter_0000003"), state.everything())
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
@@ -272,26 +272,26 @@ def test_full_disk_leaves_the_run_and_the_last_checkpoint(
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_too_many_failures_end_the_run(tmp_path: Path, monkeypatch, asynchronous: bool, lines: list[str]) -> None:
     state = State()
-    saver = saver_of(state, tmp_path, asynchronous=asynchronous, failure_limit=2)
-    saver.start(Standing(1))
-    saver.wait()
+    manager = manager_of(state, tmp_path, asynchronous=asynchronous, failure_limit=2)
+    manager.start(SavedProgress(1))
+    manager.wait()
     with monkeypatch.context() as patch:
         fill_disk(patch, after=2, code=errno.EIO)
-        saver.start(Standing(2))
+        manager.start(SavedProgress(2))
         with pytest.raises(UserError, match=r"2 saves in a row failed.*Input/output error.*iter_0000001"):
-            saver.start(Standing(3))
+            manager.start(SavedProgress(3))
     assert directory.read_tracker(tmp_path) == 1
 
 
-def test_a_limit_of_one_holds_beside_the_training(tmp_path: Path, monkeypatch) -> None:
-    saver = saver_of(State(), tmp_path, asynchronous=True, failure_limit=1)
+def test_a_limit_of_one_holds_for_asynchronous_saves(tmp_path: Path, monkeypatch) -> None:
+    manager = manager_of(State(), tmp_path, asynchronous=True, failure_limit=1)
     with monkeypatch.context() as patch:
         fill_disk(patch, after=2)
-        saver.start(Standing(2))
-        while saver.failures == 0:
-            saver.poll()
+        manager.start(SavedProgress(2))
+        while manager.failures == 0:
+            manager.poll()
     with pytest.raises(UserError, match=r"1 save failed \(--save-failure-limit 1\)"):
-        saver.start(Standing(3))
+        manager.start(SavedProgress(3))
 
 
 def test_copies_must_fit_into_memory(tmp_path: Path, monkeypatch) -> None:
@@ -299,25 +299,25 @@ def test_copies_must_fit_into_memory(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(state, "expected_bytes", lambda: 10**15)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"--async-save .* 2000000.0 GB for the 2 ranks .*leave --async-save out"):
-        saver_of(state, tmp_path, asynchronous=True)
-    saver_of(state, tmp_path).start(Standing(1))
+        manager_of(state, tmp_path, asynchronous=True)
+    manager_of(state, tmp_path).start(SavedProgress(1))
 
 
 def test_failure_of_the_last_save_is_an_error(tmp_path: Path, monkeypatch) -> None:
-    saver = saver_of(State(), tmp_path, asynchronous=True)
+    manager = manager_of(State(), tmp_path, asynchronous=True)
     with monkeypatch.context() as patch:
         fill_disk(patch, after=0)
-        saver.start(Standing(2))
+        manager.start(SavedProgress(2))
         with pytest.raises(UserError, match="last checkpoint of the run was not written.*nothing has been saved"):
-            saver.finish()
+            manager.finish()
 
 
 def test_space_is_looked_at_first(tmp_path: Path, monkeypatch, lines: list[str]) -> None:
     state = State()
-    saver = saver_of(state, tmp_path)
+    manager = manager_of(state, tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    saver.start(Standing(1))
+    manager.start(SavedProgress(1))
     assert "0.00 GB free and the checkpoint needs 0.02 GB; free disk space" in lines[0]
     assert os.listdir(tmp_path) == []
 
@@ -325,13 +325,13 @@ def test_space_is_looked_at_first(tmp_path: Path, monkeypatch, lines: list[str])
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--save .*cannot be written"):
-        saver_of(State(), tmp_path / "file" / "save")
+        manager_of(State(), tmp_path / "file" / "save")
 
 
 def test_left_overs_are_cleaned(tmp_path: Path, lines: list[str]) -> None:
     state = State()
     for iteration in (1, 2):
-        saver_of(state, tmp_path).start(Standing(iteration))
+        manager_of(state, tmp_path).start(SavedProgress(iteration))
     good = state.everything()
     (tmp_path / "iter_0000002").rename(tmp_path / ".iter_0000002.replaced")  # killed between two renames
     shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000002.partial")
@@ -341,7 +341,7 @@ def test_left_overs_are_cleaned(tmp_path: Path, lines: list[str]) -> None:
     (tmp_path / ".release.partial").mkdir()  # mm-convert's
     lines.clear()
     assert_same(stored(directory.resolve_checkpoint(tmp_path)), good)  # found where it is, for a read-only source
-    saver_of(state, tmp_path)
+    manager_of(state, tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".release.partial", "iter_0000001", "iter_0000002", directory.TRACKER]
     assert directory.resolve_checkpoint(tmp_path) == tmp_path / "iter_0000002"
     assert len(lines) == 4 and any("restored iter_0000002" in line for line in lines)
