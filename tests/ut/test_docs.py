@@ -138,6 +138,14 @@ def test_configuration_tables_are_those_of_the_schema() -> None:
     assert tables == configuration_tables.tables(), "run: python -m tests.tools.configuration_tables"
 
 
+def test_every_metric_is_documented() -> None:
+    sources = [ROOT / "mindspeed_mm" / "training" / name for name in ("trainer.py", "metrics.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    names = set(re.findall(r'metrics\.(?:add|set)\("(\w+)"|rates\["(\w+)"\]', text))
+    documented = re.findall(r"`(\w+)`", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"))
+    assert {"loss", "grad_norm", "mfu"} <= {name for pair in names for name in pair if name} <= set(documented)
+
+
 def test_wrong_texts_are_found() -> None:
     page = ROOT / "README.md"
     text = "# Title\n[a](docs/data.md) [b](docs/nothing.md) [c](#title) [d](#other) [e](https://example.org)"
