@@ -199,7 +199,7 @@ def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
     result = _launch(workplace, MM_DEVICE_MEMORY_GB=64)
     assert result.returncode == 0 and "--global-batch-size" in result.words
     (line,) = _warnings(result, "GiB")
-    assert "of 64 GiB" in line and "does not fit" in line and "16 processes" in line
+    assert "of 64 GiB" in line and "does not fit" in line and "16 ranks" in line
     assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16), "GiB")
     assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=""), "GiB")
     result = _launch(workplace, MM_DEVICE_MEMORY_GB="much")
