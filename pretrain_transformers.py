@@ -1,4 +1,4 @@
-"""Fine-tune Qwen3-VL: the recipe in one page. Started by torchrun; see examples/qwen3vl/finetune_qwen3vl_30B.sh."""
+"""Fine-tune Qwen3-VL: configuration, model spec, trainer. Run by torchrun: examples/qwen3vl/finetune_qwen3vl_30B.sh."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def model_provider(
     job: JobConfig, spec: ModelSpec, model_config: ModelConfig, media: MediaSettings | None, backend: Backend
 ) -> Model:
-    """The model of the given config, as flags and model file choose, with uninitialised parameters."""
+    """The model of the given config, built as flags and model file choose, with uninitialised parameters."""
     import torch
 
     from mindspeed_mm.models.spec import ModelBuildOptions
@@ -52,7 +52,7 @@ def data_provider(
     layout: Layout,
     progress: Progress,
 ) -> tuple[TrainLoader, BatchLoader | None]:
-    """Training batches from where ``progress`` stands on, and held-out batches if the data file names any."""
+    """Training batches, continued from ``progress``, and held-out batches if the data file has any."""
     from mindspeed_mm.data import build_datasets, build_eval_loader, build_train_loader
 
     args = job.args
@@ -80,7 +80,7 @@ def data_provider(
 
 
 def forward_step(model: nn.Module, batch: Batch, loss_weight: Tensor) -> ModelOutput:
-    """Loss of one micro-batch: the sum of its tokens' cross-entropies, each times its weight."""
+    """Loss of one micro-batch: the sum over target tokens of cross-entropy times weight."""
     return model(batch, loss_weight)
 
 

@@ -1,4 +1,4 @@
-"""Rules that join several options, or options with the model and the number of ranks: each stands here only."""
+"""Rules among options, and between options, the model and the number of ranks. Other packages assert, not check."""
 
 from __future__ import annotations
 
