@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,14 @@ def test_template_that_cannot_think(root: Path, records: list) -> None:
     with pytest.raises(UserError, match="no thinking part; choose qwen3_vl"):
         check(root, records, basic={"enable_thinking": True})
     assert check(root, records, basic={"enable_thinking": True, "template": "qwen3_vl"}) == 6
+
+
+def test_imports_no_torch() -> None:
+    """The launcher waits for this check; torch alone takes seconds to import."""
+    listed = ("import sys; from mindspeed_mm.data import validate_data; from mindspeed_mm.models.spec import get_spec; "
+              "get_spec('qwen3_vl'); print(*{'torch', 'transformers', 'megatron', 'datasets'} & set(sys.modules))")
+    found = subprocess.run([sys.executable, "-c", listed], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == ""
 
 
 def test_unknown_names_of_the_model_family(root: Path, records: list) -> None:
