@@ -73,6 +73,19 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 
 
+def check_frozen_dtype(args: TrainingArgs, fsdp: FSDPConfig) -> None:
+    """Frozen parameters may be kept in the compute type only: in a narrower one they would compute something else.
+
+    Raises:
+        UserError: naming both values.
+    """
+    if args.frozen_param_dtype == "bf16" and fsdp.param_dtype != "bf16":
+        raise UserError(
+            f"--frozen-param-dtype bf16 would change the results with param_dtype {fsdp.param_dtype} in "
+            f"{args.fsdp2_config_path}; set that to bf16, or leave the flag out"
+        )
+
+
 def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> int:
     """Rules between the number of ranks, the parallel degrees and the batch.
 

@@ -95,6 +95,10 @@ class OptimizerArgs(StrictModel):
 
     optimizer_selection: Literal["fused_torch_adamw"] = effective("fused_torch_adamw", "optimizer")
     lr: float = effective(REQUIRED, "peak learning rate", gt=0)
+    vision_lr: float | None = effective(
+        None, "peak learning rate of the vision encoder; its schedule is --lr's, scaled (default: --lr)", gt=0
+    )
+    projector_lr: float | None = effective(None, "likewise of the vision projector (default: --lr)", gt=0)
     min_lr: float = effective(0.0, "learning rate at the end of the decay, and after it", ge=0)
     lr_decay_style: Literal["cosine", "linear", "constant"] = effective("cosine", "decay after the warm-up")
     lr_decay_iters: int | None = effective(
@@ -131,6 +135,10 @@ class OptimizerArgs(StrictModel):
 class MemoryArgs(StrictModel):
     """Memory"""
 
+    frozen_param_dtype: Literal["fp32", "bf16"] = effective(
+        "fp32", "dtype in which parameters that do not train are kept; bf16 needs param_dtype bf16 in the FSDP2 file, "
+        "and then computes the same to the bit"
+    )
     recompute_granularity: Literal["full", "selective"] | None = effective(
         None, "recompute activations in backward; full: whole layers; selective: attention and experts alone "
         "(default: keep all activations)"

@@ -10,6 +10,7 @@ from typing import Any
 from mindspeed_mm.config.checks import (
     ModelFacts,
     check_flags,
+    check_frozen_dtype,
     check_model,
     check_parallel,
     join_expert_sizes,
@@ -96,6 +97,7 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
+    check_frozen_dtype(args, fsdp)
     args = join_expert_sizes(args, fsdp)
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
     job = JobConfig(

@@ -25,6 +25,9 @@ _SYNCHRONIZE = (
     "synchronise with the device after each layer, so that the host does not allocate memory for later layers"
 )
 _CHECKED = "checked against the Hugging Face config"
+_NAMES = (
+    "a glob over parameter names, or the path of a module or parameter; names of the mcore or the Hugging Face model"
+)
 
 
 class VisionEncoderConfig(StrictModel):
@@ -105,6 +108,13 @@ class PatchConfig(StrictModel):
     scale_grad: bool = no_effect(True, "gradients are always those of the loss over the global batch")
 
 
+class LearningRateScale(StrictModel):
+    """A factor on the learning rate of some parameters."""
+
+    match: str = effective(REQUIRED, f"the parameters: {_NAMES}")
+    scale: float = effective(REQUIRED, "factor on the learning rate", gt=0)
+
+
 class ModelOptions(StrictModel):
     """The whole file."""
 
@@ -112,6 +122,8 @@ class ModelOptions(StrictModel):
     init_from_hf_path: str = effective(REQUIRED, "Hugging Face directory with the model's config and weights")
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     text_decoder: TextDecoderConfig = TextDecoderConfig()
+    freeze: list[str] = effective([], f"parameters that do not train, on top of the parts' switches; each entry {_NAMES}")
+    lr_scaling_plan: list[LearningRateScale] = effective([], "factors on the learning rate; a later entry wins")
     loss_cfg: LossConfig = LossConfig()
     patch: PatchConfig = PatchConfig()
 

@@ -1,0 +1,263 @@
+"""Parameter rules: one ordered list that decides which parameters train, with which learning rate and weight decay, in
+which dtype they are kept, and which of them checkpoints hold.
+
+The recipe's ``freeze`` switches, MindSpeed's ``freeze`` and ``lr_scaling_plan``, and the flags compile into the list;
+nothing else reads them. Names and shapes are enough to resolve it, so that this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Dtype = Literal["fp32", "bf16"]
+Parts = Mapping[str, Sequence[str]]
+"""Name of a part of the model -> globs of its parameters' names, as :attr:`ModelSpec.parts`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter of a model.
+
+    Attributes:
+        name: in the mcore model, without the checkpoint's ``model.`` prefix.
+        shape: before sharding.
+        hf_names: the Hugging Face tensors that hold its values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    hf_names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterRule:
+    """Sets some attributes of the parameters that a pattern matches. None leaves an attribute as earlier rules set it.
+
+    Attributes:
+        pattern: a glob over whole names, or without wildcards a parameter or the path of a module that contains it;
+            of the mcore model or of the Hugging Face one.
+        source: the flag or file and field that the rule comes from, for messages.
+        frozen_only: skip parameters that earlier rules left trainable.
+        trainable: whether the parameter trains.
+        lr_scale: factor on the learning rate.
+        decay_scale: factor on the weight decay.
+        dtype: in which the parameter is kept; forward and backward compute in the FSDP2 file's ``param_dtype``.
+        saved: whether checkpoints hold it.
+    """
+
+    pattern: str
+    source: str
+    frozen_only: bool = False
+    trainable: bool | None = None
+    lr_scale: float | None = None
+    decay_scale: float | None = None
+    dtype: Dtype | None = None
+    saved: bool | None = None
+
+    def changes(self) -> dict[str, object]:
+        """The attributes that the rule sets."""
+        return {name: getattr(self, name) for name in _ATTRIBUTES if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterSettings:
+    """All attributes of one parameter; see :class:`ParameterRule`.
+
+    Attributes:
+        part: of the model, as :attr:`ModelSpec.parts` names it.
+        size: number of elements before sharding.
+    """
+
+    part: str
+    size: int
+    trainable: bool = True
+    lr_scale: float = 1.0
+    decay_scale: float = 1.0
+    dtype: Dtype = "fp32"
+    saved: bool = True
+
+
+_ATTRIBUTES = ("trainable", "lr_scale", "decay_scale", "dtype", "saved")
+Settings = Mapping[str, ParameterSettings]
+"""Name of a parameter -> its settings, in the model's order."""
+
+_SWITCHES = {
+    "vision_encoder": "image_encoder.vision_encoder.freeze",
+    "vision_projector": "image_encoder.vision_projector.freeze",
+    "text_decoder": "text_decoder.freeze",
+}
+"""Part of a model -> the switch of the model file that freezes it."""
+
+
+def compile_rules(args: TrainingArgs, options: ModelOptions, *, parts: Parts) -> list[ParameterRule]:
+    """The rules that flags and model file describe; later ones override earlier ones.
+
+    Args:
+        args: the flags.
+        options: the model file.
+        parts: of the model.
+
+    Raises:
+        UserError: if a flag names a part that the model does not have.
+    """
+    encoder, file = options.image_encoder, args.mm_model
+    frozen = {
+        "vision_encoder": encoder.vision_encoder.freeze,
+        "vision_projector": encoder.vision_projector.freeze,
+        "text_decoder": options.text_decoder.freeze,
+    }
+    rules = [
+        ParameterRule(pattern=glob, source=f"{file}: {_SWITCHES[part]}", trainable=False)
+        for part, globs in parts.items() if frozen.get(part) for glob in globs
+    ]
+    rules += [ParameterRule(pattern=name, source=f"{file}: freeze", trainable=False) for name in options.freeze]
+    rules += [
+        ParameterRule(pattern=entry.match, source=f"{file}: lr_scaling_plan", lr_scale=entry.scale)
+        for entry in options.lr_scaling_plan
+    ]
+    for flag, part, rate in (
+        ("--vision-lr", "vision_encoder", args.vision_lr), ("--projector-lr", "vision_projector", args.projector_lr),
+    ):
+        if rate is not None and part not in parts:
+            raise UserError(f"{flag} {rate}: this model has no {part}; leave the flag out")
+        if rate is not None:
+            rules += [ParameterRule(pattern=g, source=f"{flag} {rate}", lr_scale=rate / args.lr) for g in parts[part]]
+    if args.frozen_param_dtype != "fp32":
+        source = f"--frozen-param-dtype {args.frozen_param_dtype}"
+        rules.append(ParameterRule(pattern="*", source=source, frozen_only=True, dtype=args.frozen_param_dtype))
+    return rules
+
+
+def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo], *, parts: Parts) -> Settings:
+    """Apply ``rules`` in order. Before them everything trains, and vectors (norms and biases) have no weight decay.
+
+    Args:
+        rules: the list.
+        parameters: all parameters of the model.
+        parts: of the model; every parameter is in one of them.
+
+    Raises:
+        UserError: if a rule matches nothing, or some of the tensors that are fused into one parameter; if it sets the
+            learning rate of frozen parameters only; or if nothing trains.
+    """
+    parameters = list(parameters)
+    settings = {
+        info.name: ParameterSettings(
+            part=next(part for part, globs in parts.items() if any(_matcher(glob)(info.name) for glob in globs)),
+            size=math.prod(info.shape),
+            decay_scale=float(len(info.shape) > 1),
+        )
+        for info in parameters
+    }
+    for rule in rules:
+        matches = _matcher(rule.pattern)
+        matched = [info.name for info in parameters if any(map(matches, (info.name, *info.hf_names)))]
+        if not matched:
+            raise UserError(_explain_no_match(rule, parameters))
+        for name in matched:
+            if not (rule.frozen_only and settings[name].trainable):
+                settings[name] = dataclasses.replace(settings[name], **rule.changes())
+        if rule.lr_scale is not None and not any(settings[name].trainable for name in matched):
+            raise UserError(
+                f"{rule.source}: {rule.pattern} is frozen, so its learning rate has no effect; unfreeze it or leave "
+                "this out"
+            )
+    _check_fused(rules, parameters)
+    if not any(setting.trainable for setting in settings.values()):
+        *others, last = parts
+        raise UserError(f"the model file freezes {', '.join(others)}{' and ' * bool(others)}{last}; unfreeze one")
+    return settings
+
+
+def apply_settings(model: nn.Module, settings: Settings) -> None:
+    """Freeze and convert the parameters of ``model``, in place. Call before sharding, on meta tensors or on real ones.
+
+    Raises:
+        KeyError: if the model has a parameter without settings.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(settings[name].trainable)
+        if settings[name].dtype == "bf16":
+            parameter.data = parameter.data.bfloat16()
+
+
+def trains(settings: Settings, part: str) -> bool:
+    """Whether any parameter of a part trains."""
+    return any(setting.trainable for setting in settings.values() if setting.part == part)
+
+
+def describe(settings: Settings, *, lr: float, weight_decay: float) -> list[str]:
+    """Lines of a table: each part's parameters by their settings.
+
+    Args:
+        settings: of all parameters.
+        lr: peak learning rate where ``lr_scale`` is 1.
+        weight_decay: where ``decay_scale`` is 1.
+    """
+    rows = [("part", "tensors", "parameters", "trainable", "peak lr", "weight decay", "dtype", "saved")]
+    groups: dict[ParameterSettings, list[int]] = {}
+    for setting in settings.values():
+        groups.setdefault(dataclasses.replace(setting, size=0), []).append(setting.size)
+    for group, sizes in groups.items():
+        rate, decay = f"{lr * group.lr_scale:g}", f"{weight_decay * group.decay_scale:g}"
+        rows.append((
+            group.part, f"{len(sizes):,}", f"{sum(sizes):,}", "yes" if group.trainable else "no",
+            rate if group.trainable else "-", decay if group.trainable else "-", group.dtype,
+            "yes" if group.saved else "no",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_right = {1, 2}
+    return [
+        "  ".join(
+            cell.rjust(width) if column in to_right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    if any(character in pattern for character in "*?["):
+        return re.compile(fnmatch.translate(pattern)).match
+    return lambda name: name == pattern or name.startswith(f"{pattern}.")
+
+
+def _check_fused(rules: Sequence[ParameterRule], parameters: Sequence[ParameterInfo]) -> None:
+    """Refuse rules that name q without k and v, say, where one parameter holds all three."""
+    groups: dict[tuple[object, ...], list[Callable[[str], object]]] = defaultdict(list)
+    for rule in rules:
+        groups[rule.source, *rule.changes().items()].append(_matcher(rule.pattern))
+    for (source, *_), matchers in groups.items():
+        for info in parameters:
+            named = [name for name in info.hf_names if any(matches(name) for matches in matchers)]
+            if not named or len(named) == len(info.hf_names) or any(matches(info.name) for matches in matchers):
+                continue
+            others = [name for name in info.hf_names if name not in named]
+            raise UserError(
+                f"{source}: {named[0]} is kept in one parameter, {info.name}, with {' and '.join(others)}; "
+                "name all of them or none"
+            )
+
+
+def _explain_no_match(rule: ParameterRule, parameters: Sequence[ParameterInfo]) -> str:
+    """The message, with the modules and parameters whose names are nearest."""
+    names = [name.split(".") for info in parameters for name in (info.name, *info.hf_names)]
+    paths = sorted({".".join(words[:count]) for words in names for count in range(1, len(words) + 1)})
+    near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.6)
+    beginnings = sorted({".".join(words[:2]) for words in names})
+    hint = f"did you mean {' or '.join(near)}?" if near else f"names begin with {', '.join(beginnings)}"
+    return f"{rule.source}: {rule.pattern!r} matches no parameter; {hint}"
