@@ -208,17 +208,14 @@ def describe(settings: Settings, *, lr: float, weight_decay: float) -> list[str]
         lr: peak learning rate where ``lr_scale`` is 1.
         weight_decay: where ``decay_scale`` is 1.
     """
-    rows = [("part", "tensors", "parameters", "trainable", "peak lr", "weight decay", "dtype", "saved")]
-    groups: dict[ParameterSettings, list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for setting in settings.values():
-        groups.setdefault(dataclasses.replace(setting, size=0), []).append(setting.size)
-    for group, sizes in groups.items():
-        rate, decay = f"{lr * group.lr_scale:g}", f"{weight_decay * group.decay_scale:g}"
-        rows.append((
-            group.part, f"{len(sizes):,}", f"{sum(sizes):,}", "yes" if group.trainable else "no",
-            rate if group.trainable else "-", decay if group.trainable else "-", group.dtype,
-            "yes" if group.saved else "no",
-        ))  # fmt: skip
+        rate, decay = f"{lr * setting.lr_scale:g}", f"{weight_decay * setting.decay_scale:g}"
+        of_training = ("yes", rate, decay) if setting.trainable else ("no", "-", "-")
+        row = (setting.part, *of_training, setting.dtype, "yes" if setting.saved else "no")
+        groups.setdefault(row, []).append(setting.size)
+    rows = [("part", "tensors", "parameters", "trainable", "peak lr", "weight decay", "dtype", "saved")]
+    rows += [(row[0], f"{len(sizes):,}", f"{sum(sizes):,}", *row[1:]) for row, sizes in groups.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_right = {1, 2}
     return [

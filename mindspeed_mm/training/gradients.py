@@ -1,4 +1,4 @@
-"""Norm and clipping of gradients that are spread over processes in different ways."""
+"""Norm and clipping of gradients that are sharded over different meshes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", bound=Tensor)
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
-    """Group tensors by the mesh they are spread over, which operations on lists of DTensors must not mix."""
+    """Group tensors by the mesh they are sharded over; operations on lists of DTensors must not mix meshes."""
     groups: dict[Hashable, list[T]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
@@ -23,11 +23,11 @@ def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
 
 
 class GradientNorm(NamedTuple):
-    """Norms of a step's gradients, where these are: on the device, or with ``offload_to_cpu`` in the host's memory.
+    """Norms of a step's gradients, on the gradients' device: with ``offload_to_cpu`` the host.
 
     Attributes:
-        total: fp32 scalar, of all together, the same on all processes.
-        parts: [n] norms of what this process holds of n parameters' gradients, and which parameters these are.
+        total: fp32 scalar, of all gradients together, the same on all ranks.
+        parts: n parameters, and [n] norms of this rank's shards of their gradients.
     """
 
     total: Tensor
@@ -37,8 +37,8 @@ class GradientNorm(NamedTuple):
 def total_norm(parameters: Sequence[nn.Parameter]) -> GradientNorm:
     """Euclidean norm of all gradients together.
 
-    Each process sums the squares of what it holds, a part that several hold alike counted once between them; one
-    reduction over all processes gives the whole, whatever meshes the parameters are on.
+    Each rank sums the squares of its shards, divided by the number of ranks that hold the same shard; one reduction over
+    all ranks gives the total, whatever meshes the parameters are on.
     """
     groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -55,18 +55,18 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> GradientNorm:
 
 
 def clip(parameters: Sequence[nn.Parameter], *, max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger; as torch's own does."""
+    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger, as torch's own function."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _holders(tensor: Tensor) -> int:
-    """Number of processes that hold the same part of a tensor: all of them where it is not spread at all."""
+    """Number of ranks that hold the same shard of a tensor: all of them where it is not sharded."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size()
     holders = 1

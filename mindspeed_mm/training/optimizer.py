@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mindspeed_mm.models.parameter_rules import Settings
 from mindspeed_mm.training.gradients import by_mesh, local
 
 if TYPE_CHECKING:
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW over each process's own parts, able to leave a step out without asking the host.
+    """torch's fused AdamW over each rank's local shards, able to skip a step without a host-device synchronisation.
 
     Attributes:
-        skips_on_device: whether the device's fused kernel leaves everything alone when it is told to.
+        skips_on_device: whether the device's fused kernel skips the step where ``found_inf`` is set.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
@@ -30,20 +32,20 @@ class AdamW(torch.optim.AdamW):
     def step_where(self, finite: Tensor) -> None:
         """Step if the bool scalar ``finite``, which is on the device, is true; else change nothing.
 
-        Where the device's kernel can't do that, the host waits for ``finite`` and decides.
+        Where the device's kernel cannot skip, the host reads ``finite``, which synchronises with the device.
         """
         if not self.skips_on_device:
             if finite.item():
                 self.step()
             return
-        self.found_inf = 1.0 - finite.float()  # where torch's gradient scaler leaves its finding for the fused kernels
+        self.found_inf = 1.0 - finite.float()  # where the fused kernels look for torch's gradient scaler's result
         try:
             self.step()
         finally:
             del self.found_inf
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        """What a step works on, as plain tensors: dispatch of DTensors costs more than small updates themselves."""
+        """A step's inputs as plain tensors: dispatching DTensors takes longer than small updates themselves."""
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = [local(tensor) for tensor in tensors]
@@ -52,7 +54,7 @@ class AdamW(torch.optim.AdamW):
 
 @torch.no_grad()
 def _skips_on_device(device: torch.device) -> bool:
-    """Found out by trying, once, with a step on one number that is to be left out."""
+    """Try once, with a step on a single number that is to be skipped."""
     if device.type == "meta":
         return True
     trial = nn.Parameter(torch.ones(1, device=device))
@@ -65,19 +67,20 @@ def _skips_on_device(device: torch.device) -> bool:
     return not changes.any().item()
 
 
-def build_optimizer(model: nn.Module, args: TrainingArgs) -> AdamW:
-    """Fused AdamW over the trainable parameters; vectors (norms and biases) have no weight decay, as in Megatron."""
-    # a group each for spread experts and the rest: one fused step must not mix meshes
-    groups = [
-        {"params": parameters, "wd_mult": wd_mult}
-        for same_mesh in by_mesh(parameter for parameter in model.parameters() if parameter.requires_grad)
-        for parameters, wd_mult in (
-            ([p for p in same_mesh if p.dim() > 1], 1.0),
-            ([p for p in same_mesh if p.dim() <= 1], 0.0),
-        )
-    ]
+def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) -> AdamW:
+    """Fused AdamW over the trainable parameters, in groups of equal learning rate and weight decay."""
+    trainable = {p: settings[name] for name, p in model.named_parameters() if p.requires_grad}
+    groups: list[dict[str, Any]] = []
+    for same_mesh in by_mesh(trainable):  # one fused step must not mix meshes
+        by_factors: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+        for parameter in same_mesh:
+            by_factors[trainable[parameter].lr_scale, trainable[parameter].decay_scale].append(parameter)
+        groups += [
+            {"params": parameters, "lr_mult": lr_scale, "wd_mult": decay_scale}
+            for (lr_scale, decay_scale), parameters in by_factors.items()
+        ]
     return AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=args.lr,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_eps,
@@ -86,7 +89,7 @@ def build_optimizer(model: nn.Module, args: TrainingArgs) -> AdamW:
 
 
 def initialise_state(optimizer: torch.optim.AdamW) -> None:
-    """Give every parameter the state that AdamW makes at its first step, so that a checkpoint can be read into it."""
+    """Allocate the state that AdamW makes at its first step, so that a checkpoint can be read into it."""
     for parameter in optimized_parameters(optimizer):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

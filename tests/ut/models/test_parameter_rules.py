@@ -1,0 +1,146 @@
+"""Parameter rules: matching, precedence, the errors, and what a model becomes by them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.parameter_rules import (
+    ParameterInfo,
+    ParameterRule,
+    apply_settings,
+    describe,
+    resolve,
+    trains,
+)
+
+PARTS = {"vision": ("vision.*",), "text": ("text.*",)}
+PARAMETERS = [
+    ParameterInfo("vision.layers.0.qkv.weight", (12, 4), ("model.visual.blocks.0.qkv.weight",)),
+    ParameterInfo("vision.layers.1.qkv.weight", (12, 4), ("model.visual.blocks.1.qkv.weight",)),
+    ParameterInfo("vision.layers.10.norm.weight", (4,), ("model.visual.blocks.10.norm1.weight",)),
+    ParameterInfo(
+        "text.layers.0.qkv.weight", (16, 4), tuple(f"model.lm.layers.0.{x}_proj.weight" for x in "qkv")
+    ),
+    ParameterInfo("text.norm.weight", (4,), ("model.lm.norm.weight",)),
+]
+
+
+def rule(pattern, source="model.json: freeze", **changes):
+    return ParameterRule(pattern=pattern, source=source, **changes)
+
+
+def frozen_by(*patterns):
+    settings = resolve([rule(pattern, trainable=False) for pattern in patterns], PARAMETERS, parts=PARTS)
+    return [name for name, setting in settings.items() if not setting.trainable]
+
+
+def test_without_rules_everything_trains_and_vectors_do_not_decay():
+    settings = resolve([], PARAMETERS, parts=PARTS)
+    assert list(settings) == [info.name for info in PARAMETERS]
+    assert all(s.trainable and s.lr_scale == 1 and s.dtype == "fp32" and s.saved for s in settings.values())
+    assert [s.decay_scale for s in settings.values()] == [1, 1, 0, 1, 0]
+    assert [s.part for s in settings.values()] == ["vision"] * 3 + ["text"] * 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("vision.layers.1", ["vision.layers.1.qkv.weight"]),  # a module, and not layer 10
+        ("vision.layers.1.qkv.weight", ["vision.layers.1.qkv.weight"]),
+        ("vision", [info.name for info in PARAMETERS[:3]]),
+        ("*.qkv.weight", [info.name for info in PARAMETERS if "qkv" in info.name]),
+        ("vision.layers.[01].*", [info.name for info in PARAMETERS[:2]]),
+        ("model.visual.blocks.10", ["vision.layers.10.norm.weight"]),
+        ("model.lm.*_proj.weight", ["text.layers.0.qkv.weight"]),
+        ("model.lm.norm", ["text.norm.weight"]),
+    ],
+)
+def test_patterns_match_names_of_either_side(pattern, matched):
+    assert frozen_by(pattern) == matched
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("vision.layer", ["'vision.layer' matches no parameter", "did you mean vision.layers"]),
+        ("model.visual.block.0", ["did you mean model.visual.blocks.0"]),
+        ("layers.1", ["matches no parameter"]),  # no substring
+        ("qwertyuiop", ["names begin with model.lm, model.visual, text.layers"]),
+    ],
+)
+def test_rule_that_matches_nothing(pattern, words):
+    with pytest.raises(UserError) as error:
+        frozen_by("vision.*", pattern)
+    assert all(word in str(error.value) for word in ["model.json: freeze", *words]), error.value
+
+
+def test_later_rules_override_single_attributes():
+    rules = [
+        rule("vision", trainable=False, lr_scale=None),
+        rule("*", lr_scale=0.5, decay_scale=0.0),
+        rule("vision.layers.1", trainable=True),
+        rule("*.layers.1.*", lr_scale=0.1),
+    ]
+    settings = resolve(rules, PARAMETERS, parts=PARTS)
+    assert not settings["vision.layers.0.qkv.weight"].trainable and trains(settings, "vision")
+    one, other = settings["vision.layers.1.qkv.weight"], settings["text.norm.weight"]
+    assert (one.trainable, one.lr_scale, one.decay_scale) == (True, 0.1, 0.0)
+    assert (other.trainable, other.lr_scale, other.decay_scale) == (True, 0.5, 0.0)
+
+
+def test_some_of_what_is_fused_is_refused():
+    assert frozen_by(*(f"model.lm.layers.0.{x}_proj" for x in "qkv")) == ["text.layers.0.qkv.weight"]
+    with pytest.raises(UserError, match=r"freeze: .*q_proj.weight is kept in one parameter, text.*qkv.weight, with .*k_"):
+        frozen_by("model.lm.layers.0.q_proj")
+    with pytest.raises(UserError, match="q_proj.weight is kept in one parameter"):  # the other rule says another thing
+        resolve(
+            [rule("model.lm.*.q_proj.*", lr_scale=0.5), rule("model.lm.*.[kv]_proj.*", lr_scale=0.1)],
+            PARAMETERS, parts=PARTS,
+        )
+
+
+def test_learning_rate_of_what_is_frozen_is_refused():
+    rules = [rule("vision", trainable=False), rule("vision.*", source="--vision-lr 1e-06", lr_scale=0.1)]
+    with pytest.raises(UserError, match="--vision-lr 1e-06: vision.\\* is frozen, so its learning rate has no effect"):
+        resolve(rules, PARAMETERS, parts=PARTS)
+
+
+def test_something_has_to_train():
+    with pytest.raises(UserError, match="the model file freezes vision and text; unfreeze one"):
+        frozen_by("vision", "text.*")
+
+
+def test_frozen_only_reaches_what_earlier_rules_froze():
+    rules = [rule("vision", trainable=False), rule("*", frozen_only=True, dtype="bf16", saved=False)]
+    settings = resolve(rules, PARAMETERS, parts=PARTS)
+    assert [s.dtype for s in settings.values()] == ["bf16"] * 3 + ["fp32"] * 2
+    assert [s.saved for s in settings.values()] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_settings_change_the_model(device):
+    with torch.device(device):
+        model = nn.ModuleDict({"vision": nn.Linear(2, 3), "text": nn.Linear(3, 2)})
+    infos = [ParameterInfo(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    rules = [rule("vision", trainable=False), rule("*", frozen_only=True, dtype="bf16")]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    apply_settings(model, resolve(rules, infos, parts=PARTS))
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("vision")
+        assert parameter.requires_grad is not frozen and parameter.device.type == device
+        assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32)
+        assert device == "meta" or torch.equal(parameter, before[name].to(parameter.dtype))
+
+
+def test_table():
+    rules = [rule("vision", trainable=False), rule("*", frozen_only=True, dtype="bf16"), rule("text.norm", lr_scale=0.5)]
+    lines = describe(resolve(rules, PARAMETERS, parts=PARTS), lr=1e-5, weight_decay=0.1)
+    assert lines == [
+        "part    tensors  parameters  trainable  peak lr  weight decay  dtype  saved",
+        "vision        3         100  no         -        -             bf16   yes",
+        "text          1          64  yes        1e-05    0.1           fp32   yes",
+        "text          1           4  yes        5e-06    0             fp32   yes",
+    ]
