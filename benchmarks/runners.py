@@ -91,7 +91,7 @@ class OurRunner:
         self.model.to_empty(device=backend.device)
         self.model.reset_buffers()
         initialise(self.model)
-        optimizer = build_optimizer(self.model, args)
+        optimizer = build_optimizer(self.model, args, SPEC.parameter_settings(model_config))
         self.trainer = Trainer(
             args=args, model=self.model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
             loader=DevicePrefetcher(

@@ -122,21 +122,10 @@ class ModelOptions(StrictModel):
     init_from_hf_path: str = effective(REQUIRED, "Hugging Face directory with the model's config and weights")
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     text_decoder: TextDecoderConfig = TextDecoderConfig()
-    freeze: list[str] = effective([], f"parameters that do not train, on top of the parts' switches; each entry {_NAMES}")
+    freeze: list[str] = effective([], f"parameters that do not train, besides frozen parts; each entry: {_NAMES}")
     lr_scaling_plan: list[LearningRateScale] = effective([], "factors on the learning rate; a later entry wins")
     loss_cfg: LossConfig = LossConfig()
     patch: PatchConfig = PatchConfig()
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Names of the parts that do not train."""
-        encoder = self.image_encoder
-        parts = {
-            "vision_encoder": encoder.vision_encoder.freeze,
-            "vision_projector": encoder.vision_projector.freeze,
-            "text_decoder": self.text_decoder.freeze,
-        }
-        return frozenset(name for name, freeze in parts.items() if freeze)
 
     @property
     def activation_offload(self) -> bool:

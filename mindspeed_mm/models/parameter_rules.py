@@ -195,9 +195,10 @@ def apply_settings(model: nn.Module, settings: Settings) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def trains(settings: Settings, part: str) -> bool:
-    """Whether any parameter of a part trains."""
-    return any(setting.trainable for setting in settings.values() if setting.part == part)
+def frozen_parts(settings: Settings) -> frozenset[str]:
+    """Names of the parts of which nothing trains."""
+    parts = {setting.part for setting in settings.values()}
+    return frozenset(parts - {setting.part for setting in settings.values() if setting.trainable})
 
 
 def describe(settings: Settings, *, lr: float, weight_decay: float) -> list[str]:
@@ -237,7 +238,7 @@ def _check_fused(rules: Sequence[ParameterRule], parameters: Sequence[ParameterI
     """Refuse rules that name q without k and v, say, where one parameter holds all three."""
     groups: dict[tuple[object, ...], list[Callable[[str], object]]] = defaultdict(list)
     for rule in rules:
-        groups[rule.source, *rule.changes().items()].append(_matcher(rule.pattern))
+        groups[(rule.source, *rule.changes().items())].append(_matcher(rule.pattern))
     for (source, *_), matchers in groups.items():
         for info in parameters:
             named = [name for name in info.hf_names if any(matches(name) for matches in matchers)]

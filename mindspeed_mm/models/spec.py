@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,6 @@ class ModelBuildOptions:
         vision_attn_implementation: likewise for vision.
         fused_experts: grouped expert products instead of the reference loop.
         loss_chunk_size: target tokens whose logits exist at a time; None for all.
-        frozen: names of the parts that do not train; see :attr:`ModelSpec.parts`.
         recompute_granularity: ``full`` or ``selective``, for vision blocks that train and for decoder layers; see
             :class:`~mindspeed_mm.models.layers.activation_checkpoint.ActivationCheckpointPolicy`.
         recompute_method: of ``full``; ``uniform`` or ``block``.
@@ -92,7 +92,6 @@ class ModelBuildOptions:
     vision_attn_implementation: str | None = None
     fused_experts: bool = True
     loss_chunk_size: int | None = None
-    frozen: Collection[str] = ()
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
@@ -111,7 +110,6 @@ class ModelBuildOptions:
             vision_attn_implementation=vision.attn_implementation,
             fused_experts=text.use_npu_fused_moe,
             loss_chunk_size=model.loss_chunk_size,
-            frozen=model.frozen,
             recompute_granularity=args.recompute_granularity,
             recompute_method=args.recompute_method,
             recompute_num_layers=args.recompute_num_layers,
@@ -296,6 +294,22 @@ class ModelSpec(abc.ABC):
     @abc.abstractmethod
     def weight_rules(self, model_config: Any, *, expert_layout: ExpertLayout) -> list[WeightRule]:
         """The map between Hugging Face tensors and the model's parameters, each of which occurs exactly once."""
+
+    def parameter_settings(self, model_config: Any, rules: Sequence[ParameterRule] = ()) -> Settings:
+        """How each parameter is trained, kept and saved.
+
+        Args:
+            model_config: of the model.
+            rules: see :func:`~mindspeed_mm.models.parameter_rules.compile_rules`; without any, everything trains.
+
+        Raises:
+            UserError: if a rule does not fit the model.
+        """
+        parameters = [
+            ParameterInfo(rule.target, rule.target_shape, tuple(name for name, _ in rule.sources))
+            for rule in self.weight_rules(model_config, expert_layout="hub")
+        ]
+        return resolve(rules, parameters, parts=self.parts)
 
     def repeated_tensors(self, model_config: Any) -> dict[str, str]:
         """Tensors that a Hugging Face directory may hold although they repeat another -> the one that they repeat."""

@@ -2,7 +2,7 @@
 
 A family's map is a list of rules. Every rule names one mcore parameter, the Hugging Face tensors that it is made of,
 and a transform that moves the values either way. Values are only ever moved, never computed, so both directions are
-exact to the bit in every dtype.
+exact to the bit in every dtype. Names and shapes are read without torch, which is imported where values are moved.
 
 Shapes in this file: D width of one attention head, E experts, I expert width.
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ExpertLayout = Literal["hub", "v5"]
 """How experts lie in a Hugging Face checkpoint.
@@ -82,6 +82,8 @@ class StackRows:
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> Tensor:
         """[r0, ...], [r1, ...] -> [r0 + r1, ...]."""
+        import torch
+
         return torch.cat(list(tensors), dim=0)
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -103,6 +105,8 @@ class FuseQKV:
 
     def to_mcore(self, tensors: Sequence[Tensor]) -> Tensor:
         """q [groups * queries * D, ...], k and v [groups * D, ...] -> [groups * (queries + 2) * D, ...]."""
+        import torch
+
         grouped = [part.reshape(self.groups, -1, *part.shape[1:]) for part in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *tensors[0].shape[1:])
 

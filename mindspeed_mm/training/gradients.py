@@ -15,7 +15,7 @@ T = TypeVar("T", bound=Tensor)
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
-    """Group tensors by the mesh they are sharded over; operations on lists of DTensors must not mix meshes."""
+    """Group tensors by the mesh they are sharded over; operations on lists of DTensors cannot mix meshes."""
     groups: dict[Hashable, list[T]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
@@ -37,8 +37,8 @@ class GradientNorm(NamedTuple):
 def total_norm(parameters: Sequence[nn.Parameter]) -> GradientNorm:
     """Euclidean norm of all gradients together.
 
-    Each rank sums the squares of its shards, divided by the number of ranks that hold the same shard; one reduction over
-    all ranks gives the total, whatever meshes the parameters are on.
+    Each rank sums the squares of its shards, divided by the number of ranks that hold the same shard; one reduction
+    over all ranks gives the total, whatever meshes the parameters are on.
     """
     groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -55,7 +55,7 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> GradientNorm:
 
 
 def clip(parameters: Sequence[nn.Parameter], *, max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger, as torch's own function."""
+    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 

@@ -24,6 +24,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
+from mindspeed_mm.models.parameter_rules import apply_settings, compile_rules, describe, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
@@ -119,10 +120,13 @@ def _run(
     media = spec.read_media_settings(job.data, model_config)
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
         model = model_provider(job, spec, model_config, media, backend)
+    settings = spec.parameter_settings(model_config, compile_rules(args, job.model, parts=spec.parts))
+    apply_settings(model, settings)
     _shard_and_allocate(model, job, backend, layout)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, settings)
     schedule = build_schedule(optimizer, args)
-    logger.info(_describe(model))
+    for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
+        logger.info(line)
     progress = _load(job, model, optimizer, backend)
     _restore_schedule(job, schedule, progress)
 
@@ -152,7 +156,7 @@ def _run(
                 forward_step=forward_step,
                 loss_mode=job.loss_mode,
                 load_balancing=_load_balancing(job, model_config),
-                flop_count=spec.flop_counter(model_config, frozen=job.model.frozen),
+                flop_count=spec.flop_counter(model_config, frozen=frozen_parts(settings)),
             ),
             context=context,
             callbacks=_callbacks(
@@ -255,12 +259,6 @@ def _shard_and_allocate(model: Model, job: JobConfig, backend: Backend, layout: 
         for name, constant in module.named_buffers(recurse=False):
             setattr(module, name, constant.to(backend.device))
     model.reset_buffers()
-
-
-def _describe(model: nn.Module) -> str:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return f"model: {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.1f} M of them trained"
 
 
 def _load(

@@ -27,6 +27,7 @@ from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.interfaces.media import MediaPatches
+from mindspeed_mm.models.parameter_rules import apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -39,7 +40,7 @@ from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_spli
 from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
-from tests.helpers.mcore_model import PIXEL_NORM
+from tests.helpers.mcore_model import PIXEL_NORM, part_settings
 
 
 def samples(case: dict[str, Any], model_config: Qwen3VLConfig, seed: int) -> list[Sample]:
@@ -139,7 +140,6 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
                           expert_size=args.expert_model_parallel_size, context_size=args.context_parallel_size)
     model_config = Qwen3VLConfig.from_config(case["config"])
     choices = ModelBuildOptions(
-        frozen=case["frozen"],
         text_attn_implementation="sdpa",  # the estimate knows what this keeps
         vision_attn_implementation="sdpa",
         recompute_granularity=args.recompute_granularity,
@@ -148,6 +148,8 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     )
     with torch.device("meta"):
         model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
+    settings = part_settings(model_config, case["frozen"])
+    apply_settings(model, settings)
     parallelize(model, layout=layout, config=config)
     model.to_empty(device="cpu")
     model.reset_buffers()
@@ -155,7 +157,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     with torch.no_grad():
         for parameter in model.parameters():
             local(parameter).normal_(std=0.02)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, settings)
 
     def forward(model: Any, batch: Any, weight: Any) -> Any:
         with mark("forward"):

@@ -44,7 +44,7 @@ from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.hf_model import step_samples, tiny_model
 from tests.helpers.host_reads import HostReads
-from tests.helpers.mcore_model import model_like
+from tests.helpers.mcore_model import model_like, part_settings
 
 load = load_checkpoint
 VALIDATION_STEP = 100  # of the samples' generator: far from those of training
@@ -147,14 +147,17 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type=backend.name, sharding_size=config.sharding_size, **case["layout"])
     coefficient = case.get("router_aux_loss_coef", 0.0)
-    choices = ModelBuildOptions(**case.get("choices", {}), router_load=coefficient > 0)
+    options = {"router_load": coefficient > 0, **case.get("choices", {})}
+    frozen = options.pop("frozen", [])
     # a CPU's experts in bf16 read their row counts, which an accelerator's never do: where reads are counted, those of
     # fp32, which are the accelerators' own
     compute_dtype = DTYPES["fp32" if case.get("host_reads") else config.param_dtype]
     hf_model = tiny_model(**case.get("model", {}))
-    model, model_config = model_like(hf_model, choices, device=backend.name, compute_dtype=compute_dtype)
+    model, model_config = model_like(
+        hf_model, ModelBuildOptions(**options), device=backend.name, compute_dtype=compute_dtype, frozen=frozen
+    )
     parallelize(model, layout=layout, config=config)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, part_settings(model_config, frozen))
     progress = Progress()
     if "load" in case:
         progress = load(

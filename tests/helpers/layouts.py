@@ -40,7 +40,7 @@ def case(
 
     Args:
         micro_batch: samples in one forward pass of a process.
-        choices: of :class:`ModelBuildOptions`.
+        choices: of :class:`ModelBuildOptions`, and ``frozen``: parts that do not train.
         fsdp: fields of the FSDP2 file.
         model: of :func:`tiny_model`.
         flags: further ones.

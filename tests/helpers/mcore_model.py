@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mindspeed_mm.interfaces.media import PixelNorm
+from mindspeed_mm.models.parameter_rules import ParameterRule, Settings, apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel, build_model
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.models.state_dict import ExpertLayout
@@ -33,9 +35,12 @@ def to_mcore(model_config: Qwen3VLConfig, tensors: Mapping[str, Tensor]) -> dict
 
 def model_like(
     hf_model: Any, choices: ModelBuildOptions | None = None, *, device: str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32, frozen: Sequence[str] = (),
 ) -> tuple[Qwen3VLModel, Qwen3VLConfig]:
-    """Build our model for ``hf_model``'s config, with ``device``'s kernels for ``compute_dtype``, and its weights."""
+    """Build our model for ``hf_model``'s config, with ``device``'s kernels for ``compute_dtype``, and its weights.
+
+    ``frozen``: parts that do not train.
+    """
     model_config = Qwen3VLConfig.from_config(hf_model.config.to_dict())
     model = build_model(
         model_config, choices or ModelBuildOptions(), pixel_norm=PIXEL_NORM, device=device, compute_dtype=compute_dtype
@@ -46,7 +51,15 @@ def model_like(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+    apply_settings(model, part_settings(model_config, frozen))
     return model.to(device), model_config
+
+
+def part_settings(model_config: Qwen3VLConfig, frozen: Sequence[str] = (), *, dtype: str = "fp32") -> Settings:
+    """Settings of all parameters where some parts do not train, and are kept in ``dtype``."""
+    globs = [glob for part in frozen for glob in SPEC.parts[part]]
+    rules = [ParameterRule(pattern=glob, source="test", trainable=False, dtype=dtype) for glob in globs]
+    return SPEC.parameter_settings(model_config, rules)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

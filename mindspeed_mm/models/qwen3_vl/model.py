@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mindspeed_mm.backend.kernels.registry import attention_kernel
 from mindspeed_mm.backend.megatron import prepare_megatron
@@ -96,7 +96,7 @@ def build_model(
 
     Args:
         model_config: from the Hugging Face config.
-        options: implementations and frozen parts.
+        options: implementations and how activations are kept.
         pixel_norm: how uint8 pixels become the tower's input.
         device: kind of device (``Backend.name``) whose kernels are plugged in.
         dtype: of the parameters.
@@ -121,18 +121,4 @@ def build_model(
     )
     if options.recompute_granularity == "selective":
         recompute_selectively(encoder.layers)
-    model = Qwen3VLModel(model_config, ImageEncoder(encoder, VisionProjector(vision, of_vision)), text_decoder)
-    _freeze(model, options.frozen)
-    return model
-
-
-def _freeze(model: Qwen3VLModel, frozen: Collection[str]) -> None:
-    parts: dict[str, nn.Module] = {
-        "vision_encoder": model.image_encoder.vision_encoder,
-        "vision_projector": model.image_encoder.vision_projector,
-        "text_decoder": model.text_decoder,
-    }
-    if parts.keys() <= set(frozen):
-        raise UserError("the model file freezes vision_encoder, vision_projector and text_decoder; unfreeze one")
-    for name, part in parts.items():
-        part.requires_grad_(name not in frozen)
+    return Qwen3VLModel(model_config, ImageEncoder(encoder, VisionProjector(vision, of_vision)), text_decoder)

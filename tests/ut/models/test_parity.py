@@ -129,7 +129,7 @@ def test_batch_without_supervised_tokens_trains_nothing(reference):
 def test_frozen_parts_get_no_gradient_and_change_no_other(reference, encoder, projector):
     hf_model, samples, _, _ = reference
     frozen = [part for part, is_frozen in (("vision_encoder", encoder), ("vision_projector", projector)) if is_frozen]
-    model, model_config = model_like(hf_model, ModelBuildOptions(frozen=frozen))
+    model, model_config = model_like(hf_model, frozen=frozen)
     batch = collate(samples, SPEC, model_config)
     model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))[0].backward()
     theirs = to_mcore(model_config, {name: parameter.grad for name, parameter in hf_model.named_parameters()})

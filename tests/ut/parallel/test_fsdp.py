@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
-from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.fsdp import reshard, shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from tests.helpers.hf_model import mixed_samples, tiny_model
@@ -24,9 +23,9 @@ def hf_model():
     return tiny_model()
 
 
-def sharded(hf_model, *, choices=None, **fields):
+def sharded(hf_model, *, frozen=(), **fields):
     """(our model under an FSDP2 file with these fields, a batch)."""
-    model, model_config = model_like(hf_model, choices)
+    model, model_config = model_like(hf_model, frozen=frozen)
     config = FSDPConfig(**{"param_dtype": "fp32", **fields})
     shard_model(
         model,
@@ -125,8 +124,8 @@ def test_prefetch_lists(hf_model, forward, backward):
 
 
 def test_backward_prefetches_nothing_that_is_frozen(hf_model):
-    frozen = ModelBuildOptions(frozen=["vision_encoder", "vision_projector"])
-    model, batch = sharded(hf_model, choices=frozen, num_to_backward_prefetch=2)
+    frozen = ["vision_encoder", "vision_projector"]
+    model, batch = sharded(hf_model, frozen=frozen, num_to_backward_prefetch=2)
     decoder = model.text_decoder
     assert ahead(model, decoder.layers[1], "backward") == [decoder.layers[0], decoder.embedding]
     assert ahead(model, decoder.layers[0], "backward") == [decoder.embedding]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mindspeed_mm.models.memory import Plan
+from mindspeed_mm.models.parameter_rules import apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.spec import ModelBuildOptions
@@ -19,7 +20,7 @@ from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
 from mindspeed_mm.tools.memory.plan import units_of
 from mindspeed_mm.tools.memory.report import GIB, Device, knobs, verdict
-from tests.helpers.mcore_model import PIXEL_NORM
+from tests.helpers.mcore_model import PIXEL_NORM, part_settings
 from tests.helpers.published import config_30b
 from tests.helpers.tiny_config import tiny_config
 
@@ -47,9 +48,9 @@ def dense(model_config: Qwen3VLConfig, *, tied: bool) -> Qwen3VLConfig:
 def test_parameters_are_the_models(kind, aligned):
     model_config = tiny_config() if kind != "published" else Qwen3VLConfig.from_config(config_30b())
     model_config = dense(model_config, tied=kind == "tied") if kind in ("dense", "tied") else model_config
-    choices = ModelBuildOptions(frozen=["vision_encoder"])
     with torch.device("meta"):
-        model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
+        model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
+    apply_settings(model, part_settings(model_config, ["vision_encoder"]))
     plan = dataclasses.replace(
         published(1), model_config=model_config, frozen=VISION[:1], align_fsdp_param_groups=aligned
     )
