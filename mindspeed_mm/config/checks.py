@@ -64,6 +64,8 @@ def check_flags(args: TrainingArgs) -> None:
         )
     if args.exit_on_hang and not args.hang_watch_factor:
         raise UserError("--exit-on-hang needs the watchdog that --hang-watch-factor 0 switches off; drop one of them")
+    if args.random_init and args.load is not None:
+        raise UserError(f"--random-init and --load {args.load} exclude each other; keep one")
     for name in ("async_save", "keep_last", "keep_every"):
         if getattr(args, name) and args.save is None:
             raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")

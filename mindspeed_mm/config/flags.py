@@ -156,6 +156,9 @@ class CheckpointArgs(StrictModel):
     load: str | None = effective(
         None, "directory to start or continue from: its tracker file names the checkpoint", metavar="DIR"
     )
+    random_init: bool = effective(
+        False, "start from random weights instead of loading any: they depend on --seed and the parameters' names only"
+    )
     save: str | None = effective(None, "directory to write checkpoints to (default: none are written)", metavar="DIR")
     save_interval: int | None = effective(
         None, "optimizer steps between checkpoints; one more is written at the end", ge=1, metavar="STEPS"
@@ -250,7 +253,7 @@ class CompatibilityArgs(StrictModel):
     )
     no_gradient_accumulation_fusion: bool = no_effect(False, "FSDP2 accumulates gradients without such a fusion")
     exit_signal_handler: bool = no_effect(False, "SIGTERM and SIGUSR1 always save and stop the run")
-    use_cpu_initialization: bool = no_effect(False, "initial values come from a checkpoint, not a random generator")
+    use_cpu_initialization: bool = no_effect(False, "initial values come from a checkpoint, or with --random-init from the CPU")
 
 
 class TrainingArgs(

@@ -311,6 +311,15 @@ class ModelSpec(abc.ABC):
         ]
         return resolve(rules, parameters, parts=self.parts)
 
+    def initial_distribution(self, model_config: Any, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and standard deviation of a parameter's random initial values; constant where the deviation is 0.
+
+        By default biases are 0, other vectors (norm weights) 1, and matrices normal with ``initializer_range``.
+        """
+        if name.endswith(".bias"):
+            return 0.0, 0.0
+        return (1.0, 0.0) if len(shape) == 1 else (0.0, model_config.initializer_range)
+
     def repeated_tensors(self, model_config: Any) -> dict[str, str]:
         """Tensors that a Hugging Face directory may hold although they repeat another -> the one that they repeat."""
         return {}

@@ -114,7 +114,7 @@ def set_prefetch(
     # Backward ends at the first unit that trains; what is frozen before it would be gathered for nothing. The last
     # names itself, which is at hand, for without a list FSDP2 would go on to that.
     trains = [any(parameter.requires_grad for parameter in unit.parameters()) for unit in units]
-    in_backward = with_experts(units[trains.index(True) :][::-1])
+    in_backward = with_experts(units[trains.index(True) :][::-1]) if any(trains) else []
     for index, module in enumerate(in_backward if backward else ()):
         module.set_modules_to_backward_prefetch(in_backward[index + 1 : index + 1 + backward] or [module])
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.models.parameter_rules import Settings
+from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.training.gradients import by_mesh, local
 
 if TYPE_CHECKING:
@@ -70,13 +70,14 @@ def _skips_on_device(device: torch.device) -> bool:
 def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) -> AdamW:
     """Fused AdamW over the trainable parameters, in groups of equal learning rate and weight decay."""
     trainable = {p: settings[name] for name, p in model.named_parameters() if p.requires_grad}
+    names = _names_of_scales(trainable.values())
     groups: list[dict[str, Any]] = []
     for same_mesh in by_mesh(trainable):  # one fused step must not mix meshes
         by_factors: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for parameter in same_mesh:
             by_factors[trainable[parameter].lr_scale, trainable[parameter].decay_scale].append(parameter)
         groups += [
-            {"params": parameters, "lr_mult": lr_scale, "wd_mult": decay_scale}
+            {"params": parameters, "lr_mult": lr_scale, "wd_mult": decay_scale, "name": names[lr_scale]}
             for (lr_scale, decay_scale), parameters in by_factors.items()
         ]
     return AdamW(
@@ -86,6 +87,22 @@ def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) ->
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
+
+
+def _names_of_scales(settings: Iterable[ParameterSettings]) -> dict[float, str]:
+    """Learning-rate scale -> the parts of the model that have it, and the scale too where a part has several."""
+    parts: dict[float, dict[str, None]] = defaultdict(dict)
+    for setting in settings:
+        parts[setting.lr_scale][setting.part] = None
+    names = {scale: "+".join(of_scale) for scale, of_scale in parts.items()}
+    several = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {scale: f"{name}*{scale:g}" if name in several else name for scale, name in names.items()}
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, schedule: OptimizerParamScheduler) -> dict[str, float]:
+    """``learning_rate`` of the next step, and ``learning_rate/<parts>`` of parameters whose rate is scaled."""
+    scaled = {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups if g["lr_mult"] != 1.0}
+    return {"learning_rate": schedule.get_lr({}), **scaled}
 
 
 def initialise_state(optimizer: torch.optim.AdamW) -> None:

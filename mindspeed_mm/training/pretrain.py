@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
 from mindspeed_mm.training.callbacks.watchdog import Watchdog, WatchdogLimits
 from mindspeed_mm.training.context import ForwardStep, Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
+from mindspeed_mm.training.initialization import initialize
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
@@ -127,7 +129,7 @@ def _run(
     schedule = build_schedule(optimizer, args)
     for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
         logger.info(line)
-    progress = _load(job, model, optimizer, backend)
+    progress = _load(job, model, optimizer, backend, spec=spec, model_config=model_config)
     _restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
@@ -262,12 +264,17 @@ def _shard_and_allocate(model: Model, job: JobConfig, backend: Backend, layout: 
 
 
 def _load(
-    job: JobConfig, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend
+    job: JobConfig, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, *, spec: ModelSpec,
+    model_config: ModelConfig,
 ) -> Progress:
     start = choose_start(job.args)
     for note in start.notes:
         logger.info(note)
     path = start.path
+    if path is None and job.args.random_init:
+        initialize(model, functools.partial(spec.initial_distribution, model_config), seed=job.args.seed)
+        logger.info(f"initialized all parameters at random (--random-init, --seed {job.args.seed})")
+        return Progress()
     if path is None:
         directory = job.model.init_from_hf_path
         load_hf_weights(model, directory, expert_layout=job.args.expert_layout)

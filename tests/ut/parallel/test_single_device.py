@@ -7,6 +7,7 @@ import torch
 
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.parameter_rules import apply_settings
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.fsdp import shard_model
@@ -15,7 +16,7 @@ from mindspeed_mm.parallel.single_device import apply_mixed_precision, cached_co
 from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.optimizer import AdamW
 from tests.helpers.hf_model import mixed_samples, step_samples, tiny_model
-from tests.helpers.mcore_model import model_like
+from tests.helpers.mcore_model import model_like, part_settings
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,31 @@ def test_same_bits_as_fsdp(layout, case):
     for name, gradient in gradients.items():
         assert torch.equal(gradient, wanted_gradients[name]), name
         assert torch.equal(parameters[name], wanted_parameters[name]), name
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_frozen_parameters_in_bf16_change_no_bit(layout, whole):
+    """Where their values are bf16's, as those of published weights are."""
+    frozen, config = ["vision_encoder", "vision_projector"], FSDPConfig()
+    results = []
+    for dtype in ("fp32", "bf16"):
+        model, model_config = model_like(tiny_model())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        apply_settings(model, part_settings(model_config, frozen, dtype=dtype))
+        if whole:
+            apply_mixed_precision(model, model.parallel_plan().wrap_units, config)
+        else:
+            shard_model(model, model.parallel_plan().wrap_units, layout=layout, config=config)
+        results.append(train(model, model_config))
+        kept = {parameter.dtype for parameter in results[-1][2].values()}
+        assert kept == {torch.float32} | ({torch.bfloat16} if dtype == "bf16" else set())
+    (losses, gradients, parameters), (their_losses, their_gradients, their_parameters) = results
+    assert all(map(torch.equal, losses, their_losses))
+    assert gradients.keys() == their_gradients.keys() and len(gradients) < len(parameters)
+    assert all(torch.equal(gradient, their_gradients[name]) for name, gradient in gradients.items())
+    assert all(torch.equal(parameter, their_parameters[name].float()) for name, parameter in parameters.items())
 
 
 def test_parameters_are_back_after_each_pass():
