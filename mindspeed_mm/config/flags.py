@@ -253,7 +253,9 @@ class CompatibilityArgs(StrictModel):
     )
     no_gradient_accumulation_fusion: bool = no_effect(False, "FSDP2 accumulates gradients without such a fusion")
     exit_signal_handler: bool = no_effect(False, "SIGTERM and SIGUSR1 always save and stop the run")
-    use_cpu_initialization: bool = no_effect(False, "initial values come from a checkpoint, or with --random-init from the CPU")
+    use_cpu_initialization: bool = no_effect(
+        False, "--random-init draws on the CPU in any case; without it initial values come from a checkpoint"
+    )
 
 
 class TrainingArgs(

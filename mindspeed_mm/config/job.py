@@ -130,7 +130,8 @@ def check_weights(job: JobConfig) -> None:
     for (directory, named_by), pattern in zip(directories, ("config.json", "tokenizer*"), strict=True):
         if not any(Path(directory).glob(pattern)):
             raise UserError(f"{directory} ({named_by}) has no {pattern}; {step}")
-    if job.args.load is None and not job.args.random_init and not any(Path(model.init_from_hf_path).glob("*.safetensors")):
+    from_hf = job.args.load is None and not job.args.random_init
+    if from_hf and not any(Path(model.init_from_hf_path).glob("*.safetensors")):
         raise UserError(f"{model.init_from_hf_path} ({directories[0][1]}) has no *.safetensors; {step}")
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
+from mindspeed_mm.backend.fsdp_compat import _of_trainable
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
+from mindspeed_mm.models.parameter_rules import ParameterRule, apply_settings
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.parallel.fsdp import reshard, shard_model
 from mindspeed_mm.parallel.mesh import build_layout
@@ -175,3 +178,43 @@ def test_what_was_gathered_in_vain_is_dropped(hf_model):
     group.unshard()
     group.finalize_backward()
     assert group._all_gather_result is None
+
+
+def test_frozen_dtype_under_torch_2_7(monkeypatch, hf_model):
+    """torch 2.7 compares the dtypes of all parameters of a wrap unit; later versions those of the trainable ones."""
+
+    def compare_all(group):
+        for parameter in group.fsdp_params:
+            parameter.init_dtype_attrs(group.mp_policy)
+        (group._orig_dtype,) = {parameter.orig_dtype for parameter in group.fsdp_params}
+        (group._reduce_dtype,) = {parameter.reduce_dtype for parameter in group.fsdp_params}
+
+    def run():
+        model, model_config = model_like(hf_model)
+        rule = ParameterRule(pattern="*.self_attention.*", source="test", trainable=False, dtype="bf16")
+        apply_settings(model, SPEC.parameter_settings(model_config, [rule]))
+        layout = build_layout(device_type="cpu")
+        shard_model(model, model.parallel_plan().wrap_units, layout=layout, config=FSDPConfig())
+        loss_of(model, collate(mixed_samples(), SPEC, model_config)).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = run()
+    monkeypatch.setattr(FSDPParamGroup, "_init_mp_dtypes", compare_all)
+    with pytest.raises(ValueError, match="too many values"):
+        run()
+    monkeypatch.setattr(FSDPParamGroup, "_init_mp_dtypes", _of_trainable(compare_all))
+    assert all(map(torch.equal, expected, run()))
+
+
+def test_root_group_alone_can_train(hf_model):
+    """Then no wrap unit has a backward prefetch list."""
+    model, model_config = model_like(hf_model)
+    rules = [
+        ParameterRule(pattern="*", source="test", trainable=False),
+        ParameterRule(pattern="text_decoder.final_layernorm", source="test", trainable=True),
+    ]
+    apply_settings(model, SPEC.parameter_settings(model_config, rules))
+    plan = model.parallel_plan()
+    shard_model(model, plan.wrap_units, layout=build_layout(device_type="cpu"), config=FSDPConfig())
+    loss_of(model, collate(mixed_samples(), SPEC, model_config)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["text_decoder.final_layernorm.weight"]
