@@ -110,6 +110,25 @@ def test_hf_weights_are_needed_only_without_a_checkpoint(place):
         check_weights(load_job_config(words))
 
 
+def test_random_init_needs_no_weights(place):
+    (place / "hf/model-00001.safetensors").unlink()
+    words = [word for word in _words(place) if word not in ("--load", str(place / "dcp"))]
+    check_weights(load_job_config([*words, "--random-init"]))
+    with pytest.raises(UserError, match=r"has no \*.safetensors"):
+        check_weights(load_job_config(words))
+    with pytest.raises(UserError, match="--random-init and --load .*dcp exclude each other"):
+        load_job_config(_words(place, "--random-init"))
+
+
+def test_frozen_parameters_are_kept_in_the_compute_type_only(place):
+    words = _words(place, "--frozen-param-dtype", "bf16", "--fsdp2-config-path", str(place / "fsdp2.yaml"))
+    (place / "fsdp2.yaml").write_text("param_dtype: fp32\n")
+    with pytest.raises(UserError, match="--frozen-param-dtype bf16 would change the results with param_dtype fp32"):
+        load_job_config(words)
+    (place / "fsdp2.yaml").write_text("param_dtype: bf16\n")
+    assert load_job_config(words).args.frozen_param_dtype == "bf16"
+
+
 def test_data_directory(place):
     _edit(place, "data.json", "dataset_param.basic_parameters", dataset_dir=str(place / "gone"))
     with pytest.raises(UserError, match="dataset_dir"):

@@ -6,15 +6,22 @@ import pytest
 import torch
 from torch import nn
 
+from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.parameter_rules import (
     ParameterInfo,
     ParameterRule,
     apply_settings,
+    compile_rules,
     describe,
     frozen_parts,
     resolve,
 )
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.hf_model import tiny_config
 
 PARTS = {"vision": ("vision.*",), "text": ("text.*",)}
 PARAMETERS = [
@@ -145,3 +152,84 @@ def test_table():
         "text          1          64  yes        1e-05    0.1           fp32   yes",
         "text          1           4  yes        5e-06    0             fp32   yes",
     ]
+
+
+def job_settings(*words, **model):
+    """Settings of the tiny Qwen3-VL under these flags and model file."""
+    config = Qwen3VLConfig.from_config(tiny_config().to_dict())
+    required = "--mm-data d.json --mm-model m.json --seq-length 8 --train-iters 1 --lr 1e-4"
+    args = parse_args(f"{required} {' '.join(words)}".split())
+    content = {"model_id": "qwen3_vl_moe", "init_from_hf_path": "hf", **model}
+    options = validate_config(content, ModelOptions, source="m.json")
+    return SPEC.parameter_settings(config, compile_rules(args, options, parts=SPEC.parts))
+
+
+UNFROZEN = {"image_encoder": {"vision_encoder": {"freeze": False}, "vision_projector": {"freeze": False}}}
+
+
+def test_files_and_flags_compile_in_their_order():
+    assert frozen_parts(job_settings()) == {"vision_encoder", "vision_projector"}  # the recipe's defaults
+    settings = job_settings(
+        "--vision-lr 1e-6 --frozen-param-dtype bf16", **UNFROZEN,
+        freeze=["model.language_model.layers.0", "*.mlp.router.*"],
+        lr_scaling_plan=[
+            {"match": "image_encoder", "scale": 0.5}, {"match": "model.visual.blocks.1.*", "scale": 0.3},
+            {"match": "lm_head.weight", "scale": 0.2},
+        ],
+    )
+    frozen = {name for name, setting in settings.items() if not setting.trainable}
+    assert frozen == {n for n in settings if n.startswith("text_decoder.layers.0.") or ".mlp.router." in n}
+    assert {name for name, setting in settings.items() if setting.dtype == "bf16"} == frozen
+    scales = {part: {s.lr_scale for s in settings.values() if s.part == part} for part in SPEC.parts}
+    assert scales == {"vision_encoder": {1e-6 / 1e-4}, "vision_projector": {0.5}, "text_decoder": {1.0, 0.2}}
+    assert settings["text_decoder.output_layer.weight"].lr_scale == 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "message"),
+    [
+        (["--vision-lr 1e-6"], {}, "--vision-lr 1e-06: image_encoder.vision_encoder.* is frozen"),
+        (["--projector-lr 1e-6"], {}, "--projector-lr 1e-06: image_encoder.vision_projector.* is frozen"),
+        (
+            [],
+            {"freeze": ["model.visuals"]},
+            "m.json: freeze: 'model.visuals' matches no parameter; did you mean model.visual",
+        ),
+        (
+            [],
+            {"lr_scaling_plan": [{"match": "lm_haed", "scale": 0.1}]},
+            "m.json: lr_scaling_plan: 'lm_haed' matches no",
+        ),
+        (
+            [],
+            {"freeze": ["*.q_proj.weight"]},
+            "m.json: freeze: model.language_model.layers.0.self_attn.q_proj.weight is kept",
+        ),
+        (
+            [],
+            {"freeze": ["model", "lm_head"]},
+            "freezes vision_encoder, vision_projector and text_decoder; unfreeze one",
+        ),
+        (
+            [],
+            {"text_decoder": {"freeze": True}},
+            "the model file freezes vision_encoder, vision_projector and text_decoder",
+        ),
+        (
+            [],
+            {"lr_scaling_plan": [{"match": "*", "scale": 0}]},
+            "lr_scaling_plan.0.scale is 0; it must be greater than 0",
+        ),
+    ],
+)
+def test_mistakes_in_files_and_flags(words, model, message):
+    with pytest.raises(UserError) as error:
+        job_settings(*words, **model)
+    assert message in str(error.value)
+
+
+def test_a_flag_for_a_part_that_the_model_lacks():
+    args = parse_args("--mm-data d --mm-model m --seq-length 8 --train-iters 1 --lr 1e-4 --vision-lr 1e-5".split())
+    options = ModelOptions(model_id="qwen3_vl", init_from_hf_path="hf")
+    with pytest.raises(UserError, match="--vision-lr 1e-05: this model has no vision_encoder; leave the flag out"):
+        compile_rules(args, options, parts={"text_decoder": ["*"]})
