@@ -29,7 +29,7 @@ from mindspeed_mm.training.metrics import (
     StepRecord,
     rates_per_device,
 )
-from mindspeed_mm.training.optimizer import AdamW
+from mindspeed_mm.training.optimizer import AdamW, learning_rates
 
 
 class Trainer:
@@ -90,7 +90,7 @@ class Trainer:
         progress = self.context.progress
         while progress.iteration < self.args.train_iters and not self.stopping:
             iteration = progress.iteration + 1
-            learning_rate = self.optimizer.param_groups[0]["lr"]
+            rates = learning_rates(self.optimizer, self.schedule)
             self.context.phases.begin_step(iteration)
             self.notify("on_step_start", iteration)
             metrics, details = self.train_step()
@@ -100,7 +100,7 @@ class Trainer:
             progress.consumed_samples += self.args.global_batch_size
             known = {
                 "consumed_samples": progress.consumed_samples,
-                "learning_rate": learning_rate,
+                **rates,
                 "data_wait_seconds": self.loader.waited,
             }
             self._report(self._reader.add(QueuedStep(iteration, known, metrics, details)))
