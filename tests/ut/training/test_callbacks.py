@@ -53,10 +53,10 @@ class Backend:
 
 
 class Schedule:
+    samples = 0
+
     def get_lr(self, group):
         return 0.1
-
-    samples = 0
 
     def step(self, increment):
         self.samples += increment
