@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 BYTES = {"bf16": 2, "fp32": 4}
 MASTER_BYTES = 4
-"""Of a parameter, of its gradient and of each of AdamW's two moments: fp32 whatever the compute types are."""
+"""Of a trainable parameter, its gradient and each of AdamW's two moments: fp32 whatever the compute types are."""
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -77,6 +77,7 @@ class Plan:
         align_fsdp_param_groups: whether decoder layers' norms and routers are gathered once per step.
         offload_to_cpu: whether parameters, gradients and optimizer state are in the host's memory.
         frozen: names of the parts that do not train; see :attr:`~mindspeed_mm.models.spec.ModelSpec.parts`.
+        frozen_param_bytes: of a number in a parameter that does not train, outside forward and backward.
         recompute_granularity: see the flags; None for no recomputation.
         recompute_method: see the flags.
         recompute_num_layers: see the flags.
@@ -103,6 +104,7 @@ class Plan:
     align_fsdp_param_groups: bool = False
     offload_to_cpu: bool = False
     frozen: Collection[str] = ()
+    frozen_param_bytes: int = MASTER_BYTES
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1

@@ -21,6 +21,7 @@ from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, 
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.memory import Plan
+from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.spec import ModelConfig, spec_of
 from mindspeed_mm.tools.memory.plan import Load, checkpoint_bytes, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
@@ -39,6 +40,7 @@ def preflight(job: JobConfig) -> None:
     spec = spec_of(job.model.init_from_hf_path)
     model_config = spec.read_config(job.model.init_from_hf_path)
     job.check_model(spec.facts(model_config), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
     if job.args.load is not None:
         verify_directory(resolve_checkpoint(job.args.load))
     if job.args.save is not None:

@@ -30,7 +30,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     # parallelism is applied to models from outside: models know nothing of it
     "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models.layers", "models.model"),
     "mindspeed_mm.tools": ("errors", "backend", "config"),
-    "mindspeed_mm.tools.memory": ("errors", "config", "models.memory", "models.spec"),
+    "mindspeed_mm.tools.memory": ("errors", "config", "models.memory", "models.parameter_rules", "models.spec"),
     "mindspeed_mm.tools.show_data": ("errors", "config", "data", "interfaces", "models.spec"),
     "mindspeed_mm.checkpoint": (
         "errors", "backend", "config", "models.spec", "models.state_dict", "parallel", "training.optimizer",

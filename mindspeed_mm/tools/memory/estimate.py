@@ -17,7 +17,7 @@ Amounts = dict[str, int]
 """Bytes by term, one of ``TERMS``."""
 
 TERMS = {
-    "parameters": "parameters, fp32, this rank's shards",
+    "parameters": "parameters, this rank's shards",
     "gradients": "gradients, fp32, this rank's shards",
     "optimizer": "AdamW's two moments, fp32, this rank's shards",
     "text": "activations kept by decoder layers",
@@ -71,8 +71,9 @@ class _Step:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.units = units_of(plan)
-        self.parameters = MASTER_BYTES * sum(unit.shard() for unit in self.units)
-        self.trained = MASTER_BYTES * sum(unit.shard(training_only=True) for unit in self.units)
+        trained, everything = (sum(unit.shard(training_only=only) for unit in self.units) for only in (True, False))
+        self.trained = MASTER_BYTES * trained
+        self.parameters = self.trained + plan.frozen_param_bytes * (everything - trained)
         self.static: Amounts = {}
         if not plan.offload_to_cpu:
             tensors = sum(p.trains for unit in self.units for p in unit.parameters)
@@ -85,7 +86,8 @@ class _Step:
         root = self.units[0]
         self.root = plan.compute_bytes * root.gathered()
         if plan.is_single_device:
-            copied = sum(unit.gathered() for unit in self.units)
+            in_compute_type = plan.frozen_param_bytes == plan.compute_bytes
+            copied = sum(unit.gathered(training_only=in_compute_type) for unit in self.units)
             self.root = plan.compute_bytes * copied if plan.compute_bytes < MASTER_BYTES else 0
         self.reducing = 0
         self.stay: list[int] = []

@@ -8,7 +8,8 @@ import math
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
-from mindspeed_mm.models.memory import BYTES, Plan, Unit
+from mindspeed_mm.models.memory import BYTES, MASTER_BYTES, Plan, Unit
+from mindspeed_mm.models.parameter_rules import compile_rules, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, get_spec
 
 
@@ -41,6 +42,8 @@ def plan_run(
     imbalance: float = 1.0,
 ) -> Plan:
     """The plan of a run that the flags and files describe, already checked against each other."""
+    spec = get_spec(model_config.model_type)
+    settings = spec.parameter_settings(model_config, compile_rules(args, model, parts=spec.parts))
     samples_at_once = args.micro_batch_size * (world_size // args.context_parallel_size)
     return Plan(
         model_config=model_config,
@@ -59,7 +62,8 @@ def plan_run(
         num_to_backward_prefetch=fsdp.num_to_backward_prefetch,
         align_fsdp_param_groups=fsdp.align_fsdp_param_groups,
         offload_to_cpu=fsdp.offload_to_cpu,
-        frozen=model.frozen,
+        frozen=frozen_parts(settings),
+        frozen_param_bytes=BYTES[args.frozen_param_dtype],
         recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
         recompute_num_layers=args.recompute_num_layers,
@@ -75,10 +79,11 @@ def units_of(plan: Plan) -> list[Unit]:
 
 
 def checkpoint_bytes(plan: Plan, *, moments: bool) -> int:
-    """Bytes of a training checkpoint: fp32 parameters and, if ``moments``, AdamW's two of those that train."""
+    """Bytes of a training checkpoint: parameters as they are kept and, if ``moments``, AdamW's two of the trainable."""
     unsharded = dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1, context_size=1)
     return sum(
-        4 * math.prod(parameter.shape) * (3 if parameter.trains and moments else 1)
+        math.prod(parameter.shape)
+        * (MASTER_BYTES * (3 if moments else 1) if parameter.trains else plan.frozen_param_bytes)
         for unit in units_of(unsharded)
         for parameter in unit.parameters
     )

@@ -78,6 +78,8 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
         # for 0 in backward FSDP2 gathers one ahead by itself
         fewest = {"num_to_forward_prefetch": 0, "num_to_backward_prefetch": 1}
         yield ", ".join(f"{name} {value}" for name, value in fewest.items()), fewest
+    if plan.compute_bytes < plan.frozen_param_bytes:
+        yield "--frozen-param-dtype bf16", {"frozen_param_bytes": plan.compute_bytes}
     training = [part for part in get_spec(plan.model_config.model_type).parts if plan.trains(part)]
     for part in training if len(training) > 1 else ():
         yield f"freeze true in {part}", {"frozen": {*plan.frozen, part}}

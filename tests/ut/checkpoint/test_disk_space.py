@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -76,6 +77,8 @@ def test_bytes_of_a_checkpoint(processes: int) -> None:
     trained = sum(size for name, size in sizes.items() if not name.startswith("image_encoder"))
     assert checkpoint_bytes(plan, moments=False) == 4 * sum(sizes.values())
     assert checkpoint_bytes(plan, moments=True) == 4 * sum(sizes.values()) + 8 * trained
+    narrow = dataclasses.replace(plan, frozen_param_bytes=2)
+    assert checkpoint_bytes(narrow, moments=True) == 2 * (sum(sizes.values()) - trained) + 12 * trained
 
 
 def test_imports_no_torch() -> None:

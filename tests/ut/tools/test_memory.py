@@ -112,6 +112,16 @@ def test_each_choice_moves_the_estimate_the_right_way(change, smaller):
     assert (after < before) is smaller
 
 
+def test_frozen_parameters_in_bf16_save_half_of_their_bytes():
+    one, two = (estimate(published(8, frozen_param_bytes=size)) for size in (4, 2))
+    frozen = sum(unit.shard() - unit.shard(training_only=True) for unit in units_of(published(8)))
+    assert one.parameters - two.parameters == 2 * frozen > 0 and one.gradients == two.gradients
+    single = (estimate(published(1, frozen_param_bytes=size)) for size in (4, 2))  # with copies in the compute type
+    one, two = (result.peak.amounts for result in single)
+    whole = sum(unit.gathered() - unit.gathered(training_only=True) for unit in units_of(published(1)))
+    assert (one["parameters"] - two["parameters"], one["gathered"] - two["gathered"]) == (2 * whole, 2 * whole)
+
+
 def test_chunks_bound_the_logits():
     long = {"tokens": 16384, "target_tokens": 16000}
     whole, chunked = (
