@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.checkpoint.shards import local_shard, overlap, within
+from mindspeed_mm.checkpoint.shards import local_shard, overlap, relative_index
 
 BLOCK_ELEMENTS = 1 << 22
 """Numbers drawn at a time, 16 MiB in fp32. Every block has a generator of its own, so that a rank draws only the blocks
@@ -46,7 +46,7 @@ def _fill_normal(parameter: nn.Parameter, mean: float, std: float, *, seed: str)
         common = overlap(region, offsets, shape)
         if common is not None:
             block = _draw(shape, seed=f"{seed}/{first}").mul_(std).add_(mean)
-            local[within(common, tuple(begin for begin, _ in region))].copy_(block[within(common, offsets)])
+            local[relative_index(common, tuple(begin for begin, _ in region))].copy_(block[relative_index(common, offsets)])
 
 
 def _draw(shape: tuple[int, ...], *, seed: str) -> Tensor:
