@@ -46,7 +46,8 @@ def _fill_normal(parameter: nn.Parameter, mean: float, std: float, *, seed: str)
         common = overlap(region, offsets, shape)
         if common is not None:
             block = _draw(shape, seed=f"{seed}/{first}").mul_(std).add_(mean)
-            local[relative_index(common, tuple(begin for begin, _ in region))].copy_(block[relative_index(common, offsets)])
+            here = relative_index(common, tuple(begin for begin, _ in region))
+            local[here].copy_(block[relative_index(common, offsets)])
 
 
 def _draw(shape: tuple[int, ...], *, seed: str) -> Tensor:
