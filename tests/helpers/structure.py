@@ -37,7 +37,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     ),
     "mindspeed_mm.training": (
         "errors", "backend", "config", "data", "interfaces", "models.layers", "models.memory", "models.model",
-        "models.spec", "parallel", "tools", "checkpoint",
+        "models.parameter_rules", "models.spec", "parallel", "tools", "checkpoint",
     ),
     "checkpoint": ("errors", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
