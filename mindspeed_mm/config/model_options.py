@@ -128,6 +128,17 @@ class ModelOptions(StrictModel):
     patch: PatchConfig = PatchConfig()
 
     @property
+    def frozen_parts(self) -> dict[str, str]:
+        """Part of the model that does not train -> path of the switch that freezes it."""
+        encoder = self.image_encoder
+        switches = {
+            "image_encoder.vision_encoder": encoder.vision_encoder.freeze,
+            "image_encoder.vision_projector": encoder.vision_projector.freeze,
+            "text_decoder": self.text_decoder.freeze,
+        }
+        return {path.rpartition(".")[2]: f"{path}.freeze" for path, freeze in switches.items() if freeze}
+
+    @property
     def activation_offload(self) -> bool:
         """Whether activations that decoder layers keep are moved to the host."""
         return self.text_decoder.activation_offload

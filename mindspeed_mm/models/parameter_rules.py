@@ -95,13 +95,6 @@ _ATTRIBUTES = ("trainable", "lr_scale", "decay_scale", "dtype", "saved")
 Settings = Mapping[str, ParameterSettings]
 """Name of a parameter -> its settings, in the model's order."""
 
-_SWITCHES = {
-    "vision_encoder": "image_encoder.vision_encoder.freeze",
-    "vision_projector": "image_encoder.vision_projector.freeze",
-    "text_decoder": "text_decoder.freeze",
-}
-"""Part of a model -> the switch of the model file that freezes it."""
-
 
 def compile_rules(args: TrainingArgs, options: ModelOptions, *, parts: Parts) -> list[ParameterRule]:
     """The rules that flags and model file describe; later ones override earlier ones.
@@ -114,15 +107,10 @@ def compile_rules(args: TrainingArgs, options: ModelOptions, *, parts: Parts) ->
     Raises:
         UserError: if a flag names a part that the model does not have.
     """
-    encoder, file = options.image_encoder, args.mm_model
-    frozen = {
-        "vision_encoder": encoder.vision_encoder.freeze,
-        "vision_projector": encoder.vision_projector.freeze,
-        "text_decoder": options.text_decoder.freeze,
-    }
+    file = args.mm_model
     rules = [
-        ParameterRule(pattern=glob, source=f"{file}: {_SWITCHES[part]}", trainable=False)
-        for part, globs in parts.items() if frozen.get(part) for glob in globs
+        ParameterRule(pattern=glob, source=f"{file}: {switch}", trainable=False)
+        for part, switch in options.frozen_parts.items() for glob in parts.get(part, ())
     ]
     rules += [ParameterRule(pattern=name, source=f"{file}: freeze", trainable=False) for name in options.freeze]
     rules += [
