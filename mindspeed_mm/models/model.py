@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+import mindspeed_mm.backend.megatron  # noqa: F401 - before any megatron module: it keeps the compiler out of the start
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.layers.moe import MoELayer, RouterLoad
 

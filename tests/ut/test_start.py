@@ -34,7 +34,7 @@ def test_a_heavy_import_would_be_noticed():
 
 
 def test_training_loads_no_compiler():
-    listed = ("import sys, pretrain_transformers, mindspeed_mm.training.pretrain; "
+    listed = ("import sys, pretrain_transformers, mindspeed_mm.training.pretrain, mindspeed_mm.models.qwen3_vl.model; "
               "print(*sys.modules)")
     found = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, check=True, capture_output=True, text=True)
     loaded = found.stdout.split()
