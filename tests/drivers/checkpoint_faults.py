@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # here, once, because FSDP2 imports it in every process
+import torch._dynamo  # imported once here, because FSDP2 imports it in every rank
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,7 +47,7 @@ _QUICK = 0.02  # seconds between two looks at the processes
 
 
 def value(name: str, shape: tuple[int, ...], iteration: int) -> Tensor:
-    """What a tensor holds at an iteration."""
+    """Values of a tensor at an iteration."""
     count = torch.Size(shape).numel()
     return (torch.arange(count, dtype=torch.float32) + 1000 * iteration + len(name)).view(shape)
 
@@ -67,7 +67,7 @@ class Run:
         self.root, self.case = root, case
 
     def set_state(self, iteration: int) -> None:
-        """Train: every tensor takes its value of this iteration."""
+        """Stand-in for training: set every tensor to its values at this iteration."""
         for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
             local, shard_slice = shards.local_shard(tensor)
             whole = value(name, tuple(tensor.shape), iteration)
@@ -100,7 +100,7 @@ class Run:
 
 
 def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:
-    """One process of a run; never returns."""
+    """One rank of a run; never returns."""
     write = os.write
 
     def report(**facts: Any) -> None:
@@ -127,7 +127,7 @@ def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> No
 
 @dataclasses.dataclass
 class Attempt:
-    """What the processes of one run did: exit statuses, what they reported, seconds."""
+    """Outcome of one run: the ranks' exit statuses and reports, and its seconds."""
 
     statuses: list[int]
     reports: list[dict[str, Any]]
@@ -139,7 +139,7 @@ class Attempt:
 
 
 class Stage:
-    """Where runs happen: a directory each, and the store that the processes meet in."""
+    """Runs cases: a directory for each, and the ranks' rendezvous store."""
 
     def __init__(self, directory_: Path) -> None:
         self._directory = directory_
@@ -147,7 +147,7 @@ class Stage:
         self._number = 0
 
     def attempt(self, case: Case, root: Path, body: Callable[..., None] = child) -> Attempt:
-        """Run the processes of a case to their end, whatever it is."""
+        """Run the ranks of a case until all have ended."""
         self._number += 1
         read_end, write_end = os.pipe()
         started, children = time.monotonic(), []
@@ -166,7 +166,7 @@ class Stage:
         return Attempt(statuses, reports, time.monotonic() - started)
 
     def _watch(self, children: list[int], pipe: int, kill_at: float | None) -> tuple[list[int], bytes]:
-        """Wait for all, kill all when one was killed or the time has come; a run that hangs is an error."""
+        """Wait for all ranks; kill all if one was killed or the time is up. A run that hangs is an error."""
         statuses: dict[int, int] = {}
         text, deadline = b"", time.monotonic() + 60
         while len(statuses) < len(children):
@@ -229,7 +229,7 @@ def examine(root: Path, case: Case, said: list[str]) -> int:
 
 
 def lose(root: Path, inodes: set[int]) -> None:
-    """Take away half of the files that were not flushed to disk."""
+    """Truncate files that were not flushed to disk to half their size."""
     for path in root.rglob("*"):
         facts = path.stat()
         if path.is_file() and facts.st_ino in inodes:
@@ -237,7 +237,7 @@ def lose(root: Path, inodes: set[int]) -> None:
 
 
 def survive(stage: Stage, case: Case, template: Path, root: Path) -> dict[str, Any]:
-    """Let a fault happen, look at what is left, and finish the run."""
+    """Inject a fault, check what is left, and finish the run."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(template, root)
     result = {**dataclasses.asdict(case), "struck": "nothing", "error": None}
@@ -265,7 +265,7 @@ def survive(stage: Stage, case: Case, template: Path, root: Path) -> dict[str, A
 def points_of(
     stage: Stage, sweep: dict[str, Any], template: Path, root: Path
 ) -> tuple[list[tuple[int, int]], float]:
-    """Points of each process, before the first save and in all, in a run without a fault, and its seconds."""
+    """(points of each rank before the first save and in total, seconds) of a run without a fault."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(template, root)
     case = Case(sweep["ranks"], sweep["asynchronous"])
@@ -284,7 +284,7 @@ def spread(low: int, high: int, count: int, rng: random.Random) -> list[int]:
 
 
 def main(sweeps: list[dict[str, Any]], results: Path) -> None:
-    """Do all sweeps and write what came of each case.
+    """Run all sweeps and write the outcome of each case.
 
     Args:
         sweeps: ``ranks``, ``asynchronous``, ``fault``, ``rank``, ``when``: ``before`` the first save, from then on

@@ -1,6 +1,6 @@
-"""Lets one fault happen to this process, at a chosen point: used by ``checkpoint_faults.py``.
+"""Injects one fault into this process at a chosen point; used by ``checkpoint_faults.py``.
 
-A point is any moment before one of the system calls in ``CALLS``, or in the middle of a write.
+A point is before one of the system calls in ``CALLS``, or in the middle of a write.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Case:
     """One fault.
 
     Attributes:
-        ranks: number of processes.
+        ranks: world size.
         asynchronous: ``--async-save``.
         fault: ``kill`` (SIGKILL of the process), ``kill all``, ``torn`` (half of a write, then SIGKILL), ``power cut``
             (SIGKILL, and half of what was not flushed is gone), ``full disk``, ``I/O error``, or ``none``.
-        rank: the process that it happens to.
+        rank: the rank with the fault.
         point: the number of the point, from 1; 0 for none.
         seconds: kill all after this time instead.
     """
@@ -40,16 +40,16 @@ class Case:
 
     @property
     def ends_the_run(self) -> bool:
-        """Whether the processes cannot go on by themselves."""
+        """Whether the fault ends the run."""
         return self.fault in ("kill", "kill all", "torn", "power cut")
 
 
 class Switch:
-    """Counts the points of this process, and strikes at the chosen one.
+    """Counts the points of this process, and injects the fault at the chosen one.
 
     Attributes:
         count: points passed.
-        phase: what the process is doing, for the report.
+        phase: current phase of the run, for the report.
         before_saving: points passed before the first save.
         armed: whether points count yet.
     """

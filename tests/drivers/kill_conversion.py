@@ -1,9 +1,9 @@
-"""Kills a conversion at chosen points and finishes it, many times. Run as a program by ``test_convert_kill.py``.
+"""Kills a conversion at chosen points and resumes it, many times. Started by ``test_convert_kill.py``.
 
 Usage: python kill_conversion.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS [overwrite]
 
-A point is any moment at which the process opens, renames, makes or removes a file below WORKDIR, or has written a part
-of one. The conversion runs in a forked child, which kills itself with SIGKILL at the point.
+A point is where the process opens, renames, creates or removes a file below WORKDIR, or has written a chunk of one. The
+conversion runs in a forked child, which kills itself with SIGKILL at the point.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 COMMIT_POINTS = 40
-"""Points from the last part of a tensor to the end of the process."""
+"""Points from the last chunk of a tensor to the end of the process."""
 
 
 class KillSwitch:
-    """Counts points, and kills this process when the chosen one comes."""
+    """Counts points, and kills this process at the chosen one."""
 
     def __init__(self, root: Path, kill_at: int | None) -> None:
         self.count = 0
@@ -60,7 +60,7 @@ class KillSwitch:
 
 
 def in_child(action: Callable[[], None], root: Path, kill_at: int | None) -> tuple[int, int]:
-    """Run ``action`` in a forked child; returns its wait status and the number of points that it passed."""
+    """Run ``action`` in a forked child; returns its wait status and the number of points it passed."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -86,7 +86,7 @@ def content(directory_: Path) -> dict[str, bytes]:
 
 
 class Conversion:
-    """One of the two commands below ``root / "work"``, with or without something that it replaces."""
+    """One of the two commands below ``root / "work"``, with or without an existing result to replace."""
 
     def __init__(self, root: Path, command: str, *, replaces: bool) -> None:
         self.place, self._root, self._command, self._replaces = root / "work", root, command, replaces
@@ -99,7 +99,7 @@ class Conversion:
             self.place.rename(root / "before")
 
     def prepare(self) -> None:
-        """What is there before the command is given."""
+        """Restore the state before the command."""
         shutil.rmtree(self.place, ignore_errors=True)
         if self._replaces:
             shutil.copytree(self._root / "before", self.place)
@@ -117,7 +117,7 @@ class Conversion:
             )
 
     def check_killed(self) -> bool:
-        """What is there is complete, and the tracker points to it; returns whether the target is there."""
+        """Check that the result, if any, is complete and that the tracker points to it; returns whether it exists."""
         complete = self.target.exists()
         if complete:
             directory.verify_directory(self.target, checksums=True)
@@ -157,7 +157,7 @@ def main() -> None:
         kept += len(list(place.rglob("*.record"))) > 0
         if replaces or not complete or list(place.rglob("plan.json")):
             status, _ = in_child(conversion.run, root, None)
-            assert status == 0, f"point {kill_at}: going on failed"
+            assert status == 0, f"point {kill_at}: resuming failed"
         assert content(place) == reference, f"point {kill_at}: another result"
     print(f"{points} of {total} points, {kept} with finished files to keep, {absent} without the target")
 

@@ -1,4 +1,4 @@
-"""Started by torchrun: trains models for two steps and writes what the second one allocates.
+"""Started by torchrun: trains models for two steps and writes the allocations of the second.
 
 Usage: memory_steps.py CASES.json OUT.json
 """
@@ -44,19 +44,19 @@ from tests.helpers.mcore_model import PIXEL_NORM, part_settings
 
 
 def samples(case: dict[str, Any], model_config: Qwen3VLConfig, seed: int) -> list[Sample]:
-    """One sample for each (tokens, pictures of 16 x 16 patches, supervised tokens) of the case."""
+    """One sample for each (tokens, images of 16 x 16 patches, target tokens) of the case."""
     rng = np.random.default_rng(seed)
     side, made = 16, []
-    for index, (tokens, pictures, target_tokens) in enumerate(case["samples"]):
+    for index, (tokens, images, target_tokens) in enumerate(case["samples"]):
         ids: list[int] = []
-        for _ in range(pictures):
+        for _ in range(images):
             placeholders = [model_config.image_token_id] * (side * side // model_config.vision.merge_unit)
             ids += [model_config.vision_start_token_id, *placeholders, model_config.vision_end_token_id]
         ids += rng.integers(0, 80, tokens - len(ids)).tolist()
         patches = rng.integers(0, 256, (side * side, model_config.vision.patch_dim)).astype(np.uint8)
         made.append(
             Sample(np.array(ids, np.int64), np.arange(tokens) >= tokens - target_tokens,
-                   tuple(MediaPatches(patches, (1, side, side)) for _ in range(pictures)), index)
+                   tuple(MediaPatches(patches, (1, side, side)) for _ in range(images)), index)
         )  # fmt: skip
     return made
 
@@ -64,46 +64,46 @@ def samples(case: dict[str, Any], model_config: Qwen3VLConfig, seed: int) -> lis
 def memory_events(path: str, until: str | None = None) -> list[int]:
     """Bytes allocated since the profile began, after each allocation or release before the mark ``until``.
 
-    Releases of what was allocated before count for nothing. One that was missed is made up for when the address is
-    given away again.
+    Releases of earlier allocations are ignored. A release that the profile missed is counted when its address is
+    allocated again.
     """
     with open(path) as file:
         events = json.load(file)["traceEvents"]
-    wanted = [event for event in events if event["name"] == "[memory]" or event["name"].startswith("mark ")]
-    held: dict[int, int] = {}
+    relevant = [event for event in events if event["name"] == "[memory]" or event["name"].startswith("mark ")]
+    allocated: dict[int, int] = {}
     total, seen = 0, [0]
-    for event in sorted(wanted, key=lambda event: (event["ts"], event["args"].get("Ev Idx", 0))):
+    for event in sorted(relevant, key=lambda event: (event["ts"], event["args"].get("Ev Idx", 0))):
         if event["name"] == until:
             break
         if event["name"] != "[memory]":
             continue
         nbytes, address = event["args"]["Bytes"], event["args"]["Addr"]
-        total -= held.pop(address, 0)
+        total -= allocated.pop(address, 0)
         if nbytes > 0:
-            held[address] = nbytes
+            allocated[address] = nbytes
             total += nbytes
         seen.append(total)
     return seen
 
 
 def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """What the tensors here occupy, a storage that several share counted once."""
+    """Bytes of the tensors' local storages, shared ones counted once."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
 @contextlib.contextmanager
 def mark(name: str) -> Iterator[None]:
-    """A mark in the profile behind what runs inside."""
+    """Put a mark into the profile after the body."""
     yield
     with record_function(f"mark {name}"):
         pass
 
 
 class Traffic:
-    """Counts what the collectives bring from other processes, and gives gloo time to let go of its tensors.
+    """Counts the bytes that collectives receive from other ranks, and gives gloo time to release its tensors.
 
-    A release in one of gloo's own threads is one that the profiler misses.
+    The profiler misses releases in gloo's own threads.
     """
 
     def __init__(self) -> None:
@@ -133,14 +133,14 @@ class Traffic:
 
 
 def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> dict[str, Any]:
-    """Bytes on this process: what it holds, what its second step allocates at most, and what it receives."""
+    """Bytes on this rank: its state, the peak of its second step, and received traffic."""
     args = parse_args(case["flags"])
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type="cpu", sharding_size=config.sharding_size,
                           expert_size=args.expert_model_parallel_size, context_size=args.context_parallel_size)
     model_config = Qwen3VLConfig.from_config(case["config"])
     choices = ModelBuildOptions(
-        text_attn_implementation="sdpa",  # the estimate knows what this keeps
+        text_attn_implementation="sdpa",  # whose saved tensors the estimate models
         vision_attn_implementation="sdpa",
         recompute_granularity=args.recompute_granularity,
         recompute_method=args.recompute_method,
@@ -188,7 +188,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
         if count < 2:
             return train_step()
         traffic.received.clear()
-        gc.collect()  # a release of what an earlier case has left behind would count as one of this step's
+        gc.collect()  # or releases of an earlier case's memory would count in this step
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as current:
             result = train_step()
         received.update(traffic.received)
@@ -198,7 +198,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     trainer.train_step = step  # type: ignore[method-assign]
     trainer.train()
     state = (value for values in optimizer.state.values() for value in values.values())
-    # one process keeps its copies in the compute type from the first step on
+    # a single rank keeps its compute-weight cache from the first step on
     copied = layout.world_size == 1 and config.param_dtype == "bf16"
     copies = 2 * sum(parameter.numel() for parameter in model.parameters()) if copied else 0
     return {
@@ -212,7 +212,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
 
 
 def main(cases: dict[str, dict[str, Any]], out: str) -> None:
-    """Run all cases in turn."""
+    """Run all cases."""
     torch.set_num_threads(1)
     traffic = Traffic()
     backend = select_backend("cpu")

@@ -1,4 +1,4 @@
-"""Started by torchrun: goes through runs one after the other in the same processes, and writes what each logged.
+"""Started by torchrun: executes runs one after the other in the same processes, and writes what each logged.
 
 Usage: resume_runs.py RUNS.json OUT.json
 
@@ -31,12 +31,12 @@ Fault = dict[str, Any]
 
 
 class Recorder(AnomalyDetector):
-    """Writes down every step on top of checking it."""
+    """Records every step in addition to checking it."""
 
     steps: dict[int, dict[str, Any]]
 
     def on_step_end(self, record: StepRecord) -> None:
-        """Keep the numbers to the last bit, and which samples this rank saw."""
+        """Record the exact numbers and this rank's sample ids."""
         self.steps[record.iteration] = {
             "loss": record.metrics["loss"].hex(),
             "norm": record.metrics["grad_norm"].hex(),
@@ -49,7 +49,7 @@ class Recorder(AnomalyDetector):
 
 
 def with_fault(fault: Fault | None) -> Any:
-    """A clock that makes the fault happen when its rank gets to its phase."""
+    """A phase timer that injects the fault when its rank reaches the phase."""
     plain = PhaseTimer.enter
 
     def enter(clock: PhaseTimer, phase: str) -> None:
@@ -68,7 +68,7 @@ def with_fault(fault: Fault | None) -> Any:
 
 
 def forward_with_fault(fault: Fault | None, recorded: dict[int, Any]) -> Any:
-    """The recipe's forward step, whose loss is NaN on the fault's rank from its iteration on."""
+    """The recipe's forward step, with a NaN loss on the fault's rank from its iteration on."""
 
     def forward(model: Any, batch: Any, weight: Any) -> Any:
         torch.rand(())  # or the generator would not move, and a state that was not restored would pass for one that was
@@ -84,7 +84,7 @@ def forward_with_fault(fault: Fault | None, recorded: dict[int, Any]) -> Any:
 
 
 def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
-    """One run, in what could be a fresh process: the generators are in a state of their own."""
+    """One run, as in a new process: the random generators are reset."""
     torch.manual_seed(random.SystemRandom().randrange(2**32))
     random.seed()
     recorded: dict[int, Any] = {}
@@ -116,7 +116,7 @@ def run(words: list[str], fault: Fault | None) -> dict[str, Any]:
 
 
 def main(runs: list[dict[str, Any]], out: str) -> None:
-    """All runs in turn; the results are complete as far as the runs got, and a restart goes on from there."""
+    """Execute all runs; results are written after each, and a restart continues from there."""
     torch.set_num_threads(1)
     pretrain.shutdown_distributed, stop = lambda: None, pretrain.shutdown_distributed
     results = []

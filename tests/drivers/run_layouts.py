@@ -1,4 +1,4 @@
-"""Started by torchrun: trains a tiny model in one layout after another and writes what came of each.
+"""Started by torchrun: trains a tiny model in one layout after another and writes the outcomes.
 
 Usage: run_layouts.py CASES.json OUT.pt
 """
@@ -52,7 +52,7 @@ VALIDATION_STEP = 100  # of the samples' generator: far from those of training
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run in one layout gave, the same on all processes.
+    """The outcome of a run in one layout, the same on all ranks.
 
     Attributes:
         losses: of each step.
@@ -112,21 +112,21 @@ FAULTS = {
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is spread over processes, put together."""
+    """The full tensor of a sharded one."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
 def in_order(step: int, batch: int) -> list[Sample]:
-    """The samples of a step as they are dealt out.
+    """The samples of a step in the order of ranks.
 
-    Text-only samples are neighbours, so that whole processes go without pictures while others have nothing else: the
-    first of them in one step, the last in the next.
+    Text-only samples are neighbours, so that some ranks have no images: the first ranks in one step, the last in the
+    next.
     """
     return sorted(step_samples(step, batch), key=lambda sample: bool(sample.media), reverse=step % 2 == 1)
 
 
 def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_config: Any) -> StepBatches:
-    """This process's micro-batches of a step."""
+    """This rank's micro-batches of a step."""
     samples = in_order(step, batch)
     share = batch // layout.dp_size
     mine = samples[layout.dp_rank * share : (layout.dp_rank + 1) * share]
@@ -135,14 +135,14 @@ def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_c
 
 
 def text_only_shares(step: int, *, batch: int, dp_size: int) -> list[bool]:
-    """Whether each process's share of a step is without pictures."""
+    """Whether a rank's share of a step has no images."""
     samples = in_order(step, batch)
     share = batch // dp_size
     return [not any(s.media for s in samples[i * share : (i + 1) * share]) for i in range(dp_size)]
 
 
 def run_case(case: dict[str, Any], backend: Any) -> Outcome:
-    """Train in one layout, from a checkpoint where the case names one."""
+    """Train in one layout, from a checkpoint if the case names one."""
     args = parse_args(case["flags"])
     config = FSDPConfig.model_construct(**{**FSDPConfig().model_dump(), **case["fsdp"]})
     layout = build_layout(device_type=backend.name, sharding_size=config.sharding_size, **case["layout"])
@@ -216,7 +216,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
 
 
 def record(owner: Any, name: str, reads: list[Any] | None = None) -> list[Any]:
-    """Collect what a method returns from now on, and what the host reads in each call if there is a list for it."""
+    """Record a method's results from now on, and the host reads of each call if ``reads`` is given."""
     results: list[Any] = []
     method = getattr(owner, name)
 
@@ -232,7 +232,7 @@ def record(owner: Any, name: str, reads: list[Any] | None = None) -> list[Any]:
 
 
 def main(cases: dict[str, dict[str, Any]], out: str) -> None:
-    """Run all cases in turn."""
+    """Run all cases."""
     torch.set_num_threads(1)
     backend = select_backend(os.environ.get("MM_TEST_DEVICE", "cpu"))
     init_distributed(backend, timeout_minutes=2)

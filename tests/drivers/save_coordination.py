@@ -1,4 +1,4 @@
-"""Started by torchrun with two processes: what they have to agree on when they save.
+"""Started by torchrun with two ranks: coordination of a save, its errors included.
 
 Usage: torchrun --nproc_per_node 2 save_coordination.py DIRECTORY
 """
@@ -35,7 +35,7 @@ class SavedProgress:
 
 
 class State:
-    """Tensors that are cut on either axis, unevenly, or held by both processes."""
+    """Tensors that are sharded on either axis, unevenly, or replicated on both ranks."""
 
     def __init__(self, turn: int = 0) -> None:
         mesh = init_device_mesh("cpu", (2,))
@@ -60,7 +60,7 @@ def manager_of(root: Path) -> CheckpointManager:
 
 
 def every_element_once(root: Path) -> None:
-    """What both hold is written by one of them, by turns; any other sharding reads it."""
+    """Replicated tensors are written by one rank each, alternating; any other sharding can load them."""
     manager = manager_of(root)
     manager.start(SavedProgress(1))
     manager.finish()
@@ -87,7 +87,7 @@ def damage_on_one_rank_fails_on_all(root: Path) -> None:
     manager.finish()
     path = root / "iter_0000001"
     reader = DcpReader(path, directory.verify_directory(path))
-    dist.barrier()  # writing the damage makes the file empty for a moment, which the other would find in verifying
+    dist.barrier()  # while the damage is written the file is briefly empty, which rank 1 would find while verifying
     if dist.get_rank() == 0:
         _, info = next(item for item in reader.chunks("model.1") if item[1].relative_path.startswith("__1"))
         content = bytearray((path / info.relative_path).read_bytes())
@@ -99,11 +99,11 @@ def damage_on_one_rank_fails_on_all(root: Path) -> None:
     except UserError as error:
         assert "__1_0.distcp" in str(error) and "another checksum" in str(error)
     else:
-        raise AssertionError("damage went unnoticed")
+        raise AssertionError("damage was not detected")
 
 
 def directory_of_one_machine(root: Path) -> None:
-    """A relative path, and another working directory on each: not the same directory."""
+    """A relative path and different working directories: not the same directory."""
     files.VISIBILITY_SECONDS = 0.2
     home, own = os.getcwd(), root / f"machine{dist.get_rank()}"
     own.mkdir(parents=True)
@@ -119,7 +119,7 @@ def directory_of_one_machine(root: Path) -> None:
 
 
 def files_that_do_not_arrive(root: Path) -> None:
-    """The second process writes to a directory that only looks like the first's."""
+    """Rank 1 writes to another directory with the same name."""
     manager = manager_of(root)
     manager.start(SavedProgress(1))
     manager.wait()
@@ -147,7 +147,7 @@ def files_that_do_not_arrive(root: Path) -> None:
 
 
 def main(work: Path) -> None:
-    """Run all, each in a directory of its own."""
+    """Run all checks, each in its own directory."""
     torch.set_num_threads(1)
     init_distributed(select_backend("cpu"), timeout_minutes=1)
     for action in (
@@ -159,7 +159,7 @@ def main(work: Path) -> None:
         action(work / action.__name__)
         dist.barrier()
         if dist.get_rank() == 0:
-            print(f"{action.__name__}: as it should be", flush=True)
+            print(f"{action.__name__}: passed", flush=True)
     shutdown_distributed()
 
 

@@ -1,4 +1,4 @@
-"""Saves training checkpoints from four processes in mixed shardings. Run by ``test_convert_sharded.py`` with torchrun.
+"""Saves training checkpoints from four ranks in mixed shardings. Started by ``test_convert_sharded.py`` with torchrun.
 
 Usage: torchrun --nproc_per_node 4 sharded_save.py TENSORS.safetensors ROOT
 
@@ -48,10 +48,10 @@ class State:
 
 
 def layouts_of(name: str, tensor: Tensor) -> list[tuple[Placement, Placement]]:
-    """Placements on a mesh of 2 x 2; experts are spread over both axes, as expert parallelism and FSDP2 do."""
+    """Placements on a 2 x 2 mesh; experts are sharded over both axes, as by expert parallelism and FSDP2."""
     if ".experts." in name:
         return [(Shard(0), Shard(1)), (Replicate(), Shard(1)), (Shard(0), Replicate())]
-    # FSDP2 over all, HSDP, FSDP2 of rows of the last axis, and the same tensor everywhere; uneven shards among them
+    # FSDP2 over all ranks, HSDP, sharding of the last axis, and replication; some shards are uneven
     return [
         (Shard(0), Shard(0)), (Replicate(), Shard(0)), (Replicate(), Shard(tensor.dim() - 1)),
         (Replicate(), Replicate()),
