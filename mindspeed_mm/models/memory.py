@@ -1,4 +1,4 @@
-"""What the memory estimate is made of: a run as one rank sees it, and a model as units of parameters and activations.
+"""Terms of the memory estimate: the plan of one rank of a run, and a model as units of parameters and activations.
 
 A family describes its model in these terms (see :meth:`mindspeed_mm.models.spec.ModelSpec.memory_units`); no torch.
 """
@@ -20,15 +20,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class KernelTraits:
-    """What implementations keep for backward besides what every one of them keeps.
+    """What implementations keep for backward in addition to what all of them keep.
 
     Attributes:
         fused_norm: RMSNorm keeps its input; written out it keeps two fp32 tensors of that size.
         fused_swiglu: SwiGLU keeps its input; written out also silu(gate).
-        rotary_keeps_input: the rotary product keeps query and key as they were before it.
+        rotary_keeps_input: the rotary embedding keeps its inputs, query and key.
         softmax_bytes: statistics of the softmax per token and head.
         joins_segments: attention runs segment by segment and joins the results, which then exist twice.
-        reduction_copies: the collective library reduces a copy of what it is given.
+        reduction_copies: the collective library reduces a copy of its input.
         fp32_weighting: the gradient of the experts' weights is computed from fp32 copies of all permuted tokens.
         inner_again: grouped experts keep what enters SwiGLU, and compute what leaves it again.
     """
@@ -84,7 +84,7 @@ class Plan:
         activation_offload: whether activations that decoder layers keep are moved to the host.
         loss_chunk_size: target tokens whose logits exist at a time; None for all.
         imbalance: tokens of the busiest rank's experts, relative to the mean.
-        kernels: what the implementations keep.
+        kernels: traits of the implementations.
     """
 
     model_config: Any
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def local_target_tokens(self) -> int:
-        """Target tokens on this rank, taken to be spread evenly."""
+        """Target tokens on this rank, assumed to be evenly distributed."""
         return -(-self.target_tokens // self.context_size)
 
     @property

@@ -41,8 +41,8 @@ class ParallelPlan:
         root_group: small submodules of the wrap units that may be gathered once per step instead.
         moe_layers: layers whose experts expert parallelism shards.
         attention: core-attention modules, whose ``kernel`` Ulysses replaces.
-        set_vision_exchange: installs what hands each rank of a context-parallel group the vision embeddings of its
-            tokens; None for a family without vision.
+        set_vision_exchange: installs the function that gives each rank of a context-parallel group the vision
+            embeddings of its tokens; None for a family without vision.
     """
 
     wrap_units: Sequence[nn.Module]

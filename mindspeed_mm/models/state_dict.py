@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ExpertLayout = Literal["hub", "v5"]
-"""How experts lie in a Hugging Face checkpoint.
+"""Layout of the experts in a Hugging Face checkpoint.
 
 ``hub``: the published one, ``x @ W``: gate_up_proj [E, H, 2I] and down_proj [E, I, H].
-``v5``:  what transformers 5 holds in memory and writes: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
+``v5``:  as transformers 5 holds them in memory and writes them: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 The mcore model always holds ``hub``.
 """
 
@@ -60,7 +60,7 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class TransposeExperts:
-    """Expert matrices that lie the other way round on the Hugging Face side: [E, a, b] <-> [E, b, a]."""
+    """Expert matrices that are transposed on the Hugging Face side: [E, a, b] <-> [E, b, a]."""
 
     row_wise: bool = True
 

@@ -30,13 +30,13 @@ class _AllToAll(torch.autograd.Function):
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send the first ``send[0]`` rows to process 0 of ``group``, the next ``send[1]`` to process 1, and so on.
+    """Send the first ``send[0]`` rows to rank 0 of ``group``, the next ``send[1]`` to rank 1, and so on.
 
     Args:
         rows: [sum(send), ...].
-        send: rows for each process.
-        receive: rows from each process.
-        group: who takes part.
+        send: number of rows for each rank.
+        receive: number of rows from each rank.
+        group: the ranks that take part.
 
     Returns:
         [sum(receive), ...], in the order of the senders.
@@ -60,7 +60,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[R, ...], as many rows on each process -> [R * size, ...] in the order of the processes."""
+    """[R, ...], R equal on all ranks -> [R * size, ...] in the order of the ranks."""
     return _AllGather.apply(rows, group)
 
 

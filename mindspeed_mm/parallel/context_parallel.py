@@ -1,7 +1,7 @@
-"""Context parallelism by Ulysses (https://arxiv.org/abs/2309.14509): processes of a group share one packed micro-batch.
+"""Context parallelism by Ulysses (https://arxiv.org/abs/2309.14509): the ranks of a group share one packed micro-batch.
 
-Each holds a run of its tokens and of its patches. Around attention an all-to-all trades tokens for heads, so that every
-process attends over whole sequences with a part of the heads; boundaries of samples may fall anywhere.
+Each has a contiguous part of its tokens and of its patches. Around attention an all-to-all exchanges tokens for heads,
+so that every rank attends over whole sequences with a part of the heads; samples may be split anywhere.
 
 Legend: T tokens and N patches of the whole micro-batch after padding, t = T / size, M = N / merge unit, D head width.
 """
@@ -24,20 +24,21 @@ from mindspeed_mm.parallel.collectives import all_gather, all_to_all
 
 
 def split_batch(batch: Batch, *, rank: int, size: int, merge_unit: int) -> Batch:
-    """This process's part of a micro-batch that lies on the host.
+    """This rank's part of a micro-batch in host memory.
 
-    Tokens and patches are padded to multiples of ``size`` by a segment of their own at the end, which no sample sees
-    and whose results nobody reads.
+    Tokens and patches are padded to multiples of ``size`` by a segment of their own at the end, which no sample attends
+    to and whose results are not used.
 
     Args:
-        batch: the whole micro-batch, the same on all processes of the group.
-        rank: of this process in its group.
+        batch: the whole micro-batch, the same on all ranks of the group.
+        rank: of this process in the group.
         size: of the group.
         merge_unit: patches that must stay together.
 
     Returns:
-        t of the tokens with the supervised positions among them. ``cu_seqlens`` still describe the whole sequence, for
-        attention sees all of it, and ``target_tokens_per_sample`` the whole samples, for the loss counts all of them.
+        t of the tokens with the target positions among them. ``cu_seqlens`` still describe the whole sequence, since
+        attention runs over all of it, and ``target_tokens_per_sample`` the whole samples, since the loss is
+        normalised by all of them.
     """
     length = -(-batch.num_tokens // size)
     start = rank * length
@@ -82,13 +83,13 @@ def _split_vision(
 
 
 def _with_padding(offsets: Sequence[int], total: int, longest: int) -> tuple[list[int], int]:
-    """Segment boundaries up to ``total``, with the padding as a segment; and the longest segment."""
+    """Segment boundaries up to ``total``, with the padding as a segment, and the longest segment."""
     padding = total - offsets[-1]
     return [*offsets, total] if padding else list(offsets), max(longest, padding)
 
 
 def _part(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
-    """``length`` entries from ``start`` along ``axis``, with zeros where the tensor has ended."""
+    """``length`` entries from ``start`` along ``axis``, padded with zeros beyond the tensor's end."""
     available = max(0, min(length, tensor.shape[axis] - start))
     part = tensor.narrow(axis, min(start, tensor.shape[axis]), available)
     padding = [0, 0] * (tensor.dim() - 1 - axis) + [0, length - available]
@@ -97,7 +98,7 @@ def _part(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class UlyssesAttention:
-    """An attention kernel on a part of the heads over all tokens, between two exchanges."""
+    """An attention kernel over all tokens with a part of the heads, between two all-to-alls."""
 
     kernel: AttentionKernel
     group: dist.ProcessGroup
@@ -107,7 +108,7 @@ class UlyssesAttention:
     ) -> Tensor:
         """query [t, Hq, D], key and value [t, Hkv, D] -> [t, Hq, D]; ``segments`` are those of all T tokens."""
         size = self.group.size()
-        if key.shape[1] < size:  # fewer key/value heads than processes: several hold the same one
+        if key.shape[1] < size:  # fewer key/value heads than ranks: several ranks get the same one
             key, value = (tensor.repeat_interleave(size // tensor.shape[1], dim=1) for tensor in (key, value))
         heads = [tensor.shape[1] // size for tensor in (query, key, value)]
         # [t, H, D] -> [size, t, H / size, D], by receiver
@@ -127,14 +128,14 @@ class UlyssesAttention:
 
 @dataclasses.dataclass(frozen=True)
 class VisionExchange:
-    """Hands every process the merged patches whose placeholders are among its tokens."""
+    """Gives every rank the merged patches whose placeholders are among its tokens."""
 
     group: dist.ProcessGroup
 
     def __call__(
         self, embeddings: Tensor, deepstack: Sequence[Tensor], vision: VisionBatch
     ) -> tuple[Tensor, list[Tensor]]:
-        """Each [M / size, H] -> [placeholders here, H]; a dummy's result stays as it is, since nobody reads it."""
+        """Each [M / size, H] -> [placeholders here, H]; a dummy's result is not used, and stays as it is."""
         if vision.is_dummy:
             return embeddings, list(deepstack)
         joined = all_gather(torch.stack((embeddings, *deepstack), dim=1), self.group)

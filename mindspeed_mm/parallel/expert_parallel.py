@@ -1,6 +1,6 @@
-"""Expert parallelism: each process of a group holds E / size experts, and tokens travel to them by all-to-all.
+"""Expert parallelism: each rank of a group holds E / size experts, and tokens are sent to them by all-to-all.
 
-Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows sent, R rows received.
+Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k permuted tokens sent, R received.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mindspeed_mm.parallel.collectives import all_to_all, scale_gradient
 
 @dataclasses.dataclass(frozen=True)
 class ExpertParallelDispatcher:
-    """Sends each row to the process that holds its expert, and brings the result back.
+    """Sends each permuted token to the rank that holds its expert, and brings the result back.
 
-    No token is dropped: as many rows travel as the router chose, which may be none between some processes. The numbers
-    of rows are read on the host once a layer, because the collective needs them there.
+    No token is dropped: the router alone decides how many are exchanged, which may be none between two ranks. Their
+    numbers are read on the host once per layer, because the collective needs them there.
     """
 
     group: dist.ProcessGroup
@@ -37,26 +37,26 @@ class ExpertParallelDispatcher:
     ) -> Tensor:
         """See :data:`mindspeed_mm.models.layers.token_dispatcher.Dispatcher`."""
         size = self.group.size()
-        # rows for each expert of each process, by receiver; then the same by sender
+        # tokens for each expert of each rank, by receiver; then the same by sender
         sent = self.permuter.count(experts, num_experts).view(size, num_experts // size)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)
         numbers = DeferredHostRead(torch.stack((sent.sum(dim=1), received.sum(dim=1))))
-        # sorting the rows is queued before the host waits, so that the device has work until the host goes on
-        rows, places = self.permuter.permute(tokens, experts)
+        # the permutation is queued before the host waits, so that the device has work until the host goes on
+        permuted, routing = self.permuter.permute(tokens, experts)
         send, receive = numbers.tolist()
-        rows = all_to_all(rows, send, receive, self.group)
-        rows, arrivals = self.permuter.permute(rows, _experts_of_rows(received, total=sum(receive)))
-        results = self.permuter.unpermute(function(rows, received.sum(dim=0)), arrivals)
+        arrived = all_to_all(permuted, send, receive, self.group)
+        arrived, local_routing = self.permuter.permute(arrived, _local_experts(received, total=sum(receive)))
+        results = self.permuter.unpermute(function(arrived, received.sum(dim=0)), local_routing)
         results = all_to_all(results, receive, send, self.group)
-        return self.permuter.unpermute(results, places, weights)
+        return self.permuter.unpermute(results, routing, weights)
 
 
-def _experts_of_rows(received: Tensor, *, total: int) -> Tensor:
-    """The expert, of those here, of each row that came; they lie by sender, and by expert within each.
+def _local_experts(received: Tensor, *, total: int) -> Tensor:
+    """The local expert of each received token; they are ordered by sender, and by expert within each.
 
     Args:
-        received: int64 [senders, experts here], numbers of rows.
+        received: int64 [senders, local experts], numbers of tokens.
         total: their sum.
 
     Returns:
@@ -67,10 +67,10 @@ def _experts_of_rows(received: Tensor, *, total: int) -> Tensor:
 
 
 def shard_experts(layers: Sequence[MoELayer], mesh: DeviceMesh) -> list[nn.Module]:
-    """Keep on each process of the one-dimensional ``mesh`` its share of every layer's experts. Call before FSDP2.
+    """Shard every layer's experts over the one-dimensional ``mesh``. Call before FSDP2.
 
-    The experts' gradients are sums over the tokens of all processes of the group, where every other parameter's are a
-    process's own; they are divided by the group's size, so that FSDP2's averages mean the same for both.
+    The experts' gradients are sums over the tokens of all ranks of the group, unlike those of other parameters, which
+    are of one rank's tokens; they are divided by the group's size, so that FSDP2's averages mean the same for both.
 
     Returns:
         The modules that hold experts.
@@ -90,7 +90,7 @@ def shard_experts(layers: Sequence[MoELayer], mesh: DeviceMesh) -> list[nn.Modul
 
 @dataclasses.dataclass(frozen=True)
 class _Localiser:
-    """This process's experts, as a plain tensor whose gradient is scaled."""
+    """This rank's experts, as a plain tensor whose gradient is scaled."""
 
     factor: float
 

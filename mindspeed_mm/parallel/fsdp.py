@@ -1,4 +1,4 @@
-"""FSDP2 applied from outside: which modules form a unit, in which precision, and in which order they are fetched."""
+"""FSDP2 applied from outside: wrap units, mixed precision and prefetching."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ def shard_model(
 ) -> None:
     """Shard ``model`` in place.
 
-    Gradients are averaged over all processes by the reduction; the loss is scaled by their number in return, so that
-    they add up.
+    The reduction averages gradients over all ranks; the loss is scaled by the number of ranks, so that they add up.
 
     Args:
         model: parameters in fp32, possibly on the meta device.
-        units: submodules in the order in which forward runs them, the loss head last; each is gathered and freed by
-            itself, the head after backward only. What belongs to none of them is gathered once per step.
-        layout: where the parameters go.
+        units: wrap units in the order of forward, the loss head last; each is gathered and freed separately, the head
+            after backward only. Parameters outside of them are gathered once per step.
+        layout: the device meshes.
         config: the YAML file.
-        experts: modules within the units whose experts are spread over processes: they are sharded over the processes
-            that hold the same experts, along the second axis, so that the number of experts need not divide.
+        experts: modules within the units whose experts are expert-parallel: they are sharded over the ranks that hold
+            the same experts, along the second axis, so that the number of experts need not divide.
         root_group: modules within the units that are gathered once per step instead of with their unit.
     """
     policy = MixedPrecisionPolicy(
@@ -47,7 +46,7 @@ def shard_model(
         reduce_dtype=DTYPES[config.reduce_dtype],
         cast_forward_inputs=config.cast_forward_inputs,
     )
-    # The root and the loss head receive fp32 token weights, whose bits the loss needs.
+    # The root and the loss head take fp32 loss weights, which must not be rounded.
     uncast = dataclasses.replace(policy, cast_forward_inputs=False)
     options: dict[str, Any] = {
         "mesh": layout.mesh,
@@ -67,7 +66,7 @@ def shard_model(
     for unit in units[:-1]:
         fully_shard(unit, mp_policy=policy, ignored_params=left_to_root, **options)
     fully_shard(units[-1], mp_policy=uncast, **kept)
-    # FSDP2 does not look into the units for what its root is to gather; so let it find these modules beside them
+    # FSDP2 does not search the units for parameters of its root group; so let it find these modules outside of them
     model.found_by_root = nn.ModuleList(root_group)
     fully_shard(model, mp_policy=uncast, **kept)
     del model.found_by_root
@@ -77,7 +76,7 @@ def shard_model(
 
 
 def _offload_policy(config: FSDPConfig, layout: Layout) -> OffloadPolicy:
-    """Shards in host memory, page-locked where there is a device to copy them to."""
+    """Shards in host memory, page-locked if there is a device to copy them to."""
     if not config.offload_to_cpu:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=layout.mesh.device_type != "cpu")
@@ -96,14 +95,14 @@ def set_prefetch(
 
     Args:
         units: sharded modules in the order of forward.
-        experts: sharded modules within the units, whose parameters are wanted after the unit's own, in either pass.
+        experts: sharded modules within the units, whose parameters are needed after the unit's own, in either pass.
         forward: units gathered ahead in forward, by a unit that computes before its own experts do.
         backward: modules gathered ahead in backward.
     """
-    wanted = set(experts)
+    is_expert = set(experts)
 
     def with_experts(ordered: Sequence[nn.Module]) -> list[FSDPModule]:
-        return [part for unit in ordered for part in (unit, *(m for m in unit.modules() if m in wanted))]
+        return [part for unit in ordered for part in (unit, *(m for m in unit.modules() if m in is_expert))]
 
     # Experts name nothing: when a layer runs forward again in backward, FSDP2 takes theirs for a first forward pass,
     # and would gather the next layer in vain.
@@ -111,8 +110,8 @@ def set_prefetch(
         own, following = with_experts([unit])[1:], units[index + 1 : index + 1 + forward]
         if ahead := [*own, *with_experts(following[:-1]), *following[-1:]]:
             unit.set_modules_to_forward_prefetch(ahead)
-    # Backward ends at the first unit that trains; what is frozen before it would be gathered for nothing. The last
-    # names itself, which is at hand, for without a list FSDP2 would go on to that.
+    # Backward ends at the first unit that trains; frozen units before it would be gathered in vain. The last one names
+    # itself, which is gathered already: without a list FSDP2 would prefetch by its own order.
     trains = [any(parameter.requires_grad for parameter in unit.parameters()) for unit in units]
     in_backward = with_experts(units[trains.index(True) :][::-1]) if any(trains) else []
     for index, module in enumerate(in_backward if backward else ()):
@@ -120,9 +119,9 @@ def set_prefetch(
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward pass without a backward pass has left gathered: the parameters of the root and of the head.
+    """Free the parameters of the root group and of the head, which a forward pass without backward leaves gathered.
 
-    Until then these are plain tensors in the compute type, with no optimizer state: nothing to save.
+    Until then these are plain tensors in the compute type without optimizer state, which cannot be saved.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""Device meshes, and what a process needs to know of its place in them."""
+"""Device meshes, and a rank's coordinates in them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """This process's place.
+    """This rank's meshes and coordinates.
 
-    Neighbouring processes form the context-parallel groups, and likewise the expert-parallel ones.
+    Neighbouring ranks form the context-parallel groups, and likewise the expert-parallel ones.
 
     Attributes:
-        rank: of this process.
-        world_size: number of processes.
+        rank: global rank.
+        world_size: number of ranks.
         dp_rank: data-parallel rank: which share of the global batch this rank trains on.
         dp_size: number of data-parallel ranks.
-        mesh: of all parameters but spread experts: sharded over its last axis, replicated over the first if it has two.
-        expert_shard_mesh: the same for spread experts, which are sharded over fewer processes; None without expert
+        mesh: of all parameters but expert-parallel experts: sharded over its last axis, replicated over the first if it
+            has two.
+        expert_shard_mesh: the same for expert-parallel experts, which are sharded over fewer ranks; None without expert
             parallelism.
-        expert_mesh: processes over which experts are spread, one-dimensional; None without expert parallelism.
-        context_mesh: processes that share a micro-batch, one-dimensional; None without context parallelism.
+        expert_mesh: ranks over which experts are sharded, one-dimensional; None without expert parallelism.
+        context_mesh: ranks that share a micro-batch, one-dimensional; None without context parallelism.
     """
 
     rank: int
@@ -37,26 +38,26 @@ class Layout:
 
     @property
     def context_size(self) -> int:
-        """Processes that share a micro-batch."""
+        """Ranks that share a micro-batch."""
         return self.world_size // self.dp_size
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints."""
+        """Whether this is rank 0, which logs."""
         return self.rank == 0
 
 
 def build_layout(
     *, device_type: str, sharding_size: int | str = "auto", expert_size: int = 1, context_size: int = 1
 ) -> Layout:
-    """Meshes over all processes of the default group.
+    """Meshes over all ranks of the default group.
 
     Args:
         device_type: of the tensors that are sharded.
-        sharding_size: processes that share one copy of the parameters (FSDP2 where it is all of them, HSDP where it
+        sharding_size: ranks that share one copy of the parameters (FSDP2 where it is all of them, HSDP where it
             is fewer); ``auto`` for all.
-        expert_size: processes over which the experts of a layer are spread.
-        context_size: processes that share a micro-batch.
+        expert_size: ranks over which the experts of a layer are sharded.
+        context_size: ranks that share a micro-batch.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shard = world_size if sharding_size == "auto" else int(sharding_size)

@@ -1,4 +1,4 @@
-"""All of a layout applied to a model, in the one order that works."""
+"""Applies expert parallelism, context parallelism and FSDP2 to a model, in the order that they need."""
 
 from __future__ import annotations
 

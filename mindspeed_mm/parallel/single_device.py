@@ -1,8 +1,8 @@
-"""All parameters on one process: nothing to shard, so nothing is copied, gathered or reduced.
+"""Mixed precision on a single device: no sharding, and so no gathering and no reduction.
 
-What FSDP2's mixed precision does stays the same, to the bit: parameters, gradients and optimizer state are fp32, the
-model computes with copies in the compute type, and each micro-batch's gradients are added up in fp32. The copies are
-made once per step instead of twice per micro-batch.
+Equals FSDP2's mixed precision to the bit: parameters, gradients and optimizer state are fp32, the model computes with
+copies in the compute type, and the gradients of micro-batches are accumulated in fp32. The copies are made once per
+step instead of twice per micro-batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def apply_mixed_precision(model: nn.Module, units: Sequence[nn.Module], config: 
 
     Args:
         model: parameters in fp32, possibly on the meta device.
-        units: submodules whose floating-point inputs are cast, all but the last, the loss head.
+        units: wrap units; floating-point inputs of all but the last, the loss head, are cast.
         config: the YAML file.
     """
     dtype = DTYPES[config.param_dtype]
@@ -42,7 +42,7 @@ def apply_mixed_precision(model: nn.Module, units: Sequence[nn.Module], config: 
 
 @contextlib.contextmanager
 def cached_compute_weights(model: nn.Module) -> Iterator[None]:
-    """While nobody changes the parameters, copies of them made for one forward pass serve the following ones too."""
+    """Caches the compute-type weights across micro-batches, until the parameters change."""
     copies = getattr(model, "compute_weight_cache", None)
     if not isinstance(copies, ComputeWeightCache):
         yield
@@ -56,10 +56,10 @@ def cached_compute_weights(model: nn.Module) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _UnitInputs:
-    """What FSDP2 does with a module's inputs: casts them, and gives each a place of its own in the graph.
+    """Treats a module's inputs as FSDP2 does: casts them, and gives each a node of its own in the autograd graph.
 
-    Gradients of a tensor that several modules take are added up in the order in which these places stand, which decides
-    their last bits.
+    Gradients of a tensor that several modules take are summed in the order of these nodes, which decides their last
+    bits.
     """
 
     dtype: torch.dtype | None
@@ -74,7 +74,7 @@ class _UnitInputs:
 
 
 class ComputeWeightCache:
-    """Puts copies of the parameters in their places for forward and backward, and the parameters back afterwards."""
+    """Replaces parameters by copies in the compute type for forward and backward, and restores them afterwards."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, sum_dtype: torch.dtype) -> None:
         self._model = model
@@ -87,11 +87,11 @@ class ComputeWeightCache:
         self._at_rest = self._up_to_date = False
 
     def rest(self, resting: bool) -> None:
-        """Begin or end a time in which the parameters stay as they are."""
+        """Begin or end a period in which the parameters do not change."""
         self._at_rest, self._up_to_date = resting, False
 
     def before_forward(self, module: nn.Module, inputs: tuple) -> None:
-        """Copies in, made anew unless the parameters are at rest: whatever changed them, no copy is out of date."""
+        """Install the copies, updated unless the parameters are known not to have changed."""
         if self._in_place:
             return
         if not self._copies:
@@ -105,7 +105,7 @@ class ComputeWeightCache:
         self._in_place = True
 
     def after_forward(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        """Parameters back, unless a backward pass follows, which puts them back when it has ended."""
+        """Restore the parameters, or let the backward pass that follows do so at its end."""
         followed = []
 
         def watch(tensor: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class ComputeWeightCache:
         def add(copy: nn.Parameter) -> None:
             grad, copy.grad = copy.grad, None
             if torch.promote_types(grad.dtype, self._sum_dtype) != self._sum_dtype:
-                grad = grad.to(self._sum_dtype)  # a wider type loses nothing, and the sum has it in any case
+                grad = grad.to(self._sum_dtype)  # a wider type loses nothing: the sum has it anyway
             parameter.grad = grad.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(grad)
 
         return add

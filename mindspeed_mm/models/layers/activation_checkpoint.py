@@ -1,4 +1,4 @@
-"""Running a stack of equal layers: what is kept for backward, what is computed again, what goes to the host.
+"""Runs a stack of equal layers with activation checkpointing and offload.
 
 Legend: H hidden width; the first axis of hidden states is tokens or patches.
 """
@@ -18,7 +18,7 @@ from mindspeed_mm.backend.activation_offload import Offload, host_offload, synch
 from mindspeed_mm.models.spec import ModelBuildOptions
 
 Step = Callable[[int, Tensor], tuple[Tensor, ...]]
-"""(index of the layer, hidden states) -> (hidden states after it, further tensors that the caller wants)."""
+"""(index of the layer, hidden states) -> (hidden states after it, further tensors for the caller)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,11 @@ def run_layers(
 
     Args:
         layers: the stack.
-        hidden: what the first layer takes.
+        hidden: input of the first layer.
         step: runs one layer.
-        policy: what backward finds.
-        between: what happens to the hidden states after the layer of the given index. It may differ between
-            processes, unlike ``step``.
+        policy: which activations are kept, and where.
+        between: applied to the hidden states after the layer of the given index. Unlike ``step`` it may differ between
+            ranks.
 
     Returns:
         (hidden states after the last layer, the further tensors of all steps in their order).
@@ -112,8 +112,8 @@ def run_layers(
         part = [layers[index] for index in indices]
         with policy.activation_offload(part) if policy.activation_offload is not None else contextlib.nullcontext():
             hidden, *more = _run_again(run, indices, hidden) if again else run(indices, hidden)
-        # The last layer's must not be run again: what starts that in backward would differ between processes, and
-        # with it the order in which they gather parameters.
+        # Must not be recomputed after the last layer: its start in backward would differ between ranks, and with it
+        # the order in which they gather parameters.
         hidden = after(indices[-1], hidden)
         further += more
     return hidden, *further
@@ -129,7 +129,7 @@ def _run_again(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recompute_inside(module: nn.Module) -> None:
-    """From now on the module keeps nothing but its inputs for backward, and runs again there."""
+    """Make the module keep only its inputs for backward, and recompute there."""
     forward = module.forward
 
     def forward_again(*inputs: Any) -> Any:
@@ -142,5 +142,5 @@ def recompute_selectively(layers: Sequence[nn.Module]) -> None:
     """``selective``: the parts of megatron-core's layers that keep much and cost little to run again."""
     for layer in layers:
         recompute_inside(layer.self_attention.core_attention)
-        # the experts alone: the router's choices and the exchange of tokens between processes are not repeated
+        # the experts alone: the router's choices and the exchange of tokens between ranks are not repeated
         recompute_inside(getattr(layer.mlp, "experts", layer.mlp))

@@ -31,7 +31,7 @@ class RotaryAngles:
 
 @dataclasses.dataclass
 class PackedSequence(PackedSeqParams):
-    """What attention needs to know of a packed sequence; every layer of a stack gets the same one.
+    """Segments and rotary angles of a packed sequence, the same for every layer of a stack.
 
     Attributes:
         segments: boundaries that attention does not cross.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """The column- and row-parallel slots on one tensor-parallel rank: ``y = x W^T + b`` -> ``(y, None)``.
 
-    The bias is added inside the product instead of being handed on (``skip_bias_add``), which saves a pass over the
+    The bias is added within the product instead of being returned (``skip_bias_add``), which saves a pass over the
     activations in every layer of the vision tower.
     """
 

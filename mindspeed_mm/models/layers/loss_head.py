@@ -1,6 +1,6 @@
-"""Output layer and cross-entropy in one: logits exist only for supervised positions, a chunk at a time.
+"""Output layer and cross-entropy in one: logits exist only for target positions, a chunk at a time.
 
-Legend: S supervised positions, H hidden width, V vocabulary.
+Legend: S target positions, H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """sum(token_weight * cross_entropy(hidden @ weight^T, labels)) with its gradients taken in the forward pass.
+    """sum(loss_weight * cross_entropy(hidden @ weight^T, labels)) with its gradients computed in the forward pass.
 
-    The gradients of a chunk are made while its logits are at hand, so that no logits outlive their chunk and none are
+    The gradients of a chunk are computed while its logits exist, so that no logits outlive their chunk and none are
     computed twice. The gradient of the cross-entropy is ``softmax(logits) - one_hot(label)``.
     """
 
@@ -28,7 +28,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         chunks = range(0, count, chunk_size)
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # several chunks add up in fp32; a single one needs no sum
+        # several chunks are summed in fp32; a single one needs no sum
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and len(chunks) != 1 else None
         for start in chunks:
             part = slice(start, start + chunk_size)
@@ -58,12 +58,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 class LossHead(nn.Module):
-    """The output layer; ``weight`` [V, H], or no parameter where it shares the word embeddings'."""
+    """The output layer; ``weight`` [V, H], or no parameter if it shares the word embeddings'."""
 
     def __init__(
         self, hidden_size: int, vocab_size: int, *, chunk_size: int | None, dtype: torch.dtype, tied: bool
     ) -> None:
-        """``chunk_size`` supervised positions at a time, or all at once for None; ``tied``: forward is given W."""
+        """``chunk_size`` target positions at a time, or all at once for None; ``tied``: forward takes the weight."""
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
         self.chunk_size = chunk_size
@@ -76,12 +76,12 @@ class LossHead(nn.Module):
         *,
         tied_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Loss, or logits where no labels are given.
+        """Loss, or logits without labels.
 
         Args:
             hidden: [S, H] states that predict the labels.
             labels: int64 [S].
-            token_weight: fp32 [S], the share of each token in the loss.
+            loss_weight: fp32 [S], the weight of each token in the loss.
             tied_weight: [V, H], for a head without a weight of its own.
 
         Returns:

@@ -1,6 +1,6 @@
 """Sparse feed-forward layer: router and experts.
 
-Legend: T tokens, E experts, k experts per token, H hidden width, I intermediate width, N rows.
+Legend: T tokens, E experts, k experts per token, H hidden width, I intermediate width, N permuted tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mindspeed_mm.models.layers.token_dispatcher import Dispatcher, LocalDispatc
 
 
 class RouterLoad(NamedTuple):
-    """What routers did with their tokens, summed over tokens and, where said, over layers.
+    """Load of the experts, summed over tokens and, where said, over layers.
 
     Attributes:
         choices: int64 [E], how often each expert was chosen; T * k in all for one layer.
@@ -37,7 +37,7 @@ class TopKRouter(nn.Module):
     """Softmax over all experts in fp32, the k largest, renormalised to sum 1.
 
     Attributes:
-        keeps_routing: whether each forward pass leaves what :meth:`take_load` sums up.
+        keeps_routing: whether each forward pass keeps its choices for :meth:`take_load`.
     """
 
     def __init__(self, config: TransformerConfig, *, num_experts: int, top_k: int) -> None:
@@ -57,7 +57,7 @@ class TopKRouter(nn.Module):
         return weights.to(tokens.dtype), experts
 
     def take_load(self, counted: int) -> RouterLoad | None:
-        """The load by the first ``counted`` tokens of the last forward pass, or None where none was kept.
+        """The load of the first ``counted`` tokens of the last forward pass, or None if it was not kept.
 
         To be called once after each pass, for what is kept is a part of that pass's graph.
         """
@@ -72,11 +72,11 @@ class TopKRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts in two tensors, stored as products want them: x @ W.
+    """All experts in two tensors, stored for the products x @ W.
 
     Attributes:
-        as_local: what makes of a parameter the tensor to compute with; the identity unless experts are spread over
-            processes.
+        as_local: turns a parameter into the tensor to compute with; the identity unless experts are sharded over
+            ranks.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Experts(nn.Module):
         self.kernel = kernel
         self.as_local: Callable[[Tensor], Tensor] = _identity
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """rows [N, H] sorted by expert, tokens_per_expert int64 [E here] -> [N, H]."""
-        return self.kernel(rows, self.as_local(self.gate_up_proj), self.as_local(self.down_proj), tokens_per_expert)
+    def forward(self, permuted: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """permuted [N, H] sorted by expert, tokens_per_expert int64 [local E] -> [N, H]."""
+        return self.kernel(permuted, self.as_local(self.gate_up_proj), self.as_local(self.down_proj), tokens_per_expert)
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class MoELayer(nn.Module):
     """The MLP slot of a sparse layer. No token is dropped and none is padded.
 
     Attributes:
-        mover: sorts tokens by expert and brings results back.
-        dispatch: how tokens reach their experts and come back; expert parallelism replaces it.
+        permuter: sorts tokens by expert and restores their order.
+        dispatch: sends tokens to their experts and combines the results; expert parallelism replaces it.
     """
 
     def __init__(self, config: TransformerConfig, submodules: MoESubmodules, *, permuter: TokenPermuter) -> None:

@@ -1,6 +1,6 @@
-"""The way of tokens to their experts and back, on one process.
+"""Token dispatch on one rank: tokens to their experts and back.
 
-Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k rows.
+Legend: T tokens, E experts, k experts per token, H hidden width, N = T * k permuted tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from mindspeed_mm.backend.kernels.permutation import CombineKernel, TokenPermuter, gather_combine
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
-"""(rows [N, H] sorted by expert, rows per expert [E]) -> [N, H]."""
+"""(permuted tokens [N, H] sorted by expert, tokens per expert [E]) -> [N, H]."""
 
 Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, int], Tensor]
 """(tokens [T, H], weights [T, k], expert indices [T, k], experts, E) -> weighted sums of their results [T, H]."""
@@ -23,11 +23,11 @@ Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, int], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Rows sorted by expert: row r is choice ``order[r]`` of the T * k choices, of token ``order[r] // k``.
+    """The order by expert: permuted token n is choice ``order[n]`` of the T * k choices, of token ``order[n] // k``.
 
     Attributes:
         order: int64 [N].
-        inverse: int64 [N], the row of each choice.
+        inverse: int64 [N], the index of each choice among the permuted tokens.
         top_k: k.
     """
 
@@ -37,30 +37,30 @@ class Routing:
 
     @classmethod
     def from_experts(cls, experts: Tensor) -> Routing:
-        """Sort the choices ``experts`` [T, k]; nothing is read back to the host."""
+        """Sort the choices ``experts`` [T, k], without host-device synchronisation."""
         order = experts.flatten().argsort(stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         return cls(order, inverse, top_k=experts.shape[-1])
 
     @property
-    def rows_of_tokens(self) -> Tensor:
-        """int64 [T, k], the rows of each token."""
+    def permuted_of_token(self) -> Tensor:
+        """int64 [T, k], the indices of each token among the permuted ones."""
         return self.inverse.view(-1, self.top_k)
 
     @property
-    def token_of_row(self) -> Tensor:
+    def token_of_permuted(self) -> Tensor:
         """int64 [N]."""
         return self.order // self.top_k
 
 
 class _Permute(torch.autograd.Function):
-    """rows [N, H] -> rows[order]; gathers both ways, so that no atomic addition decides an order."""
+    """tokens [N, H] -> tokens[order]; gathers both ways, so that no atomic addition makes the order of sums random."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, permuted: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+        return permuted.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -69,38 +69,39 @@ class _Permute(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """tokens [T, H] -> rows [N, H], each token once for each of its k experts."""
+    """tokens [T, H] -> permuted [N, H], each token once for each of its k experts."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
         ctx.routing, ctx.combine = routing, combine
-        return tokens.index_select(0, routing.token_of_row)
+        return tokens.index_select(0, routing.token_of_permuted)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.combine(grad, ctx.routing.rows_of_tokens, None), None, None
+        return ctx.combine(grad, ctx.routing.permuted_of_token, None), None, None
 
 
 class _Gather(torch.autograd.Function):
-    """rows [N, H], weights [T, k] -> the weighted sum of each token's rows [T, H]."""
+    """permuted [N, H], weights [T, k] -> the weighted sum of each token's results [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
-        ctx.save_for_backward(rows, weights)
+    def forward(ctx: Any, permuted: Tensor, weights: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
+        ctx.save_for_backward(permuted, weights)
         ctx.routing = routing
-        return combine(rows, routing.rows_of_tokens, weights)
+        return combine(permuted, routing.permuted_of_token, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, weights = ctx.saved_tensors
+        permuted, weights = ctx.saved_tensors
         routing = ctx.routing
-        grad_by_row = grad.index_select(0, routing.token_of_row)
-        grad_rows = grad_weights = None
+        grad_by_permuted = grad.index_select(0, routing.token_of_permuted)
+        grad_permuted = grad_weights = None
         if ctx.needs_input_grad[1]:
-            grad_weights = torch.linalg.vecdot(grad_by_row, rows)[routing.inverse].view_as(weights).to(weights.dtype)
+            by_permuted = torch.linalg.vecdot(grad_by_permuted, permuted)
+            grad_weights = by_permuted[routing.inverse].view_as(weights).to(weights.dtype)
         if ctx.needs_input_grad[0]:
-            grad_rows = grad_by_row.mul_(weights.flatten()[routing.order].unsqueeze(-1))
-        return grad_rows, grad_weights, None, None
+            grad_permuted = grad_by_permuted.mul_(weights.flatten()[routing.order].unsqueeze(-1))
+        return grad_permuted, grad_weights, None, None
 
 
 class IndexPermuter:
@@ -121,16 +122,16 @@ class IndexPermuter:
         routing = Routing.from_experts(experts)
         return _Scatter.apply(tokens, routing, self._combine), routing
 
-    def unpermute(self, rows: Tensor, places: Routing, weights: Tensor | None = None) -> Tensor:
+    def unpermute(self, permuted: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:
         """[N, H] -> [T, H]."""
         if weights is None:
-            return _Permute.apply(rows, places.inverse, places.order)
-        return _Gather.apply(rows, weights, places, self._combine)
+            return _Permute.apply(permuted, routing.inverse, routing.order)
+        return _Gather.apply(permuted, weights, routing, self._combine)
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalDispatcher:
-    """All experts are here."""
+    """Dispatch where one rank holds all experts."""
 
     permuter: TokenPermuter
 
@@ -138,5 +139,5 @@ class LocalDispatcher:
         self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
     ) -> Tensor:
         """See :data:`Dispatcher`."""
-        rows, places = self.permuter.permute(tokens, experts)
-        return self.permuter.unpermute(function(rows, self.permuter.count(experts, num_experts)), places, weights)
+        permuted, routing = self.permuter.permute(tokens, experts)
+        return self.permuter.unpermute(function(permuted, self.permuter.count(experts, num_experts)), routing, weights)

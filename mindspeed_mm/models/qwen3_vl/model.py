@@ -31,7 +31,7 @@ from mindspeed_mm.models.qwen3_vl.vision import (
 from mindspeed_mm.models.spec import ModelBuildOptions
 
 VisionHandover = Callable[[Tensor, Sequence[Tensor], VisionBatch], tuple[Tensor, Sequence[Tensor]]]
-"""(embeddings, deepstack embeddings, their batch) -> those that belong to the tokens here."""
+"""(embeddings, deepstack embeddings, their batch) -> those of the tokens on this rank."""
 
 
 def _keep(embeddings: Tensor, deepstack: Sequence[Tensor], vision: VisionBatch) -> tuple[Tensor, Sequence[Tensor]]:
@@ -42,7 +42,7 @@ class Qwen3VLModel(Model):
     """The whole model over one packed micro-batch.
 
     Attributes:
-        exchange_vision: hands the tokens here their vision embeddings; context parallelism replaces it.
+        exchange_vision: gives this rank the vision embeddings of its tokens; context parallelism replaces it.
     """
 
     def __init__(self, model_config: Qwen3VLConfig, image_encoder: ImageEncoder, text_decoder: TextDecoder) -> None:
@@ -100,7 +100,7 @@ def build_model(
         pixel_norm: how uint8 pixels become the tower's input.
         device: kind of device (``Backend.name``) whose kernels are plugged in.
         dtype: of the parameters.
-        compute_dtype: what it will compute in, by which kernels are chosen.
+        compute_dtype: of forward and backward, by which kernels are chosen.
 
     Raises:
         UserError: if an implementation is not available on the device, or the config has something unsupported.

@@ -26,7 +26,7 @@ def weight_rules(model_config: Qwen3VLConfig, *, expert_layout: ExpertLayout) ->
 
     Args:
         model_config: a MoE or dense Qwen3-VL model; with tied embeddings there is no output layer on either side.
-        expert_layout: how experts lie on the Hugging Face side; without effect on a dense model.
+        expert_layout: layout of the experts on the Hugging Face side; without effect on a dense model.
 
     Raises:
         ValueError: if ``expert_layout`` is neither "hub" nor "v5".

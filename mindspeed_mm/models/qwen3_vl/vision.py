@@ -1,6 +1,6 @@
 """Vision tower and projector.
 
-Legend: N patches of all pictures of a micro-batch, H vision width, M = N / 4 merged patches, O text width.
+Legend: N patches of all images of a micro-batch, H vision width, M = N / 4 merged patches, O text width.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def vision_layer_spec(kernels: Kernels) -> ModuleSpec:
 
 
 class PixelNormalisation(nn.Module):
-    """uint8 pixels -> the tower's input, to the bit what the image processor makes of them."""
+    """uint8 pixels -> the tower's input, equal to the bit to the image processor's."""
 
     def __init__(self, norm: PixelNorm) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class PixelNormalisation(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose kernel equals its stride, written as the matrix product it is."""
+    """A convolution whose kernel equals its stride, as a matrix product."""
 
     def __init__(self, model_config: Qwen3VLVisionConfig, config: TransformerConfig) -> None:
         super().__init__()

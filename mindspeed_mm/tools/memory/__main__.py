@@ -25,7 +25,7 @@ from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import Load, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, table
 
-# what the launcher's parser insists on and the estimate does not depend on
+# flags that the launcher's parser requires and the estimate does not depend on
 _REQUIRED = {"--mm-data": "unread", "--seq-length": "1024", "--train-iters": "1", "--lr": "1"}
 
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Estimate memory and communication of a run. Flags of the launcher are understood as they are.",
         allow_abbrev=False,
     )
-    parser.add_argument("--nproc", type=int, required=True, help="processes of the whole job")
+    parser.add_argument("--nproc", type=int, required=True, help="ranks of the whole job")
     parser.add_argument("--hf-config", metavar="DIR", help="directory of config.json (default: init_from_hf_path)")
     parser.add_argument("--memory-gb", type=float, default=64.0, help="a device's memory in GiB (default: %(default)s)")
     parser.add_argument(
@@ -46,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, help="packed tokens of a micro-batch (default: samples x --seq-length)")
     parser.add_argument(
-        "--patches", type=int, help="vision patches of it (default: one picture of image_max_pixels per sample)"
+        "--patches", type=int, help="vision patches of it (default: one image of image_max_pixels per sample)"
     )
     parser.add_argument(
         "--target-tokens", "--supervised", type=int, help="target tokens of it (default: all that are not vision)"
     )
     parser.add_argument(
         "--imbalance", type=float, default=1.0,
-        help="rows of the busiest process's experts over their mean, under expert parallelism (default: %(default)s)",
+        help="tokens of the busiest rank's experts over their mean, under expert parallelism (default: %(default)s)",
     )
     parser.add_argument(
         "--kernels", choices=("fused", "written-out"), default="fused",
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
-    """What the command line asks about, the device, and whether JSON is wanted.
+    """The plan and the device that the command line describes, and whether to print JSON.
 
     Raises:
         UserError: for the first mistake.

@@ -33,7 +33,7 @@ TERMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What is held at one moment of the step."""
+    """Memory at one moment of the step."""
 
     when: str
     amounts: Amounts
@@ -46,14 +46,14 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One process's memory.
+    """One rank's memory.
 
     Attributes:
         parameters: bytes of its shards, on the device or on the host.
         gradients: likewise.
         optimizer: likewise.
         after_forward: memory at the end of forward, when most activations are there.
-        peak: the fullest moment on the device.
+        peak: the moment of most memory on the device.
         host: bytes in the host's memory, shards and activations.
     """
 
@@ -208,7 +208,7 @@ class _Step:
         yield self._reduce(unit, f"reduction of {name}", prefetched=held["prefetched"])
 
     def _reduce(self, unit: Unit, when: str, *, prefetched: int = 0) -> Snapshot:
-        """The unit's gradients are summed over processes; its gathered parameters are gone."""
+        """The unit's gradients are reduced over ranks; its gathered parameters are freed."""
         plan = self.plan
         whole, shard = unit.gathered(training_only=True), unit.shard(training_only=True)
         self.reducing = 0 if plan.is_single_device else plan.reduce_bytes * whole

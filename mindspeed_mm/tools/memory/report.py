@@ -1,4 +1,4 @@
-"""The estimate as text: the terms, whether it fits, and which knob helps."""
+"""The estimate as text: its terms, whether it fits, and which options would save memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mindspeed_mm.tools.memory.plan import units_of
 
 GIB = 2**30
 RESERVE_GB = 4.0
-"""GiB of a device that the driver, buffers of the collective library and fragmentation are taken to need."""
+"""GiB of a device that the driver, buffers of the collective library and fragmentation are assumed to need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Device:
 
     Attributes:
         size: in all.
-        reserve: of it, what the driver, the collective library's buffers and fragmentation take.
+        reserve: of it, for the driver, the collective library's buffers and fragmentation.
     """
 
     size: int
@@ -35,7 +35,7 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """A change that saves memory: what to set, and the bytes of the fullest moment with it."""
+    """A change that saves memory: the option to set, and peak memory with it in bytes."""
 
     text: str
     total: int
@@ -43,7 +43,7 @@ class Knob:
 
 
 def knobs(plan: Plan, device: Device) -> list[Knob]:
-    """Changes that save at least 2% of the fullest moment, the largest saving first."""
+    """Changes that save at least 2% of peak memory, the largest saving first."""
     before = estimate(plan).peak.total
     found = []
     for text, changes in _candidates(plan):
@@ -101,7 +101,7 @@ def table(plan: Plan, device: Device) -> list[str]:
 
 
 def warning(plan: Plan, device: Device) -> str | None:
-    """A line for whoever starts a run that will not fit, or None."""
+    """One line about a run that is not likely to fit, or None."""
     result = estimate(plan)
     if device.fits(result):
         return None
@@ -142,10 +142,10 @@ def _held(plan: Plan, result: Estimate) -> list[str]:
 
 
 def _peak(result: Estimate, device: Device) -> list[str]:
-    lines = [f"{f'at the fullest moment ({result.peak.when})':<72}{'GiB':>9}"]
+    lines = [f"{f'peak ({result.peak.when})':<72}{'GiB':>9}"]
     amounts = sorted(result.peak.amounts.items(), key=lambda item: -item[1])
     lines += [_row(TERMS[name], value) for name, value in amounts if value]
-    lines.append(_row("in all", result.peak.total))
+    lines.append(_row("total", result.peak.total))
     return lines
 
 
