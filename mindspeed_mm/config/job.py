@@ -84,14 +84,14 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
 
     Args:
         argv: the flags.
-        world_size: number of ranks; by default torchrun's WORLD_SIZE, or 1.
+        world_size: number of ranks; by default :func:`launched_world_size`.
 
     Raises:
         UserError: for the first mistake.
     """
     args = parse_args(argv)
     check_flags(args)
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    world_size = launched_world_size() if world_size is None else world_size
     fsdp, tools = FSDPConfig(), ToolsConfig()
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
@@ -110,6 +110,11 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
     # properties that join a flag with a field of a file: raise here where the two contradict each other
     _ = job.loss_mode, job.router_aux_loss_coef
     return job
+
+
+def launched_world_size() -> int:
+    """Number of ranks that torchrun or the launcher gives in WORLD_SIZE; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_weights(job: JobConfig) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 from mindspeed_mm.backend.device_check import check_device
 from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
-from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, load_job_config
+from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.parameter_rules import compile_rules
-from mindspeed_mm.models.spec import ModelConfig, spec_of
+from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import Load, checkpoint_bytes, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
 
@@ -39,7 +39,8 @@ def preflight(job: JobConfig) -> None:
     check_weights(job)
     spec = spec_of(job.model.init_from_hf_path)
     model_config = spec.read_config(job.model.init_from_hf_path)
-    job.check_model(spec.facts(model_config), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = launched_world_size()
+    job.check_model(spec.facts(model_config), world_size=world_size)
     spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
     if job.args.load is not None:
         verify_directory(resolve_checkpoint(job.args.load))
@@ -48,8 +49,15 @@ def preflight(job: JobConfig) -> None:
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
     validate_data(job.data, spec)
-    warn_of_memory(job, model_config, memory=os.environ.get("MM_DEVICE_MEMORY_GB", ""))
-    warn_of_room(job, model_config)
+    plan = plan_run(
+        job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size,
+        load=Load.largest(
+            job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
+        ),
+    )
+    for line in (memory_warning(plan, os.environ.get("MM_DEVICE_MEMORY_GB", "")), checkpoint_warning(job, plan)):
+        if line is not None:
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def check_temporary_directory(num_workers: int) -> None:
@@ -67,49 +75,32 @@ def check_temporary_directory(num_workers: int) -> None:
         )
 
 
-def warn_of_room(job: JobConfig, model_config: ModelConfig) -> None:
-    """Warn if the run's checkpoints do not fit on the disk."""
+def memory_warning(plan: Plan, device_memory: str) -> str | None:
+    """A line if samples of the full length are unlikely to fit into a device of ``device_memory`` GiB; empty: no check.
+
+    Raises:
+        UserError: if ``device_memory`` is not a number.
+    """
+    if not device_memory:
+        return None
+    try:
+        size = float(device_memory)
+    except ValueError:
+        raise UserError(f"MM_DEVICE_MEMORY_GB is {device_memory!r}; it must be a number of GiB, or empty") from None
+    return warning(plan, Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
+
+
+def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:
+    """A line if the run's checkpoints do not fit on the disk."""
     args = job.args
     if args.save is None:
-        return
-    line = disk_space_warning(
+        return None
+    return disk_space_warning(
         Path(args.save),
-        nbytes=checkpoint_bytes(_plan(job, model_config), moments=not args.no_save_optim),
+        nbytes=checkpoint_bytes(plan, moments=not args.no_save_optim),
         count=1 if args.save_interval is None else -(-args.train_iters // args.save_interval),
         keep_last=args.keep_last,
     )
-    if line is not None:
-        print(f"warning: {line}", file=sys.stderr)
-
-
-def _plan(job: JobConfig, model_config: ModelConfig) -> Plan:
-    load = Load.largest(
-        job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
-    )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan_run(job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size, load=load)
-
-
-def warn_of_memory(job: JobConfig, model_config: ModelConfig, *, memory: str) -> None:
-    """Warn if samples of the full length are unlikely to fit into a device's memory.
-
-    Args:
-        job: flags and files.
-        model_config: of the model.
-        memory: of one device, in GiB; empty for no warning.
-
-    Raises:
-        UserError: if ``memory`` is not a number.
-    """
-    if not memory:
-        return
-    try:
-        size = float(memory)
-    except ValueError:
-        raise UserError(f"MM_DEVICE_MEMORY_GB is {memory!r}; it must be a number of GiB, or empty") from None
-    line = warning(_plan(job, model_config), Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
-    if line is not None:
-        print(f"warning: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from mindspeed_mm.config.schema import (
     EFFECTIVE,
     NO_EFFECT,
     REFUSED,
-    StrictModel,
+    nested_model,
     role_of,
     validate_config,
     walk,
@@ -47,9 +47,9 @@ def _with(base, path, value):
 
 def _leaves(model, prefix=""):
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, StrictModel):
-            yield from _leaves(kind, f"{prefix}{name}.")
+        inner = nested_model(info)
+        if inner is not None:
+            yield from _leaves(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, name, info
 
