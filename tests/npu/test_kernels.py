@@ -147,10 +147,10 @@ def test_permutation(dtype, top_k):
     before = host_synchronisations()
     for permuter, values in zip((plain, fused), pairs(tokens, weights), strict=True):
         own = values[0].device
-        rows, places = permuter.permute(values[0], experts.to(own))
-        output = permuter.unpermute(rows * 2, places, values[1])
+        permuted, routing = permuter.permute(values[0], experts.to(own))
+        output = permuter.unpermute(permuted * 2, routing, values[1])
         (output * factor.to(own)).sum().backward()
-        results.append([rows, output, values[0].grad, values[1].grad, permuter.count(experts.to(own), 6)])
+        results.append([permuted, output, values[0].grad, values[1].grad, permuter.count(experts.to(own), 6)])
     assert host_synchronisations() == before
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours.device.type == "npu" and torch.equal(ours.cpu(), theirs)
@@ -161,9 +161,9 @@ def test_unpermute_inverts_permute(dtype):
     """As expert parallelism does with tokens from other ranks."""
     tokens = torch.arange(24, dtype=torch.float32).view(6, 4).to(dtype).npu().requires_grad_()
     permuter = token_permuter(IndexPermuter(), fused=True, device="npu")
-    rows, places = permuter.permute(tokens, torch.tensor([[2], [0], [1], [0], [2], [0]]).npu())
-    assert rows[:, 0].tolist() == [4, 12, 20, 8, 0, 16]
-    back = permuter.unpermute(rows, places)
+    permuted, routing = permuter.permute(tokens, torch.tensor([[2], [0], [1], [0], [2], [0]]).npu())
+    assert permuted[:, 0].tolist() == [4, 12, 20, 8, 0, 16]
+    back = permuter.unpermute(permuted, routing)
     assert torch.equal(back, tokens)
     (back * tokens.detach()).sum().backward()
     assert torch.equal(tokens.grad, tokens.detach())
@@ -173,9 +173,9 @@ def test_permutation_of_no_tokens():
     permuter = token_permuter(IndexPermuter(), fused=True, device="npu")
     tokens = torch.empty(0, 4, dtype=torch.bfloat16, device="npu", requires_grad=True)
     experts = torch.empty(0, 1, dtype=torch.int64, device="npu")
-    rows, places = permuter.permute(tokens, experts)
+    permuted, routing = permuter.permute(tokens, experts)
     assert permuter.count(experts, 3).tolist() == [0, 0, 0]
-    permuter.unpermute(rows, places).sum().backward()
+    permuter.unpermute(permuted, routing).sum().backward()
     assert tokens.grad.shape == (0, 4)
 
 

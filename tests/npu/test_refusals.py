@@ -78,8 +78,8 @@ def test_without_a_mask_causal_mode_has_no_effect():
     assert not torch.equal(run(sparse_mode=3, atten_mask=mask()), run())
 
 
-def product(group_list: Any, rows: int = 6, **changes: Any) -> Any:
-    given = {"x": [npu(rows, 4)], "weight": [npu(3, 4, 5)], "split_item": 3, "group_type": 0, "group_list_type": 0}
+def product(group_list: Any, tokens: int = 6, **changes: Any) -> Any:
+    given = {"x": [npu(tokens, 4)], "weight": [npu(3, 4, 5)], "split_item": 3, "group_type": 0, "group_list_type": 0}
     if not isinstance(group_list, torch.Tensor):
         group_list = torch.tensor(group_list).npu()
     return torch_npu.npu_grouped_matmul(**{**given, "group_list": group_list, **changes})
@@ -98,10 +98,10 @@ def product(group_list: Any, rows: int = 6, **changes: Any) -> Any:
     ([2, 4, 6], {"x": [npu(6, 4, dtype=torch.bfloat16)]}, "types must be the same"),
     ([2, 4, 6], {"x": [npu(4, 6).t()]}, "transposed"),
     ([2, 4, 6], {"weight": [npu(3, 5, 5)]}, "does not multiply"),
-    ([2, 4, 6], {"weight": [npu(4, 5)]}, "3 are wanted"),
+    ([2, 4, 6], {"weight": [npu(4, 5)]}, "3 are required"),
     ([2, 4, 6], {"split_item": 0}, "split_item"),
     ([2, 4, 6], {"group_type": None}, "group_type|groups along"),
-    ([0, 0, 0], {"rows": 0}, "empty"),
+    ([0, 0, 0], {"tokens": 0}, "empty"),
     ([2, 4, 6], {"weight": [npu(3, 4, 65536)]}, "65536"),
     ([2, 4, 6], {"group_type": 2, "x": [npu(4, 6)], "weight": [npu(6, 5)]}, "transposed matrix"),
 ], ids=str)
@@ -135,16 +135,16 @@ def test_permute(arguments, message):
 
 
 def test_unpermute():
-    rows, places = npu(8, 4, dtype=torch.bfloat16), torch.arange(8, dtype=torch.int32, device="npu")
-    assert torch_npu.npu_moe_token_unpermute(rows, places, probs=npu(4, 2, dtype=torch.bfloat16)).shape == (4, 4)
+    permuted, indices = npu(8, 4, dtype=torch.bfloat16), torch.arange(8, dtype=torch.int32, device="npu")
+    assert torch_npu.npu_moe_token_unpermute(permuted, indices, probs=npu(4, 2, dtype=torch.bfloat16)).shape == (4, 4)
     for changes, message in (
-        ({"permuted_tokens": rows.float()}, "float32"),
+        ({"permuted_tokens": permuted.float()}, "float32"),
         ({"probs": npu(4, 2)}, "float32"),
         ({"probs": npu(3, 2, dtype=torch.bfloat16)}, "as many probs"),
-        ({"sorted_indices": places[:6]}, "differ in length"),
+        ({"sorted_indices": indices[:6]}, "differ in length"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch_npu.npu_moe_token_unpermute(**{"permuted_tokens": rows, "sorted_indices": places, **changes})
+            torch_npu.npu_moe_token_unpermute(**{"permuted_tokens": permuted, "sorted_indices": indices, **changes})
 
 
 @pytest.mark.parametrize(("call", "message"), [

@@ -182,6 +182,13 @@ def test_attention(kernel, lengths, causal, dtype):
     agree(lambda *args: kernel(*args, **options), lambda *args: eager_attention(*args, **options), dtype, *inputs)
 
 
+def test_attention_names_on_a_cpu():
+    names = (None, "math", "products")  # products is an alias
+    assert {registry.attention_kernel(name, device="cpu") for name in names} == {math_attention}
+    with pytest.raises(UserError, match="attn_implementation 'varlen' is not available on cpu; choose one of eager, "):
+        registry.attention_kernel("varlen", device="cpu")
+
+
 def varlen_of(version):
     """``varlen_attn`` with the signature of one torch version, in plain arithmetic."""
     seen = SimpleNamespace(options={})

@@ -37,7 +37,7 @@ def attention(
     demand(not any(name in unsupported for name in ("sink", "dropout_mask")), "sink and dropout_mask are not simulated")
     _check(query, key, value, head_num, input_layout)
     _check_mask(atten_mask, sparse_mode, input_layout)
-    output = torch.full_like(query, float("nan"))  # rows that belong to no sequence are never written
+    output = torch.full_like(query, float("nan"))  # tokens outside all sequences are never written
     shape = _statistics_shape(query, head_num, input_layout)
     highest, total = torch.zeros(shape), torch.zeros(shape)
     for index in _sequences(query, key, head_num, input_layout, actual_seq_qlen, actual_seq_kvlen):
@@ -121,7 +121,7 @@ def _sequences(
         whole = slice(None)
         yield from (_Sequence(layout, batch, whole, whole, heads, groups) for batch in range(batches))
         return
-    demand(ends_q is not None and ends_k is not None, "TND wants actual_seq_qlen and actual_seq_kvlen")
+    demand(ends_q is not None and ends_k is not None, "TND needs actual_seq_qlen and actual_seq_kvlen")
     demand(len(ends_q) == len(ends_k), f"{len(ends_q)} query sequences and {len(ends_k)} key sequences")
     demand(1 <= len(ends_q) <= MOST_SEQUENCES, f"{len(ends_q)} sequences; at most {MOST_SEQUENCES} are supported")
     for name, ends, tensor in (("actual_seq_qlen", ends_q, query), ("actual_seq_kvlen", ends_k, key)):
@@ -194,7 +194,7 @@ def _check_mask(mask: Tensor | None, mode: int, layout: str) -> None:
     demand(mode in (0, 1, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT), f"sparse_mode {mode} is not simulated")
     if mode in (CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
         demand(tuple(mask.shape) == (COMPRESSED, COMPRESSED), f"mode {mode}: mask {tuple(mask.shape)}, not 2048 x 2048")
-        demand(torch.equal(mask.bool(), _compressed_mask()), f"mode {mode} wants ones above the diagonal only")
+        demand(torch.equal(mask.bool(), _compressed_mask()), f"mode {mode} needs ones above the diagonal only")
         return
     axes = (2,) if layout == "TND" else (2, 4)
     demand(mask.dim() in axes, f"atten_mask has {mask.dim()} axes; layout {layout} takes {axes}")

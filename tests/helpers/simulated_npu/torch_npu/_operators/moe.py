@@ -32,11 +32,11 @@ def permute(
     top_k = indices.shape[1] if indices.dim() == 2 else 1
     demand(top_k <= 512, f"top-k is {top_k}; at most 512 is supported")
     order = indices.flatten().argsort(stable=True)
-    rows = torch.empty_like(order, dtype=torch.int32)
-    rows[order] = torch.arange(order.numel(), dtype=torch.int32)
+    places = torch.empty_like(order, dtype=torch.int32)
+    places[order] = torch.arange(order.numel(), dtype=torch.int32)
     requested = 0 if num_out_tokens is None else num_out_tokens
     kept = min(requested, order.numel()) if requested > 0 else order.numel() + requested
-    return tokens[order[:kept] // top_k], rows
+    return tokens[order[:kept] // top_k], places
 
 
 def permute_grad(
@@ -46,8 +46,8 @@ def permute_grad(
     top_k = indices.shape[1] if indices.dim() == 2 else 1
     kept = grad_permuted_tokens.shape[0]
     padded = torch.cat((grad_permuted_tokens.float(), torch.zeros(1, tokens.shape[1])))
-    rows = sorted_indices.long().clamp(max=kept)
-    return padded[rows].view(-1, top_k, tokens.shape[1]).sum(1).to(tokens.dtype)
+    places = sorted_indices.long().clamp(max=kept)
+    return padded[places].view(-1, top_k, tokens.shape[1]).sum(1).to(tokens.dtype)
 
 
 def unpermute(
@@ -68,7 +68,7 @@ def unpermute(
     if probs is not None:
         demand_type("probs", probs, (torch.bfloat16,))
         demand(probs.dim() == 2, f"The dims of input probs should be 2 dimensional, but got {probs.dim()}-dimensional.")
-        demand(probs.numel() == sorted_indices.numel(), "as many probs as sorted_indices are wanted")
+        demand(probs.numel() == sorted_indices.numel(), "as many probs as sorted_indices are required")
         top_k = probs.shape[1]
     choices = permuted_tokens[sorted_indices.long()].float().view(-1, top_k, permuted_tokens.shape[1])
     if probs is not None:
@@ -86,15 +86,15 @@ def unpermute_grad(
 ) -> tuple[Tensor, Tensor]:
     demand_type("grad_unpermuted_tokens", grad_unpermuted_tokens, (torch.bfloat16,))
     top_k = 1 if probs is None else probs.shape[1]
-    rows = sorted_indices.long()
+    places = sorted_indices.long()
     grad = grad_unpermuted_tokens.float().repeat_interleave(top_k, dim=0)
     grad_probs = torch.empty(0, dtype=permuted_tokens.dtype)
     if probs is not None:
-        grad_probs = (grad * permuted_tokens[rows].float()).sum(1).view_as(probs).to(probs.dtype)
+        grad_probs = (grad * permuted_tokens[places].float()).sum(1).view_as(probs).to(probs.dtype)
         grad = grad * probs.float().flatten().unsqueeze(1)
-    grad_rows = torch.empty_like(permuted_tokens)
-    grad_rows[rows] = grad.to(permuted_tokens.dtype)
-    return grad_rows, grad_probs
+    grad_permuted = torch.empty_like(permuted_tokens)
+    grad_permuted[places] = grad.to(permuted_tokens.dtype)
+    return grad_permuted, grad_probs
 
 
 def grouped_matmul(
@@ -137,7 +137,7 @@ def _ends(group_list: Tensor, kind: int, *, total: int) -> list[int]:
 def _along_rows(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
     demand(x.shape[0] > 0, "x is empty")
     demand(x.is_contiguous(), "x must not be transposed where group_type is 0")
-    demand(weight.dim() == 3, f"weight has {weight.dim()} axes; with one x, 3 are wanted")
+    demand(weight.dim() == 3, f"weight has {weight.dim()} axes; with one x, 3 are required")
     demand(weight.is_contiguous() or weight.transpose(1, 2).is_contiguous(), "weight is neither plain nor transposed")
     demand(weight.shape[0] == len(ends), f"weight has {weight.shape[0]} groups, group_list {len(ends)}")
     demand(weight.shape[1] == x.shape[1], f"x {tuple(x.shape)} does not multiply weight {tuple(weight.shape)}")
@@ -154,7 +154,7 @@ def _along_rows(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
 def _along_inner(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
     demand(x.shape[1] > 0, "x is empty")
     demand(x.t().is_contiguous(), "x must be a transposed matrix where group_type is 2")
-    demand(weight.dim() == 2, f"weight has {weight.dim()} axes; 2 are wanted where group_type is 2")
+    demand(weight.dim() == 2, f"weight has {weight.dim()} axes; 2 are required where group_type is 2")
     demand(weight.is_contiguous(), "weight must be contiguous where group_type is 2")
     demand(weight.shape[0] == x.shape[1], f"x {tuple(x.shape)} does not multiply weight {tuple(weight.shape)}")
     demand(max(x.shape[0], weight.shape[1]) < INNER_LIMIT, f"an inner axis has {INNER_LIMIT} or more")
@@ -172,8 +172,8 @@ def _keep_permute(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _permute_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    tokens, indices, rows = ctx.saved_tensors
-    return torch.ops.npu.npu_moe_token_permute_grad(tokens, grad, indices, rows), None, None, None
+    tokens, indices, places = ctx.saved_tensors
+    return torch.ops.npu.npu_moe_token_permute_grad(tokens, grad, indices, places), None, None, None
 
 
 def _keep_unpermute(ctx: Any, inputs: Any, output: Any) -> None:
@@ -182,9 +182,9 @@ def _keep_unpermute(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _unpermute_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rows, sorted_indices, *probs = ctx.saved_tensors
-    grad_rows, grad_probs = torch.ops.npu.npu_moe_token_unpermute_grad(rows, grad, sorted_indices, *probs)
-    return grad_rows, None, grad_probs if ctx.with_probs else None, None, None
+    permuted, sorted_indices, *probs = ctx.saved_tensors
+    grad_permuted, grad_probs = torch.ops.npu.npu_moe_token_unpermute_grad(permuted, grad, sorted_indices, *probs)
+    return grad_permuted, None, grad_probs if ctx.with_probs else None, None, None
 
 
 IMPLEMENTATIONS = {
