@@ -1,12 +1,10 @@
-"""From a checked recipe to a finished run: device, processes, model, optimizer, checkpoint, data, loop."""
+"""From a job config to a finished run: device, ranks, model, optimizer, checkpoint, data, trainer."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,13 +13,11 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint.hf import load_hf_weights
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
-from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.checkpoint.state import Progress, TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
-from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
@@ -42,11 +38,10 @@ from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
 from mindspeed_mm.training.callbacks.watchdog import Watchdog, WatchdogLimits
 from mindspeed_mm.training.context import ForwardStep, Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
-from mindspeed_mm.training.initialization import initialize
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
-from mindspeed_mm.training.restart import RUN_KEY, choose_start, run_identity
+from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.signals import StopRequest, exit_status
 from mindspeed_mm.training.trainer import Trainer
 
@@ -62,20 +57,20 @@ DataProvider = Callable[
 def pretrain(
     job: JobConfig, model_provider: ModelProvider, data_provider: DataProvider, forward_step: ForwardStep
 ) -> int:
-    """Run a recipe on this process, one of those that torchrun started.
+    """Train as the job config says, on this rank. Called in every process that torchrun started.
 
     Args:
-        recipe: flags and files, already checked against each other.
+        job: flags and files, already checked against each other.
         model_provider: builds the model, uninitialised.
         data_provider: builds the training loader, continuing from the given progress, and the loader of held-out
             batches, or None.
-        forward_step: loss of the model on a batch with the given token weights.
+        forward_step: loss of the model on a batch with the given loss weights.
 
     Returns:
-        The status to exit with: not 0 where the run was told to stop before its end.
+        The status to exit with: not 0 if the run stopped on request before its end.
 
     Raises:
-        UserError: for anything that the user can mend.
+        UserError: for any error that the user can correct.
     """
     backend = select_backend(job.args.device)
     if job.args.deterministic_mode:
@@ -129,13 +124,13 @@ def _run(
     schedule = build_schedule(optimizer, args)
     for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
         logger.info(line)
-    progress = _load(job, model, optimizer, backend, spec=spec, model_config=model_config)
-    _restore_schedule(job, schedule, progress)
+    progress = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config)
+    restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
-    _check_order(job, progress, loader)
+    warn_of_sample_order(progress, seed=args.seed, samples_per_epoch=loader.samples_per_epoch)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
-    _warn_of_losses(job)
+    _warn_of_partial_state(args)
     logger.info(
         f"data: {loader.summary}; training from iteration {progress.iteration + 1} to {args.train_iters}"
     )
@@ -252,87 +247,26 @@ def _checkpoint_manager(
 
 
 def _shard_and_allocate(model: Model, job: JobConfig, backend: Backend, layout: Layout) -> None:
-    """Shard the model and give this process's shards storage on the device; the values come from a checkpoint."""
-    # FSDP2 moves what is elsewhere by exchanging a tensor's data, which not every device allows
+    """Shard the model and allocate this rank's shards on the device; the values come from a checkpoint."""
+    # FSDP2 moves tensors by exchanging their data, which not every device allows
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(backend.device))
     parallelize(model, layout=layout, config=job.fsdp)
     model.to_empty(device="cpu" if job.fsdp.offload_to_cpu else backend.device)
-    for module in model.modules():  # constants are wanted on the device wherever the parameters are kept
+    for module in model.modules():  # constants stay on the device, also where parameters are offloaded
         for name, constant in module.named_buffers(recurse=False):
             setattr(module, name, constant.to(backend.device))
     model.reset_buffers()
 
 
-def _load(
-    job: JobConfig, model: nn.Module, optimizer: torch.optim.AdamW, backend: Backend, *, spec: ModelSpec,
-    model_config: ModelConfig,
-) -> Progress:
-    start = choose_start(job.args)
-    for note in start.notes:
-        logger.info(note)
-    path = start.path
-    if path is None and job.args.random_init:
-        initialize(model, functools.partial(spec.initial_distribution, model_config), seed=job.args.seed)
-        logger.info(f"initialized all parameters at random (--random-init, --seed {job.args.seed})")
-        return Progress()
-    if path is None:
-        directory = job.model.init_from_hf_path
-        load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
-        logger.info(f"loaded the weights of {directory}; no --load was given")
-        return Progress()
-    converted = not Progress.is_training(path)
-    progress = load_checkpoint(
-        path,
-        model=model,
-        optimizer=optimizer if start.with_optimizer and not converted else None,
-        backend=backend,
-        with_rng=start.with_rng and not converted,
-        check=job.args.check_load,
-    )
-    said = {"read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"}
-    logger.info(f"loaded {path}; {said[job.args.check_load]}")
-    return progress
-
-
-def _restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
-    """Continue the learning-rate schedule; one that differs from the flags' is the user's to decide."""
-    if progress.schedule is None:
-        return
-    current = schedule.state_dict()
-    differing = [
-        f"{key} {saved!r} became {current[key]!r}"
-        for key, saved in progress.schedule.items()
-        if key not in ("num_steps", "wd_incr_steps") and current.get(key) != saved
-    ]
-    if differing and not job.args.override_opt_param_scheduler:
-        raise UserError(
-            f"the learning-rate schedule of {job.args.load} differs from the flags' ({'; '.join(differing)}); pass "
-            "the flags of the first run, or --override-opt-param-scheduler to continue under the new schedule"
-        )
-    schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
-
-
-def _warn_of_losses(job: JobConfig) -> None:
-    """Say what a run resumed from this run's checkpoints will not have."""
-    args = job.args
-    left_out = [
+def _warn_of_partial_state(args: TrainingArgs) -> None:
+    """Log what a run resumed from this run's checkpoints will lack."""
+    missing = [
         what
         for flag, what in ((args.no_save_optim, "AdamW's moments"), (args.no_save_rng, "random generator states"))
         if flag
     ]
-    if args.save is not None and left_out:
+    if args.save is not None and missing:
         logger.info(
-            f"checkpoints will be saved without {' and '.join(left_out)}: enough to export the model; "
-            "a run resumed from them starts these anew"
+            f"checkpoints will be saved without {' and '.join(missing)}: enough to export the model; "
+            "a run resumed from them starts without these"
         )
-
-
-def _check_order(job: JobConfig, progress: Progress, loader: Any) -> None:
-    """Say so where the resumed run will not see the samples in the order of the first."""
-    for name, saved, current in (
-        ("--seed", progress.seed, job.args.seed),
-        ("the number of samples per epoch", progress.samples_per_epoch, loader.samples_per_epoch),
-    ):
-        if saved is not None and saved != current:
-            logger.warning(f"{name} was {saved} when the checkpoint was written and is {current} now: "
-                "the order of the samples differs from the first run's")

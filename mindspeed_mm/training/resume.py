@@ -1,0 +1,187 @@
+"""The start of a run: Hugging Face weights, a checkpoint, or after a restart by torchrun its own last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mindspeed_mm.backend.device import Backend
+from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
+from mindspeed_mm.checkpoint.hf import load_hf_weights
+from mindspeed_mm.checkpoint.state import Progress, load_checkpoint
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.job import JobConfig
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.spec import ModelConfig, ModelSpec
+from mindspeed_mm.training.initialization import initialize
+
+logger = logging.getLogger(__name__)
+
+RUN_KEY = "run"
+"""Entry of a manifest's metadata: which run wrote the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The start of a run.
+
+    Attributes:
+        path: checkpoint directory; None for the Hugging Face weights.
+        with_optimizer: whether AdamW's moments are read from it.
+        with_rng: whether the random generators' states are.
+    """
+
+    path: Path | None
+    with_optimizer: bool = False
+    with_rng: bool = False
+
+
+def run_identity() -> str:
+    """Identifies this run on rank 0: the same after a restart by torchrun, another in each run of torchrun."""
+    parent = os.getppid()  # torchrun's agent, which outlives its processes
+    began = ""
+    with contextlib.suppress(OSError, IndexError):
+        # the 22nd field; the second is a name in parentheses, which may hold spaces
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()}:{parent}:{began}"
+
+
+def choose_start(args: TrainingArgs) -> Start:
+    """Decide on rank 0 and broadcast. Called by all ranks together.
+
+    Raises:
+        UserError: if ``--load`` names no checkpoint.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = _choose(args)
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _choose(args: TrainingArgs) -> Start:
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    own = _own_checkpoint(args) if restarts else None
+    if own is not None:
+        logger.info(f"restart {restarts} by torchrun: continuing from {own}, this run's last checkpoint")
+        lost = [
+            what
+            for left_out, what in (
+                (args.no_save_optim, "AdamW's moments (--no-save-optim)"),
+                (args.no_save_rng, "the random generators' states (--no-save-rng)"),
+            )
+            if left_out
+        ]
+        if lost:
+            logger.warning(f"lost, since that checkpoint holds none: {' and '.join(lost)}; they start from zero")
+        return Start(own, with_optimizer=not args.no_save_optim, with_rng=not args.no_save_rng)
+    if restarts:
+        logger.info(f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over")
+    if args.load is None:
+        return Start(None)
+    return Start(
+        resolve_checkpoint(args.load), with_optimizer=not args.no_load_optim, with_rng=not args.no_load_rng
+    )
+
+
+def _own_checkpoint(args: TrainingArgs) -> Path | None:
+    """The last checkpoint in ``--save``, if this run wrote it."""
+    if args.save is None:
+        return None
+    try:
+        path = resolve_checkpoint(args.save)
+        written_by = read_manifest(path)["metadata"].get(RUN_KEY)
+    except (UserError, KeyError, AttributeError):
+        return None
+    return path if written_by == run_identity() else None
+
+
+def load_start(
+    job: JobConfig,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    backend: Backend,
+    *,
+    spec: ModelSpec,
+    model_config: ModelConfig,
+) -> Progress:
+    """Load or initialise the parameters and what else the run starts with; returns where it starts.
+
+    Raises:
+        UserError: if a directory lacks what is to be loaded.
+    """
+    start = choose_start(job.args)
+    path = start.path
+    if path is None and job.args.random_init:
+        initialize(model, functools.partial(spec.initial_distribution, model_config), seed=job.args.seed)
+        logger.info(f"initialized all parameters at random (--random-init, --seed {job.args.seed})")
+        return Progress()
+    if path is None:
+        directory = job.model.init_from_hf_path
+        load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
+        logger.info(f"loaded the weights of {directory}; no --load was given")
+        return Progress()
+    converted = not Progress.is_training(path)
+    progress = load_checkpoint(
+        path,
+        model=model,
+        optimizer=optimizer if start.with_optimizer and not converted else None,
+        backend=backend,
+        with_rng=start.with_rng and not converted,
+        check=job.args.check_load,
+    )
+    checked = {
+        "read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"
+    }
+    logger.info(f"loaded {path}; {checked[job.args.check_load]}")
+    return progress
+
+
+def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
+    """Continue the learning-rate schedule.
+
+    Raises:
+        UserError: if it differs from the flags' and ``--override-opt-param-scheduler`` is not given.
+    """
+    if progress.schedule is None:
+        return
+    current = schedule.state_dict()
+    differing = [
+        f"{key} {saved!r} became {current[key]!r}"
+        for key, saved in progress.schedule.items()
+        if key not in ("num_steps", "wd_incr_steps") and current.get(key) != saved
+    ]
+    if differing and not job.args.override_opt_param_scheduler:
+        raise UserError(
+            f"the learning-rate schedule of {job.args.load} differs from the flags' ({'; '.join(differing)}); pass "
+            "the flags of the first run, or --override-opt-param-scheduler to continue under the new schedule"
+        )
+    schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
+
+
+def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: int) -> None:
+    """Warn if the resumed run will not see the samples in the order of the first."""
+    for name, saved, current in (
+        ("--seed", progress.seed, seed),
+        ("the number of samples per epoch", progress.samples_per_epoch, samples_per_epoch),
+    ):
+        if saved is not None and saved != current:
+            logger.warning(
+                f"{name} was {saved} when the checkpoint was written and is {current} now: the order of the samples "
+                "differs from the first run's"
+            )
