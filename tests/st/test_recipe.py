@@ -164,7 +164,7 @@ def test_memory_saving_run_logs_the_same_losses(place, whole_run):
 
 def test_loss_of_the_model_file_and_balanced_experts(place, whole_run):
     def change(content):
-        content["loss_cfg"].update(loss_type="square_loss", router_aux_loss_coef=0.01)
+        content.setdefault("loss_cfg", {}).update(loss_type="square_loss", router_aux_loss_coef=0.01)
 
     output = train(
         place, "balanced", "--exit-interval", "1", MM_MODEL=edited(place, "model_tiny.json", change), LOSS_ARGS="",
