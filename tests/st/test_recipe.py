@@ -291,7 +291,7 @@ def test_mistake_is_one_line_before_training(place, mistake):
 def test_direct_start_says_the_same(place):
     """Without the launcher and its preflight, as ``torchrun pretrain_transformers.py`` would start a process."""
     output = run(sys.executable, ROOT / "pretrain_transformers.py", "--lr", "1e-5", "--train-iters", "0", status=2)
-    assert output.startswith("error: --train-iters 0") and len(output.strip().splitlines()) == 1
+    assert output.startswith("error: --train-iters is 0") and len(output.strip().splitlines()) == 1
 
 
 def test_missing_weight_shard_stops_the_conversion(place, tmp_path):
