@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_mm.models.spec import ModelSpec
 from tests.tools import configuration_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +145,12 @@ def test_every_metric_is_documented() -> None:
     names = set(re.findall(r'metrics\.(?:add|set)\("(\w+)"|rates\["(\w+)"\]', text))
     documented = re.findall(r"`(\w+)`", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"))
     assert {"loss", "grad_norm", "mfu"} <= {name for pair in names for name in pair if name} <= set(documented)
+
+
+def test_the_whole_model_spec_is_documented() -> None:
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "model_family.md").read_text(encoding="utf-8")))
+    members = {name for name in (*vars(ModelSpec), *ModelSpec.__annotations__) if not name.startswith("_")}
+    assert {"build_model", "parts"} <= members <= documented, members - documented
 
 
 def test_wrong_texts_are_found() -> None:
