@@ -35,7 +35,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.10  # what the estimate promises; seen: docs/memory_estimate.md
-SIDE = 16  # patches along each picture
+SIDE = 16  # patches along each image
 EVEN = [(256, 1, 100)] * 4
 PACKED = [(300, 1, 100), (200, 0, 150), (400, 2, 100), (124, 0, 60)]
 SHORT = [(80, 1, 10)] * 4
@@ -73,7 +73,7 @@ def case(
     samples: list[tuple[int, int, int]] = EVEN, *flags: str, processes: int = 1, micro_batches: int = 1,
     trains: str = "text", fsdp: dict[str, Any] | None = None, **model_config: Any,
 ) -> dict[str, Any]:
-    """What both sides are told. ``trains`` names the parts that do, of vision, projector and text."""
+    """A case for the estimate and for the measurement; ``trains`` names parts, of vision, projector and text."""
     context = int(flags[flags.index("--context-parallel-size") + 1]) if "--context-parallel-size" in flags else 1
     batch = len(samples) * micro_batches * processes // context
     return {
@@ -122,7 +122,7 @@ CASES = {
 
 
 def plan_of(one: dict[str, Any]) -> Plan:
-    """What the estimate is told of a case."""
+    """The estimate's plan of a case."""
     args, frozen = parse_args(one["flags"]), one["frozen"]
     model = ModelOptions.model_validate({
         "model_id": one["config"]["model_type"], "init_from_hf_path": "-",
@@ -130,10 +130,10 @@ def plan_of(one: dict[str, Any]) -> Plan:
                           "vision_projector": {"freeze": "vision_projector" in frozen}},
         "text_decoder": {"freeze": "text_decoder" in frozen},
     })  # fmt: skip
-    tokens, pictures, target_tokens = (sum(values) for values in zip(*one["samples"], strict=True))
+    tokens, images, target_tokens = (sum(values) for values in zip(*one["samples"], strict=True))
     plan = plan_run(
         args, model, FSDPConfig(**one["fsdp"]), model_config=Qwen3VLConfig.from_config(one["config"]),
-        world_size=one["processes"], load=Load(tokens, pictures * SIDE**2, target_tokens),
+        world_size=one["processes"], load=Load(tokens, images * SIDE**2, target_tokens),
     )  # fmt: skip
     # segments of one length are attended to in one call
     uneven = len({length for length, _, _ in one["samples"]}) > 1
@@ -146,10 +146,10 @@ def measure(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for processes in sorted({one["processes"] for one in cases.values()}):
         with tempfile.TemporaryDirectory() as directory:
-            told, out = Path(directory, "cases.json"), Path(directory, "out.json")
-            told.write_text(json.dumps({name: one for name, one in cases.items() if one["processes"] == processes}))
+            given, out = Path(directory, "cases.json"), Path(directory, "out.json")
+            given.write_text(json.dumps({name: one for name, one in cases.items() if one["processes"] == processes}))
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            run = subprocess.run([*command, str(ROOT / "tests/drivers/memory_steps.py"), str(told), str(out)],
+            run = subprocess.run([*command, str(ROOT / "tests/drivers/memory_steps.py"), str(given), str(out)],
                                  env=environment, capture_output=True, text=True, timeout=900)  # fmt: skip
             assert run.returncode == 0, run.stderr[-3000:]
             results |= json.loads(out.read_text())

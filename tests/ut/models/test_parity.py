@@ -54,7 +54,7 @@ def test_compiled_operators_equal_hf(reference):
 
 
 def equals_hf(reference, choices):
-    """Loss, logits and gradients of the model with ``choices``; returns it and its geometry."""
+    """Loss, logits and gradients of the model with ``choices``; returns it and its config."""
     hf_model, samples, hf_loss, hf_logits = reference
     model, model_config = model_like(hf_model, choices)
     batch = collate(samples, SPEC, model_config)
@@ -103,7 +103,7 @@ def test_chunked_loss_equals_whole(reference):
 
 
 def test_text_only_batch_leaves_zero_vision_gradients(reference):
-    """The vision tower takes part in backward, with gradients of zero, where no sample has a picture."""
+    """The vision tower takes part in backward, with gradients of zero, where no sample has an image."""
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model)
     batch = collate([samples[2]], SPEC, model_config)

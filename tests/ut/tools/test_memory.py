@@ -31,7 +31,7 @@ VISION = ("vision_encoder", "vision_projector")
 
 
 def published(processes: int, **changes) -> Plan:
-    """The recipe for 30B: a picture of 1024 patches in a sample of 1024 tokens."""
+    """The recipe for 30B: an image of 1024 patches in a sample of 1024 tokens."""
     return Plan(
         model_config=Qwen3VLConfig.from_config(config_30b()), world_size=processes, sharding_size=processes,
         **{"tokens": 1024, "patches": 1024, "target_tokens": 768, "frozen": VISION, **changes},
