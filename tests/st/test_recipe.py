@@ -118,8 +118,10 @@ def test_resumed_run_is_the_same_run(place, whole_run):
     assert sorted(second) == [4, 5, 6]
     assert output.count("training blocked for") == 3
     assert sorted(path.name for path in (place / "parts").iterdir()) == [
-        "iter_0000006", "latest_checkpointed_iteration.txt"
+        "iter_0000006", "latest_checkpointed_iteration.txt", "metrics.jsonl"
     ]
+    steps = [json.loads(line)["iteration"] for line in (place / "parts/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
     assert {**first, **second} == whole_run
     whole, parts = stored(place / "whole/iter_0000006"), stored(place / "parts/iter_0000006")
     assert whole.keys() == parts.keys() and any(name.startswith("optimizer.") for name in whole)
