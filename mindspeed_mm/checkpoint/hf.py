@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +313,9 @@ def read_headers(directory: Path) -> dict[str, Header]:
 
 
 @torch.no_grad()
-def load_hf_weights(model: nn.Module, directory: str | Path, *, expert_layout: str = "auto") -> None:
+def load_hf_weights(
+    model: nn.Module, directory: str | Path, *, expert_layout: str = "auto", names: Collection[str] | None = None
+) -> None:
     """Fill the model's parameters, in place, from a Hugging Face directory.
 
     Each rank reads only the rows of its local shards, except that experts of the ``v5`` layout that are sharded within
@@ -323,6 +325,7 @@ def load_hf_weights(model: nn.Module, directory: str | Path, *, expert_layout: s
         model: sharded or not, with storage.
         directory: with ``config.json`` and safetensors files.
         expert_layout: of ``directory``: ``auto``, ``hub`` or ``v5``, as of ``HFSource``.
+        names: of the parameters to fill; None for all.
 
     Raises:
         UserError: naming tensors that are missing, unexpected, damaged or of another shape.
@@ -332,7 +335,7 @@ def load_hf_weights(model: nn.Module, directory: str | Path, *, expert_layout: s
     for rule in source.rules:
         parameter = parameters.pop(rule.target)
         local, shard_slice = local_shard(parameter)
-        if local.numel():
+        if local.numel() and (names is None or rule.target in names):
             _fill(local, shard_slice, rule, source)
     if parameters:
         raise AssertionError(f"the weight map does not know {sorted(parameters)[:3]}")

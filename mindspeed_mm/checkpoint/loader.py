@@ -114,7 +114,8 @@ def compare(
         path: of the checkpoint, for the message.
         tensors: of the model or optimizer.
         stored: shapes and dtypes of the checkpoint's tensors.
-        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly.
+        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly, or be bf16:
+            a frozen parameter, which computes in that dtype in any case.
 
     Raises:
         UserError: naming the first three differences of the first kind.
@@ -145,7 +146,9 @@ def compare(
 
 
 def _fits(stored: torch.dtype, dtype: torch.dtype, *, exact: bool) -> bool:
-    return stored == dtype or (not exact and torch.promote_types(stored, dtype) == dtype)
+    if stored == dtype:
+        return True
+    return not exact and stored.is_floating_point and dtype in (torch.promote_types(stored, dtype), torch.bfloat16)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

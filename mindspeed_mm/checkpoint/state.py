@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.directory import PROGRESS_FILE, verify_directory
+from mindspeed_mm.checkpoint.hf import load_hf_weights
 from mindspeed_mm.checkpoint.loader import Check, compare, load_tensors, raise_on_all_ranks
+from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.shards import chunks_to_write, total_bytes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.optimizer import initialise_state
@@ -62,9 +65,12 @@ class Progress:
             raise UserError(f"{reason}; restore it, or load another checkpoint") from error
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """``model.<name>`` -> parameter, sharded as it is."""
-    return {MODEL_PREFIX + name: parameter.detach() for name, parameter in model.named_parameters()}
+def model_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """``model.<name>`` -> parameter, sharded as it is; of some names, or of all for None."""
+    return {
+        MODEL_PREFIX + name: parameter.detach()
+        for name, parameter in model.named_parameters() if names is None or name in names
+    }
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -85,7 +91,13 @@ class TrainingState:
     """The state that a run saves; a ``manager.SavedState``."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, backend: Backend, *, with_rng: bool
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        backend: Backend,
+        *,
+        with_rng: bool,
+        names: Collection[str] | None = None,
     ) -> None:
         """
         Args:
@@ -93,13 +105,15 @@ class TrainingState:
             optimizer: None to skip its state (``--no-save-optim``).
             backend: of the generators.
             with_rng: whether to save the generators' state; False for ``--no-save-rng``.
+            names: of the parameters to save; None for all.
         """
         self._model, self._optimizer, self._backend, self._with_rng = model, optimizer, backend, with_rng
+        self._names = names
 
     def shared(self) -> dict[str, Tensor]:
         """Parameters and AdamW's state."""
         optimizer = {} if self._optimizer is None else optimizer_state(self._model, self._optimizer)
-        return {**model_state(self._model), **optimizer}
+        return {**model_state(self._model, self._names), **optimizer}
 
     def own(self) -> dict[str, Tensor]:
         """Random generators of this rank."""
@@ -109,7 +123,8 @@ class TrainingState:
         """Bytes that this rank will write, also before AdamW has created its state."""
         state: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
-            state[name] = parameter.detach()
+            if self._names is None or name in self._names:
+                state[name] = parameter.detach()
             if self._optimizer is not None and parameter.requires_grad:
                 state.update({f"{name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")})
         return total_bytes(chunks_to_write(state, {}, rank=dist.get_rank()))
@@ -123,6 +138,8 @@ def load_checkpoint(
     backend: Backend,
     with_rng: bool,
     check: Check = "read",
+    load_base: str | None = None,
+    expert_layout: str = "auto",
 ) -> Progress:
     """Load a checkpoint directory into the model, in place. Called by all ranks.
 
@@ -133,21 +150,41 @@ def load_checkpoint(
         backend: of the generators.
         with_rng: whether to restore the generators' state.
         check: which checksums to compare (``--check-load``).
+        load_base: directory of a partial checkpoint's base, if it is not where it was (``--load-base``).
+        expert_layout: of a base that is a Hugging Face directory.
 
     Raises:
-        UserError: on all ranks, if the checkpoint is incomplete or damaged, is of another model, or lacks the requested
-            state.
+        UserError: on all ranks, if the checkpoint or its base is incomplete or damaged, is of another model, or lacks
+            the requested state.
     """
     with raise_on_all_ranks():
-        reader = DcpReader(path, verify_directory(path))
-        tensors = _tensors_to_load(reader, model, optimizer, backend, with_rng=with_rng)
+        manifest = verify_directory(path)
+        reader = DcpReader(path, manifest)
+        base = find_base(manifest, path, moved_to=load_base, option="--load-base")
+        tensors = _tensors_to_load(reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None)
         progress = Progress.read(path)
+    if base is not None:
+        names = {name for name, _ in model.named_parameters() if MODEL_PREFIX + name not in tensors}
+        _load_base(base, model, names, check=check, expert_layout=expert_layout)
     load_tensors(reader, tensors, check=check)
     if with_rng:
         backend.set_rng_state(
             {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(RNG_PREFIX)}
         )
     return progress
+
+
+def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: Check, expert_layout: str) -> None:
+    """Fill the parameters that a partial checkpoint does not hold."""
+    if base.kind == "huggingface":
+        with raise_on_all_ranks():
+            load_hf_weights(model, base.path, expert_layout=expert_layout, names=names)
+        return
+    tensors = model_state(model, names)
+    with raise_on_all_ranks():
+        reader = DcpReader(Path(base.path), verify_directory(base.path))
+        compare(reader.path, tensors, {n: entry for n, entry in reader.tensors.items() if n in tensors}, exact=False)
+    load_tensors(reader, tensors, check=check)
 
 
 def _tensors_to_load(
@@ -157,6 +194,7 @@ def _tensors_to_load(
     backend: Backend,
     *,
     with_rng: bool,
+    partial: bool,
 ) -> dict[str, Tensor]:
     """The tensors to fill, by their names in the checkpoint.
 
@@ -165,8 +203,10 @@ def _tensors_to_load(
     """
     stored, path = reader.tensors, reader.path
     state = model_state(model)
-    exact = Progress.is_training(path)  # converted weights may have a narrower dtype
-    compare(path, state, {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}, exact=exact)
+    if partial:
+        state = {name: tensor for name, tensor in state.items() if name in stored}
+    parameters = {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}
+    compare(path, state, parameters, exact=False)  # converted weights and frozen parameters may be in bf16
     if optimizer is not None:
         if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
             raise UserError(

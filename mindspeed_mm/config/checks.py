@@ -66,7 +66,11 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError("--exit-on-hang needs the watchdog that --hang-watch-factor 0 switches off; drop one of them")
     if args.random_init and args.load is not None:
         raise UserError(f"--random-init and --load {args.load} exclude each other; keep one")
-    for name in ("async_save", "keep_last", "keep_every"):
+    if args.random_init and args.save_trainable_only:
+        raise UserError("--save-trainable-only needs loaded weights as a base, which --random-init leaves out; drop one")
+    if args.load_base is not None and args.load is None:
+        raise UserError(f"--load-base {args.load_base} is the base of what --load names; add --load DIR")
+    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every"):
         if getattr(args, name) and args.save is None:
             raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")
     if args.keep_every is not None and args.keep_last is None:

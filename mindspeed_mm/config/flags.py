@@ -156,6 +156,10 @@ class CheckpointArgs(StrictModel):
     load: str | None = effective(
         None, "directory to start or continue from: its tracker file names the checkpoint", metavar="DIR"
     )
+    load_base: str | None = effective(
+        None, "where the base of a partial checkpoint is now (default: where it was when the checkpoint was saved)",
+        metavar="DIR",
+    )
     random_init: bool = effective(
         False, "start from random weights instead of loading any: they depend on --seed and the parameters' names only"
     )
@@ -165,6 +169,9 @@ class CheckpointArgs(StrictModel):
     )
     async_save: bool = effective(
         False, "write checkpoints in the background, from a copy in host memory as large as the rank's share"
+    )
+    save_trainable_only: bool = effective(
+        False, "checkpoints hold the parameters that train, over a base that they name: what the run started from"
     )
     keep_last: int | None = effective(
         None, "after each save, delete this run's checkpoints except the last N (default: keep all)", ge=1

@@ -127,6 +127,8 @@ def compile_rules(args: TrainingArgs, options: ModelOptions, *, parts: Parts) ->
     if args.frozen_param_dtype != "fp32":
         source = f"--frozen-param-dtype {args.frozen_param_dtype}"
         rules.append(ParameterRule(pattern="*", source=source, frozen_only=True, dtype=args.frozen_param_dtype))
+    if args.save_trainable_only:
+        rules.append(ParameterRule(pattern="*", source="--save-trainable-only", frozen_only=True, saved=False))
     return rules
 
 

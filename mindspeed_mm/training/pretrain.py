@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
+from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run
 from mindspeed_mm.checkpoint.state import Progress, TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
@@ -21,7 +23,7 @@ from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
-from mindspeed_mm.models.parameter_rules import apply_settings, compile_rules, describe, frozen_parts
+from mindspeed_mm.models.parameter_rules import Settings, apply_settings, compile_rules, describe, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
@@ -124,7 +126,7 @@ def _run(
     schedule = build_schedule(optimizer, args)
     for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
         logger.info(line)
-    progress = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config)
+    progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config)
     restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
@@ -163,7 +165,7 @@ def _run(
                 describe=loader.dataset.describe,
                 eval_loader=eval_loader,
                 split=split,
-                manager=_checkpoint_manager(job, model, optimizer, backend),
+                manager=_checkpoint_manager(job, model, optimizer, backend, settings, source),
             ),
         )
         trainer.train()
@@ -224,15 +226,26 @@ def _load_balancing(job: JobConfig, model_config: ModelConfig) -> LoadBalancingL
 
 
 def _checkpoint_manager(
-    job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend
+    job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend, settings: Settings,
+    source: Path | None,
 ) -> CheckpointManager | None:
-    """Writes the run's checkpoints, if ``--save`` names a directory."""
+    """Writes the run's checkpoints, if ``--save`` names a directory; ``source``: what the run started from."""
     args = job.args
     if args.save is None:
         return None
+    names, metadata = None, {**job.checkpoint_metadata(), RUN_KEY: run_identity()}
+    if args.save_trainable_only and source is not None:
+        base, names = base_of_run(source, moved_to=args.load_base, option="--load-base")
+        names |= {name for name, setting in settings.items() if setting.saved}
+        if args.keep_last is not None and Path(base.path).parent == Path(args.save).resolve():
+            raise UserError(
+                f"--keep-last {args.keep_last} would delete {base.path}, the base of this run's checkpoints; save to "
+                "another directory, or leave --keep-last out"
+            )
+        metadata[BASE_KEY] = dataclasses.asdict(base)
     optimizer_to_save = None if args.no_save_optim else optimizer
     return CheckpointManager(
-        TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng),
+        TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng, names=names),
         SaveOptions(
             root=Path(args.save),
             asynchronous=args.async_save,
@@ -242,7 +255,7 @@ def _checkpoint_manager(
             timeout_minutes=args.distributed_timeout_minutes,
         ),
         backend=backend,
-        metadata={**job.checkpoint_metadata(), RUN_KEY: run_identity()},
+        metadata=metadata,
     )
 
 

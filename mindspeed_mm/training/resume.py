@@ -119,8 +119,11 @@ def load_start(
     *,
     spec: ModelSpec,
     model_config: ModelConfig,
-) -> Progress:
-    """Load or initialise the parameters and what else the run starts with; returns where it starts.
+) -> tuple[Progress, Path | None]:
+    """Load or initialise the parameters and what else the run starts with.
+
+    Returns:
+        The run's progress, and the directory that the weights are from.
 
     Raises:
         UserError: if a directory lacks what is to be loaded.
@@ -130,12 +133,12 @@ def load_start(
     if path is None and job.args.random_init:
         initialize(model, functools.partial(spec.initial_distribution, model_config), seed=job.args.seed)
         logger.info(f"initialized all parameters at random (--random-init, --seed {job.args.seed})")
-        return Progress()
+        return Progress(), None
     if path is None:
         directory = job.model.init_from_hf_path
         load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
         logger.info(f"loaded the weights of {directory}; no --load was given")
-        return Progress()
+        return Progress(), Path(directory)
     converted = not Progress.is_training(path)
     progress = load_checkpoint(
         path,
@@ -144,12 +147,14 @@ def load_start(
         backend=backend,
         with_rng=start.with_rng and not converted,
         check=job.args.check_load,
+        load_base=job.args.load_base,
+        expert_layout=job.args.expert_layout,
     )
     checked = {
         "read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"
     }
     logger.info(f"loaded {path}; {checked[job.args.check_load]}")
-    return progress
+    return progress, path
 
 
 def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:

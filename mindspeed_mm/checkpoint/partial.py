@@ -1,0 +1,123 @@
+"""Partial checkpoints: some of the model's parameters, over a base that the manifest names and that loading checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mindspeed_mm.checkpoint.directory import MANIFEST, find_checkpoint, is_huggingface, read_manifest
+from mindspeed_mm.errors import UserError
+
+BASE_KEY = "base"
+"""Key of the manifest's metadata; only partial checkpoints have it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The weights that a partial checkpoint is laid over.
+
+    Attributes:
+        kind: Hugging Face directory or distributed checkpoint.
+        path: its directory.
+        digest: of a checkpoint's manifest, which has the checksums of all files; of a Hugging Face directory's weight
+            files by name, size and header.
+    """
+
+    kind: Literal["huggingface", "checkpoint"]
+    path: str
+    digest: str
+
+    @classmethod
+    def of(cls, directory: str | Path, option: str) -> Base:
+        """Describe a Hugging Face directory, a checkpoint directory, or one with a tracker file.
+
+        Args:
+            directory: to describe.
+            option: that named it, for messages.
+
+        Raises:
+            UserError: if it is none of these.
+        """
+        path = Path(directory)
+        if is_huggingface(path):
+            return cls("huggingface", str(path.resolve()), _digest_of_weights(path))
+        path = find_checkpoint(path, option)
+        return cls("checkpoint", str(path.resolve()), hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
+
+    @classmethod
+    def recorded(cls, manifest: Mapping[str, Any]) -> Base | None:
+        """The base of a checkpoint; None for one that holds the whole model."""
+        base = manifest["metadata"].get(BASE_KEY)
+        return None if base is None else cls(**base)
+
+
+def find_base(manifest: Mapping[str, Any], checkpoint: Path, *, moved_to: str | None, option: str) -> Base | None:
+    """The base of a checkpoint, at its present path and unchanged; None for a checkpoint of the whole model.
+
+    Args:
+        manifest: of the checkpoint.
+        checkpoint: its directory, for messages.
+        moved_to: where the base is now; None for where it was.
+        option: that names ``moved_to``.
+
+    Raises:
+        UserError: if the base is missing, has changed or is another one, or if the checkpoint has none.
+    """
+    recorded = Base.recorded(manifest)
+    if recorded is None:
+        if moved_to is not None:
+            raise UserError(f"{option} {moved_to}: {checkpoint} holds the whole model; leave the option out")
+        return None
+    path = Path(moved_to or recorded.path)
+    if not path.is_dir():
+        raise UserError(
+            f"{checkpoint} holds a part of the model, and its base {path} does not exist; name the base by {option} DIR"
+        )
+    found = Base.of(path, option)
+    if (found.kind, found.digest) != (recorded.kind, recorded.digest):
+        kind = {"huggingface": "a Hugging Face directory", "checkpoint": "a checkpoint"}[recorded.kind]
+        raise UserError(
+            f"{path} is not the base of {checkpoint}, {kind}, or has changed since; name the right one by {option} DIR"
+        )
+    return found
+
+
+def base_of_run(start: Path, *, moved_to: str | None, option: str) -> tuple[Base, set[str]]:
+    """The base of a run's partial checkpoints.
+
+    Args:
+        start: Hugging Face directory or checkpoint that the run started from.
+        moved_to: see :func:`find_base`.
+        option: likewise.
+
+    Returns:
+        The base, and the parameters that ``start`` holds over it: they differ from the base, so that the run's own
+        checkpoints must hold them too, trained or not.
+
+    Raises:
+        UserError: as :func:`find_base`.
+    """
+    if is_huggingface(start):
+        return Base.of(start, option), set()
+    manifest = read_manifest(start)
+    base = find_base(manifest, start, moved_to=moved_to, option=option)
+    if base is None:
+        return Base.of(start, option), set()
+    from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX  # here, since preflight does without torch
+    from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+
+    names = DcpReader(start, manifest).tensors
+    return base, {name.removeprefix(MODEL_PREFIX) for name in names if name.startswith(MODEL_PREFIX)}
+
+
+def _digest_of_weights(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + length + header)
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""The base of a partial checkpoint: found where it was or has moved to, and refused where it is another."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mindspeed_mm.checkpoint.directory import MANIFEST, commit_directory, read_manifest, write_tracker
+from mindspeed_mm.checkpoint.partial import BASE_KEY, Base, base_of_run, find_base
+from mindspeed_mm.errors import UserError
+
+
+@pytest.fixture
+def bases(tmp_path):
+    """A Hugging Face directory and a checkpoint, of as much as the digests read."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(3)}, hf / "model.safetensors")
+    with commit_directory(tmp_path / "dcp/release", {"kind": "converted"}) as partial:
+        (partial / ".metadata").write_bytes(b"metadata")
+    write_tracker(tmp_path / "dcp", "release")
+    return {"huggingface": hf, "checkpoint": tmp_path / "dcp/release"}
+
+
+def over(base, place):
+    """A partial checkpoint over ``base``, and its manifest."""
+    target = place / "save/iter_0000001"
+    with commit_directory(target, {BASE_KEY: dataclasses.asdict(base)}) as partial:
+        (partial / ".metadata").write_bytes(b"metadata")
+    return target, read_manifest(target)
+
+
+def found(target, manifest, moved_to=None):
+    return find_base(manifest, target, moved_to=moved_to, option="--load-base")
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "checkpoint"])
+def test_base_is_found_where_it_was_and_where_it_has_moved_to(bases, tmp_path, kind):
+    base = Base.of(bases[kind], "--load")
+    assert (base.kind, base.path) == (kind, str(bases[kind]))
+    target, manifest = over(base, tmp_path)
+    assert found(target, manifest) == base
+    moved = tmp_path / "elsewhere"
+    shutil.move(bases[kind], moved)
+    with pytest.raises(UserError, match=f"iter_0000001 holds a part of the model, and its base {base.path} does not exi"):
+        found(target, manifest)
+    assert found(target, manifest, str(moved)) == dataclasses.replace(base, path=str(moved))
+
+
+def test_root_of_a_checkpoint_may_be_named(bases, tmp_path):
+    base = Base.of(bases["checkpoint"].parent, "--load")
+    assert base == Base.of(bases["checkpoint"], "--load")
+    assert found(*over(base, tmp_path), str(bases["checkpoint"].parent)) == base
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "checkpoint"])
+def test_a_base_that_has_changed_is_refused(bases, tmp_path, kind):
+    target, manifest = over(Base.of(bases[kind], "--load"), tmp_path)
+    if kind == "huggingface":
+        save_file({"a": torch.zeros(4)}, bases[kind] / "model.safetensors")
+    else:
+        (bases[kind] / MANIFEST).write_text((bases[kind] / MANIFEST).read_text() + " ")
+    with pytest.raises(UserError, match=f"{bases[kind]} is not the base of .*iter_0000001, .* --load-base DIR"):
+        found(target, manifest)
+
+
+def test_a_base_of_another_kind_is_refused(bases, tmp_path):
+    target, manifest = over(Base.of(bases["huggingface"], "--load"), tmp_path)
+    with pytest.raises(UserError, match="release is not the base of .*, a Hugging Face directory, or has changed"):
+        found(target, manifest, str(bases["checkpoint"]))
+
+
+def test_a_whole_checkpoint_has_no_base(bases):
+    manifest = read_manifest(bases["checkpoint"])
+    assert found(bases["checkpoint"], manifest) is None
+    with pytest.raises(UserError, match="--load-base x: .*release holds the whole model; leave the option out"):
+        found(bases["checkpoint"], manifest, "x")
+
+
+def test_base_of_a_run(bases):
+    for start in bases.values():
+        assert base_of_run(start, moved_to=None, option="--load-base") == (Base.of(start, "--load"), set())
