@@ -6,7 +6,7 @@ Every rank reads only the stored chunks that overlap its own shards, whatever sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,7 @@ def compare(
     stored: Mapping[str, tuple[Sequence[int], torch.dtype]],
     *,
     exact: bool = True,
+    frozen: Collection[str] = (),
 ) -> None:
     """Refuse a checkpoint whose names, shapes or dtypes differ from the model's.
 
@@ -114,8 +115,8 @@ def compare(
         path: of the checkpoint, for the message.
         tensors: of the model or optimizer.
         stored: shapes and dtypes of the checkpoint's tensors.
-        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly, or be bf16:
-            a frozen parameter, which computes in that dtype in any case.
+        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly.
+        frozen: names of parameters that do not train; their values may be rounded to bf16, since they compute in it.
 
     Raises:
         UserError: naming the first three differences of the first kind.
@@ -130,6 +131,7 @@ def compare(
         f"{name} {_dtype_name(stored[name][1])} instead of {_dtype_name(tensors[name].dtype)}"
         for name in common
         if not _fits(stored[name][1], tensors[name].dtype, exact=exact)
+        and not (name in frozen and tensors[name].dtype == torch.bfloat16 and stored[name][1].is_floating_point)
     ]
     for kind, names in (
         ("lacks", sorted(tensors.keys() - stored.keys())),
@@ -146,9 +148,7 @@ def compare(
 
 
 def _fits(stored: torch.dtype, dtype: torch.dtype, *, exact: bool) -> bool:
-    if stored == dtype:
-        return True
-    return not exact and stored.is_floating_point and dtype in (torch.promote_types(stored, dtype), torch.bfloat16)
+    return stored == dtype or (not exact and torch.promote_types(stored, dtype) == dtype)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

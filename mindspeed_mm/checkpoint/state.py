@@ -174,6 +174,10 @@ def load_checkpoint(
     return progress
 
 
+def _frozen(model: nn.Module) -> set[str]:
+    return {MODEL_PREFIX + name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
 def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: Check, expert_layout: str) -> None:
     """Fill the parameters that a partial checkpoint does not hold."""
     if base.kind == "huggingface":
@@ -183,7 +187,8 @@ def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: C
     tensors = model_state(model, names)
     with raise_on_all_ranks():
         reader = DcpReader(Path(base.path), verify_directory(base.path))
-        compare(reader.path, tensors, {n: entry for n, entry in reader.tensors.items() if n in tensors}, exact=False)
+        stored = {name: entry for name, entry in reader.tensors.items() if name in tensors}
+        compare(reader.path, tensors, stored, exact=False, frozen=_frozen(model))
     load_tensors(reader, tensors, check=check)
 
 
@@ -206,7 +211,8 @@ def _tensors_to_load(
     if partial:
         state = {name: tensor for name, tensor in state.items() if name in stored}
     parameters = {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}
-    compare(path, state, parameters, exact=False)  # converted weights and frozen parameters may be in bf16
+    # converted weights and frozen parameters may be in bf16
+    compare(path, state, parameters, exact=False, frozen=_frozen(model))
     if optimizer is not None:
         if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
             raise UserError(

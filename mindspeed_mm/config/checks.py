@@ -67,7 +67,7 @@ def check_flags(args: TrainingArgs) -> None:
     if args.random_init and args.load is not None:
         raise UserError(f"--random-init and --load {args.load} exclude each other; keep one")
     if args.random_init and args.save_trainable_only:
-        raise UserError("--save-trainable-only needs loaded weights as a base, which --random-init leaves out; drop one")
+        raise UserError("--save-trainable-only needs loaded weights as a base, which --random-init skips; drop one")
     if args.load_base is not None and args.load is None:
         raise UserError(f"--load-base {args.load_base} is the base of what --load names; add --load DIR")
     for name in ("save_trainable_only", "async_save", "keep_last", "keep_every"):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, commit_directory, read_manifest, write_tracker
+from mindspeed_mm.checkpoint.directory import MANIFEST, read_manifest, write_tracker
 from mindspeed_mm.checkpoint.partial import BASE_KEY, Base, base_of_run, find_base
 from mindspeed_mm.errors import UserError
+from tests.helpers.checkpoint_directory import commit_directory
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_base_is_found_where_it_was_and_where_it_has_moved_to(bases, tmp_path, k
     assert found(target, manifest) == base
     moved = tmp_path / "elsewhere"
     shutil.move(bases[kind], moved)
-    with pytest.raises(UserError, match=f"iter_0000001 holds a part of the model, and its base {base.path} does not exi"):
+    with pytest.raises(UserError, match=f"iter_0000001 holds a part of the model, and its base {base.path} does"):
         found(target, manifest)
     assert found(target, manifest, str(moved)) == dataclasses.replace(base, path=str(moved))
 
