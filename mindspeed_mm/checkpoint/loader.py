@@ -116,7 +116,7 @@ def compare(
         tensors: of the model or optimizer.
         stored: shapes and dtypes of the checkpoint's tensors.
         exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly.
-        frozen: names of parameters that do not train; their values may be rounded to bf16, since they compute in it.
+        frozen: names of parameters that do not train, whose dtype may be another: bf16 where the model computes in it.
 
     Raises:
         UserError: naming the first three differences of the first kind.
@@ -131,7 +131,7 @@ def compare(
         f"{name} {_dtype_name(stored[name][1])} instead of {_dtype_name(tensors[name].dtype)}"
         for name in common
         if not _fits(stored[name][1], tensors[name].dtype, exact=exact)
-        and not (name in frozen and tensors[name].dtype == torch.bfloat16 and stored[name][1].is_floating_point)
+        and not (name in frozen and {stored[name][1], tensors[name].dtype} == {torch.bfloat16, torch.float32})
     ]
     for kind, names in (
         ("lacks", sorted(tensors.keys() - stored.keys())),

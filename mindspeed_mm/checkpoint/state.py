@@ -161,7 +161,12 @@ def load_checkpoint(
         manifest = verify_directory(path)
         reader = DcpReader(path, manifest)
         base = find_base(manifest, path, moved_to=load_base, option="--load-base")
-        tensors = _tensors_to_load(reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None)
+        # converted weights may be in bf16, and so may parameters that did not train in the run that saved them
+        flags = manifest["metadata"].get("flags", {})
+        exact = Progress.is_training(path) and flags.get("--frozen-param-dtype", "fp32") == "fp32"
+        tensors = _tensors_to_load(
+            reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None, exact=exact
+        )
         progress = Progress.read(path)
     if base is not None:
         names = {name for name, _ in model.named_parameters() if MODEL_PREFIX + name not in tensors}
@@ -200,6 +205,7 @@ def _tensors_to_load(
     *,
     with_rng: bool,
     partial: bool,
+    exact: bool,
 ) -> dict[str, Tensor]:
     """The tensors to fill, by their names in the checkpoint.
 
@@ -211,8 +217,7 @@ def _tensors_to_load(
     if partial:
         state = {name: tensor for name, tensor in state.items() if name in stored}
     parameters = {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}
-    # converted weights and frozen parameters may be in bf16
-    compare(path, state, parameters, exact=False, frozen=_frozen(model))
+    compare(path, state, parameters, exact=exact, frozen=_frozen(model))
     if optimizer is not None:
         if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
             raise UserError(
