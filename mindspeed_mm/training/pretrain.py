@@ -20,6 +20,7 @@ from mindspeed_mm.checkpoint.state import Progress, TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
