@@ -86,6 +86,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     _option(parser, "workers", type=positive, metavar="N", help="threads (default: two for each core, 8 at most)")
 
 
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    _option(
+        parser, "base_dir", metavar="DIR",
+        help="where the base of a partial checkpoint is now (default: where it was when the checkpoint was saved)",
+    )
+
+
 def _add_hf_to_dcp(parser: argparse.ArgumentParser) -> None:
     _option(parser, "hf_dir", required=True, metavar="DIR", help="Hugging Face directory to read")
     _option(parser, "dcp_dir", required=True, metavar="DIR", help="directory to write release/ and the tracker file to")
@@ -123,6 +130,7 @@ def _add_dcp_to_hf(parser: argparse.ArgumentParser) -> None:
         parser, "skip_check", action="store_true",
         help="do not compare checksums, to export a damaged checkpoint",
     )
+    _add_base(parser)
     _add_common(parser)
 
 
@@ -130,6 +138,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     _option(parser, "dcp_dir", required=True, metavar="DIR", help="checkpoint, or the directory of the tracker file")
     _option(parser, "hf_dir", required=True, metavar="DIR", help="Hugging Face directory to compare with")
     _option(parser, "expert-layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
+    _add_base(parser)
     _add_common(parser)
 
 
@@ -166,6 +175,7 @@ def _dcp_to_hf(options: argparse.Namespace) -> int:
         workers=options.workers,
         overwrite=options.overwrite,
         check=not options.skip_check,
+        base_dir=options.base_dir,
     )
     print(f"wrote {path}")
     return 0
@@ -175,7 +185,8 @@ def _verify(options: argparse.Namespace) -> int:
     from mindspeed_mm.checkpoint.inspection import verify
 
     differing = verify(
-        options.dcp_dir, options.hf_dir, expert_layout=options.expert_layout, workers=options.workers
+        options.dcp_dir, options.hf_dir, expert_layout=options.expert_layout, workers=options.workers,
+        base_dir=options.base_dir,
     )
     for line in differing:
         print(line)

@@ -55,6 +55,7 @@ from mindspeed_mm.checkpoint.hf import (
     copy_assets,
     layout_by_shapes,
 )
+from mindspeed_mm.checkpoint.partial_reader import open_reader
 from mindspeed_mm.checkpoint.safetensors_io import build_header, listed, tensor_bytes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
@@ -76,6 +77,7 @@ def dcp_to_hf(
     workers: int | None = None,
     overwrite: bool = False,
     check: bool = True,
+    base_dir: str | Path | None = None,
 ) -> Path:
     """Write a directory that transformers loads, from a converted or a training checkpoint; returns its path.
 
@@ -92,6 +94,7 @@ def dcp_to_hf(
         workers: threads; None for two for each core, 8 at most.
         overwrite: replace ``save_dir``.
         check: compare the chunks that are read with the recorded checksums.
+        base_dir: directory of a partial checkpoint's base, if it is not where it was.
 
     Raises:
         UserError: if the checkpoint is incomplete, damaged or of another model, or the target cannot be written.
@@ -102,7 +105,7 @@ def dcp_to_hf(
     manifest = verify_directory(checkpoint)
     spec = spec_of(assets)
     model_config = spec.read_config(assets)
-    reader = DcpReader(checkpoint, manifest)
+    reader = open_reader(checkpoint, manifest, base_dir=base_dir)
     rules = spec.weight_rules(model_config, expert_layout="hub")
     _check(reader, rules, assets)
     outputs = [_output(rule, reader, _target_dtype(dtype, manifest, assets)) for rule in rules]
@@ -114,6 +117,7 @@ def dcp_to_hf(
     check_replaceable(save, overwrite=overwrite, keep=(checkpoint, assets))
     chunk_reader = ChunkReader(reader, check=check)
     unchecked = chunk_reader.files_without_chunk_checksums(MODEL_PREFIX + rule.target for rule in rules)
+    unchecked &= manifest["files"].keys()  # those of a base have no checksums here
     if check and unchecked:
         print(f"checking {counted(len(unchecked), 'file')} of {checkpoint}, without checksums of chunks")
         verify_files(checkpoint, {name: manifest["files"][name] for name in sorted(unchecked)})

@@ -29,13 +29,16 @@ from mindspeed_mm.checkpoint.directory import (
     verify_directory,
 )
 from mindspeed_mm.checkpoint.hf import LAYOUT_KEY, HFSource, layout_by_shapes, read_headers
+from mindspeed_mm.checkpoint.partial import Base
+from mindspeed_mm.checkpoint.partial_reader import open_reader
 from mindspeed_mm.checkpoint.safetensors_io import split_rows
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.models.state_dict import WeightRule, mcore_shapes
 
 
 def verify(
-    dcp_dir: str | Path, hf_dir: str | Path, *, expert_layout: str = "auto", workers: int | None = None
+    dcp_dir: str | Path, hf_dir: str | Path, *, expert_layout: str = "auto", workers: int | None = None,
+    base_dir: str | Path | None = None,
 ) -> list[str]:
     """Compare all tensors; returns one line for each that differs.
 
@@ -46,6 +49,7 @@ def verify(
         hf_dir: the Hugging Face directory to compare with.
         expert_layout: of ``hf_dir``: ``auto``, ``hub`` or ``v5``.
         workers: threads; None for two for each core, 8 at most.
+        base_dir: directory of a partial checkpoint's base, if it is not where it was.
 
     Raises:
         UserError: if either side cannot be read or is incomplete.
@@ -54,7 +58,7 @@ def verify(
     check_huggingface(Path(hf_dir), "--hf_dir")
     manifest = verify_directory(checkpoint)
     source = HFSource(hf_dir, expert_layout=expert_layout)
-    reader = DcpReader(checkpoint, manifest)
+    reader = open_reader(checkpoint, manifest, base_dir=base_dir)
     converted = manifest["metadata"].get("dtype", "keep") != "keep"
 
     expected = {MODEL_PREFIX + name: shape for name, shape in mcore_shapes(source.rules).items()}
@@ -171,6 +175,9 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
     if metadata.get("kind") == "converted":
         source = metadata["source"]
         facts["made from"] = f"{counted(len(source['files']), 'file')} in {source['expert_layout']} layout"
+    base = Base.recorded(manifest)
+    if base is not None:
+        facts["holds"] = f"a part of the model, over the base {base.path}"
     model_config = metadata.get("model_config", metadata.get("geometry"))  # the second in older checkpoints
     if isinstance(model_config, Mapping):
         text = model_config.get("text", model_config)

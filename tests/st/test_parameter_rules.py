@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from tests.helpers.resumed_runs import LAST, Runs, assert_same_run
 from tests.helpers.tiny_recipe import write_recipe
 from tests.st.test_recipe import stored
@@ -50,6 +51,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs.go()
 
 
+def assets(runs: Runs) -> Path:
+    """The Hugging Face directory of the recipe, which is the base of the first partial checkpoints."""
+    manifest = json.loads((runs.place / "partial" / LAST / "manifest.json").read_text())
+    return Path(manifest["metadata"]["base"]["path"])
+
+
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, theirs[name].to(tensor.dtype)) for name, tensor in ours.items())
 
@@ -86,3 +93,13 @@ def test_partial_checkpoints_over_a_training_checkpoint(runs):
     for name in ("over a checkpoint", "rest over a checkpoint"):
         rest = runs.steps(name)
         assert rest and all(rest[step] == runs.steps("fp32")[step] for step in rest)
+
+
+@pytest.mark.parametrize("name", ["partial", "rest over a checkpoint"])
+def test_partial_checkpoints_export_like_whole_ones(runs, tmp_path, name):
+    """Over a Hugging Face directory and over a training checkpoint."""
+    exported = {}
+    for save in ("fp32", name):
+        dcp_to_hf(runs.place / save, tmp_path / save, assets(runs), dtype="fp32")
+        exported[save] = load_file(tmp_path / save / "model.safetensors")
+    assert exported[name].keys() == exported["fp32"].keys() and same(exported[name], exported["fp32"])
