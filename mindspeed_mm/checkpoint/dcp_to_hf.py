@@ -116,11 +116,8 @@ def dcp_to_hf(
         return save
     check_replaceable(save, overwrite=overwrite, keep=(checkpoint, assets))
     chunk_reader = ChunkReader(reader, check=check)
-    unchecked = chunk_reader.files_without_chunk_checksums(MODEL_PREFIX + rule.target for rule in rules)
-    unchecked &= manifest["files"].keys()  # those of a base have no checksums here
-    if check and unchecked:
-        print(f"checking {counted(len(unchecked), 'file')} of {checkpoint}, without checksums of chunks")
-        verify_files(checkpoint, {name: manifest["files"][name] for name in sorted(unchecked)})
+    if check:
+        _check_whole_files(chunk_reader, checkpoint, manifest, rules)
     with writing(save), resume_log.locked():
         # An empty target directory is replaced.
         replace = overwrite or save.is_dir()
@@ -155,6 +152,17 @@ def _warn_of_square_experts(spec: ModelSpec, model_config: ModelConfig) -> None:
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
             "published layout, which was written; load it with transformers 4.57"
         )
+
+
+def _check_whole_files(
+    reader: ChunkReader, checkpoint: Path, manifest: Mapping[str, Any], rules: Sequence[WeightRule]
+) -> None:
+    """Compare checksums of the files that have none of chunks."""
+    unchecked = reader.files_without_chunk_checksums(MODEL_PREFIX + rule.target for rule in rules)
+    unchecked &= manifest["files"].keys()  # the manifest does not have the files of a base
+    if unchecked:
+        print(f"checking {counted(len(unchecked), 'file')} of {checkpoint}, without checksums of chunks")
+        verify_files(checkpoint, {name: manifest["files"][name] for name in sorted(unchecked)})
 
 
 def _check(reader: DcpReader, rules: Sequence[WeightRule], assets: Path) -> None:
