@@ -99,7 +99,7 @@ def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:
         return None
     return disk_space_warning(
         Path(args.save),
-        nbytes=checkpoint_bytes(plan, moments=not args.no_save_optim),
+        nbytes=checkpoint_bytes(plan, moments=not args.no_save_optim, trainable_only=args.save_trainable_only),
         count=1 if args.save_interval is None else -(-args.train_iters // args.save_interval),
         keep_last=args.keep_last,
     )

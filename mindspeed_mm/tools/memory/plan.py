@@ -78,12 +78,19 @@ def units_of(plan: Plan) -> list[Unit]:
     return get_spec(plan.model_config.model_type).memory_units(plan)
 
 
-def checkpoint_bytes(plan: Plan, *, moments: bool) -> int:
-    """Bytes of a training checkpoint: parameters as they are kept and, if ``moments``, AdamW's two of the trainable."""
+def checkpoint_bytes(plan: Plan, *, moments: bool, trainable_only: bool = False) -> int:
+    """Bytes of a training checkpoint.
+
+    Args:
+        plan: of the run.
+        moments: AdamW's two as well, of the trainable parameters.
+        trainable_only: no frozen parameters (``--save-trainable-only``).
+    """
+    of_trainable = MASTER_BYTES * (3 if moments else 1)
+    of_frozen = 0 if trainable_only else plan.frozen_param_bytes
     unsharded = dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1, context_size=1)
     return sum(
-        math.prod(parameter.shape)
-        * (MASTER_BYTES * (3 if moments else 1) if parameter.trains else plan.frozen_param_bytes)
+        math.prod(parameter.shape) * (of_trainable if parameter.trains else of_frozen)
         for unit in units_of(unsharded)
         for parameter in unit.parameters
     )

@@ -77,6 +77,7 @@ def test_bytes_of_a_checkpoint(processes: int) -> None:
     trained = sum(size for name, size in sizes.items() if not name.startswith("image_encoder"))
     assert checkpoint_bytes(plan, moments=False) == 4 * sum(sizes.values())
     assert checkpoint_bytes(plan, moments=True) == 4 * sum(sizes.values()) + 8 * trained
+    assert checkpoint_bytes(plan, moments=True, trainable_only=True) == 12 * trained
     narrow = dataclasses.replace(plan, frozen_param_bytes=2)
     assert checkpoint_bytes(narrow, moments=True) == 2 * (sum(sizes.values()) - trained) + 12 * trained
 
