@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import math
@@ -37,11 +38,18 @@ class MetricsFile(Callback):
         self._warned = False
 
     def on_run_start(self, run: Run) -> None:
-        """Remove the lines of steps that the run will repeat, and what an interrupted write left."""
+        """Remove the lines of steps that the run will repeat, and what an interrupted write left.
+
+        A run that starts at iteration 0 continues no other: it sets the file of an earlier run aside.
+        """
         self._active = run.context.layout.is_main
+        iteration = run.context.progress.iteration
         if self._active:
             with self._warning():
-                self._discard_lines(after=run.context.progress.iteration)
+                if iteration:
+                    self._discard_lines(after=iteration)
+                else:
+                    self._set_aside()
 
     def on_step_end(self, record: StepRecord) -> None:
         """Write the previous step's line."""
@@ -90,6 +98,15 @@ class MetricsFile(Callback):
                     os.ftruncate(self._descriptor, self._size)  # no torn line before the next one
                 raise
             self._size += len(data)
+
+    def _set_aside(self) -> None:
+        """Rename the file of an earlier run to ``metrics.1.jsonl``, or the next number that is free."""
+        if not self.path.exists():
+            return
+        numbered = (self.path.with_name(f"metrics.{number}.jsonl") for number in itertools.count(1))
+        target = next(path for path in numbered if not path.exists())
+        self.path.rename(target)
+        logger.info(f"{self.path} is of an earlier run; it is kept as {target.name}")
 
     def _discard_lines(self, *, after: int) -> None:
         """Keep the complete lines of iterations up to ``after``."""

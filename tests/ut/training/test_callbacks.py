@@ -324,6 +324,14 @@ def test_a_resumed_run_continues_the_file(tmp_path, lines):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "whole"]  # no temporary file is left
 
 
+def test_a_run_from_the_start_sets_the_file_of_an_earlier_run_aside(tmp_path, lines):
+    for steps in (3, 2, 1):
+        make(MetricsFile(str(tmp_path)), steps=steps).train()
+    counts = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert counts == {"metrics.1.jsonl": 3, "metrics.2.jsonl": 2, "metrics.jsonl": 1}
+    assert any("is of an earlier run; it is kept as metrics.2.jsonl" in line for line in lines())
+
+
 def read_complete(directory):
     return [line for line in (directory / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
