@@ -162,10 +162,7 @@ def main() -> None:
     """Measure, print a table, write JSON and the plot."""
     parser = option_parser(__doc__, rounds=3)
     parser.add_argument("--size", default="tiny", help="model of benchmarks.workload")
-    axes = sorted(VALUES)
-    parser.add_argument(
-        "--axes", nargs="+", type=lambda axis: "image" if axis == "picture" else axis, default=axes, choices=axes
-    )
+    parser.add_argument("--axes", nargs="+", default=sorted(VALUES), choices=sorted(VALUES))
     parser.add_argument("--longest", type=int, default=32768, help="maximum sequence length")
     parser.add_argument("--count-only", action="store_true", help="FLOPs and shares only, without measurement")
     parser.add_argument("--plot", type=Path, help="PNG file to write; needs matplotlib")

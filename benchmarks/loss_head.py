@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936, help="size of the vocabulary")
     parser.add_argument("--hidden", type=int, default=512, help="hidden width; the published model's is 2048")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the micro-batch")
-    parser.add_argument("--target-tokens", "--supervised", type=float, default=0.5, help="share of target tokens")
+    parser.add_argument("--target-tokens", type=float, default=0.5, help="share of target tokens")
     parser.add_argument("--chunk", type=int, default=128, help="target positions of a chunk")
     options = parser.parse_args()
     backend = prepare(options)

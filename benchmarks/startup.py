@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/qwen3vl"
 PHASES = ("launcher's checks", "torchrun, imports, process group", "model and weights", "data", "first step", "end")
 # the line printed at the end of each phase in PHASES; the last phase ends with the process
-OURS = (r"^torchrun begins", r"\d+ process\(es\) on ", r"\] loaded ", r"\] data: ", r"\] iteration +1/")
+OURS = (r"^torchrun begins", r"world size \d+ on ", r"\] loaded ", r"\] data: ", r"\] iteration +1/")
 TRAINER = tuple(f"^{line}" for line in (
     "torchrun begins", "milestone: processes", "milestone: model", "milestone: data", "milestone: first step"))
 

@@ -1,18 +1,29 @@
 #!/usr/bin/env bash
-# Installs missing packages, lints, and runs the fast tests. Further arguments go to pytest:
-#   bash scripts/test.sh                       tests that take seconds
-#   bash scripts/test.sh -m "slow or not slow" all tests
-#   bash scripts/test.sh -m st                 tests with launchers and several ranks only
-#   bash scripts/test.sh tests/ut/data -k mask a selection, in pytest's syntax
-#   bash scripts/test.sh --stack npu           in an environment like NPU users': Python 3.10, torch 2.7.1, the newest
-#                                              transformers and numpy for these, in .venv-npu-stack (or
-#                                              STACK_VENV), by STACK_PYTHON or python3.10
+# Installs missing packages, lints, and runs the tests; see usage().
 set -euo pipefail
 exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
+usage() {
+    cat <<'USAGE'
+usage: bash scripts/test.sh [--stack npu] [pytest arguments]
+
+Installs missing packages, lints, and runs the tests that take seconds.
+
+  -m "slow or not slow"   all tests
+  -m st                   only tests that start launchers or several ranks
+  tests/ut/data -k mask   a selection; all arguments go to pytest
+  --stack npu             test in an environment like that of NPU users, .venv-npu-stack: Python 3.10, torch 2.7.1, and
+                          the newest transformers and numpy that support them
+  --help                  print this
+
+Environment: STACK_VENV and STACK_PYTHON (directory and interpreter of the environment of --stack npu).
+USAGE
+}
+
+[[ ${1:-} != --help && ${1:-} != -h ]] || { usage && exit 0; }
 directory=$(environment_dir "")
 if [[ ${1:-} == --stack ]]; then
     [[ ${2:-} == npu ]] || { echo "error: --stack is '${2:-}'; choose npu" >&2 && exit 2; }

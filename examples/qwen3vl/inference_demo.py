@@ -1,12 +1,13 @@
-"""Ask a Qwen3-VL model about pictures, with plain transformers.
+"""Ask a Qwen3-VL model about images, with plain transformers.
 
-The model is any Qwen3-VL directory in Hugging Face form: the published one, or what ``mm-convert ... dcp_to_hf`` wrote.
+The model is any Qwen3-VL directory in Hugging Face format: the published one, or the output of
+``mm-convert ... dcp_to_hf``.
 
-    python examples/qwen3vl/inference_demo.py --model DIR --image photo.jpg --question "What is in the picture?"
+    python examples/qwen3vl/inference_demo.py --model DIR --image photo.jpg --question "What is in the image?"
     python examples/qwen3vl/inference_demo.py --model DIR --data FILE.json --image-root DIR --output predictions.json
 
-With ``--data``, a file in LLaVA-Instruct or converted form, the first question of each record is asked and the answers
-are compared with the file's.
+With ``--data``, a file in LLaVA-Instruct or converted format, the first question of each record is asked and the
+answers are compared with the file's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class InputError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question; ``text`` holds an ``<image>`` for each picture's path, ``reference`` is the right answer."""
+    """A question; ``text`` has an ``<image>`` tag for each path in ``images``, ``reference`` is the right answer."""
 
     text: str
     images: tuple[str, ...]
@@ -62,8 +63,8 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
     Args:
         path: JSON list; LLaVA-Instruct records have ``image`` and ``conversations``, converted ones ``images`` and
             ``messages``.
-        image_root: directory that relative picture paths start from; None: the working directory.
-        limit: keep the first so many records; None: all.
+        image_root: directory that relative image paths start from; None: the working directory.
+        limit: number of records to read, from the first; None: all.
 
     Raises:
         InputError: naming the file and the record.
@@ -85,7 +86,7 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
                 asked, answered = turns[0]["value"], turns[1]["value"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(
-                f"--data {path}: record {place} is neither of LLaVA-Instruct form nor converted ({error!r})"
+                f"--data {path}: record {place} is neither in LLaVA-Instruct format nor converted ({error!r})"
             ) from error
         paths = tuple(str(Path(image_root or ".") / image) for image in images)
         questions.append(checked(Question(asked, paths, answered), f"--data {path}: record {place}"))
@@ -93,17 +94,17 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
 
 
 def checked(question: Question, where: str) -> Question:
-    """``question``, once its ``<image>`` tags and pictures are known to match and to exist.
+    """``question``, checked: its ``<image>`` tags match its images and the files exist.
 
     Raises:
         InputError: starting with ``where``.
     """
     tags = question.text.count(_IMAGE_TAG)
     if tags != len(question.images):
-        raise InputError(f"{where} has {len(question.images)} pictures and {tags} {_IMAGE_TAG} tags; make them equal")
+        raise InputError(f"{where} has {len(question.images)} images and {tags} {_IMAGE_TAG} tags; make them equal")
     for image in question.images:
         if not Path(image).is_file():
-            raise InputError(f"{where}: picture {image} does not exist; correct the path, or --image-root")
+            raise InputError(f"{where}: image {image} does not exist; correct the path, or --image-root")
     return question
 
 
@@ -124,7 +125,7 @@ class Answerer:
 
         Args:
             directory: Hugging Face directory of the model.
-            device_map: "auto" (accelerate spreads the model over the devices there are) or a device such as "cpu".
+            device_map: "auto" (accelerate distributes the model over the available devices) or a device such as "cpu".
             dtype: "auto" (as stored), "bfloat16" or "float32".
 
         Raises:
@@ -163,11 +164,11 @@ class Answerer:
         return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
     def _inputs(self, questions: Sequence[Question]) -> Any:
-        """Padded token ids [B, L], attention mask [B, L], patches [N, patch width] and grids [pictures, 3]."""
+        """Padded token ids [B, L], attention mask [B, L], patches [N, patch width] and grids [images, 3]."""
         from transformers import BatchFeature
 
-        pictures = [_load_picture(path) for question in questions for path in question.images]
-        vision = self.image_processor(images=pictures, return_tensors="pt") if pictures else {}
+        images = [_load_image(path) for question in questions for path in question.images]
+        vision = self.image_processor(images=images, return_tensors="pt") if images else {}
         merge = self.image_processor.merge_size**2
         placeholders = iter([int(grid.prod()) // merge for grid in vision.get("image_grid_thw", [])])
         prompts = []
@@ -180,7 +181,7 @@ class Answerer:
         inputs = dict(self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False))
         inputs.pop("token_type_ids", None)
         inputs.update(vision)
-        if pictures and _wants_token_types(self.model):
+        if images and _wants_token_types(self.model):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
         return BatchFeature(inputs)
 
@@ -194,12 +195,12 @@ class Answerer:
         )
 
 
-def _load_picture(path: str) -> Image.Image:
+def _load_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError) as error:
-        raise InputError(f"picture {path} cannot be read: {error}") from error
+        raise InputError(f"image {path} cannot be read: {error}") from error
 
 
 def _wants_token_types(model: Any) -> bool:
@@ -242,10 +243,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face directory of the model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="JSON file with questions and answers")
-    source.add_argument("--image", action="append", help="picture to ask about; may be given several times")
-    parser.add_argument("--question", default="Describe this picture.", help="with --image (default: %(default)s)")
-    parser.add_argument("--image-root", help="with --data: directory that relative picture paths start from")
-    parser.add_argument("--limit", type=_positive, help="with --data: ask the first so many questions only")
+    source.add_argument("--image", action="append", help="image to ask about; may be given several times")
+    parser.add_argument("--question", default="Describe this image.", help="with --image (default: %(default)s)")
+    parser.add_argument("--image-root", help="with --data: directory that relative image paths start from")
+    parser.add_argument("--limit", type=_positive, help="with --data: number of questions (default: all)")
     parser.add_argument("--output", help="with --data: JSON file for the answers")
     parser.add_argument("--batch", type=_positive, default=8, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, help="longest answer (default: %(default)s)")

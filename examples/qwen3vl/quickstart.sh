@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole recipe on an embedded example: installs what is missing, then takes a tiny Qwen3-VL-MoE and 1,797 images
-# of handwritten digits through the guide's five steps, exports the result and examines it with plain transformers.
+# The whole recipe at small scale: installs what is missing, takes a tiny Qwen3-VL-MoE and 1,797 images of handwritten
+# digits through the guide's five steps, exports the result and evaluates it with plain transformers.
 set -uo pipefail
-exec </dev/null # nothing here may wait for an answer
+exec </dev/null # no command may wait for input
 CALLER_DIR=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 # shellcheck source=../../scripts/environment.sh
@@ -56,7 +56,7 @@ parse_options() {
     [[ $OUT != *,* ]] || fail 2 "--out is $OUT; its name must hold no comma, which separates data files"
 }
 
-# Takes hold of the run directory. Only a directory that an earlier quickstart marked as its own is ever written into.
+# Locks the run directory. Only an empty one, or one that an earlier quickstart has marked, is ever written to.
 claim_run_directory() {
     local mark=$OUT/.quickstart
     if [[ -e $OUT && ! -e $mark ]] && [[ ! -d $OUT || -n $(ls -A "$OUT") ]]; then
@@ -98,13 +98,13 @@ make_data() {
             --output "$OUT/data/mllm_format_digits_train.json"
 }
 
-# A port that is free now: the fixed one of the recipe may be taken by another job.
+# A free port: another job may use the recipe's fixed one.
 free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 }
 
-# Two processes with 16 samples each, or one with 32 where there is a single accelerator.
-choose_processes() {
+# Two ranks with 16 samples each, or one with 32 if there is a single accelerator.
+choose_ranks() {
     local accelerators=0
     [[ $DEVICE == cpu ]] || accelerators=$(python -c '
 import torch
@@ -112,11 +112,11 @@ print(torch.accelerator.device_count() if torch.accelerator.is_available() else 
     if ((accelerators == 1)); then
         export NPUS_PER_NODE=${NPUS_PER_NODE:-1} MBS=${MBS:-32}
     fi
-    # an accelerator's own kernels are made for bf16
+    # fused kernels of accelerators need bf16
     ((accelerators == 0)) || export FSDP2_PATH=${FSDP2_PATH:-./$EXAMPLE/fsdp2_config.yaml}
 }
 
-# Passes a training log on, with only every 25th iteration and in short.
+# Copies a training log, with every 25th iteration only and its line shortened.
 condense_log() {
     local line
     while IFS= read -r line; do
@@ -134,7 +134,7 @@ condense_log() {
 }
 
 finetune() {
-    choose_processes || return
+    choose_ranks || return
     local port
     port=${MASTER_PORT:-$(free_port)} || return
     MASTER_PORT=$port MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$ITERATIONS \
@@ -148,7 +148,7 @@ export_model() {
     mm-convert Qwen3VLConverter dcp_to_hf --load_dir "$checkpoint" --save_dir "$OUT/export" --model_assets_dir "$HF_DIR"
 }
 
-examine() {
+evaluate() {
     python "$EXAMPLE/inference_demo.py" --model "$OUT/export" --data "$OUT/data/digits_heldout.json" \
         --image-root "$OUT/data/images" --output "$OUT/predictions.json" --batch 99 --max-new-tokens 16
 }
@@ -164,7 +164,7 @@ report() {
 import json, sys
 result = json.load(open(sys.argv[1], encoding="utf-8"))
 print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OUT/predictions.json cannot be read"
-    printf '\nheld-out accuracy: %d of %d pictures' "$right" "$total"
+    printf '\nheld-out accuracy: %d of %d images' "$right" "$total"
     local tenths=$(((right * 2000 + total) / (2 * total))) # of a percent, rounded
     printf ' (%d.%d%%)\n' $((tenths / 10)) $((tenths % 10))
     printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
@@ -179,7 +179,7 @@ main() {
     claim_run_directory
     HF_DIR=$OUT/ckpt/hf_path/Qwen3-VL-tiny
     STEP=0 RUN_STARTED=$SECONDS
-    # everything is on this machine: nobody shall look for it elsewhere
+    # all files are local: no downloads
     export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     export PYTHONUNBUFFERED=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
@@ -191,12 +191,12 @@ main() {
         ((STEPS--))
     fi
     INSTALLED=$SECONDS
-    step "Weights and their conversion (step 2)" make_model
-    step "Data and their conversion (step 3)" make_data
+    step "Weights and conversion (step 2)" make_model
+    step "Data and conversion (step 3)" make_data
     step "Configuration (step 4)" python "$EXAMPLE/quickstart/configure.py" --run-dir "$OUT"
     step "Fine-tuning, $ITERATIONS iterations (step 5)" finetune
-    step "Export to Hugging Face form" export_model
-    step "Answers on the held-out images, with plain transformers" examine
+    step "Export to Hugging Face format" export_model
+    step "Evaluation on the held-out images with plain transformers" evaluate
     step "Loss curve and sample sheet" draw
     report
 }

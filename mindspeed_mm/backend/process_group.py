@@ -23,8 +23,8 @@ def communication_note(backend: Backend, requested: str) -> str | None:
     if requested == backend.communication:
         return None
     return (
-        f"--distributed-backend {requested} means the device's own collective library; "
-        f"on {backend.name} that is {backend.communication}"
+        f"--distributed-backend {requested}: {backend.name} always uses its own collective library, "
+        f"{backend.communication}"
     )
 
 

@@ -230,7 +230,7 @@ def _tensors_to_load(
         state.update(moments)
     if with_rng:
         if not any(name.startswith(RNG_PREFIX) for name in stored):
-            raise UserError(f"{path} holds no random generator state (saved with --no-save-rng?); add --no-load-rng")
+            raise UserError(f"{path} holds no RNG state (saved with --no-save-rng?); add --no-load-rng")
         # a rank or device type that the saving run did not have keeps the state from --seed
         state.update({n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored})
     return state

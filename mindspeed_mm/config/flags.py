@@ -193,9 +193,9 @@ class CheckpointArgs(StrictModel):
     )
     ckpt_format: Literal["torch_dcp"] = effective("torch_dcp", "PyTorch distributed checkpoints")
     no_load_optim: bool = effective(False, "do not load optimizer state")
-    no_load_rng: bool = effective(False, "do not load the states of the random generators")
+    no_load_rng: bool = effective(False, "do not load RNG states")
     no_save_optim: bool = effective(False, "do not save optimizer state; a run resumed from it restarts Adam")
-    no_save_rng: bool = effective(False, "do not save the states of the random generators")
+    no_save_rng: bool = effective(False, "do not save RNG states")
 
 
 class LogArgs(StrictModel):

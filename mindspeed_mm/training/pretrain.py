@@ -107,7 +107,7 @@ def _run(
         expert_size=args.expert_model_parallel_size,
         context_size=args.context_parallel_size,
     )
-    logger.info(f"{layout.world_size} process(es) on {backend.name}, torch {torch.__version__}")
+    logger.info(f"world size {layout.world_size} on {backend.name}, torch {torch.__version__}")
     if note := communication_note(backend, args.distributed_backend):
         logger.info(note)
     for line in job.describe_ignored():
@@ -276,7 +276,7 @@ def _warn_of_partial_state(args: TrainingArgs) -> None:
     """Log what a run resumed from this run's checkpoints will lack."""
     missing = [
         what
-        for flag, what in ((args.no_save_optim, "AdamW's moments"), (args.no_save_rng, "random generator states"))
+        for flag, what in ((args.no_save_optim, "AdamW's moments"), (args.no_save_rng, "RNG states"))
         if flag
     ]
     if args.save is not None and missing:

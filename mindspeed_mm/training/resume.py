@@ -38,7 +38,7 @@ class Start:
     Attributes:
         path: checkpoint directory; None for the Hugging Face weights.
         with_optimizer: whether AdamW's moments are read from it.
-        with_rng: whether the random generators' states are.
+        with_rng: whether the RNG states are.
     """
 
     path: Path | None
@@ -81,14 +81,14 @@ def _choose(args: TrainingArgs) -> Start:
         logger.info(f"restart {restarts} by torchrun: continuing from {own}, this run's last checkpoint")
         lost = [
             what
-            for left_out, what in (
+            for omitted, what in (
                 (args.no_save_optim, "AdamW's moments (--no-save-optim)"),
-                (args.no_save_rng, "the random generators' states (--no-save-rng)"),
+                (args.no_save_rng, "RNG states (--no-save-rng)"),
             )
-            if left_out
+            if omitted
         ]
         if lost:
-            logger.warning(f"lost, since that checkpoint holds none: {' and '.join(lost)}; they start from zero")
+            logger.warning(f"not in that checkpoint, so they start anew: {' and '.join(lost)}")
         return Start(own, with_optimizer=not args.no_save_optim, with_rng=not args.no_save_rng)
     if restarts:
         logger.info(f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over")

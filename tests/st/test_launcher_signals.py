@@ -156,7 +156,7 @@ def test_second_ctrl_c_quits_at_once(root, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_before_training_ends_at_once(root, tmp_path):
     launcher = Launcher(root, tmp_path / "save")
-    launcher.wait_for("process(es) on cpu")
+    launcher.wait_for("world size 2 on cpu")
     to_group(launcher)
     assert launcher.end() == 130, launcher.output
     assert {path.name for path in (tmp_path / "save").glob("*")} <= {LOCK}

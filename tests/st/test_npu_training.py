@@ -64,7 +64,7 @@ def test_launcher_trains_as_on_the_host(place: Path, expert_size: str):  # noqa:
     layout = {"NPUS_PER_NODE": "2", "MBS": "6", "EP": expert_size, "TRAIN_ITERS": "4", "SAVE_INTERVAL": "4"}
     host = train(place, f"host{expert_size}", **layout)
     device = train(place, f"npu{expert_size}", **layout, PYTHONPATH=npu_environment()["PYTHONPATH"])
-    assert "2 process(es) on cpu" in host and "2 process(es) on npu" in device
+    assert "world size 2 on cpu" in host and "world size 2 on npu" in device
     theirs, ours = numbers(host), numbers(device)
     assert sorted(ours) == sorted(theirs) == [1, 2, 3, 4]
     for iteration, (loss, norm) in theirs.items():

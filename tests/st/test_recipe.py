@@ -228,7 +228,7 @@ def test_export_is_the_trained_model(place, whole_run):
 
 def test_device_backend_is_said(place, whole_run):
     output = train(place, "one", TRAIN_ITERS="1")
-    assert "--distributed-backend nccl means the device's own collective library; on cpu that is gloo" in output
+    assert "--distributed-backend nccl: cpu always uses its own collective library, gloo" in output
 
 
 def edited(place: Path, name: str, change) -> str:

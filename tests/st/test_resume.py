@@ -130,7 +130,7 @@ def test_flags_leave_out_what_they_say_and_no_more(quick):
         save: {key.split(".")[0] for key in stored(quick.place / save / "iter_0000003")} for save in ("full", "bare")
     }
     assert names == {"full": {"model", "optimizer", "rng"}, "bare": {"model"}}
-    assert "will be saved without AdamW's moments and random generator states" in quick.output
+    assert "will be saved without AdamW's moments and RNG states" in quick.output
     without_moments, without_rng, without_both = (
         quick.steps(name) for name in ("without moments", "without generators", "without both")
     )
@@ -148,7 +148,7 @@ def test_flags_leave_out_what_they_say_and_no_more(quick):
     refused = [quick["moments wanted"], quick["generators wanted"]]
     assert [run["status"] for run in refused] == [2, 2]
     assert "no optimizer state" in refused[0]["error"] and "--no-load-optim" in refused[0]["error"]
-    assert "no random generator state" in refused[1]["error"] and "--no-load-rng" in refused[1]["error"]
+    assert "no RNG state" in refused[1]["error"] and "--no-load-rng" in refused[1]["error"]
 
 
 # (processes, until this step, layout)

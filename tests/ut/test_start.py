@@ -53,7 +53,7 @@ def test_collector_leaves_out_imports_and_works_afterwards():
 
 
 def test_phases_of_a_start():
-    arrivals = [(1.0, "torchrun begins"), (3.0, "[   0.0 s] 1 process(es) on cpu"), (3.5, "[ 0.1 s] loaded x"),
+    arrivals = [(1.0, "torchrun begins"), (3.0, "[   0.0 s] world size 1 on cpu"), (3.5, "[ 0.1 s] loaded x"),
                 (4.0, "[ 0.1 s] data: 3"), (6.0, "[2026] iteration        1/       1 | x")]
     assert phases_of(arrivals, OURS, finished=7.5) == [1.0, 2.0, 0.5, 0.5, 2.0, 1.5]
     with pytest.raises(SystemExit, match="loaded"):

@@ -1,4 +1,4 @@
-"""Handwritten digits as a image-and-conversation data set, in the format of LLaVA-Instruct.
+"""Handwritten digits as an image-and-conversation data set, in the format of LLaVA-Instruct.
 
 scikit-learn ships 1,797 real 8x8 scans of handwritten digits. They are enlarged, written as JPEG files, and paired with
 questions and answers; 1,500 are for training, 297 are held out. Usage:

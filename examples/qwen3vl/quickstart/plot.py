@@ -122,7 +122,7 @@ def plot_samples(result: dict[str, Any], path: str | Path, *, count: int = 15, c
         lines = [line for part in verdict.splitlines() for line in textwrap.wrap(part, 32)]
         axis.set_xlabel("\n".join(lines), fontsize=10, color=_GREEN if sample["right"] else _RED, fontweight="bold")
     figure.suptitle(
-        f"Held-out images: {result['right']} of {result['total']} answered rightly "
+        f"Held-out images: {result['right']} of {result['total']} answered correctly "
         f"({100 * result['accuracy']:.1f}%); wrong answers, in red, are shown last",
         y=1 - 0.15 / (height + head), va="top",
     )

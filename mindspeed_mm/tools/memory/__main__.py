@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--patches", type=int, help="vision patches of it (default: one image of image_max_pixels per sample)"
     )
     parser.add_argument(
-        "--target-tokens", "--supervised", type=int, help="target tokens of it (default: all that are not vision)"
+        "--target-tokens", type=int, help="target tokens of it (default: all that are not vision)"
     )
     parser.add_argument(
         "--imbalance", type=float, default=1.0,

@@ -1,4 +1,4 @@
-"""What the quickstart is put together from: the digits, the tiny model, its answers' judge, and the pictures."""
+"""What the quickstart is put together from: the digits, the tiny model, its answers' judge, and the plots."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_files(digits, tmp_path):
         assert (tmp_path / name).read_bytes() == (digits[0] / name).read_bytes()
 
 
-def test_a_picture_is_four_text_tokens(digits):
+def test_an_image_is_four_text_tokens(digits):
     with Image.open(digits[0] / make_digits.IMAGE_DIR / "digit_0000.jpg") as image:
         assert (image.size, image.mode) == ((64, 64), "RGB")
 
@@ -145,7 +145,7 @@ def test_answers_without_a_digit_must_be_equal():
     ("content", "message"),
     [("{", "cannot be read"), ("{}", "no JSON list"), ('[{"image": "a.jpg"}]', "record 0"),
      ('[{"images": ["no.jpg"], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "no.jpg does not exist"),
-     ('[{"images": [], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "0 pictures and 1")],
+     ('[{"images": [], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "0 images and 1")],
 )
 def test_unusable_questions_are_one_line(tmp_path, capsys, content, message):
     path = tmp_path / "data.json"
