@@ -169,7 +169,9 @@ print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OU
     printf ' (%d.%d%%)\n' $((tenths / 10)) $((tenths % 10))
     printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
         "$OUT/loss.png" "$OUT/samples.png" "$OUT/export"
-    printf 'time:              %d s, %d s of it after installation\n' $((SECONDS - RUN_STARTED)) $((SECONDS - INSTALLED))
+    printf 'time:              %d s' $((SECONDS - RUN_STARTED))
+    ((!INSTALL)) || printf ', %d s of it after the installation' $((SECONDS - INSTALLED))
+    printf '\n'
     ((right * 100 >= REQUIRED_ACCURACY * total)) ||
         fail 1 "the accuracy is below $REQUIRED_ACCURACY%: something is wrong with this installation"
 }

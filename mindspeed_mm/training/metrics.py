@@ -32,6 +32,7 @@ class StepMetrics:
 
     def add(self, name: str, value: Tensor | float) -> None:
         """Add this rank's part of a sum: a scalar on the device, or a number that the host knows."""
+        assert not self._sums, "add() before reduce()"
         if isinstance(value, Tensor):
             value = value.detach()
         self._local[name] = self._local[name] + value if name in self._local else value
@@ -47,6 +48,7 @@ class StepMetrics:
 
     def set(self, name: str, value: Tensor) -> None:
         """Add a scalar that is the same on every rank, on any device."""
+        assert self._host is None, "set() before send()"
         self._common[name] = value.detach()
 
     def __getitem__(self, name: str) -> Tensor:

@@ -50,8 +50,9 @@ def read_metrics(path: str | Path) -> list[Step]:
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and up to ``width - 1`` before it."""
-    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
+    """Mean of the ``width`` values around each one, of fewer at the ends."""
+    before, after = width // 2, width - width // 2
+    windows = (values[max(0, place - before) : place + after] for place in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mindspeed_mm.config.checks import check_flags, check_model, check_parallel, join_expert_sizes
 from mindspeed_mm.config.command_line import OneLineParser, parse_args
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-gb", type=float, default=64.0, help="a device's memory in GiB (default: %(default)s)")
     parser.add_argument(
         "--reserve-gb", type=float, default=RESERVE_GB,
-        help="GiB of it that the driver, collectives' buffers and fragmentation take (default: %(default)s)",
+        help="GiB of it reserved for the driver, collectives' buffers and fragmentation (default: %(default)s)",
     )
     parser.add_argument("--tokens", type=int, help="packed tokens of a micro-batch (default: samples x --seq-length)")
     parser.add_argument(
@@ -53,11 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--imbalance", type=float, default=1.0,
-        help="tokens of the busiest rank's experts over their mean, under expert parallelism (default: %(default)s)",
+        help="permuted tokens of the busiest rank over the mean, under expert parallelism (default: %(default)s)",
     )
     parser.add_argument(
         "--kernels", choices=("fused", "written-out"), default="fused",
-        help="an accelerator's own kernels, or PyTorch's operations as on a CPU (default: %(default)s)",
+        help="an accelerator's fused kernels, or PyTorch's operators as on a CPU (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     return parser
@@ -70,9 +70,10 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
         UserError: for the first mistake.
     """
     options, words = build_parser().parse_known_args(argv)
-    for name in ("nproc", "memory_gb", "imbalance"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is out of range; it must be above 0")
+    for name in ("nproc", "memory_gb", "imbalance", "tokens", "patches", "target_tokens"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it must be above 0")
     for name, value in _REQUIRED.items():
         if name not in words:
             words += [name, value]
@@ -84,12 +85,13 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     args = join_expert_sizes(args, fsdp)
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc))
-    directory = options.hf_config or model.init_from_hf_path
-    spec = spec_of(directory)
-    model_config = spec.read_config(directory)
+    if options.hf_config is not None:
+        model = model.replace(init_from_hf_path=options.hf_config)
+    spec = spec_of(model.init_from_hf_path)
+    model_config = spec.read_config(model.init_from_hf_path)
     check_model(args, fsdp, model, spec.facts(model_config), world_size=options.nproc)
     pixels = PreprocessParameters.model_fields["image_max_pixels"].default
-    if args.mm_data != _REQUIRED["--mm-data"] and Path(args.mm_data).is_file():
+    if args.mm_data != _REQUIRED["--mm-data"]:
         data = load_config(args.mm_data, DataConfig, flag="--mm-data")
         pixels = data.dataset_param.preprocess_parameters.image_max_pixels
     load = Load.largest(args, model_config, pixels=pixels)

@@ -24,9 +24,9 @@ TERMS = {
     "experts": "activations kept by experts and dense MLPs",
     "vision": "activations kept by vision blocks and mergers",
     "head": "logits, cross-entropy and their gradients",
-    "gathered": "gathered parameters of the running unit, and collectives' buffers of it",
-    "prefetched": "buffers of units gathered ahead",
-    "reduction": "whole gradients of a unit, and buffers of their reduction",
+    "gathered": "unsharded parameters of the running unit, and all-gather buffers",
+    "prefetched": "all-gather buffers of prefetched units",
+    "reduction": "unsharded gradients of a unit, and reduce-scatter buffers",
     "working": "temporary tensors of the running layer",
 }
 

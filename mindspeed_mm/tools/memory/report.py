@@ -117,12 +117,17 @@ def _row(text: str, value: int) -> str:
     return f"  {text:<70}{value / GIB:>9.2f}"
 
 
+def _count(parameters: int) -> str:
+    """In billions (B), or in millions (M) below half a billion."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 5e8 else f"{parameters / 1e6:.2f} M"
+
+
 def _heading(plan: Plan) -> list[str]:
     units = units_of(dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1))
-    whole, trained = (sum(u.shard(training_only=only) for u in units) / 1e9 for only in (False, True))
+    whole, trained = (_count(sum(u.shard(training_only=only) for u in units)) for only in (False, True))
     names = {2: "bf16", 4: "fp32"}
     return [
-        f"{plan.model_config.model_type}: {whole:.2f} B parameters, {trained:.2f} B of them trained; "
+        f"{plan.model_config.model_type}: {whole} parameters, {trained} of them trained; "
         f"{plan.world_size} ranks, parameters over {plan.sharding_size}, experts over {plan.expert_size}, "
         f"a micro-batch over {plan.context_size}",
         f"micro-batch: {plan.tokens} tokens, {plan.patches} patches, {plan.target_tokens} target tokens; "
@@ -132,12 +137,12 @@ def _heading(plan: Plan) -> list[str]:
 
 
 def _held(plan: Plan, result: Estimate) -> list[str]:
-    where = "in the host's memory" if plan.offload_to_cpu else "on the device"
-    lines = [f"{f'held by each rank {where}':<72}{'GiB':>9}"]
+    where = "in host memory" if plan.offload_to_cpu else "on the device"
+    lines = [f"{f'persistent memory of each rank, {where}':<72}{'GiB':>9}"]
     for name in ("parameters", "gradients", "optimizer"):
         lines.append(_row(TERMS[name], getattr(result, name)))
     if result.host and not plan.offload_to_cpu:
-        lines.append(_row("activations in the host's memory", result.host))
+        lines.append(_row("activations in host memory", result.host))
     return lines
 
 

@@ -1,8 +1,8 @@
-"""Show what the model will see of a data set.
+"""Show samples of a data set as the model receives them.
 
-Prints chosen samples with their target tokens in colour, and the distributions of lengths and costs. With --out it also
-writes a web page with the same text, the resized images with their patches, and the distributions as PNG. Samples are
-prepared exactly as for training, through the same cache.
+Prints the selected samples with their target tokens in colour, and the distributions of lengths and costs. With --out,
+also writes a web page with the same text, the resized images with their patches, and the distributions as PNG files.
+Samples are prepared as for training, with the same cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mindspeed_mm.config.command_line import OneLineParser
 from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.model_options import ModelOptions
@@ -43,17 +44,19 @@ class _View:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m mindspeed_mm.tools.show_data", description=(__doc__ or "").split("\n\n")[1]
     )
     add = parser.add_argument
     add("--mm-data", required=True, metavar="FILE", help="the data file of the launcher")
     add("--mm-model", required=True, metavar="FILE", help="the model file of the launcher")
-    add("--seq-length", required=True, type=int, help="most tokens of a sample, as in the launcher")
-    add("--samples", default="0", metavar="0,5,17", help="which samples of the prepared data set; default 0")
-    add("--seed", type=int, default=42, help="as in the launcher; decides what val_rate holds out")
+    add("--seq-length", required=True, type=int, metavar="TOKENS", help="maximum tokens per sample, as in the launcher")
+    add("--samples", default="0", metavar="0,5,17", help="indices of samples in the prepared data set (default: 0)")
+    add("--seed", type=int, default=42, metavar="N",
+        help="as in the launcher; selects what val_rate holds out (default: 42)")
     add("--out", type=Path, metavar="DIR", help="write index.html and PNG files there")
-    add("--colour", choices=("auto", "always", "never"), default="auto", help="of the terminal; NO_COLOR is heeded")
+    add("--colour", choices=("auto", "always", "never"), default="auto",
+        help="colours in the terminal; auto: off if NO_COLOR is set (default: auto)")
     return parser.parse_args(argv)
 
 
@@ -61,7 +64,7 @@ def _indices(text: str, size: int) -> list[int]:
     try:
         indices = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--samples {text} is no list of numbers such as 0,5,17") from None
+        raise UserError(f"--samples {text} is not a list of numbers such as 0,5,17") from None
     for index in indices:
         if not 0 <= index < size:
             raise UserError(f"--samples {index}: the data set has {size} samples; choose 0 to {size - 1}")
@@ -89,11 +92,11 @@ def _views(dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], to
 def _columns(dataset: ChatDataset, settings: MediaSettings | None) -> dict[str, np.ndarray]:
     """Numbers of every sample whose distributions are shown, by the name of their axis."""
     costs, targets = dataset.costs(), dataset.target_token_counts()
-    columns = {"length: tokens of a sample, placeholders included": costs.text}
+    columns = {"tokens per sample, placeholders included": costs.text}
     if settings is not None:
-        columns["text tokens of a sample"] = costs.text - costs.vision // settings.merge_size**2
-        columns["vision patches of a sample"] = costs.vision
-    columns["share of target tokens of a sample"] = targets / costs.text
+        columns["text tokens per sample"] = costs.text - costs.vision // settings.merge_size**2
+        columns["vision patches per sample"] = costs.vision
+    columns["fraction of target tokens"] = targets / costs.text
     return columns
 
 
@@ -147,7 +150,7 @@ def show(options: argparse.Namespace) -> None:
         columns, summary = {}, f"{len(dataset)} samples; no distributions: {error}"
     else:
         summary = f"{len(dataset)} samples"
-        print(f"{'':52s}{'mean':>10s}{'median':>10s}{'99%':>10s}{'most':>10s}")
+        print(f"{'':52s}{'mean':>10s}{'median':>10s}{'99%':>10s}{'max':>10s}")
         for name, values in columns.items():
             numbers = (values.mean(), np.median(values), np.percentile(values, 99), values.max())
             print(f"{name:52s}" + "".join(f"{number:10.2f}" for number in numbers))
@@ -157,7 +160,7 @@ def show(options: argparse.Namespace) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {options.out} cannot be made: {error.strerror}; choose another") from error
+        raise UserError(f"--out {options.out} cannot be created: {error.strerror}; choose another") from error
     if columns:
         draw_costs(options.out / "costs.png", columns, limit=options.seq_length, title=f"{dataset.name}: {summary}")
     _write_page(options.out, views, media, f"{dataset.name}: {summary}", bool(columns))

@@ -65,7 +65,7 @@ def test_text_and_images(files: Path, capsys: pytest.CaptureFixture) -> None:
     assert "<|vision_start|><|image_pad|> x " in printed
     assert "What is number 4?<|im_end|>\n<|im_start|>assistant\n\u27e6The digit is 4.<|im_end|>\u27e7\n" in printed
     assert printed.count("\u27e6") == 4  # two turns in both
-    assert "share of target tokens" in printed and "12 samples" in printed
+    assert "fraction of target tokens" in printed and "12 samples" in printed
     page = (files / "out" / "index.html").read_text()
     assert '<span class="target">The digit is 4.&lt;|im_end|&gt;</span>' in page
     for name in ("costs.png", "sample-4-0.png"):
@@ -93,7 +93,7 @@ def test_counts_are_those_of_the_samples(files: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [(["--samples", "12"], "choose 0 to 11"), (["--samples", "x"], "no list of numbers"),
+    [(["--samples", "12"], "choose 0 to 11"), (["--samples", "x"], "not a list of numbers"),
      (["--samples", "-1"], "12 samples")],
 )
 def test_mistakes_are_one_line(files: Path, options: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
