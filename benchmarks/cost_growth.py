@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measuring import option_parser, peak_bytes, prepare, seconds_of, write_results
 from benchmarks.runners import initialise
-from benchmarks.workload import PIXEL_NORM, geometry_config
+from benchmarks.workload import PIXEL_NORM, hf_config
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.interfaces.media import MediaPatches
@@ -85,7 +85,7 @@ def point(
 ) -> dict[str, Any]:
     """Time, memory and FLOPs of one size; with ``count_only`` FLOPs alone."""
     text = {"experts": {"num_experts": value}, "layers": {"num_hidden_layers": value}}.get(axis, {})
-    model_config = Qwen3VLConfig.from_config(geometry_config(size, text=text))
+    model_config = Qwen3VLConfig.from_config(hf_config(size, text=text))
     shape = {"length": LENGTH, "side": SIDE} | {{"image": "side"}.get(axis, axis): value}
     sample = sample_of(model_config, length=shape["length"], side=shape["side"])
     batch = collate([sample], SPEC, model_config)

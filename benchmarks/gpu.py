@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from benchmarks import experts
 from benchmarks.runners import HuggingFaceRunner, OurRunner, Steps, cut, pack, tokens
 from benchmarks.small_operators import measure as measure_small_operators
-from benchmarks.workload import draw_samples, geometry_config, photographs
+from benchmarks.workload import draw_samples, hf_config, photographs
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.kernels.registry import attention_kernel
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
@@ -122,7 +122,7 @@ def _peak(bench: Bench) -> float:
 
 
 def _config(bench: Bench, layers: int) -> dict[str, Any]:
-    return geometry_config(bench.size, text={"num_hidden_layers": layers})
+    return hf_config(bench.size, text={"num_hidden_layers": layers})
 
 
 def _samples(bench: Bench, model_config: Qwen3VLConfig, count: int) -> Any:

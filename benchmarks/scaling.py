@@ -28,7 +28,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 def work(options: argparse.Namespace) -> None:
     """One rank: train; rank 0 prints its times."""
     from benchmarks.runners import OurRunner, cut, tokens
-    from benchmarks.workload import draw_samples, geometry_config
+    from benchmarks.workload import draw_samples, hf_config
     from mindspeed_mm.backend.device import select_backend
     from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -37,7 +37,7 @@ def work(options: argparse.Namespace) -> None:
     backend = select_backend("cpu")
     init_distributed(backend, timeout_minutes=5)
     rank = int(os.environ["RANK"])
-    model_config = Qwen3VLConfig.from_config(geometry_config(options.size))
+    model_config = Qwen3VLConfig.from_config(hf_config(options.size))
     samples = draw_samples(4 * options.accumulation, model_config, min_pixels=16384, max_pixels=65536)
     steps = cut(samples, micro_batch=4, accumulation=options.accumulation)
     runner = OurRunner(model_config, steps, backend=backend, precision="fp32")

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measuring import option_parser, prepare, seconds_of, write_results
 from benchmarks.runners import HuggingFaceRunner, OurRunner, cut, tokens
-from benchmarks.workload import draw_samples, geometry_config, photographs
+from benchmarks.workload import draw_samples, hf_config, photographs
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -45,7 +45,7 @@ def alternate(runners: dict[str, Any], *, rounds: int, backend: Backend) -> dict
 
 def compare(model: str, precision: str, options: argparse.Namespace, backend: Backend) -> dict[str, Any]:
     """One row of the table."""
-    config = geometry_config(model)
+    config = hf_config(model)
     model_config = Qwen3VLConfig.from_config(config)
     low, high = PIXELS[model]
     count = options.micro_batch * options.accumulation * (options.steps or options.rounds + 1)

@@ -122,7 +122,7 @@ WIDTHS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def geometry_config(size: str, **changes: dict[str, Any]) -> dict[str, Any]:
+def hf_config(size: str, **changes: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of the model ``size`` in WIDTHS; ``text`` and ``vision`` override fields."""
     text, vision = ({**WIDTHS[size][part], **changes.get(part, {})} for part in ("text", "vision"))
     half, last = text["head_dim"] // 2, text["vocab_size"]

@@ -61,7 +61,7 @@ class Outcome:
         gradients: of the first step, after clipping.
         parameters: after the last step.
         validation: each evaluation's loss.
-        text_only: of each step and each share of the global batch, whether no picture is in it.
+        text_only: of each step and each share of the global batch, whether it has no image.
         host_reads: what this process's host read of tensors in each step, if the case asks for it; see HostReads.
     """
 

@@ -76,12 +76,12 @@ def random_sample(
     Args:
         rng: source of randomness.
         index: place in the dataset.
-        turns: (grids of the pictures, question tokens, answer tokens) each; a grid (t, rows, columns) with t > 1 is a
+        turns: (grids of the images, question tokens, answer tokens) each; a grid (t, rows, columns) with t > 1 is a
             video, whose slices are separated by text.
     """
     ids: list[int] = []
     target_tokens: list[bool] = []
-    pictures = []
+    images = []
     for grids, question, answer in turns:
         for t, rows, cols in grids:
             token = IMAGE if t == 1 else VIDEO
@@ -91,12 +91,12 @@ def random_sample(
                     part = [*rng.integers(0, 80, 3).tolist(), *part]
                 ids += part
                 target_tokens += [False] * len(part)
-            pictures.append(
+            images.append(
                 MediaPatches(rng.integers(0, 256, (t * rows * cols, 3 * 2 * 4 * 4)).astype(np.uint8), (t, rows, cols))
             )
         ids += rng.integers(0, 80, question + answer).tolist()
         target_tokens += [False] * question + [True] * answer
-    return Sample(np.array(ids, np.int64), np.array(target_tokens), tuple(pictures), index)
+    return Sample(np.array(ids, np.int64), np.array(target_tokens), tuple(images), index)
 
 
 def mixed_samples(seed: int = 0) -> list[Sample]:
@@ -124,16 +124,16 @@ def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[st
         ("pixel_values", "image_grid_thw", False),
         ("pixel_values_videos", "video_grid_thw", True),
     ):
-        pictures = [picture for picture in sample.media if (picture.grid_thw[0] > 1) is wanted]
-        if pictures:
-            patches = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).float()
+        images = [image for image in sample.media if (image.grid_thw[0] > 1) is wanted]
+        if images:
+            patches = torch.from_numpy(np.concatenate([image.patches for image in images])).float()
             inputs[key] = (patches / 255 - mean) / std
-            inputs[grid_key] = torch.tensor([picture.grid_thw for picture in pictures])
+            inputs[grid_key] = torch.tensor([image.grid_thw for image in images])
     return inputs
 
 
 def step_samples(step: int, count: int) -> list[Sample]:
-    """The samples of an optimizer step: half of them text alone; one picture, two, a video, a video with a picture."""
+    """The samples of an optimizer step: half of them text alone; one image, two, a video, a video with an image."""
     rng = np.random.default_rng(1000 + step)
 
     def side() -> int:

@@ -1,4 +1,4 @@
-"""The published Qwen3-VL models' ``config.json``, as far as the geometry reads it."""
+"""The published Qwen3-VL models' ``config.json``, as far as the model config reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small Qwen3-VL geometry for tests that need sizes and token ids, but no model."""
+"""A small Qwen3-VL config for tests that need sizes and token ids, but no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole recipe on disk that takes milliseconds per step: weights, pictures and the three configuration files."""
+"""A whole recipe on disk that takes milliseconds per step: weights, images and the three configuration files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_recipe(root: Path, *, records: int = 26) -> Path:
 
     Args:
         root: directory to write to.
-        records: samples of the data set; two thirds of them have a picture.
+        records: samples of the data set; two thirds of them have an image.
 
     Returns:
         ``root``.

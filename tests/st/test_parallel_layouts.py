@@ -1,6 +1,6 @@
 """Every parallel layout against Hugging Face's model and against one process: three AdamW steps on mixed samples.
 
-Half of the samples are text alone, so that in each step whole processes see no picture while others see nothing else.
+Half of the samples are text alone, so that in each step whole processes see no image while others see nothing else.
 ``python -m tests.tools.layout_matrix`` prints the differences.
 """
 
@@ -135,7 +135,7 @@ def test_context_parallelism_over_eight_processes(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_some_processes_see_only_text_and_others_only_pictures(trained, processes):
+def test_some_processes_see_only_text_and_others_only_images(trained, processes):
     shares = {name: outcome["text_only"] for name, outcome in trained(processes).items()}
     mixed = [name for name, steps in shares.items() if len(steps[0]) > 1]
     assert len(mixed) > len(shares) // 2

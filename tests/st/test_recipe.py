@@ -256,7 +256,7 @@ MISTAKES = {
         lambda place: {"MM_MODEL": edited(place, "model_tiny.json", lambda c: c["text_decoder"].update(freez=True))},
         ["bad_model_tiny.json", "freez", "freeze"],
     ),
-    "geometry": (
+    "size": (
         lambda place: {"MM_MODEL": edited(place, "model_tiny.json", lambda c: c["text_decoder"].update(num_layers=7))},
         ["text_decoder.num_layers 7", "contradicts", "config.json"],
     ),

@@ -37,7 +37,7 @@ IMAGE, VISION_START, VISION_END = 151655, 151652, 151653
 
 
 def config(name: str) -> Any:
-    """A published geometry with 2 text layers, 9 vision blocks and as many deepstack outputs as fit."""
+    """A published config with 2 text layers, 9 vision blocks and as many deepstack outputs as fit."""
     from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
     content = published_config(name, layers=2, blocks=9)
@@ -52,7 +52,7 @@ def config(name: str) -> Any:
 
 
 def samples() -> list[Sample]:
-    """Two pictures in one conversation, one in another, and text alone; about 250 tokens."""
+    """Two images in one conversation, one in another, and text alone; about 250 tokens."""
     rng = np.random.default_rng(0)
 
     def sample(index: int, grids: list[tuple[int, int, int]]) -> Sample:
@@ -61,11 +61,11 @@ def samples() -> list[Sample]:
             ids += [VISION_START, *[IMAGE] * (rows * cols // 4), VISION_END]
         prompt = len(ids) + 12
         ids += rng.integers(0, 151000, 36).tolist()
-        pictures = tuple(
+        images = tuple(
             MediaPatches(rng.integers(0, 256, (t * rows * cols, 1536)).astype(np.uint8), (t, rows, cols))
             for t, rows, cols in grids
         )
-        return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= prompt, pictures, index)
+        return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= prompt, images, index)
 
     return [sample(0, [(1, 16, 20), (1, 4, 8)]), sample(1, [(1, 10, 6)]), sample(2, [])]
 
@@ -82,7 +82,7 @@ def hugging_face(name: str, path: Path) -> tuple[Any, float, torch.Tensor]:
     loss, logits = 0.0, []
     for sample in samples():
         inputs = hf_inputs(sample)
-        # the helper's small vocabulary marks pictures by other ids
+        # the helper's small vocabulary marks images by other ids
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
         labels = inputs.pop("labels")[0, 1:]
         predicted = model(**inputs).logits[0, :-1][labels != -100]

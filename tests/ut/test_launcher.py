@@ -30,9 +30,9 @@ def workplace(tmp_path):
             (root / "examples/qwen3vl" / source.name).write_bytes(source.read_bytes())
     _write_model(root, "30B")
     (root / "data").mkdir()
-    (root / "data/picture.jpg").write_bytes(b"")
+    (root / "data/photo.jpg").write_bytes(b"")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}]
-    records = [{"images": ["picture.jpg"], "messages": messages}]
+    records = [{"images": ["photo.jpg"], "messages": messages}]
     (root / "data/mllm_format_llava_instruct_data.json").write_text(json.dumps(records))
     bin_directory = tmp_path / "bin"
     bin_directory.mkdir()
@@ -122,7 +122,7 @@ def test_launchers_of_the_other_models(workplace, model, processes, nodes, exper
     assert ("--recompute-granularity" in result.words) is recompute
     content = json.loads((workplace / expected["--mm-data"]).read_text())
     assert content["dataset_param"]["preprocess_parameters"]["model_name_or_path"].endswith(DIRECTORIES[model])
-    # another model's geometry is noticed, so the files were truly compared
+    # another model's sizes are noticed, so the files were compared
     _write_config(workplace / "ckpt/hf_path" / DIRECTORIES[model] / "config.json", model, num_hidden_layers=40)
     result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{model}.sh")
     assert result.returncode == 2 and "contradicts text_config.num_hidden_layers 40" in result.stderr
@@ -219,7 +219,7 @@ def test_checkpoints_that_will_not_fit_are_warned_of(workplace):
         ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/release/__0_0.distcp", "is damaged"),
         ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/latest_checkpointed_iteration.txt", "mm-convert"),
         ("data/mllm_format_llava_instruct_data.json", "step 3"),
-        ("data/picture.jpg", "record 0: image picture.jpg does not exist"),
+        ("data/photo.jpg", "record 0: image photo.jpg does not exist"),
         ("examples/qwen3vl/data_30B.json", "step 4"),
     ],
 )

@@ -56,7 +56,7 @@ def expected_mcore(hub: Tensors, hf: Path) -> Tensors:
     "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 240))]
 )
 def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any geometry, from either layout and both kinds of square experts, in any type and with any bits."""
+    """Any model config, from either layout and both kinds of square experts, in any type and with any bits."""
     rng = random.Random(seed)
     if seed % 2:
         monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 700)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @torch.no_grad()
 def hf_logits(model, samples):
-    """[S, V] of the supervised positions of all samples."""
+    """[S, V] of the target positions of all samples."""
     parts = []
     for sample in samples:
         inputs = hf_inputs(sample)

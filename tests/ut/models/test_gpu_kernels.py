@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cost_growth import sample_of
-from benchmarks.workload import PIXEL_NORM, geometry_config
+from benchmarks.workload import PIXEL_NORM, hf_config
 from mindspeed_mm.backend.kernels import attention
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -30,7 +30,7 @@ def test_forward_and_backward_in_bf16(monkeypatch, recompute, repeat_heads):
 
     monkeypatch.setattr(attention, "find_varlen", lambda device: attention.VarlenKernel(counted, accepts, repeat_heads))
     model_config = Qwen3VLConfig.from_config(
-        geometry_config("30b", text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
+        hf_config("30b", text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
     )
     with torch.device("meta"):
         model = build_model(

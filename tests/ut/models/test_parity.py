@@ -112,7 +112,7 @@ def test_text_only_batch_leaves_zero_vision_gradients(reference):
     assert vision and all(gradient is not None and not gradient.any() for gradient in vision.values())
 
 
-def test_batch_without_supervised_tokens_trains_nothing(reference):
+def test_batch_without_target_tokens_trains_nothing(reference):
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model)
     batch = collate([samples[2]], SPEC, model_config)

@@ -68,9 +68,9 @@ def parts_of(samples, model_config, size):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_parts_make_up_the_whole(model_config, size):
     rng = np.random.default_rng(size)
-    pictures = [[(1, 4, 6)], [], [(3, 2, 4), (1, 2, 2)], [(1, 6, 6)]]
+    grids = [[(1, 4, 6)], [], [(3, 2, 4), (1, 2, 2)], [(1, 6, 6)]]
     for _ in range(20):
-        turns = [(pictures[i], int(rng.integers(1, 9)), int(rng.integers(1, 9))) for i in rng.permutation(4)]
+        turns = [(grids[i], int(rng.integers(1, 9)), int(rng.integers(1, 9))) for i in rng.permutation(4)]
         samples = [random_sample(rng, index=i, turns=[turn]) for i, turn in enumerate(turns)]
         whole, parts = parts_of(samples, model_config, size)
         tokens, length = whole.num_tokens, len(parts[0].input_ids)

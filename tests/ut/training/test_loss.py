@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mindspeed_mm.training.loss import step_loss_weights
 
-COUNTS = [3, 1, 0, 7, 5, 2]  # supervised tokens of the samples of a step
+COUNTS = [3, 1, 0, 7, 5, 2]  # target tokens of the samples of a step
 LAYOUT = SimpleNamespace(dp_size=1, context_size=1)
 
 
@@ -79,7 +79,7 @@ def test_processes_share_one_sum(monkeypatch, mode):
 
 
 @pytest.mark.parametrize("mode", ["per_token", "per_sample", "square", "default"])
-def test_step_without_supervised_tokens_has_no_nan(mode):
+def test_step_without_target_tokens_has_no_nan(mode):
     weights = step_loss_weights([batch([0, 0])], mode=mode, layout=LAYOUT, device=torch.device("cpu"))
     assert weights[0].shape == (0,)
 
