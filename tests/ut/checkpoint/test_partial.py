@@ -70,6 +70,18 @@ def test_a_base_that_has_changed_is_refused(bases, tmp_path, kind):
         found(target, manifest)
 
 
+def test_weights_of_equal_shapes_and_other_values_are_another_base(bases, tmp_path):
+    tensor = torch.arange(3000, dtype=torch.float32)
+    save_file({"a": torch.zeros(3), "b": tensor}, bases["huggingface"] / "model.safetensors")
+    target, manifest = over(Base.of(bases["huggingface"], "--load"), tmp_path)
+    found(target, manifest)
+    for changed in (0, 800, 2300):
+        save_file({"a": torch.zeros(3), "b": tensor.index_fill(0, torch.tensor(changed), -1.0)},
+                  bases["huggingface"] / "model.safetensors")  # fmt: skip
+        with pytest.raises(UserError, match="is not the base of"):
+            found(target, manifest)
+
+
 def test_a_base_of_another_kind_is_refused(bases, tmp_path):
     target, manifest = over(Base.of(bases["huggingface"], "--load"), tmp_path)
     with pytest.raises(UserError, match="release is not the base of .*, a Hugging Face directory, or has changed"):
