@@ -183,6 +183,22 @@ def _frozen(model: nn.Module) -> set[str]:
     return {MODEL_PREFIX + name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
+def _check_trained(path: Path, moments: Collection[str], stored: Collection[str]) -> None:
+    """Refuse AdamW's moments of other parameters than those that train now."""
+    now, then = (
+        {name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] for name in names} for names in (moments, stored)
+    )
+    differences = [
+        f"{', '.join(sorted(names)[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''} {what}"
+        for names, what in ((now - then, "did not train then"), (then - now, "did, and do not now")) if names
+    ]
+    if differences:
+        raise UserError(
+            f"{path} is of a run that trained other parameters: {'; '.join(differences)}. Freeze what that run froze, "
+            "or add --no-load-optim to start AdamW's moments from zero"
+        )
+
+
 def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: Check, expert_layout: str) -> None:
     """Fill the parameters that a partial checkpoint does not hold."""
     if base.kind == "huggingface":
@@ -226,7 +242,9 @@ def _tensors_to_load(
             )
         initialise_state(optimizer)
         moments = optimizer_state(model, optimizer)
-        compare(path, moments, {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER_PREFIX)})
+        stored_moments = {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER_PREFIX)}
+        _check_trained(path, moments, stored_moments)
+        compare(path, moments, stored_moments)
         state.update(moments)
     if with_rng:
         if not any(name.startswith(RNG_PREFIX) for name in stored):

@@ -107,6 +107,28 @@ def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("trained_then", "trains_now", "message"),
+    [
+        ((0, 1), (1,), r"other parameters: 0\.bias, 0\.weight did, and do not now\. Freeze"),
+        ((0,), (0, 1), r"other parameters: 1\.bias, 1\.weight did not train then\. Freeze .*--no-load-optim"),
+        ((0,), (1,), r"1\.bias, 1\.weight did not train then; 0\.bias, 0\.weight did, and do not now"),
+    ],
+)
+def test_moments_of_other_parameters_are_refused(tmp_path: Path, trained_then, trains_now, message: str) -> None:
+    def training(layers):
+        model, _ = make()
+        optimizer = torch.optim.AdamW([p for layer in layers for p in model[layer].parameters()])
+        initialise_state(optimizer)
+        return model, optimizer
+
+    path = save(tmp_path, *training(trained_then))
+    model, optimizer = training(trains_now)
+    with pytest.raises(UserError, match=message):
+        load(path, model, optimizer)
+    assert load(path, model, None).iteration == 1
+
+
 def edit_manifest(path: Path, *, drop: list[str] = (), without_chunk_checksums: bool = False) -> None:
     """Take files out of a checkpoint, or make its manifest one of a time when chunks had no checksums."""
     manifest = json.loads((path / "manifest.json").read_text())
