@@ -14,6 +14,7 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
+from mindspeed_mm.checkpoint.directory import RELEASE
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run
 from mindspeed_mm.checkpoint.state import Progress, TrainingState
@@ -238,7 +239,8 @@ def _checkpoint_manager(
     if args.save_trainable_only and source is not None:
         base, names = base_of_run(source, moved_to=args.load_base, option="--load-base")
         names |= {name for name, setting in settings.items() if setting.saved}
-        if args.keep_last is not None and Path(base.path).parent == Path(args.save).resolve():
+        deletable = Path(base.path).parent == Path(args.save).resolve() and Path(base.path).name != RELEASE
+        if args.keep_last is not None and deletable:
             raise UserError(
                 f"--keep-last {args.keep_last} would delete {base.path}, the base of this run's checkpoints; save to "
                 "another directory, or leave --keep-last out"
