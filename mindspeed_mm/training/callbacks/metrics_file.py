@@ -136,5 +136,5 @@ def _iteration(line: bytes) -> int | None:
     """The iteration of a line; None where it is not one."""
     try:
         return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
