@@ -138,3 +138,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgs) -> Opti
         wd_incr_steps=args.train_iters * args.global_batch_size,
         wd_incr_style="constant",
     )
+
+
+def schedule_state(schedule: OptimizerParamScheduler) -> dict[str, Any]:
+    """Megatron's state of the schedule, and ``lr_scales``: group -> factor on its learning rate, unless that is 1."""
+    scales = {group["name"]: group["lr_mult"] for group in schedule.optimizer.param_groups if group["lr_mult"] != 1.0}
+    return {**schedule.state_dict(), "lr_scales": scales}

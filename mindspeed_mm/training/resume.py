@@ -24,6 +24,7 @@ from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 from mindspeed_mm.training.initialization import initialize
+from mindspeed_mm.training.optimizer import schedule_state
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,13 @@ class Start:
 
     Attributes:
         path: checkpoint directory; None for the Hugging Face weights.
+        load_base: where the base of a partial checkpoint has moved to; None for where it was.
         with_optimizer: whether AdamW's moments are read from it.
         with_rng: whether the RNG states are.
     """
 
     path: Path | None
+    load_base: str | None = None
     with_optimizer: bool = False
     with_rng: bool = False
 
@@ -95,7 +98,10 @@ def _choose(args: TrainingArgs) -> Start:
     if args.load is None:
         return Start(None)
     return Start(
-        resolve_checkpoint(args.load), with_optimizer=not args.no_load_optim, with_rng=not args.no_load_rng
+        resolve_checkpoint(args.load),
+        load_base=args.load_base,
+        with_optimizer=not args.no_load_optim,
+        with_rng=not args.no_load_rng,
     )
 
 
@@ -147,7 +153,7 @@ def load_start(
         backend=backend,
         with_rng=start.with_rng and not converted,
         check=job.args.check_load,
-        load_base=job.args.load_base,
+        load_base=start.load_base,
         expert_layout=job.args.expert_layout,
     )
     checked = {
@@ -165,10 +171,10 @@ def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
     """
     if progress.schedule is None:
         return
-    current = schedule.state_dict()
+    current = schedule_state(schedule)
     differing = [
         f"{key} {saved!r} became {current[key]!r}"
-        for key, saved in progress.schedule.items()
+        for key, saved in {"lr_scales": {}, **progress.schedule}.items()
         if key not in ("num_steps", "wd_incr_steps") and current.get(key) != saved
     ]
     if differing and not job.args.override_opt_param_scheduler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindspeed_mm.checkpoint.manager import CheckpointManager
 from mindspeed_mm.training.callbacks.base import Callback, Run
+from mindspeed_mm.training.optimizer import schedule_state
 
 
 class Checkpointing(Callback):
@@ -26,7 +27,7 @@ class Checkpointing(Callback):
             with self._run.paused("save"):
                 self._run.notify("on_save", iteration)
                 progress = self._run.context.progress
-                progress.schedule = self._run.schedule.state_dict()
+                progress.schedule = schedule_state(self._run.schedule)
                 self._manager.start(progress)
 
     def on_run_end(self, *, failed: bool) -> None:

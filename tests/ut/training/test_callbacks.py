@@ -54,6 +54,7 @@ class Backend:
 
 class Schedule:
     samples = 0
+    optimizer = SimpleNamespace(param_groups=[{"name": "text", "lr_mult": 0.5}, {"name": "vision", "lr_mult": 1.0}])
 
     def get_lr(self, group):
         return 0.1
@@ -180,7 +181,8 @@ def test_a_stop_request_ends_the_run_after_the_step_in_which_it_is_read(lag, las
 def test_the_schedule_is_stored_before_a_save():
     manager = Manager()
     make(Checkpointing(manager), steps=4, save_interval=2).train()
-    assert manager.saved == [(2, {"num_steps": 16}), (4, {"num_steps": 32})]
+    scales = {"lr_scales": {"text": 0.5}}
+    assert manager.saved == [(2, {"num_steps": 16, **scales}), (4, {"num_steps": 32, **scales})]
 
 
 def test_exit_interval_saves_and_is_no_stop():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 
 from mindspeed_mm.checkpoint.directory import iteration_name, write_tracker
+from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.resume import RUN_KEY, choose_start, run_identity
+from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity
 from tests.helpers.checkpoint_directory import commit_directory
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -55,6 +59,33 @@ def test_restart_goes_on_from_the_runs_own_checkpoint_with_all_it_holds(tmp_path
     start = choose_start(args)
     assert start.path == tmp_path / "save/iter_0000004" and start.with_optimizer and start.with_rng
     assert len(messages()) == 1 and "restart 2" in messages()[0] and "iter_0000004" in messages()[0]
+
+
+def test_restart_does_not_look_for_the_base_of_its_own_checkpoint_elsewhere(tmp_path, monkeypatch):
+    args = flags(tmp_path, "--load-base", "moved")
+    assert choose_start(args).load_base == "moved"
+    checkpoint(tmp_path / "save", 4, **{RUN_KEY: run_identity()})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert choose_start(args).load_base is None
+
+
+def schedule(**scales):
+    """A learning-rate schedule with a factor for some groups."""
+    groups = [{"name": name, "lr_mult": scale} for name, scale in {"text": 1.0, **scales}.items()]
+    return SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=groups), num_steps=0, state_dict=lambda: {"max_lr": 1.0, "num_steps": 0},
+        step=lambda increment: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [{}, {"lr_scales": {}}, {"lr_scales": {"vision": 0.5}}])
+@pytest.mark.parametrize("override", [False, True])
+def test_factors_on_the_learning_rate_belong_to_the_schedule(tmp_path, saved, override):
+    args = flags(tmp_path, *["--override-opt-param-scheduler"] * override)
+    progress = Progress(schedule={"max_lr": 1.0, "num_steps": 8, **saved})
+    restore_schedule(SimpleNamespace(args=args), schedule(**saved.get("lr_scales", {})), progress)
+    with contextlib.nullcontext() if override else pytest.raises(UserError, match="lr_scales .* became .*0.25"):
+        restore_schedule(SimpleNamespace(args=args), schedule(vision=0.25), progress)
 
 
 def test_restart_says_what_is_lost(tmp_path, monkeypatch, messages):
