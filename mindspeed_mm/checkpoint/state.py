@@ -21,7 +21,6 @@ from mindspeed_mm.checkpoint.loader import Check, compare, load_tensors, raise_o
 from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.shards import chunks_to_write, total_bytes
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.optimizer import initialise_state
 
 OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
 
@@ -80,6 +79,17 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def initialize_optimizer_state(optimizer: torch.optim.AdamW) -> None:
+    """Allocate the state that AdamW makes at its first step, so that a checkpoint can be read into it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def rng_state(backend: Backend, rank: int) -> dict[str, Tensor]:
@@ -240,7 +250,7 @@ def _tensors_to_load(
                 f"{path} holds no optimizer state (saved with --no-save-optim?); "
                 "add --no-load-optim to start AdamW's moments from zero"
             )
-        initialise_state(optimizer)
+        initialize_optimizer_state(optimizer)
         moments = optimizer_state(model, optimizer)
         stored_moments = {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER_PREFIX)}
         _check_trained(path, moments, stored_moments)

@@ -27,7 +27,7 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(groups, fused=True, **options)
-        self.skips_on_device = _skips_on_device(next(iter(optimized_parameters(self))).device)
+        self.skips_on_device = _skips_on_device(self.param_groups[0]["params"][0].device)
 
     def step_where(self, finite: Tensor) -> None:
         """Step if the bool scalar ``finite``, which is on the device, is true; else change nothing.
@@ -103,21 +103,6 @@ def learning_rates(optimizer: torch.optim.Optimizer, schedule: OptimizerParamSch
     """``learning_rate`` of the next step, and ``learning_rate/<parts>`` of parameters whose rate is scaled."""
     scaled = {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups if g["lr_mult"] != 1.0}
     return {"learning_rate": schedule.get_lr({}), **scaled}
-
-
-def initialise_state(optimizer: torch.optim.AdamW) -> None:
-    """Allocate the state that AdamW makes at its first step, so that a checkpoint can be read into it."""
-    for parameter in optimized_parameters(optimizer):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-
-
-def optimized_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    """All parameters of all groups."""
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgs) -> OptimizerParamScheduler:

@@ -36,9 +36,8 @@ from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory, shards
 from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
-from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, initialize_optimizer_state, load_checkpoint
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.optimizer import initialise_state
 from tests.drivers.fault_injection import Case, Switch
 from tests.helpers.log_lines import log_lines
 
@@ -63,7 +62,7 @@ class Run:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        initialise_state(self.optimizer)
+        initialize_optimizer_state(self.optimizer)
         self.root, self.case = root, case
 
     def set_state(self, iteration: int) -> None:

@@ -32,9 +32,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.tools": ("errors", "backend", "config"),
     "mindspeed_mm.tools.memory": ("errors", "config", "models.memory", "models.parameter_rules", "models.spec"),
     "mindspeed_mm.tools.show_data": ("errors", "config", "data", "interfaces", "models.spec"),
-    "mindspeed_mm.checkpoint": (
-        "errors", "backend", "config", "models.spec", "models.state_dict", "parallel", "training.optimizer",
-    ),
+    "mindspeed_mm.checkpoint": ("errors", "backend", "models.spec", "models.state_dict"),
     "mindspeed_mm.training": (
         "errors", "backend", "config", "data", "interfaces", "models.layers", "models.memory", "models.model",
         "models.parameter_rules", "models.spec", "parallel", "tools", "checkpoint",

@@ -17,9 +17,8 @@ from mindspeed_mm.checkpoint.dcp_format import read_metadata
 from mindspeed_mm.checkpoint.directory import METADATA
 from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
-from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.checkpoint.state import Progress, TrainingState, initialize_optimizer_state, load_checkpoint
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.optimizer import initialise_state
 
 BACKEND = select_backend("cpu")
 
@@ -32,7 +31,7 @@ def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32,
     torch.manual_seed(seed)
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters())
-    initialise_state(optimizer)
+    initialize_optimizer_state(optimizer)
     for state in optimizer.state.values():
         for value in state.values():
             value.fill_(seed + 0.5)
@@ -119,7 +118,7 @@ def test_moments_of_other_parameters_are_refused(tmp_path: Path, trained_then, t
     def training(layers):
         model, _ = make()
         optimizer = torch.optim.AdamW([p for layer in layers for p in model[layer].parameters()])
-        initialise_state(optimizer)
+        initialize_optimizer_state(optimizer)
         return model, optimizer
 
     path = save(tmp_path, *training(trained_then))
