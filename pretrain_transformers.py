@@ -105,7 +105,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        end_launcher_with(2)
+        end_launcher_with(2, error=f"error: {error}")
         return 2
 
 

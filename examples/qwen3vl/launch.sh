@@ -57,7 +57,8 @@ interrupt() {
 
 # Runs torchrun in its own session, and writes its log: Ctrl-C and signals to this process group reach the launcher only,
 # which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. The ranks write their
-# process ids and the status for the launcher to exit with into the directory MM_RUN_STATE.
+# process ids, the status for the launcher to exit with, and an error for it to print last into the directory
+# MM_RUN_STATE.
 run_torchrun() {
     MM_RUN_STATE=$(mktemp -d) || stop "cannot create a temporary directory in ${TMPDIR:-/tmp}"
     export MM_RUN_STATE
@@ -81,6 +82,7 @@ run_torchrun() {
     ((answer == 127)) || status=$answer # it may have ended while a signal was handled
     wait "$tee"
     [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
+    [ -s "$MM_RUN_STATE/error" ] && cat "$MM_RUN_STATE/error" >&2
     ((stopped_early)) && status=$stopped_early
 }
 

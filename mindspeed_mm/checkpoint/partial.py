@@ -88,6 +88,19 @@ def find_base(manifest: Mapping[str, Any], checkpoint: Path, *, moved_to: str | 
     return found
 
 
+def check_expert_layout(layout: str, manifest: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a layout for a checkpoint that has no Hugging Face directory as its base.
+
+    Raises:
+        UserError: if ``layout`` is not ``auto`` and would have no effect.
+    """
+    base = Base.recorded(manifest)
+    if layout != "auto" and (base is None or base.kind != "huggingface"):
+        raise UserError(
+            f"--expert-layout {layout} is for Hugging Face weights, and {checkpoint} has none as its base; leave it out"
+        )
+
+
 def base_of_run(start: Path, *, moved_to: str | None, option: str) -> tuple[Base, set[str]]:
     """The base of a run's partial checkpoints.
 

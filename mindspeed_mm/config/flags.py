@@ -188,8 +188,8 @@ class CheckpointArgs(StrictModel):
         "sizes: none, only the file sizes"
     )
     expert_layout: Literal["auto", "hub", "v5"] = effective(
-        "auto", "without --load: layout of the experts in init_from_hf_path; hub: the published one; v5: as saved by "
-        "transformers 5; auto: as recorded in the files, else by the tensors' shapes, else refused"
+        "auto", "layout of the experts in the Hugging Face directory that weights are read from; hub: the published "
+        "one; v5: as saved by transformers 5; auto: as recorded in the files, else by the tensors' shapes, else refused"
     )
     ckpt_format: Literal["torch_dcp"] = effective("torch_dcp", "PyTorch distributed checkpoints")
     no_load_optim: bool = effective(False, "do not load optimizer state")

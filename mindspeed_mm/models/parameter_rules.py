@@ -168,8 +168,8 @@ def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo],
             )
     _check_fused(rules, parameters)
     if not any(setting.trainable for setting in settings.values()):
-        *others, last = parts
-        raise UserError(f"the model file freezes {', '.join(others)}{' and ' * bool(others)}{last}; unfreeze one")
+        switches = dict.fromkeys(rule.source for rule in rules if rule.trainable is False)
+        raise UserError(f"no parameter is trained: all are frozen by {' and '.join(switches)}; unfreeze some")
     return settings
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device
 from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
-from mindspeed_mm.checkpoint.partial import find_base
+from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.data.validate import validate_data
@@ -45,7 +45,9 @@ def preflight(job: JobConfig) -> None:
     spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
     if job.args.load is not None:
         checkpoint = resolve_checkpoint(job.args.load)
-        find_base(verify_directory(checkpoint), checkpoint, moved_to=job.args.load_base, option="--load-base")
+        manifest = verify_directory(checkpoint)
+        check_expert_layout(job.args.expert_layout, manifest, checkpoint)
+        find_base(manifest, checkpoint, moved_to=job.args.load_base, option="--load-base")
     if job.args.save is not None:
         check_writable(Path(job.args.save))
     check_temporary_directory(job.args.num_workers)

@@ -135,9 +135,7 @@ def _run(
     warn_of_sample_order(progress, seed=args.seed, samples_per_epoch=loader.samples_per_epoch)
     progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
     _warn_of_partial_state(args)
-    logger.info(
-        f"data: {loader.summary}; training from iteration {progress.iteration + 1} to {args.train_iters}"
-    )
+    logger.info(f"data: {loader.summary}; {_remaining_iterations(progress, args)}")
     with StopRequest() as stop_request:
         context = RunContext(
             layout=layout,
@@ -172,6 +170,12 @@ def _run(
         )
         trainer.train()
     return trainer.stopped and progress.iteration < args.train_iters
+
+
+def _remaining_iterations(progress: Progress, args: TrainingArgs) -> str:
+    if progress.iteration >= args.train_iters:
+        return f"nothing to train: iteration {progress.iteration} is done, and --train-iters is {args.train_iters}"
+    return f"training from iteration {progress.iteration + 1} to {args.train_iters}"
 
 
 def _callbacks(

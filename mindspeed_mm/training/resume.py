@@ -18,6 +18,7 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
 from mindspeed_mm.checkpoint.hf import load_hf_weights
+from mindspeed_mm.checkpoint.partial import check_expert_layout
 from mindspeed_mm.checkpoint.state import Progress, load_checkpoint
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
@@ -145,6 +146,8 @@ def load_start(
         load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
         logger.info(f"loaded the weights of {directory}; no --load was given")
         return Progress(), Path(directory)
+    if job.args.load is not None:
+        check_expert_layout(job.args.expert_layout, read_manifest(path), path)
     converted = not Progress.is_training(path)
     progress = load_checkpoint(
         path,

@@ -67,9 +67,13 @@ def exit_status(*, stopped: bool) -> int:
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_STATUS
 
 
-def end_launcher_with(status: int | None) -> None:
-    """Ask the launcher, if there is one, to end with ``status``, or with torchrun's for None."""
+def end_launcher_with(status: int | None, *, error: str = "") -> None:
+    """Ask the launcher, if there is one, to end with ``status``, or with torchrun's for None.
+
+    ``error`` is a line for it to print last, below torchrun's report of the failure.
+    """
     _report_to_launcher("status", "" if status is None else str(status))
+    _report_to_launcher("error", error)
 
 
 def _report_to_launcher(name: str, content: str) -> None:

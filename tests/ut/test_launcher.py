@@ -40,7 +40,8 @@ def workplace(tmp_path):
     _script(
         bin_directory / "torchrun",
         'for word in "$@"; do echo "$word" >>"$TORCHRUN_WORDS"; done\n'
-        'env >"$TORCHRUN_WORDS.env"\n[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\nexit "${FAKE_STATUS:-0}"\n',
+        'env >"$TORCHRUN_WORDS.env"\n[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\n'
+        'echo "$FAKE_ERROR" >"$MM_RUN_STATE/error"; [ -n "$FAKE_ERROR" ] || rm "$MM_RUN_STATE/error"\nexit "${FAKE_STATUS:-0}"\n',
     )
     return root
 
@@ -284,6 +285,13 @@ def test_bad_variables(workplace, name, value, message):
 
 def test_status_of_torchrun_is_kept(workplace):
     assert _launch(workplace, FAKE_STATUS=7).returncode == 7
+
+
+def test_error_of_a_rank_is_printed_last(workplace, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("error: one\na traceback of torchrun's\n")
+    result = _launch(workplace, FAKE_LOG=log, FAKE_ERROR="error: one", FAKE_STATUS=2)
+    assert result.returncode == 2 and result.stdout == log.read_text() and result.stderr == "error: one\n"
 
 
 def test_log_is_printed_and_kept(workplace, tmp_path):

@@ -41,13 +41,11 @@ class RunSummary(Callback):
 
     def _log_end(self) -> None:
         args, context = self._run.args, self._run.context
-        stopped = self._run.stopped and context.progress.iteration < args.train_iters
-        peak = context.backend.peak_memory_bytes() / 2**30
-        logger.info(
-            f"training {'stopped, as requested,' if stopped else 'finished'} at iteration "
-            f"{context.progress.iteration}; peak memory {peak:.2f} GiB"
-        )
-        if stopped:
+        iteration, peak = context.progress.iteration, context.backend.peak_memory_bytes() / 2**30
+        early = iteration < args.train_iters
+        how = "finished" if not early else "stopped, as requested," if self._run.stopped else "stopped by --exit-interval"
+        logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")
+        if early:
             logger.info(f"to continue: --load {args.save}" if args.save else "nothing was saved: there is no --save")
 
     def _averages(self) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mindspeed_mm.checkpoint.directory import MANIFEST, read_manifest, write_tracker
-from mindspeed_mm.checkpoint.partial import BASE_KEY, Base, base_of_run, find_base
+from mindspeed_mm.checkpoint.partial import BASE_KEY, Base, base_of_run, check_expert_layout, find_base
 from mindspeed_mm.errors import UserError
 from tests.helpers.checkpoint_directory import commit_directory
 
@@ -51,6 +51,15 @@ def test_base_is_found_where_it_was_and_where_it_has_moved_to(bases, tmp_path, k
     with pytest.raises(UserError, match=f"iter_0000001 holds a part of the model, and its base {base.path} does"):
         found(target, manifest)
     assert found(target, manifest, str(moved)) == dataclasses.replace(base, path=str(moved))
+
+
+def test_expert_layout_needs_a_hugging_face_base(bases, tmp_path):
+    target, manifest = over(Base.of(bases["huggingface"], "--load"), tmp_path)
+    check_expert_layout("v5", manifest, target)
+    whole = read_manifest(bases["checkpoint"])
+    check_expert_layout("auto", whole, bases["checkpoint"])
+    with pytest.raises(UserError, match="--expert-layout v5 is for Hugging Face weights, and .*release has none"):
+        check_expert_layout("v5", whole, bases["checkpoint"])
 
 
 def test_root_of_a_checkpoint_may_be_named(bases, tmp_path):

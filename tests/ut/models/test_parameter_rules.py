@@ -116,7 +116,7 @@ def test_learning_rate_of_what_is_frozen_is_refused():
 
 
 def test_something_has_to_train():
-    with pytest.raises(UserError, match="the model file freezes vision and text; unfreeze one"):
+    with pytest.raises(UserError, match="no parameter is trained: all are frozen by"):
         frozen_by("vision", "text.*")
 
 
@@ -208,12 +208,13 @@ def test_files_and_flags_compile_in_their_order():
         (
             [],
             {"freeze": ["model", "lm_head"]},
-            "freezes vision_encoder, vision_projector and text_decoder; unfreeze one",
+            "no parameter is trained: all are frozen by m.json: image_encoder.vision_encoder.freeze and "
+            "m.json: image_encoder.vision_projector.freeze and m.json: freeze; unfreeze some",
         ),
         (
             [],
             {"text_decoder": {"freeze": True}},
-            "the model file freezes vision_encoder, vision_projector and text_decoder",
+            "m.json: image_encoder.vision_projector.freeze and m.json: text_decoder.freeze; unfreeze some",
         ),
         (
             [],
