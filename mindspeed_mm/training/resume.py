@@ -92,7 +92,7 @@ def _choose(args: TrainingArgs) -> Start:
             if omitted
         ]
         if lost:
-            logger.warning(f"not in that checkpoint, so they start anew: {' and '.join(lost)}")
+            logger.warning(f"lost, since that checkpoint does not have them: {' and '.join(lost)}")
         return Start(own, with_optimizer=not args.no_save_optim, with_rng=not args.no_save_rng)
     if restarts:
         logger.info(f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over")

@@ -42,10 +42,12 @@ class RunSummary(Callback):
     def _log_end(self) -> None:
         args, context = self._run.args, self._run.context
         iteration, peak = context.progress.iteration, context.backend.peak_memory_bytes() / 2**30
-        early = iteration < args.train_iters
-        how = "finished" if not early else "stopped, as requested," if self._run.stopped else "stopped by --exit-interval"
+        reason = None
+        if iteration < args.train_iters:
+            reason = "as requested" if self._run.stopped else args.exit_interval and "by --exit-interval"
+        how = f"stopped, {reason}," if reason else "finished"
         logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")
-        if early:
+        if reason:
             logger.info(f"to continue: --load {args.save}" if args.save else "nothing was saved: there is no --save")
 
     def _averages(self) -> list[str]:
