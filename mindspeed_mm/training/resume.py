@@ -98,8 +98,13 @@ def _choose(args: TrainingArgs) -> Start:
         logger.info(f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over")
     if args.load is None:
         return Start(None)
+    path = resolve_checkpoint(args.load)
+    check_expert_layout(args.expert_layout, read_manifest(path), path)
+    if Progress.is_training(path) and (args.no_load_optim or args.no_load_rng):
+        flags = "--no-load-optim " * args.no_load_optim + "--no-load-rng" * args.no_load_rng
+        logger.info(f"the resume is not exact: optimizer or RNG state is not loaded ({flags.strip()})")
     return Start(
-        resolve_checkpoint(args.load),
+        path,
         load_base=args.load_base,
         with_optimizer=not args.no_load_optim,
         with_rng=not args.no_load_rng,
@@ -146,8 +151,6 @@ def load_start(
         load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
         logger.info(f"loaded the weights of {directory}; no --load was given")
         return Progress(), Path(directory)
-    if job.args.load is not None:
-        check_expert_layout(job.args.expert_layout, read_manifest(path), path)
     converted = not Progress.is_training(path)
     progress = load_checkpoint(
         path,
