@@ -356,9 +356,17 @@ class ModelSpec(abc.ABC):
 
 
 def register(spec: ModelSpec) -> ModelSpec:
-    """Make a family known under its ``model_types``; returns it."""
+    """Make a family known under its ``model_types``; returns it.
+
+    Raises:
+        ValueError: if another family has one of them.
+    """
     for model_type in spec.model_types:
-        _REGISTERED[model_type] = spec
+        known = _REGISTERED.get(model_type)
+        if known is not None and type(known) is not type(spec):
+            names = f"{type(known).__name__}, not of {type(spec).__name__} too"
+            raise ValueError(f"{model_type} is a model type of {names}")
+    _REGISTERED.update(dict.fromkeys(spec.model_types, spec))
     return spec
 
 
@@ -400,5 +408,6 @@ def spec_of(directory: str | Path) -> ModelSpec:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    return get_spec(str(model_type), source=f"{path} has model_type")
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UserError(f"{path} has no model_type; download it again, or correct the path")
+    return get_spec(str(content["model_type"]), source=f"{path}: model_type")
