@@ -61,6 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     namespace, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UserError(_explain_unknown(unknown))
+    if empty := [option_name(name) for name, value in vars(namespace).items() if not value]:
+        raise UserError(f"{empty[0]} is empty; give it a value or leave it out")
     try:
         args = TrainingArgs.model_validate_strings(vars(namespace))
     except ValidationError as error:

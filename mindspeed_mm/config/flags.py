@@ -87,7 +87,7 @@ class BatchArgs(StrictModel):
     num_workers: int = effective(
         2, "data loader workers per rank; 0: samples are prepared in the training process", ge=0
     )
-    seed: int = effective(1234, "seed of the initial values and the order of the samples", ge=0)
+    seed: int = effective(1234, "seed of the initial values and the order of the samples", ge=0, lt=2**64)
 
 
 class OptimizerArgs(StrictModel):

@@ -103,6 +103,8 @@ def test_effective_flags_are_read_somewhere():
         ("--zzz", "unknown flag --zzz; --help lists all flags"),
         ("stray", "unexpected word 'stray'; every value follows its flag"),
         ("--lr", "--lr needs a value"),
+        ("--save=", "--save is empty; give it a value or leave it out"),
+        ("--seed 18446744073709551616", "--seed is 18446744073709551616; it must be at least 0 and less than 1844"),
         ("--log-tps=1", "--log-tps takes no value, but was given '1'"),
         ("--min-lr 1", "--min-lr 1.0 exceeds --lr 1e-05; lower it"),
         ("--lr-warmup-iters 5 --lr-warmup-fraction 0.1", "exclude each other"),
