@@ -77,6 +77,7 @@ class Plan:
         align_fsdp_param_groups: whether decoder layers' norms and routers are gathered once per step.
         offload_to_cpu: whether parameters, gradients and optimizer state are in the host's memory.
         frozen: names of the parts that do not train; see :attr:`~mindspeed_mm.models.spec.ModelSpec.parts`.
+        frozen_names: names of all parameters that do not train.
         frozen_param_bytes: of a number in a parameter that does not train, outside forward and backward.
         recompute_granularity: see the flags; None for no recomputation.
         recompute_method: see the flags.
@@ -104,6 +105,7 @@ class Plan:
     align_fsdp_param_groups: bool = False
     offload_to_cpu: bool = False
     frozen: Collection[str] = ()
+    frozen_names: Collection[str] = ()
     frozen_param_bytes: int = MASTER_BYTES
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"

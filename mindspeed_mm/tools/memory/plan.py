@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.fsdp_config import FSDPConfig
@@ -63,6 +64,7 @@ def plan_run(
         align_fsdp_param_groups=fsdp.align_fsdp_param_groups,
         offload_to_cpu=fsdp.offload_to_cpu,
         frozen=frozen_parts(settings),
+        frozen_names=frozenset(name for name, setting in settings.items() if not setting.trainable),
         frozen_param_bytes=BYTES[args.frozen_param_dtype],
         recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
@@ -75,7 +77,20 @@ def plan_run(
 
 def units_of(plan: Plan) -> list[Unit]:
     """All wrap units in the order in which forward runs them, the root first: it is gathered once per step."""
-    return get_spec(plan.model_config.model_type).memory_units(plan)
+    units = get_spec(plan.model_config.model_type).memory_units(plan)
+    if not plan.frozen_names:
+        return units
+    frozen = {id(unit): _freeze(unit, plan.frozen_names) for unit in units}
+    return [
+        frozen[id(unit)] if unit.experts is None
+        else dataclasses.replace(frozen[id(unit)], experts=frozen[id(unit.experts)])
+        for unit in units
+    ]
+
+
+def _freeze(unit: Unit, names: Collection[str]) -> Unit:
+    parameters = (dataclasses.replace(p, trains=p.trains and p.name not in names) for p in unit.parameters)
+    return dataclasses.replace(unit, parameters=tuple(parameters))
 
 
 def checkpoint_bytes(plan: Plan, *, moments: bool, trainable_only: bool = False) -> int:

@@ -166,6 +166,20 @@ def test_command_takes_the_launchers_flags(files, capsys):
     assert "all-to-all of tokens" in text and "with one change" in text
 
 
+@pytest.mark.parametrize("expert_size", [1, 8])
+def test_freeze_list_of_the_model_file(files, expert_size):
+    path = files / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "freeze": ["*.mlp.experts.*"]}))
+    plan, *_ = read_plan(["--nproc", "8", "--mm-model", str(path), "--expert-model-parallel-size", str(expert_size)])
+    units = units_of(dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1))
+    experts = 48 * 128 * 3 * 2048 * 768
+    whole, trained = (sum(unit.shard(training_only=only) for unit in units) for only in (False, True))
+    assert whole - trained == experts + 538_631_408  # and vision, which is frozen by default
+    units = {unit.name: unit for unit in units_of(plan)}
+    assert all(unit.experts is units[unit.experts.name] for unit in units.values() if unit.experts is not None)
+    assert estimate(plan).peak.total < estimate(dataclasses.replace(plan, frozen_names=())).peak.total / 2
+
+
 def test_json(files, capsys):
     words = ["--nproc", "8", "--mm-model", str(files / "model.json"), "--json", "--memory-gb", "32", "--tokens", "600"]
     assert main(words) == 0
