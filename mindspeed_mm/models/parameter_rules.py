@@ -142,7 +142,7 @@ def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo],
 
     Raises:
         UserError: if a rule matches nothing, or some of the tensors that are fused into one parameter; if it sets the
-            learning rate of frozen parameters only; or if nothing trains.
+            learning rate of frozen parameters only, or is for frozen ones and there are none; or if nothing trains.
     """
     parameters = list(parameters)
     settings = {
@@ -158,9 +158,12 @@ def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo],
         matched = [info.name for info in parameters if any(map(matches, (info.name, *info.hf_names)))]
         if not matched:
             raise UserError(_explain_no_match(rule, parameters))
+        if rule.frozen_only:
+            matched = [name for name in matched if not settings[name].trainable]
+            if not matched:
+                raise UserError(f"{rule.source} has no effect, since all parameters train; freeze some or leave it out")
         for name in matched:
-            if not (rule.frozen_only and settings[name].trainable):
-                settings[name] = dataclasses.replace(settings[name], **rule.changes())
+            settings[name] = dataclasses.replace(settings[name], **rule.changes())
         if rule.lr_scale is not None and not any(settings[name].trainable for name in matched):
             raise UserError(
                 f"{rule.source}: {rule.pattern} is frozen, so its learning rate has no effect; unfreeze it or leave "
@@ -248,4 +251,7 @@ def _explain_no_match(rule: ParameterRule, parameters: Sequence[ParameterInfo]) 
     near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.6)
     beginnings = sorted({".".join(words[:2]) for words in names})
     hint = f"did you mean {' or '.join(near)}?" if near else f"names begin with {', '.join(beginnings)}"
+    inside = f"{rule.pattern}.*"
+    if any(map(_matcher(inside), (".".join(words) for words in names))):  # a glob over whole names, not over modules'
+        hint = f"did you mean {inside}?"
     return f"{rule.source}: {rule.pattern!r} matches no parameter; {hint}"

@@ -75,6 +75,7 @@ def test_patterns_match_names_of_either_side(pattern, matched):
         ("vision.layer", ["'vision.layer' matches no parameter", "did you mean vision.layers"]),
         ("model.visual.block.0", ["did you mean model.visual.blocks.0"]),
         ("layers.1", ["matches no parameter"]),  # no substring
+        ("*.layers.1", ["did you mean *.layers.1.*?"]),
         ("qwertyuiop", ["names begin with model.lm, model.visual, text.layers"]),
     ],
 )
@@ -125,6 +126,12 @@ def test_frozen_only_reaches_what_earlier_rules_froze():
     settings = resolve(rules, PARAMETERS, parts=PARTS)
     assert [s.dtype for s in settings.values()] == ["bf16"] * 3 + ["fp32"] * 2
     assert [s.saved for s in settings.values()] == [False] * 3 + [True] * 2
+
+
+def test_frozen_only_without_frozen_parameters_is_refused():
+    rules = [rule("*", source="--frozen-param-dtype bf16", frozen_only=True, dtype="bf16")]
+    with pytest.raises(UserError, match="--frozen-param-dtype bf16 has no effect, since all parameters train; freeze"):
+        resolve(rules, PARAMETERS, parts=PARTS)
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
