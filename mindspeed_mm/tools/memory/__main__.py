@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target-tokens", type=int, help="target tokens of it (default: all that are not vision)"
     )
+    parser.add_argument("--supervised", dest="target_tokens", type=int, help=argparse.SUPPRESS)  # its former name
     parser.add_argument(
         "--imbalance", type=float, default=1.0,
         help="permuted tokens of the busiest rank over the mean, under expert parallelism (default: %(default)s)",
@@ -74,10 +75,8 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it must be above 0")
-    for name, value in _REQUIRED.items():
-        if name not in words:
-            words += [name, value]
-    args = parse_args([*words, "--use-torch-fsdp2"])
+    defaults = [word for item in _REQUIRED.items() for word in item]  # first, since of two values the last counts
+    args = parse_args([*defaults, *words, "--use-torch-fsdp2"])
     check_flags(args)
     model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
     fsdp = FSDPConfig()

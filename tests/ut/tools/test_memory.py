@@ -166,6 +166,15 @@ def test_command_takes_the_launchers_flags(files, capsys):
     assert "all-to-all of tokens" in text and "with one change" in text
 
 
+def test_either_spelling_of_a_value_and_the_former_name_of_an_option(files):
+    start = ["--nproc", "16", "--mm-model", str(files / "model.json")]
+    apart, joined = ([*start, *words] for words in (["--seq-length", "512"], ["--seq-length=512"]))
+    assert read_plan(apart)[0] == read_plan(joined)[0] and read_plan(joined)[0].tokens == 512
+    assert read_plan(start)[0].tokens == 1024
+    for option in ("--target-tokens", "--supervised"):
+        assert read_plan([*joined, option, "5"])[0].target_tokens == 5
+
+
 @pytest.mark.parametrize("expert_size", [1, 8])
 def test_freeze_list_of_the_model_file(files, expert_size):
     path = files / "model.json"
