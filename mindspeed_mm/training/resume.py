@@ -185,8 +185,9 @@ def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
     ]
     if differing and not job.args.override_opt_param_scheduler:
         raise UserError(
-            f"the learning-rate schedule of {job.args.load} differs from the flags' ({'; '.join(differing)}); pass "
-            "the flags of the first run, or --override-opt-param-scheduler to continue under the new schedule"
+            f"the learning-rate schedule of {job.args.load} differs from the flags' ({'; '.join(differing)}; "
+            "steps in samples); pass the first run's --lr, --min-lr, --train-iters and so on, or "
+            "--override-opt-param-scheduler to continue under the new schedule"
         )
     schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
 
