@@ -201,7 +201,7 @@ class HuggingFaceRunner:
 
 
 def _reset_rotary(model: nn.Module, device: torch.device) -> None:
-    """Recompute the rotary frequencies, which are no parameters, after the model left the meta device."""
+    """Recompute the rotary frequencies, which are not parameters, after the model left the meta device."""
     for module in model.modules():
         if hasattr(module, "compute_default_rope_parameters") or hasattr(module, "rope_init_fn"):
             init = getattr(module, "compute_default_rope_parameters", None) or module.rope_init_fn

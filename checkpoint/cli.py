@@ -61,7 +61,7 @@ def size(text: str) -> int:
     unit = unit if unit.endswith("B") or not unit else unit + "B"
     count = int(float(match.group(1)) * _UNITS[unit]) if match and unit in _UNITS else 0
     if count <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB, more than 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 5GB, 500MB or 2GiB, more than 0")
     return count
 
 

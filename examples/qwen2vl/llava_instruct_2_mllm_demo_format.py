@@ -125,13 +125,13 @@ def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
         Malformed: with the reason, if the record cannot be converted.
     """
     if not isinstance(record, dict):
-        raise Malformed("it is no object")
+        raise Malformed("it is not an object")
     turns, images = record.get("conversations"), record.get("image")
     if not isinstance(turns, list) or not turns:
         raise Malformed("it has no list of conversations")
     images = [images] if isinstance(images, str) else images or []
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise Malformed("its image is no file name")
+        raise Malformed("its image is not a file name")
     messages, tags, expected = [], 0, "user"
     for place, turn in enumerate(turns):
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
@@ -146,7 +146,7 @@ def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
             expected = "assistant" if role == "user" else "user"
         messages.append({"role": role, "content": text})
     if messages[-1]["role"] != "assistant":
-        raise OutOfOrder("its last turn is no answer")
+        raise OutOfOrder("its last turn is not an answer")
     if tags != len(images):
         raise TagMismatch(f"{tags} {IMAGE_TAG} tags for {len(images)} images")
     return messages, images
@@ -177,11 +177,11 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
     except (OSError, ValueError) as error:
         raise InputError(f"{source} cannot be read as JSON ({error}); download it again") from error
     if not isinstance(records, list):
-        raise InputError(f"{source} holds no list of records; give LLaVA-Instruct's JSON file with --input")
+        raise InputError(f"{source} has no list of records; give LLaVA-Instruct's JSON file with --input")
     result = convert(records[:limit], image_root)
     if result.missing and not os.path.isdir(image_root):
         raise InputError(
-            f"{image_root} is no directory; unpack COCO2017 there (step 3 of the guide) or give --image-root"
+            f"{image_root} is not a directory; unpack COCO2017 there (step 3 of the guide) or give --image-root"
         )
     if not result.kept:
         raise InputError(f"{source} has no record that can be used; " + result.summary().replace("\n", "; "))

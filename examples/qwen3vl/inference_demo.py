@@ -74,7 +74,7 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
     except (OSError, ValueError) as error:
         raise InputError(f"--data {path} cannot be read: {error}") from error
     if not isinstance(records, list) or not records:
-        raise InputError(f"--data {path} is no JSON list of records")
+        raise InputError(f"--data {path} is not a JSON list of records")
     questions = []
     for place, record in enumerate(records[:limit]):
         try:
@@ -129,13 +129,13 @@ class Answerer:
             dtype: "auto" (as stored), "bfloat16" or "float32".
 
         Raises:
-            InputError: if the directory is no Qwen3-VL model.
+            InputError: if the directory is not a Qwen3-VL model.
         """
         from transformers import AutoModelForImageTextToText, AutoTokenizer
 
         if not (Path(directory) / "config.json").is_file():
             raise InputError(
-                f"--model {directory} holds no config.json; name a Hugging Face directory, such as the --save_dir of "
+                f"--model {directory} has no config.json; name a Hugging Face directory, such as the --save_dir of "
                 "mm-convert dcp_to_hf"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")

@@ -98,17 +98,17 @@ def read_metadata(path: Path) -> Metadata:
     try:
         content = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}, so it is no distributed checkpoint") from error
+        raise UserError(f"{path.parent} has no {path.name}, so it is not a distributed checkpoint") from error
     except _Foreign as error:
         raise UserError(
-            f"{path} asks for {error}, which is no part of a checkpoint; it was not run. Do not trust this checkpoint: "
+            f"{path} asks for {error}, which is not part of a checkpoint; it was not run. Do not trust the checkpoint: "
             "take it from its source again"
         ) from error
     except Exception as error:  # unpickling damaged bytes raises almost anything
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} cannot be read ({reason}); restore it or make the checkpoint again") from error
+        raise UserError(f"{path} cannot be read ({reason}); restore it or create the checkpoint again") from error
     if not isinstance(content, Metadata) or not isinstance(content.state_dict_metadata, dict):
-        raise UserError(f"{path} holds no description of a checkpoint; make the checkpoint again")
+        raise UserError(f"{path} has no description of a checkpoint; create the checkpoint again")
     return content
 
 
@@ -269,7 +269,7 @@ def find_tensor(read: ReadInto, length: int) -> ArchivedTensor:
     """Find the elements of the one tensor of an archive of ``length`` bytes.
 
     Raises:
-        Exception: of almost any type, if the archive is damaged or is no tensor.
+        Exception: of almost any type, if the archive is damaged or is not a tensor.
     """
     section = io.BufferedReader(_Section(read, length))
     archive = zipfile.ZipFile(section)

@@ -108,7 +108,7 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     value = read_tracker(root)
     if value is None:
         raise UserError(
-            f"{root} has no {TRACKER}, so it holds no finished checkpoint; convert the weights first "
+            f"{root} has no {TRACKER}, so it has no finished checkpoint; convert the weights first "
             "(step 2: mm-convert) or wait for training to save one"
         )
     path = root / checkpoint_name(value)
@@ -242,7 +242,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a checkpoint directory.
 
     Raises:
-        UserError: if it is missing or unreadable, so that the directory is no complete checkpoint.
+        UserError: if it is missing or unreadable, so that the directory is not a complete checkpoint.
     """
     file = Path(path) / MANIFEST
     if not Path(path).is_dir():
@@ -250,14 +250,14 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path} has no {MANIFEST}, so it is no complete checkpoint; make it again") from error
+        raise UserError(f"{path} has no {MANIFEST}, so it is not a complete checkpoint; create it again") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); make the checkpoint again") from error
+        raise UserError(f"{file} cannot be read ({error}); create the checkpoint again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{file} is no manifest of a checkpoint; make the checkpoint again")
+        raise UserError(f"{file} is not a manifest of a checkpoint; create the checkpoint again")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(
-            f"{file} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; make it again"
+            f"{file} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; create it again"
         )
     return manifest
 
@@ -341,7 +341,7 @@ def find_checkpoint(path: Path, option: str) -> Path:
         if partial_name(path / RELEASE).is_dir():
             raise UserError(f"{option} {path} holds an unfinished conversion; run the same hf_to_dcp command again")
         raise UserError(
-            f"{option} {path} holds neither {TRACKER} nor {MANIFEST}, so it is no checkpoint; name .../{RELEASE}, "
+            f"{option} {path} has neither {TRACKER} nor {MANIFEST}, so it is not a checkpoint; name .../{RELEASE}, "
             ".../iter_XXXXXXX, or the directory of the tracker file"
         )
     return path

@@ -71,7 +71,7 @@ def copy_assets(source: Path, target: Path, *, dtype: torch.dtype | None) -> Non
 
 
 def check_replaceable(target: Path, *, overwrite: bool, keep: Sequence[Path]) -> None:
-    """Refuse a target that exists and is no model directory, or that contains a source.
+    """Refuse a target that exists and is not a model directory, or that contains a source.
 
     Args:
         target: directory of the result.
@@ -94,7 +94,7 @@ def check_replaceable(target: Path, *, overwrite: bool, keep: Sequence[Path]) ->
     if not overwrite:
         raise UserError(f"--save_dir {target} exists; pass --overwrite to replace it, or name another directory")
     if not (target / "config.json").is_file():
-        raise UserError(f"--save_dir {target} is no model directory, so it is not replaced; name another directory")
+        raise UserError(f"--save_dir {target} is not a model directory, so it is not replaced; name another directory")
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:

@@ -189,7 +189,7 @@ def check_writable(root: Path) -> Path:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"--save {root}: {existing} is no directory; name another directory")
+        raise UserError(f"--save {root}: {existing} is not a directory; name another directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--save {root}: {existing} is not writable by this user; name another directory")
     return existing

@@ -247,7 +247,7 @@ def _tensors_to_load(
     if optimizer is not None:
         if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
             raise UserError(
-                f"{path} holds no optimizer state (saved with --no-save-optim?); "
+                f"{path} has no optimizer state (saved with --no-save-optim?); "
                 "add --no-load-optim to start AdamW's moments from zero"
             )
         initialize_optimizer_state(optimizer)
@@ -258,7 +258,7 @@ def _tensors_to_load(
         state.update(moments)
     if with_rng:
         if not any(name.startswith(RNG_PREFIX) for name in stored):
-            raise UserError(f"{path} holds no RNG state (saved with --no-save-rng?); add --no-load-rng")
+            raise UserError(f"{path} has no RNG state (saved with --no-save-rng?); add --no-load-rng")
         # a rank or device type that the saving run did not have keeps the state from --seed
         state.update({n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored})
     return state

@@ -232,7 +232,7 @@ def _rows(source: Source) -> Rows:
     if basic.streaming:
         streamed = Streamed(source)
         if not len(streamed):
-            raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
+            raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
         return TokenizedOnTheFly(streamed, _encoder(source))
     if basic.preprocess_on_fly:
         return TokenizedOnTheFly(prepare_records(source), _encoder(source))

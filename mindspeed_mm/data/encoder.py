@@ -39,7 +39,8 @@ def load_tokenizer(directory: str | Path) -> Any:
     """
     if not Path(directory).is_dir():
         raise UserError(
-            f"model_name_or_path {directory} is no directory; download the weights (step 2 of the guide) or correct it"
+            f"model_name_or_path {directory} is not a directory; download the weights (step 2 of the guide) or correct "
+            "the path"
         )
     from transformers import AutoTokenizer
 

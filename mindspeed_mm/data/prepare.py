@@ -318,5 +318,5 @@ def _read_records(source: Source) -> tuple[Dataset, SkippedRecords]:
             columns[name].append(value)
     reader.skipped.check()
     if not columns["record"]:
-        raise UserError(f"dataset {source.names} holds no record; make it anew (step 3 of the guide)")
+        raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
     return datasets.Dataset.from_dict(columns, features=features), reader.skipped

@@ -33,7 +33,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
         limit: most rows to read, from the first; None for all.
 
     Raises:
-        UserError: if the file is missing or holds no list of records.
+        UserError: if the file is missing or has no list of records.
     """
     path = Path(path)
     require_file(path)
@@ -51,8 +51,8 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     rows = parse_json(content, str(path))
     if not isinstance(rows, list):
         raise UserError(
-            f"{path} holds {kind_of(rows)}, not a list of records; make it anew (step 3 of the guide) or name another "
-            "file"
+            f"{path} holds {kind_of(rows)}, not a list of records; create it again (step 3 of the guide), or name "
+            "another file"
         )
     return rows[:limit]
 
@@ -85,7 +85,7 @@ def parse_json(content: bytes, source: str) -> Any:
     try:
         return parse(content)
     except ValueError as error:
-        raise UserError(f"{source} is not valid JSON ({error}); make it anew (step 3 of the guide)") from error
+        raise UserError(f"{source} is not valid JSON ({error}); create it again (step 3 of the guide)") from error
 
 
 def _read_parquet(path: Path, limit: int | None) -> list[Any]:
@@ -200,13 +200,13 @@ def _element_places(path: str) -> np.ndarray:
     """Start and end of each object of a JSON list: int64 [n, 2].
 
     Raises:
-        UserError: if the file is no list of objects, or ends too soon.
+        UserError: if the file is not a list of objects, or ends too soon.
     """
     places: list[tuple[int, int]] = []
     depth, start = 0, 0
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            raise UserError(f"{path} is empty; make it anew (step 3 of the guide)")
+            raise UserError(f"{path} is empty; create it again (step 3 of the guide)")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for match in _BRACKETS.finditer(content):
                 mark = content[match.start()]
@@ -214,7 +214,7 @@ def _element_places(path: str) -> np.ndarray:
                     depth += 1
                     if depth == 1 and mark != ord("["):
                         raise UserError(
-                            f"{path} holds an object, not a list of records; make it anew (step 3 of the guide)"
+                            f"{path} holds an object, not a list of records; create it again (step 3 of the guide)"
                         )
                     if depth == 2:
                         start = match.start()
@@ -223,7 +223,7 @@ def _element_places(path: str) -> np.ndarray:
                     if depth == 1:
                         places.append((start, match.end()))
     if depth or (not places and start == 0 and not _is_empty_list(path)):
-        raise UserError(f"{path} is not a valid JSON list of records; make it anew (step 3 of the guide)")
+        raise UserError(f"{path} is not a valid JSON list of records; create it again (step 3 of the guide)")
     return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 

@@ -214,7 +214,7 @@ def check_order(messages: Sequence[Message]) -> str | None:
         if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
             return f"messages {place} ({before.role}) and {place + 1} ({after.role}) do not take turns"
     if turns[-1].role != "assistant":
-        return "the last message is no answer"
+        return "the last message is not an answer"
     return None
 
 
@@ -246,7 +246,7 @@ def _message(
         try:
             text = spec.tool_call_text(text)
         except ValueError as error:
-            raise ValueError(f"message {place} is no tool call: {error}") from error
+            raise ValueError(f"message {place} is not a tool call: {error}") from error
     return Message(role, text)
 
 
@@ -260,7 +260,7 @@ def _tools(row: Mapping[str, Any], attr: Attributes) -> list[Any]:
             raise ValueError(f"its column {attr.tools!r} (attr.tools) is not valid JSON: {error}") from error
     tools = tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"its column {attr.tools!r} (attr.tools) is no list of objects that describe tools")
+        raise ValueError(f"its column {attr.tools!r} (attr.tools) is not a list of objects that describe tools")
     return tools
 
 
@@ -268,7 +268,7 @@ def _images(row: Mapping[str, Any], attr: Attributes) -> list[str]:
     images = row.get(attr.images) if attr.images else None
     images = [images] if isinstance(images, str) else images or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"its column {attr.images!r} (attr.images) is no list of paths")
+        raise ValueError(f"its column {attr.images!r} (attr.images) is not a list of paths")
     return images
 
 
@@ -279,7 +279,7 @@ def _videos(row: Mapping[str, Any], attr: Attributes) -> list[Video]:
         isinstance(video, str) or (isinstance(video, list) and video and all(isinstance(path, str) for path in video))
         for video in videos
     ):
-        raise ValueError(f"its column {attr.videos!r} (attr.videos) is no list of paths, or of lists of frames' paths")
+        raise ValueError(f"its column {attr.videos!r} (attr.videos) is not a list of paths or of lists of frame paths")
     return [
         Video(path=video, frames=None) if isinstance(video, str) else Video(path=None, frames=video)
         for video in videos
@@ -309,7 +309,7 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
         if place is None:
             raise ValueError(
                 f"{kind} {path} does not exist; put it there (step 3 of the guide), correct "
-                "basic_parameters.dataset_dir, or convert the data anew to skip such records"
+                "basic_parameters.dataset_dir, or convert the data again to skip such records"
             )
         return place
 

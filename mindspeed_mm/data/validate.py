@@ -29,7 +29,8 @@ def validate_data(config: DataConfig, spec: ModelSpec) -> int:
     root = Path(config.dataset_param.preprocess_parameters.model_name_or_path)
     if not root.is_dir():
         raise UserError(
-            f"model_name_or_path {root} is no directory; download the weights (step 2 of the guide) or correct the path"
+            f"model_name_or_path {root} is not a directory; download the weights (step 2 of the guide) or correct the "
+            "path"
         )
     counts = []
     for files, limit in ((basic.dataset_files, basic.max_samples), (basic.val_dataset_files, basic.val_max_samples)):
@@ -37,5 +38,5 @@ def validate_data(config: DataConfig, spec: ModelSpec) -> int:
         counts.append(sum(1 for _ in reader.read(sample=basic.streaming)))
         reader.skipped.check()
     if not counts[0]:
-        raise UserError(f"dataset {basic.dataset} holds no record; make it anew (step 3 of the guide)")
+        raise UserError(f"dataset {basic.dataset} has no records; create it again (step 3 of the guide)")
     return counts[0]

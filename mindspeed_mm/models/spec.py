@@ -401,7 +401,7 @@ def spec_of(directory: str | Path) -> ModelSpec:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: {directory} is no Hugging Face model directory; "
+            f"{path} does not exist: {directory} is not a Hugging Face model directory; "
             "download the weights first (step 2 of the guide) or correct the path"
         )
     try:

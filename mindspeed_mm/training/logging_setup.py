@@ -10,7 +10,7 @@ RAW = {"raw": True}
 
 
 ALL_RANKS = {"all_ranks": True}
-"""``extra`` of a record that other ranks print, too, though it is no warning."""
+"""``extra`` of a record that other ranks print, too, though it is not a warning."""
 
 
 class _ConsoleHandler(logging.Handler):

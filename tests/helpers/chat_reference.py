@@ -94,7 +94,7 @@ def read_template(path: Path) -> str:
     """The chat template of a checkpoint's directory, or of a file of its own."""
     template = path.read_text() if path.is_file() else read_published_template(path)
     if template is None:
-        raise SystemExit(f"error: {path} holds no chat template")
+        raise SystemExit(f"error: {path} has no chat template")
     return template
 
 

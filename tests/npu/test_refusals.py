@@ -36,7 +36,7 @@ def mask(size: int = 2048, dtype: torch.dtype = torch.bool) -> torch.Tensor:
     ({"actual_seq_qlen": [4, 2, 6], "actual_seq_kvlen": [4, 2, 6]}, "must not decrease"),
     ({"actual_seq_qlen": [6], "actual_seq_kvlen": [2, 6]}, "1 query sequences"),
     ({"actual_seq_qlen": [6] * 1025, "actual_seq_kvlen": [6] * 1025}, "at most 1024"),
-    ({"heads": 5}, "no multiple"),
+    ({"heads": 5}, "not a multiple"),
     ({"head_num": 2}, "head_num"),
     ({"heads": 258}, "256"),
     ({"dtype": torch.float64}, "torch.float64"),

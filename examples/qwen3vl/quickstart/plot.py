@@ -34,7 +34,7 @@ def read_metrics(path: str | Path) -> list[Step]:
     """Steps of a run's ``metrics.jsonl``, in order; a loss that was not finite is NaN.
 
     Raises:
-        UserError: if the file cannot be read or holds no step.
+        UserError: if the file cannot be read or has no step.
     """
     steps = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
@@ -43,9 +43,9 @@ def read_metrics(path: str | Path) -> list[Step]:
             loss = math.nan if values["loss"] is None else values["loss"]
             steps.append(Step(values["iteration"], loss, values["learning_rate"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}, holds no step ({error}); name a run's metrics.jsonl") from error
+            raise UserError(f"{path}, line {number}, has no step ({error}); name a run's metrics.jsonl") from error
     if not steps:
-        raise UserError(f"{path} holds no step: training ended before the first one")
+        raise UserError(f"{path} has no step: training ended before the first one")
     return steps
 
 

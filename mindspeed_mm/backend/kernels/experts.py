@@ -152,5 +152,5 @@ class _PaddedBucketExperts(torch.autograd.Function):
 def padded_bucket_experts(
     permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
 ) -> Tensor:
-    """An :class:`ExpertKernel` for the CPU, where reading the token counts is no synchronisation."""
+    """An :class:`ExpertKernel` for the CPU, where reading the token counts is not a synchronisation."""
     return _PaddedBucketExperts.apply(permuted, gate_up, down, tokens_per_expert, swiglu)

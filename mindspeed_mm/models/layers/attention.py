@@ -70,7 +70,7 @@ class PackedSelfAttention(SelfAttention):
     """megatron-core's self-attention with rotary angles given per token.
 
     megatron-core 0.12.1 applies rotary positions to packed sequences by splitting them on the host, and restarts the
-    positions of each sample at 0. Three-dimensional positions of images are no such arithmetic progression.
+    positions of each sample at 0. Three-dimensional positions of images are not such an arithmetic progression.
     """
 
     def __init__(self, *arguments: Any, rotary_kernel: RotaryKernel, **keywords: Any) -> None:

@@ -104,7 +104,7 @@ class Qwen3VLChatTemplate:
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise UserError("the tokenizer is no fast one; set use_fast_tokenizer to true, or add its tokenizer.json")
+            raise UserError("the tokenizer is not a fast one; set use_fast_tokenizer to true or add its tokenizer.json")
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -191,7 +191,7 @@ class Qwen3VLChatTemplate:
         if not self._thinks:
             return "assistant\n", text
         thought, content = "", text
-        if "</think>" in text and not text.startswith(_TOOL_CALL):  # what a tool is given is no thought
+        if "</think>" in text and not text.startswith(_TOOL_CALL):  # what a tool is given is not a thought
             content = text.rpartition("</think>")[2].lstrip("\n")
             thought = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
         if not after_question or not (is_last or thought):

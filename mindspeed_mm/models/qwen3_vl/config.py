@@ -114,7 +114,7 @@ class Qwen3VLConfig:
         path = Path(directory) / "config.json"
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist: {directory} is no Hugging Face model directory; "
+                f"{path} does not exist: {directory} is not a Hugging Face model directory; "
                 "download the weights first (step 2 of the guide) or correct the path"
             )
         try:
@@ -203,7 +203,7 @@ class Qwen3VLConfig:
         text, vision = self.text, self.vision
         rules = [
             (text.num_heads % text.num_kv_heads == 0,
-             f"num_attention_heads {text.num_heads} is no multiple of num_key_value_heads {text.num_kv_heads}"),
+             f"num_attention_heads {text.num_heads} is not a multiple of num_key_value_heads {text.num_kv_heads}"),
             (text.rope_type == "default",
              f"rope_type {text.rope_type!r} is not supported; Qwen3-VL's is 'default'"),
             (sum(text.mrope_section) * 2 == text.head_dim,
@@ -212,7 +212,7 @@ class Qwen3VLConfig:
              f"vision hidden_size {vision.hidden_size} over {vision.num_heads} heads gives no head width "
              "divisible by 4"),
             (vision.grid_per_side**2 == vision.num_position_embeddings,
-             f"num_position_embeddings {vision.num_position_embeddings} is no square number"),
+             f"num_position_embeddings {vision.num_position_embeddings} is not a square number"),
             (vision.out_hidden_size == text.hidden_size,
              f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size {text.hidden_size}"),
             (all(0 <= index < vision.depth for index in vision.deepstack_visual_indexes),

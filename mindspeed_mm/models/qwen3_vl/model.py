@@ -61,7 +61,7 @@ class Qwen3VLModel(Model):
     def parallel_plan(self) -> ParallelPlan:
         """See :class:`~mindspeed_mm.models.model.Model`.
 
-        Tied embeddings are needed from the beginning of forward to its end: they are no wrap unit, but are gathered
+        Tied embeddings are needed from the beginning of forward to its end: they are not a wrap unit, but are gathered
         once per step.
         """
         projector, decoder, config = self.image_encoder.vision_projector, self.text_decoder, self.model_config

@@ -119,7 +119,7 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
             raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
         if isinstance(content, dict):
             return path, content
-        raise UserError(f"{path} holds no JSON object; take the file of the checkpoint again")
+        raise UserError(f"{path} has no JSON object; take the file of the checkpoint again")
     raise UserError(
         f"{directory / name} does not exist{why}; model_name_or_path must be the downloaded checkpoint with all its "
         "small files (step 2 of the guide)"

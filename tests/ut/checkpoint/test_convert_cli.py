@@ -66,7 +66,7 @@ TO_DCP, TO_HF = ("hf_to_dcp", "--hf_dir", "@hf", "--dcp_dir"), ("dcp_to_hf", "--
         ((*TO_DCP, "@hf/config.json"), "is a file; name a directory"),
         ((*TO_DCP, "@hf/config.json/below"), "cannot be written: Not a directory"),
         (("inspect", "--dir", "@nothing"), "@nothing does not exist"),
-        (("inspect", "--dir", "@"), "so it is no checkpoint"),
+        (("inspect", "--dir", "@"), "so it is not a checkpoint"),
     ],
 )
 def test_wrong_places(run: Run, places: Path, arguments: tuple[str, ...], expected: str) -> None:

@@ -208,7 +208,7 @@ def test_overwrite_spares_what_is_no_model(hf: Path, tmp_path: Path) -> None:
     hf_to_dcp(hf, tmp_path / "dcp")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="no model directory"):
+    with pytest.raises(UserError, match="not a model directory"):
         dcp_to_hf(tmp_path / "dcp", tmp_path / "home", hf, overwrite=True)
     for target in (hf, tmp_path, tmp_path / "dcp" / "release"):
         with pytest.raises(UserError, match="read from"):

@@ -66,13 +66,13 @@ def test_malicious_pickle_runs_nothing(tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), pickle.dumps(Metadata(None))])
 def test_damage_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / METADATA).write_bytes(content)
-    with pytest.raises(UserError, match=r"\.metadata .*make the checkpoint again") as caught:
+    with pytest.raises(UserError, match=r"\.metadata .*create the checkpoint again") as caught:
         read_metadata(tmp_path / METADATA)
     assert "\n" not in str(caught.value)
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no distributed checkpoint"):
+    with pytest.raises(UserError, match="not a distributed checkpoint"):
         read_metadata(tmp_path / METADATA)
 
 

@@ -27,7 +27,7 @@ GB = 10**9
 def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
     assert check_writable(tmp_path / "a" / "b") == tmp_path
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--save .*file/save: .*file is no directory"):
+    with pytest.raises(UserError, match=r"--save .*file/save: .*file is not a directory"):
         check_writable(tmp_path / "file" / "save")
 
 

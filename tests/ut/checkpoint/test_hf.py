@@ -24,7 +24,7 @@ from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.parallelize import parallelize
-from mindspeed_mm.training import pretrain
+from mindspeed_mm.training import resume
 from mindspeed_mm.training.gradients import local
 from tests.helpers.hf_model import tiny_config, tiny_model
 from tests.helpers.mcore_model import PIXEL_NORM
@@ -109,7 +109,7 @@ def test_each_rank_reads_its_own_shards_alone(saved, world_size, layout):
     for rank in {0, world_size // 2, world_size - 1}:
         wrong, read, held = as_rank(world_size, rank, check, directory, wholes, layout)
         assert wrong == [], rank
-        # transformers 5 writes experts transposed: a shard within an expert is no contiguous range of bytes
+        # transformers 5 writes experts transposed: a shard within an expert is not a contiguous range of bytes
         if layout.get("sharding_size", world_size) == layout.get("expert_size", 1) or "expert_size" not in layout:
             assert read == held, rank
 
@@ -160,12 +160,12 @@ def test_square_experts_need_the_layout(tmp_path, layout, square):
 
 def test_the_trainer_passes_the_layout_on():
     job = SimpleNamespace(
-        args=SimpleNamespace(expert_layout="v5"), model=SimpleNamespace(init_from_hf_path="somewhere")
+        args=SimpleNamespace(expert_layout="v5", random_init=False),
+        model=SimpleNamespace(init_from_hf_path="somewhere"),
     )
-    start = SimpleNamespace(notes=[], path=None)
     with (
-        mock.patch.object(pretrain, "choose_start", return_value=start),
-        mock.patch.object(pretrain, "load_hf_weights") as load,
+        mock.patch.object(resume, "choose_start", return_value=resume.Start(None)),
+        mock.patch.object(resume, "load_hf_weights") as load,
     ):
-        pretrain._load(job, None, None, None)
+        resume.load_start(job, None, None, None, spec=None, model_config=None)
     load.assert_called_once_with(None, "somewhere", expert_layout="v5")

@@ -214,5 +214,5 @@ def test_progress_of_another_version(saved: Path) -> None:
 
 def test_directory_without_manifest_is_no_checkpoint(saved: Path) -> None:
     (saved / directory.MANIFEST).unlink()
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         load(saved, *make())

@@ -112,11 +112,11 @@ def test_malformed_records_are_named(recipe: Path) -> None:
     write(recipe, [GOOD, *bad])
     done = call(recipe)
     assert done.returncode == 1 and len(output(recipe)) == 1
-    assert "skipped 4 malformed records: record 1: it is no object; record 2: it has no list" in done.stdout
+    assert "skipped 4 malformed records: record 1: it is not an object; record 2: it has no list" in done.stdout
     assert "tags is not that of their images: record 3: 0 <image> tags for 1 images\n" in done.stdout
     assert (
         "skipped 3 records whose turns are out of order: record 4: turn 0 is out of order: gpt; "
-        "record 5: its last turn is no answer; record 7: turn 1 is out of order: human\n"
+        "record 5: its last turn is not an answer; record 7: turn 1 is out of order: human\n"
     ) in done.stdout
 
 

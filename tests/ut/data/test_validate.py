@@ -63,10 +63,10 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (set_in(1, "messages", 1, "content", None), "'content' of message 1 is null"),
         (set_in(1, "messages", 1, "role", "gpt"), "role 'gpt'; attr names the roles user, assistant"),
         (set_in(4, "messages", []), "record 4: the conversation is empty"),
-        (lambda rows: rows[4]["messages"].pop(), "record 4: the last message is no answer"),
+        (lambda rows: rows[4]["messages"].pop(), "record 4: the last message is not an answer"),
         (set_in(1, "images", ["a", "b"]), "record 1: it has 1 <image> tags in its questions, but 2 images"),
         (lambda rows: rows[1].pop("images"), r"no column 'images' \(attr.images\)"),
-        (set_in(1, "images", [3]), "no list of paths"),
+        (set_in(1, "images", [3]), "not a list of paths"),
         (set_in(1, "images", ["gone.png"]), "record 1: image gone.png does not exist; put"),
     ],
 )
@@ -107,7 +107,7 @@ def test_counts_missing_images(root: Path, records: list) -> None:
 def test_no_list_no_file_no_model(root: Path, records: list, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds an object, not a list"):
         check(root, {"data": records})
-    with pytest.raises(UserError, match="holds no record"):
+    with pytest.raises(UserError, match="has no record"):
         check(root, [])
     with pytest.raises(UserError, match="absent.json does not exist.*step 3"):
         validate_data(make_config(root, dataset=str(root / "absent.json")), SPEC)
@@ -128,7 +128,7 @@ def test_other_names_and_roles(root: Path) -> None:
             "assistant_tag": "gpt", "system_tag": "sys", "function_tag": "call", "observation_tag": "result"}
     assert check(root, rows, attr=attr) == 1
     rows[0]["chat"][2]["value"] = "now"
-    with pytest.raises(UserError, match="message 2 is no tool call"):
+    with pytest.raises(UserError, match="message 2 is not a tool call"):
         check(root, rows, attr=attr)
 
 

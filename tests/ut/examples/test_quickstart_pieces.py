@@ -143,7 +143,7 @@ def test_answers_without_a_digit_must_be_equal():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("{}", "no JSON list"), ('[{"image": "a.jpg"}]', "record 0"),
+    [("{", "cannot be read"), ("{}", "not a JSON list"), ('[{"image": "a.jpg"}]', "record 0"),
      ('[{"images": ["no.jpg"], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "no.jpg does not exist"),
      ('[{"images": [], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "0 images and 1")],
 )
@@ -185,7 +185,7 @@ def test_the_metrics_are_read_and_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no step: training"), ("{", "line 1, holds no step"), ('{"a": 1}', "('loss')")]
+    ("content", "message"), [("", "has no step: training"), ("{", "line 1, has no step"), ('{"a": 1}', "('loss')")]
 )
 def test_a_file_without_steps_is_an_error(tmp_path, content, message):
     path = tmp_path / "metrics.jsonl"

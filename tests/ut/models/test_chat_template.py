@@ -268,7 +268,7 @@ def test_masks_and_truncation(tokenizer: Any, turns: list, limit: int, mask_hist
 @pytest.mark.parametrize(
     ("roles", "complaint"),
     [
-        ([], "empty"), ([SYSTEM], "empty"), ([ASSISTANT], "starts with"), ([USER], "no answer"),
+        ([], "empty"), ([SYSTEM], "empty"), ([ASSISTANT], "starts with"), ([USER], "not an answer"),
         ([USER, USER, ASSISTANT], "messages 0 .user. and 1"), ([SYSTEM, USER, ASSISTANT, ASSISTANT], "messages 2"),
         ([USER, SYSTEM, ASSISTANT], "system message"), ([USER, TOOL, ASSISTANT], "messages 0"),
     ],

@@ -152,7 +152,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, head_num: int, layout: str
         demand(heads == head_num, f"head_num is {head_num}, query has {heads} heads")
         demand(query.shape[-1] == key.shape[-1], "query and key have heads of different widths")
     groups = _heads(key, query, head_num, layout)
-    demand(groups > 0 and head_num % groups == 0, f"{head_num} query heads are no multiple of {groups}")
+    demand(groups > 0 and head_num % groups == 0, f"{head_num} query heads are not a multiple of {groups}")
     demand(1 <= head_num <= 256, f"{head_num} heads; 1 to 256 are supported")
     width = query.shape[-1] if layout in ("BSND", "BNSD", "TND") else query.shape[-1] // head_num
     demand(1 <= width <= 768, f"heads are {width} wide; 1 to 768 are supported")
