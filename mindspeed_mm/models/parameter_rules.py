@@ -147,7 +147,7 @@ def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo],
     parameters = list(parameters)
     settings = {
         info.name: ParameterSettings(
-            part=next(part for part, globs in parts.items() if any(_matcher(glob)(info.name) for glob in globs)),
+            part=_part_of(info.name, parts),
             size=math.prod(info.shape),
             decay_scale=float(len(info.shape) > 1),
         )
@@ -219,6 +219,13 @@ def describe(settings: Settings, *, lr: float, weight_decay: float) -> list[str]
         ).rstrip()
         for row in rows
     ]
+
+
+def _part_of(name: str, parts: Parts) -> str:
+    for part, globs in parts.items():
+        if any(_matcher(glob)(name) for glob in globs):
+            return part
+    raise ValueError(f"parameter {name} is in none of the spec's parts {', '.join(parts)}; add a glob that matches it")
 
 
 def _matcher(pattern: str) -> Callable[[str], object]:

@@ -52,6 +52,11 @@ def test_without_rules_everything_trains_and_vectors_do_not_decay():
     assert [s.part for s in settings.values()] == ["vision"] * 3 + ["text"] * 2
 
 
+def test_a_parameter_outside_all_parts_is_named():
+    with pytest.raises(ValueError, match="vision.layers.0.qkv.weight is in none of the spec's parts text"):
+        resolve([], PARAMETERS, parts={"text": ("text.*",)})
+
+
 @pytest.mark.parametrize(
     ("pattern", "matched"),
     [
