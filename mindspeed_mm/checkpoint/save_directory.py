@@ -14,10 +14,19 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, RELEASE, TRACKER, iteration_name, read_tracker
+from mindspeed_mm.checkpoint.directory import (
+    MANIFEST,
+    RELEASE,
+    TRACKER,
+    iteration_name,
+    read_manifest,
+    read_tracker,
+)
 from mindspeed_mm.checkpoint.files import FILE_MODE, make_directory, remove, set_mode, temporary_name
+from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.errors import UserError
 
 LOCK = ".lock"
@@ -156,7 +165,8 @@ def delete_old_checkpoints(root: Path, *, newest: int, keep_last: int, keep_ever
         root: the ``--save`` directory.
         newest: iteration saved last. Later ones belong to another lineage of the run and are kept.
         keep_last: number of checkpoints to keep, including ``newest``.
-        keep_every: also keep those whose iteration is a multiple of this.
+        keep_every: also keep those whose iteration is a multiple of this. The bases of partial checkpoints that are
+            kept are kept too.
 
     Returns:
         The deleted iterations.
@@ -168,12 +178,24 @@ def delete_old_checkpoints(root: Path, *, newest: int, keep_last: int, keep_ever
         for iteration in old
         if iteration != tracked and tracked not in (None, RELEASE) and (not keep_every or iteration % keep_every)
     ]
+    bases = _bases(root, [iteration for iteration in complete_iterations(root) if iteration not in deleted])
+    deleted = [iteration for iteration in deleted if (root / iteration_name(iteration)).resolve() not in bases]
     for iteration in deleted:
         path = root / iteration_name(iteration)
         hidden = path.with_name(f".{path.name}.deleted")
         os.rename(path, hidden)  # no checkpoint any more, however long its removal takes
         remove(hidden)
     return deleted
+
+
+def _bases(root: Path, iterations: Sequence[int]) -> set[Path]:
+    """Directories without which some of these checkpoints could not be loaded."""
+    bases = set()
+    for iteration in iterations:
+        with contextlib.suppress(UserError):  # a damaged manifest: not to be loaded in any case
+            base = Base.recorded(read_manifest(root / iteration_name(iteration)))
+            bases |= {Path(base.path)} if base is not None else set()
+    return bases
 
 
 def check_writable(root: Path) -> Path:

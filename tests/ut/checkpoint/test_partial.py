@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, read_manifest, write_tracker
+from mindspeed_mm.checkpoint.directory import MANIFEST, iteration_name, read_manifest, write_tracker
 from mindspeed_mm.checkpoint.partial import BASE_KEY, Base, base_of_run, check_expert_layout, find_base
+from mindspeed_mm.checkpoint.save_directory import delete_old_checkpoints
 from mindspeed_mm.errors import UserError
 from tests.helpers.checkpoint_directory import commit_directory
 
@@ -107,3 +108,18 @@ def test_a_whole_checkpoint_has_no_base(bases):
 def test_base_of_a_run(bases):
     for start in bases.values():
         assert base_of_run(start, moved_to=None, option="--load-base") == (Base.of(start, "--load"), set())
+
+
+def test_retention_keeps_the_base_of_what_it_keeps(tmp_path):
+    def save(iteration, metadata):
+        with commit_directory(tmp_path / iteration_name(iteration), metadata) as partial:
+            (partial / ".metadata").write_bytes(b"metadata")
+        write_tracker(tmp_path, iteration)
+
+    save(1, {})
+    save(2, {BASE_KEY: dataclasses.asdict(Base.of(tmp_path, "--load"))})
+    save(3, {})
+    assert delete_old_checkpoints(tmp_path, newest=3, keep_last=2, keep_every=None) == []
+    save(4, {})
+    assert delete_old_checkpoints(tmp_path, newest=4, keep_last=2, keep_every=2) == []
+    assert delete_old_checkpoints(tmp_path, newest=4, keep_last=2, keep_every=None) == [1, 2]
