@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.shards import chunks_to_write, total_bytes
 from mindspeed_mm.errors import UserError
 
+logger = logging.getLogger(__name__)
 OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
 
 
@@ -193,6 +195,15 @@ def _frozen(model: nn.Module) -> set[str]:
     return {MODEL_PREFIX + name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
+def _log_rounding(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
+    count = sum(stored[name][1] == torch.float32 and tensor.dtype == torch.bfloat16 for name, tensor in tensors.items())
+    if count:
+        logger.info(
+            f"{count} frozen parameters that {path} stores in fp32 are rounded to bf16 (--frozen-param-dtype); "
+            "checkpoints of this run contain the rounded values"
+        )
+
+
 def _check_trained(path: Path, moments: Collection[str], stored: Collection[str]) -> None:
     """Refuse AdamW's moments of other parameters than those that train now."""
     now, then = (
@@ -220,6 +231,7 @@ def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: C
         reader = DcpReader(Path(base.path), verify_directory(base.path))
         stored = {name: entry for name, entry in reader.tensors.items() if name in tensors}
         compare(reader.path, tensors, stored, exact=False, frozen=_frozen(model))
+        _log_rounding(reader.path, tensors, stored)
     load_tensors(reader, tensors, check=check)
 
 
@@ -244,6 +256,7 @@ def _tensors_to_load(
         state = {name: tensor for name, tensor in state.items() if name in stored}
     parameters = {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}
     compare(path, state, parameters, exact=exact, frozen=_frozen(model))
+    _log_rounding(path, state, parameters)
     if optimizer is not None:
         if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
             raise UserError(

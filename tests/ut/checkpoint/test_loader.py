@@ -19,6 +19,7 @@ from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, initialize_optimizer_state, load_checkpoint
 from mindspeed_mm.errors import UserError
+from tests.helpers.log_lines import log_lines
 
 BACKEND = select_backend("cpu")
 
@@ -94,6 +95,16 @@ def test_converted_weights_may_be_narrower_and_no_others(tmp_path: Path) -> None
     assert torch.equal(model[0].weight.bfloat16().float(), model[0].weight)
     with pytest.raises(UserError, match="other types"):
         load(path, make(dtype=torch.float16)[0], None)
+
+
+def test_rounding_of_frozen_parameters_is_logged(saved: Path) -> None:
+    model, _ = make()
+    model[0].bfloat16().requires_grad_(False)
+    lines: list[str] = []
+    with log_lines(lines.append):
+        load(saved, model, None)
+    assert torch.equal(model[0].weight, make(seed=1)[0][0].weight.bfloat16())
+    assert any("2 frozen parameters" in line and "are rounded to bf16" in line for line in lines)
 
 
 @pytest.mark.parametrize("left_out", ["optimizer", "rng"])
