@@ -146,7 +146,7 @@ class Trainer:
         finite = metrics["loss"].isfinite().to(norm.total.device) & norm.total.isfinite()
         self.optimizer.step_where(finite)
         metrics.set("grad_norm", norm.total)
-        metrics.set("skipped_step", ~finite)
+        metrics.set("skipped_step", 1.0 - finite.float())
         metrics.send()
         return metrics, StepDetails(tuple(samples), tuple(norm.parts), tuple(data.skipped.unusable))
 
