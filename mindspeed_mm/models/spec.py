@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.layers.config import read_config_json
 from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve
 
 if TYPE_CHECKING:
@@ -398,16 +398,5 @@ def spec_of(directory: str | Path) -> ModelSpec:
     Raises:
         UserError: if the file is missing, is not JSON, or is of another kind of model.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: {directory} is not a Hugging Face model directory; "
-            "download the weights first (step 2 of the guide) or correct the path"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise UserError(f"{path} has no model_type; download it again, or correct the path")
+    path, content = read_config_json(directory)
     return get_spec(str(content["model_type"]), source=f"{path}: model_type")

@@ -24,7 +24,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.models.layers": (
         "errors", "backend", "config", "interfaces", "models.memory", "models.model", "models.spec",
     ),
-    "mindspeed_mm.models.layers.config": (),
+    "mindspeed_mm.models.layers.config": ("errors",),
     "mindspeed_mm.models.qwen3_vl.config": ("errors", "models.layers.config"),
     "mindspeed_mm.data": ("errors", "backend", "config", "interfaces", "models.spec"),
     # parallelism is applied to models from outside: models know nothing of it

@@ -1,8 +1,13 @@
-"""Configuration of a decoder: what its layers, its memory estimate and its FLOP count depend on. No torch."""
+"""Reading ``config.json``, and the configuration of a decoder that families share. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,3 +49,24 @@ class DecoderConfig:
             and layer not in self.mlp_only_layers
             and (layer + 1) % self.decoder_sparse_step == 0
         )
+
+
+def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The path and the content of ``directory/config.json``, which has a ``model_type``.
+
+    Raises:
+        UserError: if the file is missing, is not JSON, or has no ``model_type``.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: {directory} is not a Hugging Face model directory; "
+            "download the weights first (step 2 of the guide) or correct the path"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UserError(f"{path} has no model_type; download it again, or correct the path")
+    return path, content

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.layers.config import DecoderConfig
+from mindspeed_mm.models.layers.config import DecoderConfig, read_config_json
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
 
@@ -111,17 +110,8 @@ class Qwen3VLConfig:
         Raises:
             UserError: if the file is missing, is not JSON, or describes another kind of model.
         """
-        path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise UserError(
-                f"{path} does not exist: {directory} is not a Hugging Face model directory; "
-                "download the weights first (step 2 of the guide) or correct the path"
-            )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        path, raw = read_config_json(directory)
+        model_type = raw["model_type"]
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
                 f"{path} has model_type {model_type!r}; this project trains {' and '.join(SUPPORTED_MODEL_TYPES)}"
