@@ -16,6 +16,9 @@ from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.fsdp_compat import patch_fsdp
 
 _SIOCGIFADDR = 0x8915  # Linux: ioctl for an interface's address
+_timeout = datetime.timedelta(minutes=30)
+_HOST_FACTOR = 4  # a rank may be this many timeouts later than another, whose disk is faster
+_host_groups: dict[str, Any] = {}
 
 
 def communication_note(backend: Backend, requested: str) -> str | None:
@@ -36,6 +39,7 @@ def init_distributed(backend: Backend, *, timeout_minutes: int, host_tensors: bo
         timeout_minutes: timeout of one collective.
         host_tensors: whether collectives run on host tensors too.
     """
+    global _timeout
     if dist.is_initialized():
         return
     patch_fsdp(backend.communication)
@@ -43,7 +47,7 @@ def init_distributed(backend: Backend, *, timeout_minutes: int, host_tensors: bo
     libraries = backend.communication
     if host_tensors and backend.is_accelerator:
         libraries = f"cpu:gloo,{backend.name}:{libraries}"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    timeout = _timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         store = _process_group_store(timeout=timeout)
         options = {} if store is None else {
@@ -63,6 +67,17 @@ def _set_gloo_interface() -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
+def host_group() -> dist.ProcessGroup:
+    """The gloo group of all ranks through which checkpoints exchange objects; the first call is a collective.
+
+    A thread uses it while training uses the default group, whose library may exchange nothing but device tensors.
+    """
+    world = dist.group.WORLD
+    if _host_groups.get("world") is not world:
+        _host_groups.update(world=world, gloo=dist.new_group(backend="gloo", timeout=_HOST_FACTOR * _timeout))
+    return _host_groups["gloo"]
+
+
 def shutdown_distributed() -> None:
     """Destroy the default process group, if there is one."""
     if not dist.is_initialized():
@@ -74,6 +89,7 @@ def shutdown_distributed() -> None:
         group._get_backend(torch.device(device))
         for group in dist.distributed_c10d._world.pg_map for device in group._device_types
     ]
+    _host_groups.clear()
     dist.destroy_process_group()
     libraries.clear()
 

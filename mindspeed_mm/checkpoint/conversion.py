@@ -1,30 +1,40 @@
-"""What both directions of a conversion share: worker threads in bounded memory, progress bar and resume log."""
+"""What both directions of a conversion share: readers, reading ahead, progress, resuming, and errors in one line."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mindspeed_mm.checkpoint.directory import partial_name, read_manifest, replaced_name
-from mindspeed_mm.checkpoint.files import file_checksum, make_directory, remove, write_atomically
+import torch
+from torch import Tensor
+
+from mindspeed_mm.checkpoint.directory import AtomicDirectory, WrittenFile, verify_directory
+from mindspeed_mm.checkpoint.huggingface import HFReader
+from mindspeed_mm.checkpoint.lock import DirectoryLock
+from mindspeed_mm.checkpoint.partial import find_base
+from mindspeed_mm.checkpoint.shards import Rows
+from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
 from mindspeed_mm.errors import UserError
 
 T = TypeVar("T")
 
-BUDGET_BYTES = 512 << 20
-"""Bytes that all workers together hold, unless one indivisible tensor needs more."""
-_PLAN = "plan.json"
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+HELD_BYTES = 512 << 20
+"""Bytes that are read ahead, unless one indivisible tensor needs more."""
+_SPARE_BYTES = 64 << 20  # for metadata, manifest, tokenizer files and headers
 
 
 def default_workers() -> int:
@@ -34,92 +44,164 @@ def default_workers() -> int:
     return min(8, 2 * cores)
 
 
-class ByteBudget:
-    """Limits the bytes that threads hold at the same time to ``BUDGET_BYTES``.
+def read_ahead(
+    jobs: Iterable[tuple[int, Callable[[], T]]], pool: ThreadPoolExecutor, limit: int
+) -> Iterator[T]:
+    """Results of jobs in their order; the pool works ahead as long as the results together have ``limit`` bytes.
 
-    A larger request is served alone, so that a tensor larger than the limit is still converted.
+    Args:
+        jobs: (bytes, function) of each; one that is larger than the limit is run alone.
+        pool: that runs them.
+        limit: in bytes.
     """
-
-    def __init__(self) -> None:
-        self._limit = BUDGET_BYTES
-        self._taken = 0
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, nbytes: int) -> Iterator[None]:
-        """Wait until ``nbytes`` more fit, and reserve them within the block."""
-        nbytes = min(nbytes, self._limit)
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken + nbytes <= self._limit)
-            self._taken += nbytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= nbytes
-                self._changed.notify_all()
+    pending: collections.deque[tuple[int, Future[T]]] = collections.deque()
+    held = 0
+    try:
+        for nbytes, job in jobs:
+            while pending and held + nbytes > limit:
+                size, future = pending.popleft()
+                yield future.result()
+                held -= size
+            pending.append((nbytes, pool.submit(job)))
+            held += nbytes
+        while pending:
+            yield pending.popleft()[1].result()
+    finally:
+        for _, future in pending:
+            future.cancel()
 
 
-class Stop(Exception):
-    """Another thread failed, so this one stops."""
+def open_reader(
+    checkpoint: Path, manifest: Mapping[str, Any], *, base_dir: str | Path | None, check: bool = True
+) -> Any:
+    """The tensors of a checkpoint, and for a partial one those of its base.
+
+    Args:
+        checkpoint: its directory.
+        manifest: its manifest.
+        base_dir: where the base is now; None for where it was.
+        check: compare checksums.
+
+    Raises:
+        UserError: if the checkpoint or its base is damaged, or the base is missing or another one.
+    """
+    mode = "read" if check else "sizes"
+    reader = CheckpointReader(checkpoint, manifest, check=mode)
+    moved_to = None if base_dir is None else str(base_dir)
+    base = find_base(manifest, checkpoint, moved_to=moved_to, option="--base_dir")
+    if base is None:
+        return reader
+    path = Path(base.path)
+    over = HFReader(path) if base.kind == "huggingface" else CheckpointReader(path, verify_directory(path), check=mode)
+    return _PartialReader(reader, over)
+
+
+class _PartialReader:
+    """A checkpoint's tensors, and from its base the parameters that it does not hold."""
+
+    def __init__(self, own: CheckpointReader, base: CheckpointReader | HFReader) -> None:
+        self._own, self._base, self.path = own, base, own.path
+        parameters = {name: entry for name, entry in base.tensors.items() if name.startswith(MODEL_PREFIX)}
+        self.tensors = {**parameters, **own.tensors}
+
+    def _of(self, name: str) -> Any:
+        return self._own if name in self._own.tensors else self._base
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """See ``CheckpointReader``."""
+        return self._of(name).read(name, rows)
+
+    def ranges(self, name: str) -> list[Rows]:
+        """See ``CheckpointReader``."""
+        return self._of(name).ranges(name)
+
+    def verify_whole_files(self, names: Iterable[str], announce: Callable[[str], None]) -> None:
+        """See ``CheckpointReader``; nothing records checksums of a Hugging Face directory."""
+        names = set(names)
+        self._own.verify_whole_files(names & self._own.tensors.keys(), announce)
+        if isinstance(self._base, CheckpointReader):
+            self._base.verify_whole_files(names - self._own.tensors.keys(), announce)
 
 
 class ProgressBar:
     """A bar of bytes and rate on a terminal, and one line at the end."""
 
-    def __init__(self, title: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._title, self._total, self._done = title, total, 0
+    def __init__(self, title: str) -> None:
+        self._title, self._total, self._done = title, 0, 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._bar: Any = None
+        self._stopped = False
+
+    def begin(self, total: int) -> None:
+        """Show the bar."""
+        from tqdm import tqdm
+
+        self._total = total
         self._bar = tqdm(
-            total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=None, file=sys.stderr
+            total=total, desc=self._title, unit="B", unit_scale=True, unit_divisor=1000, disable=None, file=sys.stderr
         )
-        self.stopped = False
 
     def advance(self, nbytes: int) -> None:
-        """Count written bytes.
-
-        Raises:
-            Stop: if another thread failed.
-        """
-        if self.stopped:
-            raise Stop
+        """Count bytes; raises once stopped."""
+        if self._stopped:
+            raise InterruptedError("stopped")
         with self._lock:
             # The files' own overhead is not counted.
             self._bar.update(min(nbytes, self._total - self._done))
             self._done = min(self._done + nbytes, self._total)
 
+    def stop(self) -> None:
+        """Let the threads that still write stop at their next write."""
+        self._stopped = True
+
     def close(self) -> None:
-        """End the bar; print the totals unless stopped."""
-        self._bar.close()
-        if self.stopped:
-            return
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def print_totals(self) -> None:
+        """Print bytes, seconds and rate."""
+        self.close()
         seconds = max(time.monotonic() - self._started, 1e-9)
         print(f"{self._title}: {format_bytes(self._total)} in {seconds:.1f} s, {format_bytes(self._total / seconds)}/s")
 
 
-def run_parallel(jobs: Sequence[Callable[[], T]], *, workers: int, progress: ProgressBar) -> list[T]:
-    """Run all jobs on ``workers`` threads; returns their results in order.
+@contextlib.contextmanager
+def resumable(directory: AtomicDirectory, plan: str) -> Iterator[dict[str, WrittenFile]]:
+    """The finished files of an interrupted conversion; after an error, remove a partial directory without any."""
+    directory.check()  # again, as another process may have held the lock until now
+    try:
+        with _ended_by_sigterm():
+            yield directory.resume(plan)
+    except BaseException:
+        directory.abandon()
+        raise
 
-    The first failure stops the other jobs at their next write and is raised.
-    """
-    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-        futures = [pool.submit(job) for job in jobs]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            progress.stopped = True
-            print("\nstopping as soon as the disk has taken what is being written", file=sys.stderr)
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        failures = [error for future in done if (error := future.exception()) is not None]
-        if failures:
-            progress.stopped = True
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise next((error for error in failures if not isinstance(error, Stop)), failures[0])
-        return [future.result() for future in futures]
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process by an exception, as Ctrl-C does, unless the caller has a handler of its own."""
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere no handler can be set
+    default = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if default:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        if default:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    lock = DirectoryLock(target.with_name(f".{target.name}.lock"), str(target))
+    if warning := lock.acquire():
+        print(f"warning: {warning}", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -150,6 +232,30 @@ def writing(target: Path) -> Iterator[None]:
         ) from error
 
 
+def remaining(directory: AtomicDirectory, nbytes: int, finished: Mapping[str, WrittenFile]) -> int:
+    """Bytes that are still to be written.
+
+    Raises:
+        UserError: if they do not fit on the disk.
+    """
+    kept = sum(file.size for file in finished.values())
+    if finished:
+        print(f"resuming: {counted(len(finished), 'file')} ({format_bytes(kept)}) are already written and verified")
+    needed = max(0, nbytes - kept)
+    free = shutil.disk_usage(directory.partial).free
+    if free < needed + _SPARE_BYTES:
+        old = " (what it replaces stays until it is complete)" if directory.target.exists() else ""
+        raise UserError(
+            f"the disk of {directory.target.parent} has {format_bytes(free)} free and the result needs "
+            f"{format_bytes(needed + _SPARE_BYTES)}{old}; free disk space or name another disk"
+        )
+    return needed
+
+
+def digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def counted(count: int, noun: str) -> str:
     """``1 file``, ``2 files``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -162,130 +268,3 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-
-
-def check_disk_space(directory: Path, needed: int, *, replaces: bool) -> None:
-    """Refuse to start if the result does not fit on the disk.
-
-    Args:
-        directory: an existing directory on the target disk.
-        needed: bytes to be written.
-        replaces: whether an existing result is replaced, which stays until the new one is complete.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        old = " (what it replaces stays until it is complete)" if replaces else ""
-        raise UserError(
-            f"the disk of {directory} has {format_bytes(free)} free and the result needs {format_bytes(needed)}{old}; "
-            "free disk space or name another disk"
-        )
-
-
-class ResumeLog:
-    """A hidden directory next to the target with the plan of a conversion and one record per finished file.
-
-    A record is written after its file is flushed to disk; a file without a record is written again. Records are used
-    only for the same plan, and only if the file has the recorded checksum.
-    """
-
-    def __init__(self, target: Path, plan: str) -> None:
-        """
-        Args:
-            target: the directory being made.
-            plan: fingerprint of everything that determines the bytes of the result.
-        """
-        self.plan = plan
-        self._target = target
-        self._partial = partial_name(target)
-        self._directory = target.with_name(f".{target.name}.journal")
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the target for this process; the system releases the lock when the process ends in any way.
-
-        After an error, the output is removed if no file of it is finished.
-
-        Raises:
-            UserError: if another process is writing the same target.
-        """
-        make_directory(self._directory)
-        with (self._directory / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process is writing {self._target}; wait for it to end") from error
-            try:
-                yield
-            except BaseException:
-                if not any(self._directory.glob("*.record")):
-                    remove(self._partial)
-                    remove(self._directory)
-                raise
-
-    def resume(self) -> dict[str, dict[str, Any]]:
-        """Records of the finished files of an interrupted run of the same plan, by file name.
-
-        Unfinished files, and files with another checksum, are removed.
-        """
-        finished: dict[str, dict[str, Any]] = {}
-        if self._read(_PLAN) == {"plan": self.plan}:
-            records = {
-                path.name.removesuffix(".record"): self._read(path.name) for path in self._directory.glob("*.record")
-            }
-            if records:
-                print(f"checking {counted(len(records), 'file')} finished by an interrupted run")
-            with ThreadPoolExecutor() as pool:
-                intact = pool.map(lambda name: self._intact(name, records[name]), records)
-                finished = {name: records[name] for name, good in zip(records, intact, strict=True) if good}
-        if not finished:
-            self.clear()
-        for path in self._partial.glob("*"):
-            if path.name not in finished:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        make_directory(self._directory)
-        write_atomically(self._directory / _PLAN, json.dumps({"plan": self.plan}).encode())
-        return finished
-
-    def add(self, name: str, record: dict[str, Any]) -> None:
-        """Record a file that is flushed to disk; ``record`` has its ``size`` and ``checksum``."""
-        write_atomically(self._directory / f"{name}.record", json.dumps(record).encode())
-
-    def is_done(self) -> bool:
-        """Whether an interrupted run of this plan completed the target, but did not remove the resume log."""
-        if self._read(_PLAN) != {"plan": self.plan} or not self._target.exists():
-            return False
-        try:
-            return read_manifest(self._target)["metadata"].get("plan") == self.plan
-        except UserError:
-            return False
-
-    def clear(self) -> None:
-        """Remove everything except the lock."""
-        for path in self._directory.glob("*"):
-            if path.name != "lock":
-                path.unlink()
-
-    def remove(self) -> None:
-        """Remove the resume log, and the replaced target if it still exists; the new target is complete.
-
-        The plan is removed last, so that an interrupted removal can be continued.
-        """
-        remove(replaced_name(self._target))
-        for path in sorted(self._directory.glob("*"), key=lambda path: path.name == _PLAN):
-            path.unlink()
-        self._directory.rmdir()
-
-    def _intact(self, name: str, record: dict[str, Any] | None) -> bool:
-        path = self._partial / name
-        if record is None or not path.is_file() or path.stat().st_size != record.get("size"):
-            return False
-        return file_checksum(path) == record.get("checksum")
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((self._directory / name).read_text())
-        except (OSError, ValueError):
-            return None

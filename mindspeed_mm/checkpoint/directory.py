@@ -6,6 +6,7 @@ ROOT/release/ or ROOT/iter_0000010/
     .metadata  *.distcp                    PyTorch distributed checkpoint
     manifest.json                          sizes and checksums of all files, and facts about the content
 ROOT/.iter_0000010.partial/                a checkpoint being written, or left by an interrupted save
+    .finished/                             of a conversion: its plan, and a record of each file that is on disk
 ROOT/.iter_0000010.replaced/               the previous checkpoint of this name, while a new one is renamed into place
 ```
 A checkpoint is written to a hidden directory, flushed to disk, completed by its manifest and only then renamed. A
@@ -16,10 +17,10 @@ This module imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mindspeed_mm.checkpoint.files import (
     file_checksum,
     make_directory,
     remove,
+    run_all,
     set_mode,
     sync_directory,
     sync_file,
@@ -42,6 +44,8 @@ METADATA = ".metadata"
 PROGRESS_FILE = "progress.json"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+FINISHED = ".finished"
+_PLAN = "plan.json"
 _HF_CONFIG = "config.json"
 _HASH_THREADS = 4
 
@@ -53,12 +57,14 @@ class WrittenFile:
     Attributes:
         size: in bytes.
         checksum: of the whole file.
-        chunks: (offset, length, checksum) of each chunk; empty if these are not known.
+        chunks: of a distributed checkpoint: (tensor, offsets in it, index of the chunk, byte offset, length, checksum).
+        facts: further ones, for ``mm-convert``.
     """
 
     size: int
     checksum: str
-    chunks: Sequence[tuple[int, int, str]] = ()
+    chunks: Sequence[tuple[str, Sequence[int], int, int, int, str]] = ()
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def iteration_name(iteration: int) -> str:
@@ -119,6 +125,20 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     return path
 
 
+def checkpoint_to_load(load: str | os.PathLike[str], *, plain: bool) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of ``--load`` and its manifest.
+
+    Args:
+        load: directory of a tracker file.
+        plain: it may also be a checkpoint itself, and one of torch's without a manifest (``--check-load none``).
+
+    Raises:
+        UserError: if it is missing or incomplete.
+    """
+    path = find_checkpoint(Path(load), "--load") if plain else resolve_checkpoint(load)
+    return path, verify_directory(path, plain=plain)
+
+
 def partial_name(target: Path) -> Path:
     """Path of ``target`` until it is complete."""
     return target.with_name(f".{target.name}.partial")
@@ -129,81 +149,153 @@ def replaced_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
-def prepare_directory(target: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Make the directory in which ``target`` is written. Called by one rank, before any rank writes.
+class AtomicDirectory:
+    """A directory that is written under a hidden name and renamed: absent or complete after a crash at any moment.
 
-    Args:
+    Used by one process, while all ranks may write into ``partial`` between ``prepare`` and ``commit``. A conversion
+    also records the files that are on disk, and takes them over if it was interrupted and has the same plan.
+
+    Attributes:
         target: final path.
-        overwrite: accept an existing ``target``; it stays until ``finish_directory``.
-        resume: keep the files of an interrupted writer; otherwise they are removed.
-
-    Raises:
-        UserError: if ``target`` exists and ``overwrite`` is false.
+        partial: where the files are written.
     """
-    target = Path(target)
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; pass --overwrite to replace it, or name another directory")
-    partial = partial_name(target)
-    if not resume:
-        remove(partial)
-    make_directory(target.parent)
-    make_directory(partial)
-    return partial
 
+    def __init__(self, target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """``overwrite``: accept an existing ``target``; it stays until ``commit``."""
+        self.target = Path(target)
+        self.partial = partial_name(self.target)
+        self._overwrite = overwrite
 
-def finish_directory(
-    partial: Path,
-    target: str | os.PathLike[str],
-    metadata: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    written: Mapping[str, WrittenFile] | None = None,
-) -> None:
-    """Flush ``partial`` to disk, write its manifest and rename it to ``target``. Called by one rank, after all wrote.
+    def prepare(self) -> Path:
+        """Make the partial directory, empty.
 
-    Args:
-        partial: as returned by ``prepare_directory``.
-        target: final path.
-        metadata: JSON-able facts about the content, stored under ``metadata`` in the manifest.
-        overwrite: replace an existing ``target``.
-        written: files whose writer has flushed and checksummed them, by relative name; all others are flushed and read
-            here.
+        Raises:
+            UserError: if the target exists and may not be replaced.
+        """
+        self.check()
+        remove(self.partial)
+        make_directory(self.partial)
+        return self.partial
 
-    Raises:
-        UserError: if a file of ``written`` is missing or of another size; if ``target`` exists and may not be replaced.
-    """
-    target, known = Path(target), dict(written or {})
-    (partial / MANIFEST).unlink(missing_ok=True)
-    _check_written(partial, known)
-    names = sorted({*_files_below(partial), *known})  # a network file system may list late what others wrote
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        entries = list(pool.map(lambda name: known.get(name) or _flush_and_checksum(partial / name), names))
-    files = {name: _manifest_entry(entry) for name, entry in zip(names, entries, strict=True)}
-    directories = {parent for name in names for parent in (partial / name).parents if parent.is_relative_to(partial)}
-    for path, mode in [(partial / name, FILE_MODE) for name in names] + [(d, DIRECTORY_MODE) for d in directories]:
-        set_mode(path, mode)
-    write_atomically(partial / MANIFEST, _manifest_text(files, metadata).encode())
-    for directory in directories:
-        sync_directory(directory)
-    _put_in_place(partial, target, overwrite=overwrite)
+    def check(self) -> None:
+        """Refuse an existing target that may not be replaced.
 
+        Raises:
+            UserError: with the remedy.
+        """
+        if self.target.exists() and not self._overwrite:
+            raise UserError(f"{self.target} exists; pass --overwrite to replace it, or name another directory")
 
-def _put_in_place(partial: Path, target: Path, *, overwrite: bool) -> None:
-    replaced = replaced_name(target)
-    if not target.exists():
-        os.rename(partial, target)
-    elif overwrite:
-        remove(replaced)
-        os.rename(target, replaced)
+    def resume(self, plan: str) -> dict[str, WrittenFile]:
+        """Prepare the partial directory, and keep the files that an interrupted writer of the same plan has finished.
+
+        Args:
+            plan: fingerprint of everything that determines the bytes of the files.
+
+        Returns:
+            The files that are on disk with the recorded checksum.
+        """
+        records = self.partial / FINISHED
+        finished: dict[str, WrittenFile] = {}
+        if _read_json(records / _PLAN) == plan:
+            found = {path.name[:-5]: _read_json(path) for path in records.glob("*.json") if path.name != _PLAN}
+            if found:
+                print(f"checking {len(found)} file{'s' * (len(found) > 1)} finished by an interrupted run")
+            checks = [functools.partial(_intact, self.partial / name, record) for name, record in found.items()]
+            intact = run_all(checks, threads=_HASH_THREADS)
+            finished = {name: WrittenFile(**found[name]) for name, good in zip(found, intact, strict=True) if good}
+        if not finished:
+            remove(self.partial)
+        make_directory(records)
+        for path in self.partial.iterdir():
+            if path.name not in (FINISHED, *finished):
+                remove(path)
+        write_atomically(records / _PLAN, json.dumps(plan).encode())
+        return finished
+
+    def record(self, name: str, file: WrittenFile) -> WrittenFile:
+        """Record a file of ``partial`` that is on disk, for ``resume``; returns it as ``resume`` would."""
+        text = json.dumps(dataclasses.asdict(file))
+        write_atomically(self.partial / FINISHED / f"{name}.json", text.encode())
+        return WrittenFile(**json.loads(text))
+
+    def abandon(self) -> None:
+        """After an error: remove the partial directory, unless it has finished files for ``resume``."""
+        if not any(path.name != _PLAN for path in (self.partial / FINISHED).glob("*.json")):
+            remove(self.partial)
+
+    def commit(self, metadata: Mapping[str, Any], written: Mapping[str, WrittenFile] | None = None) -> None:
+        """Flush the partial directory to disk, write its manifest and rename it to the target.
+
+        Args:
+            metadata: JSON-able facts about the content, stored under ``metadata`` in the manifest.
+            written: files whose writer has flushed and checksummed them, by relative name; all others are flushed and
+                read here.
+
+        Raises:
+            UserError: if a file of ``written`` is missing or of another size, or the target may not be replaced.
+        """
+        partial, known = self.partial, dict(written or {})
+        (partial / MANIFEST).unlink(missing_ok=True)
+        _check_written(partial, known)
+        # a network file system may list late what others wrote
+        names = sorted({*(name for name in _files_below(partial) if not name.startswith(f"{FINISHED}/")), *known})
+        rest = [name for name in names if name not in known]
+        flushes = [functools.partial(_flush_and_checksum, partial / name) for name in rest]
+        known.update(zip(rest, run_all(flushes, threads=_HASH_THREADS), strict=True))
+        files = {name: _manifest_entry(known[name]) for name in names}
+        directories = {path for name in names for path in (partial / name).parents if path.is_relative_to(partial)}
+        for path, mode in [(partial / name, FILE_MODE) for name in names] + [(d, DIRECTORY_MODE) for d in directories]:
+            set_mode(path, mode)
+        write_atomically(partial / MANIFEST, _manifest_text(files, metadata).encode())
+        for directory in directories:
+            sync_directory(directory)
+        self._put_in_place()
+
+    def is_committed(self, plan: str) -> bool:
+        """Whether a writer of the same plan was interrupted between ``commit`` and ``clean_up``."""
+        if _read_json(self.target / FINISHED / _PLAN) != plan:
+            return False
         try:
-            os.rename(partial, target)
-        except OSError:
-            os.rename(replaced, target)
-            raise
-    else:
-        raise UserError(f"{target} exists; pass --overwrite to replace it, or name another directory")
-    sync_directory(target.parent)
-    remove(replaced)
+            return bool(read_manifest(self.target))
+        except UserError:
+            return False
+
+    def clean_up(self) -> None:
+        """Remove the records of a committed conversion, the plan last, and what the new target replaced."""
+        remove(replaced_name(self.target))
+        for path in sorted((self.target / FINISHED).glob("*"), key=lambda path: path.name == _PLAN):
+            remove(path)
+        remove(self.target / FINISHED)
+
+    def _put_in_place(self) -> None:
+        replaced = replaced_name(self.target)
+        self.check()
+        if not self.target.exists():
+            os.rename(self.partial, self.target)
+        else:
+            remove(replaced)
+            os.rename(self.target, replaced)
+            try:
+                os.rename(self.partial, self.target)
+            except OSError:
+                os.rename(replaced, self.target)
+                raise
+        sync_directory(self.target.parent)
+        remove(replaced)
+
+
+def _intact(path: Path, record: Any) -> bool:
+    if not isinstance(record, dict) or not path.is_file() or path.stat().st_size != record.get("size"):
+        return False
+    return file_checksum(path) == record.get("checksum")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _check_written(partial: Path, written: Mapping[str, WrittenFile]) -> None:
@@ -227,7 +319,7 @@ def _flush_and_checksum(path: Path) -> WrittenFile:
 def _manifest_entry(file: WrittenFile) -> dict[str, Any]:
     entry: dict[str, Any] = {"size": file.size, "checksum": file.checksum}
     if file.chunks:
-        entry["items"] = [list(chunk) for chunk in file.chunks]
+        entry["items"] = [list(chunk[3:]) for chunk in file.chunks]
     return entry
 
 
@@ -262,16 +354,22 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def verify_directory(path: str | os.PathLike[str], *, checksums: bool = False) -> dict[str, Any]:
+def verify_directory(
+    path: str | os.PathLike[str], *, checksums: bool = False, plain: bool = False
+) -> dict[str, Any]:
     """Check that a checkpoint directory is complete; returns its manifest.
 
     Args:
         path: a checkpoint directory.
         checksums: also read all files and compare their checksums; sizes are always compared.
+        plain: accept a checkpoint of torch's without a manifest, of which nothing can be checked; an empty manifest is
+            returned.
 
     Raises:
         UserError: naming missing files, and files whose size or checksum differs.
     """
+    if plain and (Path(path) / METADATA).is_file() and not (Path(path) / MANIFEST).exists():
+        return {"format": MANIFEST_FORMAT, "metadata": {}, "files": {}}
     manifest = read_manifest(path)
     verify_files(Path(path), manifest["files"], checksums=checksums)
     return manifest
@@ -298,13 +396,12 @@ def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksum
         if size != facts["size"]:
             faults.append(f"{name} has {size} bytes instead of {facts['size']}")
     if checksums and not faults:
-        with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            found = pool.map(lambda name: file_checksum(path / name), files)
-            faults += [
-                f"{name} has another checksum than recorded"
-                for name, checksum in zip(files, found, strict=True)
-                if checksum != files[name]["checksum"]
-            ]
+        found = run_all([functools.partial(file_checksum, path / name) for name in files], threads=_HASH_THREADS)
+        faults += [
+            f"{name} has another checksum than recorded"
+            for name, checksum in zip(files, found, strict=True)
+            if checksum != files[name]["checksum"]
+        ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{path} is damaged: {'; '.join(faults[:3])}{more}; restore these files or make it again")

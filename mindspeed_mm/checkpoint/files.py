@@ -2,28 +2,32 @@
 
 All output of the checkpoint package goes through these few functions of ``os``. ``crc32`` is the one function that
 computes checksums: with the package ``isal`` it uses the processor's carry-less multiplication, many times as fast as
-zlib; without it zlib gives the same values. Checksums can be combined, so the checksum of a whole file follows from
-those of its chunks, computed in any order. This module imports no torch.
+zlib; without it zlib gives the same values. Checksums can be combined, so that of a file follows from those of its
+chunks. This module imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 try:
     from isal.isal_zlib import crc32 as crc32
 except ImportError:  # no wheel for this machine
     from zlib import crc32 as crc32
 
+T = TypeVar("T")
+
 _POLYNOMIAL = 0xEDB88320  # CRC-32 of zlib, gzip and PNG; coefficients reflected, so the highest bit is x^0
-_READ_BYTES = 16 << 20
+_READ_BYTES = 1 << 20  # stays in the cache
 FILE_MODE, DIRECTORY_MODE = 0o640, 0o750
 WRITE_BYTES = 1 << 20
 """Bytes in one write: several times faster than 16 MB at once where Linux buffers them, and quick to interrupt."""
@@ -50,12 +54,20 @@ def combine(first: int, second: int, second_length: int) -> int:
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
     """Checksum of a file's content."""
-    value = 0
     with Path(path).open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(min(_READ_BYTES, max(1, os.fstat(file.fileno()).st_size))))
-        while count := file.readinto(buffer):
-            value = crc32(buffer[:count], value)
-    return format_checksum(value)
+        return format_checksum(section_checksum(file.fileno(), 0, os.fstat(file.fileno()).st_size))
+
+
+def section_checksum(descriptor: int, offset: int, length: int) -> int:
+    """CRC-32 of a part of an open file; of the part that exists if the file is shorter."""
+    value, end = 0, offset + length
+    if hasattr(os, "posix_fadvise"):  # let the disk read all of it at once
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+    buffer = memoryview(bytearray(min(_READ_BYTES, max(1, length))))
+    while offset < end and (count := os.preadv(descriptor, [buffer[: end - offset]], offset)):
+        value = crc32(buffer[:count], value)
+        offset += count
+    return value
 
 
 def _multiply(left: int, right: int) -> int:
@@ -80,6 +92,7 @@ def _power_of_x(exponent: int) -> int:
         exponent >>= 1
     return result
 
+
 def make_directory(path: Path) -> None:
     """Make a directory and its parents; a new one gets ``DIRECTORY_MODE`` whatever the umask."""
     if path.is_dir():
@@ -98,49 +111,30 @@ def set_mode(path: Path, mode: int) -> None:
             os.chmod(path, mode)
 
 
-class OutputFile:
-    """A new file that counts its bytes and computes their checksum.
-
-    Attributes:
-        length: bytes written.
-        crc: CRC-32 of them.
-    """
+class _RawFile(io.RawIOBase):
+    """A new file, written through ``os.write``; errors name its path."""
 
     def __init__(self, path: Path) -> None:
-        """Create or truncate ``path``.
-
-        Raises:
-            OSError: as all methods may; its ``filename`` is the path.
-        """
-        self.length = self.crc = 0
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
         set_mode(path, FILE_MODE)
 
-    def write(self, *buffers: Any, crc: int | None = None) -> None:
-        """Append buffers; ``crc`` is the CRC-32 of their concatenation if known."""
-        before = self.length
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         with self._named():
-            for buffer in buffers:
-                view = memoryview(buffer).cast("B")
-                done = 0
-                while done < len(view):
-                    done += os.write(self._descriptor, view[done : done + WRITE_BYTES])
-                self.length += len(view)
-                if crc is None:
-                    self.crc = crc32(view, self.crc)
-        if crc is not None:
-            self.crc = combine(self.crc, crc, self.length - before)
+            return os.write(self._descriptor, memoryview(data).cast("B")[:WRITE_BYTES])
 
     def sync(self) -> None:
-        """Flush the file to disk."""
         with self._named():
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close it; some network file systems report write errors only here."""
-        with self._named():
-            os.close(self._descriptor)
+        if not self.closed:
+            super().close()
+            with self._named():  # some network file systems report write errors only here
+                os.close(self._descriptor)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -151,18 +145,86 @@ class OutputFile:
             raise
 
 
+class OutputFile:
+    """A new file that computes checksums of its sections and of its whole content.
+
+    A section ends wherever ``tell`` is called: torch's writer calls it before and after each item.
+
+    Attributes:
+        crc: CRC-32 of all bytes.
+        sections: offset -> (length, CRC-32).
+        error: why a write failed.
+    """
+
+    def __init__(self, path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Create or truncate ``path``. ``advance`` is called with the number of bytes of each write.
+
+        Raises:
+            OSError: as all methods may; its ``filename`` is the path.
+        """
+        self.crc = 0
+        self.error: BaseException | None = None
+        self.sections: dict[int, tuple[int, int]] = {}
+        self._raw = _RawFile(path)
+        self._buffered = io.BufferedWriter(self._raw, 1 << 16)  # larger writes are not copied
+        self._advance = advance
+        self._start = self._length = self._section_crc = 0
+
+    def write(self, data: Any) -> int:
+        """Append a buffer; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        try:
+            for start in range(0, len(view), WRITE_BYTES):
+                piece = view[start : start + WRITE_BYTES]
+                self._section_crc = crc32(piece, self._section_crc)
+                self._buffered.write(piece)
+                self._advance(len(piece))
+        except BaseException as error:
+            self.error = error
+            raise
+        self._length += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written so far; ends a section."""
+        if length := self._length - self._start:
+            self.sections[self._start] = length, self._section_crc
+            self.crc = combine(self.crc, self._section_crc, length)
+            self._start, self._section_crc = self._length, 0
+        return self._length
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed once, by ``finish``."""
+
+    def close(self) -> None:
+        """Nothing: torch's writer closes the file after each part of it."""
+
+    def finish(self) -> None:
+        """Flush the file to disk and close it."""
+        self.tell()
+        self._buffered.flush()
+        self._raw.sync()
+        self._raw.close()
+
+    def abandon(self) -> None:
+        """Close the file, whatever of it is on disk."""
+        with contextlib.suppress(OSError):
+            self._raw.close()
+
+
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[OutputFile]:
+def new_file(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> Iterator[OutputFile]:
     """A file that is flushed to disk when the block ends without an error."""
-    file = OutputFile(path)
+    file = OutputFile(path, advance)
     try:
         yield file
-        file.sync()
+        file.finish()
     except BaseException:
-        with contextlib.suppress(OSError):
-            file.close()
+        if file.error is not None:  # torch hides it behind the failure to complete its archive
+            raise file.error from None
         raise
-    file.close()
+    finally:
+        file.abandon()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -211,3 +273,22 @@ def becomes_visible(path: Path) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def run_all(jobs: Iterable[Callable[[], T]], *, threads: int, stop: Callable[[], None] = lambda: None) -> list[T]:
+    """Run jobs on several threads; returns their results in order.
+
+    At the first failure ``stop`` is called, jobs that have not begun are dropped, and the failure is raised once the
+    others have ended.
+    """
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="checkpoint") as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]

@@ -1,52 +1,44 @@
-"""Hugging Face directory -> distributed checkpoint: streaming, atomic, resumable.
+"""Hugging Face directory -> distributed checkpoint.
 
-torch's own writer needs the whole state dict in memory; here chunks are made on demand and written file by file.
+torch plans and writes; each chunk is read and converted when the writer wants it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import hashlib
-import json
 import math
-import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 
+from mindspeed_mm.checkpoint import storage
 from mindspeed_mm.checkpoint.conversion import (
-    ByteBudget,
+    DTYPES,
     ProgressBar,
-    ResumeLog,
-    check_disk_space,
     default_workers,
-    format_bytes,
-    run_parallel,
+    digest,
+    locked,
+    remaining,
+    resumable,
     writing,
 )
-from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX, StoredChunk, archive_frame, can_frame, write_metadata
-from mindspeed_mm.checkpoint.directory import (
-    METADATA,
-    RELEASE,
-    WrittenFile,
-    check_huggingface,
-    finish_directory,
-    prepare_directory,
-    write_tracker,
-)
-from mindspeed_mm.checkpoint.files import WRITE_BYTES, combine, crc32, format_checksum
-from mindspeed_mm.checkpoint.hf import HFSource, ReadRange, config_dtype
+from mindspeed_mm.checkpoint.directory import RELEASE, AtomicDirectory, WrittenFile, check_huggingface, write_tracker
+from mindspeed_mm.checkpoint.files import combine, crc32, format_checksum
+from mindspeed_mm.checkpoint.huggingface import HFReader, ReadRange, SafetensorsReader, config_dtype
 from mindspeed_mm.checkpoint.safetensors_io import split_rows, tensor_bytes
+from mindspeed_mm.checkpoint.shards import write_items
+from mindspeed_mm.checkpoint.storage import CheckpointWriter, SavePlanner
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.state_dict import WeightRule
-
-DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-_SPARE_BYTES = 16 << 20  # for metadata and manifest
-_RECORDS_VERSION = 2
-"""Increases with the format of the resume log's records, so that those of an older version are not used."""
 
 
 def hf_to_dcp(
@@ -76,312 +68,182 @@ def hf_to_dcp(
         UserError: if the source is incomplete or inconsistent, or the target cannot be written.
     """
     check_huggingface(Path(hf_dir), "--hf_dir")
-    source = HFSource(hf_dir, expert_layout=expert_layout)
-    _check_types(source, dtype)
-    if tie_weight and not source.model_config.tie_word_embeddings:
+    reader = HFReader(hf_dir, expert_layout=expert_layout)
+    _check_types(reader, dtype)
+    if tie_weight and not reader.model_config.tie_word_embeddings:
         raise UserError(
-            f"--tie_weight was given, but {source.directory / 'config.json'} has tie_word_embeddings false; "
+            f"--tie_weight was given, but {reader.path / 'config.json'} has tie_word_embeddings false; "
             "leave the option out, or correct the config"
         )
+    facts = {
+        "weight_map_version": reader.spec.weight_map_version,
+        "expert_layout": "hub",
+        "source": {"expert_layout": reader.layout, "transformers_version": reader.transformers_version()},
+        "model_config": dataclasses.asdict(reader.model_config),
+    }
+    return write_checkpoint(reader, dcp_dir, dtype=dtype, facts=facts, workers=workers, overwrite=overwrite)
+
+
+def write_checkpoint(
+    reader: SafetensorsReader,
+    dcp_dir: str | Path,
+    *,
+    dtype: str,
+    facts: Mapping[str, Any],
+    workers: int | None,
+    overwrite: bool,
+) -> Path:
+    """Write all parameters of a reader to ``dcp_dir/release``, and the tracker; returns the checkpoint's path.
+
+    Args:
+        reader: of the source.
+        dcp_dir: created if needed.
+        dtype: ``keep``, ``bf16`` or ``fp32``.
+        facts: for the manifest.
+        workers: threads; None for the default.
+        overwrite: replace an existing ``release``.
+    """
     root, target = Path(dcp_dir), Path(dcp_dir) / RELEASE
-    files = plan_files(source, DTYPES[dtype])
-    version = source.fingerprint()
-    resume_log = ResumeLog(target, _fingerprint(version, source, files))
     if root.exists() and not root.is_dir():
         raise UserError(f"--dcp_dir {root} is a file; name a directory")
-    if resume_log.is_done():
-        return _point_to(root, target, resume_log)
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; pass --overwrite to replace it, or name another --dcp_dir")
-    with writing(target), resume_log.locked():
-        partial = prepare_directory(target, overwrite=overwrite, resume=True)
-        records = {name: FileRecord.from_json(record) for name, record in resume_log.resume().items()}
-        duplicate_reads = source.check_duplicates()
-        _write_files(partial, files, source, records, resume_log, workers or default_workers())
-        if source.fingerprint() != version:
-            raise UserError(f"files of {hf_dir} were changed while they were read; run the same command again")
-        write_metadata(partial / METADATA, stored_chunks(files, records))
-        reads = [read for record in records.values() for read in record.reads] + duplicate_reads
-        finish_directory(
-            partial,
-            target,
-            {
-                "kind": "converted",
-                "plan": resume_log.plan,
-                "weight_map_version": source.spec.weight_map_version,
-                "expert_layout": "hub",
-                "dtype": dtype,
-                "transformers_version": _installed_transformers(),
-                "source": {
-                    "expert_layout": source.layout,
-                    "transformers_version": source.transformers_version(),
-                    "files": source.file_facts(reads),
-                },
-                "model_config": dataclasses.asdict(source.model_config),
-                "tensors": tensor_facts(files, records),
-            },
-            overwrite=overwrite,
-            written={name: record.written for name, record in records.items()},
-        )
-        return _point_to(root, target, resume_log)
+    source = reader.fingerprint()
+    tensors = {name: _ConvertedTensor(reader, name, DTYPES[dtype]) for name in reader.tensors}
+    plan = digest([source, version("torch"), storage.FILE_BYTES, facts, [[*t.describe()] for t in tensors.values()]])
+    directory = AtomicDirectory(target, overwrite=overwrite)
+    unused: list[ReadRange] = []
 
+    def commit(files: Mapping[str, WrittenFile]) -> None:
+        reads = [ReadRange(*read) for file in files.values() for read in file.facts["reads"]] + unused
+        if reader.fingerprint() != source:
+            raise UserError(f"files of {reader.path} were changed while they were read; run the same command again")
+        content = {
+            "kind": "converted",
+            "plan": plan,
+            "dtype": dtype,
+            "transformers_version": version("transformers"),
+            **facts,
+            "source": {**facts.get("source", {}), "files": reader.file_facts(reads)},
+            "tensors": _tensor_facts(files, tensors),
+        }
+        directory.commit(content, files)
 
-def _write_files(
-    partial: Path,
-    files: dict[str, list[PlannedChunk]],
-    source: HFSource,
-    records: dict[str, FileRecord],
-    resume_log: ResumeLog,
-    workers: int,
-) -> None:
-    """Write the files without a record, and add theirs to ``records``."""
-    missing = [name for name in files if name not in records]
-    total = sum(chunk.nbytes for name in missing for chunk in files[name])
-    check_disk_space(partial.parent, total + _SPARE_BYTES, replaces=(partial.parent / RELEASE).exists())
-    if records:
-        kept = sum(record.size for record in records.values())
-        print(f"resuming: {len(records)} of {len(files)} files ({format_bytes(kept)}) are already written and verified")
-    progress = ProgressBar("hf_to_dcp", total)
-    budget = ByteBudget()
-
-    def write(name: str) -> None:
-        record = write_file(partial / name, files[name], source, budget=budget, progress=progress)
-        resume_log.add(name, record.to_json())
-        records[name] = record
-
-    try:
-        run_parallel([functools.partial(write, name) for name in missing], workers=workers, progress=progress)
-    finally:
-        progress.close()
-
-
-def _point_to(root: Path, target: Path, resume_log: ResumeLog) -> Path:
-    write_tracker(root, RELEASE)
-    resume_log.remove()
+    committed = directory.is_committed(plan)
+    if not committed:
+        directory.check()
+    with writing(target), locked(target):
+        if not committed:
+            with resumable(directory, plan) as finished:
+                unused += reader.read_unused()  # first, as it may refuse the source
+                _save(tensors, directory, finished, workers or default_workers(), commit)
+        write_tracker(root, RELEASE)
+    directory.clean_up()  # after the lock file is gone, so that the same command completes this after a kill
     return target
 
 
-def _check_types(source: HFSource, dtype: str) -> None:
+def _save(
+    tensors: Mapping[str, _ConvertedTensor],
+    directory: AtomicDirectory,
+    finished: Mapping[str, WrittenFile],
+    workers: int,
+    commit: Callable[[Mapping[str, WrittenFile]], None],
+) -> None:
+    """Let torch write the tensors into the partial directory and commit it."""
+    progress = ProgressBar("hf_to_dcp")
+    writer = CheckpointWriter(
+        directory.partial,
+        prepare=lambda nbytes: progress.begin(remaining(directory, nbytes, finished)),
+        commit=commit,
+        finished=finished,
+        on_file=lambda name, file: directory.record(name, _with_facts(file, tensors)),
+        advance=progress.advance,
+        threads=workers,
+        min_files=1,
+    )
+    with warnings.catch_warnings(), contextlib.closing(progress):
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, planner=SavePlanner(), no_dist=True)
+        except CheckpointException as error:
+            raise error.failures[0][0] from None
+        progress.print_totals()
+
+
+class _ConvertedTensor:
+    """A parameter that is read and converted chunk by chunk, while torch's writer writes it."""
+
+    def __init__(self, reader: SafetensorsReader, name: str, dtype: torch.dtype | None) -> None:
+        self._reader, self._name = reader, name
+        self.shape, stored = reader.tensors[name]
+        self.dtype = dtype if dtype is not None and stored.is_floating_point else stored
+        self._keeps_bytes = self.dtype == stored
+        rows = self.shape[0] if self.shape else 1
+        self._rows = split_rows(rows, math.prod(self.shape[1:]) * self.dtype.itemsize)
+        self.facts: dict[int, tuple[list[ReadRange], int]] = {}
+
+    def describe(self) -> Iterator[Any]:
+        """What determines its bytes in the checkpoint."""
+        yield from (self._name, str(self.dtype), self.shape, self._rows)
+
+    def chunk_bytes(self, first: int) -> int:
+        """Bytes of the chunk that begins with row ``first``."""
+        rows = next(last - start for start, last in self._rows if start == first)
+        return rows * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
+        if not self.shape:
+            return write_items(fqn, self.dtype, (), [ChunkStorageMetadata(torch.Size(()), torch.Size(()))])
+        tail = self.shape[1:]
+        chunks = [
+            ChunkStorageMetadata(torch.Size((first, *[0] * len(tail))), torch.Size((last - first, *tail)))
+            for first, last in self._rows
+        ]
+        return write_items(fqn, self.dtype, self.shape, chunks)
+
+    def chunk(self, offsets: Sequence[int]) -> Tensor:
+        """The values of the chunk that begins at ``offsets``."""
+        first = offsets[0] if offsets else 0
+        reads: list[ReadRange] = []
+        values = self._reader.read(self._name, next(rows for rows in self._rows if rows[0] == first), reads)
+        values = values.to(self.dtype)
+        same = self._keeps_bytes and self._reader.is_copy(self._name)
+        self.facts[first] = reads, reads[0].crc if same else crc32(tensor_bytes(values))
+        return values
+
+
+def _with_facts(file: WrittenFile, tensors: Mapping[str, _ConvertedTensor]) -> WrittenFile:
+    """A file with what was read for it, and the checksum of the values of each chunk."""
+    facts = [tensors[name].facts.pop(offsets[0] if offsets else 0) for name, offsets, *_ in file.chunks]
+    reads = [dataclasses.astuple(read) for reads, _ in facts for read in reads]
+    return dataclasses.replace(file, facts={"reads": reads, "values": [crc for _, crc in facts]})
+
+
+def _tensor_facts(
+    files: Mapping[str, WrittenFile], tensors: Mapping[str, _ConvertedTensor]
+) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of every parameter, whose chunks are in order."""
+    crcs: dict[str, int] = {}
+    for file in files.values():
+        for (name, offsets, *_), crc in zip(file.chunks, file.facts["values"], strict=True):
+            tensor = tensors[name]
+            first = offsets[0] if offsets else 0
+            crcs[name] = combine(crcs[name], crc, tensor.chunk_bytes(first)) if name in crcs else crc
+    return {
+        name: {
+            "shape": list(tensors[name].shape),
+            "dtype": str(tensors[name].dtype).removeprefix("torch."),
+            "checksum": format_checksum(crc),
+        }
+        for name, crc in crcs.items()
+    }
+
+
+def _check_types(reader: HFReader, dtype: str) -> None:
     """Refuse to keep dtypes that differ from the one in ``config.json``."""
-    named = config_dtype(source.directory)
-    wrong = [name for name, tensor in source.tensors.items() if tensor.dtype != named]
+    named = config_dtype(reader.path)
+    wrong = [name for name, tensor in reader.stored.items() if tensor.dtype != named]
     if dtype == "keep" and named is not None and wrong:
         names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise UserError(
-            f"{source.directory / 'config.json'} says {str(named).removeprefix('torch.')}, but another dtype is in "
+            f"{reader.path / 'config.json'} says {str(named).removeprefix('torch.')}, but another dtype is in "
             f"{names}; pass --dtype bf16 or fp32 to convert all, or correct config.json"
         )
-
-
-def _fingerprint(version: list[list[Any]], source: HFSource, files: dict[str, list[PlannedChunk]]) -> str:
-    """A digest that changes whenever the bytes of the result could."""
-    chunks = [
-        [name, [[p.rule.target, p.first, p.last, str(p.dtype)] for p in chunks]] for name, chunks in files.items()
-    ]
-    versions = [source.spec.weight_map_version, _RECORDS_VERSION, torch.__version__]
-    facts: list[Any] = [version, source.layout, versions, chunks]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _installed_transformers() -> str:
-    from importlib.metadata import version
-
-    return version("transformers")
-
-
-FILE_BYTES = 1 << 30
-"""Maximum size of a file: the work that an interruption can cost, per worker."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedChunk:
-    """Rows [first, last) of one mcore parameter, to be stored as one chunk."""
-
-    rule: WeightRule
-    first: int
-    last: int
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the chunk."""
-        return (self.last - self.first, *self.rule.target_shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the chunk's values."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass
-class ChunkRecord:
-    """A chunk in a finished file: its byte range, the CRC-32 of its values, and the checksum of its bytes."""
-
-    target: str
-    first: int
-    rows: int
-    offset: int
-    length: int
-    crc: int
-    checksum: str
-
-
-@dataclasses.dataclass
-class FileRecord:
-    """Chunks of one finished file, and the source bytes that were read for it; an entry of the resume log."""
-
-    size: int
-    checksum: str
-    chunks: list[ChunkRecord]
-    reads: list[ReadRange]
-
-    @property
-    def written(self) -> WrittenFile:
-        """For the manifest."""
-        return WrittenFile(self.size, self.checksum, [(c.offset, c.length, c.checksum) for c in self.chunks])
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain dictionaries and lists."""
-        content = dataclasses.asdict(self)
-        content["items"] = content.pop("chunks")
-        return content
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> FileRecord:
-        """Inverse of ``to_json``."""
-        chunks = [ChunkRecord(**chunk) for chunk in content["items"]]
-        return cls(content["size"], content["checksum"], chunks, [ReadRange(**read) for read in content["reads"]])
-
-
-def plan_files(source: HFSource, dtype: torch.dtype | None) -> dict[str, list[PlannedChunk]]:
-    """Divide all parameters into chunks and the chunks into files, in the order of the weight map.
-
-    Args:
-        source: to convert.
-        dtype: to store; None for each tensor's own.
-    """
-    files: list[list[PlannedChunk]] = [[]]
-    nbytes = 0
-    for rule in source.rules:
-        stored = dtype or source.dtype_of(rule)
-        rows = rule.target_shape[0]
-        row_bytes = math.prod(rule.target_shape[1:]) * stored.itemsize
-        for first, last in split_rows(rows, row_bytes) if rule.row_wise else [(0, rows)]:
-            chunk = PlannedChunk(rule, first, last, stored)
-            if nbytes and nbytes + chunk.nbytes > FILE_BYTES:
-                files.append([])
-                nbytes = 0
-            files[-1].append(chunk)
-            nbytes += chunk.nbytes
-    return {f"__0_{number}.distcp": chunks for number, chunks in enumerate(files)}
-
-
-def write_file(
-    path: Path, chunks: Sequence[PlannedChunk], source: HFSource, *, budget: ByteBudget, progress: ProgressBar
-) -> FileRecord:
-    """Write one file of chunks, flush it to disk and return its record."""
-    records: list[ChunkRecord] = []
-    reads: list[ReadRange] = []
-    with path.open("wb") as file:
-        stream = _CountingStream(file, progress)
-        for chunk in chunks:
-            # Source, result, and a cast copy.
-            with budget.take(3 * chunk.nbytes):
-                offset = stream.position
-                tensor, crc = _resolve(chunk, source, reads)
-                checksum = format_checksum(stream.save(tensor, crc))
-                del tensor
-            length = stream.position - offset
-            rows = chunk.last - chunk.first
-            records.append(ChunkRecord(chunk.rule.target, chunk.first, rows, offset, length, crc, checksum))
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(stream.position, format_checksum(stream.crc), records, reads)
-
-
-def _resolve(chunk: PlannedChunk, source: HFSource, reads: list[ReadRange]) -> tuple[torch.Tensor, int]:
-    """The values of a chunk and their checksum; appends the ranges that were read to ``reads``."""
-    rows = (chunk.first, chunk.last) if chunk.rule.row_wise else None
-    sources = [source.read(name, rows) for name, _ in chunk.rule.sources]
-    reads.extend(read for _, read in sources)
-    tensor = chunk.rule.to_mcore([values for values, _ in sources]).to(chunk.dtype)
-    if chunk.rule.is_copy and chunk.dtype == sources[0][0].dtype:
-        return tensor, sources[0][1].crc
-    return tensor, crc32(tensor_bytes(tensor))
-
-
-class _CountingStream:
-    """A binary file that tracks its position and checksum and advances the progress bar."""
-
-    def __init__(self, file: Any, progress: ProgressBar) -> None:
-        self._file = file
-        self._progress = progress
-        self.position = 0
-        self.crc = 0
-
-    def save(self, tensor: torch.Tensor, crc: int) -> int:
-        """Write a tensor as ``torch.save`` does; ``crc`` is that of its values. Returns the checksum of the archive."""
-        before, start, self.crc = self.crc, self.position, 0
-        if can_frame(tensor):
-            head, tail = archive_frame(tensor, crc)
-            self.write(head)
-            self._write_buffer(tensor_bytes(tensor))
-            self.crc = combine(self.crc, crc, tensor.nbytes)
-            self.write(tail)
-        else:
-            torch.save(tensor, self)
-        whole = self.crc
-        self.crc = combine(before, whole, self.position - start)
-        return whole
-
-    def write(self, data: Any) -> int:
-        """Write any buffer; returns its length in bytes."""
-        view = memoryview(data).cast("B")
-        self.crc = crc32(view, self.crc)
-        self._write_buffer(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """The file is flushed once, when it is complete."""
-
-    def _write_buffer(self, view: memoryview) -> None:
-        for start in range(0, len(view), WRITE_BYTES):
-            written = self._file.write(view[start : start + WRITE_BYTES])
-            self._progress.advance(written)
-        self.position += len(view)
-
-
-def stored_chunks(files: dict[str, list[PlannedChunk]], records: dict[str, FileRecord]) -> list[StoredChunk]:
-    """All chunks, for ``.metadata``."""
-    return [
-        StoredChunk(
-            name=MODEL_PREFIX + chunk.rule.target,
-            dtype=chunk.dtype,
-            global_shape=chunk.rule.target_shape,
-            offsets=(chunk.first, *[0] * (len(chunk.shape) - 1)),
-            shape=chunk.shape,
-            file=file,
-            offset=record.offset,
-            length=record.length,
-            checksum=record.checksum,
-        )
-        for file, chunks in files.items()
-        for chunk, record in zip(chunks, records[file].chunks, strict=True)
-    ]
-
-
-def tensor_facts(files: dict[str, list[PlannedChunk]], records: dict[str, FileRecord]) -> dict[str, dict[str, Any]]:
-    """Shape, type and checksum of every parameter, for the manifest."""
-    crcs: dict[str, int] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for file, chunks in files.items():
-        for chunk, record in zip(chunks, records[file].chunks, strict=True):
-            name = MODEL_PREFIX + chunk.rule.target
-            # The chunks of a tensor are in order, so their checksums combine to that of the tensor.
-            crcs[name] = combine(crcs[name], record.crc, chunk.nbytes) if name in crcs else record.crc
-            facts[name] = {
-                "shape": list(chunk.rule.target_shape),
-                "dtype": str(chunk.dtype).removeprefix("torch."),
-                "checksum": format_checksum(crcs[name]),
-            }
-    return facts

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mindspeed_mm.checkpoint.conversion import (
-    ByteBudget,
+    HELD_BYTES,
     ProgressBar,
     counted,
     default_workers,
     format_bytes,
-    run_parallel,
+    open_reader,
+    read_ahead,
 )
-from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.directory import (
     check_huggingface,
     find_checkpoint,
@@ -28,12 +29,13 @@ from mindspeed_mm.checkpoint.directory import (
     read_tracker,
     verify_directory,
 )
-from mindspeed_mm.checkpoint.hf import LAYOUT_KEY, HFSource, layout_by_shapes, read_headers
+from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, layout_by_shapes, read_headers
 from mindspeed_mm.checkpoint.partial import Base
-from mindspeed_mm.checkpoint.partial_reader import open_reader
-from mindspeed_mm.checkpoint.safetensors_io import split_rows
+from mindspeed_mm.checkpoint.shards import Rows
+from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
 from mindspeed_mm.models.spec import spec_of
-from mindspeed_mm.models.state_dict import WeightRule, mcore_shapes
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def verify(
@@ -57,64 +59,62 @@ def verify(
     checkpoint = find_checkpoint(Path(dcp_dir), "--dcp_dir")
     check_huggingface(Path(hf_dir), "--hf_dir")
     manifest = verify_directory(checkpoint)
-    source = HFSource(hf_dir, expert_layout=expert_layout)
+    source = HFReader(hf_dir, expert_layout=expert_layout)
     reader = open_reader(checkpoint, manifest, base_dir=base_dir)
     converted = manifest["metadata"].get("dtype", "keep") != "keep"
 
-    expected = {MODEL_PREFIX + name: shape for name, shape in mcore_shapes(source.rules).items()}
     found = {name: entry for name, entry in reader.tensors.items() if name.startswith(MODEL_PREFIX)}
-    differing = [f"{name}: missing in {checkpoint}" for name in sorted(expected.keys() - found.keys())]
-    differing += [f"{name}: only in {checkpoint}" for name in sorted(found.keys() - expected.keys())]
-    comparable: list[WeightRule] = []
-    for rule in source.rules:
-        name = MODEL_PREFIX + rule.target
-        if name not in found:
-            continue
-        shape, dtype = found[name]
-        if shape != rule.target_shape:
-            differing.append(f"{name}: {list(shape)} instead of {list(rule.target_shape)}")
-        elif dtype != source.dtype_of(rule) and not converted:
-            differing.append(f"{name}: {dtype} instead of {source.dtype_of(rule)}")
+    differing = [f"{name}: missing in {checkpoint}" for name in sorted(source.tensors.keys() - found.keys())]
+    differing += [f"{name}: only in {checkpoint}" for name in sorted(found.keys() - source.tensors.keys())]
+    comparable: list[str] = []
+    for name in source.tensors.keys() & found.keys():
+        (shape, dtype), (expected_shape, expected_dtype) = found[name], source.tensors[name]
+        if shape != expected_shape:
+            differing.append(f"{name}: {list(shape)} instead of {list(expected_shape)}")
+        elif dtype != expected_dtype and not converted:
+            differing.append(f"{name}: {dtype} instead of {expected_dtype}")
         else:
-            comparable.append(rule)
-    return differing + _compare_all(comparable, reader, source, workers or default_workers())
+            comparable.append(name)
+    elements = _compare(sorted(comparable), reader, source, workers or default_workers())
+    differing += [f"{name}: {counted(n, 'element')} differ{'s' * (n == 1)}" for name, n in elements.items()]
+    return differing
 
 
-def _compare_all(rules: Sequence[WeightRule], reader: DcpReader, source: HFSource, workers: int) -> list[str]:
-    sizes = [math.prod(rule.target_shape) * reader.tensors[MODEL_PREFIX + rule.target][1].itemsize for rule in rules]
-    progress = ProgressBar("verify", sum(sizes))
-    budget = ByteBudget()
-    jobs = [functools.partial(_compare, rule, reader, source, budget, progress) for rule in rules]
+def _compare(names: list[str], reader: Any, source: HFReader, workers: int) -> dict[str, int]:
+    """Number of differing elements of each Hugging Face tensor that differs, with the name of its parameter."""
+    sizes = {name: math.prod(reader.tensors[name][0]) * reader.tensors[name][1].itemsize for name in names}
+    progress = ProgressBar("verify")
+    progress.begin(sum(sizes.values()))
+    reader.verify_whole_files(names, print)
+
+    def compare(name: str, rows: Rows) -> collections.Counter[str]:
+        actual = reader.read(name, rows)
+        expected = source.read(name, rows).to(actual.dtype)
+        progress.advance(actual.nbytes)
+        # As integers: NaN equals itself, and -0 differs from 0.
+        bits = _BITS[actual.dtype.itemsize]
+        counts: collections.Counter[str] = collections.Counter()
+        if not torch.equal(actual.view(bits), expected.view(bits)):
+            differ, row = actual.view(bits) != expected.view(bits), 0
+            for origin, count in source.origins(name, rows):
+                counts[f"{origin} ({name})"] += int(differ[row : row + count].sum())
+                row += count
+        return +counts
+
+    jobs = (
+        (3 * (rows[1] - rows[0]) * sizes[name] // reader.tensors[name][0][0], functools.partial(compare, name, rows))
+        for name in names
+        for rows in reader.ranges(name)
+    )
+    elements: collections.Counter[str] = collections.Counter()
     try:
-        return [line for lines in run_parallel(jobs, workers=workers, progress=progress) for line in lines]
+        with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+            for counts in read_ahead(jobs, pool, HELD_BYTES):
+                elements += counts
+        progress.print_totals()
     finally:
         progress.close()
-
-
-def _compare(
-    rule: WeightRule, reader: DcpReader, source: HFSource, budget: ByteBudget, progress: ProgressBar
-) -> list[str]:
-    """A line for each Hugging Face tensor of one rule whose values differ in the checkpoint."""
-    name = MODEL_PREFIX + rule.target
-    shape, dtype = reader.tensors[name]
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    elements: dict[str, int] = {}
-    for first, last in split_rows(shape[0], row_bytes) if rule.row_wise else [(0, shape[0])]:
-        rows = (first, last) if rule.row_wise else None
-        with budget.take(3 * (last - first) * row_bytes):
-            converted = rule.to_hf(reader.read(name, (first, last)))
-            for (hf_name, _), actual in zip(rule.sources, converted, strict=True):
-                expected = source.read(hf_name, rows)[0].to(dtype)
-                # As integers: NaN equals itself, and -0 differs from 0.
-                actual, expected = actual.view(bits), expected.view(bits)
-                if not torch.equal(actual, expected):
-                    elements[hf_name] = elements.get(hf_name, 0) + int((actual != expected).sum())
-        progress.advance((last - first) * row_bytes)
-    return [
-        f"{hf_name} ({name}): {counted(count, 'element')} differ{'s' * (count == 1)}"
-        for hf_name, count in elements.items()
-    ]
+    return elements
 
 
 Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -174,7 +174,8 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
     }
     if metadata.get("kind") == "converted":
         source = metadata["source"]
-        facts["made from"] = f"{counted(len(source['files']), 'file')} in {source['expert_layout']} layout"
+        layout = f" in {source['expert_layout']} layout" if "expert_layout" in source else ""
+        facts["made from"] = counted(len(source["files"]), "file") + layout
     base = Base.recorded(manifest)
     if base is not None:
         facts["holds"] = f"a part of the model, over the base {base.path}"
@@ -184,7 +185,7 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
         sizes = {"num_layers": "layers", "hidden_size": "hidden size", "num_experts": "experts"}
         known = [f"{words} {text[key]}" for key, words in sizes.items() if key in text]
         facts["model"] = ", ".join([str(model_config.get("model_type")), *known])
-    return facts, DcpReader(path, manifest).tensors
+    return facts, CheckpointReader(path, manifest).tensors
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -1,17 +1,20 @@
-"""Synchronous and asynchronous checkpointing: staged at a step boundary, coordinated across ranks, committed by rank 0.
+"""Synchronous and asynchronous saves of a run's checkpoints, by torch's ``async_save``.
 
-Every rank writes its chunks in a thread. Rank 0 prepares the directory, collects the reports of all ranks, adds
-``.metadata``, progress and manifest, renames the directory and moves the tracker. A failure on any rank aborts the save
-on all.
+torch plans, writes and coordinates the ranks, in a thread and over a gloo group; a failure on any rank fails the save
+on all. On rank 0 the writer calls back here: to prepare the directory before any rank writes, and to commit the
+checkpoint, move the tracker and delete old checkpoints once all have written.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
+import errno
+import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -20,35 +23,36 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.backend.process_group import connect_store
+from mindspeed_mm.backend.process_group import host_group
 from mindspeed_mm.checkpoint import directory
-from mindspeed_mm.checkpoint.files import becomes_visible, make_directory, new_file
-from mindspeed_mm.checkpoint.loader import raise_on_all_ranks
-from mindspeed_mm.checkpoint.save_directory import PROBE, SaveLock, remove_leftovers
-from mindspeed_mm.checkpoint.save_job import SaveCoordinator, SaveJob, gigabytes
-from mindspeed_mm.checkpoint.shards import StagingBuffers, check_host_memory, chunks_to_write
+from mindspeed_mm.checkpoint.files import becomes_visible, make_directory, new_file, remove
+from mindspeed_mm.checkpoint.lock import LOCK, DirectoryLock
+from mindspeed_mm.checkpoint.save_directory import PROBE, delete_old_checkpoints, remove_leftovers
+from mindspeed_mm.checkpoint.shards import Shard, Stager, check_host_memory
+from mindspeed_mm.checkpoint.state import raise_on_all_ranks
+from mindspeed_mm.checkpoint.storage import CheckpointWriter, SavePlanner
 from mindspeed_mm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_save_numbers = itertools.count()  # of the saves of this process, over all managers; the same on all ranks
 _REPORT_SECONDS = 60.0  # between two log lines about a save that blocks training
+_OVERHEAD = 0.01  # of archives, metadata and manifest, relative to the values
+_SPARE_BYTES = 16 << 20
 
 
 class SavedState(Protocol):
     """State of a run that is saved."""
 
-    def shared(self) -> Mapping[str, Tensor]:
-        """Tensors of all ranks, sharded or replicated."""
-
-    def own(self) -> Mapping[str, Tensor]:
-        """Tensors of this rank only."""
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Tensors of this rank by name: shards, replicas of which torch writes one, and tensors of this rank only."""
 
     def expected_bytes(self) -> int:
-        """Approximate number of bytes that this rank will write."""
+        """Approximate number of bytes that this rank holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,31 @@ class SaveOptions:
     keep_every: int | None = None
     failure_limit: int = 3
     timeout_minutes: float = 30
+
+
+@dataclasses.dataclass
+class _Save:
+    """A save in flight.
+
+    Attributes:
+        iteration: of the checkpoint.
+        directory: of the checkpoint.
+        future: torch's.
+        stall: seconds for which training was blocked.
+        seconds: from the start to the end.
+        nbytes: of the values of all ranks; on rank 0.
+        deleted: iterations deleted by retention; on rank 0.
+        retention_error: why old checkpoints could not be deleted; on rank 0.
+    """
+
+    iteration: int
+    directory: directory.AtomicDirectory
+    future: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
+    stall: float = 0.0
+    seconds: float = 0.0
+    nbytes: int = 0
+    deleted: list[int] = dataclasses.field(default_factory=list)
+    retention_error: str | None = None
 
 
 class CheckpointManager:
@@ -101,23 +130,23 @@ class CheckpointManager:
         """
         self.failures = 0
         self._last_error: str | None = None
-        self._state, self._options, self._backend = state, options, backend
+        self._state, self._options = state, options
         self._metadata = dict(metadata or {})
         self._rank = dist.get_rank()
-        self._job: SaveJob | None = None
-        # a process without a launcher has no other store, and no other rank
-        self._store = connect_store("checkpoint", timeout_seconds=60) or dist.distributed_c10d._get_default_store()
-        for line in _open_save_directory(options.root):
+        host_group()  # made here, on all ranks, and not kept, so that shutdown_distributed ends its threads
+        self._save: _Save | None = None
+        self._hosts, lines = _open_save_directory(options.root)
+        for line in lines:
             self._log(logging.INFO, f"{options.root}: {line}")
-        self._buffers = StagingBuffers(pinned=backend.is_accelerator)
+        self._stager = Stager(backend) if options.asynchronous else None
         # Allocation is slow, so it overlaps with the first steps.
         self._reserving: threading.Thread | None = None
-        if options.asynchronous:
+        if self._stager is not None:
             nbytes = state.expected_bytes()
             with raise_on_all_ranks():
                 check_host_memory(nbytes)
             self._reserving = threading.Thread(
-                target=self._buffers.reserve, args=(nbytes,), name="staging buffers", daemon=True
+                target=self._stager.reserve, args=(nbytes,), name="staging buffers", daemon=True
             )
             self._reserving.start()
 
@@ -132,32 +161,31 @@ class CheckpointManager:
         """
         self._wait_for_previous(progress.iteration)
         started = time.perf_counter()
-        shared = self._state.shared()
-        chunks = chunks_to_write(shared, self._state.own(), rank=self._rank)
+        target = self._options.root / directory.iteration_name(progress.iteration)
+        save = self._save = _Save(progress.iteration, directory.AtomicDirectory(target, overwrite=True))
+        facts = dataclasses.asdict(progress)
+        writer = CheckpointWriter(
+            save.directory.partial,
+            prepare=lambda nbytes: self._prepare(save, nbytes),
+            commit=lambda files: self._commit(save, facts, files),
+            stager=self._stager,
+        )
+        shards = {name: Shard.of(tensor) for name, tensor in self._state.state_dict().items()}
         if self._reserving is not None:
             self._reserving.join()
-            chunks = self._buffers.copy(chunks)
-            self._backend.synchronize()
-        self._job = SaveJob(
-            chunks=chunks,
-            names=list(shared),
-            target=self._options.root / directory.iteration_name(progress.iteration),
-            progress=dataclasses.asdict(progress),
-            metadata=self._metadata,
-            keep_last=self._options.keep_last,
-            keep_every=self._options.keep_every,
-            coordinator=self._new_coordinator(),
-            started=started,
+        save.future = dcp.async_save(  # a synchronous save has no stager, and is waited for
+            shards, storage_writer=writer, planner=SavePlanner(), process_group=host_group()
         )
-        self._job.begin()
+        save.future.add_done_callback(lambda _: setattr(save, "seconds", time.perf_counter() - started))
+        save.stall = time.perf_counter() - started
         # After a failure the next save is synchronous, so that all ranks count the same failures.
         if not self._options.asynchronous or self.failures:
             self.wait()
 
     def poll(self) -> None:
         """Log the result if the save in flight has ended; never blocks."""
-        if self._job is not None and self._job.has_ended():
-            self._finish_job()
+        if self._save is not None and self._save.future.done():
+            self._finish_save()
 
     def wait(self) -> None:
         """Wait for the save in flight.
@@ -165,9 +193,9 @@ class CheckpointManager:
         Raises:
             UserError: on all ranks, once too many saves in a row have failed, or if this one makes no progress.
         """
-        if self._job is not None:
-            self._join(self._job)
-            self._finish_job()
+        if self._save is not None:
+            self._join(self._save)
+            self._finish_save()
         if self.failures >= self._options.failure_limit:
             raise UserError(
                 f"{_saves(self.failures)} failed (--save-failure-limit {self._options.failure_limit}): "
@@ -190,12 +218,42 @@ class CheckpointManager:
 
     def abandon(self, *, seconds: float = 300.0) -> None:
         """Wait at most this long for a save in flight when the run ends with an error; raises nothing."""
-        if self._job is not None:
-            self._job.join(seconds)
+        if self._save is not None:
+            concurrent.futures.wait([self._save.future], timeout=seconds)
             self.poll()
 
+    def _prepare(self, save: _Save, nbytes: int) -> None:
+        """On rank 0: clean up after earlier saves, check the disk space, and make the directory to write into."""
+        save.nbytes, root = nbytes, self._options.root
+        remove_leftovers(root)
+        needed = int(nbytes * (1 + _OVERHEAD)) + _SPARE_BYTES
+        free = shutil.disk_usage(root).free
+        if free < needed:
+            raise UserError(
+                f"{root} has {_gigabytes(free)} free and the checkpoint needs {_gigabytes(needed)}; free disk space, "
+                "or let --keep-last delete old checkpoints"
+            )
+        save.directory.prepare()
+
+    def _commit(
+        self, save: _Save, progress: Mapping[str, Any], files: Mapping[str, directory.WrittenFile]
+    ) -> None:
+        """On rank 0: complete the checkpoint, point the tracker to it, and delete old ones."""
+        with new_file(save.directory.partial / directory.PROGRESS_FILE) as output:
+            output.write(json.dumps(progress, indent=1).encode())
+        save.directory.commit(self._metadata, files)
+        root, options = self._options.root, self._options
+        directory.write_tracker(root, save.iteration)
+        if options.keep_last is not None:
+            try:
+                save.deleted = delete_old_checkpoints(
+                    root, newest=save.iteration, keep_last=options.keep_last, keep_every=options.keep_every
+                )
+            except (OSError, UserError) as error:
+                save.retention_error = str(error)
+
     def _wait_for_previous(self, iteration: int) -> None:
-        previous, started = self._job, time.perf_counter()
+        previous, started = self._save, time.perf_counter()
         self.wait()
         waited = time.perf_counter() - started
         if previous is not None and waited > 0.1:
@@ -205,57 +263,79 @@ class CheckpointManager:
                 f"{iteration} could begin: a save takes longer than --save-interval steps",
             )
 
-    def _join(self, job: SaveJob) -> None:
-        """Wait for a save as long as any rank makes progress, and log the unfinished ranks at intervals."""
+    def _join(self, save: _Save) -> None:
+        """Wait for a save as long as any rank makes progress, and log that at intervals."""
         began = last_progress = time.monotonic()
-        heartbeats: list[Any] = []
-        while not job.join(_REPORT_SECONDS):
+        on_disk = -1
+        while not concurrent.futures.wait([save.future], timeout=_REPORT_SECONDS).done:
             now = time.monotonic()
-            previous, heartbeats = heartbeats, job.heartbeats()
-            last_progress = last_progress if heartbeats == previous else now
-            unfinished = ", ".join(map(str, job.unfinished())) or "none, rank 0 is committing"
+            previous, on_disk = on_disk, _bytes_below(save.directory.partial)
+            last_progress = last_progress if on_disk == previous else now
+            status = f"{_gigabytes(on_disk)} on disk"
             self._log(
                 logging.INFO,
-                f"waiting for the save of iteration {job.iteration} for {now - began:.0f} s; ranks still writing: "
-                f"{unfinished}",
+                f"waiting for the save of iteration {save.iteration} for {now - began:.0f} s; {status}",
             )
             if now - last_progress > 60 * self._options.timeout_minutes:
                 raise UserError(
-                    f"the save of iteration {job.iteration} has made no progress for {self._options.timeout_minutes} "
-                    f"minutes (--distributed-timeout-minutes); ranks still writing: {unfinished}; check the file "
-                    f"system of --save {self._options.root}"
+                    f"the save of iteration {save.iteration} has made no progress for {self._options.timeout_minutes} "
+                    f"minutes (--distributed-timeout-minutes), {status}; check the file system of --save "
+                    f"{self._options.root}"
                 )
 
-    def _finish_job(self) -> None:
-        job, self._job = self._job, None
-        if job is None or job.result is None:
+    def _finish_save(self) -> None:
+        save, self._save = self._save, None
+        if save is None:
             raise AssertionError("no save has ended")
-        result = job.result
-        self._last_error = result.error
-        if result.error is not None:
+        error = save.future.exception()
+        self._last_error = None if error is None else self._explain(error)
+        if error is not None:
             self.failures += 1
+            if self._rank == 0:
+                remove(save.directory.partial)
             self._log(
                 logging.WARNING,
-                f"the checkpoint of iteration {job.iteration} was not written ({_saves(self.failures)} failed, the run "
-                f"ends at {self._options.failure_limit}): {result.error}. The newest checkpoint is {self._newest()}",
+                f"the checkpoint of iteration {save.iteration} was not written ({_saves(self.failures)} failed, the "
+                f"run ends at {self._options.failure_limit}): {self._last_error}. The newest checkpoint is "
+                f"{self._newest()}",
             )
             return
         self.failures = 0
-        size, rate = gigabytes(result.nbytes), gigabytes(result.nbytes / max(job.seconds, 1e-3))
-        blocked = f", training blocked for {job.stall:.2f} s" if self._options.asynchronous else ""
-        self._log(logging.INFO, f"saved checkpoint {job.target} in {job.seconds:.1f} s{blocked} ({size}, {rate}/s)")
-        if result.deleted:
-            self._log(logging.INFO, f"deleted {', '.join(result.deleted)} (--keep-last)")
-        if result.retention_error is not None:
-            self._log(logging.WARNING, f"an old checkpoint could not be deleted: {result.retention_error}")
+        size, rate = _gigabytes(save.nbytes), _gigabytes(save.nbytes / max(save.seconds, 1e-3))
+        blocked = f", training blocked for {save.stall:.2f} s" if self._options.asynchronous else ""
+        self._log(
+            logging.INFO,
+            f"saved checkpoint {save.directory.target} in {save.seconds:.1f} s{blocked} ({size}, {rate}/s)",
+        )
+        if save.deleted:
+            names = ", ".join(directory.iteration_name(iteration) for iteration in save.deleted)
+            self._log(logging.INFO, f"deleted {names} (--keep-last)")
+        if save.retention_error is not None:
+            self._log(logging.WARNING, f"an old checkpoint could not be deleted: {save.retention_error}")
+
+    def _explain(self, error: BaseException) -> str:
+        """One line: rank, file, cause, and the free disk space if that is the cause."""
+        if not isinstance(error, CheckpointException):
+            text = " ".join(str(error).split())
+            return f"the ranks lost contact, see the log of the rank that ended first ({type(error).__name__}: {text})"
+        (rank, (cause, frames)), *others = sorted(error.failures.items())
+        text = f"rank {rank} on {self._hosts[rank]}: {cause}"
+        if isinstance(cause, OSError):
+            text = f"rank {rank} on {self._hosts[rank]}: {cause.filename or 'a file'} could not be written: "
+            text += cause.strerror or str(cause)
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = _gigabytes(shutil.disk_usage(self._options.root).free)
+                text += f" ({free} free); free disk space, or let --keep-last delete old checkpoints"
+            else:
+                text += "; check the disk or the file system of --save"
+        elif not isinstance(cause, UserError):
+            text = f"rank {rank} on {self._hosts[rank]}: {type(cause).__name__}: {' '.join(str(cause).split())} "
+            text += f"({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+        return text + (f" (and {len(others)} more)" if others else "")
 
     def _log(self, level: int, message: str) -> None:
         if self._rank == 0:
             logger.log(level, message)
-
-    def _new_coordinator(self) -> SaveCoordinator:
-        number = next(_save_numbers)
-        return SaveCoordinator(self._store, number=number, rank=self._rank, world_size=dist.get_world_size())
 
     def _newest(self) -> str:
         try:
@@ -265,6 +345,19 @@ class CheckpointManager:
         if tracked is None:
             return f"none: nothing has been saved in {self._options.root}"
         return str(self._options.root / directory.checkpoint_name(tracked))
+
+
+def _gigabytes(count: float) -> str:
+    """12345678901 -> ``12.35 GB``."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def _bytes_below(path: Path) -> int:
+    """Bytes of the files in a directory that other processes write."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    except OSError:  # not yet made, or just renamed
+        return 0
 
 
 def _saves(count: int) -> str:
@@ -281,7 +374,7 @@ def locked_save_directory(root: str | None) -> Iterator[None]:
     Raises:
         UserError: on all ranks, if another run is saving there.
     """
-    lock = SaveLock(Path(root)) if root is not None and dist.get_rank() == 0 else None
+    lock = DirectoryLock(Path(root) / LOCK, f"--save {root}") if root is not None and dist.get_rank() == 0 else None
     try:
         if root is not None:
             with raise_on_all_ranks():
@@ -294,11 +387,11 @@ def locked_save_directory(root: str | None) -> Iterator[None]:
             lock.release()
 
 
-def _open_save_directory(root: Path) -> list[str]:
+def _open_save_directory(root: Path) -> tuple[list[str], list[str]]:
     """Make the directory and remove leftovers of an interrupted run. Called by all ranks.
 
     Returns:
-        On rank 0 a line for each leftover.
+        The host of each rank; on rank 0 a line for each leftover.
 
     Raises:
         UserError: on all ranks, if rank 0 cannot write there, or another rank does not see its files.
@@ -319,14 +412,15 @@ def _open_save_directory(root: Path) -> list[str]:
     if message[0] is not None:
         raise UserError(message[0])
     probe = Path(str(message[1]))
-    blind: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(blind, None if becomes_visible(probe) else f"rank {rank} on {socket.gethostname()}")
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (socket.gethostname(), becomes_visible(probe)))
     if rank == 0:
         with contextlib.suppress(OSError):  # the next run removes it
             probe.unlink(missing_ok=True)
-    if any(blind):
+    blind = [f"rank {number} on {host}" for number, (host, visible) in enumerate(seen) if not visible]
+    if blind:
         raise UserError(
-            f"--save {root} is not the same directory on all machines: {next(filter(None, blind))} does not see what "
-            "rank 0 writes there; name a directory on a file system that they share"
+            f"--save {root} is not the same directory on all machines: {blind[0]} does not see what rank 0 writes "
+            "there; name a directory on a file system that they share"
         )
-    return lines
+    return [host for host, _ in seen], lines

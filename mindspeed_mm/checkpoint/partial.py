@@ -122,10 +122,9 @@ def base_of_run(start: Path, *, moved_to: str | None, option: str) -> tuple[Base
     base = find_base(manifest, start, moved_to=moved_to, option=option)
     if base is None:
         return Base.of(start, option), set()
-    from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX  # here, since preflight does without torch
-    from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+    from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader  # here: preflight does without torch
 
-    names = DcpReader(start, manifest).tensors
+    names = CheckpointReader(start, manifest).tensors
     return base, {name.removeprefix(MODEL_PREFIX) for name in names if name.startswith(MODEL_PREFIX)}
 
 

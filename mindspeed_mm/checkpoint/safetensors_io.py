@@ -21,12 +21,18 @@ from torch import Tensor
 
 from mindspeed_mm.errors import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Supported weight dtypes; others (integers, 8-bit floats with scales) belong to quantised releases."""
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Supported dtypes of a model that trains here; others belong to quantised releases."""
+DTYPES = {
+    **WEIGHT_DTYPES, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-ROW_CHUNK_BYTES = 16 << 20
-"""Large tensors are read, converted and written in chunks of rows of about this size: small enough to stay in the cache
-from reading to writing, and for malloc to reuse the memory."""
+READ_BYTES = 16 << 20
+"""Large tensors are read, converted and written in rows of about this size: small enough to stay in the cache from
+reading to writing, and for malloc to reuse the memory."""
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -51,8 +57,8 @@ class Header:
     length: int
 
 
-def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
+def read_header(path: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES) -> Header:
+    """Read and check the header of a safetensors file, whose tensors must have one of ``dtypes``.
 
     Raises:
         UserError: if the file is unreadable, truncated or too long, if tensors do not fit their byte ranges, overlap or
@@ -74,9 +80,9 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} has a damaged header; download it again")
     metadata = content.pop("__metadata__", None) or {}
     start = 8 + length
-    tensors = {name: _stored_tensor(path, name, entry, start) for name, entry in content.items()}
+    tensors = {name: _stored_tensor(path, name, entry, start, dtypes) for name, entry in content.items()}
     end = start
-    for tensor in sorted(tensors.values(), key=lambda t: t.start):
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
         if tensor.start != end:
             raise UserError(f"{path}: the data of {tensor.name} overlap or leave a gap; download it again")
         end += tensor.nbytes
@@ -86,17 +92,19 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, start)
 
 
-def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _stored_tensor(
+    path: Path, name: str, entry: Any, data_start: int, dtypes: Mapping[str, torch.dtype]
+) -> StoredTensor:
     try:
         code, shape = entry["dtype"], tuple(int(extent) for extent in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the header entry of {name} is damaged; download it again") from error
-    if code not in DTYPES:
+    if code not in dtypes:
         raise UserError(
-            f"{path}: {name} has type {code}; weights must be one of {', '.join(DTYPES)} (take an unquantised release)"
+            f"{path}: {name} has type {code}; weights must be one of {', '.join(dtypes)} (take an unquantised release)"
         )
-    dtype = DTYPES[code]
+    dtype = dtypes[code]
     nbytes = math.prod(shape) * dtype.itemsize
     if begin < 0 or end - begin != nbytes:
         raise UserError(f"{path}: {name} has {end - begin} bytes instead of {nbytes}; download it again")
@@ -154,12 +162,12 @@ def listed(kind: str, names: Sequence[str]) -> list[str]:
 
 
 def split_rows(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Split ``rows`` rows of ``row_bytes`` bytes into ranges [a, b) of about ``ROW_CHUNK_BYTES``.
+    """Split ``rows`` rows of ``row_bytes`` bytes into ranges [a, b) of about ``READ_BYTES``.
 
     A divisor of ``rows`` close to that size is preferred, so that experts are split at powers of two and the shard of
     an expert-parallel rank consists of whole chunks.
     """
-    fitting = max(1, ROW_CHUNK_BYTES // max(1, row_bytes))
+    fitting = max(1, READ_BYTES // max(1, row_bytes))
     if fitting >= rows:
         return [(0, rows)]
     step = next((n for n in range(fitting, fitting // 2, -1) if rows % n == 0), fitting)

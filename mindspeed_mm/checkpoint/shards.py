@@ -1,47 +1,35 @@
-"""Local shards of a state, the chunks that each rank writes, and staging buffers for asynchronous saves."""
+"""Local shards of a state as torch's planner sees them, and staging of them in host memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.errors import UserError
 
 CHUNK_BYTES = 64 << 20
 """Larger shards are stored as several chunks of about this size: the least that a rank reads where the next run shards
-the state differently, and well below the 4 GB limit of a chunk."""
+the state differently."""
 _BUFFER_BYTES = 1 << 30  # page-locked memory is allocated in powers of two, so one large buffer could waste half of it
 _ALIGNMENT = 64  # bytes, at least that of any dtype
 
-ShardSlice = tuple[tuple[int, int], ...]
+Rows = tuple[int, int]
+"""First row and end, exclusive."""
+ShardSlice = tuple[Rows, ...]
 """Begin and end on each axis."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A chunk of a tensor that this rank writes.
-
-    Attributes:
-        name: of the tensor.
-        global_shape: of the tensor.
-        offsets: first index of the chunk on each axis.
-        values: of the chunk, on any device.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    values: Tensor
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, ShardSlice]:
@@ -57,104 +45,114 @@ def _shard_slice(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placemen
     return tuple((start, start + size) for start, size in zip(offset, local, strict=True))
 
 
-def chunks_to_write(shared: Mapping[str, Tensor], own: Mapping[str, Tensor], *, rank: int) -> list[Chunk]:
-    """The chunks that this rank writes; all ranks together write every element once.
-
-    Every rank decides from what all ranks know, without communication.
+def write_items(
+    name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[ChunkStorageMetadata]
+) -> list[WriteItem]:
+    """What torch's planner wants to know about the chunks of a tensor.
 
     Args:
-        shared: tensors of all ranks, sharded or replicated.
-        own: tensors of this rank only.
-        rank: of this process.
+        name: of the tensor.
+        dtype: of the tensor.
+        shape: of the whole tensor.
+        chunks: that this rank can write.
     """
-    mine = [
-        (name, tensor)
-        for number, (name, tensor) in enumerate(shared.items())
-        if (_replica_number(tensor, number) if isinstance(tensor, DTensor) else rank) == 0
+    return [
+        WriteItem(
+            MetadataIndex(name, chunk.offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape)),
+        )
+        for chunk in chunks
     ]
-    return [chunk for name, tensor in [*mine, *own.items()] for chunk in _split(name, tensor)]
 
 
-def _replica_number(tensor: DTensor, number: int) -> int:
-    """0 on one of the ranks that hold this shard of the ``number``-th tensor, a different one from tensor to tensor."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise AssertionError("a parameter of which this rank has no shard")
-    replica, replicas = 0, 1
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            raise AssertionError("a parameter with pending partial sums")
-        if placement.is_replicate():
-            replica, replicas = replica * mesh.size(axis) + coordinate[axis], replicas * mesh.size(axis)
-    return (replica + number) % replicas
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The shard of a tensor on one rank, written as chunks of at most ``CHUNK_BYTES`` along axis 0.
+
+    Implements the part of torch's ``_Checkpointable`` protocol that saving uses.
+
+    Attributes:
+        values: of the shard.
+        offsets: first index of the shard on each axis of the whole tensor.
+        shape: of the whole tensor.
+    """
+
+    values: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shard:
+        """The local shard of a tensor, without a copy."""
+        values, shard_slice = local_shard(tensor)
+        return cls(values, tuple(start for start, _ in shard_slice), tuple(tensor.shape))
+
+    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
+        chunks = []
+        for first, last in self._rows():
+            offsets, sizes = list(self.offsets), list(self.values.shape)
+            if sizes:
+                offsets[0], sizes[0] = offsets[0] + first, last - first
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        return write_items(fqn, self.values.dtype, self.shape, chunks)
+
+    def chunk(self, offsets: Sequence[int]) -> Tensor:
+        """The values of the chunk that begins at ``offsets`` of the whole tensor, on the CPU."""
+        if not offsets:
+            return self.values.cpu()
+        first = offsets[0] - self.offsets[0]
+        rows = next(last for start, last in self._rows() if start == first)
+        values = self.values[first:rows].cpu().contiguous()
+        if values.untyped_storage().size() == values.nbytes:
+            return values
+        # torch's writer would copy a part of a larger storage; an array over the same memory is a storage of its own
+        return torch.from_numpy(values.reshape(-1).view(torch.uint8).numpy()).view(values.dtype).view(values.shape)
+
+    def _rows(self) -> Iterator[Rows]:
+        if not self.values.numel():
+            return
+        rows = self.values.shape[0] if self.values.dim() else 1
+        step = max(1, int(CHUNK_BYTES / (self.values.nbytes / rows)))
+        for first in range(0, rows, step):
+            yield first, min(first + step, rows)
 
 
-def _split(name: str, tensor: Tensor) -> Iterator[Chunk]:
-    local, shard_slice = local_shard(tensor)
-    offsets, global_shape = tuple(start for start, _ in shard_slice), tuple(tensor.shape)
-    if not local.numel():
-        return
-    rows = local.shape[0] if local.dim() else 1
-    step = max(1, math.floor(CHUNK_BYTES / (local.nbytes / rows)))
-    if step >= rows:
-        yield Chunk(name, global_shape, offsets, local)
-        return
-    for first in range(0, rows, step):
-        yield Chunk(name, global_shape, (offsets[0] + first, *offsets[1:]), local[first : first + step])
-
-
-def overlap(shard_slice: ShardSlice, offsets: tuple[int, ...], shape: tuple[int, ...]) -> ShardSlice | None:
-    """The intersection of ``shard_slice`` and a stored chunk; None if it is empty."""
-    common = tuple(
-        (max(begin, offset), min(end, offset + size))
-        for (begin, end), offset, size in zip(shard_slice, offsets, shape, strict=True)
-    )
-    return common if all(begin < end for begin, end in common) else None
-
-
-def relative_index(shard_slice: ShardSlice, origin: tuple[int, ...]) -> tuple[slice, ...]:
-    """``shard_slice`` as an index into a tensor whose first element is at ``origin``."""
-    return tuple(slice(begin - start, end - start) for (begin, end), start in zip(shard_slice, origin, strict=True))
-
-
-def total_bytes(chunks: Sequence[Chunk]) -> int:
+def total_bytes(shards: Mapping[str, Shard]) -> int:
     """Bytes of all values."""
-    return sum(chunk.values.nbytes for chunk in chunks)
+    return sum(shard.values.nbytes for shard in shards.values())
 
 
-class StagingBuffers:
-    """Host memory for one copy of what a rank writes, reused from save to save.
+class Stager:
+    """Host memory for one copy of a rank's shards, reused from save to save.
 
     Attributes:
         reserved: bytes allocated so far.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
-        """``pinned``: allocate page-locked memory, into which a device copies asynchronously."""
+    def __init__(self, backend: Backend) -> None:
+        """``backend``: of the device that holds the shards; an accelerator copies to page-locked memory."""
         self.reserved = 0
-        self._pinned = pinned
+        self._backend = backend
         self._buffers: list[Tensor] = []
 
     def reserve(self, nbytes: int) -> None:
-        """Allocate memory for chunks of ``nbytes`` bytes in total, so that the first copy does not have to."""
+        """Allocate memory for ``nbytes`` bytes in total, so that the first copy does not have to."""
         while self.reserved < nbytes:
             self._add_buffer(min(_BUFFER_BYTES, nbytes - self.reserved))
 
-    def copy(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The same chunks with copies of their values, which are complete once the device is synchronised.
-
-        The next call overwrites the copies.
-        """
+    def stage(self, shards: Mapping[str, Shard]) -> dict[str, Shard]:
+        """Copies of the shards, complete on return; the next call overwrites them."""
         free = [0] * len(self._buffers)  # first unused byte of each buffer
-        copies: dict[int, Tensor] = {}
+        copies: dict[str, Shard] = {}
         # large ones first, and the small ones into the gaps
-        for index in sorted(range(len(chunks)), key=lambda index: -chunks[index].values.nbytes):
-            values = chunks[index].values
-            memory = self._take(values.nbytes, free)
-            copies[index] = memory.view(values.dtype).view(values.shape)
-            copies[index].copy_(values, non_blocking=True)
-        return [dataclasses.replace(chunk, values=copies[index]) for index, chunk in enumerate(chunks)]
+        for name, shard in sorted(shards.items(), key=lambda entry: -entry[1].values.nbytes):
+            memory = self._take(shard.values.nbytes, free)
+            values = memory.view(shard.values.dtype).view(shard.values.shape)
+            values.copy_(shard.values, non_blocking=True)
+            copies[name] = dataclasses.replace(shard, values=values)
+        self._backend.synchronize()
+        return {name: copies[name] for name in shards}
 
     def _take(self, nbytes: int, free: list[int]) -> Tensor:
         for number, buffer in enumerate(self._buffers):
@@ -167,7 +165,7 @@ class StagingBuffers:
         return self._take(nbytes, free)
 
     def _add_buffer(self, nbytes: int) -> None:
-        buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._backend.is_accelerator)
         buffer.zero_()  # the system provides pages when they are touched
         self._buffers.append(buffer)
         self.reserved += nbytes

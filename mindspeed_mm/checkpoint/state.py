@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import StorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.checkpoint.dcp_format import MODEL_PREFIX
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.backend.process_group import host_group
 from mindspeed_mm.checkpoint.directory import PROGRESS_FILE, verify_directory
-from mindspeed_mm.checkpoint.hf import load_hf_weights
-from mindspeed_mm.checkpoint.loader import Check, compare, load_tensors, raise_on_all_ranks
+from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.partial import Base, find_base
-from mindspeed_mm.checkpoint.shards import chunks_to_write, total_bytes
+from mindspeed_mm.checkpoint.shards import Shard, total_bytes
+from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -122,24 +125,112 @@ class TrainingState:
         self._model, self._optimizer, self._backend, self._with_rng = model, optimizer, backend, with_rng
         self._names = names
 
-    def shared(self) -> dict[str, Tensor]:
-        """Parameters and AdamW's state."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters, AdamW's state, and this rank's random generators."""
         optimizer = {} if self._optimizer is None else optimizer_state(self._model, self._optimizer)
-        return {**model_state(self._model, self._names), **optimizer}
-
-    def own(self) -> dict[str, Tensor]:
-        """Random generators of this rank."""
-        return rng_state(self._backend, dist.get_rank()) if self._with_rng else {}
+        generators = rng_state(self._backend, dist.get_rank()) if self._with_rng else {}
+        return {**model_state(self._model, self._names), **optimizer, **generators}
 
     def expected_bytes(self) -> int:
-        """Bytes that this rank will write, also before AdamW has created its state."""
+        """Bytes that this rank holds, also before AdamW has created its state."""
         state: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
             if self._names is None or name in self._names:
                 state[name] = parameter.detach()
             if self._optimizer is not None and parameter.requires_grad:
                 state.update({f"{name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")})
-        return total_bytes(chunks_to_write(state, {}, rank=dist.get_rank()))
+        return total_bytes({name: Shard.of(tensor) for name, tensor in state.items()})
+
+
+@torch.no_grad()
+def load_tensors(reader: StorageReader, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, in place, each rank its own shards. Called by all ranks.
+
+    Args:
+        reader: has all names of ``tensors`` in the same shapes.
+        tensors: sharded or not, with storage, on any device; by their names in the checkpoint.
+
+    Raises:
+        UserError: on all ranks, if a chunk is missing, unreadable or damaged.
+    """
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, planner=LoadPlanner(), process_group=host_group())
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        if isinstance(cause, OSError):
+            raise UserError(f"{cause.filename or 'a file'} cannot be read: {cause.strerror or cause}") from cause
+        raise cause from None
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise an error of any rank on all ranks, so that none waits in a collective for a rank that has stopped."""
+    message: str | None = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'the checkpoint'} cannot be read: {error.strerror or error}"
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    found = next((text for text in messages if text is not None), None)
+    if found is not None:
+        raise UserError(found)
+
+
+def compare(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, tuple[Sequence[int], torch.dtype]],
+    *,
+    exact: bool = True,
+    frozen: Collection[str] = (),
+) -> None:
+    """Refuse a checkpoint whose names, shapes or dtypes differ from the model's.
+
+    Args:
+        path: of the checkpoint, for the message.
+        tensors: of the model or optimizer.
+        stored: shapes and dtypes of the checkpoint's tensors.
+        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly.
+        frozen: names of parameters that do not train, whose dtype may be another: bf16 where the model computes in it.
+
+    Raises:
+        UserError: naming the first three differences of the first kind.
+    """
+    common = sorted(tensors.keys() & stored.keys())
+    shapes = [
+        f"{name} {tuple(stored[name][0])} instead of {tuple(tensors[name].shape)}"
+        for name in common
+        if tuple(stored[name][0]) != tuple(tensors[name].shape)
+    ]
+    types = [
+        f"{name} {_dtype_name(stored[name][1])} instead of {_dtype_name(tensors[name].dtype)}"
+        for name in common
+        if not _fits(stored[name][1], tensors[name].dtype, exact=exact)
+        and not (name in frozen and {stored[name][1], tensors[name].dtype} == {torch.bfloat16, torch.float32})
+    ]
+    for kind, names in (
+        ("lacks", sorted(tensors.keys() - stored.keys())),
+        ("has unexpected", sorted(stored.keys() - tensors.keys())),
+        ("has other shapes:", shapes),
+        ("has other types:", types),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"{path} is a checkpoint of another model: it {kind} {', '.join(names[:3])}{more}; "
+                "convert the weights that model_name_or_path and the model JSON describe"
+            )
+
+
+def _fits(stored: torch.dtype, dtype: torch.dtype, *, exact: bool) -> bool:
+    return stored == dtype or (not exact and torch.promote_types(stored, dtype) == dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_checkpoint(
@@ -170,8 +261,8 @@ def load_checkpoint(
             the requested state.
     """
     with raise_on_all_ranks():
-        manifest = verify_directory(path)
-        reader = DcpReader(path, manifest)
+        manifest = verify_directory(path, plain=check == "none")
+        reader = CheckpointReader(path, manifest, check=check)
         base = find_base(manifest, path, moved_to=load_base, option="--load-base")
         # converted weights may be in bf16, and so may parameters that did not train in the run that saved them
         flags = manifest["metadata"].get("flags", {})
@@ -183,7 +274,7 @@ def load_checkpoint(
     if base is not None:
         names = {name for name, _ in model.named_parameters() if MODEL_PREFIX + name not in tensors}
         _load_base(base, model, names, check=check, expert_layout=expert_layout)
-    load_tensors(reader, tensors, check=check)
+    load_tensors(reader, tensors)
     if with_rng:
         backend.set_rng_state(
             {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(RNG_PREFIX)}
@@ -223,20 +314,43 @@ def _check_trained(path: Path, moments: Collection[str], stored: Collection[str]
 def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: Check, expert_layout: str) -> None:
     """Fill the parameters that a partial checkpoint does not hold."""
     if base.kind == "huggingface":
-        with raise_on_all_ranks():
-            load_hf_weights(model, base.path, expert_layout=expert_layout, names=names)
+        load_hf_weights(model, base.path, expert_layout=expert_layout, names=names)
         return
     tensors = model_state(model, names)
     with raise_on_all_ranks():
-        reader = DcpReader(Path(base.path), verify_directory(base.path))
+        reader = CheckpointReader(Path(base.path), verify_directory(base.path), check=check)
         stored = {name: entry for name, entry in reader.tensors.items() if name in tensors}
-        compare(reader.path, tensors, stored, exact=False, frozen=_frozen(model))
-        _log_rounding(reader.path, tensors, stored)
-    load_tensors(reader, tensors, check=check)
+        compare(Path(base.path), tensors, stored, exact=False, frozen=_frozen(model))
+        _log_rounding(Path(base.path), tensors, stored)
+    load_tensors(reader, tensors)
+
+
+def load_hf_weights(
+    model: nn.Module, directory: str | Path, *, expert_layout: str = "auto", names: Collection[str] | None = None
+) -> None:
+    """Fill the model's parameters, in place, from a Hugging Face directory. Called by all ranks.
+
+    Each rank reads only the rows of its local shards, except that experts of the ``v5`` layout that are sharded within
+    an expert are read whole. Host memory grows by some ``READ_BYTES``.
+
+    Args:
+        model: sharded or not, with storage.
+        directory: with ``config.json`` and safetensors files.
+        expert_layout: of ``directory``: ``auto``, ``hub`` or ``v5``, as of ``HFReader``.
+        names: of the parameters to fill; None for all.
+
+    Raises:
+        UserError: on all ranks, naming tensors that are missing, unexpected, damaged or of another shape.
+    """
+    with raise_on_all_ranks():
+        reader = HFReader(directory, expert_layout=expert_layout)
+        if unknown := model_state(model).keys() - reader.tensors.keys():
+            raise AssertionError(f"the weight map does not know {sorted(unknown)[:3]}")
+    load_tensors(reader, model_state(model, names))
 
 
 def _tensors_to_load(
-    reader: DcpReader,
+    reader: CheckpointReader,
     model: nn.Module,
     optimizer: torch.optim.AdamW | None,
     backend: Backend,
@@ -250,7 +364,7 @@ def _tensors_to_load(
     Raises:
         UserError: if the checkpoint does not have them all.
     """
-    stored, path = reader.tensors, reader.path
+    stored, path = reader.tensors, Path(reader.path)
     state = model_state(model)
     if partial:
         state = {name: tensor for name, tensor in state.items() if name in stored}

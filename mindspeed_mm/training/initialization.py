@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.checkpoint.shards import local_shard, overlap, relative_index
+from mindspeed_mm.checkpoint.shards import local_shard
 
 BLOCK_ELEMENTS = 1 << 22
 """Numbers drawn at a time, 16 MiB in fp32. Every block has a generator of its own, so that a rank draws only the blocks
@@ -38,16 +38,14 @@ def initialize(model: nn.Module, distribution: Distribution, *, seed: int) -> No
 
 
 def _fill_normal(parameter: nn.Parameter, mean: float, std: float, *, seed: str) -> None:
-    local, region = local_shard(parameter)
+    local, ((begin, end), *inner) = local_shard(parameter)
     rows, row = parameter.shape[0], tuple(parameter.shape[1:])
     step = max(1, BLOCK_ELEMENTS // math.prod(row))
-    for first in range(0, rows, step):
-        offsets, shape = (first, *(0 for _ in row)), (min(step, rows - first), *row)
-        common = overlap(region, offsets, shape)
-        if common is not None:
-            block = _draw(shape, seed=f"{seed}/{first}").mul_(std).add_(mean)
-            here = relative_index(common, tuple(begin for begin, _ in region))
-            local[here].copy_(block[relative_index(common, offsets)])
+    for first in range(begin // step * step, end, step):
+        block = _draw((min(step, rows - first), *row), seed=f"{seed}/{first}").mul_(std).add_(mean)
+        low, high = max(begin, first), min(end, first + step)
+        index = (slice(low - first, high - first), *(slice(start, stop) for start, stop in inner))
+        local[low - begin : high - begin].copy_(block[index])
 
 
 def _draw(shape: tuple[int, ...], *, seed: str) -> Tensor:
