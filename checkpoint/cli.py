@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import importlib
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from mindspeed_mm.errors import UserError
 
-CONVERTERS = ("Qwen3VLConverter",)
 _HELP = ("-h", "--help", "help")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_LAYOUT_HELP = (
-    "layout of the experts in --hf_dir; hub: the published one; v5: as saved by transformers 5; "
-    "auto: as recorded in the files, else by the tensors' shapes, else refused (default: auto)"
-)
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows one spelling of each option."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.dest == "help":
-            return super()._format_action_invocation(action)
-        value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{action.option_strings[0]} {value}".rstrip()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,15 +28,87 @@ class _Parser(argparse.ArgumentParser):
             message += "; a path with spaces needs quotes"
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Report a misspelt option before argparse reports the correct one as missing."""
-        known = [option for action in self._actions for option in action.option_strings if option != "-h"]
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace | None:
+        """The options, those of a ``--config`` file first; None after ``--print_config`` has printed them."""
+        merged = [_spelling(argument) for argument in arguments]
+        self._refuse_unknown(merged)
+        given = self._special(merged)
+        if given.config is not None:
+            entries = _entries(given.config)
+            self._refuse_unknown(list(entries), f"{given.config}: ")
+            listed = [f"{key}={value}" for key, value in entries.items() if value is not None]
+            self._special(listed)
+            merged = [*listed, *merged]
+        for action in self._actions:
+            action.required = action.required and not given.print_config
+        options = self.parse_args(merged)
+        del options.config, options.print_config
+        if not given.print_config:
+            return options
+        import yaml
+
+        print(yaml.safe_dump(vars(options), sort_keys=False), end="")
+        return None
+
+    def _refuse_unknown(self, arguments: Sequence[str], origin: str = "") -> None:
+        """Report a misspelt option before argparse reports the correct one as missing; ``origin``: a file's name."""
+        hidden = ("help", "config", "print_config") if origin else ()
+        known = [f"--{action.dest}" for action in self._actions if action.dest not in hidden]
         for argument in arguments:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "it has no such option"
-                self.error(f"unknown option {name}; {hint}")
+                self.error(f"{origin}unknown option {name}; {hint}")
+
+    def _special(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options about options; refuses ``--to_bf16`` with another type, of which the later would count."""
+        parser = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
+        parser.add_argument("--config")
+        parser.add_argument("--print_config", action="store_true")
+        parser.add_argument("--to_bf16", **_FLAG)
+        parser.add_argument("--dtype", default="bf16")
+        found, _ = parser.parse_known_args(arguments)
+        if found.to_bf16 and found.dtype != "bf16":
+            self.error(f"--to_bf16 contradicts --dtype {found.dtype}; leave one of them out")
+        return found
+
+
+class _ToBf16(argparse.Action):
+    """Sets another option, so that the later of the two counts."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if values:
+            namespace.dtype = "bf16"
+
+
+def _spelling(argument: str) -> str:
+    """``--hf-dir`` -> ``--hf_dir``, with any value."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
+def _entries(path: str) -> dict[str, str | None]:
+    """The entries of a YAML file, as options and values of a command line.
+
+    Raises:
+        UserError: if the file cannot be read or is not a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"--config {path} must map option names to values")
+    texts = {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in content.items()}
+    return {_spelling(f"--{key}"): None if value is None else str(value) for key, value in texts.items()}
+
+
+def true_or_false(text: str) -> bool:
+    """``true`` -> True, ``false`` -> False; argparse reports the ValueError of other text."""
+    return bool(("false", "true").index(text.lower()))
 
 
 def size(text: str) -> int:
@@ -76,120 +137,98 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _option(parser: argparse.ArgumentParser, name: str, **settings: object) -> None:
-    """Add an option in both spellings, ``--hf_dir`` and ``--hf-dir``; help shows ``name``."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"))
-    parser.add_argument(*spellings, dest=name.replace("-", "_"), **settings)  # type: ignore[arg-type]
+def names(text: str) -> list[str]:
+    """``a,b``, or a list or mapping in JSON -> its parts, one after another."""
+    if not text.startswith(("[", "{")):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    content = json.loads(text)
+    return [str(part) for parts in (content.items() if isinstance(content, dict) else [content]) for part in parts]
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "workers", type=positive, metavar="N", help="threads (default: two for each core, 8 at most)")
+def pairs(text: str) -> dict[str, str]:
+    """``target1,source1,target2,source2`` -> target: source.
+
+    Raises:
+        argparse.ArgumentTypeError: if a source is missing.
+    """
+    parts = names(text)
+    if len(parts) % 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must hold pairs: target1,source1,target2,source2")
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _add_base(parser: argparse.ArgumentParser) -> None:
-    _option(
-        parser, "base_dir", metavar="DIR",
-        help="where the base of a partial checkpoint is now (default: where it was when the checkpoint was saved)",
-    )
-
-
-def _add_hf_to_dcp(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "hf_dir", required=True, metavar="DIR", help="Hugging Face directory to read")
-    _option(parser, "dcp_dir", required=True, metavar="DIR", help="directory to write release/ and the tracker file to")
-    _option(parser, "expert-layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
-    _option(
-        parser, "dtype", choices=("keep", "bf16", "fp32"), default="keep",
-        help="type of the tensors written (default: keep)",
-    )
-    _option(
-        parser, "tie_weight", action="store_true",
-        help="refuse a model whose input and output embeddings are not tied in config.json",
-    )
-    _option(parser, "overwrite", action="store_true", help="replace an existing release/")
-    _add_common(parser)
-
-
-def _add_dcp_to_hf(parser: argparse.ArgumentParser) -> None:
-    _option(
-        parser, "load_dir", required=True, metavar="DIR",
-        help="checkpoint to read: .../release, .../iter_XXXXXXX, or the directory of the tracker file",
-    )
-    _option(parser, "save_dir", required=True, metavar="DIR", help="directory to write")
-    _option(
-        parser, "model_assets_dir", required=True, metavar="DIR",
-        help="original Hugging Face directory: gives config, tokenizer and processor files",
-    )
-    _option(
-        parser, "dtype", choices=("auto", "keep", "bf16", "fp32"), default="auto",
-        help="type of the tensors written; auto keeps the types of a converted checkpoint and rounds a training "
+_DIR: dict[str, Any] = {"required": True, "metavar": "DIR"}
+_FLAG: dict[str, Any] = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "hf_dir": {**_DIR, "help": "Hugging Face directory to read"},
+    "dcp_dir": {**_DIR, "help": "directory to write release/ and the tracker file to"},
+    "dcp_dir of verify": {**_DIR, "help": "checkpoint to compare, or the directory of the tracker file"},
+    "load_dir": {**_DIR, "help": "checkpoint: .../release, .../iter_XXXXXXX, or the directory of the tracker file"},
+    "save_dir": {**_DIR, "help": "directory to write"},
+    "model_assets_dir": {**_DIR, "help": "original Hugging Face directory, with config, tokenizer and processor files"},
+    "dir": {**_DIR, "help": "directory of either format"},
+    "expert_layout": {
+        "choices": ("auto", "hub", "v5"), "default": "auto",
+        "help": "layout of the experts in --hf_dir; hub: the published one; v5: as saved by transformers 5; auto: as "
+        "recorded in the files, else by the tensors' shapes, else refused (default: auto)",
+    },
+    "dtype": {"choices": ("keep", "bf16", "fp32"), "default": "keep", "help": "type of the result (default: keep)"},
+    "dtype of dcp_to_hf": {
+        "choices": ("auto", "keep", "bf16", "fp32"), "default": "auto",
+        "help": "type of the result; auto keeps the types of a converted checkpoint and rounds a training "
         "checkpoint (fp32) once to the type that config.json names (default: auto)",
-    )
-    _option(parser, "max_shard_size", type=size, default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
-    _option(parser, "overwrite", action="store_true", help="replace an existing model in --save_dir")
-    _option(
-        parser, "skip_check", action="store_true",
-        help="do not compare checksums, to export a damaged checkpoint",
-    )
-    _add_base(parser)
-    _add_common(parser)
+    },
+    "to_bf16": {**_FLAG, "action": _ToBf16, "default": argparse.SUPPRESS, "help": "the same as --dtype bf16"},
+    "tie_weight": {**_FLAG, "help": "refuse a model whose input and output embeddings are not tied in config.json"},
+    "hf_prefix": {"default": "", "metavar": "P", "help": "begins the names of the safetensors (default: empty)"},
+    "dcp_prefix": {"default": "", "metavar": "P", "help": "takes its place, after model. (default: empty)"},
+    "tie_weight_mapping": {
+        "type": pairs, "default": {}, "metavar": "T1,S1,T2,S2",
+        "help": "also store tensor S1 under the name T1, S2 under T2, ...",
+    },
+    "fused_linear_names": {
+        "type": names, "default": [], "metavar": "A,B",
+        "help": "parts of names of tensors [E, a, b] that the distributed checkpoint holds as [E x a, b]",
+    },
+    "max_shard_size": {"type": size, "default": "5GB", "metavar": "SIZE", "help": "largest file (default: 5GB)"},
+    "overwrite": {**_FLAG, "help": "replace an existing result"},
+    "skip_check": {
+        **_FLAG, "help": "export a damaged checkpoint, without comparing checksums, or one without manifest.json"
+    },
+    "base_dir": {"metavar": "DIR", "help": "where the base of a partial checkpoint is now (default: as recorded)"},
+    "all": {**_FLAG, "help": "every tensor, instead of one line for all layers"},
+    "workers": {"type": positive, "metavar": "N", "help": "threads (default: two for each core, 8 at most)"},
+    "config": {"metavar": "FILE", "help": "YAML file of options; those on the command line override them"},
+    "print_config": {"action": "store_true", "help": "print the options in this form, and exit"},
+}
+_TO_DCP = ("hf_dir", "dcp_dir", "dtype", "to_bf16", "overwrite", "workers")
+_TO_HF = (
+    "load_dir", "save_dir", "model_assets_dir", "to_bf16", "max_shard_size", "overwrite", "skip_check", "base_dir",
+    "workers",
+)
+_PREFIXES = ("hf_prefix", "dcp_prefix", "fused_linear_names")
 
 
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "dcp_dir", required=True, metavar="DIR", help="checkpoint, or the directory of the tracker file")
-    _option(parser, "hf_dir", required=True, metavar="DIR", help="Hugging Face directory to compare with")
-    _option(parser, "expert-layout", choices=("auto", "hub", "v5"), default="auto", help=_LAYOUT_HELP)
-    _add_base(parser)
-    _add_common(parser)
+def _converts(function: str) -> Callable[[argparse.Namespace], int]:
+    """Runs a function of the checkpoint package, whose arguments have the names of the options."""
 
+    def run(options: argparse.Namespace) -> int:
+        module, _, name = function.partition(".")
+        arguments = vars(options)
+        if "skip_check" in arguments:
+            arguments["check"] = not arguments.pop("skip_check")
+        convert = getattr(importlib.import_module(f"mindspeed_mm.checkpoint.{module}"), name)
+        print(f"wrote {convert(**arguments)}")
+        return 0
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "dir", required=True, metavar="DIR", help="directory of either format")
-    _option(parser, "all", action="store_true", help="every tensor, instead of one line for all layers")
-
-
-def _hf_to_dcp(options: argparse.Namespace) -> int:
-    from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
-
-    path = hf_to_dcp(
-        options.hf_dir,
-        options.dcp_dir,
-        expert_layout=options.expert_layout,
-        dtype=options.dtype,
-        workers=options.workers,
-        overwrite=options.overwrite,
-        tie_weight=options.tie_weight,
-    )
-    print(f"wrote {path}")
-    return 0
-
-
-def _dcp_to_hf(options: argparse.Namespace) -> int:
-    from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
-
-    path = dcp_to_hf(
-        options.load_dir,
-        options.save_dir,
-        options.model_assets_dir,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        workers=options.workers,
-        overwrite=options.overwrite,
-        check=not options.skip_check,
-        base_dir=options.base_dir,
-    )
-    print(f"wrote {path}")
-    return 0
+    return run
 
 
 def _verify(options: argparse.Namespace) -> int:
     from mindspeed_mm.checkpoint.inspection import verify
 
-    differing = verify(
-        options.dcp_dir, options.hf_dir, expert_layout=options.expert_layout, workers=options.workers,
-        base_dir=options.base_dir,
-    )
-    for line in differing:
-        print(line)
+    differing = verify(**vars(options))
+    print(*differing, sep="\n", end="\n" * bool(differing))
     count = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
     print(count if differing else "equal, bit for bit")
     return 1 if differing else 0
@@ -202,42 +241,69 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-Command = tuple[
-    Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str, str
-]
-COMMANDS: dict[str, Command] = {
-    "hf_to_dcp": (
-        _add_hf_to_dcp,
-        _hf_to_dcp,
-        "Hugging Face weights -> distributed checkpoint for training",
-        "--hf_dir ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct --dcp_dir ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp",
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of a converter; ``options``: keys of ``_OPTIONS``."""
+
+    options: Sequence[str]
+    run: Callable[[argparse.Namespace], int]
+    description: str
+    example: str
+
+
+_HF, _DCP = "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct", "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp"
+CONVERTERS: dict[str, tuple[str, dict[str, Command]]] = {
+    "Qwen3VLConverter": (
+        "Qwen3-VL, mixture-of-experts and dense",
+        {
+            "hf_to_dcp": Command(
+                (*_TO_DCP, "expert_layout", "tie_weight"),
+                _converts("hf_to_dcp.hf_to_dcp"),
+                "Hugging Face weights -> distributed checkpoint for training",
+                f"--hf_dir {_HF} --dcp_dir {_DCP}",
+            ),
+            "dcp_to_hf": Command(
+                (*_TO_HF, "dtype of dcp_to_hf"),
+                _converts("dcp_to_hf.dcp_to_hf"),
+                "converted or training checkpoint -> Hugging Face weights in the published layout",
+                f"--load_dir save_dir/iter_0010000 --save_dir ckpt/finetuned --model_assets_dir {_HF}",
+            ),
+            "verify": Command(
+                ("dcp_dir of verify", "hf_dir", "expert_layout", "base_dir", "workers"),
+                _verify,
+                "compare a checkpoint with Hugging Face weights, bit for bit; exit status 1 if they differ",
+                f"--dcp_dir {_DCP} --hf_dir {_HF}",
+            ),
+            "inspect": Command(
+                ("dir", "all"), _inspect, "table of what a directory of either format holds", f"--dir {_HF}"
+            ),
+        },
     ),
-    "dcp_to_hf": (
-        _add_dcp_to_hf,
-        _dcp_to_hf,
-        "converted or training checkpoint -> Hugging Face weights in the published layout",
-        "--load_dir save_dir/iter_0010000 --save_dir ckpt/finetuned "
-        "--model_assets_dir ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct",
-    ),
-    "verify": (
-        _add_verify,
-        _verify,
-        "compare a checkpoint with Hugging Face weights, bit for bit; exit status 1 if they differ",
-        "--dcp_dir ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp --hf_dir ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct",
-    ),
-    "inspect": (
-        _add_inspect,
-        _inspect,
-        "table of what a directory of either format holds",
-        "--dir ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct",
+    "GenericDCPConverter": (
+        "any model: the same tensors under names with another prefix",
+        {
+            "hf_to_dcp": Command(
+                (*_TO_DCP, *_PREFIXES, "tie_weight_mapping"),
+                _converts("generic.hf_to_dcp"),
+                "safetensors -> distributed checkpoint",
+                "--hf_dir HF_DIR --dcp_dir DCP_DIR --hf_prefix model. --dcp_prefix text.",
+            ),
+            "dcp_to_hf": Command(
+                (*_TO_HF, "dtype", *_PREFIXES),
+                _converts("generic.dcp_to_hf"),
+                "distributed checkpoint -> safetensors",
+                "--load_dir DCP_DIR --save_dir RESULT --model_assets_dir HF_DIR --hf_prefix model. --dcp_prefix text.",
+            ),
+        },
     ),
 }
 
 
 def _command_list(converter: str) -> str:
-    width = max(len(name) for name in COMMANDS)
-    commands = "\n".join(f"  {name:<{width}}  {COMMANDS[name][2]}" for name in COMMANDS)
-    examples = "\n".join(f"  mm-convert {converter} {name} {COMMANDS[name][3]}" for name in COMMANDS)
+    _, known = CONVERTERS[converter]
+    width = max(len(name) for name in known)
+    commands = "\n".join(f"  {name:<{width}}  {command.description}" for name, command in known.items())
+    examples = "\n".join(f"  mm-convert {converter} {name} {command.example}" for name, command in known.items())
     options = f"options of a command: mm-convert {converter} COMMAND --help"
     return f"commands:\n{commands}\n\nexamples:\n{examples}\n\n{options}"
 
@@ -262,36 +328,40 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: for an error in the command line or in the files that it names.
     """
+    first = next(iter(CONVERTERS))
     if not arguments or arguments[0] in _HELP:
-        converters = "\n".join(f"  {name}  Qwen3-VL, mixture-of-experts and dense" for name in CONVERTERS)
+        converters = "\n".join(f"  {name:<20} {purpose}" for name, (purpose, _) in CONVERTERS.items())
         print("usage: mm-convert CONVERTER COMMAND [options]\n\nMoves weights between Hugging Face directories and "
               "distributed checkpoints, bit for bit.\nThe same command resumes an interrupted "
-              f"conversion.\n\nconverters:\n{converters}\n\n{_command_list(CONVERTERS[0])}")
+              f"conversion.\n\nconverters:\n{converters}\n\n{_command_list(first)}")
         return 0
-    if arguments[0] in COMMANDS:
+    if arguments[0] in CONVERTERS[first][1]:
         raise UserError(
-            f"the converter comes before the command: mm-convert {CONVERTERS[0]} {arguments[0]} (see mm-convert --help)"
+            f"the converter comes before the command: mm-convert {first} {arguments[0]} (see mm-convert --help)"
         )
-    converter = _choose("converter", arguments[0], CONVERTERS)
+    converter = _choose("converter", arguments[0], tuple(CONVERTERS))
+    commands = CONVERTERS[converter][1]
     if len(arguments) == 1 or arguments[1] in _HELP:
         print(f"usage: mm-convert {converter} COMMAND [options]\n\n{_command_list(converter)}")
         return 0
     if arguments[1].startswith("-"):
         raise UserError(
-            f"the command comes before its options: mm-convert {converter} {'|'.join(COMMANDS)} {arguments[1]} ..."
+            f"the command comes before its options: mm-convert {converter} {'|'.join(commands)} {arguments[1]} ..."
         )
-    command = _choose("command", arguments[1], tuple(COMMANDS))
-    add_options, action, description, example = COMMANDS[command]
+    name = _choose("command", arguments[1], tuple(commands))
+    command = commands[name]
     parser = _Parser(
-        prog=f"mm-convert {converter} {command}",
-        description=description,
-        epilog=f"Options may be spelt with - or with _.\n\nexample:\n  mm-convert {converter} {command} {example}",
-        formatter_class=_HelpFormatter,
+        prog=f"mm-convert {converter} {name}",
+        description=command.description,
+        epilog="Options may be spelt with - or _.\n\n"
+        f"example:\n  mm-convert {converter} {name} {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_options(parser)
-    parser.refuse_unknown(arguments[2:])
-    return action(parser.parse_args(list(arguments[2:])))
+    for key in (*command.options, "config", "print_config"):
+        parser.add_argument(f"--{key.partition(' ')[0]}", **_OPTIONS[key])
+    options = parser.parse(arguments[2:])
+    return 0 if options is None else command.run(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

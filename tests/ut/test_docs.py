@@ -25,6 +25,8 @@ HELP_COMMANDS = (
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "dcp_to_hf", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "verify", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "inspect", "--help"),
+    ("-m", "checkpoint.cli", "GenericDCPConverter", "hf_to_dcp", "--help"),
+    ("-m", "checkpoint.cli", "GenericDCPConverter", "dcp_to_hf", "--help"),
     ("-m", "mindspeed_mm.tools.memory", "--help"),
 )
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from checkpoint.cli import main
+from checkpoint.cli import CONVERTERS, main
 from mindspeed_mm.checkpoint import directory, hf_to_dcp
+from tests.ut.checkpoint.test_convert import read_all
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 Run = Callable[..., str]
@@ -160,6 +163,17 @@ COMMAND_LINES = [
     (["Qwen3VLConverter", "dcp_to_hf", "--max_shard_size", "5XB"], "5GB"),
     (["Qwen3VLConverter", "dcp_to_hf", "--workers", "0"], "at least 1"),
     (["Qwen3VLConverter", "hf_to_dcp", "--dtype", "int8"], "fp32"),
+    (["Qwen3VLConverter", "hf_to_dcp", "--overwrite", "3"], "argument --overwrite"),
+    *(
+        (["Qwen3VLConverter", "dcp_to_hf", *dtype, "--to-bf16"], f"--to_bf16 contradicts --dtype {dtype[-1]}")
+        for dtype in (("--dtype", "fp32"), ("--dtype", "keep"), ("--dtype", "auto"))
+    ),
+    (["GenericDCPConverter", "hf_to_dcp", "--dtype=keep", "--to_bf16", "true"], "--to_bf16 contradicts --dtype keep"),
+    (["GenericDCPConverter", "verify"], "unknown command 'verify'"),
+    (["GenericDCPConverter", "dcp_to_hf", "--hf_dir", "x"], "unknown option --hf_dir"),
+    (["GenericDCPConverter", "hf_to_dcp", "--tie_weight_mapping", "a,b,c"], "must hold pairs: target1,source1,"),
+    (["GenericDCPConverter", "hf_to_dcp", "--fused_linear_names", "[a"], "argument --fused_linear_names"),
+    (["GenericDCPConverter", "hf_to_dcp", "--config"], "argument --config: expected one argument"),
 ]
 
 
@@ -173,12 +187,125 @@ def test_command_lines(arguments: list[str], expected: str, capsys: pytest.Captu
 def test_help_is_complete_and_imports_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["--help"]) == main(["Qwen3VLConverter", "--help"]) == 0
     assert "hf_to_dcp" in capsys.readouterr().out
-    code = (
-        "import sys\nfrom checkpoint.cli import main\n"
-        "try:\n    main(['Qwen3VLConverter', 'dcp_to_hf', '--help'])\nfinally:\n    assert 'torch' not in sys.modules\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "default: 5GB" in result.stdout and "example:" in result.stdout
+    assert main(["GenericDCPConverter"]) == 0
+    assert "safetensors -> distributed checkpoint" in capsys.readouterr().out
+    for converter in CONVERTERS:
+        code = (
+            "import sys\nfrom checkpoint.cli import main\n"
+            f"try:\n    main(['{converter}', 'dcp_to_hf', '--print_config'])\n"
+            f"    main(['{converter}', 'dcp_to_hf', '--help'])\nfinally:\n    assert 'torch' not in sys.modules\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "default: 5GB" in result.stdout and "example:" in result.stdout
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    """What ``--print_config`` prints for a command line."""
+    capsys.readouterr()
+    assert main([*arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+GENERIC, OPTIONS = ("GenericDCPConverter", "hf_to_dcp"), {
+    "hf_dir": None, "dcp_dir": None, "dtype": "keep", "overwrite": False, "workers": None, "hf_prefix": "",
+    "dcp_prefix": "", "fused_linear_names": [], "tie_weight_mapping": {},
+}
+
+
+def test_the_options_of_every_command_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, *GENERIC) == OPTIONS
+    for converter, (_, commands) in CONVERTERS.items():
+        for name, command in commands.items():
+            keys = {key.partition(" ")[0] for key in command.options} - {"to_bf16"}  # that is printed as the dtype
+            assert printed(capsys, converter, name).keys() == keys
+    assert printed(capsys, "Qwen3VLConverter", "dcp_to_hf")["max_shard_size"] == 5 * 10**9
+
+
+def test_an_option_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values of all kinds; the command line overrides them; what is printed is such a file."""
+    content = {
+        "hf-dir": "my models/a", "dcp_dir": "wrong", "hf_prefix": "-model.", "workers": 3, "overwrite": True,
+        "tie_weight_mapping": {"lm_head.weight": "embed, tokens.weight"}, "fused_linear_names": ["experts", "w2"],
+        "dtype": None,
+    }
+    file, again = tmp_path / "options.yaml", tmp_path / "printed.yaml"
+    file.write_text(yaml.safe_dump(content))
+    expected = {**OPTIONS, **content, "hf_dir": "my models/a", "dcp_dir": "right", "overwrite": False, "dtype": "keep"}
+    del expected["hf-dir"]
+    given = ["--config", str(file), "--dcp-dir", "right", "--overwrite", "false"]
+    assert printed(capsys, *GENERIC, *given) == expected
+    assert printed(capsys, *GENERIC, "--overwrite=false", "--dcp_dir=right", f"--config={file}") == expected
+    again.write_text(yaml.safe_dump(expected))
+    assert printed(capsys, *GENERIC, "--config", str(again)) == expected
+    again.write_text(yaml.safe_dump(OPTIONS))
+    assert printed(capsys, *GENERIC, "--config", str(again)) == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "dtype"),
+    [
+        ("to_bf16: true", [], "bf16"),
+        ("to_bf16: false", [], "keep"),
+        ("dtype: fp32", ["--to_bf16"], "bf16"),
+        ("to_bf16: true", ["--dtype", "fp32"], "fp32"),
+        ("to_bf16: true\ndtype: bf16", ["--to_bf16", "--dtype", "bf16"], "bf16"),
+        ("dtype: fp32", ["--to_bf16", "false"], "fp32"),
+    ],
+)
+def test_to_bf16_is_a_dtype(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, arguments: list[str], dtype: str
+) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    assert printed(capsys, *GENERIC, "--config", str(tmp_path / "a.yaml"), *arguments) == {**OPTIONS, "dtype": dtype}
+
+
+def test_lists_and_mappings_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {**OPTIONS, "fused_linear_names": ["a", "b"], "tie_weight_mapping": {"c": "d", "e": "f"}}
+    for lists in (["a,b", "c,d,e,f"], ['["a", "b"]', '{"c": "d", "e": "f"}'], [" a, b", "c,d, e,f,"]):
+        options = ["--fused_linear_names", lists[0], "--tie_weight_mapping", lists[1]]
+        assert printed(capsys, *GENERIC, *options) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "options.yaml cannot be read: [Errno 2]"),
+        ("a: [", "options.yaml cannot be read: while parsing"),
+        ("- 1", "options.yaml must map option names to values"),
+        ("", "options.yaml must map option names to values"),
+        ("hfdir: x", "options.yaml: unknown option --hfdir; did you mean --hf_dir?"),
+        ("over_write: null", "options.yaml: unknown option --over_write; did you mean --overwrite?"),
+        ("config: other.yaml", "options.yaml: unknown option --config; it has no such option"),
+        ("1: 2", "options.yaml: unknown option --1;"),
+        ("workers: 0", "at least 1"),
+        ("workers: true", "at least 1"),
+        ("overwrite: 3", "argument --overwrite"),
+        ("dtype: int8", "'keep', 'bf16', 'fp32'"),
+        ("dtype: fp32\nto_bf16: true", "--to_bf16 contradicts --dtype fp32"),
+        ("tie_weight_mapping: [a]", "must hold pairs"),
+    ],
+)
+def test_faulty_option_files(
+    tmp_path: Path, text: str | None, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert main([*GENERIC, "--config", str(file), "--hf_dir", "x", "--dcp_dir", str(tmp_path / "y")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_command_runs_from_an_option_file(places: Path, tmp_path: Path) -> None:
+    content = {"load_dir": str(places / "dcp"), "model_assets_dir": str(places / "hf"), "to_bf16": True}
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(content))
+    given = ["--config", str(tmp_path / "options.yaml"), "--save_dir", str(tmp_path / "out")]
+    assert main(["Qwen3VLConverter", "dcp_to_hf", *given]) == 0
+    tensors = read_all(tmp_path / "out")
+    assert tensors and all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    given = ["--hf_dir", str(tmp_path / "out"), "--dcp_dir", str(tmp_path / "dcp"), "--to_bf16"]
+    assert main(["Qwen3VLConverter", "hf_to_dcp", *given]) == 0
 
 
 @pytest.mark.parametrize(
