@@ -183,9 +183,10 @@ class CheckpointArgs(StrictModel):
     save_failure_limit: int = effective(
         3, "consecutive failed saves, for example on a full disk, after which the run stops", ge=1, metavar="SAVES"
     )
-    check_load: Literal["read", "all", "sizes"] = effective(
+    check_load: Literal["read", "all", "sizes", "none"] = effective(
         "read", "checksums to compare on --load; read: of the chunks that each rank reads; all: of every file as well; "
-        "sizes: none, only the file sizes"
+        "sizes: none, only the file sizes; none: nothing, so that --load may also name a checkpoint that "
+        "torch.distributed.checkpoint wrote"
     )
     expert_layout: Literal["auto", "hub", "v5"] = effective(
         "auto", "layout of the experts in the Hugging Face directory that weights are read from; hub: the published "

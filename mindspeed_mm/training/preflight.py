@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device
-from mindspeed_mm.checkpoint.directory import resolve_checkpoint, verify_directory
+from mindspeed_mm.checkpoint.directory import checkpoint_to_load
 from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
@@ -44,8 +44,7 @@ def preflight(job: JobConfig) -> None:
     job.check_model(spec.facts(model_config), world_size=world_size)
     spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
     if job.args.load is not None:
-        checkpoint = resolve_checkpoint(job.args.load)
-        manifest = verify_directory(checkpoint)
+        checkpoint, manifest = checkpoint_to_load(job.args.load, plain=job.args.check_load == "none")
         check_expert_layout(job.args.expert_layout, manifest, checkpoint)
         find_base(manifest, checkpoint, moved_to=job.args.load_base, option="--load-base")
     if job.args.save is not None:

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
-from mindspeed_mm.checkpoint.hf import load_hf_weights
+from mindspeed_mm.checkpoint.directory import checkpoint_to_load, read_manifest, resolve_checkpoint
 from mindspeed_mm.checkpoint.partial import check_expert_layout
-from mindspeed_mm.checkpoint.state import Progress, load_checkpoint
+from mindspeed_mm.checkpoint.state import Progress, load_checkpoint, load_hf_weights
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.errors import UserError
@@ -98,8 +97,8 @@ def _choose(args: TrainingArgs) -> Start:
         logger.info(f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over")
     if args.load is None:
         return Start(None)
-    path = resolve_checkpoint(args.load)
-    check_expert_layout(args.expert_layout, read_manifest(path), path)
+    path, manifest = checkpoint_to_load(args.load, plain=args.check_load == "none")
+    check_expert_layout(args.expert_layout, manifest, path)
     if Progress.is_training(path) and (args.no_load_optim or args.no_load_rng):
         flags = "--no-load-optim " * args.no_load_optim + "--no-load-rng" * args.no_load_rng
         logger.info(f"the resume is not exact: optimizer or RNG state is not loaded ({flags.strip()})")
@@ -162,10 +161,8 @@ def load_start(
         load_base=start.load_base,
         expert_layout=job.args.expert_layout,
     )
-    checked = {
-        "read": "checksums of what was read agree", "all": "all checksums agree", "sizes": "checksums not compared"
-    }
-    logger.info(f"loaded {path}; {checked[job.args.check_load]}")
+    checked = {"read": "checksums of what was read agree", "all": "all checksums agree"}
+    logger.info(f"loaded {path}; {checked.get(job.args.check_load, 'checksums not compared')}")
     return progress, path
 
 

@@ -115,7 +115,7 @@ def test_effective_flags_are_read_somewhere():
         ("--save-trainable-only", "--save-trainable-only has no effect without --save; add --save DIR"),
         ("--save d --save-trainable-only --random-init", "needs loaded weights as a base"),
         ("--load-base d", "--load-base d is the base of what --load names; add --load DIR"),
-        ("--check-load some", "--check-load is some; choose read, all or sizes"),
+        ("--check-load some", "--check-load is some; choose read, all, sizes or none"),
         ("--expert-layout v6", "--expert-layout is v6; choose auto, hub or v5"),
         ("--tensor-model-parallel-size 2", "use --expert-model-parallel-size"),
         ("--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 4 is not supported"),
