@@ -29,10 +29,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.directory import read_manifest, resolve_checkpoint
-from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.state import load_tensors
+from mindspeed_mm.checkpoint.storage import Check, CheckpointReader
 
 ROOT = Path(__file__).resolve().parents[1]
 TENSOR_BYTES = 96 << 20  # a layer's expert projection on one of 16 ranks
@@ -56,13 +56,9 @@ class State:
             for number in range(max(1, nbytes // TENSOR_BYTES))
         }
 
-    def shared(self) -> Mapping[str, Tensor]:
+    def state_dict(self) -> Mapping[str, Tensor]:
         """All tensors."""
         return self.tensors
-
-    def own(self) -> Mapping[str, Tensor]:
-        """None."""
-        return {}
 
     def expected_bytes(self) -> int:
         """Bytes of this rank's shards."""
@@ -128,14 +124,16 @@ def worker(directory: Path, gigabytes: float, repeats: int) -> None:
 def time_loads(root: Path, state: State, repeats: int) -> dict[str, float]:
     """Median seconds to load the checkpoint, without and with verification of its checksums."""
     path = resolve_checkpoint(root)
-    reader = DcpReader(path, read_manifest(path))
-    seconds: dict[str, list[float]] = {"sizes": [], "read": []}
+    manifest = read_manifest(path)
+    checks: tuple[Check, ...] = ("sizes", "read")
+    readers = {check: CheckpointReader(path, manifest, check=check) for check in checks}
+    seconds: dict[str, list[float]] = {check: [] for check in checks}
     for _ in range(repeats):
-        for check, times in seconds.items():
+        for check, reader in readers.items():
             dist.barrier()
             started = time.perf_counter()
-            load_tensors(reader, state.tensors, check=check)  # returns when all ranks have loaded
-            times.append(time.perf_counter() - started)
+            load_tensors(reader, state.tensors)  # returns when all ranks have loaded
+            seconds[check].append(time.perf_counter() - started)
     return {check: statistics.median(times) for check, times in seconds.items()}
 
 

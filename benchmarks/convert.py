@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.checkpoint.hf import INDEX, LAYOUT_KEY
+from mindspeed_mm.checkpoint.huggingface import INDEX, LAYOUT_KEY
 from mindspeed_mm.checkpoint.safetensors_io import build_header
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules

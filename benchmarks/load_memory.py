@@ -45,9 +45,8 @@ def load(hf: Path, source: str, directory: Path, *, expert_size: int, save: bool
     from mindspeed_mm.backend.device import select_backend
     from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
     from mindspeed_mm.checkpoint.directory import resolve_checkpoint
-    from mindspeed_mm.checkpoint.hf import load_hf_weights
     from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
-    from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+    from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint, load_hf_weights
     from mindspeed_mm.config.fsdp_config import FSDPConfig
     from mindspeed_mm.interfaces.media import PixelNorm
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig

@@ -34,9 +34,9 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory, shards
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, initialize_optimizer_state, load_checkpoint
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from tests.drivers.fault_injection import Case, Switch
 from tests.helpers.log_lines import log_lines
@@ -65,9 +65,13 @@ class Run:
         initialize_optimizer_state(self.optimizer)
         self.root, self.case = root, case
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and moments."""
+        return TrainingState(self.model, self.optimizer, self.backend, with_rng=False).state_dict()
+
     def set_state(self, iteration: int) -> None:
         """Stand-in for training: set every tensor to its values at this iteration."""
-        for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
+        for name, tensor in self.tensors().items():
             local, shard_slice = shards.local_shard(tensor)
             whole = value(name, tuple(tensor.shape), iteration)
             local.copy_(whole[tuple(slice(begin, end) for begin, end in shard_slice)])
@@ -79,7 +83,7 @@ class Run:
         progress = load_checkpoint(
             path, model=self.model, optimizer=self.optimizer, backend=self.backend, with_rng=False, check="all"
         )
-        for name, tensor in TrainingState(self.model, self.optimizer, self.backend, with_rng=False).shared().items():
+        for name, tensor in self.tensors().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             assert torch.equal(whole, value(name, tuple(whole.shape), progress.iteration)), f"{name} was read wrongly"
         switch.phase = "start"
@@ -216,7 +220,7 @@ def examine(root: Path, case: Case, said: list[str]) -> int:
     promised = [int(line.split("iter_")[1][:7]) for line in said if line.startswith("saved checkpoint")]
     assert tracked >= max([1, *promised]), f"iteration {max(promised)} was said to be saved, the tracker says {tracked}"
     path = directory.resolve_checkpoint(root)
-    reader = DcpReader(path, directory.verify_directory(path, checksums=True))
+    reader = CheckpointReader(path, directory.verify_directory(path, checksums=True))
     for name in reader.tensors:
         if not name.startswith("rng."):
             expected = value(name, reader.tensors[name][0], tracked)

@@ -2,31 +2,34 @@
 
 Usage: python kill_conversion.py WORKDIR {hf_to_dcp,dcp_to_hf} NUMBER_OF_POINTS [overwrite]
 
-A point is where the process opens, renames, creates or removes a file below WORKDIR, or has written a chunk of one. The
-conversion runs in a forked child, which kills itself with SIGKILL at the point.
+A point is where the process opens, renames, creates or removes a file below WORKDIR, or reads, flushes or writes a part
+of one. The conversion runs in a forked child, which kills itself with SIGKILL at the point, perhaps within a write.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mindspeed_mm.checkpoint import conversion, directory, safetensors_io
-from mindspeed_mm.checkpoint import hf_to_dcp as hf_to_dcp_module
+from mindspeed_mm.checkpoint import directory, files, safetensors_io, storage
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-COMMIT_POINTS = 40
+CALLS = ("write", "fsync", "preadv")
+COMMIT_POINTS = 70
 """Points from the last chunk of a tensor to the end of the process."""
 
 
@@ -40,22 +43,27 @@ class KillSwitch:
 
     def install(self) -> None:
         sys.addaudithook(self._audit)
-        advance = conversion.ProgressBar.advance
+        for name in CALLS:
+            setattr(os, name, functools.partial(self._call, getattr(os, name)))
 
-        def counted(progress: conversion.ProgressBar, nbytes: int) -> None:
-            self._point()
-            advance(progress, nbytes)
+    def _call(self, function: Callable[..., Any], descriptor: int, *arguments: Any) -> Any:
+        def tear() -> None:
+            if function.__name__ == "write":  # half of it
+                function(descriptor, arguments[0][: len(arguments[0]) // 2])
 
-        conversion.ProgressBar.advance = counted
+        self._point(tear)
+        return function(descriptor, *arguments)
 
     def _audit(self, event: str, arguments: tuple) -> None:
         if event in EVENTS and str(arguments[0]).startswith(self._root):
             self._point()
 
-    def _point(self) -> None:
+    def _point(self, last: Callable[[], Any] = lambda: None) -> None:
+        """Count a point; at the chosen one, do ``last`` and die."""
         with self._lock:
             self.count += 1
             if self.count == self._kill_at:
+                last()
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -67,11 +75,14 @@ def in_child(action: Callable[[], None], root: Path, kill_at: int | None) -> tup
         status = 1
         try:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            torch.set_num_threads(1)  # replaces the pool that was forked, which two threads at once cannot
             switch = KillSwitch(root, kill_at)
             switch.install()
             action()
             os.write(write_end, str(switch.count).encode())
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(write_end)
@@ -138,8 +149,9 @@ def main() -> None:
     root, command, points = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
     replaces = sys.argv[4:] == ["overwrite"]
     torch.set_num_threads(1)
-    safetensors_io.ROW_CHUNK_BYTES = 2000
-    hf_to_dcp_module.FILE_BYTES = 30_000
+    safetensors_io.READ_BYTES = 2000
+    storage.FILE_BYTES = 30_000
+    files.WRITE_BYTES = 2000
     rng = random.Random(0)
     conversion = Conversion(root, command, replaces=replaces)
     place = conversion.place
@@ -154,7 +166,7 @@ def main() -> None:
         assert os.WIFSIGNALED(status) or status == 0, f"point {kill_at}: status {status}"
         complete = conversion.check_killed()
         absent += not complete
-        kept += len(list(place.rglob("*.record"))) > 0
+        kept += len(list(place.rglob(f"{directory.FINISHED}/*.*.json"))) > 0
         if replaces or not complete or list(place.rglob("plan.json")):
             status, _ = in_child(conversion.run, root, None)
             assert status == 0, f"point {kill_at}: resuming failed"

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint import dcp_writer, directory, shards
+from mindspeed_mm.checkpoint import directory, shards, storage
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 
 
@@ -37,11 +37,8 @@ class SavedProgress:
 class State:
     tensors: dict[str, Tensor]
 
-    def shared(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-    def own(self) -> Mapping[str, Tensor]:
-        return {f"rng.{dist.get_rank()}.cpu": torch.arange(50, dtype=torch.uint8)}
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return {**self.tensors, f"rng.{dist.get_rank()}.cpu": torch.arange(50, dtype=torch.uint8)}
 
     def expected_bytes(self) -> int:
         return 10_000_000
@@ -62,7 +59,7 @@ def main() -> None:
     tensors, root = load_file(sys.argv[1]), Path(sys.argv[2])
     backend = select_backend("cpu")
     init_distributed(backend, timeout_minutes=1)
-    shards.CHUNK_BYTES, dcp_writer.MIN_FILE_BYTES = 3000, 50_000
+    shards.CHUNK_BYTES, storage.MIN_FILE_BYTES = 3000, 50_000
     mesh = init_device_mesh("cpu", (2, 2))
     parameters, moments, counter = {}, {}, itertools.count()
     for name, tensor in sorted(tensors.items()):
@@ -74,15 +71,14 @@ def main() -> None:
         manager = CheckpointManager(State(state), SaveOptions(root / place), backend=backend)
         manager.start(SavedProgress(5))
         manager.finish()
-    target = root / "torch" / "iter_0000005"
-    partial = directory.partial_name(target)
+    target = directory.AtomicDirectory(root / "torch" / "iter_0000005")
     if dist.get_rank() == 0:
-        directory.prepare_directory(target)
+        target.prepare()
     dist.barrier()
-    dcp.save(parameters | moments, storage_writer=dcp.FileSystemWriter(partial, thread_count=2))
+    dcp.save(parameters | moments, storage_writer=dcp.FileSystemWriter(target.partial, thread_count=2))
     dist.barrier()
     if dist.get_rank() == 0:
-        directory.finish_directory(partial, target, {"iteration": 5})
+        target.commit({"iteration": 5})
     shutdown_distributed()
 
 

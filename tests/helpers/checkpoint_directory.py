@@ -1,4 +1,4 @@
-"""Checkpoint directories with any content, made by the same functions as real ones."""
+"""Checkpoint directories written by hand."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.directory import finish_directory, prepare_directory
+from mindspeed_mm.checkpoint.directory import AtomicDirectory
 
 
 @contextlib.contextmanager
 def commit_directory(target: Path, metadata: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to write into; it becomes the checkpoint ``target`` at the end of the block."""
-    partial = prepare_directory(target, overwrite=overwrite)
-    yield partial
-    finish_directory(partial, target, metadata, overwrite=overwrite)
+    """A directory to write into, committed to ``target`` when the block ends without an error."""
+    directory = AtomicDirectory(target, overwrite=overwrite)
+    yield directory.prepare()
+    directory.commit(metadata)

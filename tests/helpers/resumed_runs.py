@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.checkpoint.save_directory import SaveLock
+from mindspeed_mm.checkpoint.lock import LOCK, DirectoryLock
 from tests.helpers.tiny_recipe import recipe_flags, write_data_file
 from tests.st.test_recipe import stored
 
@@ -114,7 +114,7 @@ class Runs:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """This process as another run that saves into a directory."""
-    lock = SaveLock(directory)
+    lock = DirectoryLock(directory / LOCK, f"--save {directory}")
     assert lock.acquire() is None
     yield
     lock.release()

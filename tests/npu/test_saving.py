@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
-from mindspeed_mm.checkpoint.loader import load_tensors
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
+from mindspeed_mm.checkpoint.state import load_tensors
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -34,11 +34,8 @@ class State:
             "optimizer.step": torch.tensor(3.0, device="npu"),
         }
 
-    def shared(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-    def own(self) -> Mapping[str, Tensor]:
-        return {"rng.0.cpu": torch.get_rng_state()}
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return {**self.tensors, "rng.0.cpu": torch.get_rng_state()}
 
     def expected_bytes(self) -> int:
         return 10_000
@@ -54,7 +51,8 @@ def test_saved_from_the_device(tmp_path: Path, asynchronous: bool) -> None:
         for tensor in state.tensors.values():
             tensor.add_(1)
     saver.finish()
-    reader = DcpReader(tmp_path / "iter_0000002", directory.verify_directory(tmp_path / "iter_0000002", checksums=True))
+    path = tmp_path / "iter_0000002"
+    reader = CheckpointReader(path, directory.verify_directory(path, checksums=True))
     load_tensors(reader, state.tensors)
     for name, tensor in state.tensors.items():
         assert tensor.device.type == "npu" and torch.equal(tensor.cpu(), before[name] + 1), name

@@ -46,14 +46,14 @@ WHOLE = {
         sweep(2, "async", "kill all", 0, "before", 0),
     ],
     "save": [
-        sweep(1, "sync", "kill", 0, "saving", 150),
+        sweep(1, "sync", "kill", 0, "saving", 156),
         sweep(1, "sync", "power cut", 0, "saving", 70),
         sweep(1, "sync", "torn", 0, "saving", 40),
         sweep(2, "sync", "kill", 0, "saving", 60),
         sweep(2, "sync", "kill", 1, "saving", 50),
     ],
     "async save": [
-        sweep(1, "async", "kill", 0, "saving", 150),
+        sweep(1, "async", "kill", 0, "saving", 156),
         sweep(1, "async", "power cut", 0, "saving", 70),
         sweep(2, "async", "kill", 0, "saving", 80),
         sweep(2, "async", "kill", 1, "saving", 60),
@@ -120,13 +120,13 @@ def test_every_fault(tmp_path: Path, part: str) -> None:
 MISTAKES = {
     "the tracker moves first": (
         "kill",
-        "finish = directory.finish_directory\n"
-        "def early(partial, target, *arguments, **options):\n"
-        "    directory.write_tracker(target.parent, int(target.name[5:]))\n"
-        "    finish(partial, target, *arguments, **options)\n"
-        "directory.finish_directory = early\n",
+        "commit = directory.AtomicDirectory.commit\n"
+        "def early(self, *arguments):\n"
+        "    directory.write_tracker(self.target.parent, int(self.target.name[5:]))\n"
+        "    commit(self, *arguments)\n"
+        "directory.AtomicDirectory.commit = early\n",
     ),
-    "nothing is flushed": ("power cut", "files.OutputFile.sync = lambda self: None\n"),
+    "nothing is flushed": ("power cut", "files._RawFile.sync = lambda self: None\n"),
 }
 
 

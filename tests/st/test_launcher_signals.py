@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint.save_directory import LOCK
+from mindspeed_mm.checkpoint.lock import LOCK
 from tests.helpers.tiny_recipe import write_recipe
 from tests.st.test_recipe import free_port, logged
 

@@ -20,4 +20,4 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(": passed") == 4
+    assert result.stdout.count(": passed") == 5

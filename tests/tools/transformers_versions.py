@@ -29,9 +29,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from tests.helpers.checkpoint_directory import commit_directory
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
@@ -113,7 +113,7 @@ def make_models(root: Path) -> list[tuple[str, Path, Path]]:
 
 def _training_checkpoint(place: Path) -> Path:
     """The converted tensors, saved by torch with other state as training saves them."""
-    reader = DcpReader(place / "dcp" / "release")
+    reader = CheckpointReader(place / "dcp" / "release")
     state = {name: reader.read(name) for name in reader.tensors}
     state |= {f"optimizer.{name}.exp_avg": torch.ones_like(tensor) for name, tensor in list(state.items())}
     path = place / "save" / "iter_0000003"

@@ -12,13 +12,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mindspeed_mm.checkpoint import directory, safetensors_io
-from mindspeed_mm.checkpoint import hf_to_dcp as hf_to_dcp_module
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint import directory, safetensors_io, storage
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.files import file_checksum, format_checksum
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.inspection import inspect, verify
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
@@ -31,8 +30,8 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and files so small that tiny models are split like large ones."""
-    monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 700)
-    monkeypatch.setattr(hf_to_dcp_module, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_io, "READ_BYTES", 700)
+    monkeypatch.setattr(storage, "FILE_BYTES", 20_000)
 
 
 def read_all(path: Path) -> Tensors:
@@ -59,8 +58,8 @@ def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) 
     """Any model config, from either layout and both kinds of square experts, in any type and with any bits."""
     rng = random.Random(seed)
     if seed % 2:
-        monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", 700)
-        monkeypatch.setattr(hf_to_dcp_module, "FILE_BYTES", 20_000)
+        monkeypatch.setattr(safetensors_io, "READ_BYTES", 700)
+        monkeypatch.setattr(storage, "FILE_BYTES", 20_000)
     layout, square = ("hub", "v5")[seed // 2 % 2], (0, 2, 1)[seed // 4 % 3]
     config = random_config(rng, square=square, moe=True if square else None)
     dtype = rng.choice([torch.bfloat16, torch.float32, torch.float16])
@@ -137,7 +136,7 @@ def test_hf_to_dcp_in_a_chosen_type(tmp_path: Path, dtype: str, expected: torch.
     source = torch.float32 if dtype == "bf16" else torch.bfloat16
     hub = write_hf_directory(tmp_path / "hf", random_config(random.Random(9)), dtype=source)
     path = hf_to_dcp(tmp_path / "hf", tmp_path / "dcp", dtype=dtype)
-    reader = DcpReader(path)
+    reader = CheckpointReader(path)
     want = {name: tensor.to(expected) for name, tensor in expected_mcore(hub, tmp_path / "hf").items()}
     assert_equal({name: reader.read(name) for name in reader.tensors}, want)
     assert verify(path, tmp_path / "hf") == []
@@ -179,7 +178,7 @@ def test_reader_takes_any_rows_and_strides(tmp_path: Path) -> None:
     values = torch.arange(60.0).reshape(12, 5)
     state = {"model.a": values, "model.t": torch.arange(60.0).reshape(5, 12).t(), "model.s": torch.tensor(3.0)}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "d"))
-    reader = DcpReader(tmp_path / "d")
+    reader = CheckpointReader(tmp_path / "d")
     assert torch.equal(reader.read("model.a", (3, 7)), values[3:7])
     assert torch.equal(reader.read("model.t", (2, 9)), state["model.t"][2:9])
     assert torch.equal(reader.read("model.s"), state["model.s"])
@@ -191,7 +190,7 @@ def test_reader_takes_archives_without_checksums(tmp_path: Path) -> None:
         dcp.save({"model.a": torch.arange(5.0)}, storage_writer=dcp.FileSystemWriter(tmp_path / "d"))
     finally:
         torch.serialization.set_crc32_options(True)
-    assert torch.equal(DcpReader(tmp_path / "d").read("model.a"), torch.arange(5.0))
+    assert torch.equal(CheckpointReader(tmp_path / "d").read("model.a"), torch.arange(5.0))
 
 
 @pytest.mark.parametrize(("layout", "moe"), [("hub", True), ("v5", True), ("hub", False)])

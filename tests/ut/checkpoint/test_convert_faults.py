@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,13 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.cli import main
-from mindspeed_mm.checkpoint import conversion, directory
-from mindspeed_mm.checkpoint.conversion import ResumeLog
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
+from mindspeed_mm.checkpoint import conversion, directory, lock
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
-from mindspeed_mm.checkpoint.hf import HFSource
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
+from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.inspection import verify
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
@@ -183,6 +183,7 @@ def test_tied_head_must_repeat_the_embeddings(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(UserError, match="lm_head.weight differs"):
         hf_to_dcp(tmp_path / "hf", tmp_path / "dcp2")
+    assert not (tmp_path / "dcp2").exists()
 
 
 def test_tie_weight_contradicts_config(hf: Path, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_full_disk(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
     with pytest.raises(UserError, match="1.0 kB free"):
         hf_to_dcp(hf, tmp_path / "dcp")
-    assert list((tmp_path / "dcp").iterdir()) == []  # nothing was written, so nothing is left
+    assert not (tmp_path / "dcp").exists()  # nothing was written, so nothing is left
 
 
 def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +240,13 @@ def test_disk_error_on_the_way(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_source_that_changes_while_it_is_read(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = HFSource.check_duplicates
+    check = HFReader.read_unused
 
-    def meddle(source: HFSource) -> list:
+    def meddle(source: HFReader) -> list:
         _flip(hf / "model-00002-of-00003.safetensors", -1)
         return check(source)
 
-    monkeypatch.setattr(HFSource, "check_duplicates", meddle)
+    monkeypatch.setattr(HFReader, "read_unused", meddle)
     with pytest.raises(UserError, match="were changed while they were read; run the same command again"):
         hf_to_dcp(hf, tmp_path / "dcp")
     assert not (tmp_path / "dcp" / "release").exists()
@@ -254,15 +255,51 @@ def test_source_that_changes_while_it_is_read(hf: Path, tmp_path: Path, monkeypa
     assert verify(path, hf) == []
 
 
-def test_two_at_once(hf: Path, tmp_path: Path) -> None:
-    (tmp_path / "dcp").mkdir()
-    with ResumeLog(tmp_path / "dcp" / "release", "x").locked(), pytest.raises(UserError, match="another process"):
+def test_two_at_once(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.2)
+    held = lock.DirectoryLock(tmp_path / "dcp" / ".release.lock", "release")
+    assert held.acquire() is None
+    other = os.fork()  # the lock belongs to a process
+    if other == 0:
+        try:
+            hf_to_dcp(hf, tmp_path / "dcp")
+        except UserError as error:
+            os._exit(0 if "is being written by another" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(other, 0)[1] == 0
+    held.release()
+    assert not (tmp_path / "dcp").exists()
+
+
+def test_one_after_the_other(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has waited for the lock does not repeat the work of the one that held it."""
+    acquire = lock.DirectoryLock.acquire
+
+    def acquire_late(self: lock.DirectoryLock) -> str | None:
+        monkeypatch.undo()
         hf_to_dcp(hf, tmp_path / "dcp")
+        return acquire(self)
+
+    monkeypatch.setattr(lock.DirectoryLock, "acquire", acquire_late)
+    with pytest.raises(UserError, match="release exists; pass --overwrite"):
+        hf_to_dcp(hf, tmp_path / "dcp")
+    assert sorted(path.name for path in (tmp_path / "dcp").iterdir()) == [directory.TRACKER, "release"]
+    directory.verify_directory(tmp_path / "dcp" / "release", checksums=True)
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_target_without_a_name(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    hf_to_dcp(hf, tmp_path / "dcp")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="--save_dir .* cannot be replaced"):
+        dcp_to_hf(tmp_path / "dcp", name, hf)
+    assert list(Path.cwd().iterdir()) == []
 
 
 def _spoil_data(path: Path) -> None:
     file = path / "__0_0.distcp"
-    values = DcpReader(path).read("model.text_decoder.layers.0.mlp.experts.gate_up_proj")
+    values = CheckpointReader(path).read("model.text_decoder.layers.0.mlp.experts.gate_up_proj")
     position = file.read_bytes().index(values.view(torch.uint8).numpy().tobytes())
     _flip(file, position + values.nbytes // 2)
 

@@ -16,7 +16,7 @@ from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 DRIVER = """
 import json, re, sys
 from mindspeed_mm.checkpoint import conversion, safetensors_io
-safetensors_io.ROW_CHUNK_BYTES, conversion.BUDGET_BYTES = 2 << 20, 12 << 20
+safetensors_io.READ_BYTES, conversion.HELD_BYTES = 2 << 20, 12 << 20
 import torch, transformers, numpy, tqdm, safetensors
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from mindspeed_mm.checkpoint import safetensors_io
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from tests.ut.checkpoint.test_convert import Tensors, assert_equal, expected_mcore, read_all
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
@@ -45,10 +45,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensors
 def test_any_sharding(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, chunk_bytes: int) -> None:
     root, hf, hub = saved
     target = root / writer / "iter_0000005"
-    names = DcpReader(target).tensors
+    names = CheckpointReader(target).tensors
     assert len(list(target.glob("*.distcp"))) > 3
     assert any(name.startswith("optimizer.") for name in names) == (writer != "bare")
-    monkeypatch.setattr(safetensors_io, "ROW_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(safetensors_io, "READ_BYTES", chunk_bytes)
     dcp_to_hf(target, tmp_path / "out", hf, dtype="keep", max_shard_size=40_000)
     assert_equal(read_all(tmp_path / "out"), hub)
 
@@ -58,10 +58,10 @@ def test_every_damaged_parameter_is_found(saved, tmp_path: Path) -> None:
     of no consequence."""
     root, hf, hub = saved
     target = root / "ours" / "iter_0000005"
-    reader, rng = DcpReader(target), random.Random(0)
+    reader, rng = CheckpointReader(target), random.Random(0)
     names = sorted(name for name in reader.tensors if not name.startswith("rng."))
     for number, name in enumerate(rng.sample(names, 12)):
-        _, info = rng.choice(reader.chunks(name))
+        info = rng.choice([info for index, info in reader.storage_data.items() if index.fqn == name])
         file = target / info.relative_path
         intact = file.read_bytes()
         damaged = bytearray(intact)

@@ -11,9 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mindspeed_mm.checkpoint.dcp_format import StoredChunk, read_metadata, write_metadata
-from mindspeed_mm.checkpoint.dcp_reader import DcpReader
 from mindspeed_mm.checkpoint.directory import METADATA
+from mindspeed_mm.checkpoint.storage import CheckpointReader, read_metadata
 from mindspeed_mm.errors import UserError
 
 
@@ -32,18 +31,7 @@ def test_torchs_own_file_is_read(tmp_path: Path) -> None:
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     ours, theirs = read_metadata(tmp_path / METADATA), dcp.FileSystemReader(tmp_path).read_metadata()
     assert ours.state_dict_metadata == theirs.state_dict_metadata and ours.storage_data == theirs.storage_data
-    assert DcpReader(tmp_path).tensors == {"a": ((3, 4), torch.bfloat16), "b": ((), torch.float32)}
-
-
-def test_torch_reads_ours(tmp_path: Path) -> None:
-    chunks = [
-        StoredChunk("x", torch.float32, (4, 2), (row, 0), (2, 2), "__0_0.distcp", row, 10, "crc32:0") for row in (0, 2)
-    ]
-    write_metadata(tmp_path / METADATA, chunks)
-    theirs = dcp.FileSystemReader(tmp_path).read_metadata()
-    assert theirs.storage_data == read_metadata(tmp_path / METADATA).storage_data
-    assert [chunk.offsets for chunk in theirs.state_dict_metadata["x"].chunks] == [(0, 0), (2, 0)]
-    assert (tmp_path / METADATA).stat().st_mode & 0o777 == 0o640
+    assert CheckpointReader(tmp_path).tensors == {"a": ((3, 4), torch.bfloat16), "b": ((), torch.float32)}
 
 
 @pytest.mark.parametrize("place", ["whole", "planner_data", "state", "storage"])
@@ -57,7 +45,7 @@ def test_malicious_pickle_runs_nothing(tmp_path: Path, place: str) -> None:
     }[place]
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"asks for posix.mkdir.*not run.*trust"):
-        DcpReader(tmp_path)
+        CheckpointReader(tmp_path)
     assert not trap.path.exists()
     pickle.loads(path.read_bytes())  # as torch's own reader does: the file is a real trap
     assert trap.path.exists()
@@ -86,7 +74,19 @@ def test_malicious_chunk_runs_nothing(tmp_path: Path) -> None:
     next(iter(metadata.storage_data.values())).length = (tmp_path / info.relative_path).stat().st_size
     (tmp_path / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="cannot be read"):
-        DcpReader(tmp_path).read("a")
+        CheckpointReader(tmp_path).read("a")
     assert not trap.path.exists()
     torch.load(tmp_path / info.relative_path, weights_only=False)
     assert trap.path.exists()
+
+
+@pytest.mark.parametrize("stored", [torch.ones(3, dtype=torch.float64), torch.ones(4)])
+def test_chunk_of_another_kind_than_described(tmp_path: Path, stored: torch.Tensor) -> None:
+    dcp.save({"a": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    metadata = read_metadata(tmp_path / METADATA)
+    info = next(iter(metadata.storage_data.values()))
+    torch.save(stored, tmp_path / info.relative_path)
+    info.length = (tmp_path / info.relative_path).stat().st_size
+    (tmp_path / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"a is stored as \[\d\] torch.float\d\d and .metadata says \[3\] torch.float32"):
+        CheckpointReader(tmp_path).read("a")

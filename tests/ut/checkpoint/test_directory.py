@@ -47,22 +47,74 @@ def test_existing_target_needs_overwrite(tmp_path: Path) -> None:
 
 def test_old_checkpoint_stays_while_the_new_one_is_written(tmp_path: Path) -> None:
     path = _write(tmp_path)
-    d.prepare_directory(path, overwrite=True)
+    d.AtomicDirectory(path, overwrite=True).prepare()
     d.verify_directory(path, checksums=True)
 
 
-def test_prepare_drops_or_keeps_what_was_left(tmp_path: Path) -> None:
-    target = tmp_path / "release"
-    (d.prepare_directory(target) / "left").write_bytes(b"1")
-    assert (d.prepare_directory(target, resume=True) / "left").exists()
-    assert not (d.prepare_directory(target) / "left").exists()
+def _leave_file(directory: d.AtomicDirectory, name: str = "left") -> d.WrittenFile:
+    (directory.partial / name).write_bytes(b"1")
+    return d.WrittenFile(1, file_checksum(directory.partial / name), chunks=[["a", [0], 0, 0, 1, "crc32:00000000"]])
+
+
+def test_prepare_drops_what_was_left(tmp_path: Path) -> None:
+    directory = d.AtomicDirectory(tmp_path / "release")
+    directory.prepare()
+    _leave_file(directory)
+    assert not (directory.prepare() / "left").exists()
+
+
+def test_resume_keeps_recorded_files_of_the_same_plan(tmp_path: Path) -> None:
+    directory = d.AtomicDirectory(tmp_path / "release")
+    assert directory.resume("plan") == {}
+    left = directory.record("left", _leave_file(directory))
+    _leave_file(directory, "not recorded")
+    assert directory.resume("plan") == {"left": left} and left.chunks[0][:2] == ["a", [0]]
+    assert {path.name for path in directory.partial.iterdir()} == {"left", d.FINISHED}
+    assert directory.resume("another plan") == {}
+    assert not (directory.partial / "left").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"2", b"12"])
+def test_resume_drops_files_that_differ_from_their_record(tmp_path: Path, content: bytes) -> None:
+    directory = d.AtomicDirectory(tmp_path / "release")
+    directory.resume("plan")
+    directory.record("left", _leave_file(directory))
+    directory.record("intact", _leave_file(directory, "intact"))
+    (directory.partial / "left").write_bytes(content)
+    assert list(directory.resume("plan")) == ["intact"]
+    assert not (directory.partial / "left").exists()
+
+
+def test_error_leaves_only_what_can_be_resumed(tmp_path: Path) -> None:
+    directory = d.AtomicDirectory(tmp_path / "release")
+    directory.resume("plan")
+    directory.abandon()
+    assert not directory.partial.exists()
+    directory.resume("plan")
+    left = directory.record("left", _leave_file(directory))
+    directory.abandon()
+    assert directory.resume("plan") == {"left": left}
+
+
+def test_committed_is_known_until_it_is_cleaned_up(tmp_path: Path) -> None:
+    directory = d.AtomicDirectory(tmp_path / "release")
+    directory.resume("plan")
+    written = {"left": directory.record("left", _leave_file(directory))}
+    assert not directory.is_committed("plan")
+    directory.commit({}, written)
+    assert directory.is_committed("plan") and not directory.is_committed("another plan")
+    directory.clean_up()
+    assert not directory.is_committed("plan")
+    assert sorted(path.name for path in directory.target.iterdir()) == ["left", d.MANIFEST]
+    assert d.verify_directory(directory.target, checksums=True)["files"].keys() == {"left"}
 
 
 def test_known_checksums_are_taken(tmp_path: Path) -> None:
-    partial = d.prepare_directory(tmp_path / "release")
+    directory = d.AtomicDirectory(tmp_path / "release")
+    partial = directory.prepare()
     (partial / "a").write_bytes(b"a")
     (partial / "b").write_bytes(b"b")
-    d.finish_directory(partial, tmp_path / "release", {}, written={"a": d.WrittenFile(1, file_checksum(partial / "a"))})
+    directory.commit({}, {"a": d.WrittenFile(1, file_checksum(partial / "a"))})
     d.verify_directory(tmp_path / "release", checksums=True)
 
 

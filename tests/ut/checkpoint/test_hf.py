@@ -12,10 +12,13 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from mindspeed_mm.checkpoint import hf
-from mindspeed_mm.checkpoint.hf import LAYOUT_KEY, HFSource, load_hf_weights
+from mindspeed_mm.checkpoint import huggingface
+from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader
+from mindspeed_mm.checkpoint.state import model_state
+from mindspeed_mm.checkpoint.storage import LoadPlanner
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -55,8 +58,10 @@ def loaded(directory, *, sharding_size="auto", expert_layout="auto", **layout):
     config = FSDPConfig(param_dtype="fp32")
     parallelize(model, layout=build_layout(device_type="cpu", sharding_size=sharding_size, **layout), config=config)
     model.to_empty(device="cpu")
-    with mock.patch.object(hf, "read_tensor", side_effect=hf.read_tensor) as reader:
-        load_hf_weights(model, directory, expert_layout=expert_layout)
+    source = HFReader(directory, expert_layout=expert_layout)
+    with mock.patch.object(huggingface, "read_tensor", side_effect=huggingface.read_tensor) as reader:
+        # as load_hf_weights, without the other ranks
+        dcp.load(dict(model_state(model)), storage_reader=source, planner=LoadPlanner(), no_dist=True)
     read = sum(math.prod(shape) * dtype.itemsize for (_, _, dtype, shape), _ in reader.call_args_list)
     return dict(model.named_parameters()), read
 
@@ -67,7 +72,7 @@ def saved(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     tiny_model(dense=request.param == "dense", many_heads=True).save_pretrained(directory)
     tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    source = HFSource(directory)
+    source = HFReader(directory)
     rules = weight_rules(source.model_config, expert_layout=source.layout)
     return directory, {rule.target: rule.to_mcore([tensors[name] for name, _ in rule.sources]) for rule in rules}
 
@@ -141,7 +146,7 @@ def test_a_missing_tensor_is_named(saved, tmp_path):
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"1 tensor missing: {name}"):
-        HFSource(tmp_path, expert_layout="v5")
+        HFReader(tmp_path, expert_layout="v5")
 
 
 @pytest.mark.parametrize("square", [1, 2])

@@ -13,11 +13,11 @@ from torch import nn
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory
-from mindspeed_mm.checkpoint.dcp_format import read_metadata
 from mindspeed_mm.checkpoint.directory import METADATA
 from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.state import Progress, TrainingState, initialize_optimizer_state, load_checkpoint
+from mindspeed_mm.checkpoint.storage import read_metadata
 from mindspeed_mm.errors import UserError
 from tests.helpers.log_lines import log_lines
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint import save_directory
-from mindspeed_mm.checkpoint.save_directory import LOCK, SaveLock
+from mindspeed_mm.checkpoint import lock as lock_module
+from mindspeed_mm.checkpoint.lock import LOCK, DirectoryLock
 from mindspeed_mm.errors import UserError
 
 HOLDER = """
 import os, pathlib, sys, time
-from mindspeed_mm.checkpoint.save_directory import SaveLock
-lock = SaveLock(pathlib.Path(sys.argv[1]))
+from mindspeed_mm.checkpoint.lock import LOCK, DirectoryLock
+root = pathlib.Path(sys.argv[1])
+lock = DirectoryLock(root / LOCK, f"--save {root}")
 assert lock.acquire() is None
 worker = os.fork() if "worker" in sys.argv else 1
 if worker:
@@ -32,7 +33,12 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    monkeypatch.setattr(save_directory, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(lock_module, "LOCK_SECONDS", 0.3)
+
+
+def lock_of(root: Path) -> DirectoryLock:
+    """As a run's."""
+    return DirectoryLock(root / LOCK, f"--save {root}")
 
 
 @contextlib.contextmanager
@@ -53,12 +59,12 @@ def holder(root: Path, *words: str) -> Iterator[tuple[subprocess.Popen, int]]:
 def test_second_run_is_told_who_writes_there(tmp_path):
     root = tmp_path / "save dir"
     with holder(root) as (process, _):
-        lock = SaveLock(root)
+        lock = lock_of(root)
         with pytest.raises(UserError) as refused:
             lock.acquire()
         lock.release()  # of one that holds nothing: the other's stays
         with pytest.raises(UserError):
-            SaveLock(root).acquire()
+            lock_of(root).acquire()
     text = str(refused.value)
     assert text.startswith(f"--save {root} is being written by another run (process {process.pid} on host ")
     assert os.uname().nodename in text and text.endswith(f"remove {root / LOCK}") and "\n" not in text
@@ -71,7 +77,7 @@ def test_death_releases_it_whatever_outlives_the_process(tmp_path):
         process.wait()
         try:
             os.kill(worker, 0)  # it lives, and has the same files open
-            assert SaveLock(tmp_path).acquire() is None
+            assert lock_of(tmp_path).acquire() is None
         finally:
             os.kill(worker, signal.SIGKILL)
 
@@ -79,7 +85,7 @@ def test_death_releases_it_whatever_outlives_the_process(tmp_path):
 def test_end_leaves_nothing_behind(tmp_path):
     made, found, used = tmp_path / "made", tmp_path, tmp_path / "used"
     for root in (made, found, used):
-        lock = SaveLock(root)
+        lock = lock_of(root)
         assert lock.acquire() is None and (root / LOCK).read_text().startswith(f"process {os.getpid()} on host ")
         if root == used:
             (root / "checkpoint").touch()
@@ -89,7 +95,7 @@ def test_end_leaves_nothing_behind(tmp_path):
 
 def test_remedy_for_a_lost_host_works_and_the_lost_one_takes_nothing_away(tmp_path):
     """A file system may hold the lock of a host that is gone; the user removes the file."""
-    lost = SaveLock(tmp_path)
+    lost = lock_of(tmp_path)
     assert lost.acquire() is None
     (tmp_path / LOCK).unlink()
     with holder(tmp_path) as (process, _):
@@ -108,7 +114,7 @@ def test_lock_file_that_its_holder_takes_away_is_not_a_lock(tmp_path, monkeypatc
         lock_now(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    lock = SaveLock(tmp_path)
+    lock = lock_of(tmp_path)
     assert lock.acquire() is None and len(taken) == 2
     assert os.path.samestat(os.fstat(taken[1]), (tmp_path / LOCK).stat())
     lock.release()
@@ -120,9 +126,9 @@ def test_file_system_without_locks_is_a_line_and_no_obstacle(tmp_path, monkeypat
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    lock = SaveLock(tmp_path)
+    lock = lock_of(tmp_path)
     reason = os.strerror(code)
     assert lock.acquire() == (
-        f"--save {tmp_path} could not be locked ({reason}): make sure that no second run saves there"
+        f"--save {tmp_path} could not be locked ({reason}): make sure that no second process writes there"
     )
     lock.release()
