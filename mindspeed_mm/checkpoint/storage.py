@@ -61,12 +61,12 @@ warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category
 MODEL_PREFIX = "model."
 """Begins the names of the model's parameters in a checkpoint; the rest is the parameter's name in the model."""
 FILE_BYTES, MIN_FILE_BYTES = 1 << 30, 256 << 20
-"""Files are about as large as the first, and smaller where some threads would have none, but not than the second."""
+"""Size of a file: about the first, or less so that every thread has one, but not less than the second."""
 THREADS = 4
 """Of one rank, for writing and for reading."""
 
 Check = Literal["read", "all", "sizes", "none"]
-"""Checksums to compare: of what is read; of all files too; none, but sizes; nothing, so that torch's own do."""
+"""What is verified: checksums of the chunks read; of all files too; file sizes only; nothing (plain DCP)."""
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -203,7 +203,7 @@ class CheckpointWriter(FileSystemWriter):
             advance: called with the bytes of each write.
             stager: that ``async_save`` uses; None to write from the state itself.
             threads: of this rank.
-            min_files: if they are not smaller than ``MIN_FILE_BYTES``.
+            min_files: number of files to write at least, unless they would be smaller than ``MIN_FILE_BYTES``.
         """
         super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
         self.fs = _DurableFiles(self._advance)

@@ -8,10 +8,8 @@ state, and ``ROOT/torch/iter_0000005`` by torch.distributed.checkpoint, which re
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,22 +24,7 @@ from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint import directory, shards, storage
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
-
-
-@dataclasses.dataclass
-class SavedProgress:
-    iteration: int
-
-
-@dataclasses.dataclass
-class State:
-    tensors: dict[str, Tensor]
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        return {**self.tensors, f"rng.{dist.get_rank()}.cpu": torch.arange(50, dtype=torch.uint8)}
-
-    def expected_bytes(self) -> int:
-        return 10_000_000
+from tests.helpers.saved_state import SavedProgress, SavedTensors
 
 
 def layouts_of(name: str, tensor: Tensor) -> list[tuple[Placement, Placement]]:
@@ -67,8 +50,9 @@ def main() -> None:
         placements = choices[next(counter) % len(choices)]
         parameters[name] = distribute_tensor(tensor, mesh, placements)
         moments[f"optimizer.{name}.exp_avg"] = distribute_tensor(torch.zeros_like(tensor), mesh, placements)
+    own = {f"rng.{dist.get_rank()}.cpu": torch.arange(50, dtype=torch.uint8)}
     for place, state in (("ours", parameters | moments), ("bare", parameters)):
-        manager = CheckpointManager(State(state), SaveOptions(root / place), backend=backend)
+        manager = CheckpointManager(SavedTensors({**state, **own}), SaveOptions(root / place), backend=backend)
         manager.start(SavedProgress(5))
         manager.finish()
     target = directory.AtomicDirectory(root / "torch" / "iter_0000005")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,24 +19,9 @@ from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.state import load_checkpoint, model_state
 from mindspeed_mm.checkpoint.storage import read_metadata
 from mindspeed_mm.errors import UserError
+from tests.helpers.saved_state import SavedProgress, SavedTensors
 from tests.ut.checkpoint.test_convert import expected_mcore
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
-
-
-@dataclasses.dataclass
-class SavedProgress:
-    iteration: int
-
-
-@dataclasses.dataclass
-class State:
-    tensors: dict[str, Tensor]
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-    def expected_bytes(self) -> int:
-        return 100_000
 
 
 @pytest.fixture(params=["saved", "converted"])
@@ -53,7 +37,7 @@ def written(request, tmp_path: Path, monkeypatch, process_group) -> tuple[Path, 
         "model.a": torch.randn(40, 30, generator=generator), "model.b": torch.randn(7, generator=generator).bfloat16(),
         "optimizer.a.step": torch.tensor(3.0), "rng.0.cpu": torch.arange(90, dtype=torch.uint8),
     }
-    manager = CheckpointManager(State(tensors), SaveOptions(tmp_path / "save"), backend=select_backend("cpu"))
+    manager = CheckpointManager(SavedTensors(tensors), SaveOptions(tmp_path / "save"), backend=select_backend("cpu"))
     manager.start(SavedProgress(1))
     manager.finish()
     return directory.resolve_checkpoint(tmp_path / "save"), tensors
