@@ -17,27 +17,30 @@ MAX_FUNCTION_LINES = 80
 PACKAGE = "mindspeed_mm"
 ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.errors": (),
-    "mindspeed_mm.backend": ("errors",),
-    "mindspeed_mm.interfaces": ("errors",),
-    "mindspeed_mm.config": ("errors", "backend"),
-    "mindspeed_mm.models": ("errors", "backend", "config", "interfaces"),
+    "mindspeed_mm.inputs": ("errors",),
+    "mindspeed_mm.backend": ("errors", "inputs"),
+    "mindspeed_mm.interfaces": ("errors", "inputs"),
+    "mindspeed_mm.config": ("errors", "inputs", "backend"),
+    "mindspeed_mm.models": ("errors", "inputs", "backend", "config", "interfaces"),
     "mindspeed_mm.models.layers": (
-        "errors", "backend", "config", "interfaces", "models.memory", "models.model", "models.spec",
+        "errors", "inputs", "backend", "config", "interfaces", "models.memory", "models.model", "models.spec",
     ),
-    "mindspeed_mm.models.layers.config": ("errors",),
-    "mindspeed_mm.models.qwen3_vl.config": ("errors", "models.layers.config"),
-    "mindspeed_mm.data": ("errors", "backend", "config", "interfaces", "models.spec"),
+    "mindspeed_mm.models.layers.config": ("errors", "inputs"),
+    "mindspeed_mm.models.qwen3_vl.config": ("errors", "inputs", "models.layers.config"),
+    "mindspeed_mm.data": ("errors", "inputs", "backend", "config", "interfaces", "models.spec"),
     # parallelism is applied to models from outside: models know nothing of it
-    "mindspeed_mm.parallel": ("errors", "backend", "config", "interfaces", "models.layers", "models.model"),
-    "mindspeed_mm.tools": ("errors", "backend", "config"),
-    "mindspeed_mm.tools.memory": ("errors", "config", "models.memory", "models.parameter_rules", "models.spec"),
-    "mindspeed_mm.tools.show_data": ("errors", "config", "data", "interfaces", "models.spec"),
-    "mindspeed_mm.checkpoint": ("errors", "backend", "models.spec", "models.state_dict"),
+    "mindspeed_mm.parallel": ("errors", "inputs", "backend", "config", "interfaces", "models.layers", "models.model"),
+    "mindspeed_mm.tools": ("errors", "inputs", "backend", "config"),
+    "mindspeed_mm.tools.memory": (
+        "errors", "inputs", "config", "models.memory", "models.parameter_rules", "models.spec",
+    ),
+    "mindspeed_mm.tools.show_data": ("errors", "inputs", "config", "data", "interfaces", "models.spec"),
+    "mindspeed_mm.checkpoint": ("errors", "inputs", "backend", "models.spec", "models.state_dict"),
     "mindspeed_mm.training": (
-        "errors", "backend", "config", "data", "interfaces", "models.layers", "models.memory", "models.model",
+        "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.memory", "models.model",
         "models.parameter_rules", "models.spec", "parallel", "tools", "checkpoint",
     ),
-    "checkpoint": ("errors", "checkpoint"),
+    "checkpoint": ("errors", "inputs", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
     "pretrain_transformers": ("",),
     "examples": ("",),
@@ -58,6 +61,7 @@ FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.models.layers.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.models.qwen3_vl.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.errors": ("torch",),
+    "mindspeed_mm.inputs": ("torch",),
 }
 
 # Files outside the family's folder that may name it: the registry, and the converter's name on the command line.
