@@ -123,8 +123,8 @@ def read_bytes(path: str | os.PathLike[str], *, limit: int) -> bytes:
         OSError: as :func:`open_regular`.
     """
     with os.fdopen(open_regular(path, limit=limit), "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it grew, or its file system gives no size
+        content = file.read()
+    if len(content) > limit:  # it has grown
         raise OSError(27, f"it has more than the {limit} bytes that such a file may have", str(path))
     return content
 

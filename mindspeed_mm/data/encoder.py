@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ import numpy as np
 
 from mindspeed_mm.data.media import in_order, measure_media
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import INDEX_BYTES, is_file, read_json, read_text, reason
 from mindspeed_mm.interfaces.conversation import VIDEO_TAG, ChatTemplate, Message, media_tags
 from mindspeed_mm.interfaces.media import MediaSettings
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "merges.txt",
+                    "special_tokens_map.json", "config.json", "chat_template.jinja", "chat_template.json")
 
 
 class Outcome(enum.IntEnum):
@@ -42,15 +47,37 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"model_name_or_path {directory} is not a directory; download the weights (step 2 of the guide) or correct "
             "the path"
         )
+    check_tokenizer_files(Path(directory))
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(directory), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many types for files that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no tokenizer can be loaded from {directory}: {reason}; download its small files again"
+            f"no tokenizer can be loaded from {directory}: {reason(error)}; download its small files again"
         ) from error
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Check that a model directory has a vocabulary: without one transformers 5 makes a tokenizer that knows no word.
+
+    Raises:
+        UserError: naming the files that are missing, or one that is no regular file of a plausible size or no JSON.
+    """
+    remedy = "download the small files of the checkpoint again (step 2 of the guide)"
+    if not is_file(directory / "tokenizer.json") and not all(map(is_file, (directory / "vocab.json", directory /
+                                                                             "merges.txt"))):
+        raise UserError(f"{directory} has neither tokenizer.json nor vocab.json with merges.txt; {remedy}")
+    for name in _TOKENIZER_FILES:
+        path = directory / name
+        if not os.path.lexists(path):
+            continue
+        if name.endswith(".json"):
+            read_json(path, remedy=remedy, limit=INDEX_BYTES)
+        else:
+            read_text(path, remedy=remedy, limit=INDEX_BYTES)
 
 
 @dataclasses.dataclass

@@ -6,24 +6,36 @@ until they are on the device, which moves a quarter of the bytes.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import logging
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import MEDIA_BYTES, open_regular, quoted, reason
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
 logger = logging.getLogger(__name__)
 MAX_ASPECT_RATIO = 200
+DATA_URI = "data:"
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow knows some forty formats, and runs Ghostscript for one of them
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # Huffman, quantisation, restarts, JFIF, comment
 
@@ -51,20 +63,76 @@ def resized_size(height: int, width: int, settings: MediaSettings) -> tuple[int,
     return rounded[0], rounded[1]
 
 
+@contextlib.contextmanager
+def open_image(source: str | BinaryIO) -> Iterator[Image.Image]:
+    """An image file or a base64 data URI, opened by one of the decoders that are meant for photos and drawings.
+
+    Raises:
+        UserError: naming the file, for whatever the decoder raises, inside the ``with`` block too.
+    """
+    name = source if isinstance(source, str) else "from memory"
+    with _named(name), _binary(source) as file, Image.open(file, formats=_formats()) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise almost anything for damaged files
+        raise _unusable(path, error) from error
+
+
+@contextlib.contextmanager
+def _binary(source: str | BinaryIO) -> Iterator[BinaryIO]:
+    if not isinstance(source, str):
+        yield source
+    elif source.startswith(DATA_URI):
+        head, _, content = source.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("a data URI must be base64")
+        yield io.BytesIO(base64.b64decode(content, validate=True))
+    else:
+        with os.fdopen(open_regular(source, limit=MEDIA_BYTES), "rb") as file:
+            yield file
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; upright where a damaged EXIF does not tell."""
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow parses EXIF without checks; the pixels may be fine
+        return 1
+    return value if isinstance(value, int) and value in _TRANSPOSED else 1
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Height and width of an image, turned upright by its EXIF orientation, from the file's header.
+
+    Raises:
+        UserError: naming the file, if it is missing or no image.
+    """
+    with open_image(path) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _QUARTER_TURNS else (height, width)
+
+
 def image_grid(path: str, settings: MediaSettings) -> GridTHW:
     """Grid (1, rows, columns) of patches that the image at ``path`` will have, from the file's header.
 
     Raises:
         UserError: naming the file, if it is missing, no image, or too thin.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS:
-                width, height = height, width
-        rows, cols = resized_size(height, width, settings)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unusable(path, error) from error
+    with _named(path):
+        rows, cols = resized_size(*upright_size(path), settings)
     return 1, rows // settings.patch_size, cols // settings.patch_size
 
 
@@ -74,24 +142,46 @@ def load_pixels(path: str) -> np.ndarray:
     Raises:
         UserError: naming the file, if it is missing, no image, or damaged.
     """
-    try:
-        content = Path(path).read_bytes()
+    with _named(path):
+        with _binary(path) as file:
+            content = file.read()
         decode = jpeg_decoder()
         if decode is not None and (is_plain_jpeg(content) or _is_upright_jpeg(content)):
             try:
                 return decode(content)
             except ValueError:
                 pass  # damaged or unusual: Pillow's pixels and errors are the reference
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unusable(path, error) from error
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            # not ImageOps.exif_transpose: it writes the EXIF anew, and fails where a tag has an unusual type
+            turn = _TRANSPOSED.get(_orientation(image))
+            _warn_of_lost_content(image, path)
+            return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
 
 
 def _is_upright_jpeg(content: bytes) -> bool:
-    with Image.open(io.BytesIO(content)) as image:
-        upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        return upright and image.format == "JPEG" and image.mode == "RGB"
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        return image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
+
+
+def _warn_of_lost_content(image: Image.Image, path: str) -> None:
+    """Say once what converting to RGB loses; transformers converts in the same way."""
+    if image.mode.startswith("I"):
+        _warn_once("16-bit", f"image {quoted(path)} has 16 bits per pixel: values above 255 become white, as in "
+                   "transformers; convert such images to 8 bits")
+    elif image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        _warn_once("transparency", f"image {quoted(path)} has transparent pixels, which get their hidden colour, often "
+                   "black, as in transformers; put such images on a background")
+
+
+@cache
+def _warned(kind: str) -> list[bool]:
+    return []
+
+
+def _warn_once(kind: str, message: str) -> None:
+    if not _warned(kind):
+        _warned(kind).append(True)
+        logger.warning("%s (said once)", message)
 
 
 def is_plain_jpeg(content: bytes) -> bool:
@@ -135,9 +225,15 @@ def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
 
 
 def _unusable(path: str, error: Exception) -> UserError:
-    # Pillow repeats the path in some messages and not in others.
-    reason = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-    return UserError(f"image {path} cannot be used: {reason}; restore or replace the file, or remove its record")
+    if isinstance(error, FileNotFoundError):
+        why = "it is missing"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        why = f"it is no image in a format that is read ({', '.join(_formats())})"
+    else:
+        why = reason(error)
+    return UserError(
+        f"image {quoted(path)} cannot be used: {why}; restore or replace the file, or remove its record"
+    )
 
 
 @cache

@@ -8,6 +8,7 @@ records: 16 bytes of memory each.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import mmap
 import os
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import DATA_BYTES, is_file, kind_of, read_bytes, reading, reason
 
+_BOM = b"\xef\xbb\xbf"  # written by some editors; means nothing
 _ROW_GROUPS_KEPT = 4
 # A string matches as a whole, so that brackets within it do not count.
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
@@ -39,7 +42,8 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     require_file(path)
     if path.suffix == ".parquet":
         return _read_parquet(path, limit)
-    content = path.read_bytes()
+    with reading(f"dataset {path}"):
+        content = read_bytes(path, limit=DATA_BYTES)
     if path.suffix == ".jsonl":
         rows: Any = []
         for number, line in enumerate(content.splitlines(), start=1):
@@ -63,9 +67,10 @@ def require_file(path: Path) -> None:
     Raises:
         UserError: naming it and how to make it.
     """
-    if not path.is_file():
+    if not is_file(path):
+        kind = "is no regular file" if os.path.lexists(path) else "does not exist"
         raise UserError(
-            f"dataset {path} does not exist; make it (step 3 of the guide: "
+            f"dataset {path} {kind}; make it (step 3 of the guide: "
             "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
         )
 
@@ -76,33 +81,51 @@ def parse_json(content: bytes, source: str) -> Any:
     Raises:
         UserError: if it is not valid.
     """
-    try:
+    content = content.removeprefix(_BOM)
+    with contextlib.suppress(ImportError, ValueError):  # the standard library's is three times slower, and says more
         import orjson
-    except ImportError:  # three times slower, same result
-        parse: Any = json.loads
-    else:
-        parse = orjson.loads
+
+        return orjson.loads(content)
     try:
-        return parse(content)
-    except ValueError as error:
-        raise UserError(f"{source} is not valid JSON ({error}); create it again (step 3 of the guide)") from error
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        remedy = "create it again (step 3 of the guide)"
+        first, _, rest = content.partition(b"\n")
+        if rest.strip() and not source.endswith(".jsonl") and first.strip().startswith(b"{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                json.loads(first)
+                remedy = "each of its lines is a JSON text: give the file a name that ends in .jsonl"
+        raise UserError(f"{source} is not valid JSON ({reason(error)}); {remedy}") from error
 
 
 def _read_parquet(path: Path, limit: int | None) -> list[Any]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    return table.slice(0, limit).to_pylist()
+    with reading(f"Parquet file {path}"):
+        return pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
 
 
-def kind_of(value: Any) -> str:
-    """A value's JSON type, for messages."""
-    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+def struct_columns(path: str | Path) -> frozenset[str]:
+    """Columns of a Parquet file that hold objects or lists of objects; none for another kind of file.
+
+    Arrow gives all objects of a column the same keys: an object has the keys of every other one, as nulls.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    if Path(path).suffix != ".parquet":
+        return frozenset()
+    import pyarrow.parquet
+    import pyarrow.types
+
+    def has_struct(kind: Any) -> bool:
+        while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            kind = kind.value_type
+        return bool(pyarrow.types.is_struct(kind))
+
+    require_file(Path(path))
+    with reading(f"Parquet file {path}"):
+        return frozenset(field.name for field in pyarrow.parquet.read_schema(path) if has_struct(field.type))
 
 
 class RecordFile:
@@ -144,7 +167,8 @@ class RecordFile:
         where = f"{self.path}, record {index}"
         if self._parquet:
             group = bisect.bisect_right(self._ends, index) - 1
-            return self._group(int(group))[index - int(self._ends[group])]
+            with reading(where):
+                return self._group(int(group))[index - int(self._ends[group])]
         start, end = self._places[index].tolist()
         try:
             content = os.pread(self._handle, end - start, start)
@@ -175,13 +199,10 @@ class RecordFile:
 
 def _row_groups(path: str) -> list[int]:
     """Rows of each group of a Parquet file."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with reading(f"Parquet file {path}"):
         metadata = pyarrow.parquet.ParquetFile(path).metadata
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 

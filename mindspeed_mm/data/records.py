@@ -9,13 +9,16 @@ import dataclasses
 import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
+from urllib.parse import unquote
 
-from mindspeed_mm.data.record_files import RecordFile, kind_of, read_rows
+from mindspeed_mm.data.record_files import RecordFile, read_rows, struct_columns
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import kind_of, quoted, reason
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -23,6 +26,12 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes, DataConfig
 
 _STREAMED_ROWS_CHECKED = 1000
+# Keys by which other formats change what is trained on, with the values that change nothing.
+_CHANGES_TARGET: dict[str, tuple[Any, ...]] = {
+    "loss": (True, 1), "weight": (1,), "train": (True, 1), "tool_calls": (), "function_call": (),
+    "reasoning_content": (), "reasoning": (), "objects": (),
+}
+_NOT_EMPTY = ("tools", "system")  # columns that need their name in attr
 
 
 class Video(TypedDict):
@@ -95,6 +104,7 @@ class RecordReader:
 
     Attributes:
         skipped: the records of ``read`` that cannot be used.
+        unread: how many records have each column or key that is not read; a message's begin with ``messages.``.
     """
 
     def __init__(self, config: DataConfig, spec: ModelSpec, files: Sequence[str], *, limit: int | None) -> None:
@@ -107,11 +117,24 @@ class RecordReader:
             limit: most records to use of each file, from the first; None for all.
         """
         self.skipped = SkippedRecords(config)
+        self.unread: Counter[str] = Counter()
         self._files = files
         self._limit = limit
         self._attr = config.dataset_param.attr
         self._spec = spec
         self._finder = MediaFinder(config.dataset_param.basic_parameters.dataset_dir)
+        self._columns = frozenset(
+            name for name in (self._attr.messages, self._attr.images, self._attr.videos, self._attr.system,
+                              self._attr.tools) if name
+        )
+        self._keys = frozenset((self._attr.role_tag, self._attr.content_tag))
+
+    @property
+    def unread_note(self) -> str:
+        """What ``unread`` holds, as a sentence; empty if there is nothing."""
+        found = ", ".join(f"{quoted(name, 40)} ({count})" for name, count in self.unread.most_common(10))
+        more = f" and {len(self.unread) - 10} more" if len(self.unread) > 10 else ""
+        return f"columns and keys that are not read, with the number of records: {found}{more}" if found else ""
 
     def read(self, *, sample: bool = False) -> Iterator[Record]:
         """All usable records; the rest is counted in ``skipped``, which the caller checks at the end.
@@ -122,6 +145,12 @@ class RecordReader:
         Raises:
             UserError: if a file is missing or no list of records.
         """
+        for path in self._files:
+            if self._attr.tools in struct_columns(path):
+                raise UserError(
+                    f"{path}: its column {self._attr.tools!r} (attr.tools) holds objects; in Parquet these have each "
+                    "other's keys: store the tools of a record as one JSON text"
+                )
         for index, (row, where) in enumerate(chain.from_iterable(self._rows(path, sample) for path in self._files)):
             try:
                 record = self.check(row, where, index)
@@ -153,9 +182,46 @@ class RecordReader:
         try:
             record = parse_record(row, self._attr, self._spec)
             images, videos = _found_media(record, self._finder) if record.images or record.videos else ([], [])
+        except UserError:
+            raise
         except ValueError as error:
             raise RecordError(f"{where}: {error}") from error
+        except Exception as error:  # nesting too deep for a parser, values that JSON does not have
+            raise RecordError(f"{where}: {reason(error)}") from error
+        self._count_unread(row)
         return Record(record.messages, images, videos, where, index)
+
+
+    def _count_unread(self, row: Mapping[str, Any]) -> None:
+        if not row.keys() <= self._columns:
+            self.unread.update(name for name in row.keys() - self._columns if row[name] is not None)
+        keys = {key for turn in row[self._attr.messages] if len(turn) > 2 for key in turn.keys() - self._keys
+                if turn[key] is not None}
+        if keys:
+            self.unread.update(f"{self._attr.messages}.{key}" for key in keys)
+
+
+def _refuse_unread(row: Mapping[str, Any], attr: Attributes) -> None:
+    """Refuse columns and keys that would change what is trained on, and that are not read.
+
+    Raises:
+        ValueError: naming the key and its value.
+    """
+    read = (attr.messages, attr.images, attr.videos, attr.system, attr.tools)
+    for name in _NOT_EMPTY:
+        if name not in read and row.get(name):
+            raise ValueError(f"its column {name!r} has content and is not read; name it in attr.{name}, or remove it")
+    places = [("column", "", row, read)]
+    places += [("key", f" of message {place}", turn, (attr.role_tag, attr.content_tag))
+               for place, turn in enumerate(row[attr.messages]) if isinstance(turn, dict) and len(turn) > 2]
+    for what, where, holder, known in places:
+        for name in _CHANGES_TARGET.keys() & holder.keys():
+            value = holder[name]
+            if name not in known and value not in (None, "", [], {}, *_CHANGES_TARGET[name]):
+                raise ValueError(
+                    f"its {what} {name!r}{where} is {quoted(value, 60)}, which would change what is trained on and is "
+                    "not read; write it into the message's text, or remove it"
+                )
 
 
 def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
@@ -170,6 +236,7 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
     if not isinstance(turns, list):
         what = f"is {kind_of(turns)}, not a list" if attr.messages in row else "is missing"
         raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}")
+    _refuse_unread(row, attr)
     roles = _roles(attr)
     messages = [_message(turn, place, attr, roles, spec) for place, turn in enumerate(turns)]
     system = row.get(attr.system) if attr.system else None
@@ -238,10 +305,13 @@ def _message(
             raise ValueError(f"{name!r} of message {place} {what}")
     if turn[attr.role_tag] not in roles:
         raise ValueError(
-            f"message {place} has the role {turn[attr.role_tag]!r}; attr names the roles {', '.join(roles)}"
+            f"message {place} has the role {quoted(turn[attr.role_tag], 40)!r}; attr names the roles "
+            f"{', '.join(roles)}: {_missing_role(turn[attr.role_tag])}"
         )
     field, role = roles[turn[attr.role_tag]]
     text = turn[attr.content_tag]
+    if not _is_text(text):
+        raise ValueError(f"message {place} holds half of a character (a cut emoji); write it again")
     if field == "function_tag":
         try:
             text = spec.tool_call_text(text)
@@ -250,14 +320,31 @@ def _message(
     return Message(role, text)
 
 
+def _is_text(text: str) -> bool:
+    """Whether ``text`` can be stored: JSON can hold halves of UTF-16 pairs, UTF-8 cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _missing_role(role: str) -> str:
+    fields = {"system": "system_tag", "tool": "observation_tag", "observation": "observation_tag",
+              "function_call": "function_tag", "function": "function_tag"}
+    return f"set attr.{fields[role]} to {role!r}" if role in fields else "correct the role, or attr's names"
+
+
 def _tools(row: Mapping[str, Any], attr: Attributes) -> list[Any]:
     """Descriptions of the tools that the model may call, from a list of objects or its JSON text."""
     tools = row.get(attr.tools) if attr.tools else None
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(f"its column {attr.tools!r} (attr.tools) is not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its column {attr.tools!r} (attr.tools) is not valid JSON: {reason(error)}") from error
     tools = tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"its column {attr.tools!r} (attr.tools) is not a list of objects that describe tools")
@@ -305,10 +392,17 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
     """
 
     def found(path: str, kind: str) -> str:
-        place = finder.find(path)
+        if path.startswith("data:") and kind != "video":
+            return path
+        if path.startswith("file://"):
+            path = unquote(path.removeprefix("file://"))
+        if "://" in path[:16]:
+            raise ValueError(f"{kind} {quoted(path)} is a URL, and nothing is fetched from a network; download it, and "
+                             "write its path")
+        place = finder.find(path) if _is_text(path) and "\0" not in path else None
         if place is None:
             raise ValueError(
-                f"{kind} {path} does not exist; put it there (step 3 of the guide), correct "
+                f"{kind} {quoted(path)} does not exist; put it there (step 3 of the guide), correct "
                 "basic_parameters.dataset_dir, or convert the data again to skip such records"
             )
         return place
@@ -346,10 +440,21 @@ class MediaFinder:
         directory, name = os.path.split(path)
         names = self._names.get(directory)
         if names is None:
-            try:
-                with os.scandir(directory or ".") as entries:
-                    names = frozenset(entry.name for entry in entries if not entry.is_dir())
-            except (FileNotFoundError, NotADirectoryError):
-                names = frozenset()
-            self._names[directory] = names
+            names = self._names[directory] = _list(directory or ".")
         return name in names
+
+
+def _list(directory: str) -> frozenset[str]:
+    """Names of the files in a directory; none if it cannot be listed."""
+    try:
+        with os.scandir(directory) as entries:
+            return frozenset(entry.name for entry in entries if not _is_directory(entry))
+    except OSError:
+        return frozenset()
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links: opening it says so
+        return False

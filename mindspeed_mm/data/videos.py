@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels
+from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels, upright_size
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import DATA_BYTES, open_regular, quoted
+from mindspeed_mm.inputs import reason as reason_of
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings, VideoSettings
 
 VideoSource = str | Sequence[str]
 """A video file, or the image files that are its frames."""
+
+# FFmpeg's playlists and lists of files can name anything on the machine or the network; these are containers only
+_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif", "apng",
+               "mpegvideo", "m4v", "h264", "hevc", "av1", "ivf", "mxf")
+_OPTIONS = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +105,21 @@ def clip_shape(video: VideoSource, settings: VideoSettings) -> ClipShape:
         UserError: naming the file, if it is missing or no video.
     """
     if not isinstance(video, str):
-        try:
-            with Image.open(video[0]) as image:
-                return ClipShape(len(video), settings.fps, image.height, image.width)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unusable(video[0], error) from error
+        height, width = upright_size(video[0])
+        return ClipShape(len(video), settings.fps, height, width)
     with _opened(video) as container:
         stream = container.streams.video[0]
         fps, frames = stream.average_rate, stream.frames
         # Some containers do not say how many frames they hold.
         frames = frames or sum(packet.size > 0 for packet in container.demux(stream))
         if not fps or not frames:
-            raise UserError(f"video {video} cannot be used: it has no frames or no frame rate; replace or remove it")
+            raise _unusable(video, "it has no frames or no frame rate")
+        if stream.codec_context is None:
+            raise _unusable(video, "its codec is unknown")
+        if stream.height < 1 or stream.width < 1:
+            raise _unusable(video, "it gives no size")
+        if stream.height * stream.width > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise _unusable(video, f"{stream.width}x{stream.height} pixels are more than a frame may have")
         return ClipShape(frames, float(fps), stream.height, stream.width)
 
 
@@ -191,8 +202,9 @@ class _opened:
         import av
 
         try:
-            self._container = av.open(self._path)
-        except (OSError, ValueError, av.FFmpegError) as error:
+            os.close(open_regular(self._path, limit=DATA_BYTES))  # a FIFO would hang
+            self._container = av.open(f"file:{self._path}", container_options=_OPTIONS)
+        except Exception as error:  # PyAV raises many types for damaged files
             raise _unusable(self._path, error) from error
         if not self._container.streams.video:
             self._container.close()
@@ -200,17 +212,18 @@ class _opened:
         return self._container
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import av
-
         self._container.close()
-        if isinstance(error, (OSError, ValueError, av.FFmpegError)):
+        if isinstance(error, Exception) and not isinstance(error, UserError):
             raise _unusable(self._path, error) from error
 
 
 def _name(video: VideoSource) -> str:
-    return video if isinstance(video, str) else f"of {len(video)} frames from {video[0]}"
+    return video if isinstance(video, str) else f"of {len(video)} frames from {quoted(video[0])}"
 
 
-def _unusable(path: str, reason: Exception | str) -> UserError:
-    text = "it is missing" if isinstance(reason, FileNotFoundError) else " ".join(str(reason).split())
-    return UserError(f"video {path} cannot be used: {text}; restore or replace it, or remove its record")
+def _unusable(path: str, why: Exception | str) -> UserError:
+    if isinstance(why, FileNotFoundError):
+        why = "it is missing"
+    elif isinstance(why, Exception):
+        why = reason_of(why)
+    return UserError(f"video {quoted(path)} cannot be used: {why}; restore or replace it, or remove its record")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -57,7 +58,10 @@ def tool_call_text(content: str) -> str:
     Raises:
         ValueError: if ``content`` is something else.
     """
-    parsed = json.loads(content)
+    try:
+        parsed = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
         raise ValueError('a tool call must be {"name": ..., "arguments": ...} or a list of these')
@@ -107,6 +111,7 @@ class Qwen3VLChatTemplate:
             raise UserError("the tokenizer is not a fast one; set use_fast_tokenizer to true or add its tokenizer.json")
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = False
         self._backend = backend
         self._thinks = options.name == "qwen3_vl"
         self._options = options
@@ -115,26 +120,68 @@ class Qwen3VLChatTemplate:
             token_id = backend.token_to_id(token)
             if token_id is None:
                 raise UserError(f"the tokenizer has no token {token}; model_name_or_path must be a Qwen3-VL checkpoint")
+            if backend.encode(token, add_special_tokens=False).ids != [token_id]:
+                raise UserError(f"the tokenizer splits {token} into letters; its files do not belong together: "
+                                "download the small files of the checkpoint again")
             self._ids[token] = token_id
+        # Of one token, at most: a token's name has a character per byte; the normalizer may compose up to 4 into one.
+        self._most_characters = 4 * max(map(len, backend.get_vocab()))
+        others = [
+            re.escape(token.content)
+            for token in backend.get_added_tokens_decoder().values()
+            if token.special and not _STRUCTURAL.fullmatch(token.content)
+        ]
+        self._other_special = re.compile(f"({'|'.join(others)})") if others else None
         self._prefixes: dict[str, list[int]] = {}
 
     def encode(self, messages: Sequence[Message], media: Sequence[int | Clip], *, max_length: int) -> Encoded | None:
         """See :class:`~mindspeed_mm.interfaces.conversation.ChatTemplate`."""
         ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
-        for end in reversed(ends):
-            kept = messages[:end]
-            num_media = len(media_tags(kept))
-            if sum(one.total if isinstance(one, Clip) else one for one in media[:num_media]) > max_length:
-                continue
-            ids, loss_mask = self._tokenize(self._render(kept, media))
+        rendered = self._render(messages, media)
+        whole = [*chain.from_iterable(rendered)]
+        if ends and ends[-1] == len(messages) and self._least_tokens(whole) <= max_length:
+            ids, loss_mask = self._tokenize(whole)
             if len(ids) <= max_length:
-                return Encoded(ids, loss_mask, num_media, len(messages) - end)
+                return Encoded(ids, loss_mask, len(media_tags(messages)), 0)
+        for end in reversed(self._possible_ends(rendered, ends, max_length)):
+            kept = messages[:end]
+            ids, loss_mask = self._tokenize([*chain.from_iterable(self._render(kept, media))])
+            if len(ids) <= max_length:
+                return Encoded(ids, loss_mask, len(media_tags(kept)), len(messages) - end)
         return None
 
-    def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[_Segment]:
+    def _possible_ends(
+        self, rendered: Sequence[Sequence[_Segment]], ends: Sequence[int], max_length: int
+    ) -> list[int]:
+        """The ``ends`` up to which the conversation may fit.
+
+        Every message starts with a special token, so that the tokens of turns add up. In a shorter conversation some
+        answers may show a thought that they lack in the whole; none gets shorter.
+        """
+        possible: list[int] = []
+        total = start = 0
+        for end in ends:
+            turn = [*chain.from_iterable(rendered[start:end])]
+            if total + self._least_tokens(turn) > max_length:
+                break
+            total += len(self._tokenize(turn)[0])
+            if total > max_length:
+                break
+            possible.append(end)
+            start = end
+        return [end for end in possible if end < len(rendered)]
+
+    def _least_tokens(self, segments: Iterable[_Segment]) -> int:
+        """A lower bound, so that text of many megabytes, which cannot fit, is not tokenized at all."""
+        return sum(
+            segment.count if segment.token >= 0 else len(segment.text) // self._most_characters for segment in segments
+        )
+
+    def _render(self, messages: Sequence[Message], media: Sequence[int | Clip]) -> list[list[_Segment]]:
+        """Segments of each message."""
         questions = [place for place, message in enumerate(messages) if _is_question(message)]
         last_question = questions[-1] if questions else len(messages) - 1  # with none the template shows no thought
-        segments: list[_Segment] = []
+        rendered: list[list[_Segment]] = []
         remaining = iter(media)
         for place, message in enumerate(messages):
             if message.role == "assistant":
@@ -143,15 +190,16 @@ class Qwen3VLChatTemplate:
                 loss_mask = not (self._options.mask_history and place < len(messages) - 1) and not (
                     self._options.enable_thinking and place < last_question
                 )
-                segments += self._turn(head, [_Segment(text=answer, loss_mask=loss_mask)])
+                segments = self._turn(head, [_Segment(text=answer, loss_mask=loss_mask)])
                 segments[-2].loss_mask = loss_mask  # <|im_end|>; after it comes the line break
             elif message.role == "user":
-                segments += self._turn("user\n", self._question(message.text, remaining))
+                segments = self._turn("user\n", self._question(message.text, remaining))
             elif message.role == "tool":
-                segments += self._tool_result(message.text, messages, place)
+                segments = self._tool_result(message.text, messages, place)
             else:
-                segments += self._turn("system\n", [_Segment(text=message.text)])
-        return segments
+                segments = self._turn("system\n", [_Segment(text=message.text)])
+            rendered.append(segments)
+        return rendered
 
     def _turn(self, head: str, content: list[_Segment]) -> list[_Segment]:
         start, end = self._ids[_TURN_START], self._ids[_TURN_END]
@@ -246,5 +294,16 @@ class Qwen3VLChatTemplate:
         return tokens, len(prefix)
 
     def _encode(self, text: str) -> list[int]:
-        self._backend.encode_special_tokens = self._options.split_special_tokens or bool(_STRUCTURAL.search(text))
+        split = self._options.split_special_tokens
+        if split or self._other_special is None or not _STRUCTURAL.search(text):
+            return self._encode_piece(text, split=split or bool(_STRUCTURAL.search(text)))
+        # only the structural ones are text: a box or a reference keeps its token
+        pieces = self._other_special.split(text)
+        return [
+            token for place, piece in enumerate(pieces) if piece
+            for token in self._encode_piece(piece, split=place % 2 == 0)
+        ]
+
+    def _encode_piece(self, text: str, *, split: bool) -> list[int]:
+        self._backend.encode_special_tokens = split
         return self._backend.encode(text, add_special_tokens=False).ids
