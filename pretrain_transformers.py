@@ -56,7 +56,14 @@ def data_provider(
     from mindspeed_mm.data import build_datasets, build_eval_loader, build_train_loader
 
     args = job.args
-    train, held_out = build_datasets(job.data, spec=spec, media=media, seq_length=args.seq_length, seed=args.seed)
+    train, held_out = build_datasets(
+        job.data,
+        spec=spec,
+        media=media,
+        seq_length=args.seq_length,
+        seed=args.seed,
+        vocab_size=model_config.vocab_size,
+    )
     common = {
         "spec": spec,
         "model_config": model_config,

@@ -23,7 +23,9 @@ Environment: STACK_VENV and STACK_PYTHON (directory and interpreter of the envir
 USAGE
 }
 
-[[ ${1:-} != --help && ${1:-} != -h ]] || { usage && exit 0; }
+for argument in "$@"; do # before anything is installed
+    [[ $argument != --help && $argument != -h ]] || { usage && exit 0; }
+done
 directory=$(environment_dir "")
 if [[ ${1:-} == --stack ]]; then
     [[ ${2:-} == npu ]] || { echo "error: --stack is '${2:-}'; choose npu" >&2 && exit 2; }

@@ -55,6 +55,25 @@ interrupt() {
     fi
 }
 
+# Says every 10 seconds which machines torchrun waits for, until it has started the ranks; $1: the log file.
+report_waiting() {
+    local of_torchrun=/proc/$torchrun/task/$torchrun/children children until
+    local awaited="the other machines ($((NNODES - 1)) of NNODES=$NNODES) to join at $MASTER_ADDR:$MASTER_PORT"
+    ((NODE_RANK > 0)) && awaited="the machine with NODE_RANK=0 at $MASTER_ADDR:$MASTER_PORT, or more of NNODES=$NNODES"
+    printf -v until '%(%H:%M:%S)T' $(($(date +%s) + 900)) # torchrun's time limit
+    # "read" waits without a process that would have to be killed
+    while read -r -t 10 <> <(:); (($? > 128)) && kill -0 "$torchrun" 2>/dev/null; do
+        if [ -r "$of_torchrun" ]; then # it may have printed a warning while it waits
+            read -r children <"$of_torchrun"
+            [ -n "$children" ] && return
+        elif [ -s "$1" ]; then
+            return
+        fi
+        compgen -G "$MM_RUN_STATE/pid.*" >/dev/null && return
+        echo "waiting for $awaited; torchrun gives up at $until" >&2
+    done
+}
+
 # Runs torchrun in its own session, and writes its log: Ctrl-C and signals to this process group reach the launcher only,
 # which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. The ranks write their
 # process ids, the status for the launcher to exit with, and an error for it to print last into the directory
@@ -70,6 +89,8 @@ run_torchrun() {
     MM_PREFLIGHT_DONE=1 setsid torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" \
         >"$MM_RUN_STATE/log" 2>&1 &
     torchrun=$!
+    local waiter=
+    ((NNODES > 1)) && { report_waiting "$1" & waiter=$!; }
     trap interrupt INT
     trap 'ask_to_stop 143' TERM HUP USR1
     while :; do # a trapped signal ends the wait, but not torchrun
@@ -80,17 +101,19 @@ run_torchrun() {
     wait "$torchrun"
     answer=$?
     ((answer == 127)) || status=$answer # it may have ended while a signal was handled
+    [ -n "$waiter" ] && kill "$waiter" 2>/dev/null
     wait "$tee"
     [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
-    [ -s "$MM_RUN_STATE/error" ] && cat "$MM_RUN_STATE/error" >&2
+    [ -s "$MM_RUN_STATE/error" ] && tee -a "$1" <"$MM_RUN_STATE/error" >&2
     ((stopped_early)) && status=$stopped_early
 }
 
 # Defaults of all launchers; docs/environment.md describes the variables
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
-MASTER_PORT=${MASTER_PORT:-6000}
 NNODES=${NNODES:-1}
+# on one machine another port is taken if 6000 is in use; several machines have to agree on it
+[ "$NNODES" = 1 ] || MASTER_PORT=${MASTER_PORT:-6000}
 NODE_RANK=${NODE_RANK:-0}
 MAX_RESTARTS=${MAX_RESTARTS:-0}
 MM_TOOL=${MM_TOOL:-./mindspeed_mm/tools/tools.json}
@@ -129,7 +152,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     stop "the paths of the configuration files start at the repository's root; cd $REPOSITORY first"
 
 for degree in NPUS_PER_NODE NNODES TP PP CP EP MBS GRAD_ACC_STEP; do
-    [[ ${!degree} =~ ^[1-9][0-9]*$ ]] || stop "$degree is '${!degree}'; it must be a whole number of at least 1"
+    [[ ${!degree} =~ ^[1-9][0-9]{0,5}$ ]] || stop "$degree is '${!degree}'; it must be a whole number from 1 to 999999"
 done
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || stop "MAX_RESTARTS is '$MAX_RESTARTS'; it must be a whole number, 0 or more"
 
@@ -160,7 +183,6 @@ DISTRIBUTED_ARGS=(
     --nnodes "$NNODES"
     --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR"
-    --master_port "$MASTER_PORT"
     --max_restarts "$MAX_RESTARTS"
 )
 
@@ -218,8 +240,13 @@ command -v torchrun >/dev/null ||
 TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
 [ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
-WORLD_SIZE=$WORLD_SIZE LOCAL_WORLD_SIZE=$NPUS_PER_NODE "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
+env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$NNODES" NODE_RANK="$NODE_RANK" \
+    MASTER_ADDR="$MASTER_ADDR" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} \
+    "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 # preflight has printed it
+
+MASTER_PORT=${MASTER_PORT:-$("$TORCHRUN_PYTHON" -m mindspeed_mm.training.launch_environment)} || exit 2
+DISTRIBUTED_ARGS+=(--master_port "$MASTER_PORT")
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
 [ -e "$logfile" ] && logfile=${logfile%.log}_$$.log # another launcher was started in the same second

@@ -30,7 +30,9 @@ class Backend:
 
     device: torch.device
     communication: ClassVar[str] = "gloo"
-    deterministic_variables: ClassVar[Mapping[str, str]] = {}
+    deterministic_variables: ClassVar[Mapping[str, str]] = {
+        "MKL_CBWR": "AVX2"  # otherwise the order of sums depends on where memory lies and how threads share the work
+    }
 
     @property
     def name(self) -> str:

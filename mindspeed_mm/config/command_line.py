@@ -24,7 +24,6 @@ _ELSEWHERE = {
     "--sequence-parallel": "it belongs to tensor parallelism; use --context-parallel-size",
     "--tokenizer-name-or-path": "it is model_name_or_path in the --mm-data file",
     "--data-path": "it is dataset in the --mm-data file",
-    "--finetune": "starting from a released checkpoint never loads optimizer or step count",
     "--check-for-nan-in-loss-and-grad": "--max-nonfinite-steps 0 stops at the first step that is not finite",
     "--exit-duration-in-mins": "send SIGUSR1 when the time is up (timeout -s USR1 ...): the run saves and stops",
     "--moe-router-load-balancing-type": "--moe-aux-loss-coeff above 0 adds the load-balancing loss; 0 does not",

@@ -193,6 +193,9 @@ class CheckpointArgs(StrictModel):
         "one; v5: as saved by transformers 5; auto: as recorded in the files, else by the tensors' shapes, else refused"
     )
     ckpt_format: Literal["torch_dcp"] = effective("torch_dcp", "PyTorch distributed checkpoints")
+    finetune: bool = effective(
+        False, "start a new stage from the weights of --load: counters, optimizer, schedule and RNG begin anew"
+    )
     no_load_optim: bool = effective(False, "do not load optimizer state")
     no_load_rng: bool = effective(False, "do not load RNG states")
     no_save_optim: bool = effective(False, "do not save optimizer state; a run resumed from it restarts Adam")

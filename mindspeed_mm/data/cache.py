@@ -65,6 +65,11 @@ def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool =
     return target
 
 
+def final_path(directory: Path) -> Path:
+    """Where the directory that is being built will be when it is finished, for messages."""
+    return directory.with_name(directory.name.partition(".building-")[0])
+
+
 def _is_current(target: Path, overwrite: bool) -> bool:
     try:
         built = (target / _FINISHED).stat().st_mtime

@@ -89,7 +89,13 @@ class ChatDataset:
     """Conversations as samples; images and videos are decoded when a sample is read."""
 
     def __init__(
-        self, rows: Rows, settings: MediaSettings | None, name: str, chosen: np.ndarray | None = None
+        self,
+        rows: Rows,
+        settings: MediaSettings | None,
+        name: str,
+        chosen: np.ndarray | None = None,
+        *,
+        vocab_size: int | None = None,
     ) -> None:
         """Wrap ``rows``.
 
@@ -98,11 +104,19 @@ class ChatDataset:
             settings: pixel limits and patch sizes; None for a model that takes text only.
             name: of the data set, for messages.
             chosen: indices of the rows to use; None for all.
+            vocab_size: rows of the word embeddings, which every token id must be below; None: not checked.
+
+        Raises:
+            UserError: if a sample that is tokenized already has a token beyond ``vocab_size``.
         """
         self._rows = rows
         self._settings = settings
         self._chosen = chosen
+        self._vocab_size = vocab_size
         self.name = name
+        if chosen is None and vocab_size is not None and not isinstance(rows, TokenizedOnTheFly):
+            column = rows.data.column("input_ids")  # type: ignore[attr-defined]
+            self._check_tokens(max((chunk.flatten().to_numpy().max(initial=-1) for chunk in column.chunks), default=-1))
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -125,10 +139,19 @@ class ChatDataset:
             loaded = tuple(self._load(medium, tuple(grid)) for medium, grid in zip(media, grids, strict=True))
         except UserError as error:
             raise UserError(f"{self.describe(index)}: {error}") from error
-        loss_mask = np.zeros(len(row["input_ids"]), dtype=bool)
+        input_ids = np.array(row["input_ids"], dtype=np.int64)
+        self._check_tokens(input_ids.max(initial=-1))
+        loss_mask = np.zeros(len(input_ids), dtype=bool)
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             loss_mask[start:end] = True
-        return Sample(np.array(row["input_ids"], dtype=np.int64), loss_mask, loaded, int(index))
+        return Sample(input_ids, loss_mask, loaded, int(index))
+
+    def _check_tokens(self, largest: int) -> None:
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise UserError(
+                f"{self.name}: the tokenizer gives token {largest}, and the model has {self._vocab_size} embeddings; "
+                "take tokenizer and weights of one checkpoint, or resize the embeddings"
+            )
 
     def costs(self) -> Costs:
         """Tokens and patches of every sample, without reading any of them.
@@ -171,7 +194,7 @@ class ChatDataset:
     def subset(self, indices: np.ndarray, name: str) -> ChatDataset:
         """A data set of some of the samples, in the given order."""
         chosen = indices if self._chosen is None else self._chosen[indices]
-        return ChatDataset(self._rows, self._settings, name, chosen)
+        return ChatDataset(self._rows, self._settings, name, chosen, vocab_size=self._vocab_size)
 
     def _place(self, index: int) -> int:
         return int(index) if self._chosen is None else int(self._chosen[index])
@@ -190,7 +213,13 @@ class ChatDataset:
 
 
 def build_datasets(
-    config: DataConfig, *, spec: ModelSpec, media: MediaSettings | None, seq_length: int, seed: int
+    config: DataConfig,
+    *,
+    spec: ModelSpec,
+    media: MediaSettings | None,
+    seq_length: int,
+    seed: int,
+    vocab_size: int | None = None,
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The training data set and the one to evaluate on, if the data file asks for one.
 
@@ -202,6 +231,7 @@ def build_datasets(
         media: what the family's ``read_media_settings`` gives for this data file.
         seq_length: most tokens of a sample.
         seed: decides which records ``val_rate`` holds out.
+        vocab_size: rows of the model's word embeddings; None: token ids are not compared with it.
 
     Raises:
         UserError: for anything in the files that cannot be trained on.
@@ -211,13 +241,15 @@ def build_datasets(
 
     def load(files: list[str], limit: int | None) -> ChatDataset:
         source = Source(config, tuple(files), limit, spec, media, seq_length)
-        return ChatDataset(_rows(source), media, source.names)
+        return ChatDataset(_rows(source), media, source.names, vocab_size=vocab_size)
 
     train = load(basic.dataset_files, basic.max_samples)
     if basic.val_dataset_files:
         return train, load(basic.val_dataset_files, basic.val_max_samples)
     held_out = round(len(train) * (basic.val_rate or 0))
     if not held_out:
+        if basic.val_rate:
+            logger.warning("val_rate %s of %d samples is none: nothing is evaluated", basic.val_rate, len(train))
         return train, None
     order = permutation(len(train), seed=seed, epoch=None)
     held, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
@@ -233,6 +265,11 @@ def _rows(source: Source) -> Rows:
         streamed = Streamed(source)
         if not len(streamed):
             raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
+        first = source.reader()
+        for _ in first.read(sample=True):
+            pass
+        if first.unread_note:
+            logger.info("%s: of the first records: %s", source.names, first.unread_note)
         return TokenizedOnTheFly(streamed, _encoder(source))
     if basic.preprocess_on_fly:
         return TokenizedOnTheFly(prepare_records(source), _encoder(source))

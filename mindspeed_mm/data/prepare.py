@@ -91,10 +91,7 @@ def prepare_dataset(source: Source) -> Dataset:
     Raises:
         UserError: naming file and record that cannot be used, or if no record is left.
     """
-    target = _cached(source, "tokenized", _build)
-    for line in (target / "summary.txt").read_text().splitlines():
-        logger.info("%s: %s", source.names, line)
-    return _load_rows(target)
+    return _load_rows(source, _cached(source, "tokenized", _build))
 
 
 def prepare_records(source: Source) -> Dataset:
@@ -105,7 +102,7 @@ def prepare_records(source: Source) -> Dataset:
     Raises:
         UserError: naming file and record that cannot be used, or if no record is left.
     """
-    return _load_rows(_cached(source, "records", _build_records))
+    return _load_rows(source, _cached(source, "records", _build_records))
 
 
 def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) -> Path:
@@ -117,16 +114,19 @@ def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) ->
     return cache.build_once(target, lambda directory: build(source, directory), overwrite=basic.overwrite_cache)
 
 
-def _load_rows(target: Path) -> Dataset:
+def _load_rows(source: Source, target: Path) -> Dataset:
     import datasets
 
+    for line in (target / "summary.txt").read_text().splitlines():
+        logger.info("%s: %s", source.names, line)
     return datasets.load_from_disk(str(target / "rows"))
 
 
 def _build_records(source: Source, directory: Path) -> None:
-    table, skipped = _read_records(source)
+    table, reader = _read_records(source)
     table.save_to_disk(str(directory / "rows"))
-    _write_skipped(directory, skipped)
+    (directory / "summary.txt").write_text(f"{len(table)} records\n{reader.unread_note}".rstrip() + "\n")
+    _write_skipped(directory, reader.skipped)
 
 
 def cache_key(source: Source) -> str:
@@ -202,7 +202,8 @@ def _build(source: Source, directory: Path) -> None:
     import datasets
 
     basic = source.config.dataset_param.basic_parameters
-    table, skipped = _read_records(source)
+    table, reader = _read_records(source)
+    skipped = reader.skipped
     count = len(table)
     processes = min(basic.preprocessing_num_workers or 1, os.cpu_count() or 1, count // _RECORDS_PER_PROCESS)
     encoder = make_encoder(source)
@@ -234,7 +235,8 @@ def _build(source: Source, directory: Path) -> None:
     rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
     for part in directory.glob("rows*.arrow"):  # of the processes
         part.unlink()
-    (directory / "summary.txt").write_text(f"{summary}\n{encoder.warning}".rstrip() + "\n")
+    notes = [summary, reader.unread_note, encoder.warning]
+    (directory / "summary.txt").write_text("".join(f"{note}\n" for note in notes if note))
     _write_skipped(directory, skipped)
 
 
@@ -259,7 +261,8 @@ def _write_skipped(directory: Path, skipped: SkippedRecords) -> None:
     for message in skipped.messages[:5]:
         logger.warning("skipped: %s", message)
     if skipped.messages:
-        logger.warning("%d unusable records skipped; all: %s/skipped.txt", len(skipped.messages), directory)
+        final = cache.final_path(directory) / "skipped.txt"
+        logger.warning("%d unusable records skipped; all: %s", len(skipped.messages), final)
 
 
 def _media_features(datasets: Any) -> dict[str, Any]:
@@ -302,8 +305,8 @@ def _summary(outcomes: np.ndarray, records: np.ndarray, unreadable: int) -> str:
     return ", ".join(parts)
 
 
-def _read_records(source: Source) -> tuple[Dataset, SkippedRecords]:
-    """All usable records of all files as a table, and the rest.
+def _read_records(source: Source) -> tuple[Dataset, RecordReader]:
+    """All usable records of all files as a table, and the reader, which knows the rest.
 
     Raises:
         UserError: if more records are unusable than the data file allows, or none is usable.
@@ -319,4 +322,4 @@ def _read_records(source: Source) -> tuple[Dataset, SkippedRecords]:
     reader.skipped.check()
     if not columns["record"]:
         raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
-    return datasets.Dataset.from_dict(columns, features=features), reader.skipped
+    return datasets.Dataset.from_dict(columns, features=features), reader

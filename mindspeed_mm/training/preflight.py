@@ -1,9 +1,10 @@
 """``python -m mindspeed_mm.training.preflight FLAGS``: checks a run before any rank is started.
 
 Takes the launcher's flags, the number of ranks from the environment variable WORLD_SIZE and that on this machine from
-LOCAL_WORLD_SIZE (default of both: 1). Prints nothing and exits with 0, or prints one line and exits with 2. If
-MM_DEVICE_MEMORY_GB is set to a device's memory in GiB, it warns of a run that is unlikely to fit. It imports torch only
-to look at an accelerator, so that it answers at once.
+LOCAL_WORLD_SIZE (default of both: 1). Where NNODES, NODE_RANK, MASTER_ADDR or MASTER_PORT are set, it checks them too.
+Prints nothing and exits with 0, or prints one line and exits with 2. If MM_DEVICE_MEMORY_GB is set to a device's memory
+in GiB, it warns of a run that is unlikely to fit. It imports torch only to look at an accelerator, so that it answers
+at once.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.backend.device_check import check_device
+from mindspeed_mm.backend.device_check import check_device, needs_torch
 from mindspeed_mm.checkpoint.directory import checkpoint_to_load
 from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
+from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.memory import Plan
@@ -26,6 +28,7 @@ from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import Load, checkpoint_bytes, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
+from mindspeed_mm.training import launch_environment as environment
 
 # a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678
 _LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
@@ -51,16 +54,53 @@ def preflight(job: JobConfig) -> None:
         check_writable(Path(job.args.save))
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
-    validate_data(job.data, spec)
+    check_first_batch(job, records=validate_data(job.data, spec))
     plan = plan_run(
         job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size,
         load=Load.largest(
             job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
         ),
     )
-    for line in (memory_warning(plan, os.environ.get("MM_DEVICE_MEMORY_GB", "")), checkpoint_warning(job, plan)):
+    for line in (
+        memory_warning(plan, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
+        checkpoint_warning(job, plan),
+        environment.memory_warning(launched_local_ranks()),
+        environment.shared_memory_warning(
+            local_ranks=launched_local_ranks(),
+            num_workers=job.args.num_workers,
+            micro_batch_size=job.args.micro_batch_size,
+            image_pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels,
+        ),
+    ):
         if line is not None:
             print(f"warning: {line}", file=sys.stderr)
+
+
+def launched_local_ranks() -> int:
+    """Number of ranks on this machine that torchrun or the launcher gives in LOCAL_WORLD_SIZE; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_first_batch(job: JobConfig, *, records: int) -> None:
+    """Check that the records fill a global batch, as far as it can be known before they are tokenized.
+
+    Args:
+        job: the run.
+        records: what :func:`validate_data` counts: of streamed files the first rows only.
+
+    Raises:
+        UserError: as training would raise it, see :class:`SampleStream`.
+    """
+    basic, options = job.data.dataset_param.basic_parameters, job.data.dataloader_param
+    if basic.streaming or basic.packing:  # packing: a step holds packs, whose number only their lengths tell
+        return
+    held_out = round(records * (basic.val_rate or 0))
+    if held_out == records:
+        raise UserError(f"val_rate {basic.val_rate} leaves nothing of {records} samples to train on; lower it")
+    assert job.args.global_batch_size is not None, "load_job_config fills it in"
+    SampleStream(
+        records - held_out, job.args.global_batch_size, job.args.seed, options.shuffle, options.drop_last
+    )
 
 
 def check_temporary_directory(num_workers: int) -> None:
@@ -82,14 +122,11 @@ def memory_warning(plan: Plan, device_memory: str) -> str | None:
     """A line if samples of the full length are unlikely to fit into a device of ``device_memory`` GiB; empty: no check.
 
     Raises:
-        UserError: if ``device_memory`` is not a number.
+        UserError: see :func:`launch_environment.device_memory`.
     """
-    if not device_memory:
+    size = environment.device_memory(device_memory)
+    if size is None:
         return None
-    try:
-        size = float(device_memory)
-    except ValueError:
-        raise UserError(f"MM_DEVICE_MEMORY_GB is {device_memory!r}; it must be a number of GiB, or empty") from None
     return warning(plan, Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
 
 
@@ -109,9 +146,15 @@ def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
     try:
+        environment.check_numbers(os.environ)
         job = load_job_config(argv)
+        environment.check_rendezvous(os.environ)
+        device_last = needs_torch(job.args.device)  # whose import takes seconds
+        if not device_last:
+            check_device(job.args.device, local_ranks=launched_local_ranks())
         preflight(job)
-        check_device(job.args.device, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if device_last:
+            check_device(job.args.device, local_ranks=launched_local_ranks())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

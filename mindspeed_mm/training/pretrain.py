@@ -45,7 +45,14 @@ from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_spli
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
-from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
+from mindspeed_mm.training.resume import (
+    RUN_KEY,
+    check_something_remains,
+    load_start,
+    restore_schedule,
+    run_identity,
+    warn_of_sample_order,
+)
 from mindspeed_mm.training.signals import StopRequest, exit_status
 from mindspeed_mm.training.trainer import Trainer
 
@@ -129,6 +136,7 @@ def _run(
     for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
         logger.info(line)
     progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config)
+    check_something_remains(progress, args)
     restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)

@@ -41,12 +41,14 @@ class Start:
         load_base: where the base of a partial checkpoint has moved to; None for where it was.
         with_optimizer: whether AdamW's moments are read from it.
         with_rng: whether the RNG states are.
+        new_stage: whether the counters start at 0, whatever the checkpoint says (``--finetune``).
     """
 
     path: Path | None
     load_base: str | None = None
     with_optimizer: bool = False
     with_rng: bool = False
+    new_stage: bool = False
 
 
 def run_identity() -> str:
@@ -99,9 +101,14 @@ def _choose(args: TrainingArgs) -> Start:
         return Start(None)
     path, manifest = checkpoint_to_load(args.load, plain=args.check_load == "none")
     check_expert_layout(args.expert_layout, manifest, path)
+    if args.finetune:
+        return Start(path, load_base=args.load_base, new_stage=True)
     if Progress.is_training(path) and (args.no_load_optim or args.no_load_rng):
         flags = "--no-load-optim " * args.no_load_optim + "--no-load-rng" * args.no_load_rng
-        logger.info(f"the resume is not exact: optimizer or RNG state is not loaded ({flags.strip()})")
+        logger.warning(
+            f"the resume is not exact: optimizer or RNG state is not loaded ({flags.strip()}); the launcher loads what "
+            "the checkpoint has if CKPT_ARGS is set and empty"
+        )
     return Start(
         path,
         load_base=args.load_base,
@@ -161,9 +168,27 @@ def load_start(
         load_base=start.load_base,
         expert_layout=job.args.expert_layout,
     )
+    if start.new_stage:
+        logger.info(f"--finetune: a new stage starts from the weights of iteration {progress.iteration}")
+        progress = Progress()
     checked = {"read": "checksums of what was read agree", "all": "all checksums agree"}
     logger.info(f"loaded {path}; {checked.get(job.args.check_load, 'checksums not compared')}")
     return progress, path
+
+
+def check_something_remains(progress: Progress, args: TrainingArgs) -> None:
+    """Refuse a run without a step, which would end as if it had trained.
+
+    A run that torchrun restarts after its last save is none: it ends in order.
+
+    Raises:
+        UserError: if the checkpoint's iteration is not below ``--train-iters``.
+    """
+    if progress.iteration >= args.train_iters and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        raise UserError(
+            f"nothing to train: {args.load} has done iteration {progress.iteration}, and --train-iters is "
+            f"{args.train_iters}; raise it (TRAIN_ITERS), or start a new stage from these weights with --finetune"
+        )
 
 
 def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mindspeed_mm.backend.transfer import DeviceEvent
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.data.loader import StepBatches, dead_workers_named
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.layers.moe import RouterLoad
 from mindspeed_mm.parallel.single_device import cached_compute_weights
@@ -38,6 +39,7 @@ class Trainer:
     Attributes:
         stopping: whether the run ends after the present step, before ``--train-iters``.
         stopped: whether that is because a rank was asked to stop.
+        error: what the run ends with after its last save; None for nothing.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Trainer:
         self.callbacks = callbacks
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stopping = self.stopped = False
+        self.error: UserError | None = None
         self._started: list[Callback] = []
         backend = context.backend
         self._reader = StepReader(lag=1 if backend.is_accelerator else 0, mark=lambda: DeviceEvent(backend.device))
@@ -71,6 +74,9 @@ class Trainer:
         """Run the remaining iterations.
 
         A run that any rank was asked to stop ends on all of them after the same step.
+
+        Raises:
+            UserError: what a callback has ended the run with, after the save.
         """
         self.model.train()
         with dead_workers_named(), contextlib.closing(self.loader):
@@ -85,6 +91,14 @@ class Trainer:
                 self._end_run(failed=True)
                 raise
         self._end_run(failed=False)
+        if self.error is not None:
+            saved = f" (saved first: iteration {self.context.progress.iteration})" if self.args.save else ""
+            raise UserError(f"{self.error}{saved}")
+
+    def end_with(self, error: UserError) -> None:
+        """End the run with ``error`` once the present step is saved. Called on all ranks for the same step."""
+        self.error = self.error or error
+        self.stopping = True
 
     def _train_steps(self, exit_interval: int | None) -> None:
         progress = self.context.progress
@@ -104,7 +118,8 @@ class Trainer:
                 "data_wait_seconds": self.loader.waited,
             }
             self._report(self._reader.add(QueuedStep(iteration, known, metrics, details)))
-            self.stopping = self.stopped or (bool(exit_interval) and iteration % exit_interval == 0)
+            exits = bool(exit_interval) and iteration % exit_interval == 0
+            self.stopping = self.stopped or self.error is not None or exits
             self.notify("on_step_queued", iteration)
         self._report(self._reader.flush())
 

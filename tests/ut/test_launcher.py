@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def workplace(tmp_path):
     (root / "data").mkdir()
     (root / "data/photo.jpg").write_bytes(b"")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}]
-    records = [{"images": ["photo.jpg"], "messages": messages}]
+    records = [{"images": ["photo.jpg"], "messages": messages}] * 128  # a step of the largest model's
     (root / "data/mllm_format_llava_instruct_data.json").write_text(json.dumps(records))
     bin_directory = tmp_path / "bin"
     bin_directory.mkdir()
@@ -91,12 +92,27 @@ def _value(words, flag):
     return [words[index + 1] for index, word in enumerate(words) if word == flag][-1]
 
 
+def _free_port():
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def taken():
+    """A port that someone listens on."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
 def test_defaults_are_the_recipes(workplace):
     result = _launch(workplace)
     assert result.returncode == 0, result.stderr
     expected = {
         "--nproc_per_node": "8", "--nnodes": "1", "--node_rank": "0", "--master_addr": "localhost",
-        "--master_port": "6000", "--micro-batch-size": "1", "--global-batch-size": "8", "--seq-length": "1024",
+        "--micro-batch-size": "1", "--global-batch-size": "8", "--seq-length": "1024",
         "--lr": "1.0e-5", "--train-iters": "10000", "--lr-warmup-fraction": "0.1", "--clip-grad": "0.0",
         "--seed": "42", "--save": "save_dir", "--save-interval": "10000", "--distributed-backend": "nccl",
     }
@@ -112,7 +128,8 @@ def test_defaults_are_the_recipes(workplace):
 def test_launchers_of_the_other_models(workplace, model, processes, nodes, expert_size, recompute):
     """Their files agree with the published configs and with each other, and pass the checks before torchrun."""
     _write_model(workplace, model)
-    result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{model}.sh")
+    launcher, port = f"examples/qwen3vl/finetune_qwen3vl_{model}.sh", _free_port()
+    result = _launch(workplace, launcher=launcher, MASTER_PORT=port)
     assert result.returncode == 0, result.stderr
     expected = {
         "--nproc_per_node": str(processes), "--nnodes": str(nodes), "--global-batch-size": str(processes * nodes),
@@ -125,7 +142,7 @@ def test_launchers_of_the_other_models(workplace, model, processes, nodes, exper
     assert content["dataset_param"]["preprocess_parameters"]["model_name_or_path"].endswith(DIRECTORIES[model])
     # another model's sizes are noticed, so the files were compared
     _write_config(workplace / "ckpt/hf_path" / DIRECTORIES[model] / "config.json", model, num_hidden_layers=40)
-    result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{model}.sh")
+    result = _launch(workplace, launcher=launcher, MASTER_PORT=port)
     assert result.returncode == 2 and "contradicts text_config.num_hidden_layers 40" in result.stderr
 
 
@@ -196,15 +213,13 @@ def _warnings(result, word: str) -> list[str]:
 
 
 def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
-    assert not _warnings(_launch(workplace), "GiB")  # not known to be an accelerator
+    assert not _warnings(_launch(workplace), "does not fit")  # not known to be an accelerator
     result = _launch(workplace, MM_DEVICE_MEMORY_GB=64)
     assert result.returncode == 0 and "--global-batch-size" in result.words
-    (line,) = _warnings(result, "GiB")
-    assert "of 64 GiB" in line and "does not fit" in line and "16 ranks" in line
-    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16), "GiB")
-    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=""), "GiB")
-    result = _launch(workplace, MM_DEVICE_MEMORY_GB="much")
-    assert result.returncode == 2 and "MM_DEVICE_MEMORY_GB is 'much'" in result.stderr
+    (line,) = _warnings(result, "does not fit")
+    assert "of 64 GiB" in line and "16 ranks" in line
+    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16), "does not fit")
+    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=""), "does not fit")
 
 
 def test_checkpoints_that_will_not_fit_are_warned_of(workplace):
@@ -276,11 +291,63 @@ def test_started_elsewhere_it_names_the_root(workplace, tmp_path):
         ("TP", "2", "--tensor-model-parallel-size 2 is not supported"),
         ("CP", "3", "context_parallel_size 3 does not divide the number of ranks 8; choose one of 1, 2, 4, 8"),
         ("CP", "16", "context_parallel_size 16 does not divide the number of ranks 8; choose one of 1, 2, 4, 8"),
+        ("NNODES", "$(touch /)", "NNODES is '$(touch /)'"),
+        ("NPUS_PER_NODE", "9" * 20, "it must be a whole number from 1 to 999999"),
+        ("NODE_RANK", "1", "NODE_RANK is '1'; it must be a whole number from 0 to 0 with NNODES=1"),
+        ("MASTER_PORT", "99999", "MASTER_PORT is '99999'; it must be a whole number from 1 to 65535"),
+        ("MASTER_ADDR", "no such host", "MASTER_ADDR 'no such host' has no address"),
+        ("MM_DEVICE_MEMORY_GB", "nan", "MM_DEVICE_MEMORY_GB is 'nan'; it must be a number of GiB above 0, or empty"),
+        ("NUMBA_NUM_THREADS", "x", "NUMBA_NUM_THREADS is 'x'; it must be a whole number from 1 to 999999"),
+        ("OMP_NUM_THREADS", "x", "OMP_NUM_THREADS is 'x'; it must be a whole number of at least 1, or unset"),
+        ("NPUS_PER_NODE", "9999", "9999 ranks on this machine "),
+        ("MBS", "17", "the data set has 128 samples, fewer than the 136 of a step (--global-batch-size); lower it, or"),
     ],
 )
 def test_bad_variables(workplace, name, value, message):
     result = _launch(workplace, **{name: value})
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert result.words == [] and result.stdout == ""
+
+
+def test_one_machine_takes_a_free_port_and_a_chosen_one_must_be_free(workplace, taken):
+    result = _launch(workplace)
+    assert result.returncode == 0, result.stderr
+    assert 0 < int(_value(result.words, "--master_port")) < 65536
+    result = _launch(workplace, MASTER_PORT=taken, NNODES=2, NODE_RANK=1)  # the port is another machine's
+    assert result.returncode == 0 and _value(result.words, "--master_port") == str(taken)
+    for nodes in (1, 2):
+        result = _launch(workplace, MASTER_PORT=taken, NNODES=nodes)
+        assert result.returncode == 2
+        assert result.stderr == f"error: port {taken} is in use on this machine; set MASTER_PORT to another\n"
+
+
+@pytest.mark.parametrize(("rank", "awaited"), [(0, "the other machines (1 of NNODES=2)"), (1, "with NODE_RANK=0 at ")])
+def test_says_whom_torchrun_waits_for(workplace, rank, awaited):
+    script = workplace / "examples/qwen3vl/launch.sh"
+    script.write_text(script.read_text().replace("read -r -t 10", "read -r -t 1"))
+    fake = workplace.parent / "bin/torchrun"
+    wait = "import subprocess, time; time.sleep(2.5); subprocess.run(['sleep', '3'])"  # for the others; for its ranks
+    _script(fake, f'exec "{sys.executable}" -c "{wait}"\n')
+    result = _launch(workplace, NNODES=2, NODE_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    lines = [line for line in result.stderr.splitlines() if line.startswith("waiting for ")]
+    assert result.returncode == 0, result.stderr
+    assert 1 <= len(lines) <= 4 and awaited in lines[0] and "127.0.0.1:" in lines[0] and "gives up at" in lines[0]
+    assert len(lines) <= 2 or not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists()
+    _script(fake, "exec sleep 1.5\n")
+    assert "waiting for" not in _launch(workplace).stderr  # one machine
+
+
+def test_help_of_the_test_script_installs_nothing(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in ("test.sh", "environment.sh"):
+        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
+    _script(tmp_path / "scripts/install.sh", f"touch '{tmp_path}/installed'\nexit 1\n")
+    for flags in (["--help"], ["--stack", "npu", "-h"], ["tests/ut", "--help"]):
+        result = subprocess.run(
+            ["bash", "scripts/test.sh", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0 and result.stdout.startswith("usage: bash scripts/test.sh"), result.stderr
+    assert not (tmp_path / "installed").exists()
 
 
 def test_status_of_torchrun_is_kept(workplace):
@@ -293,6 +360,8 @@ def test_error_of_a_rank_is_printed_last(workplace, tmp_path):
     result = _launch(workplace, FAKE_LOG=log, FAKE_ERROR="error: one", FAKE_STATUS=2)
     assert result.returncode == 2 and result.stdout == log.read_text()
     assert result.stderr.splitlines()[-1] == "error: one"
+    (kept,) = (workplace / "logs").glob("*.log")
+    assert kept.read_text() == log.read_text() + "error: one\n"
 
 
 def test_log_is_printed_and_kept(workplace, tmp_path):

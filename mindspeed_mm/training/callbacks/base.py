@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.metrics import StepRecord
 
@@ -24,6 +25,7 @@ class Run(Protocol):
         context: where the run trains and how far it is.
         stopping: whether the run ends after the present step, before ``--train-iters``.
         stopped: whether that is because a rank was asked to stop.
+        error: what the run ends with after its last save; None for nothing.
     """
 
     args: TrainingArgs
@@ -33,6 +35,10 @@ class Run(Protocol):
     context: RunContext
     stopping: bool
     stopped: bool
+    error: UserError | None
+
+    def end_with(self, error: UserError) -> None:
+        """End the run with ``error`` once the present step is saved. Called on all ranks for the same step."""
 
     def paused(self, phase: str) -> AbstractContextManager[None]:
         """Between two steps: all records are read first, and the time inside belongs to no step."""
@@ -44,7 +50,8 @@ class Run(Protocol):
 class Callback:
     """Follows a run. Each method is called on every rank at the same place, in the order of the trainer's list.
 
-    Whatever decides alike on all ranks may raise UserError. Methods do nothing by default.
+    Whatever decides alike on all ranks may raise UserError, or call ``Run.end_with``, which saves
+    first. Methods do nothing by default.
     """
 
     def on_run_start(self, run: Run) -> None:

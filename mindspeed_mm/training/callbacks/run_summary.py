@@ -43,7 +43,9 @@ class RunSummary(Callback):
         args, context = self._run.args, self._run.context
         iteration, peak = context.progress.iteration, context.backend.peak_memory_bytes() / 2**30
         reason = None
-        if iteration < args.train_iters:
+        if self._run.error is not None:
+            reason = "by an error"
+        elif iteration < args.train_iters:
             reason = "as requested" if self._run.stopped else args.exit_interval and "by --exit-interval"
         how = f"stopped, {reason}," if reason else "finished"
         logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")

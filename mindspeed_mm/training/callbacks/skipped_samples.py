@@ -1,4 +1,4 @@
-"""Samples that cannot be used: stop at the first, or skip up to a limit; all ranks decide together."""
+"""Samples that cannot be used, and steps without a target token: skip up to a limit; all ranks decide together."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.metrics import StepRecord
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+_EMPTY_STEPS = 10  # steps in a row without a target token: the data cannot be meant so
 
 
 class SkippedSamples(Callback):
@@ -27,20 +28,42 @@ class SkippedSamples(Callback):
         """``limit``: one more than this stops the run; 0 stops at the first."""
         self._limit = limit
         self.seen = 0
+        self._empty_steps = 0
+        self._told: set[str] = set()
+
+    def on_run_start(self, run: Run) -> None:
+        """Keep the run, which an error ends after a save."""
+        self._run = run
 
     def on_step_end(self, record: StepRecord) -> None:
-        """Count a step's."""
+        """Count a step's, and steps in which there is nothing to learn."""
+        metrics = record.metrics
+        for name, what in (("skipped_too_long", "longer than --seq-length"), ("skipped_no_target", "no target token")):
+            if metrics.get(name, 0) > 0:
+                self._tell(name, f"iteration {record.iteration} skips {metrics[name]:.0f} samples: {what}")
+        self._empty_steps = self._empty_steps + 1 if metrics.get("target_tokens", 1) == 0 else 0
+        if self._empty_steps:
+            self._tell("target_tokens", f"iteration {record.iteration} has no target token: nothing is learned from it")
+        if self._empty_steps >= _EMPTY_STEPS:
+            self._run.end_with(UserError(
+                f"the last {_EMPTY_STEPS} iterations, up to {record.iteration}, had no target token, so that nothing "
+                "was learned: are all samples longer than --seq-length, or their answers empty?"
+            ))
         self.check(round(record.metrics["skipped_unusable"]), record.details.skipped_messages)
 
+    def _tell(self, kind: str, message: str) -> None:
+        if kind not in self._told and dist.get_rank() == 0:
+            logger.warning(f"{message} (said once; the log's counters go on)")
+        self._told.add(kind)
+
     def check(self, count: int, messages: Sequence[str]) -> None:
-        """Count skipped samples. Called by all ranks together, with the same ``count``.
+        """Count skipped samples, and end the run, after a save, if there are more than the limit.
+
+        Called by all ranks together, with the same ``count``.
 
         Args:
             count: over all ranks.
             messages: file, sample and reason of each that this rank met.
-
-        Raises:
-            UserError: on all ranks, with the first sample's message, if there are more than the limit.
         """
         if not count:
             return
@@ -56,7 +79,8 @@ class SkippedSamples(Callback):
                 if self._limit
                 else '; or skip such samples with dataloader_param.on_bad_sample "skip"'
             )
-            raise UserError(f"{everything[0]}{more}{remedy}")
+            self._run.end_with(UserError(f"{everything[0]}{more}{remedy}"))
+            return
         for message in everything[:_SHOWN] if dist.get_rank() == 0 else ():
             logger.warning(f"skipped bad sample: {message}")
         logger.info(f"bad samples skipped so far: {self.seen} of at most {self._limit}")
