@@ -11,10 +11,12 @@ Needs no other package; uses orjson if it is installed. Exit status: 0 on succes
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import gc
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +30,9 @@ NAMES_SHOWN = 5
 
 class InputError(Exception):
     """A mistake that the user can correct: one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
 
 
 class Malformed(ValueError):
@@ -55,12 +60,14 @@ class Result:
     Attributes:
         kept: converted records.
         text_only: number of kept records without an image.
+        with_system: number of kept records with a system message.
         missing: names of missing images; their records are skipped.
         malformed: index and reason of records that cannot be converted, by kind.
     """
 
     kept: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     text_only: int = 0
+    with_system: int = 0
     missing: list[str] = dataclasses.field(default_factory=list)
     malformed: dict[str, list[tuple[int, str]]] = dataclasses.field(default_factory=dict)
 
@@ -72,11 +79,25 @@ class Result:
         for kind, records in self.malformed.items():
             reasons = [f"record {index}: {reason}" for index, reason in records]
             lines.append(f"skipped {len(records)} {kind}: {_first(reasons, separator='; ')}")
+        if self.with_system:
+            lines.append(
+                f'{self.with_system} records have a system message: set attr.system_tag to "system" for this file in '
+                "the data configuration"
+            )
         return "\n".join(lines)
 
 
 def _first(items: list[str], *, separator: str = ", ") -> str:
-    return separator.join(items[:NAMES_SHOWN]) + (f"{separator}..." if len(items) > NAMES_SHOWN else "")
+    return separator.join(map(_one_line, items[:NAMES_SHOWN])) + (f"{separator}..." if len(items) > NAMES_SHOWN else "")
+
+
+def _one_line(text: str) -> str:
+    """``text`` without line breaks and other characters that a terminal would not show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class ImageNames:
@@ -93,7 +114,7 @@ class ImageNames:
             try:
                 with os.scandir(os.path.join(self._root, directory)) as entries:
                     names = {entry.name for entry in entries}
-            except (FileNotFoundError, NotADirectoryError):
+            except (OSError, ValueError):  # no such directory, or none that could be: a NUL, a path too long
                 names = set()
             self._names[directory] = names
         return base in names
@@ -114,6 +135,7 @@ def convert(records: list[Any], image_root: str) -> Result:
             result.missing.append(absent[0])
             continue
         result.text_only += not images
+        result.with_system += messages[0]["role"] == "system"
         result.kept.append({"images": [prefix + name for name in images], "messages": messages})
     return result
 
@@ -157,8 +179,25 @@ def _json_functions() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
     try:
         import orjson
     except ImportError:
-        return json.loads, lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _parse_json, lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return orjson.loads, orjson.dumps
+
+
+def _parse_json(content: bytes) -> Any:
+    """As orjson: UTF-8 only, where the standard library guesses."""
+    return json.loads(content.decode())
+
+
+def _read(path: Path) -> bytes:
+    """The content of a regular file, without a byte-order mark.
+
+    Raises:
+        OSError: if it cannot be read. A FIFO is refused, where it would be waited for.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        return file.read().removeprefix(codecs.BOM_UTF8)
 
 
 def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: int | None) -> int:
@@ -169,13 +208,15 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
     """
     parse, dump = _json_functions()
     try:
-        records = parse(source.read_bytes())
+        records = parse(_read(source))
     except FileNotFoundError:
         raise InputError(
             f"{source} does not exist; download LLaVA-Instruct-150K there (step 3 of the guide) or give --input"
         ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source} cannot be read as JSON ({error}); download it again") from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(
+            f"{source} cannot be read as JSON ({_reason(error)}); download it again, or give --input"
+        ) from error
     if not isinstance(records, list):
         raise InputError(f"{source} has no list of records; give LLaVA-Instruct's JSON file with --input")
     result = convert(records[:limit], image_root)
@@ -186,7 +227,11 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
     if not result.kept:
         raise InputError(f"{source} has no record that can be used; " + result.summary().replace("\n", "; "))
     # One line per record. Within a text these quotes are escaped, so only records begin like this.
-    lines = dump(result.kept).replace(b']},{"images":', b']},\n{"images":')
+    try:
+        dumped = dump(result.kept)
+    except ValueError as error:  # half a character, which JSON can hold and UTF-8 cannot
+        raise InputError(f"{source} has a text that cannot be written ({error}); download it again") from error
+    lines = dumped.replace(b']},{"images":', b']},\n{"images":')
     content = b"[\n%b\n]\n" % memoryview(lines)[1:-1]
     done = _write(output, content, overwrite=overwrite)
     print(f"{done}\n{result.summary()}")
@@ -194,13 +239,21 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
 
 
 def _write(output: Path, content: bytes, *, overwrite: bool) -> str:
-    """Write ``content`` atomically; returns what was done, for the terminal."""
-    if output.is_file():
-        if output.stat().st_size == len(content) and output.read_bytes() == content:
-            return f"{output} is up to date"
-        if not overwrite:
-            raise InputError(f"{output} exists and differs from what would be written; give --overwrite or --output")
+    """Write ``content`` atomically; returns what was done, for the terminal.
+
+    Raises:
+        InputError: if it cannot be written, or would replace another content without ``overwrite``.
+    """
     try:
+        if output.is_file():
+            if output.stat().st_size == len(content) and output.read_bytes() == content:
+                return f"{output} is up to date"
+            if not overwrite:
+                raise InputError(
+                    f"{output} exists and differs from what would be written; give --overwrite or --output"
+                )
+        elif output.exists():
+            raise ValueError("it is no regular file")
         output.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
         try:
@@ -215,8 +268,8 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> str:
         except BaseException:
             os.unlink(temporary)
             raise
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror}; give another --output") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{output} cannot be written: {_reason(error)}; give another --output") from error
     return f"wrote {output}"
 
 

@@ -7,30 +7,61 @@ The model is any Qwen3-VL directory in Hugging Face format: the published one, o
     python examples/qwen3vl/inference_demo.py --model DIR --data FILE.json --image-root DIR --output predictions.json
 
 With ``--data``, a file in LLaVA-Instruct or converted format, the first question of each record is asked and the
-answers are compared with the file's.
+answers are compared with the file's. Whatever is wrong with a file or an option is one line, with exit status 2. No
+code from the model's directory is ever run, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import json
+import os
 import re
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-_IMAGE_TAG = "<image>"
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import (
+    DATA_BYTES,
+    is_directory,
+    is_file,
+    parse_json,
+    quoted,
+    read_json,
+    read_text,
+    reading,
+    reason,
+)
+
+_IMAGE_TAG, _IMAGE_TOKEN = "<image>", "<|image_pad|>"
+_NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", _IMAGE_TOKEN)
 _DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-class InputError(Exception):
-    """A mistake of the user's, in one line. (The project's own error type is left out: nothing of it is needed.)"""
+# A reference that is a digit and nothing else, alone or in one of the quickstart's sentences
+_ONE_DIGIT = re.compile(
+    rf"(the digit is |it is the number |i see an? )?([0-9]|{'|'.join(_DIGIT_WORDS)})\.?", re.IGNORECASE
+)
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_REMEDY = "name a complete Hugging Face directory, such as the --save_dir of mm-convert dcp_to_hf"
+# Pillow knows some forty formats, and runs Ghostscript for one of them
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM", "JPEG2000")
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +71,32 @@ class Question:
     text: str
     images: tuple[str, ...]
     reference: str | None = None
+    system: str | None = None
 
 
 def digit_of(answer: str) -> int | None:
     """The one digit that ``answer`` names, as a numeral or a word; None if it names none or several."""
     text = answer.lower()
-    found = {int(numeral) for numeral in re.findall(r"\d+", text)}
+    # two places are enough to tell a digit from a larger number
+    found = {int(numeral.lstrip("0")[:2] or "0") for numeral in re.findall("[0-9]+", text)}
     found |= {value for value, word in enumerate(_DIGIT_WORDS) if re.search(rf"\b{word}\b", text)}
     digit = found.pop() if len(found) == 1 else None
     return digit if digit is not None and digit < len(_DIGIT_WORDS) else None
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether both name the same digit; where the reference names none, whether both are the same text."""
-    wanted = digit_of(reference)
-    return answer.strip() == reference.strip() if wanted is None else digit_of(answer) == wanted
+    """Whether both are the same text, but for white space.
+
+    Where the reference is one digit and nothing else, as in the quickstart, it is enough that the answer names it.
+    """
+    answer, reference = (" ".join(text.split()) for text in (answer, reference))
+    if _ONE_DIGIT.fullmatch(reference):
+        return digit_of(answer) == digit_of(reference)
+    return answer == reference
 
 
 def read_questions(path: str | Path, image_root: str | None, limit: int | None) -> list[Question]:
-    """First question of each record of a LLaVA-Instruct style or converted file.
+    """First question of each record of a LLaVA-Instruct style or converted file; records with videos are skipped.
 
     Args:
         path: JSON list; LLaVA-Instruct records have ``image`` and ``conversations``, converted ones ``images`` and
@@ -67,45 +105,99 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
         limit: number of records to read, from the first; None: all.
 
     Raises:
-        InputError: naming the file and the record.
+        UserError: naming the file and the record.
+    """
+    records = parse_json(read_text(path, name="--data", limit=DATA_BYTES), f"--data {path}")
+    if not isinstance(records, list) or not records:
+        raise UserError(f"--data {path} is not a JSON list of records")
+    questions, videos = [], 0
+    for place, record in enumerate(records[:limit]):
+        where = f"--data {path}: record {place}"
+        if isinstance(record, dict) and (record.get("videos") or record.get("video")):
+            videos += 1
+        else:
+            questions.append(checked(_first_question(record, where, Path(image_root or ".")), where))
+    if not questions:
+        raise UserError(f"--data {path}: all {videos} records have videos, which this program does not show the model")
+    if videos:
+        print(f"skipped {videos} records with videos", flush=True)
+    return questions
+
+
+def _first_question(record: Any, where: str, image_root: Path) -> Question:
+    """The first user message with its share of the images, the answer after it and the system message before it.
+
+    Raises:
+        UserError: starting with ``where``.
     """
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--data {path} cannot be read: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise InputError(f"--data {path} is not a JSON list of records")
-    questions = []
-    for place, record in enumerate(records[:limit]):
-        try:
-            if "messages" in record:
-                images, turns = record.get("images") or [], record["messages"]
-                asked, answered = turns[0]["content"], turns[1]["content"]
-            else:
-                images, turns = [record["image"]] if record.get("image") else [], record["conversations"]
-                asked, answered = turns[0]["value"], turns[1]["value"]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"--data {path}: record {place} is neither in LLaVA-Instruct format nor converted ({error!r})"
-            ) from error
-        paths = tuple(str(Path(image_root or ".") / image) for image in images)
-        questions.append(checked(Question(asked, paths, answered), f"--data {path}: record {place}"))
-    return questions
+        if "messages" in record:
+            turns = [(_ROLES[turn["role"]], turn["content"]) for turn in record["messages"]]
+            images = record.get("images") or []
+        else:
+            turns = [(_ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
+            images = record.get("image") or []
+        images = [images] if isinstance(images, str) else images
+        if not all(isinstance(text, str) for text in [*(text for _, text in turns), *images]):
+            raise TypeError("a text or an image's name is not a string")
+        asked = [role for role, _ in turns].index("user")
+        text, (role, reference) = turns[asked][1], turns[asked + 1]
+        if role != "assistant":
+            raise ValueError("no answer follows the first question")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{where} is neither in LLaVA-Instruct format nor converted ({quoted(repr(error))})"
+        ) from error
+    tags = sum(text.count(_IMAGE_TAG) for role, text in turns if role == "user")
+    if tags == len(images):  # later questions have the other images
+        images = images[: text.count(_IMAGE_TAG)]
+    system = "\n".join(text for role, text in turns[:asked] if role == "system")
+    return Question(text, tuple(str(image_root / image) for image in images), reference, system or None)
 
 
 def checked(question: Question, where: str) -> Question:
     """``question``, checked: its ``<image>`` tags match its images and the files exist.
 
     Raises:
-        InputError: starting with ``where``.
+        UserError: starting with ``where``.
     """
     tags = question.text.count(_IMAGE_TAG)
     if tags != len(question.images):
-        raise InputError(f"{where} has {len(question.images)} images and {tags} {_IMAGE_TAG} tags; make them equal")
+        raise UserError(f"{where} has {len(question.images)} images and {tags} {_IMAGE_TAG} tags; make them equal")
+    with reading(f"{where}, its text,"):
+        for text in (question.text, question.reference, question.system):
+            (text or "").encode()  # JSON can hold halves of characters, which no tokenizer takes
     for image in question.images:
-        if not Path(image).is_file():
-            raise InputError(f"{where}: image {image} does not exist; correct the path, or --image-root")
+        if not is_file(image):
+            raise UserError(
+                f"{where}: image {quoted(image)} does not exist, or is no regular file; correct the path, or "
+                "--image-root"
+            )
     return question
+
+
+def check_device(device_map: str) -> None:
+    """Try the device that ``--device-map`` names.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
+    remedy = "give --device-map auto, or a device that this machine has, such as cpu"
+    if device_map in _DEVICE_MAPS:
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError(
+                f"--device-map {device_map} needs the package accelerate; install it, or give a device such as cpu"
+            )
+        return
+    if device_map.startswith("npu"):
+        with contextlib.suppress(ImportError):
+            import torch_npu  # noqa: F401 - makes the device known
+    try:
+        usable = torch.zeros(1, device=device_map).add(1).item() == 1
+    except Exception as error:  # AssertionError, RuntimeError or NotImplementedError, by device
+        raise UserError(f"--device-map {quoted(device_map)} cannot be used: {reason(error)}; {remedy}") from error
+    if not usable:
+        raise UserError(f"--device-map {quoted(device_map)} does not compute; {remedy}")
 
 
 def load_image_processor(directory: str) -> Any:
@@ -114,7 +206,31 @@ def load_image_processor(directory: str) -> Any:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
     except ImportError:  # transformers 4: the variant has the plain name there
         from transformers import Qwen2VLImageProcessor as Processor
-    return Processor.from_pretrained(directory)
+    return Processor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def load_tokenizer(directory: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: if it is missing, damaged, or does not know the tokens of a chat with images.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(is_file(Path(directory) / name) for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make an empty tokenizer
+        raise UserError(f"--model {directory} has neither tokenizer.json nor vocab.json; {_REMEDY}")
+    with reading(f"the tokenizer in --model {directory}", _REMEDY):
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, padding_side="left", trust_remote_code=False, local_files_only=True
+        )
+        vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in _NEEDED_TOKENS if token not in vocabulary]
+    if unknown:
+        raise UserError(f"the tokenizer in --model {directory} does not know {', '.join(unknown)}; {_REMEDY}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
 
 
 class Answerer:
@@ -129,78 +245,194 @@ class Answerer:
             dtype: "auto" (as stored), "bfloat16" or "float32".
 
         Raises:
-            InputError: if the directory is not a Qwen3-VL model.
+            UserError: if the directory is not a complete Qwen3-VL model, or does not fit the device.
         """
-        from transformers import AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoModelForImageTextToText
+        from transformers.utils import logging
 
-        if not (Path(directory) / "config.json").is_file():
-            raise InputError(
-                f"--model {directory} has no config.json; name a Hugging Face directory, such as the --save_dir of "
-                "mm-convert dcp_to_hf"
-            )
-        self.tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-        self.image_processor = load_image_processor(directory)
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        if not is_file(Path(directory) / "config.json"):
+            raise UserError(f"--model {directory} has no config.json; {_REMEDY}")
+        kind = read_json(Path(directory) / "config.json", remedy=_REMEDY).get("model_type")
+        if not isinstance(kind, str) or not kind.startswith("qwen3_vl"):
+            raise UserError(f"--model {directory} is a {quoted(kind)} model, not a Qwen3-VL one; {_REMEDY}")
+        if is_file(Path(directory) / "generation_config.json"):  # transformers would ignore a damaged one
+            read_json(Path(directory) / "generation_config.json", remedy=_REMEDY)
+        check_device(device_map)
+        self.directory = directory
+        self.tokenizer = load_tokenizer(directory)
+        with reading(f"preprocessor_config.json in --model {directory}", _REMEDY):
+            self.image_processor = load_image_processor(directory)
         dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        self.model, loading = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
-        wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+        with reading(f"the model in --model {directory}", _REMEDY):
+            self.model, loading = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=dtype, device_map=device_map, output_loading_info=True,
+                trust_remote_code=False, local_files_only=True, use_safetensors=True,
+            )
+            wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
         if wrong:
-            raise InputError(f"--model {directory}: its weights do not fit its config.json, first {wrong[0]}")
-        if not self.model.config.model_type.startswith("qwen3_vl"):
-            raise InputError(f"--model {directory} is a {self.model.config.model_type} model, not a Qwen3-VL one")
+            raise UserError(f"--model {directory}: its weights do not fit its config.json, first {wrong[0]}")
+        self._check_agreement()
         self.model.eval()
+
+    def _check_agreement(self) -> None:
+        """Check that tokenizer and image processor are those of the model.
+
+        Raises:
+            UserError: naming the two values that differ.
+        """
+        vocabulary, config = self.tokenizer.get_vocab(), self.model.config
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(vocabulary.values()) >= rows:
+            raise UserError(
+                f"--model {self.directory}: the tokenizer has a token with number {max(vocabulary.values())}, the "
+                f"model only {rows} tokens; {_REMEDY}"
+            )
+        processor, vision = self.image_processor, config.vision_config
+        pairs = (
+            (f"number of {_IMAGE_TOKEN}", vocabulary[_IMAGE_TOKEN], config.image_token_id),
+            ("patch_size", processor.patch_size, vision.patch_size),
+            ("merge_size", processor.merge_size, vision.spatial_merge_size),
+            ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+        )
+        for name, found, wanted in pairs:
+            if found != wanted:
+                raise UserError(
+                    f"--model {self.directory}: the {name} is {quoted(found)} in the tokenizer's or the image "
+                    f"processor's files and {quoted(wanted)} in config.json; {_REMEDY}"
+                )
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
-        """Greedy answers to a batch of questions."""
-        inputs = self._inputs(questions).to(self.model.device)
-        padding = self.tokenizer.pad_token_id
-        output = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding,
-            temperature=None, top_p=None, top_k=None,
-        )
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+        """Greedy answers to a batch of questions.
+
+        Raises:
+            UserError: for an unusable image or chat template, too little memory, or a model that cannot compute.
+        """
+        inputs, padding = self._inputs(questions), self.tokenizer.pad_token_id
+        try:
+            inputs = inputs.to(self.model.device)
+            output = self.model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding,
+                temperature=None, top_p=None, top_k=None,
+            )
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+        except Exception as error:  # by device and backend; a damaged model raises almost anything
+            remedy = (
+                "give a smaller --batch or --max-new-tokens, smaller images, or more devices"
+                if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+                else "check config.json and generation_config.json"
+            )
+            raise UserError(f"--model {self.directory} cannot answer: {reason(error)}; {remedy}") from error
 
     def _inputs(self, questions: Sequence[Question]) -> Any:
         """Padded token ids [B, L], attention mask [B, L], patches [N, patch width] and grids [images, 3]."""
         from transformers import BatchFeature
 
-        images = [_load_image(path) for question in questions for path in question.images]
-        vision = self.image_processor(images=images, return_tensors="pt") if images else {}
+        paths = [path for question in questions for path in question.images]
+        images = [_load_image(path) for path in paths]
+        with reading(f"batch of {len(images)} images, the first {quoted(paths[0])}," if images else "no image"):
+            vision = self.image_processor(images=images, return_tensors="pt") if images else {}
         merge = self.image_processor.merge_size**2
         placeholders = iter([int(grid.prod()) // merge for grid in vision.get("image_grid_thw", [])])
         prompts = []
         for question in questions:
-            pieces = self._prompt(question.text).split("<|image_pad|>")
+            pieces = self._prompt(question).split(_IMAGE_TOKEN)
+            if len(pieces) - 1 != len(question.images):
+                raise UserError(
+                    f"the chat template in --model {self.directory} makes {len(pieces) - 1} places for "
+                    f"{len(question.images)} images of the question {quoted(question.text)!r}"
+                )
             prompt = pieces[0]
             for piece in pieces[1:]:
-                prompt += "<|image_pad|>" * next(placeholders) + piece
+                prompt += _IMAGE_TOKEN * next(placeholders) + piece
             prompts.append(prompt)
-        inputs = dict(self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False))
+        with reading(f"question {quoted(questions[0].text)!r}, or another of its batch,"):
+            inputs = dict(self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False))
         inputs.pop("token_type_ids", None)
         inputs.update(vision)
         if images and _wants_token_types(self.model):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
         return BatchFeature(inputs)
 
-    def _prompt(self, text: str) -> str:
+    def _prompt(self, question: Question) -> str:
         """Chat text of one question; each ``<image>`` becomes a vision segment with one placeholder."""
         content: list[dict[str, str]] = []
-        for place, piece in enumerate(text.split(_IMAGE_TAG)):
+        for place, piece in enumerate(question.text.split(_IMAGE_TAG)):
             content += [{"type": "image"}] * (place > 0) + [{"type": "text", "text": piece}] * bool(piece)
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if question.system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": question.system}]})
+        with reading(f"the chat template in --model {self.directory}", _REMEDY):
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _load_image(path: str) -> Image.Image:
+    """The image in RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        UserError: if it cannot be decoded.
+    """
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    with reading(f"image {quoted(path)}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a damaged EXIF, which does not matter
+        with Image.open(path, formats=formats) as image:
+            try:
+                turn = _TRANSPOSED.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+            except Exception:  # Pillow parses EXIF without checks; the pixels may be fine
+                turn = None
+            pixels = image.convert("RGB")
+        return pixels if turn is None else pixels.transpose(turn)
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        yield
     except (OSError, ValueError) as error:
-        raise InputError(f"image {path} cannot be read: {error}") from error
+        raise UserError(f"--output {quoted(path)} cannot be written: {reason(error)}; give another path") from error
+
+
+def check_output(path: str, data: str) -> None:
+    """Check that ``--output`` can be written, by making its directory and a file there.
+
+    Raises:
+        UserError: if not, or if it is the file of questions.
+    """
+    with _writing(path):
+        if is_directory(path):
+            raise ValueError("it is a directory")
+        if os.path.exists(path):
+            if not is_file(path):
+                raise ValueError("it is no regular file")
+            if os.path.samefile(path, data):
+                raise ValueError("it is the --data file")
+        directory = Path(os.path.realpath(path)).parent
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+
+
+def write_output(path: str, result: dict[str, Any]) -> None:
+    """Write the predictions file, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    # half characters, as in a path that is not UTF-8, become JSON's escapes
+    content = (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _wants_token_types(model: Any) -> bool:
@@ -266,22 +498,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     args = parse_args(argv)
     try:
-        if args.image:
-            text = args.question if _IMAGE_TAG in args.question else _IMAGE_TAG * len(args.image) + args.question
-            questions = [checked(Question(text, tuple(args.image)), "--image and --question")]
-        else:
-            questions = read_questions(args.data, args.image_root, args.limit)
-        answerer = Answerer(args.model, device_map=args.device_map, dtype=args.dtype)
-        if args.image:
-            print(answerer.answer(questions, max_new_tokens=args.max_new_tokens)[0])
-            return 0
-        result = evaluate(answerer, questions, args)
-    except InputError as error:
+        return _run(args)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.image:
+        if args.output:
+            raise UserError("--output goes with --data; with --image the answer is printed")
+        text = args.question if _IMAGE_TAG in args.question else _IMAGE_TAG * len(args.image) + args.question
+        questions = [checked(Question(text, tuple(args.image)), "--image and --question")]
+    else:
+        questions = read_questions(args.data, args.image_root, args.limit)
+        if args.output:
+            check_output(args.output, args.data)
+    answerer = Answerer(args.model, device_map=args.device_map, dtype=args.dtype)
+    if args.image:
+        print(answerer.answer(questions, max_new_tokens=args.max_new_tokens)[0])
+        return 0
+    result = evaluate(answerer, questions, args)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_output(args.output, result)
         print(f"answers written to {args.output}")
     print(f"held-out accuracy: {100 * result['accuracy']:.1f}% ({result['right']} of {result['total']})")
     return 0

@@ -83,7 +83,7 @@ run_torchrun() {
     export MM_RUN_STATE
     trap 'rm -rf "$MM_RUN_STATE"' EXIT
     mkfifo "$MM_RUN_STATE/log"
-    (trap '' INT TERM HUP USR1; exec tee "$1") <"$MM_RUN_STATE/log" &
+    (trap '' INT TERM HUP USR1; exec tee -p "$1") <"$MM_RUN_STATE/log" &
     local tee=$! answer
     interrupts=0 stopped_early=0
     MM_PREFLIGHT_DONE=1 setsid torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" \

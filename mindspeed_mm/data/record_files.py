@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import DATA_BYTES, is_file, kind_of, read_bytes, reading, reason
+from mindspeed_mm.inputs import DATA_BYTES, is_file, kind_of, quoted, read_bytes, reading, reason
 
 _BOM = b"\xef\xbb\xbf"  # written by some editors; means nothing
 _ROW_GROUPS_KEPT = 4
@@ -243,9 +243,29 @@ def _element_places(path: str) -> np.ndarray:
                     depth -= 1
                     if depth == 1:
                         places.append((start, match.end()))
+            if not depth and places:
+                _check_gaps(path, content, places)
     if depth or (not places and start == 0 and not _is_empty_list(path)):
         raise UserError(f"{path} is not a valid JSON list of records; create it again (step 3 of the guide)")
     return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def _check_gaps(path: str, content: mmap.mmap, places: list[tuple[int, int]]) -> None:
+    """Check that there is nothing between the objects of a list but commas: a number there would not be a record.
+
+    Raises:
+        UserError: naming what else there is.
+    """
+    end = 0
+    for index, (start, following) in enumerate([*places, (len(content), len(content))]):
+        gap = content[end:start].strip().removeprefix(_BOM)
+        if gap != (b"[" if index == 0 else b"]" if index == len(places) else b","):
+            found = quoted(gap.decode(errors="replace"), 40)
+            raise UserError(
+                f"{path}: before record {index} there is {found!r}, which is not an object; create the file again "
+                "(step 3 of the guide), or remove it"
+            )
+        end = following
 
 
 def _is_empty_list(path: str) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**63), 10**30, 0.5, -1.5, 1e308, float("nan"), float("inf"), "",
-    " ", "x", "0", "null", "../x", "/etc/passwd", "a\0b", "\ud800", "\n", "é" * 300, "x" * 100_000, [], {}, [None], [[]],
-    [[[[1]]]], {"x": None}, ["a", 1], {"": {}},
+    " ", "x", "0", "null", "../x", "/etc/passwd", "a\0b", "\ud800", "\n", "é" * 300, "x" * 100_000, [], {}, [None],
+    [[]], [[[[1]]]], {"x": None}, ["a", 1], {"": {}},
 )
 """Values of every JSON type, among them those that programs trip over."""
 

@@ -30,7 +30,7 @@ HELP_COMMANDS = (
     ("-m", "mindspeed_mm.tools.memory", "--help"),
 )
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",
-           "tests/drivers/*.py", "tests/tools/*.py", "tests/st/*.py")
+           "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py", "tests/st/*.py")
 FOREIGN_FLAGS = {"--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal"}  # pytest, pip, ...
 WRITTEN_BY_COMMANDS = {"docs/performance_gpu.md"}
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import DATA_BYTES, read_json, read_text, reading, reason
 
 _SMOOTHING = 10  # iterations that the smoothed curve averages over
 _BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#9fb8d3", "#1a7f37", "#c4261d"
@@ -37,12 +38,12 @@ def read_metrics(path: str | Path) -> list[Step]:
         UserError: if the file cannot be read or has no step.
     """
     steps = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, limit=DATA_BYTES).splitlines(), start=1):
         try:
             values = json.loads(line)
             loss = math.nan if values["loss"] is None else values["loss"]
             steps.append(Step(values["iteration"], loss, values["learning_rate"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, has no step ({error}); name a run's metrics.jsonl") from error
     if not steps:
         raise UserError(f"{path} has no step: training ended before the first one")
@@ -131,9 +132,13 @@ def plot_samples(result: dict[str, Any], path: str | Path, *, count: int = 15, c
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}; give another path") from error
+    finally:
+        _pyplot().close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,17 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             plot_loss(read_metrics(args.metrics), args.loss_png)
             print(args.loss_png)
         if args.predictions:
-            plot_samples(json.loads(_read(args.predictions)), args.samples_png)
+            result = read_json(args.predictions, limit=DATA_BYTES)
+            with reading(args.predictions, "name a file that inference_demo.py wrote"):
+                plot_samples(result, args.samples_png)
             print(args.samples_png)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -123,10 +123,6 @@ def test_a_batch_gives_the_answers_of_single_questions(model_dir, digits):
     assert together == [answerer.answer([question], max_new_tokens=4)[0] for question in questions]
 
 
-def test_the_demo_needs_nothing_of_this_project():
-    assert "mindspeed_mm" not in (EXAMPLE / "inference_demo.py").read_text()
-
-
 @pytest.mark.parametrize(
     ("answer", "digit"),
     [("The digit is seven.", 7), ("7", 7), ("I see a 0.", 0), ("Seven, or 7", 7), ("seven or eight", None),
@@ -141,11 +137,14 @@ def test_answers_without_a_digit_must_be_equal():
     assert not inference_demo.is_right("A cat.", "A dog.")
 
 
+_MESSAGES = '[{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A"}]'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("{}", "not a JSON list"), ('[{"image": "a.jpg"}]', "record 0"),
-     ('[{"images": ["no.jpg"], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "no.jpg does not exist"),
-     ('[{"images": [], "messages": [{"content": "<image>?"}, {"content": "A"}]}]', "0 images and 1")],
+    [("{", "not valid JSON"), ("{}", "not a JSON list"), ('[{"image": "a.jpg"}]', "record 0"),
+     (f'[{{"images": ["no.jpg"], "messages": {_MESSAGES}}}]', "no.jpg does not exist"),
+     (f'[{{"images": [], "messages": {_MESSAGES}}}]', "0 images and 1")],
 )
 def test_unusable_questions_are_one_line(tmp_path, capsys, content, message):
     path = tmp_path / "data.json"
