@@ -11,10 +11,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import parse_yaml, read_text
 
 _HELP = ("-h", "--help", "help")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -94,12 +94,7 @@ def _entries(path: str) -> dict[str, str | None]:
     Raises:
         UserError: if the file cannot be read or is not a mapping.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    content = parse_yaml(read_text(path, name="--config"), f"--config {path}")
     if not isinstance(content, Mapping):
         raise UserError(f"--config {path} must map option names to values")
     texts = {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in content.items()}

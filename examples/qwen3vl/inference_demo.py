@@ -270,10 +270,11 @@ class Answerer:
             self.model, loading = AutoModelForImageTextToText.from_pretrained(
                 directory, dtype=dtype, device_map=device_map, output_loading_info=True,
                 trust_remote_code=False, local_files_only=True, use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are listed, and refused below
             )
             wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
         if wrong:
-            raise UserError(f"--model {directory}: its weights do not fit its config.json, first {wrong[0]}")
+            raise UserError(f"--model {directory}: its weights do not fit its config.json, first {quoted(wrong[0])}")
         self._check_agreement()
         self.model.eval()
 

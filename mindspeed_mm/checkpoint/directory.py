@@ -37,6 +37,7 @@ from mindspeed_mm.checkpoint.files import (
     write_atomically,
 )
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import INDEX_BYTES, inside, is_file, quoted, read_bytes, read_json, reason
 
 RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -48,6 +49,7 @@ FINISHED = ".finished"
 _PLAN = "plan.json"
 _HF_CONFIG = "config.json"
 _HASH_THREADS = 4
+_TRACKER_BYTES, _MOST_DIGITS = 4096, 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +87,14 @@ def read_tracker(root: str | os.PathLike[str]) -> str | int | None:
     """
     path = Path(root) / TRACKER
     try:
-        text = path.read_text().strip()
+        text = read_bytes(path, limit=_TRACKER_BYTES).decode().strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     if text == RELEASE:
         return RELEASE
-    if text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS:
         return int(text)
     raise UserError(f"{path} holds {text[:40]!r}; it must hold an iteration number or {RELEASE!r}")
 
@@ -103,7 +105,7 @@ def write_tracker(root: str | os.PathLike[str], value: str | int) -> None:
 
 
 def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
-    """The checkpoint directory that the tracker in ``root`` points to.
+    """The checkpoint directory that the tracker in ``root`` points to, or ``root`` if it is itself a checkpoint.
 
     Raises:
         UserError: if ``root``, the tracker or the directory is missing, naming the step of the guide that creates it.
@@ -112,6 +114,8 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     if not root.is_dir():
         raise UserError(f"checkpoint directory {root} does not exist; convert the weights first (step 2: mm-convert)")
     value = read_tracker(root)
+    if value is None and is_file(root / MANIFEST):
+        return root  # a checkpoint itself, such as .../iter_0000010
     if value is None:
         raise UserError(
             f"{root} has no {TRACKER}, so it has no finished checkpoint; convert the weights first "
@@ -129,8 +133,8 @@ def checkpoint_to_load(load: str | os.PathLike[str], *, plain: bool) -> tuple[Pa
     """The checkpoint of ``--load`` and its manifest.
 
     Args:
-        load: directory of a tracker file.
-        plain: it may also be a checkpoint itself, and one of torch's without a manifest (``--check-load none``).
+        load: directory of a tracker file, or a checkpoint.
+        plain: it may also be one of torch's without a manifest (``--check-load none``).
 
     Raises:
         UserError: if it is missing or incomplete.
@@ -339,19 +343,31 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not Path(path).is_dir():
         raise UserError(f"checkpoint directory {path} does not exist")
-    try:
-        manifest = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} has no {MANIFEST}, so it is not a complete checkpoint; create it again") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); create the checkpoint again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not os.path.lexists(file):
+        raise UserError(f"{path} has no {MANIFEST}, so it is not a complete checkpoint; create it again")
+    manifest = read_json(file, remedy="create the checkpoint again", limit=INDEX_BYTES)
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.setdefault("metadata", {}), dict):
         raise UserError(f"{file} is not a manifest of a checkpoint; create the checkpoint again")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(
-            f"{file} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; create it again"
+            f"{file} has format {quoted(manifest.get('format'), 40)}, this version reads {MANIFEST_FORMAT}; create it "
+            "again"
         )
+    for name, entry in manifest["files"].items():
+        inside(path, name)
+        known = isinstance(entry, dict) and isinstance(entry.get("checksum"), str)
+        if not known or type(entry.get("size")) is not int or not _are_items(entry.get("items", [])):
+            raise UserError(f"{file}: the entry of {quoted(name)} is damaged; create the checkpoint again")
     return manifest
+
+
+def _are_items(items: Any) -> bool:
+    """Whether these are chunks as the manifest lists them: offset, length, checksum."""
+    return isinstance(items, list) and all(
+        isinstance(item, list) and len(item) == 3 and type(item[0]) is int and type(item[1]) is int
+        and isinstance(item[2], str)
+        for item in items
+    )
 
 
 def verify_directory(

@@ -6,7 +6,6 @@ The names and options are those of MindSpeed-MM's ``GenericDCPConverter``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ from mindspeed_mm.checkpoint.conversion import DTYPES, open_reader
 from mindspeed_mm.checkpoint.dcp_to_hf import Output, write_safetensors
 from mindspeed_mm.checkpoint.directory import check_huggingface, find_checkpoint, verify_directory
 from mindspeed_mm.checkpoint.hf_to_dcp import write_checkpoint
-from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, SafetensorsReader, read_headers
+from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, SafetensorsReader, read_headers, read_weight_map
 from mindspeed_mm.checkpoint.safetensors_io import CODES, Header, listed, read_header
 from mindspeed_mm.checkpoint.safetensors_io import DTYPES as STORED_DTYPES
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import is_file, read_json
 from mindspeed_mm.models.state_dict import copy_rule
 
 
@@ -173,23 +173,16 @@ def _unfused(name: str, shape: tuple[int, ...], assets: Path) -> tuple[int, ...]
     if len(shape) != 2:
         return None
     file = assets / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        holders = (config, config.get("text_config"), (config.get("thinker_config") or {}).get("text_config"))
-        experts = next((holder["num_experts"] for holder in holders if holder and holder.get("num_experts")), None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); --fused_linear_names needs its num_experts") from error
-    if not isinstance(experts, int) or shape[0] % experts:
+    config = read_json(file, remedy="--fused_linear_names needs its num_experts")
+    thinker = config.get("thinker_config")
+    holders = [config, config.get("text_config"), thinker.get("text_config") if isinstance(thinker, dict) else None]
+    found = [holder["num_experts"] for holder in holders if isinstance(holder, dict) and holder.get("num_experts")]
+    experts = found[0] if found else None
+    if type(experts) is not int or experts < 1 or shape[0] % experts:
         raise UserError(f"{name} {list(shape)} is not made of the num_experts ({experts}) of {file}; correct either")
     return (experts, shape[0] // experts, shape[1])
 
 
 def _indexed_names(assets: Path) -> set[str] | None:
     """The tensors that the weight index names; None if there is none."""
-    file = assets / INDEX
-    if not file.is_file():
-        return None
-    try:
-        return set(json.loads(file.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); download it again") from error
+    return set(read_weight_map(assets)) if is_file(assets / INDEX) else None

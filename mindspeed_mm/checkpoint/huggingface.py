@@ -38,6 +38,7 @@ from mindspeed_mm.checkpoint.safetensors_io import (
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, THREADS
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import INDEX_BYTES, inside, is_file, kind_of, read_json
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, WeightRule, hf_shapes
 
@@ -54,10 +55,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 def config_dtype(directory: Path) -> torch.dtype | None:
     """The dtype in ``config.json``, None if there is none."""
     path = directory / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    for holder in (config, config.get("text_config") or {}):
-        for key in _DTYPE_KEYS:
-            if (name := holder.get(key)) in _DTYPES:
+    config = read_json(path) if path.exists() else {}
+    for holder in (config, config.get("text_config")):
+        for key in _DTYPE_KEYS if isinstance(holder, dict) else ():
+            if isinstance(name := holder.get(key), str) and name in _DTYPES:
                 return _DTYPES[name]
     return None
 
@@ -78,7 +79,7 @@ def copy_assets(source: Path, target: Path, *, dtype: torch.dtype | None) -> Non
         elif path.is_dir() and name in _FOLDERS:
             shutil.copytree(path, target / name, dirs_exist_ok=True)
     if dtype not in (None, config_dtype(target)) and (target / "config.json").exists():
-        config = json.loads((target / "config.json").read_text())
+        config = read_json(target / "config.json")
         _set_dtype(config, str(dtype).removeprefix("torch."))
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -370,7 +371,7 @@ class HFReader(SafetensorsReader):
 
     def transformers_version(self) -> str | None:
         """The version of transformers that wrote ``config.json``, None if not recorded."""
-        return json.loads((self.path / "config.json").read_text()).get("transformers_version")
+        return read_json(self.path / "config.json").get("transformers_version")
 
 
 def _decide_layout(
@@ -444,20 +445,38 @@ def layout_by_shapes(
     return "v5" if experts and all(shapes[name] == expected[name] for name in experts) else "hub"
 
 
+def read_weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name, by the weight index of ``directory``; the files are inside it.
+
+    Raises:
+        UserError: if the index is damaged, or names a file elsewhere.
+    """
+    index, remedy = directory / INDEX, "download it again"
+    weight_map = read_json(index, remedy=remedy, limit=INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} cannot be read: its weight_map is {kind_of(weight_map)}; {remedy}")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise UserError(f"{index} cannot be read: a tensor's file is {kind_of(name)}; {remedy}")
+        inside(directory, name)
+    return weight_map
+
+
 def read_headers(directory: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES) -> dict[str, Header]:
     """Headers of all weight files by file name, compared with the index if there is one; see ``read_header``."""
-    index = directory / INDEX
-    if not index.is_file():
-        single = directory / SINGLE
-        if not single.is_file():
+    index, single = directory / INDEX, directory / SINGLE
+    if is_file(index) and is_file(single):
+        raise UserError(
+            f"{directory} has both {INDEX} and {SINGLE}, and transformers would read the second; remove the one that "
+            "is not meant"
+        )
+    if not is_file(index):
+        if not is_file(single):
             raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}; download the weights (step 2 of the guide)")
         return {SINGLE: read_header(single, dtypes=dtypes)}
-    try:
-        weight_of = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_of.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read ({error}); download it again") from error
-    absent = [name for name in files if not (directory / name).is_file()]
+    weight_of = read_weight_map(directory)
+    files = sorted(set(weight_of.values()))
+    absent = [name for name in files if not is_file(inside(directory, name))]
     if absent:
         raise UserError(
             f"{directory} lacks {len(absent)} of {len(files)} weight files named by {INDEX}: {', '.join(absent[:3])}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import open_regular
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes of a model that trains here; others belong to quantised releases."""
@@ -65,8 +66,8 @@ def read_header(path: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES
             leave gaps, or if a dtype is not supported.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, limit=1 << 62), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
@@ -74,11 +75,13 @@ def read_header(path: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES
             content = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has a damaged header; download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} has a damaged header; download it again")
     metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path} has a damaged header: __metadata__ must map names to texts; download it again")
     start = 8 + length
     tensors = {name: _stored_tensor(path, name, entry, start, dtypes) for name, entry in content.items()}
     end = start
@@ -96,11 +99,12 @@ def _stored_tensor(
     path: Path, name: str, entry: Any, data_start: int, dtypes: Mapping[str, torch.dtype]
 ) -> StoredTensor:
     try:
-        code, shape = entry["dtype"], tuple(int(extent) for extent in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or not 0 <= number < 1 << 62 for number in (*shape, begin, end)):
+            raise ValueError("shape and offsets must be whole numbers from 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the header entry of {name} is damaged; download it again") from error
-    if code not in dtypes:
+    if not isinstance(code, str) or code not in dtypes:
         raise UserError(
             f"{path}: {name} has type {code}; weights must be one of {', '.join(dtypes)} (take an unquantised release)"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
-from mindspeed_mm.checkpoint.directory import PROGRESS_FILE, verify_directory
+from mindspeed_mm.checkpoint.directory import PROGRESS_FILE, verify_directory, verify_files
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.shards import Shard, total_bytes
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import quoted, read_json
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
@@ -54,19 +54,33 @@ class Progress:
         return (path / PROGRESS_FILE).is_file()
 
     @classmethod
-    def read(cls, path: Path) -> Progress:
+    def read(cls, path: Path, manifest: Mapping[str, Any] | None = None) -> Progress:
         """Read from a checkpoint directory; a converted one starts at iteration 0.
+
+        Args:
+            path: the directory.
+            manifest: its manifest, whose checksum the file must have; None compares nothing.
 
         Raises:
             UserError: if the file is damaged, or was written by a newer version.
         """
         if not cls.is_training(path):
             return cls()
-        try:
-            return cls(**json.loads((path / PROGRESS_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            reason = f"{path / PROGRESS_FILE} cannot be read ({error})"
-            raise UserError(f"{reason}; restore it, or load another checkpoint") from error
+        file, remedy = path / PROGRESS_FILE, "restore it, or load another checkpoint"
+        if manifest is not None and PROGRESS_FILE in manifest["files"]:
+            verify_files(path, {PROGRESS_FILE: manifest["files"][PROGRESS_FILE]})
+        content = read_json(file, remedy=remedy)
+        unknown = [name for name in content if name not in {field.name for field in dataclasses.fields(cls)}]
+        if unknown:
+            raise UserError(f"{file}: {quoted(unknown[0])} is unknown to this version; {remedy}")
+        progress = cls(**content)
+        optional = (progress.seed, progress.samples_per_epoch)
+        counts = (progress.iteration, progress.consumed_samples, *(value for value in optional if value is not None))
+        if any(type(value) is not int or not 0 <= value < 1 << 62 for value in counts):
+            raise UserError(f"{file} holds {quoted(content)}: its counters must be whole numbers from 0; {remedy}")
+        if not (progress.schedule is None or isinstance(progress.schedule, dict)):
+            raise UserError(f"{file}: schedule is {quoted(progress.schedule, 40)}, not an object; {remedy}")
+        return progress
 
 
 def model_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -270,7 +284,7 @@ def load_checkpoint(
         tensors = _tensors_to_load(
             reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None, exact=exact
         )
-        progress = Progress.read(path)
+        progress = Progress.read(path, None if check == "none" else manifest)
     if base is not None:
         names = {name for name, _ in model.named_parameters() if MODEL_PREFIX + name not in tensors}
         _load_base(base, model, names, check=check, expert_layout=expert_layout)

@@ -54,6 +54,7 @@ from mindspeed_mm.checkpoint.files import (
 )
 from mindspeed_mm.checkpoint.shards import Rows, Stager
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import INDEX_BYTES, read_bytes
 
 # torch 2.7's own writer causes it
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
@@ -76,7 +77,7 @@ def read_metadata(path: Path) -> Metadata:
         UserError: if it is missing, damaged, incomplete, or holds anything but the records of the format.
     """
     try:
-        content = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        content = _MetadataUnpickler(io.BytesIO(read_bytes(path, limit=INDEX_BYTES))).load()
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}, so it is not a distributed checkpoint") from error
     except _Foreign as error:

@@ -13,7 +13,7 @@ import time
 import warnings
 from pathlib import Path
 
-from tests.fuzz.data import KINDS, run_kinds
+from tests.fuzz.kinds import KINDS, run_kinds
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +212,3 @@ def fuzz_tokenizers(directory: Path, count: int, seed: int) -> Outcomes:
 KINDS: dict[str, Callable[[Path, int, int], Outcomes]] = {
     "images": fuzz_images, "videos": fuzz_videos, "records": fuzz_records, "tokenizers": fuzz_tokenizers,
 }
-
-
-def run_kinds(directory: Path, kinds: list[str], count: int, seed: int) -> Iterator[tuple[str, Outcomes]]:
-    """Try ``count`` inputs of each kind."""
-    for kind in kinds:
-        (directory / kind).mkdir()
-        yield kind, KINDS[kind](directory / kind, count, seed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import quoted, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,29 @@ class DecoderConfig:
         )
 
 
+def check_number(
+    value: Any, name: str, *, source: str, kind: type = int, low: float = 1, high: float = 1 << 31
+) -> Any:
+    """``value``, if it is a number of ``kind`` between ``low`` and ``high``.
+
+    Args:
+        value: as a file has it.
+        name: of the field, for messages.
+        source: the file, for messages.
+        kind: int, or float, which whole numbers are, too.
+        low: least value.
+        high: largest value.
+
+    Raises:
+        UserError: if it is anything else; a boolean is no number.
+    """
+    right = type(value) is int or (kind is float and type(value) is float)
+    if not right or not low <= value <= high:
+        word = "whole number" if kind is int else "number"
+        raise UserError(f"{source}: {name} is {quoted(repr(value), 60)}; it must be a {word} from {low:g} to {high:g}")
+    return value
+
+
 def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     """The path and the content of ``directory/config.json``, which has a ``model_type``.
 
@@ -58,15 +82,12 @@ def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
         UserError: if the file is missing, is not JSON, or has no ``model_type``.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(
             f"{path} does not exist: {directory} is not a Hugging Face model directory; "
             "download the weights first (step 2 of the guide) or correct the path"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict) or "model_type" not in content:
+    content = read_json(path, remedy="download it again")
+    if not isinstance(content.get("model_type"), str):
         raise UserError(f"{path} has no model_type; download it again, or correct the path")
     return path, content

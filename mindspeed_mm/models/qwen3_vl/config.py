@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.layers.config import DecoderConfig, read_config_json
+from mindspeed_mm.inputs import kind_of, quoted, reading, reason
+from mindspeed_mm.models.layers.config import DecoderConfig, check_number, read_config_json
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
 
@@ -117,11 +118,9 @@ class Qwen3VLConfig:
                 f"{path} has model_type {model_type!r}; this project trains {' and '.join(SUPPORTED_MODEL_TYPES)}"
             )
         try:
-            model_config = cls._read(raw)
+            return cls._checked(raw, str(path))
         except KeyError:
             return cls.from_config(_with_defaults(path), source=str(path))
-        model_config.validate(str(path))
-        return model_config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config") -> Qwen3VLConfig:
@@ -131,11 +130,27 @@ class Qwen3VLConfig:
             UserError: naming ``source`` if a value is missing or inconsistent.
         """
         try:
-            model_config = cls._read(config)
+            return cls._checked(config, source)
         except KeyError as error:
             raise UserError(f"{source} lacks the field {error}; is it a Qwen3-VL config?") from error
-        model_config.validate(source)
-        return model_config
+
+    @classmethod
+    def _checked(cls, config: Mapping[str, Any], source: str) -> Qwen3VLConfig:
+        """Raises KeyError for a field that is missing."""
+        for name in ("text_config", "vision_config"):
+            if not isinstance(config[name], Mapping):
+                raise UserError(f"{source}: {name} is {kind_of(config[name])}; it must be an object")
+            _check_types(config[name], source, name)
+        _check_types(config, source, "")
+        with reading(source, "take the config.json of the checkpoint again"):
+            try:
+                model_config = cls._read(config)
+            except KeyError as error:
+                missing = error
+            else:
+                model_config.validate(source)
+                return model_config
+        raise missing
 
     @classmethod
     def _read(cls, config: Mapping[str, Any]) -> Qwen3VLConfig:
@@ -194,6 +209,8 @@ class Qwen3VLConfig:
         rules = [
             (text.num_heads % text.num_kv_heads == 0,
              f"num_attention_heads {text.num_heads} is not a multiple of num_key_value_heads {text.num_kv_heads}"),
+            (max(self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
+             < text.vocab_size, f"a token id is not below vocab_size {text.vocab_size}"),
             (text.rope_type == "default",
              f"rope_type {text.rope_type!r} is not supported; Qwen3-VL's is 'default'"),
             (sum(text.mrope_section) * 2 == text.head_dim,
@@ -218,14 +235,62 @@ class Qwen3VLConfig:
                 raise UserError(f"{source}: {message}")
 
 
+_COUNTS = {
+    "num_hidden_layers": 10_000, "depth": 10_000, "num_attention_heads": 1 << 20, "num_key_value_heads": 1 << 20,
+    "num_heads": 1 << 20, "num_experts": 100_000, "num_local_experts": 100_000, "num_experts_per_tok": 100_000,
+    "patch_size": 1 << 12, "temporal_patch_size": 1 << 12, "spatial_merge_size": 1 << 12, "in_channels": 1 << 12,
+    "decoder_sparse_step": 10_000,
+    **dict.fromkeys(
+        ("hidden_size", "head_dim", "vocab_size", "intermediate_size", "max_position_embeddings",
+         "moe_intermediate_size", "num_position_embeddings", "out_hidden_size"), 1 << 31),
+}
+_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef")
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_FLAGS = ("attention_bias", "tie_word_embeddings")
+_INDEX_LISTS = ("mrope_section", "deepstack_visual_indexes", "mlp_only_layers")
+_MAY_BE_NULL = ("head_dim", "rope_theta", "mlp_only_layers", "rope_parameters", "rope_scaling")
+
+
+def _check_types(section: Mapping[str, Any], source: str, name: str) -> None:
+    """Check the types and the ranges of a section's fields that are read, before anything is computed with them.
+
+    Raises:
+        UserError: naming ``source``, the field and its value.
+    """
+    for key, value in section.items():
+        where = f"{name}.{key}" if name else str(key)
+        if value is None and key in _MAY_BE_NULL:
+            continue
+        if key in _COUNTS:
+            # a layer without experts has 0 of them
+            check_number(value, where, source=source, low=0 if "expert" in key else 1, high=_COUNTS[key])
+        elif key in _TOKEN_IDS:
+            check_number(value, where, source=source, low=0)
+        elif key in _NUMBERS:
+            check_number(value, where, source=source, kind=float, low=0, high=1e30)
+        elif key in _FLAGS and not isinstance(value, bool):
+            raise UserError(f"{source}: {where} is {quoted(repr(value), 60)}; it must be true or false")
+        elif key in _INDEX_LISTS:
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{source}: {where} is {kind_of(value)}; it must be a list")
+            for entry in value:
+                check_number(entry, where, source=source, low=0)
+        elif key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: {where} is {kind_of(value)}; it must be an object")
+            _check_types(value, source, where)
+
+
 def _with_defaults(path: Path) -> dict[str, Any]:
     """The config file with transformers' defaults for the fields that it leaves out."""
     from transformers import AutoConfig  # here, because it takes seconds and is rarely needed
 
     try:
-        config = AutoConfig.from_pretrained(str(path.parent), local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(
+            str(path.parent), local_files_only=True, trust_remote_code=False
+        ).to_dict()
     except Exception as error:  # transformers raises many types for a config that it cannot read
-        raise UserError(f"{path} cannot be read by transformers: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read by transformers: {reason(error)}") from error
     rope = config["text_config"].get("rope_parameters") or config["text_config"].get("rope_scaling") or {}
     # transformers' own default for a config that names no sections
     config["text_config"]["rope_parameters"] = {"mrope_section": (24, 20, 20), "rope_type": "default", **rope}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import kind_of, quoted, read_json
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSettings
+from mindspeed_mm.models.layers.config import check_number
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
+
+_REMEDY = "take the file of the checkpoint again"
+_COUNTS = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "min_frames", "max_frames")
 
 
 def read_image_settings(
@@ -97,6 +102,31 @@ def read_video_settings(
     return VideoSettings(min_pixels, max_pixels, least, most, fps, least_frames, most_frames)
 
 
+def _check_types(content: Mapping[str, Any], source: str) -> None:
+    """Check the fields that are read.
+
+    Raises:
+        UserError: naming ``source``, the field and its value.
+    """
+    size = content.get("size")
+    if not isinstance(size, (dict, type(None))):
+        raise UserError(f"{source}: size is {kind_of(size)}; {_REMEDY}")
+    edges = {f"size.{key}": (size or {}).get(key) for key in ("shortest_edge", "longest_edge")}
+    for name, value in {**edges, **{key: content.get(key) for key in _COUNTS}}.items():
+        if value is not None:
+            check_number(value, name, source=source, high=1 << 40)
+    for name, least in (("image_mean", -1e6), ("image_std", 1e-6)):
+        values = content.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != 3:
+            raise UserError(f"{source}: {name} is {quoted(values, 60)}; it must be a list of three numbers")
+        for value in values:
+            check_number(value, name, source=source, kind=float, low=least, high=1e6)
+    if content.get("rescale_factor") is not None:
+        check_number(content["rescale_factor"], "rescale_factor", source=source, kind=float, low=1e-9, high=1e6)
+
+
 def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -> tuple[Path, Mapping[str, Any]]:
     """A processor's file and its content.
 
@@ -110,16 +140,14 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
         UserError: if there is none, or it cannot be read.
     """
     for path, key in ((directory / name, None), (directory / "processor_config.json", part)):
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content = content[key] if key else content
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); take the file of the checkpoint again") from error
-        if isinstance(content, dict):
-            return path, content
-        raise UserError(f"{path} has no JSON object; take the file of the checkpoint again")
+        content = read_json(path, remedy=_REMEDY)
+        content = content.get(key) if key else content
+        if not isinstance(content, dict):
+            raise UserError(f"{path} has no object {key}; {_REMEDY}")
+        _check_types(content, str(path))
+        return path, content
     raise UserError(
         f"{directory / name} does not exist{why}; model_name_or_path must be the downloaded checkpoint with all its "
         "small files (step 2 of the guide)"

@@ -22,7 +22,8 @@ from mindspeed_mm.data.videos import clip_shape
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions, Message
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
-from tests.fuzz.data import SETTINGS, VIDEOS, picture, run_kinds
+from tests.fuzz.data import SETTINGS, VIDEOS, picture
+from tests.fuzz.kinds import KINDS, run_kinds
 from tests.helpers.tiny_data import make_config, write_checkpoint
 
 OPTIONS = ChatTemplateOptions(name="qwen3_vl_nothink")
@@ -321,13 +322,13 @@ def test_token_ids_beyond_the_embeddings_are_found_before_training(tmp_path, che
 
 
 def test_random_damages(tmp_path):
-    for kind, outcomes in run_kinds(tmp_path, ["images", "videos", "records", "tokenizers"], 400, seed=7):
+    for kind, outcomes in run_kinds(tmp_path, KINDS, 300, seed=7):
         assert not outcomes.faults, (kind, outcomes.faults[:3])
         assert outcomes.counts["refused"] > 40, (kind, str(outcomes))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "videos", "records", "tokenizers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_random_damages(tmp_path, kind):
     seed = int(os.environ.get("FUZZ_SEED", "0"))
     ((_, outcomes),) = run_kinds(tmp_path, [kind], int(os.environ.get("FUZZ_COUNT", "5000")), seed)

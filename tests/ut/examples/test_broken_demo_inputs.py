@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -98,6 +99,15 @@ def _shard(directory):
     return sorted(path.name for path in directory.glob("*.safetensors"))[0]
 
 
+def _change_weights(directory, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / _shard(directory))
+    change(weights, sorted(weights)[0])
+    (directory / _shard(directory)).unlink()
+    save_file(weights, directory / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+
+
 def _pickled(directory):
     for path in directory.glob("*.safetensors*"):
         path.unlink()
@@ -116,6 +126,10 @@ BROKEN_MODELS = {
     "weights: none": (lambda d: _pickled(d), "safetensors"),
     "weights: no shard": (lambda d: (d / _shard(d)).unlink(), "cannot be read"),
     "weights: cut off": (lambda d: _replace(d, _shard(d), (d / _shard(d)).read_bytes()[:5000]), "cannot be read"),
+    "weights: one missing": (lambda d: _change_weights(d, lambda w, name: w.pop(name)), "do not fit its config.json"),
+    "weights: one of another shape": (
+        lambda d: _change_weights(d, lambda w, name: w.update({name: w[name][:1].clone()})), "do not fit its config"
+    ),
     "weights: zeros": (lambda d: _replace(d, _shard(d), bytes(100)), "cannot be read"),
     "weights: index": (lambda d: _replace(d, "model.safetensors.index.json", b"{"), "cannot be read"),
     "tokenizer: none": (_no_tokenizer, "neither tokenizer.json nor vocab.json"),
@@ -130,7 +144,7 @@ BROKEN_MODELS = {
     "processor: merging": (lambda d: _edit(d, "preprocessor_config.json", merge_size="x"), "merge_size"),
     "processor: mean": (lambda d: _edit(d, "preprocessor_config.json", image_mean="x"), "cannot be read"),
     "generation": (lambda d: _replace(d, "generation_config.json", b"["), "generation_config.json"),
-    "generation: end": (lambda d: _edit(d, "generation_config.json", num_beams="x"), "error"),
+    "generation: end": (lambda d: _edit(d, "generation_config.json", num_beams="x"), "generation_config.json"),
     "template: syntax": (lambda d: _edit(d, "tokenizer_config.json", chat_template="{% if %}"), "template"),
     "template: failure": (lambda d: _edit(d, "tokenizer_config.json", chat_template="{{ 1 // 0 }}"), "template"),
     "template: no image": (lambda d: _edit(d, "tokenizer_config.json", chat_template="x"), "0 places for 1 images"),
@@ -311,21 +325,20 @@ def test_the_output_is_written_whole_or_not_at_all(answerer, tmp_path, capsys, m
     assert output.read_bytes() == before and [path.name for path in output.parent.iterdir()] == ["out.json"]
 
 
-def _whole_png():
-    import io
-
+def _whole(kind):
     file = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    Image.effect_noise((64, 64), 50).save(file, kind)
     return file.getvalue()
 
 
 BROKEN_IMAGES = {
     "empty": b"",
     "text": b"no image",
-    "cut off": _whole_png()[:900],
-    "checksum": _whole_png()[:29] + b"\0\0\0\0" + _whole_png()[33:],
+    "cut off": _whole("PNG")[:900],
+    "checksum": _whole("PNG")[:29] + b"\0\0\0\0" + _whole("PNG")[33:],
     "bomb": b"P6 60000 60000 255\n",
     "zero": b"P6 0 0 255\n",
+    "format that is not for photos": _whole("PCX"),
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
     "tiff": b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40,
     "gif": b"GIF89a\x01\0\x01\0\x80\0\0",
