@@ -189,9 +189,6 @@ def check_device(device_map: str) -> None:
                 f"--device-map {device_map} needs the package accelerate; install it, or give a device such as cpu"
             )
         return
-    if device_map.startswith("npu"):
-        with contextlib.suppress(ImportError):
-            import torch_npu  # noqa: F401 - makes the device known
     try:
         usable = torch.zeros(1, device=device_map).add(1).item() == 1
     except Exception as error:  # AssertionError, RuntimeError or NotImplementedError, by device
