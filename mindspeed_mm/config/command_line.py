@@ -28,6 +28,7 @@ _ELSEWHERE = {
     "--exit-duration-in-mins": "send SIGUSR1 when the time is up (timeout -s USR1 ...): the run saves and stops",
     "--moe-router-load-balancing-type": "--moe-aux-loss-coeff above 0 adds the load-balancing loss; 0 does not",
 }
+_LARGEST = (1 << 64) - 1  # seeds may have 64 bits; nothing counts further
 _NUMBER = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 
 
@@ -67,6 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     for use in walk(args):
+        if type(use.value) is int and use.value > _LARGEST:
+            raise UserError(f"{option_name(use.path)} is {use.value}; it must be at most {_LARGEST}")
         if use.role == REFUSED and use.value != use.info.default:
             raise UserError(
                 f"{option_name(use.path)} {use.value} is not supported: {use.info.description}; "

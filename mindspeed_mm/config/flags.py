@@ -85,7 +85,7 @@ class BatchArgs(StrictModel):
         None, "save and stop at the next step that is a multiple of this", ge=1, metavar="STEPS"
     )
     num_workers: int = effective(
-        2, "data loader workers per rank; 0: samples are prepared in the training process", ge=0
+        2, "data loader workers per rank; 0: samples are prepared in the training process", ge=0, le=1024
     )
     seed: int = effective(1234, "seed of the initial values and the order of the samples", ge=0, lt=2**64)
 

@@ -171,7 +171,7 @@ _TYPES = {
 
 def nearest(word: str, known: list[str]) -> str | None:
     """The entry of ``known`` that ``word`` was probably meant to be, or None."""
-    matches = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7)
     return matches[0] if matches else None
 
 

@@ -129,6 +129,27 @@ def test_bad_flags(words, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"--train-iters {10**30}", "--train-iters is 1000000000000000000000000000000; it must be at most"),
+        ("--num-workers 100000", "--num-workers is 100000; .* at most 1024"),
+        ("--save=", "--save is empty"), ("--lr 1e400", "--lr is 1e400; it must be a finite number"),
+    ],
+)
+def test_values_out_of_all_bounds(words, message):
+    with pytest.raises(UserError, match=message):
+        _parse(words)
+
+
+def test_only_what_is_near_is_suggested():
+    with pytest.raises(UserError) as caught:
+        _parse("--tensorboard-dir x")
+    assert "did you mean" not in str(caught.value) and "--help" in str(caught.value)
+    with pytest.raises(UserError, match="did you mean --save-interval"):
+        _parse("--save-intervall 3")
+
+
 def test_missing_flags_are_named_together():
     with pytest.raises(UserError, match="required and not given: --mm-data, --mm-model, --seq-length, --train-iters"):
         parse_args([])

@@ -217,6 +217,32 @@ def test_a_last_save_that_fails_ends_the_run_with_its_error_and_every_callback()
     assert events.calls[-1] == ("end", True)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_error_of_all_ranks_saves_before_the_run_ends(lag):
+    class Refusing(Callback):
+        def on_run_start(self, run):
+            self.run = run
+
+        def on_step_end(self, record):
+            if record.iteration == 3:
+                self.run.end_with(UserError("bad image"))
+
+    manager, events = Manager(), Events()
+    with pytest.raises(UserError, match=rf"bad image \(saved first: iteration {3 + lag}\)"):
+        make(Refusing(), Checkpointing(manager), events, lag=lag, steps=9).train()
+    assert [iteration for iteration, _ in manager.saved] == [3 + lag] and manager.calls[-1] == "finish"
+    assert events.calls[-1] == ("end", False)
+
+
+def test_steps_without_a_target_are_warned_of_and_end_the_run(caplog):
+    def empty_from(first):
+        return lambda step: {"target_tokens": 0 if step >= first else 5}
+
+    make(SkippedSamples(0), values=empty_from(3), steps=11).train()  # nine in a row
+    with pytest.raises(UserError, match="the last 10 iterations, up to 12, had no target token"):
+        make(SkippedSamples(0), values=empty_from(3), steps=30).train()
+
+
 def test_skipped_samples_of_a_step_stop_the_run():
     with pytest.raises(IndexError):  # without messages, since no rank has any here: the count arrived
         make(SkippedSamples(0), values=lambda step: {"skipped_unusable": int(step == 2)}).train()
