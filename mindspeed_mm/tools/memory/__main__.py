@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +27,7 @@ from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, t
 
 # flags that the launcher's parser requires and the estimate does not depend on
 _REQUIRED = {"--mm-data": "unread", "--seq-length": "1024", "--train-iters": "1", "--lr": "1"}
+_LARGEST = 1e12
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,8 +74,10 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     options, words = build_parser().parse_known_args(argv)
     for name in ("nproc", "memory_gb", "imbalance", "tokens", "patches", "target_tokens"):
         value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value <= _LARGEST:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it must be above 0")
+    if not 0 <= options.reserve_gb <= options.memory_gb:
+        raise UserError(f"--reserve-gb {options.reserve_gb} is out of range; it must be from 0 to --memory-gb")
     defaults = [word for item in _REQUIRED.items() for word in item]  # first, since of two values the last counts
     args = parse_args([*defaults, *words, "--use-torch-fsdp2"])
     check_flags(args)
@@ -114,10 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if wants_json:
-        print(json.dumps(as_json(plan, device), indent=1))
-    else:
-        print("\n".join(table(plan, device)))
+    text = json.dumps(as_json(plan, device), indent=1) if wants_json else "\n".join(table(plan, device))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

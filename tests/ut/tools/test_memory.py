@@ -202,6 +202,8 @@ def test_json(files, capsys):
     [
         (["--mm-model", "m"], "--nproc"),
         (["--nproc", "0", "--mm-model", "m"], "--nproc 0 is out of range"),
+        (["--nproc", "1", "--mm-model", "m", "--reserve-gb", "nan"], "--reserve-gb nan is out of range"),
+        (["--nproc", "1", "--mm-model", "m", "--tokens", "9" * 20], "is out of range"),
         (["--nproc", "8"], "--mm-model"),
         (["--nproc", "8", "--mm-model", "MODEL", "--expert-model-parallel-size", "3"], "does not divide"),
         (["--nproc", "8", "--mm-model", "MODEL", "--hf-config", "nowhere"], "nowhere"),
