@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import parse_yaml, read_text
+from mindspeed_mm.inputs import parse_json, parse_yaml, quoted, read_text
 
 _HELP = ("-h", "--help", "help")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -97,6 +97,9 @@ def _entries(path: str) -> dict[str, str | None]:
     content = parse_yaml(read_text(path, name="--config"), f"--config {path}")
     if not isinstance(content, Mapping):
         raise UserError(f"--config {path} must map option names to values")
+    for key, value in content.items():
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--config {path}: {quoted(key)} holds a NUL character; remove it")
     texts = {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in content.items()}
     return {_spelling(f"--{key}"): None if value is None else str(value) for key, value in texts.items()}
 
@@ -115,7 +118,8 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", text.strip(), re.IGNORECASE)
     unit = match.group(2).upper() if match else ""
     unit = unit if unit.endswith("B") or not unit else unit + "B"
-    count = int(float(match.group(1)) * _UNITS[unit]) if match and unit in _UNITS else 0
+    number = float(match.group(1)) if match and unit in _UNITS else 0.0
+    count = int(number * _UNITS[unit]) if 0 < number < 1e15 else 0
     if count <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 5GB, 500MB or 2GiB, more than 0")
     return count
@@ -127,16 +131,23 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: otherwise.
     """
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text, 40)!r} must be a whole number of at least 1")
     return int(text)
 
 
 def names(text: str) -> list[str]:
-    """``a,b``, or a list or mapping in JSON -> its parts, one after another."""
+    """``a,b``, or a list or mapping in JSON -> its parts, one after another.
+
+    Raises:
+        argparse.ArgumentTypeError: if what begins like JSON is not.
+    """
     if not text.startswith(("[", "{")):
         return [part.strip() for part in text.split(",") if part.strip()]
-    content = json.loads(text)
+    try:
+        content = parse_json(text, quoted(text, 80), remedy="write a,b or a list or object in JSON")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error  # argparse adds the option
     return [str(part) for parts in (content.items() if isinstance(content, dict) else [content]) for part in parts]
 
 

@@ -48,6 +48,7 @@ from mindspeed_mm.checkpoint.huggingface import (
     config_dtype,
     copy_assets,
     layout_by_shapes,
+    missing_assets,
 )
 from mindspeed_mm.checkpoint.safetensors_io import build_header, listed, tensor_bytes
 from mindspeed_mm.checkpoint.shards import Rows
@@ -119,6 +120,11 @@ def dcp_to_hf(
         print(
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
             "published layout, which was written; load it with transformers 4.57"
+        )
+    if missing := missing_assets(save):
+        print(
+            f"warning: {assets} has no {', no '.join(missing)}, so neither has {save}, which transformers cannot use "
+            "with texts and images; copy the files from the original model directory"
         )
     return save
 

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,17 @@ from mindspeed_mm.checkpoint.files import (
     write_atomically,
 )
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, inside, is_file, quoted, read_bytes, read_json, reason
+from mindspeed_mm.inputs import (
+    INDEX_BYTES,
+    inside,
+    is_file,
+    kind_of,
+    parse_json,
+    quoted,
+    read_bytes,
+    read_json,
+    reason,
+)
 
 RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -67,6 +78,20 @@ class WrittenFile:
     checksum: str
     chunks: Sequence[tuple[str, Sequence[int], int, int, int, str]] = ()
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def is_present(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything of this name, if only a FIFO or a broken link; reading it says what is wrong with it.
+
+    Also True where the directory may not be searched, so that reading says so, and not that the file is missing.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def iteration_name(iteration: int) -> str:
@@ -290,15 +315,23 @@ class AtomicDirectory:
 
 
 def _intact(path: Path, record: Any) -> bool:
-    if not isinstance(record, dict) or not path.is_file() or path.stat().st_size != record.get("size"):
+    """Whether a file is the one of its record, and the record has the fields of a ``WrittenFile``."""
+    fields = {"size": int, "checksum": str, "chunks": list, "facts": dict}
+    if not isinstance(record, dict) or record.keys() != fields.keys():
         return False
-    return file_checksum(path) == record.get("checksum")
+    if any(not isinstance(record[name], kind) for name, kind in fields.items()):
+        return False
+    if not all(isinstance(chunk, list) and len(chunk) == 6 for chunk in record["chunks"]):
+        return False
+    if not is_file(path) or path.stat().st_size != record["size"]:
+        return False
+    return file_checksum(path) == record["checksum"]
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return parse_json(read_bytes(path, limit=INDEX_BYTES).decode(), str(path))
+    except (OSError, ValueError, UserError):
         return None
 
 
@@ -343,28 +376,36 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not Path(path).is_dir():
         raise UserError(f"checkpoint directory {path} does not exist")
-    if not os.path.lexists(file):
+    if not is_present(file):
         raise UserError(f"{path} has no {MANIFEST}, so it is not a complete checkpoint; create it again")
     manifest = read_json(file, remedy="create the checkpoint again", limit=INDEX_BYTES)
-    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.setdefault("metadata", {}), dict):
-        raise UserError(f"{file} is not a manifest of a checkpoint; create the checkpoint again")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(
             f"{file} has format {quoted(manifest.get('format'), 40)}, this version reads {MANIFEST_FORMAT}; create it "
             "again"
         )
+    for key in ("files", "metadata"):
+        if not isinstance(manifest.get(key), dict):
+            raise UserError(f"{file} is not a manifest of a checkpoint: its {key} must be an object and is "
+                            f"{kind_of(manifest.get(key))}; create the checkpoint again")
     for name, entry in manifest["files"].items():
-        inside(path, name)
-        known = isinstance(entry, dict) and isinstance(entry.get("checksum"), str)
-        if not known or type(entry.get("size")) is not int or not _are_items(entry.get("items", [])):
-            raise UserError(f"{file}: the entry of {quoted(name)} is damaged; create the checkpoint again")
+        inside(file, name)  # for the message: the name is one of the manifest's
+        known = isinstance(entry, dict) and isinstance(entry.get("checksum"), str) and is_count(entry.get("size"))
+        if not known or not _are_items(entry.get("items", [])):
+            raise UserError(f"{file}: the entry of {quoted(name)} is damaged: {quoted(entry, 100)}; create the "
+                            "checkpoint again")
     return manifest
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 0 that fits into 62 bits, and not a boolean."""
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _are_items(items: Any) -> bool:
     """Whether these are chunks as the manifest lists them: offset, length, checksum."""
     return isinstance(items, list) and all(
-        isinstance(item, list) and len(item) == 3 and type(item[0]) is int and type(item[1]) is int
+        isinstance(item, list) and len(item) == 3 and is_count(item[0]) and is_count(item[1])
         and isinstance(item[2], str)
         for item in items
     )
@@ -384,7 +425,7 @@ def verify_directory(
     Raises:
         UserError: naming missing files, and files whose size or checksum differs.
     """
-    if plain and (Path(path) / METADATA).is_file() and not (Path(path) / MANIFEST).exists():
+    if plain and is_present(Path(path) / METADATA) and not is_present(Path(path) / MANIFEST):
         return {"format": MANIFEST_FORMAT, "metadata": {}, "files": {}}
     manifest = read_manifest(path)
     verify_files(Path(path), manifest["files"], checksums=checksums)
@@ -405,12 +446,14 @@ def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksum
     faults = []
     for name, facts in files.items():
         try:
-            size = (path / name).stat().st_size
-        except OSError:
+            status = os.stat(path / name)
+        except (OSError, ValueError):  # the second: characters that no file name has
             faults.append(f"{name} is missing")
             continue
-        if size != facts["size"]:
-            faults.append(f"{name} has {size} bytes instead of {facts['size']}")
+        if not stat.S_ISREG(status.st_mode):
+            faults.append(f"{name} is not a regular file")
+        elif status.st_size != facts["size"]:
+            faults.append(f"{name} has {status.st_size} bytes instead of {facts['size']}")
     if checksums and not faults:
         found = run_all([functools.partial(file_checksum, path / name) for name in files], threads=_HASH_THREADS)
         faults += [
@@ -446,7 +489,7 @@ def find_checkpoint(path: Path, option: str) -> Path:
         raise UserError(f"{option} {path} does not exist; name a checkpoint, or the directory of its tracker file")
     if not path.is_dir():
         raise UserError(f"{option} {path} is a file; name the checkpoint's directory")
-    if (path / TRACKER).is_file():
+    if is_present(path / TRACKER):
         return resolve_checkpoint(path)
     if is_huggingface(path):
         raise UserError(f"{option} {path} is a Hugging Face directory; name a distributed checkpoint")

@@ -19,6 +19,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mindspeed_mm.inputs import open_regular
+
 try:
     from isal.isal_zlib import crc32 as crc32
 except ImportError:  # no wheel for this machine
@@ -53,8 +55,12 @@ def combine(first: int, second: int, second_length: int) -> int:
 
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
-    """Checksum of a file's content."""
-    with Path(path).open("rb", buffering=0) as file:
+    """Checksum of a file's content.
+
+    Raises:
+        OSError: if it is missing, unreadable or no regular file.
+    """
+    with os.fdopen(open_regular(path, limit=1 << 62), "rb", buffering=0) as file:
         return format_checksum(section_checksum(file.fileno(), 0, os.fstat(file.fileno()).st_size))
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from mindspeed_mm.checkpoint.conversion import DTYPES, open_reader
 from mindspeed_mm.checkpoint.dcp_to_hf import Output, write_safetensors
-from mindspeed_mm.checkpoint.directory import check_huggingface, find_checkpoint, verify_directory
+from mindspeed_mm.checkpoint.directory import check_huggingface, find_checkpoint, is_present, verify_directory
 from mindspeed_mm.checkpoint.hf_to_dcp import write_checkpoint
 from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, SafetensorsReader, read_headers, read_weight_map
 from mindspeed_mm.checkpoint.safetensors_io import CODES, Header, listed, read_header
 from mindspeed_mm.checkpoint.safetensors_io import DTYPES as STORED_DTYPES
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import is_file, read_json
+from mindspeed_mm.inputs import quoted, read_json
 from mindspeed_mm.models.state_dict import copy_rule
 
 
@@ -147,7 +147,7 @@ def _renamed(names: Sequence[str], old: str, new: str) -> dict[str, str]:
 def _headers(path: Path) -> dict[str, Header]:
     """Headers of the files that transformers reads, or else of all safetensors files."""
     files = sorted(path.glob("*.safetensors"))
-    if not files or any((path / name).is_file() for name in (INDEX, SINGLE)):
+    if not files or any(is_present(path / name) for name in (INDEX, SINGLE)):
         return read_headers(path, dtypes=STORED_DTYPES)
     headers = {file.name: read_header(file, dtypes=STORED_DTYPES) for file in files}
     found: dict[str, str] = {}
@@ -179,10 +179,12 @@ def _unfused(name: str, shape: tuple[int, ...], assets: Path) -> tuple[int, ...]
     found = [holder["num_experts"] for holder in holders if isinstance(holder, dict) and holder.get("num_experts")]
     experts = found[0] if found else None
     if type(experts) is not int or experts < 1 or shape[0] % experts:
-        raise UserError(f"{name} {list(shape)} is not made of the num_experts ({experts}) of {file}; correct either")
+        raise UserError(
+            f"{name} {list(shape)} is not made of the num_experts ({quoted(experts, 40)}) of {file}; correct either"
+        )
     return (experts, shape[0] // experts, shape[1])
 
 
 def _indexed_names(assets: Path) -> set[str] | None:
     """The tensors that the weight index names; None if there is none."""
-    return set(read_weight_map(assets)) if is_file(assets / INDEX) else None
+    return set(read_weight_map(assets)) if is_present(assets / INDEX) else None

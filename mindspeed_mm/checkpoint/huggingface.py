@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from mindspeed_mm.checkpoint.directory import MANIFEST
+from mindspeed_mm.checkpoint.directory import MANIFEST, is_present
 from mindspeed_mm.checkpoint.files import combine, crc32, file_checksum, format_checksum, run_all
 from mindspeed_mm.checkpoint.safetensors_io import (
     WEIGHT_DTYPES,
@@ -38,7 +39,7 @@ from mindspeed_mm.checkpoint.safetensors_io import (
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, THREADS
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, inside, is_file, kind_of, read_json
+from mindspeed_mm.inputs import INDEX_BYTES, inside, is_directory, is_file, kind_of, open_regular, quoted, read_json
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, WeightRule, hf_shapes
 
@@ -48,6 +49,11 @@ LAYOUT_KEY = "expert_layout"
 """Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
 _FOLDERS = ("additional_chat_templates",)  # the only folder that transformers reads
+_ASSETS = {
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "tokenizer settings": ("tokenizer_config.json",),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # in transformers 5 and in earlier versions
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -55,7 +61,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 def config_dtype(directory: Path) -> torch.dtype | None:
     """The dtype in ``config.json``, None if there is none."""
     path = directory / "config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json(path) if is_present(path) else {}
     for holder in (config, config.get("text_config")):
         for key in _DTYPE_KEYS if isinstance(holder, dict) else ():
             if isinstance(name := holder.get(key), str) and name in _DTYPES:
@@ -77,11 +83,25 @@ def copy_assets(source: Path, target: Path, *, dtype: torch.dtype | None) -> Non
         if path.is_file() and not is_weight and name != MANIFEST and not name.startswith("."):
             shutil.copyfile(path, target / name)
         elif path.is_dir() and name in _FOLDERS:
-            shutil.copytree(path, target / name, dirs_exist_ok=True)
+            shutil.copytree(path, target / name, dirs_exist_ok=True, ignore=_special_files)
     if dtype not in (None, config_dtype(target)) and (target / "config.json").exists():
         config = read_json(target / "config.json")
         _set_dtype(config, str(dtype).removeprefix("torch."))
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _special_files(folder: str, names: Sequence[str]) -> list[str]:
+    """What is neither file nor folder, such as a FIFO, which cannot be copied."""
+    return [name for name in names if not is_file(Path(folder) / name) and not is_directory(Path(folder) / name)]
+
+
+def missing_assets(directory: Path) -> list[str]:
+    """What transformers needs besides config and weights and a directory lacks, in words; empty if it is complete."""
+    return [
+        f"{kind} ({' or '.join(names)})"
+        for kind, names in _ASSETS.items()
+        if not any(is_file(directory / name) for name in names)
+    ]
 
 
 def check_replaceable(target: Path, *, overwrite: bool, keep: Sequence[Path]) -> None:
@@ -276,7 +296,7 @@ class SafetensorsReader(FileSystemReader):
                 by_file[read.file][read.start] = read
         for name, header in self._headers.items():
             path = self.path / name
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path, limit=1 << 62), "rb") as file:
                 crc, end = crc32(file.read(header.length)), header.length
             for start, read in sorted(by_file[name].items()):
                 if start != end:
@@ -455,23 +475,35 @@ def read_weight_map(directory: Path) -> dict[str, str]:
     weight_map = read_json(index, remedy=remedy, limit=INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} cannot be read: its weight_map is {kind_of(weight_map)}; {remedy}")
-    for name in weight_map.values():
+    for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise UserError(f"{index} cannot be read: a tensor's file is {kind_of(name)}; {remedy}")
-        inside(directory, name)
+            raise UserError(f"{index} cannot be read: the file of {quoted(tensor)} is {kind_of(name)}; {remedy}")
+        inside(index, name)  # for the message: the name is one of the index's
+    if not weight_map:
+        raise UserError(f"{index} cannot be read: its weight_map names no tensors; {remedy}")
     return weight_map
 
 
 def read_headers(directory: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES) -> dict[str, Header]:
-    """Headers of all weight files by file name, compared with the index if there is one; see ``read_header``."""
+    """Headers of all weight files by file name, compared with the index if there is one.
+
+    Args:
+        directory: Hugging Face directory.
+        dtypes: that the tensors may have.
+
+    Raises:
+        UserError: if there are no weight files, some are missing, or the index contradicts them or stands beside
+            another model's single file; and as ``read_header``.
+    """
     index, single = directory / INDEX, directory / SINGLE
-    if is_file(index) and is_file(single):
+    both = is_present(index) and is_present(single)  # a FIFO or a broken link is refused when it is read
+    if both and set(read_weight_map(directory).values()) != {SINGLE}:
         raise UserError(
             f"{directory} has both {INDEX} and {SINGLE}, and transformers would read the second; remove the one that "
             "is not meant"
         )
-    if not is_file(index):
-        if not is_file(single):
+    if not is_present(index):
+        if not is_present(single):
             raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}; download the weights (step 2 of the guide)")
         return {SINGLE: read_header(single, dtypes=dtypes)}
     weight_of = read_weight_map(directory)

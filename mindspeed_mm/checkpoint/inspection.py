@@ -23,6 +23,7 @@ from mindspeed_mm.checkpoint.conversion import (
     read_ahead,
 )
 from mindspeed_mm.checkpoint.directory import (
+    MANIFEST,
     check_huggingface,
     find_checkpoint,
     is_huggingface,
@@ -33,6 +34,7 @@ from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, layout_by_
 from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
+from mindspeed_mm.inputs import quoted, reading
 from mindspeed_mm.models.spec import spec_of
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -163,12 +165,18 @@ def _describe_hf(path: Path) -> tuple[dict[str, str], Entries]:
 
 def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
     manifest = verify_directory(path)
+    with reading(f"the metadata in {path / MANIFEST}", "create the checkpoint again"):
+        facts = _facts(path, manifest)
+    return facts, CheckpointReader(path, manifest).tensors
+
+
+def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     metadata: dict[str, Any] = manifest["metadata"]
     tracker = read_tracker(path.parent)
     facts = {
         "directory": str(path),
         "format": f"distributed checkpoint, {counted(len(manifest['files']), 'file')}, sizes as recorded",
-        "kind": metadata.get("kind", "training"),
+        "kind": quoted(metadata.get("kind", "training")),
         "tracker": "none" if tracker is None else str(tracker),
         "expert layout": str(metadata.get("expert_layout", "hub")),
     }
@@ -185,7 +193,7 @@ def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
         sizes = {"num_layers": "layers", "hidden_size": "hidden size", "num_experts": "experts"}
         known = [f"{words} {text[key]}" for key, words in sizes.items() if key in text]
         facts["model"] = ", ".join([str(model_config.get("model_type")), *known])
-    return facts, CheckpointReader(path, manifest).tensors
+    return facts
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from mindspeed_mm.checkpoint.files import FILE_MODE, make_directory, set_mode
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import quoted, read_bytes
 
 LOCK = ".lock"
 LOCK_SECONDS = 5.0
 """Time for a process that was stopped or killed to end."""
+_CONTENT_BYTES = 4096
 _LATER = (errno.EACCES, errno.EAGAIN, errno.ENOENT, errno.ESTALE)
 """Another process holds the lock, or has just released it and removed the file."""
 
@@ -107,5 +109,6 @@ class DirectoryLock:
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError):
-            return self._path.read_text(errors="replace").strip() or "unknown: the lock file is empty"
+            content = read_bytes(self._path, limit=_CONTENT_BYTES).decode(errors="replace")
+            return quoted(content.strip()) or "unknown: the lock file is empty"
         return "unknown: the lock file cannot be read"

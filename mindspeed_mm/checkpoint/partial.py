@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, find_checkpoint, is_huggingface, read_manifest
+from mindspeed_mm.checkpoint.directory import MANIFEST, find_checkpoint, is_count, is_huggingface, read_manifest
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import INDEX_BYTES, is_directory, open_regular, quoted, read_bytes, reading
 
 BASE_KEY = "base"
 """Key of the manifest's metadata; only partial checkpoints have it."""
+_KINDS = {"huggingface": "a Hugging Face directory", "checkpoint": "a checkpoint"}
+_HEADER_BYTES = 100_000_000  # of a safetensors file; the format's own limit
 _SAMPLES, _SAMPLE_BYTES = 4, 1024
 """Of each tensor in a Hugging Face directory, spread over it."""
 
@@ -48,13 +52,28 @@ class Base:
         if is_huggingface(path):
             return cls("huggingface", str(path.resolve()), _digest_of_weights(path))
         path = find_checkpoint(path, option)
-        return cls("checkpoint", str(path.resolve()), hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
+        with reading(str(path / MANIFEST), f"{option} needs a complete checkpoint"):
+            content = read_bytes(path / MANIFEST, limit=INDEX_BYTES)
+        return cls("checkpoint", str(path.resolve()), hashlib.sha256(content).hexdigest())
 
     @classmethod
     def recorded(cls, manifest: Mapping[str, Any]) -> Base | None:
-        """The base of a checkpoint; None for one that holds the whole model."""
-        base = manifest["metadata"].get(BASE_KEY)
-        return None if base is None else cls(**base)
+        """The base of a checkpoint; None for one that holds the whole model.
+
+        Raises:
+            UserError: if the manifest describes it in another way than ``Base`` does.
+        """
+        if BASE_KEY not in manifest["metadata"]:
+            return None
+        base = manifest["metadata"][BASE_KEY]
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(base, dict) or base.keys() != fields or not all(isinstance(v, str) for v in base.values()):
+            raise UserError(f"{MANIFEST}: base must have the texts {', '.join(sorted(fields))} and is "
+                            f"{quoted(base, 100)}; restore the checkpoint")
+        if base["kind"] not in _KINDS:
+            raise UserError(f"{MANIFEST}: the kind of base must be one of {', '.join(_KINDS)} and is "
+                            f"{quoted(base['kind'], 40)}; restore the checkpoint")
+        return cls(**base)
 
 
 def find_base(manifest: Mapping[str, Any], checkpoint: Path, *, moved_to: str | None, option: str) -> Base | None:
@@ -75,15 +94,15 @@ def find_base(manifest: Mapping[str, Any], checkpoint: Path, *, moved_to: str | 
             raise UserError(f"{option} {moved_to}: {checkpoint} holds the whole model; leave the option out")
         return None
     path = Path(moved_to or recorded.path)
-    if not path.is_dir():
+    if not is_directory(path):
         raise UserError(
             f"{checkpoint} holds a part of the model, and its base {path} does not exist; name the base by {option} DIR"
         )
     found = Base.of(path, option)
     if (found.kind, found.digest) != (recorded.kind, recorded.digest):
-        kind = {"huggingface": "a Hugging Face directory", "checkpoint": "a checkpoint"}[recorded.kind]
         raise UserError(
-            f"{path} is not the base of {checkpoint}, {kind}, or has changed since; name the right one by {option} DIR"
+            f"{path} is not the base of {checkpoint}, {_KINDS[recorded.kind]}, or has changed since; name the right "
+            f"one by {option} DIR"
         )
     return found
 
@@ -132,11 +151,13 @@ def _digest_of_weights(directory: Path) -> str:
     """Tells apart models of equal shapes, such as fine-tuned ones, without reading all values."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = file.read(8)
+        with reading(str(path)), os.fdopen(open_regular(path, limit=1 << 62), "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, file.read(8)
+            if int.from_bytes(length, "little") > min(size, _HEADER_BYTES):
+                raise UserError(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
             header = file.read(int.from_bytes(length, "little"))
-            digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + length + header)
-            for start, end in _data_offsets(header, path):
+            digest.update(os.fsencode(f"{path.name}\n{size}\n") + length + header)
+            for start, end in _data_offsets(header, path, size):
                 for part in range(_SAMPLES):
                     offset = start + (end - start) * part // _SAMPLES
                     file.seek(8 + len(header) + offset)
@@ -144,10 +165,13 @@ def _digest_of_weights(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _data_offsets(header: bytes, path: Path) -> list[tuple[int, int]]:
+def _data_offsets(header: bytes, path: Path, size: int) -> list[tuple[int, int]]:
     """First and last byte of each tensor; this module does without torch, which ``safetensors_io`` imports."""
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        return sorted((int(first), int(last)) for first, last in (e["data_offsets"] for e in entries.values()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        pairs = sorted((first, last) for first, last in (entry["data_offsets"] for entry in entries.values()))
+        if any(not is_count(first) or not is_count(last) or not first <= last <= size for first, last in pairs):
+            raise ValueError("offsets outside the file")
+        return pairs
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} has a damaged header; download it again") from error

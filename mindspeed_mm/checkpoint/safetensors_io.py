@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_mm.checkpoint.directory import is_count
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import open_regular
+from mindspeed_mm.inputs import kind_of, open_regular, quoted, reason
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes of a model that trains here; others belong to quantised releases."""
@@ -35,6 +36,7 @@ READ_BYTES = 16 << 20
 """Large tensors are read, converted and written in rows of about this size: small enough to stay in the cache from
 reading to writing, and for malloc to reuse the memory."""
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_MOST_DIMENSIONS = 64  # torch's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +78,11 @@ def read_header(path: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has a damaged header; download it again") from error
+        raise UserError(f"{path} has a damaged header ({reason(error)}); download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} has a damaged header; download it again")
-    metadata = content.pop("__metadata__", None) or {}
+        raise UserError(f"{path} has a damaged header ({kind_of(content)}, not an object); download it again")
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} has a damaged header: __metadata__ must map names to texts; download it again")
     start = 8 + length
@@ -99,20 +102,32 @@ def _stored_tensor(
     path: Path, name: str, entry: Any, data_start: int, dtypes: Mapping[str, torch.dtype]
 ) -> StoredTensor:
     try:
-        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if any(type(number) is not int or not 0 <= number < 1 << 62 for number in (*shape, begin, end)):
+        code, extents, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not is_shape(extents) or not is_count(begin) or not is_count(end):
             raise ValueError("shape and offsets must be whole numbers from 0")
+        shape = tuple(extents)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the header entry of {name} is damaged; download it again") from error
+        raise UserError(
+            f"{path}: the header entry of {quoted(name)} is damaged: {quoted(entry, 100)}; download it again"
+        ) from error
     if not isinstance(code, str) or code not in dtypes:
         raise UserError(
-            f"{path}: {name} has type {code}; weights must be one of {', '.join(dtypes)} (take an unquantised release)"
+            f"{path}: {quoted(name)} has type {quoted(code, 40)}; weights must be one of {', '.join(dtypes)} (take an "
+            "unquantised release)"
         )
     dtype = dtypes[code]
     nbytes = math.prod(shape) * dtype.itemsize
     if begin < 0 or end - begin != nbytes:
         raise UserError(f"{path}: {name} has {end - begin} bytes instead of {nbytes}; download it again")
     return StoredTensor(name, path, dtype, shape, data_start + begin, nbytes)
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a list, tuple or ``torch.Size`` is the shape of a tensor that torch can describe."""
+    if not isinstance(value, (list, tuple)) or len(value) > _MOST_DIMENSIONS or not all(map(is_count, value)):
+        return False
+    # also without elements: torch computes strides from the other extents
+    return math.prod(max(1, extent) for extent in value) < 1 << 60
 
 
 def build_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
@@ -138,7 +153,7 @@ def read_tensor(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ..
     view = tensor_bytes(buffer)
     done = 0
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path, limit=1 << 62)
         try:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], start + done)

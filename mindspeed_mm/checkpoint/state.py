@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
-from mindspeed_mm.checkpoint.directory import PROGRESS_FILE, verify_directory, verify_files
+from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, is_present, verify_directory, verify_files
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.shards import Shard, total_bytes
@@ -50,8 +50,12 @@ class Progress:
 
     @staticmethod
     def is_training(path: Path) -> bool:
-        """Whether ``path`` is a training checkpoint and not a converted one (``release``)."""
-        return (path / PROGRESS_FILE).is_file()
+        """Whether ``path`` is a training checkpoint and not a converted one (``release``).
+
+        Whatever has the file's name counts: a FIFO or a broken link there is refused when it is read, and does not
+        make a run start over at iteration 0.
+        """
+        return is_present(path / PROGRESS_FILE)
 
     @classmethod
     def read(cls, path: Path, manifest: Mapping[str, Any] | None = None) -> Progress:
@@ -59,20 +63,26 @@ class Progress:
 
         Args:
             path: the directory.
-            manifest: its manifest, whose checksum the file must have; None compares nothing.
+            manifest: its manifest, whose checksum the file must have; None, or one that lists no files, compares
+                nothing.
 
         Raises:
-            UserError: if the file is damaged, or was written by a newer version.
+            UserError: if the file is damaged, is not in the manifest, or was written by a newer version.
         """
         if not cls.is_training(path):
             return cls()
         file, remedy = path / PROGRESS_FILE, "restore it, or load another checkpoint"
-        if manifest is not None and PROGRESS_FILE in manifest["files"]:
+        if manifest is not None and manifest["files"]:
+            if PROGRESS_FILE not in manifest["files"]:
+                raise UserError(f"{file} is not among the files of {path / MANIFEST}; remove it, or load another "
+                                "checkpoint")
             verify_files(path, {PROGRESS_FILE: manifest["files"][PROGRESS_FILE]})
         content = read_json(file, remedy=remedy)
         unknown = [name for name in content if name not in {field.name for field in dataclasses.fields(cls)}]
         if unknown:
             raise UserError(f"{file}: {quoted(unknown[0])} is unknown to this version; {remedy}")
+        if "iteration" not in content:
+            raise UserError(f"{file} holds {quoted(content)}: it has no iteration; {remedy}")
         progress = cls(**content)
         optional = (progress.seed, progress.samples_per_epoch)
         counts = (progress.iteration, progress.consumed_samples, *(value for value in optional if value is not None))
@@ -279,8 +289,9 @@ def load_checkpoint(
         reader = CheckpointReader(path, manifest, check=check)
         base = find_base(manifest, path, moved_to=load_base, option="--load-base")
         # converted weights may be in bf16, and so may parameters that did not train in the run that saved them
-        flags = manifest["metadata"].get("flags", {})
-        exact = Progress.is_training(path) and flags.get("--frozen-param-dtype", "fp32") == "fp32"
+        flags = manifest["metadata"].get("flags")
+        frozen_dtype = flags.get("--frozen-param-dtype", "fp32") if isinstance(flags, Mapping) else "fp32"
+        exact = Progress.is_training(path) and frozen_dtype == "fp32"
         tensors = _tensors_to_load(
             reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None, exact=exact
         )

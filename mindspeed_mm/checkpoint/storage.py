@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from mindspeed_mm.checkpoint import safetensors_io
-from mindspeed_mm.checkpoint.directory import METADATA, WrittenFile, verify_files
+from mindspeed_mm.checkpoint.directory import MANIFEST, METADATA, WrittenFile, is_present, verify_files
 from mindspeed_mm.checkpoint.files import (
     OutputFile,
     becomes_visible,
@@ -52,9 +52,10 @@ from mindspeed_mm.checkpoint.files import (
     run_all,
     section_checksum,
 )
+from mindspeed_mm.checkpoint.metadata_checks import check_pickle, check_tensor
 from mindspeed_mm.checkpoint.shards import Rows, Stager
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, read_bytes
+from mindspeed_mm.inputs import INDEX_BYTES, open_regular, read_bytes, reading, reason
 
 # torch 2.7's own writer causes it
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
@@ -70,14 +71,21 @@ Check = Literal["read", "all", "sizes", "none"]
 """What is verified: checksums of the chunks read; of all files too; file sizes only; nothing (plain DCP)."""
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path, *, verified: bool = False) -> Metadata:
     """Read ``.metadata`` without running anything that it names.
+
+    Args:
+        path: the file.
+        verified: its checksum is the recorded one, so that a check that takes seconds for a large file is left out.
 
     Raises:
         UserError: if it is missing, damaged, incomplete, or holds anything but the records of the format.
     """
     try:
-        content = _MetadataUnpickler(io.BytesIO(read_bytes(path, limit=INDEX_BYTES))).load()
+        data = read_bytes(path, limit=INDEX_BYTES)
+        if not verified:
+            check_pickle(data)
+        content = _MetadataUnpickler(io.BytesIO(data)).load()
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}, so it is not a distributed checkpoint") from error
     except _Foreign as error:
@@ -86,9 +94,10 @@ def read_metadata(path: Path) -> Metadata:
             "take it from its source again"
         ) from error
     except Exception as error:  # unpickling damaged bytes raises almost anything
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} cannot be read ({reason}); restore it or create the checkpoint again") from error
-    if not isinstance(content, Metadata) or not isinstance(content.state_dict_metadata, dict):
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{path} cannot be read ({why}); restore it or create the checkpoint again") from error
+    parts = ("state_dict_metadata", "storage_data")  # absent from a record that was made without its fields
+    if not isinstance(content, Metadata) or not all(isinstance(getattr(content, part, None), dict) for part in parts):
         raise UserError(f"{path} has no description of a checkpoint; create the checkpoint again")
     return content
 
@@ -122,7 +131,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
-            return _joined  # the directory that it was written to, which is not used
+            return _no_path  # the directory that it was written to, which is not used
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
@@ -132,8 +141,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             raise _Foreign(f"{module}.{name}") from None
 
 
-def _joined(*parts: str) -> str:
-    return "/".join(map(str, parts))
+def _no_path(*parts: Any) -> str:
+    """Not joined: parts that are used again and again could make it long beyond all memory."""
+    return ""
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -165,7 +175,7 @@ class _DurableFiles(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         """A new file, an open one, or an existing one to read."""
         if mode != "wb":
-            with os.fdopen(os.open(path, os.O_RDONLY), "rb") as stream:
+            with os.fdopen(open_regular(path, limit=1 << 62), "rb") as stream:
                 yield stream
         elif str(path) in self._open:
             yield self._open[str(path)]
@@ -337,16 +347,20 @@ class CheckpointReader(FileSystemReader):
         self.fs = _DurableFiles()
         self._files: Mapping[str, Any] = {} if manifest is None else manifest["files"]
         self._check = check
-        recorded = self._files.get(METADATA)
-        if recorded and file_checksum(path / METADATA) != recorded["checksum"]:
-            raise UserError(f"{path / METADATA} has another checksum than recorded; restore it or make it again")
-        self._metadata = read_metadata(path / METADATA)
+        if manifest is not None and not self._files and is_present(path / MANIFEST):
+            # else nothing would be compared, as for a checkpoint without a manifest
+            raise UserError(f"{path / MANIFEST} lists no files; restore it or make the checkpoint again")
+        if self._files:
+            if METADATA not in self._files:
+                raise UserError(f"{path / MANIFEST} does not have {METADATA}; restore it or make the checkpoint again")
+            with reading(str(path / METADATA), "restore it or make the checkpoint again"):
+                found = file_checksum(path / METADATA)
+            if found != self._files[METADATA]["checksum"]:
+                raise UserError(f"{path / METADATA} has another checksum than recorded; restore it or make it again")
+        self._metadata = read_metadata(path / METADATA, verified=bool(self._files))
         self.storage_data = self._metadata.storage_data
-        entries = self._metadata.state_dict_metadata
-        self._entries = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            name: (tuple(entry.size), entry.properties.dtype) for name, entry in self._entries.items()
-        }
+        self._entries: dict[str, TensorStorageMetadata] = {}
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._checksums = {
             (file, offset): (length, checksum)
             for file, facts in self._files.items()
@@ -355,30 +369,27 @@ class CheckpointReader(FileSystemReader):
         self._sizes: dict[MetadataIndex, torch.Size] = {}
         try:
             self._check_metadata()
-        except (AttributeError, TypeError, ValueError) as error:  # records of the format with other contents
-            raise UserError(f"{path / METADATA} is damaged ({error}); make the checkpoint again") from error
+        except UserError:
+            raise
+        except Exception as error:  # records of the format with other contents, or none
+            raise UserError(f"{path / METADATA} is damaged ({reason(error)}); make the checkpoint again") from error
 
     def _check_metadata(self) -> None:
-        """Refuse metadata that do not describe every element of every tensor, in known files, as torch stores it."""
-        for name, entry in self._entries.items():
-            covered = 0
+        """Take over metadata that describe every element of every tensor, in known files, as torch stores it."""
+        file = Path(self.path) / METADATA
+        for name, entry in self._metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            check_tensor(file, name, entry, self.storage_data)
+            self._entries[name] = entry
+            self.tensors[name] = (tuple(entry.size), entry.properties.dtype)
             for chunk in entry.chunks:
-                covered += math.prod(chunk.sizes)
-                self._sizes[MetadataIndex(name, chunk.offsets)] = chunk.sizes
-                info = self.storage_data.get(MetadataIndex(name, chunk.offsets))
-                if info is not None and self._files and info.relative_path not in self._files:
+                index = MetadataIndex(name, chunk.offsets)
+                self._sizes[index] = chunk.sizes
+                if self._files and self.storage_data[index].relative_path not in self._files:
                     raise UserError(
-                        f"{self.path / METADATA} names {info.relative_path}, which the manifest does not have"
+                        f"{file} names {self.storage_data[index].relative_path}, which the manifest does not have"
                     )
-                if info is None or Path(info.relative_path).name != info.relative_path or info.length < 0:
-                    raise UserError(f"{self.path / METADATA} does not say where {name} is; make the checkpoint again")
-                if getattr(info, "transform_descriptors", None):
-                    raise UserError(
-                        f"{self.path / info.relative_path}: {name} is stored compressed or transformed, which is not "
-                        "supported"
-                    )
-            if covered != math.prod(entry.size):
-                raise UserError(f"{self.path}: {name} is not completely stored; load another checkpoint")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Keep what the constructor has read."""

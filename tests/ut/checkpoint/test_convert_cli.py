@@ -269,8 +269,8 @@ def test_lists_and_mappings_on_the_command_line(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, "options.yaml cannot be read: [Errno 2]"),
-        ("a: [", "options.yaml cannot be read: while parsing"),
+        (None, "options.yaml does not exist"),
+        ("a: [", "options.yaml, line 1 is not valid YAML"),
         ("- 1", "options.yaml must map option names to values"),
         ("", "options.yaml must map option names to values"),
         ("hfdir: x", "options.yaml: unknown option --hfdir; did you mean --hf_dir?"),

@@ -122,8 +122,8 @@ def test_known_checksums_are_taken(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda p: (p / "manifest.json").unlink(), "not a complete checkpoint"),
-        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
-        (lambda p: (p / "manifest.json").write_text("[]"), "not a manifest"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json, line 1, column 2 is not valid JSON"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "holds a list; it must hold an object"),
         (lambda p: (p / "manifest.json").write_text('{"files": {}, "format": 99}'), "format 99"),
         (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
         (lambda p: (p / "__0_0.distcp").write_bytes(b"payl"), "has 4 bytes instead of 7"),

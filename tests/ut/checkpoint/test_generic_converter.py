@@ -251,11 +251,11 @@ INDEX = json.dumps({"weight_map": {"model.bool": "a", **{f"more.{n}": "a" for n 
     ("options", "file", "content", "expected"),
     [
         ([], "model.safetensors.index.json", INDEX, "5 tensors missing: more.0, more.1, more.2, ...; check the prefix"),
-        ([], "model.safetensors.index.json", '{"weight_map": {}}', "has no tensor model.* to write"),
-        ([], "model.safetensors.index.json", "{", "index.json cannot be read"),
+        ([], "model.safetensors.index.json", '{"weight_map": {}}', "its weight_map names no tensors; download it"),
+        ([], "model.safetensors.index.json", "{", "index.json, line 1, column 2 is not valid JSON"),
         (["--fused_linear_names", "experts"], "config.json", "{}", "the num_experts (None) of"),
         (["--fused_linear_names", "experts"], "config.json", '{"num_experts": 5}', "w1 [24, 10] is not made of"),
-        (["--fused_linear_names", "experts"], "config.json", "[]", "config.json cannot be read"),
+        (["--fused_linear_names", "experts"], "config.json", "[]", "config.json holds a list; it must hold an object"),
         (["--hf_prefix", "logit_", "--dcp_prefix", "model."], "config.json", "{}", "both become logit_scale; correct"),
     ],
 )

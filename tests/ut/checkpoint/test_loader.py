@@ -212,14 +212,14 @@ def test_chunks_must_be_in_the_checkpoint(saved: Path) -> None:
     next(iter(metadata.storage_data.values())).relative_path = "../../secret"
     (saved / METADATA).write_bytes(pickle.dumps(metadata))
     edit_manifest(saved)
-    with pytest.raises(UserError, match=r"names \.\./\.\./secret, which the manifest does not have"):
+    with pytest.raises(UserError, match=r"\.metadata: \.\./\.\./secret leads out of the directory"):
         load(saved, *make())
 
 
 def test_progress_of_another_version(saved: Path) -> None:
     (saved / "progress.json").write_text('{"iteration": 1, "mood": "good"}')
     edit_manifest(saved)
-    with pytest.raises(UserError, match=r"progress\.json cannot be read .*mood"):
+    with pytest.raises(UserError, match=r"progress\.json: mood is unknown to this version"):
         load(saved, *make())
 
 
