@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -243,4 +244,5 @@ def _must_divide(name: str, size: int, total: int, what: str, *, also: str = "")
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return ", ".join(str(size) for size in sorted({*small, *(number // size for size in small)}))

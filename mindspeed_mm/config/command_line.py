@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from mindspeed_mm.config.flags import SECTIONS, TrainingArgs, option_name
 from mindspeed_mm.config.schema import REFUSED, allowed_values, nearest, role_of, walk
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import quoted
 
 # Flags of Megatron that people add from habit, and their replacements.
 _ELSEWHERE = {
@@ -28,7 +29,9 @@ _ELSEWHERE = {
     "--exit-duration-in-mins": "send SIGUSR1 when the time is up (timeout -s USR1 ...): the run saves and stops",
     "--moe-router-load-balancing-type": "--moe-aux-loss-coeff above 0 adds the load-balancing loss; 0 does not",
 }
-_LARGEST = (1 << 64) - 1  # seeds may have 64 bits; nothing counts further
+_LARGEST = 10**12  # no steps, samples or tokens are counted further, and their products stay exact
+_SHOWN = 60  # characters of a value in a message
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last are bytes that are not UTF-8
 _NUMBER = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 
 
@@ -61,15 +64,23 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     namespace, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UserError(_explain_unknown(unknown))
-    if empty := [option_name(name) for name, value in vars(namespace).items() if not value]:
-        raise UserError(f"{empty[0]} is empty; give it a value or leave it out")
+    for name, value in vars(namespace).items():
+        if not value.strip():
+            raise UserError(f"{option_name(name)} is empty; give it a value or leave it out")
+        if _UNPRINTABLE.search(value):  # a path with a line break, from a file that was not split at its lines
+            raise UserError(
+                f"{option_name(name)} is '{quoted(value, _SHOWN)}', with a line break, a control character or a byte "
+                "that is not UTF-8; remove it"
+            )
     try:
         args = TrainingArgs.model_validate_strings(vars(namespace))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     for use in walk(args):
-        if type(use.value) is int and use.value > _LARGEST:
-            raise UserError(f"{option_name(use.path)} is {use.value}; it must be at most {_LARGEST}")
+        if type(use.value) is int and use.value > _LARGEST and use.path != "seed":  # which has 64 bits
+            raise UserError(
+                f"{option_name(use.path)} is {quoted(use.value, _SHOWN)}; it must be at most {_LARGEST}"
+            )
         if use.role == REFUSED and use.value != use.info.default:
             raise UserError(
                 f"{option_name(use.path)} {use.value} is not supported: {use.info.description}; "
@@ -88,8 +99,9 @@ class OneLineParser(argparse.ArgumentParser):
         if complaint.startswith("expected one argument"):
             raise UserError(f"{name} needs a value")
         if complaint.startswith("ignored explicit argument"):
-            raise UserError(f"{name} takes no value, but was given {complaint.split()[-1]}")
-        raise UserError(message)
+            given = quoted(complaint.partition("argument ")[2], _SHOWN)
+            raise UserError(f"{name} takes no value, but was given {given}")
+        raise UserError(quoted(message))
 
 
 def _add_flag(group: argparse._ArgumentGroup, option: str, info: FieldInfo) -> None:
@@ -135,15 +147,16 @@ def _explain(error: ValidationError) -> str:
     if wrong is None:
         return f"required and not given: {', '.join(option_name(str(item['loc'][0])) for item in items)}"
     name = str(wrong["loc"][0])
-    return f"{option_name(name)} is {wrong['input']}; {allowed_values(wrong, TrainingArgs.model_fields[name])}"
+    allowed = allowed_values(wrong, TrainingArgs.model_fields[name])
+    return f"{option_name(name)} is {quoted(wrong['input'], _SHOWN)}; {allowed}"
 
 
 def _explain_unknown(unknown: list[str]) -> str:
     first = next((word for word in unknown if word.startswith("-")), None)
     if first is None:
-        return f"unexpected word {unknown[0]!r}; every value follows its flag"
+        return f"unexpected word {quoted(unknown[0], _SHOWN)!r}; every value follows its flag"
     name = first.split("=")[0]
     if name in _ELSEWHERE:
         return f"unknown flag {name}: {_ELSEWHERE[name]}"
     guess = nearest(name.replace("_", "-"), [option_name(known) for known in TrainingArgs.model_fields])
-    return f"unknown flag {name}; " + (f"did you mean {guess}?" if guess else "--help lists all flags")
+    return f"unknown flag {quoted(name, _SHOWN)}; " + (f"did you mean {guess}?" if guess else "--help lists all flags")

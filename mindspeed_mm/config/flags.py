@@ -12,6 +12,7 @@ _INSTEAD = (
     "FSDP2 shards the parameters over all ranks; to split further use --expert-model-parallel-size or "
     "--context-parallel-size"
 )
+_LONGEST_WAIT = 10**9  # seconds; the system's timers overflow beyond
 _CONFIG_DECIDES = "the Hugging Face config decides"
 
 
@@ -44,7 +45,7 @@ class ParallelArgs(StrictModel):
         "auto", "collective library; the device's own is always used, and the log says which"
     )
     distributed_timeout_minutes: int = effective(
-        30, "minutes that a collective may take before the job is aborted", ge=1, metavar="MINUTES"
+        30, "minutes that a collective may take before the job is aborted", ge=1, le=1_000_000, metavar="MINUTES"
     )
     tensor_model_parallel_size: int = refused(1, _INSTEAD, ge=1)
     pipeline_model_parallel_size: int = refused(1, _INSTEAD, ge=1)
@@ -237,12 +238,12 @@ class ReliabilityArgs(StrictModel):
         ge=0,
     )
     hang_watch_seconds: float = effective(
-        60.0, "shortest time after which a step is reported as hanging", gt=0, metavar="SECONDS"
+        60.0, "shortest time after which a step is reported as hanging", gt=0, le=_LONGEST_WAIT, metavar="SECONDS"
     )
     exit_on_hang: bool = effective(False, "stop the run, with status 76, after such a report")
     heartbeat_timeout: float = effective(
         300.0, "seconds without a heartbeat before a rank is reported lost and the job aborts, with status 77; 0: "
-        "after --distributed-timeout-minutes only", ge=0, metavar="SECONDS",
+        "after --distributed-timeout-minutes only", ge=0, le=_LONGEST_WAIT, metavar="SECONDS",
     )
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import quoted
 
 REQUIRED: Any = ...
 
@@ -129,9 +130,9 @@ def validate_config(content: dict[str, Any], model: type[Model], *, source: str)
     try:
         config = model.model_validate(content)
     except ValidationError as error:
-        messages = [_explain(item, model) for item in error.errors()]
-        more = f" (mistakes in this file: {len(messages)})" if len(messages) > 1 else ""
-        raise UserError(f"{source}: {messages[0]}{more}") from None
+        count = error.error_count()  # a damaged file may have a million, so only one is explained
+        more = f" (mistakes in this file: {count})" if count > 1 else ""
+        raise UserError(f"{source}: {_explain(error.errors(include_url=False)[0], model)}{more}") from None
     for use in walk(config):
         if use.role == REFUSED and use.value != use.info.default:
             raise UserError(
@@ -160,6 +161,8 @@ _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less 
 _LIMIT_ERRORS = ("greater_than", "less_than", "greater_than_equal", "less_than_equal")
 _TYPES = {
     "string_type": "a string",
+    "string_unicode": "text in UTF-8",
+    "int_parsing_size": "a whole number of fewer digits",
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     "finite_number": "a finite number",
@@ -171,14 +174,15 @@ _TYPES = {
 
 def nearest(word: str, known: list[str]) -> str | None:
     """The entry of ``known`` that ``word`` was probably meant to be, or None."""
-    matches = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7)
-    return matches[0] if matches else None
+    names = {name.lstrip("-"): name for name in known}  # leading dashes, which all flags share, are no likeness
+    matches = difflib.get_close_matches(word.lower().lstrip("-"), names, n=1, cutoff=0.7)
+    return names[matches[0]] if matches else None
 
 
 def _explain(item: Any, model: type[BaseModel]) -> str:
     """One pydantic error as a phrase: the dotted path, the value found and what is allowed."""
     names, owner = _resolve(item["loc"], model)
-    path = ".".join(names) or "the file"
+    path = quoted(".".join(names), 120) or "the file"
     kind = item["type"]
     if kind == "extra_forbidden":
         return _unknown_key(names, owner, model)
@@ -201,7 +205,7 @@ def _resolve(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[l
 
 
 def _unknown_key(names: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str:
-    path, key = ".".join(names), names[-1]
+    path, key = quoted(".".join(names), 120), names[-1]
     elsewhere = [other for other in _all_paths(root) if other.rsplit(".", 1)[-1] == key]
     if elsewhere:
         return f"{path} is unknown here; did you mean {elsewhere[0]}?"
@@ -223,5 +227,4 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _show(value: Any) -> str:
     """A value as its JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return quoted(json.dumps(value, ensure_ascii=False, default=str), 60)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,36 +46,93 @@ class DecoderConfig:
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.0
 
+    @functools.cached_property
+    def _dense_layers(self) -> frozenset[int]:
+        # a set, since a file may list thousands and every layer asks several times
+        return frozenset(self.mlp_only_layers)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` (from 0) has experts instead of a dense MLP."""
         return (
             self.num_experts > 0
-            and layer not in self.mlp_only_layers
+            and layer not in self._dense_layers
             and (layer + 1) % self.decoder_sparse_step == 0
         )
 
 
-def check_number(
-    value: Any, name: str, *, source: str, kind: type = int, low: float = 1, high: float = 1 << 31
-) -> Any:
-    """``value``, if it is a number of ``kind`` between ``low`` and ``high``.
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What a field of a model directory's JSON file may hold. A boolean is no number; a whole number is one, too.
+
+    Attributes:
+        kind: int, float, bool, str, or list.
+        low: least number, or least entry of a list.
+        high: largest one.
+        nullable: whether null stands for a missing field.
+        of: int or float, the entries of a list.
+        most: entries of a list at most.
+    """
+
+    kind: type
+    low: float = 1
+    high: float = 1 << 31
+    nullable: bool = False
+    of: type = int
+    most: int = 10_000
+
+    def accepts(self, value: Any) -> bool:
+        """Whether ``value`` is of the kind and within the limits."""
+        if self.kind is list:
+            entry = Field(self.of, self.low, self.high)
+            return isinstance(value, (list, tuple)) and len(value) <= self.most and all(map(entry.accepts, value))
+        if self.kind in (bool, str):
+            return isinstance(value, self.kind)
+        # NaN lies between no limits
+        return (type(value) is int or type(value) is self.kind) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if self.kind in (bool, str):
+            return "true or false" if self.kind is bool else "a string"
+        kind = self.of if self.kind is list else self.kind
+        limits = " to ".join(str(limit) if isinstance(limit, int) else f"{limit:g}" for limit in (self.low, self.high))
+        noun = "whole number" if kind is int else "number"
+        if self.kind is list:
+            return f"a list of at most {self.most} {noun}s from {limits}"
+        return f"a {noun} from {limits}"
+
+
+def check_fields(section: Mapping[str, Any], fields: Mapping[str, Field], *, source: str, name: str = "") -> None:
+    """Check those of ``fields`` that a section has, before anything is computed with them.
 
     Args:
-        value: as a file has it.
-        name: of the field, for messages.
+        section: an object of the file.
+        fields: what each field may hold; others are not read, and may hold anything.
         source: the file, for messages.
-        kind: int, or float, which whole numbers are, too.
-        low: least value.
-        high: largest value.
+        name: of the section, for messages; empty for the whole file.
 
     Raises:
-        UserError: if it is anything else; a boolean is no number.
+        UserError: naming ``source``, the field, its value and what it must be.
     """
-    right = type(value) is int or (kind is float and type(value) is float)
-    if not right or not low <= value <= high:
-        word = "whole number" if kind is int else "number"
-        raise UserError(f"{source}: {name} is {quoted(repr(value), 60)}; it must be a {word} from {low:g} to {high:g}")
-    return value
+    for key, field in fields.items():
+        if key not in section or (section[key] is None and field.nullable) or field.accepts(section[key]):
+            continue
+        where = f"{name}.{key}" if name else key
+        raise UserError(f"{source}: {where} is {shown(section[key])}; it must be {field}")
+
+
+def check_section(value: Any, *, source: str, name: str) -> None:
+    """Check that a part of a file is an object.
+
+    Raises:
+        UserError: naming ``source``, the part and what it is.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source}: {name} is {shown(value)}; it must be an object with named fields")
+
+
+def shown(value: Any) -> str:
+    """A value as a JSON file has it, shortened for a message."""
+    return quoted(json.dumps(value, ensure_ascii=False, default=str), 60)
 
 
 def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -84,10 +144,12 @@ def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(directory) / "config.json"
     if not os.path.lexists(path):
         raise UserError(
-            f"{path} does not exist: {directory} is not a Hugging Face model directory; "
-            "download the weights first (step 2 of the guide) or correct the path"
+            f"{path} does not exist: {quoted(str(directory)) or 'the empty path'} is not a Hugging Face model "
+            "directory; download the weights first (step 2 of the guide) or correct the path"
         )
     content = read_json(path, remedy="download it again")
-    if not isinstance(content.get("model_type"), str):
-        raise UserError(f"{path} has no model_type; download it again, or correct the path")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        found = "" if model_type is None else f" that is a string, but {shown(model_type)}"
+        raise UserError(f"{path} has no model_type{found}; download it again, or correct the path")
     return path, content

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import kind_of, quoted, reading, reason
-from mindspeed_mm.models.layers.config import DecoderConfig, check_number, read_config_json
+from mindspeed_mm.inputs import quoted, reading, reason
+from mindspeed_mm.models.layers.config import DecoderConfig, Field, check_fields, check_section, read_config_json, shown
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
 
@@ -115,7 +115,7 @@ class Qwen3VLConfig:
         model_type = raw["model_type"]
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
-                f"{path} has model_type {model_type!r}; this project trains {' and '.join(SUPPORTED_MODEL_TYPES)}"
+                f"{path} has model_type {shown(model_type)}; this project trains {' and '.join(SUPPORTED_MODEL_TYPES)}"
             )
         try:
             return cls._checked(raw, str(path))
@@ -137,11 +137,7 @@ class Qwen3VLConfig:
     @classmethod
     def _checked(cls, config: Mapping[str, Any], source: str) -> Qwen3VLConfig:
         """Raises KeyError for a field that is missing."""
-        for name in ("text_config", "vision_config"):
-            if not isinstance(config[name], Mapping):
-                raise UserError(f"{source}: {name} is {kind_of(config[name])}; it must be an object")
-            _check_types(config[name], source, name)
-        _check_types(config, source, "")
+        _check_types(config, source)
         with reading(source, "take the config.json of the checkpoint again"):
             try:
                 model_config = cls._read(config)
@@ -206,15 +202,21 @@ class Qwen3VLConfig:
             UserError: naming ``source``, the field and its value.
         """
         text, vision = self.text, self.vision
+        tokens = {name: getattr(self, name) for name in _SECTIONS[""] if name.endswith("_token_id")}
+        highest = max(tokens, key=lambda name: tokens[name])
+        indexes = vision.deepstack_visual_indexes
         rules = [
             (text.num_heads % text.num_kv_heads == 0,
              f"num_attention_heads {text.num_heads} is not a multiple of num_key_value_heads {text.num_kv_heads}"),
-            (max(self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
-             < text.vocab_size, f"a token id is not below vocab_size {text.vocab_size}"),
+            (tokens[highest] < text.vocab_size,
+             f"{highest} is {tokens[highest]}, but a token id must be below vocab_size {text.vocab_size}"),
             (text.rope_type == "default",
-             f"rope_type {text.rope_type!r} is not supported; Qwen3-VL's is 'default'"),
+             f"rope_type {quoted(text.rope_type, 60)!r} is not supported; Qwen3-VL's is 'default'"),
+            (text.head_dim > 0, f"hidden_size {text.hidden_size} is less than num_attention_heads {text.num_heads}"),
+            (len(text.mrope_section) == 3,
+             f"mrope_section {shown(text.mrope_section)} must have 3 entries: of time, height and width"),
             (sum(text.mrope_section) * 2 == text.head_dim,
-             f"mrope_section {list(text.mrope_section)} must add up to head_dim / 2 = {text.head_dim // 2}"),
+             f"mrope_section {shown(text.mrope_section)} must add up to head_dim / 2 = {text.head_dim // 2}"),
             (vision.hidden_size % vision.num_heads == 0 and vision.head_dim % 4 == 0,
              f"vision hidden_size {vision.hidden_size} over {vision.num_heads} heads gives no head width "
              "divisible by 4"),
@@ -222,63 +224,72 @@ class Qwen3VLConfig:
              f"num_position_embeddings {vision.num_position_embeddings} is not a square number"),
             (vision.out_hidden_size == text.hidden_size,
              f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size {text.hidden_size}"),
-            (all(0 <= index < vision.depth for index in vision.deepstack_visual_indexes),
-             f"deepstack_visual_indexes {list(vision.deepstack_visual_indexes)} must lie below depth {vision.depth}"),
-            (len(vision.deepstack_visual_indexes) <= text.num_layers,
-             f"{len(vision.deepstack_visual_indexes)} deepstack outputs need as many text layers, "
-             f"not {text.num_layers}"),
+            (all(0 <= index < vision.depth for index in indexes),
+             f"deepstack_visual_indexes {shown(indexes)} must lie below depth {vision.depth}"),
+            (len(set(indexes)) == len(indexes), f"deepstack_visual_indexes {shown(indexes)} must not repeat"),
+            (len(indexes) <= text.num_layers,
+             f"{len(indexes)} deepstack outputs need as many text layers, not {text.num_layers}"),
+            (len(text.mlp_only_layers) <= text.num_layers,
+             f"mlp_only_layers has {len(text.mlp_only_layers)} entries, more than num_hidden_layers {text.num_layers}"),
             (self.model_type != "qwen3_vl_moe" or 0 < text.num_experts_per_token <= text.num_experts,
              f"num_experts_per_tok {text.num_experts_per_token} must lie in 1..num_experts {text.num_experts}"),
+            (self.model_type != "qwen3_vl_moe" or text.moe_intermediate_size > 0,
+             "moe_intermediate_size is 0, but the model has experts"),
         ]
         for holds, message in rules:
             if not holds:
                 raise UserError(f"{source}: {message}")
 
 
-_COUNTS = {
-    "num_hidden_layers": 10_000, "depth": 10_000, "num_attention_heads": 1 << 20, "num_key_value_heads": 1 << 20,
-    "num_heads": 1 << 20, "num_experts": 100_000, "num_local_experts": 100_000, "num_experts_per_tok": 100_000,
-    "patch_size": 1 << 12, "temporal_patch_size": 1 << 12, "spatial_merge_size": 1 << 12, "in_channels": 1 << 12,
-    "decoder_sparse_step": 10_000,
-    **dict.fromkeys(
-        ("hidden_size", "head_dim", "vocab_size", "intermediate_size", "max_position_embeddings",
-         "moe_intermediate_size", "num_position_embeddings", "out_hidden_size"), 1 << 31),
+_LAYERS, _HEADS, _EXPERTS, _PATCH = (Field(int, high=high) for high in (10_000, 1 << 20, 100_000, 1 << 12))
+_WIDTH, _EPSILON = Field(int), Field(float, low=1e-30, high=1e30)
+_THETA, _SCALE = Field(float, low=1e-30, high=1e30, nullable=True), Field(float, low=0, high=1e30)
+_TOKEN_ID, _NAME, _FLAG = Field(int, low=0), Field(str), Field(bool)
+_LAYER_INDEXES = Field(list, low=0, high=10_000)
+_SECTIONS: dict[str, dict[str, Field]] = {
+    "": {
+        "image_token_id": _TOKEN_ID, "video_token_id": _TOKEN_ID, "vision_start_token_id": _TOKEN_ID,
+        "vision_end_token_id": _TOKEN_ID, "tie_word_embeddings": _FLAG,
+    },
+    "text_config": {
+        "num_hidden_layers": _LAYERS, "hidden_size": _WIDTH, "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS, "head_dim": dataclasses.replace(_WIDTH, nullable=True), "vocab_size": _WIDTH,
+        "intermediate_size": _WIDTH, "hidden_act": _NAME, "rms_norm_eps": _EPSILON, "rope_theta": _THETA,
+        "max_position_embeddings": _WIDTH, "attention_bias": _FLAG, "initializer_range": _SCALE,
+        # a dense model may say that it has 0 experts
+        **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"),
+                        dataclasses.replace(_EXPERTS, low=0)),
+        "moe_intermediate_size": dataclasses.replace(_WIDTH, low=0), "decoder_sparse_step": _LAYERS,
+        "mlp_only_layers": dataclasses.replace(_LAYER_INDEXES, nullable=True), "router_aux_loss_coef": _SCALE,
+    },
+    "vision_config": {
+        "depth": _LAYERS, "hidden_size": _WIDTH, "num_heads": _HEADS, "intermediate_size": _WIDTH, "hidden_act": _NAME,
+        "patch_size": _PATCH, "temporal_patch_size": _PATCH, "spatial_merge_size": _PATCH, "in_channels": _PATCH,
+        "num_position_embeddings": _WIDTH, "out_hidden_size": _WIDTH, "deepstack_visual_indexes": _LAYER_INDEXES,
+    },
 }
-_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef")
-_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-_FLAGS = ("attention_bias", "tie_word_embeddings")
-_INDEX_LISTS = ("mrope_section", "deepstack_visual_indexes", "mlp_only_layers")
-_MAY_BE_NULL = ("head_dim", "rope_theta", "mlp_only_layers", "rope_parameters", "rope_scaling")
+"""Every field that is read, by section of the file."""
+_ROPE = {"rope_type": _NAME, "rope_theta": _THETA, "mrope_section": Field(list, low=0)}
 
 
-def _check_types(section: Mapping[str, Any], source: str, name: str) -> None:
-    """Check the types and the ranges of a section's fields that are read, before anything is computed with them.
+def _check_types(config: Mapping[str, Any], source: str) -> None:
+    """Check the types and the ranges of the fields that the file has.
 
     Raises:
-        UserError: naming ``source``, the field and its value.
+        UserError: naming ``source``, the field, its value and what it must be.
     """
-    for key, value in section.items():
-        where = f"{name}.{key}" if name else str(key)
-        if value is None and key in _MAY_BE_NULL:
-            continue
-        if key in _COUNTS:
-            # a layer without experts has 0 of them
-            check_number(value, where, source=source, low=0 if "expert" in key else 1, high=_COUNTS[key])
-        elif key in _TOKEN_IDS:
-            check_number(value, where, source=source, low=0)
-        elif key in _NUMBERS:
-            check_number(value, where, source=source, kind=float, low=0, high=1e30)
-        elif key in _FLAGS and not isinstance(value, bool):
-            raise UserError(f"{source}: {where} is {quoted(repr(value), 60)}; it must be true or false")
-        elif key in _INDEX_LISTS:
-            if not isinstance(value, (list, tuple)):
-                raise UserError(f"{source}: {where} is {kind_of(value)}; it must be a list")
-            for entry in value:
-                check_number(entry, where, source=source, low=0)
-        elif key in ("rope_parameters", "rope_scaling"):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {where} is {kind_of(value)}; it must be an object")
-            _check_types(value, source, where)
+    for name, fields in _SECTIONS.items():
+        section = config.get(name) if name else config
+        if name and name not in config:
+            continue  # transformers fills it in
+        check_section(section, source=source, name=name)
+        check_fields(section, fields, source=source, name=name)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get("text_config", {}).get(key)
+        if rope is not None:
+            name = f"text_config.{key}"
+            check_section(rope, source=source, name=name)
+            check_fields(rope, _ROPE, source=source, name=name)
 
 
 def _with_defaults(path: Path) -> dict[str, Any]:

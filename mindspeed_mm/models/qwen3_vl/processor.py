@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import kind_of, quoted, read_json
+from mindspeed_mm.inputs import read_json
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSettings
-from mindspeed_mm.models.layers.config import check_number
+from mindspeed_mm.models.layers.config import Field, check_fields, check_section, shown
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
 
 _REMEDY = "take the file of the checkpoint again"
-_COUNTS = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "min_frames", "max_frames")
+_COUNT = Field(int, high=1 << 40, nullable=True)
+_EDGES = {"shortest_edge": _COUNT, "longest_edge": _COUNT}
+_FIELDS = {
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "min_frames",
+                     "max_frames"), _COUNT),
+    "image_mean": Field(list, low=-1e6, high=1e6, nullable=True, of=float, most=3),
+    "image_std": Field(list, low=1e-6, high=1e6, nullable=True, of=float, most=3),
+    "rescale_factor": Field(float, low=1e-9, high=1e6, nullable=True),
+}
 
 
 def read_image_settings(
@@ -42,7 +50,7 @@ def read_image_settings(
     least = size.get("shortest_edge") or content.get("min_pixels")
     most = size.get("longest_edge") or content.get("max_pixels")
     if not least or not most:
-        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
+        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; {_REMEDY}")
     for name, ours, default in (
         ("patch_size", vision.patch_size, vision.patch_size),
         ("temporal_patch_size", vision.temporal_patch_size, 2),
@@ -50,7 +58,9 @@ def read_image_settings(
     ):
         theirs = content.get(name, default)
         if theirs != ours:
-            raise UserError(f"{path}: {name} is {theirs}, but {ours} in config.json; take both files of one checkpoint")
+            raise UserError(
+                f"{path}: {name} is {shown(theirs)}, but {ours} in config.json; take both files of one checkpoint"
+            )
     low, high = max(min_pixels, least), min(max_pixels, most)
     if low > high:
         raise UserError(
@@ -92,7 +102,7 @@ def read_video_settings(
     size = content.get("size") or {}
     least, most = size.get("shortest_edge"), size.get("longest_edge")
     if not least or not most:
-        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; take the file of the checkpoint again")
+        raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; {_REMEDY}")
     for name, ours in (("image_mean", images.norm.mean), ("image_std", images.norm.std)):
         theirs = tuple(content.get(name) or ours)
         if theirs != ours:
@@ -108,23 +118,18 @@ def _check_types(content: Mapping[str, Any], source: str) -> None:
     Raises:
         UserError: naming ``source``, the field and its value.
     """
-    size = content.get("size")
-    if not isinstance(size, (dict, type(None))):
-        raise UserError(f"{source}: size is {kind_of(size)}; {_REMEDY}")
-    edges = {f"size.{key}": (size or {}).get(key) for key in ("shortest_edge", "longest_edge")}
-    for name, value in {**edges, **{key: content.get(key) for key in _COUNTS}}.items():
-        if value is not None:
-            check_number(value, name, source=source, high=1 << 40)
-    for name, least in (("image_mean", -1e6), ("image_std", 1e-6)):
+    if (size := content.get("size")) is not None:
+        check_section(size, source=source, name="size")
+        check_fields(size, _EDGES, source=source, name="size")
+    check_fields(content, _FIELDS, source=source)
+    for name in ("image_mean", "image_std"):
         values = content.get(name)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != 3:
-            raise UserError(f"{source}: {name} is {quoted(values, 60)}; it must be a list of three numbers")
-        for value in values:
-            check_number(value, name, source=source, kind=float, low=least, high=1e6)
-    if content.get("rescale_factor") is not None:
-        check_number(content["rescale_factor"], "rescale_factor", source=source, kind=float, low=1e-9, high=1e6)
+        if values is not None and len(values) != 3:
+            raise UserError(f"{source}: {name} is {shown(values)}; it must be a list of three numbers")
+    ranges = (("shortest_edge", "longest_edge", size or {}), ("min_frames", "max_frames", content))
+    for low, high, section in ranges:
+        if (section.get(low) or 0) > (section.get(high) or _COUNT.high):
+            raise UserError(f"{source}: {low} {section[low]} exceeds {high} {section[high]}; {_REMEDY}")
 
 
 def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -> tuple[Path, Mapping[str, Any]]:
@@ -145,7 +150,7 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
         content = read_json(path, remedy=_REMEDY)
         content = content.get(key) if key else content
         if not isinstance(content, dict):
-            raise UserError(f"{path} has no object {key}; {_REMEDY}")
+            raise UserError(f"{path} has no object {key}, but {shown(content)}; {_REMEDY}")
         _check_types(content, str(path))
         return path, content
     raise UserError(

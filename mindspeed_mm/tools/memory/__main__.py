@@ -17,9 +17,11 @@ from mindspeed_mm.config.checks import check_flags, check_model, check_parallel,
 from mindspeed_mm.config.command_line import OneLineParser, parse_args
 from mindspeed_mm.config.data_config import DataConfig, PreprocessParameters
 from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.flags import option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import quoted, reason
 from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT, Plan
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import Load, plan_run
@@ -27,7 +29,10 @@ from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, t
 
 # flags that the launcher's parser requires and the estimate does not depend on
 _REQUIRED = {"--mm-data": "unread", "--seq-length": "1024", "--train-iters": "1", "--lr": "1"}
-_LARGEST = 1e12
+_LIMITS: dict[str, tuple[float, float]] = {
+    "nproc": (1, 10**6), "memory_gb": (0.001, 10**6), "imbalance": (1, 10**6), "tokens": (1, 10**12),
+    "patches": (1, 10**12), "target_tokens": (1, 10**12),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,10 +77,12 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
         UserError: for the first mistake.
     """
     options, words = build_parser().parse_known_args(argv)
-    for name in ("nproc", "memory_gb", "imbalance", "tokens", "patches", "target_tokens"):
+    for name, (low, high) in _LIMITS.items():
         value = getattr(options, name)
-        if value is not None and not 0 < value <= _LARGEST:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it must be above 0")
+        if value is not None and not low <= value <= high:  # NaN lies between no limits
+            raise UserError(f"{option_name(name)} {quoted(value, 60)} is out of range; it must be from {low} to {high}")
+    if options.hf_config is not None and not options.hf_config.strip():
+        raise UserError("--hf-config is empty; give it a value or leave it out")
     if not 0 <= options.reserve_gb <= options.memory_gb:
         raise UserError(f"--reserve-gb {options.reserve_gb} is out of range; it must be from 0 to --memory-gb")
     defaults = [word for item in _REQUIRED.items() for word in item]  # first, since of two values the last counts
@@ -117,11 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # --help has been printed, perhaps into a buffer
+        return _write("") or int(stop.code or 0)
     text = json.dumps(as_json(plan, device), indent=1) if wants_json else "\n".join(table(plan, device))
+    return _write(text + "\n")
+
+
+def _write(text: str) -> int:
+    """Write to standard output to the end; the exit status."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        print(text, end="", flush=True)
+    except OSError as error:
+        # what is left in the buffer would fail once more when the interpreter exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # a reader such as head has what it wanted
+            print(f"error: standard output cannot be written: {reason(error)}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -135,6 +135,11 @@ def test_bad_flags(words, message):
         (f"--train-iters {10**30}", "--train-iters is 1000000000000000000000000000000; it must be at most"),
         ("--num-workers 100000", "--num-workers is 100000; .* at most 1024"),
         ("--save=", "--save is empty"), ("--lr 1e400", "--lr is 1e400; it must be a finite number"),
+        ("--micro-batch-size 9223372036854775808", "--micro-batch-size is 9223372036854775808; it must be at most 10"),
+        ("--distributed-timeout-minutes 10000000000", "at least 1 and at most 1000000$"),
+        ("--heartbeat-timeout 1e300", "--heartbeat-timeout is 1e300; it must be at least 0 and at most 1000000000"),
+        (f"--seed {'9' * 5000}", r"--seed is 9+\.\.\.\(5000 characters\)\.\.\.9+; it must be a whole number"),
+        (f"--{'x' * 5000} 1", r"unknown flag --x+\.\.\.\(5002 characters\)\.\.\.x+; --help"),
     ],
 )
 def test_values_out_of_all_bounds(words, message):
@@ -142,10 +147,30 @@ def test_values_out_of_all_bounds(words, message):
         _parse(words)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "--save is empty; give it a value or leave it out"), (" ", "--save is empty"),
+        ("a\nb", r"--save is 'a\\nb', with a line break"), ("a\0b", r"--save is 'a\\x00b', with"),
+        ("a\udcffb", r"--save is 'a\\udcffb', with .* not UTF-8; remove it"),
+    ],
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_paths_that_cannot_be_meant(value, message, joined):
+    with pytest.raises(UserError, match=message):
+        parse_args([*BASE, *([f"--save={value}"] if joined else ["--save", value])])
+
+
+def test_largest_values():
+    assert _parse(f"--seed {2**64 - 1} --train-iters {10**12}").seed == 2**64 - 1
+
+
 def test_only_what_is_near_is_suggested():
     with pytest.raises(UserError) as caught:
         _parse("--tensorboard-dir x")
     assert "did you mean" not in str(caught.value) and "--help" in str(caught.value)
+    with pytest.raises(UserError, match="unknown flag --num-layers; --help"):  # not --num-workers
+        _parse("--num-layers 3")
     with pytest.raises(UserError, match="did you mean --save-interval"):
         _parse("--save-intervall 3")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -220,3 +221,26 @@ def test_mistakes_are_one_line(files, capsys, words, message):
 def test_it_needs_no_torch():
     script = "import sys\nimport mindspeed_mm.tools.memory.__main__\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("words", ["--help", "--nproc 8 --mm-model MODEL"])
+def test_a_reader_that_leaves_early(files, words):
+    command = [sys.executable, "-m", "mindspeed_mm.tools.memory",
+               *(str(files / "model.json") if word == "MODEL" else word for word in words.split())]
+    reader, writer = os.pipe()
+    os.close(reader)  # as a head that has ended
+    try:
+        result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk(files):
+    command = [sys.executable, "-m", "mindspeed_mm.tools.memory", "--nproc", "8", "--mm-model",
+               str(files / "model.json")]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == "error: standard output cannot be written: No space left on device\n"
