@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import parse_json, parse_yaml, quoted, read_text
+from mindspeed_mm.inputs import parse_json, parse_yaml, read_text, shorten
 
 _HELP = ("-h", "--help", "help")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -99,7 +99,7 @@ def _entries(path: str) -> dict[str, str | None]:
         raise UserError(f"--config {path} must map option names to values")
     for key, value in content.items():
         if isinstance(value, str) and "\0" in value:
-            raise UserError(f"--config {path}: {quoted(key)} holds a NUL character; remove it")
+            raise UserError(f"--config {path}: {shorten(key)} holds a NUL character; remove it")
     texts = {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in content.items()}
     return {_spelling(f"--{key}"): None if value is None else str(value) for key, value in texts.items()}
 
@@ -132,7 +132,7 @@ def positive(text: str) -> int:
         argparse.ArgumentTypeError: otherwise.
     """
     if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{quoted(text, 40)!r} must be a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{shorten(text, 40)!r} must be a whole number of at least 1")
     return int(text)
 
 
@@ -145,7 +145,7 @@ def names(text: str) -> list[str]:
     if not text.startswith(("[", "{")):
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
-        content = parse_json(text, quoted(text, 80), remedy="write a,b or a list or object in JSON")
+        content = parse_json(text, shorten(text, 80), remedy="write a,b or a list or object in JSON")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error  # argparse adds the option
     return [str(part) for parts in (content.items() if isinstance(content, dict) else [content]) for part in parts]

@@ -33,7 +33,7 @@ MAX_NODES = 1_000_000
 _QUOTED = 200
 
 
-def quoted(value: Any, limit: int = _QUOTED) -> str:
+def shorten(value: Any, limit: int = _QUOTED) -> str:
     """``value`` as text for a message: on one line, without control characters, the middle of a long one left out."""
     text = value if isinstance(value, str) else str(value)
     total = len(text)
@@ -41,6 +41,11 @@ def quoted(value: Any, limit: int = _QUOTED) -> str:
         half = limit // 2
         text = f"{text[:half]}...({total} characters)...{text[-half // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text)
+
+
+def shown(value: Any) -> str:
+    """A value of a settings file as JSON, shortened for a message."""
+    return shorten(json.dumps(value, ensure_ascii=False, default=str), 60)
 
 
 def reason(error: BaseException) -> str:
@@ -52,7 +57,7 @@ def reason(error: BaseException) -> str:
         return "it is nested too deep"
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
-    return quoted(text) if text else type(error).__name__
+    return shorten(text) if text else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -87,6 +92,20 @@ def is_directory(path: str | os.PathLike[str]) -> bool:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def is_present(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything of this name, if only a FIFO or a broken link; reading it says what is wrong with it.
+
+    Also True where the directory may not be searched, so that reading says so, and not that the file is missing.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def open_regular(path: str | os.PathLike[str], *, limit: int) -> int:
@@ -141,21 +160,19 @@ def read_text(path: str | os.PathLike[str], *, name: str = "", remedy: str = "",
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    what = f"{name} {quoted(os.fspath(path))}".strip()
-    try:
-        with reading(what, remedy):
+    what = f"{name} {shorten(os.fspath(path))}".strip()
+    with reading(what, remedy):
+        try:
             return read_bytes(path, limit=limit).decode("utf-8-sig")
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise UserError(f"{what} does not exist{remedy and f'; {remedy}'}") from error.__cause__
-        raise
+        except FileNotFoundError as error:
+            raise UserError(f"{what} does not exist{remedy and f'; {remedy}'}") from error
 
 
 def read_json(
     path: str | os.PathLike[str], *, name: str = "", remedy: str = "", limit: int = CONFIG_BYTES
 ) -> dict[str, Any]:
     """The object in a JSON file; arguments and errors as :func:`read_text`."""
-    what = f"{name} {quoted(os.fspath(path))}".strip()
+    what = f"{name} {shorten(os.fspath(path))}".strip()
     content = parse_json(read_text(path, name=name, remedy=remedy, limit=limit), what, remedy=remedy)
     if not isinstance(content, dict):
         raise UserError(f"{what} holds {kind_of(content)}; it must hold an object with named fields"
@@ -182,7 +199,7 @@ def parse_json(text: str, what: str, *, remedy: str = "", strict: bool = False) 
         if len(content) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise UserError(f"{what}: {quoted(twice)} occurs twice in one object; remove one")
+            raise UserError(f"{what}: {shorten(twice)} occurs twice in one object; remove one")
         return content
 
     def no_constant(name: str) -> Any:
@@ -219,7 +236,7 @@ def parse_yaml(text: str, what: str) -> Any:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{what}, line {line}: a key must be a word, not a list or an object")
             if key_node.value in seen:
-                raise UserError(f"{what}, line {line}: {quoted(key_node.value)} occurs twice; remove one")
+                raise UserError(f"{what}, line {line}: {shorten(key_node.value)} occurs twice; remove one")
             seen.add(key_node.value)
         return loader.construct_mapping(node, deep=True)
 
@@ -232,7 +249,7 @@ def parse_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or reason(error)
-        raise UserError(f"{what}{where} is not valid YAML: {quoted(problem)}") from error
+        raise UserError(f"{what}{where} is not valid YAML: {shorten(problem)}") from error
     except Exception as error:  # constructors: a date without sense, !!int of a word; deep nesting
         raise UserError(f"{what} is not valid YAML: {reason(error)}") from error
     if depth_exceeds(value, MAX_DEPTH):
@@ -271,8 +288,8 @@ def inside(directory: str | os.PathLike[str], name: Any) -> Path:
         UserError: if ``name`` is no string, is absolute, or climbs out with ``..``.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise UserError(f"{directory}: {quoted(name)!r} is not a file name")
+        raise UserError(f"{directory}: {shorten(name)!r} is not a file name")
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{directory}: {quoted(name)} leads out of the directory; it must name a file inside")
+        raise UserError(f"{directory}: {shorten(name)} leads out of the directory; it must name a file inside")
     return Path(directory) / path

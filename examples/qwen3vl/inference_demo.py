@@ -23,7 +23,6 @@ import re
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,19 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mindspeed_mm.data.encoder import check_tokenizer_files
+from mindspeed_mm.data.images import load_pixels
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import (
     DATA_BYTES,
     is_directory,
     is_file,
     parse_json,
-    quoted,
     read_json,
     read_text,
     reading,
     reason,
+    shorten,
 )
 
 _IMAGE_TAG, _IMAGE_TOKEN = "<image>", "<|image_pad|>"
@@ -54,14 +55,6 @@ _ONE_DIGIT = re.compile(
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _REMEDY = "name a complete Hugging Face directory, such as the --save_dir of mm-convert dcp_to_hf"
-# Pillow knows some forty formats, and runs Ghostscript for one of them
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM", "JPEG2000")
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +139,7 @@ def _first_question(record: Any, where: str, image_root: Path) -> Question:
             raise ValueError("no answer follows the first question")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{where} is neither in LLaVA-Instruct format nor converted ({quoted(repr(error))})"
+            f"{where} is neither in LLaVA-Instruct format nor converted ({shorten(repr(error))})"
         ) from error
     tags = sum(text.count(_IMAGE_TAG) for role, text in turns if role == "user")
     if tags == len(images):  # later questions have the other images
@@ -170,7 +163,7 @@ def checked(question: Question, where: str) -> Question:
     for image in question.images:
         if not is_file(image):
             raise UserError(
-                f"{where}: image {quoted(image)} does not exist, or is no regular file; correct the path, or "
+                f"{where}: image {shorten(image)} does not exist, or is no regular file; correct the path, or "
                 "--image-root"
             )
     return question
@@ -192,9 +185,9 @@ def check_device(device_map: str) -> None:
     try:
         usable = torch.zeros(1, device=device_map).add(1).item() == 1
     except Exception as error:  # AssertionError, RuntimeError or NotImplementedError, by device
-        raise UserError(f"--device-map {quoted(device_map)} cannot be used: {reason(error)}; {remedy}") from error
+        raise UserError(f"--device-map {shorten(device_map)} cannot be used: {reason(error)}; {remedy}") from error
     if not usable:
-        raise UserError(f"--device-map {quoted(device_map)} does not compute; {remedy}")
+        raise UserError(f"--device-map {shorten(device_map)} does not compute; {remedy}")
 
 
 def load_image_processor(directory: str) -> Any:
@@ -214,9 +207,7 @@ def load_tokenizer(directory: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any(is_file(Path(directory) / name) for name in ("tokenizer.json", "vocab.json")):
-        # transformers would make an empty tokenizer
-        raise UserError(f"--model {directory} has neither tokenizer.json nor vocab.json; {_REMEDY}")
+    check_tokenizer_files(Path(directory))
     with reading(f"the tokenizer in --model {directory}", _REMEDY):
         tokenizer = AutoTokenizer.from_pretrained(
             directory, padding_side="left", trust_remote_code=False, local_files_only=True
@@ -254,7 +245,7 @@ class Answerer:
             raise UserError(f"--model {directory} has no config.json; {_REMEDY}")
         kind = read_json(Path(directory) / "config.json", remedy=_REMEDY).get("model_type")
         if not isinstance(kind, str) or not kind.startswith("qwen3_vl"):
-            raise UserError(f"--model {directory} is a {quoted(kind)} model, not a Qwen3-VL one; {_REMEDY}")
+            raise UserError(f"--model {directory} is a {shorten(kind)} model, not a Qwen3-VL one; {_REMEDY}")
         if is_file(Path(directory) / "generation_config.json"):  # transformers would ignore a damaged one
             read_json(Path(directory) / "generation_config.json", remedy=_REMEDY)
         check_device(device_map)
@@ -271,7 +262,7 @@ class Answerer:
             )
             wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
         if wrong:
-            raise UserError(f"--model {directory}: its weights do not fit its config.json, first {quoted(wrong[0])}")
+            raise UserError(f"--model {directory}: its weights do not fit its config.json, first {shorten(wrong[0])}")
         self._check_agreement()
         self.model.eval()
 
@@ -298,8 +289,8 @@ class Answerer:
         for name, found, wanted in pairs:
             if found != wanted:
                 raise UserError(
-                    f"--model {self.directory}: the {name} is {quoted(found)} in the tokenizer's or the image "
-                    f"processor's files and {quoted(wanted)} in config.json; {_REMEDY}"
+                    f"--model {self.directory}: the {name} is {shorten(found)} in the tokenizer's or the image "
+                    f"processor's files and {shorten(wanted)} in config.json; {_REMEDY}"
                 )
 
     @torch.inference_mode()
@@ -331,8 +322,8 @@ class Answerer:
         from transformers import BatchFeature
 
         paths = [path for question in questions for path in question.images]
-        images = [_load_image(path) for path in paths]
-        with reading(f"batch of {len(images)} images, the first {quoted(paths[0])}," if images else "no image"):
+        images = [Image.fromarray(load_pixels(path)) for path in paths]
+        with reading(f"batch of {len(images)} images, the first {shorten(paths[0])}," if images else "no image"):
             vision = self.image_processor(images=images, return_tensors="pt") if images else {}
         merge = self.image_processor.merge_size**2
         placeholders = iter([int(grid.prod()) // merge for grid in vision.get("image_grid_thw", [])])
@@ -342,13 +333,13 @@ class Answerer:
             if len(pieces) - 1 != len(question.images):
                 raise UserError(
                     f"the chat template in --model {self.directory} makes {len(pieces) - 1} places for "
-                    f"{len(question.images)} images of the question {quoted(question.text)!r}"
+                    f"{len(question.images)} images of the question {shorten(question.text)!r}"
                 )
             prompt = pieces[0]
             for piece in pieces[1:]:
                 prompt += _IMAGE_TOKEN * next(placeholders) + piece
             prompts.append(prompt)
-        with reading(f"question {quoted(questions[0].text)!r}, or another of its batch,"):
+        with reading(f"question {shorten(questions[0].text)!r}, or another of its batch,"):
             inputs = dict(self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False))
         inputs.pop("token_type_ids", None)
         inputs.update(vision)
@@ -368,31 +359,12 @@ class Answerer:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _load_image(path: str) -> Image.Image:
-    """The image in RGB, turned upright by its EXIF orientation.
-
-    Raises:
-        UserError: if it cannot be decoded.
-    """
-    Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
-    with reading(f"image {quoted(path)}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a damaged EXIF, which does not matter
-        with Image.open(path, formats=formats) as image:
-            try:
-                turn = _TRANSPOSED.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-            except Exception:  # Pillow parses EXIF without checks; the pixels may be fine
-                turn = None
-            pixels = image.convert("RGB")
-        return pixels if turn is None else pixels.transpose(turn)
-
-
 @contextlib.contextmanager
 def _writing(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {quoted(path)} cannot be written: {reason(error)}; give another path") from error
+        raise UserError(f"--output {shorten(path)} cannot be written: {reason(error)}; give another path") from error
 
 
 def check_output(path: str, data: str) -> None:

@@ -42,12 +42,13 @@ from mindspeed_mm.inputs import (
     INDEX_BYTES,
     inside,
     is_file,
+    is_present,
     kind_of,
     parse_json,
-    quoted,
     read_bytes,
     read_json,
     reason,
+    shorten,
 )
 
 RELEASE = "release"
@@ -60,6 +61,8 @@ FINISHED = ".finished"
 _PLAN = "plan.json"
 _HF_CONFIG = "config.json"
 _HASH_THREADS = 4
+HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file; the format's own limit."""
 _TRACKER_BYTES, _MOST_DIGITS = 4096, 18
 
 
@@ -78,20 +81,6 @@ class WrittenFile:
     checksum: str
     chunks: Sequence[tuple[str, Sequence[int], int, int, int, str]] = ()
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def is_present(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything of this name, if only a FIFO or a broken link; reading it says what is wrong with it.
-
-    Also True where the directory may not be searched, so that reading says so, and not that the file is missing.
-    """
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def iteration_name(iteration: int) -> str:
@@ -381,7 +370,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = read_json(file, remedy="create the checkpoint again", limit=INDEX_BYTES)
     if manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(
-            f"{file} has format {quoted(manifest.get('format'), 40)}, this version reads {MANIFEST_FORMAT}; create it "
+            f"{file} has format {shorten(manifest.get('format'), 40)}, this version reads {MANIFEST_FORMAT}; create it "
             "again"
         )
     for key in ("files", "metadata"):
@@ -392,7 +381,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         inside(file, name)  # for the message: the name is one of the manifest's
         known = isinstance(entry, dict) and isinstance(entry.get("checksum"), str) and is_count(entry.get("size"))
         if not known or not _are_items(entry.get("items", [])):
-            raise UserError(f"{file}: the entry of {quoted(name)} is damaged: {quoted(entry, 100)}; create the "
+            raise UserError(f"{file}: the entry of {shorten(name)} is damaged: {shorten(entry, 100)}; create the "
                             "checkpoint again")
     return manifest
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from mindspeed_mm.checkpoint.conversion import DTYPES, open_reader
 from mindspeed_mm.checkpoint.dcp_to_hf import Output, write_safetensors
-from mindspeed_mm.checkpoint.directory import check_huggingface, find_checkpoint, is_present, verify_directory
+from mindspeed_mm.checkpoint.directory import check_huggingface, find_checkpoint, verify_directory
 from mindspeed_mm.checkpoint.hf_to_dcp import write_checkpoint
 from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, SafetensorsReader, read_headers, read_weight_map
 from mindspeed_mm.checkpoint.safetensors_io import CODES, Header, listed, read_header
 from mindspeed_mm.checkpoint.safetensors_io import DTYPES as STORED_DTYPES
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted, read_json
+from mindspeed_mm.inputs import is_present, read_json, shorten
 from mindspeed_mm.models.state_dict import copy_rule
 
 
@@ -180,7 +180,7 @@ def _unfused(name: str, shape: tuple[int, ...], assets: Path) -> tuple[int, ...]
     experts = found[0] if found else None
     if type(experts) is not int or experts < 1 or shape[0] % experts:
         raise UserError(
-            f"{name} {list(shape)} is not made of the num_experts ({quoted(experts, 40)}) of {file}; correct either"
+            f"{name} {list(shape)} is not made of the num_experts ({shorten(experts, 40)}) of {file}; correct either"
         )
     return (experts, shape[0] // experts, shape[1])
 

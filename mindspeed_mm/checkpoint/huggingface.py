@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, is_present
+from mindspeed_mm.checkpoint.directory import MANIFEST
 from mindspeed_mm.checkpoint.files import combine, crc32, file_checksum, format_checksum, run_all
 from mindspeed_mm.checkpoint.safetensors_io import (
     WEIGHT_DTYPES,
@@ -39,7 +39,17 @@ from mindspeed_mm.checkpoint.safetensors_io import (
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, THREADS
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, inside, is_directory, is_file, kind_of, open_regular, quoted, read_json
+from mindspeed_mm.inputs import (
+    INDEX_BYTES,
+    inside,
+    is_directory,
+    is_file,
+    is_present,
+    kind_of,
+    open_regular,
+    read_json,
+    shorten,
+)
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, WeightRule, hf_shapes
 
@@ -477,7 +487,7 @@ def read_weight_map(directory: Path) -> dict[str, str]:
         raise UserError(f"{index} cannot be read: its weight_map is {kind_of(weight_map)}; {remedy}")
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise UserError(f"{index} cannot be read: the file of {quoted(tensor)} is {kind_of(name)}; {remedy}")
+            raise UserError(f"{index} cannot be read: the file of {shorten(tensor)} is {kind_of(name)}; {remedy}")
         inside(index, name)  # for the message: the name is one of the index's
     if not weight_map:
         raise UserError(f"{index} cannot be read: its weight_map names no tensors; {remedy}")

@@ -34,7 +34,7 @@ from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, layout_by_
 from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
-from mindspeed_mm.inputs import quoted, reading
+from mindspeed_mm.inputs import reading, shorten
 from mindspeed_mm.models.spec import spec_of
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -176,7 +176,7 @@ def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "directory": str(path),
         "format": f"distributed checkpoint, {counted(len(manifest['files']), 'file')}, sizes as recorded",
-        "kind": quoted(metadata.get("kind", "training")),
+        "kind": shorten(metadata.get("kind", "training")),
         "tracker": "none" if tracker is None else str(tracker),
         "expert layout": str(metadata.get("expert_layout", "hub")),
     }

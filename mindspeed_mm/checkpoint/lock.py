@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mindspeed_mm.checkpoint.files import FILE_MODE, make_directory, set_mode
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted, read_bytes
+from mindspeed_mm.inputs import read_bytes, shorten
 
 LOCK = ".lock"
 LOCK_SECONDS = 5.0
@@ -110,5 +110,5 @@ class DirectoryLock:
     def _holder(self) -> str:
         with contextlib.suppress(OSError):
             content = read_bytes(self._path, limit=_CONTENT_BYTES).decode(errors="replace")
-            return quoted(content.strip()) or "unknown: the lock file is empty"
+            return shorten(content.strip()) or "unknown: the lock file is empty"
         return "unknown: the lock file cannot be read"

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from mindspeed_mm.checkpoint.directory import is_count
 from mindspeed_mm.checkpoint.safetensors_io import is_shape
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import inside, quoted
+from mindspeed_mm.inputs import inside, shorten
 
 _REMEDY = "make the checkpoint again"
 
@@ -33,7 +33,7 @@ def check_pickle(content: bytes) -> None:
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
-            raise pickle.UnpicklingError(f"it has an object number {quoted(argument, 40)}")
+            raise pickle.UnpicklingError(f"it has an object number {shorten(argument, 40)}")
 
 
 def check_tensor(file: Path, name: Any, entry: TensorStorageMetadata, storage_data: Mapping[Any, Any]) -> None:
@@ -48,28 +48,28 @@ def check_tensor(file: Path, name: Any, entry: TensorStorageMetadata, storage_da
     Raises:
         UserError: saying what is wrong.
     """
-    where = f"{file}: {quoted(name)}"
+    where = f"{file}: {shorten(name)}"
     if not isinstance(name, str):
         raise UserError(f"{where} is not the name of a tensor; {_REMEDY}")
     if not is_shape(entry.size) or not isinstance(entry.properties.dtype, torch.dtype):
-        raise UserError(f"{where} has shape {quoted(entry.size, 80)} and type {quoted(entry.properties.dtype, 40)}, "
+        raise UserError(f"{where} has shape {shorten(entry.size, 80)} and type {shorten(entry.properties.dtype, 40)}, "
                         f"which no tensor has; {_REMEDY}")
     for chunk in entry.chunks:
         _check_chunk(where, entry.size, chunk)
         info = storage_data.get(MetadataIndex(name, chunk.offsets))
         if info is None:
-            raise UserError(f"{file} does not say where {quoted(name)} is; {_REMEDY}")
+            raise UserError(f"{file} does not say where {shorten(name)} is; {_REMEDY}")
         inside(file, info.relative_path)  # for the message: the name is one of the file's
         path = file.parent / info.relative_path
         if path.name != info.relative_path:
-            raise UserError(f"{where} is in {quoted(info.relative_path)}, which is no file of the directory; {_REMEDY}")
+            raise UserError(f"{where} is in {shorten(info.relative_path)}, not a file in the directory; {_REMEDY}")
         if not is_count(info.offset) or not is_count(info.length):
-            raise UserError(f"{where} is at byte {quoted(info.offset, 40)} of {path.name} with "
-                            f"{quoted(info.length, 40)} bytes; both must be whole numbers from 0; {_REMEDY}")
+            raise UserError(f"{where} is at byte {shorten(info.offset, 40)} of {path.name} with "
+                            f"{shorten(info.length, 40)} bytes; both must be whole numbers from 0; {_REMEDY}")
         if getattr(info, "transform_descriptors", None):
-            raise UserError(f"{path}: {quoted(name)} is stored compressed or transformed, which is not supported")
+            raise UserError(f"{path}: {shorten(name)} is stored compressed or transformed, which is not supported")
     if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-        raise UserError(f"{file.parent}: {quoted(name)} is not completely stored; load another checkpoint")
+        raise UserError(f"{file.parent}: {shorten(name)} is not completely stored; load another checkpoint")
     if _overlap(entry.chunks):
         raise UserError(f"{where} has chunks that overlap, so another part of it is not stored; {_REMEDY}")
 
@@ -82,8 +82,8 @@ def _check_chunk(where: str, size: Sequence[int], chunk: ChunkStorageMetadata) -
         and all(first + count <= extent for first, count, extent in zip(offsets, sizes, size, strict=True))
     )
     if not fits:
-        raise UserError(f"{where} has shape {list(size)}, and a chunk {quoted(sizes, 80)} at {quoted(offsets, 80)} is "
-                        f"not within it; {_REMEDY}")
+        raise UserError(f"{where} has shape {list(size)}, and a chunk {shorten(sizes, 80)} at {shorten(offsets, 80)} "
+                        f"is not within it; {_REMEDY}")
 
 
 def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:

@@ -10,14 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, find_checkpoint, is_count, is_huggingface, read_manifest
+from mindspeed_mm.checkpoint.directory import (
+    HEADER_BYTES,
+    MANIFEST,
+    find_checkpoint,
+    is_count,
+    is_huggingface,
+    read_manifest,
+)
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, is_directory, open_regular, quoted, read_bytes, reading
+from mindspeed_mm.inputs import INDEX_BYTES, is_directory, open_regular, read_bytes, reading, shorten
 
 BASE_KEY = "base"
 """Key of the manifest's metadata; only partial checkpoints have it."""
 _KINDS = {"huggingface": "a Hugging Face directory", "checkpoint": "a checkpoint"}
-_HEADER_BYTES = 100_000_000  # of a safetensors file; the format's own limit
 _SAMPLES, _SAMPLE_BYTES = 4, 1024
 """Of each tensor in a Hugging Face directory, spread over it."""
 
@@ -69,10 +75,10 @@ class Base:
         fields = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(base, dict) or base.keys() != fields or not all(isinstance(v, str) for v in base.values()):
             raise UserError(f"{MANIFEST}: base must have the texts {', '.join(sorted(fields))} and is "
-                            f"{quoted(base, 100)}; restore the checkpoint")
+                            f"{shorten(base, 100)}; restore the checkpoint")
         if base["kind"] not in _KINDS:
             raise UserError(f"{MANIFEST}: the kind of base must be one of {', '.join(_KINDS)} and is "
-                            f"{quoted(base['kind'], 40)}; restore the checkpoint")
+                            f"{shorten(base['kind'], 40)}; restore the checkpoint")
         return cls(**base)
 
 
@@ -153,7 +159,7 @@ def _digest_of_weights(directory: Path) -> str:
     for path in sorted(directory.glob("*.safetensors")):
         with reading(str(path)), os.fdopen(open_regular(path, limit=1 << 62), "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, file.read(8)
-            if int.from_bytes(length, "little") > min(size, _HEADER_BYTES):
+            if int.from_bytes(length, "little") > min(size, HEADER_BYTES):
                 raise UserError(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
             header = file.read(int.from_bytes(length, "little"))
             digest.update(os.fsencode(f"{path.name}\n{size}\n") + length + header)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.checkpoint.directory import is_count
+from mindspeed_mm.checkpoint.directory import HEADER_BYTES, is_count
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import kind_of, open_regular, quoted, reason
+from mindspeed_mm.inputs import kind_of, open_regular, reason, shorten
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes of a model that trains here; others belong to quantised releases."""
@@ -35,7 +35,6 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 READ_BYTES = 16 << 20
 """Large tensors are read, converted and written in rows of about this size: small enough to stay in the cache from
 reading to writing, and for malloc to reuse the memory."""
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 _MOST_DIMENSIONS = 64  # torch's own limit
 
 
@@ -72,7 +71,7 @@ def read_header(path: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_DTYPES
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+            if not 2 <= length <= min(size - 8, HEADER_BYTES):
                 raise UserError(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
             content = json.loads(file.read(length))
     except OSError as error:
@@ -108,12 +107,12 @@ def _stored_tensor(
         shape = tuple(extents)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: the header entry of {quoted(name)} is damaged: {quoted(entry, 100)}; download it again"
+            f"{path}: the header entry of {shorten(name)} is damaged: {shorten(entry, 100)}; download it again"
         ) from error
     if not isinstance(code, str) or code not in dtypes:
         raise UserError(
-            f"{path}: {quoted(name)} has type {quoted(code, 40)}; weights must be one of {', '.join(dtypes)} (take an "
-            "unquantised release)"
+            f"{path}: {shorten(name)} has type {shorten(code, 40)}; weights must be one of {', '.join(dtypes)} (take "
+            "an unquantised release)"
         )
     dtype = dtypes[code]
     nbytes = math.prod(shape) * dtype.itemsize

@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
-from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, is_present, verify_directory, verify_files
+from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, verify_directory, verify_files
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.shards import Shard, total_bytes
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted, read_json
+from mindspeed_mm.inputs import is_present, read_json, shorten
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
@@ -80,16 +80,16 @@ class Progress:
         content = read_json(file, remedy=remedy)
         unknown = [name for name in content if name not in {field.name for field in dataclasses.fields(cls)}]
         if unknown:
-            raise UserError(f"{file}: {quoted(unknown[0])} is unknown to this version; {remedy}")
+            raise UserError(f"{file}: {shorten(unknown[0])} is unknown to this version; {remedy}")
         if "iteration" not in content:
-            raise UserError(f"{file} holds {quoted(content)}: it has no iteration; {remedy}")
+            raise UserError(f"{file} holds {shorten(content)}: it has no iteration; {remedy}")
         progress = cls(**content)
         optional = (progress.seed, progress.samples_per_epoch)
         counts = (progress.iteration, progress.consumed_samples, *(value for value in optional if value is not None))
         if any(type(value) is not int or not 0 <= value < 1 << 62 for value in counts):
-            raise UserError(f"{file} holds {quoted(content)}: its counters must be whole numbers from 0; {remedy}")
+            raise UserError(f"{file} holds {shorten(content)}: its counters must be whole numbers from 0; {remedy}")
         if not (progress.schedule is None or isinstance(progress.schedule, dict)):
-            raise UserError(f"{file}: schedule is {quoted(progress.schedule, 40)}, not an object; {remedy}")
+            raise UserError(f"{file}: schedule is {shorten(progress.schedule, 40)}, not an object; {remedy}")
         return progress
 
 

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from mindspeed_mm.checkpoint import safetensors_io
-from mindspeed_mm.checkpoint.directory import MANIFEST, METADATA, WrittenFile, is_present, verify_files
+from mindspeed_mm.checkpoint.directory import MANIFEST, METADATA, WrittenFile, verify_files
 from mindspeed_mm.checkpoint.files import (
     OutputFile,
     becomes_visible,
@@ -55,7 +55,7 @@ from mindspeed_mm.checkpoint.files import (
 from mindspeed_mm.checkpoint.metadata_checks import check_pickle, check_tensor
 from mindspeed_mm.checkpoint.shards import Rows, Stager
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, open_regular, read_bytes, reading, reason
+from mindspeed_mm.inputs import INDEX_BYTES, is_present, open_regular, read_bytes, reading, reason
 
 # torch 2.7's own writer causes it
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)

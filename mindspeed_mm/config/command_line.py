@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from mindspeed_mm.config.flags import SECTIONS, TrainingArgs, option_name
 from mindspeed_mm.config.schema import REFUSED, allowed_values, nearest, role_of, walk
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted
+from mindspeed_mm.inputs import shorten
 
 # Flags of Megatron that people add from habit, and their replacements.
 _ELSEWHERE = {
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
             raise UserError(f"{option_name(name)} is empty; give it a value or leave it out")
         if _UNPRINTABLE.search(value):  # a path with a line break, from a file that was not split at its lines
             raise UserError(
-                f"{option_name(name)} is '{quoted(value, _SHOWN)}', with a line break, a control character or a byte "
+                f"{option_name(name)} is '{shorten(value, _SHOWN)}', with a line break, a control character or a byte "
                 "that is not UTF-8; remove it"
             )
     try:
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     for use in walk(args):
         if type(use.value) is int and use.value > _LARGEST and use.path != "seed":  # which has 64 bits
             raise UserError(
-                f"{option_name(use.path)} is {quoted(use.value, _SHOWN)}; it must be at most {_LARGEST}"
+                f"{option_name(use.path)} is {shorten(use.value, _SHOWN)}; it must be at most {_LARGEST}"
             )
         if use.role == REFUSED and use.value != use.info.default:
             raise UserError(
@@ -99,9 +99,9 @@ class OneLineParser(argparse.ArgumentParser):
         if complaint.startswith("expected one argument"):
             raise UserError(f"{name} needs a value")
         if complaint.startswith("ignored explicit argument"):
-            given = quoted(complaint.partition("argument ")[2], _SHOWN)
+            given = shorten(complaint.partition("argument ")[2], _SHOWN)
             raise UserError(f"{name} takes no value, but was given {given}")
-        raise UserError(quoted(message))
+        raise UserError(shorten(message))
 
 
 def _add_flag(group: argparse._ArgumentGroup, option: str, info: FieldInfo) -> None:
@@ -148,15 +148,15 @@ def _explain(error: ValidationError) -> str:
         return f"required and not given: {', '.join(option_name(str(item['loc'][0])) for item in items)}"
     name = str(wrong["loc"][0])
     allowed = allowed_values(wrong, TrainingArgs.model_fields[name])
-    return f"{option_name(name)} is {quoted(wrong['input'], _SHOWN)}; {allowed}"
+    return f"{option_name(name)} is {shorten(wrong['input'], _SHOWN)}; {allowed}"
 
 
 def _explain_unknown(unknown: list[str]) -> str:
     first = next((word for word in unknown if word.startswith("-")), None)
     if first is None:
-        return f"unexpected word {quoted(unknown[0], _SHOWN)!r}; every value follows its flag"
+        return f"unexpected word {shorten(unknown[0], _SHOWN)!r}; every value follows its flag"
     name = first.split("=")[0]
     if name in _ELSEWHERE:
         return f"unknown flag {name}: {_ELSEWHERE[name]}"
     guess = nearest(name.replace("_", "-"), [option_name(known) for known in TrainingArgs.model_fields])
-    return f"unknown flag {quoted(name, _SHOWN)}; " + (f"did you mean {guess}?" if guess else "--help lists all flags")
+    return f"unknown flag {shorten(name, _SHOWN)}; " + (f"did you mean {guess}?" if guess else "--help lists all flags")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import typing
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted
+from mindspeed_mm.inputs import shorten, shown
 
 REQUIRED: Any = ...
 
@@ -136,8 +135,8 @@ def validate_config(content: dict[str, Any], model: type[Model], *, source: str)
     for use in walk(config):
         if use.role == REFUSED and use.value != use.info.default:
             raise UserError(
-                f"{source}: {use.path} is {_show(use.value)}, but {use.info.description}; "
-                f"set it to {_show(use.info.default)} or leave it out"
+                f"{source}: {use.path} is {shown(use.value)}, but {use.info.description}; "
+                f"set it to {shown(use.info.default)} or leave it out"
             )
     return config
 
@@ -182,7 +181,7 @@ def nearest(word: str, known: list[str]) -> str | None:
 def _explain(item: Any, model: type[BaseModel]) -> str:
     """One pydantic error as a phrase: the dotted path, the value found and what is allowed."""
     names, owner = _resolve(item["loc"], model)
-    path = quoted(".".join(names), 120) or "the file"
+    path = shorten(".".join(names), 120) or "the file"
     kind = item["type"]
     if kind == "extra_forbidden":
         return _unknown_key(names, owner, model)
@@ -190,9 +189,9 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
         return f"{path} is missing; add it"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
-        return f"{path} is {_show(item['input'])}; it {message}" if message.startswith("must") else f"{path}: {message}"
+        return f"{path} is {shown(item['input'])}; it {message}" if message.startswith("must") else f"{path}: {message}"
     info = owner.model_fields.get(names[-1]) if names else None
-    return f"{path} is {_show(item['input'])}; {allowed_values(item, info)}"
+    return f"{path} is {shown(item['input'])}; {allowed_values(item, info)}"
 
 
 def _resolve(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
@@ -205,7 +204,7 @@ def _resolve(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[l
 
 
 def _unknown_key(names: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str:
-    path, key = quoted(".".join(names), 120), names[-1]
+    path, key = shorten(".".join(names), 120), names[-1]
     elsewhere = [other for other in _all_paths(root) if other.rsplit(".", 1)[-1] == key]
     if elsewhere:
         return f"{path} is unknown here; did you mean {elsewhere[0]}?"
@@ -223,8 +222,3 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
         if inner is not None:
             paths += _all_paths(inner, f"{prefix}{name}.")
     return paths
-
-
-def _show(value: Any) -> str:
-    """A value as its JSON, shortened."""
-    return quoted(json.dumps(value, ensure_ascii=False, default=str), 60)

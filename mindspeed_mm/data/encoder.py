@@ -13,12 +13,13 @@ import numpy as np
 
 from mindspeed_mm.data.media import in_order, measure_media
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, is_file, read_json, read_text, reason
+from mindspeed_mm.inputs import INDEX_BYTES, is_file, is_present, open_regular, reading, reason
 from mindspeed_mm.interfaces.conversation import VIDEO_TAG, ChatTemplate, Message, media_tags
 from mindspeed_mm.interfaces.media import MediaSettings
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "merges.txt",
-                    "special_tokens_map.json", "config.json", "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+                   "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+"""Files of a model directory that decide what its tokenizer and chat template do."""
 
 
 class Outcome(enum.IntEnum):
@@ -64,20 +65,15 @@ def check_tokenizer_files(directory: Path) -> None:
     """Check that a model directory has a vocabulary: without one transformers 5 makes a tokenizer that knows no word.
 
     Raises:
-        UserError: naming the files that are missing, or one that is no regular file of a plausible size or no JSON.
+        UserError: naming the files that are missing, or one that is no regular file of a plausible size.
     """
     remedy = "download the small files of the checkpoint again (step 2 of the guide)"
-    if not is_file(directory / "tokenizer.json") and not all(map(is_file, (directory / "vocab.json", directory /
-                                                                             "merges.txt"))):
-        raise UserError(f"{directory} has neither tokenizer.json nor vocab.json with merges.txt; {remedy}")
-    for name in _TOKENIZER_FILES:
-        path = directory / name
-        if not os.path.lexists(path):
-            continue
-        if name.endswith(".json"):
-            read_json(path, remedy=remedy, limit=INDEX_BYTES)
-        else:
-            read_text(path, remedy=remedy, limit=INDEX_BYTES)
+    if not is_file(directory / "tokenizer.json") and not is_file(directory / "vocab.json"):
+        raise UserError(f"{directory} has neither tokenizer.json nor vocab.json; {remedy}")
+    for path in (directory / name for name in (*TOKENIZER_FILES, "config.json")):
+        if is_present(path):
+            with reading(str(path), remedy):
+                os.close(open_regular(path, limit=INDEX_BYTES))
 
 
 @dataclasses.dataclass

@@ -21,10 +21,11 @@ import numpy as np
 from PIL import Image
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import MEDIA_BYTES, open_regular, quoted, reason
+from mindspeed_mm.inputs import MEDIA_BYTES, open_regular, reason, shorten
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
 logger = logging.getLogger(__name__)
+_warned: set[str] = set()  # kinds of warnings that this process has given
 MAX_ASPECT_RATIO = 200
 DATA_URI = "data:"
 _EXIF_ORIENTATION = 0x0112
@@ -166,21 +167,16 @@ def _is_upright_jpeg(content: bytes) -> bool:
 def _warn_of_lost_content(image: Image.Image, path: str) -> None:
     """Say once what converting to RGB loses; transformers converts in the same way."""
     if image.mode.startswith("I"):
-        _warn_once("16-bit", f"image {quoted(path)} has 16 bits per pixel: values above 255 become white, as in "
+        _warn_once("16-bit", f"image {shorten(path)} has 16 bits per pixel: values above 255 become white, as in "
                    "transformers; convert such images to 8 bits")
     elif image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-        _warn_once("transparency", f"image {quoted(path)} has transparent pixels, which get their hidden colour, often "
-                   "black, as in transformers; put such images on a background")
-
-
-@cache
-def _warned(kind: str) -> list[bool]:
-    return []
+        _warn_once("transparency", f"image {shorten(path)} has transparent pixels, which get their hidden colour, "
+                   "often black, as in transformers; put such images on a background")
 
 
 def _warn_once(kind: str, message: str) -> None:
-    if not _warned(kind):
-        _warned(kind).append(True)
+    if kind not in _warned:
+        _warned.add(kind)
         logger.warning("%s (said once)", message)
 
 
@@ -232,7 +228,7 @@ def _unusable(path: str, error: Exception) -> UserError:
     else:
         why = reason(error)
     return UserError(
-        f"image {quoted(path)} cannot be used: {why}; restore or replace the file, or remove its record"
+        f"image {shorten(path)} cannot be used: {why}; restore or replace the file, or remove its record"
     )
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mindspeed_mm.data import cache
-from mindspeed_mm.data.encoder import Encoder, Outcome, load_tokenizer
+from mindspeed_mm.data.encoder import TOKENIZER_FILES, Encoder, Outcome, load_tokenizer
 from mindspeed_mm.data.records import RecordReader, SkippedRecords
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
@@ -42,8 +42,6 @@ _OUTCOMES = {
     Outcome.UNUSABLE: "skipped: unusable",
 }
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                    "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 # Modules that decide what a cache holds; the model family names its own.
 _MODULES = (*(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "record_files", "records",
                                                     "images", "media", "videos")),
@@ -146,7 +144,7 @@ def cache_key(source: Source) -> str:
         "dataset_dir": os.path.abspath(basic.dataset_dir),
         "working_directory": os.getcwd(),
         "attr": dict(parameters.attr),
-        "tokenizer": {name: _digest(root / name) for name in _TOKENIZER_FILES if (root / name).is_file()},
+        "tokenizer": {name: _digest(root / name) for name in TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.may_skip,
         "code": {name: _digest(_module_file(name)) for name in (*_MODULES, *source.spec.data_modules)},
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import DATA_BYTES, is_file, kind_of, quoted, read_bytes, reading, reason
+from mindspeed_mm.inputs import DATA_BYTES, is_file, is_present, kind_of, read_bytes, reading, reason, shorten
 
 _BOM = b"\xef\xbb\xbf"  # written by some editors; means nothing
 _ROW_GROUPS_KEPT = 4
@@ -68,7 +68,7 @@ def require_file(path: Path) -> None:
         UserError: naming it and how to make it.
     """
     if not is_file(path):
-        kind = "is no regular file" if os.path.lexists(path) else "does not exist"
+        kind = "is no regular file" if is_present(path) else "does not exist"
         raise UserError(
             f"dataset {path} {kind}; make it (step 3 of the guide: "
             "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
@@ -260,7 +260,7 @@ def _check_gaps(path: str, content: mmap.mmap, places: list[tuple[int, int]]) ->
     for index, (start, following) in enumerate([*places, (len(content), len(content))]):
         gap = content[end:start].strip().removeprefix(_BOM)
         if gap != (b"[" if index == 0 else b"]" if index == len(places) else b","):
-            found = quoted(gap.decode(errors="replace"), 40)
+            found = shorten(gap.decode(errors="replace"), 40)
             raise UserError(
                 f"{path}: before record {index} there is {found!r}, which is not an object; create the file again "
                 "(step 3 of the guide), or remove it"

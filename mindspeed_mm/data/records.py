@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from mindspeed_mm.data.record_files import RecordFile, read_rows, struct_columns
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import kind_of, quoted, reason
+from mindspeed_mm.inputs import kind_of, reason, shorten
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -132,7 +132,7 @@ class RecordReader:
     @property
     def unread_note(self) -> str:
         """What ``unread`` holds, as a sentence; empty if there is nothing."""
-        found = ", ".join(f"{quoted(name, 40)} ({count})" for name, count in self.unread.most_common(10))
+        found = ", ".join(f"{shorten(name, 40)} ({count})" for name, count in self.unread.most_common(10))
         more = f" and {len(self.unread) - 10} more" if len(self.unread) > 10 else ""
         return f"columns and keys that are not read, with the number of records: {found}{more}" if found else ""
 
@@ -219,7 +219,7 @@ def _refuse_unread(row: Mapping[str, Any], attr: Attributes) -> None:
             value = holder[name]
             if name not in known and value not in (None, "", [], {}, *_CHANGES_TARGET[name]):
                 raise ValueError(
-                    f"its {what} {name!r}{where} is {quoted(value, 60)}, which would change what is trained on and is "
+                    f"its {what} {name!r}{where} is {shorten(value, 60)}, which would change what is trained on and is "
                     "not read; write it into the message's text, or remove it"
                 )
 
@@ -305,7 +305,7 @@ def _message(
             raise ValueError(f"{name!r} of message {place} {what}")
     if turn[attr.role_tag] not in roles:
         raise ValueError(
-            f"message {place} has the role {quoted(turn[attr.role_tag], 40)!r}; attr names the roles "
+            f"message {place} has the role {shorten(turn[attr.role_tag], 40)!r}; attr names the roles "
             f"{', '.join(roles)}: {_missing_role(turn[attr.role_tag])}"
         )
     field, role = roles[turn[attr.role_tag]]
@@ -397,12 +397,12 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
         if path.startswith("file://"):
             path = unquote(path.removeprefix("file://"))
         if "://" in path[:16]:
-            raise ValueError(f"{kind} {quoted(path)} is a URL, and nothing is fetched from a network; download it, and "
-                             "write its path")
+            raise ValueError(f"{kind} {shorten(path)} is a URL, and nothing is fetched from a network; download it, "
+                             "and write its path")
         place = finder.find(path) if _is_text(path) and "\0" not in path else None
         if place is None:
             raise ValueError(
-                f"{kind} {quoted(path)} does not exist; put it there (step 3 of the guide), correct "
+                f"{kind} {shorten(path)} does not exist; put it there (step 3 of the guide), correct "
                 "basic_parameters.dataset_dir, or convert the data again to skip such records"
             )
         return place

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import read_json, read_text
+from mindspeed_mm.inputs import is_present, read_json, read_text
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, ChatTemplateOptions, Message
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -75,10 +75,10 @@ def read_published_template(directory: Path) -> str | None:
     Raises:
         UserError: if a file that may hold it cannot be read.
     """
-    if (directory / "chat_template.jinja").exists():
+    if is_present(directory / "chat_template.jinja"):
         return read_text(directory / "chat_template.jinja")
     for file in ("chat_template.json", "tokenizer_config.json"):
-        if (directory / file).exists():
+        if is_present(directory / file):
             content = read_json(directory / file).get("chat_template")
             if isinstance(content, str):
                 return content

@@ -18,7 +18,7 @@ from PIL import Image
 from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels, upright_size
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import DATA_BYTES, open_regular, quoted
+from mindspeed_mm.inputs import DATA_BYTES, open_regular, shorten
 from mindspeed_mm.inputs import reason as reason_of
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings, VideoSettings
 
@@ -218,7 +218,7 @@ class _opened:
 
 
 def _name(video: VideoSource) -> str:
-    return video if isinstance(video, str) else f"of {len(video)} frames from {quoted(video[0])}"
+    return video if isinstance(video, str) else f"of {len(video)} frames from {shorten(video[0])}"
 
 
 def _unusable(path: str, why: Exception | str) -> UserError:
@@ -226,4 +226,4 @@ def _unusable(path: str, why: Exception | str) -> UserError:
         why = "it is missing"
     elif isinstance(why, Exception):
         why = reason_of(why)
-    return UserError(f"video {quoted(path)} cannot be used: {why}; restore or replace it, or remove its record")
+    return UserError(f"video {shorten(path)} cannot be used: {why}; restore or replace it, or remove its record")

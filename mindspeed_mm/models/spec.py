@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted
+from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.layers.config import read_config_json
 from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve
 
@@ -390,7 +390,7 @@ def get_spec(model_type: str, *, source: str = "model_type") -> ModelSpec:
         importlib.import_module(_BUILT_IN[model_type])
     if model_type not in _REGISTERED:
         raise UserError(
-            f"{source} {quoted(model_type, 60)!r} is unknown; this project trains {' and '.join(known_model_types())}"
+            f"{source} {shorten(model_type, 60)!r} is unknown; this project trains {' and '.join(known_model_types())}"
         )
     return _REGISTERED[model_type]
 

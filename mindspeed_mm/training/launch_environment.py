@@ -136,7 +136,7 @@ def free_port(first: int = FIRST_PORT) -> int:
         return int(server.getsockname()[1])
 
 
-def memory_warning(local_ranks: int, *, meminfo: Path = Path("/proc/meminfo")) -> str | None:
+def host_memory_warning(local_ranks: int, *, meminfo: Path = Path("/proc/meminfo")) -> str | None:
     """A line if the ranks' processes alone, without a model, are unlikely to fit into this machine's memory."""
     with contextlib.suppress(OSError):
         if found := re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE):

@@ -64,7 +64,7 @@ def preflight(job: JobConfig) -> None:
     for line in (
         memory_warning(plan, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, plan),
-        environment.memory_warning(launched_local_ranks()),
+        environment.host_memory_warning(launched_local_ranks()),
         environment.shared_memory_warning(
             local_ranks=launched_local_ranks(),
             num_workers=job.args.num_workers,

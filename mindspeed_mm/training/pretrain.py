@@ -47,7 +47,7 @@ from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.resume import (
     RUN_KEY,
-    check_something_remains,
+    check_steps_remain,
     load_start,
     restore_schedule,
     run_identity,
@@ -136,7 +136,7 @@ def _run(
     for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
         logger.info(line)
     progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config)
-    check_something_remains(progress, args)
+    check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)

@@ -176,10 +176,10 @@ def load_start(
     return progress, path
 
 
-def check_something_remains(progress: Progress, args: TrainingArgs) -> None:
-    """Refuse a run without a step, which would end as if it had trained.
+def check_steps_remain(progress: Progress, args: TrainingArgs) -> None:
+    """Refuse a run that has no steps left, which would report success without training.
 
-    A run that torchrun restarts after its last save is none: it ends in order.
+    A restart by torchrun after the last save is accepted: the run has trained, and ends.
 
     Raises:
         UserError: if the checkpoint's iteration is not below ``--train-iters``.

@@ -95,8 +95,8 @@ class Trainer:
             saved = f" (saved first: iteration {self.context.progress.iteration})" if self.args.save else ""
             raise UserError(f"{self.error}{saved}")
 
-    def end_with(self, error: UserError) -> None:
-        """End the run with ``error`` once the present step is saved. Called on all ranks for the same step."""
+    def stop_after_save(self, error: UserError) -> None:
+        """Stop the run: save the current step, then raise ``error``. Called on all ranks for the same step."""
         self.error = self.error or error
         self.stopping = True
 

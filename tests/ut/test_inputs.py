@@ -9,7 +9,7 @@ import pytest
 
 from mindspeed_mm import inputs
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import parse_json, parse_yaml, quoted, read_json, read_text
+from mindspeed_mm.inputs import parse_json, parse_yaml, read_json, read_text, shorten
 
 
 def refused(function, *args, **options) -> str:
@@ -74,8 +74,8 @@ def test_yaml(text, complaint):
 def test_a_message_is_one_line_whatever_it_quotes():
     text = str(UserError("a\nb\x1b[31m" + "x" * 100_000))
     assert text.isprintable() and len(text) < 1600 and text.startswith("a b\\x1b[31mxxx")
-    assert quoted("x" * 1000).endswith("x" * 50) and "(1000 characters)" in quoted("x" * 1000)
-    assert quoted("a\ud800\n") == "a\\ud800\\n"
+    assert shorten("x" * 1000).endswith("x" * 50) and "(1000 characters)" in shorten("x" * 1000)
+    assert shorten("a\ud800\n") == "a\\ud800\\n"
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "", 3, None, "a\0"])

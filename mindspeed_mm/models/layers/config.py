@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted, read_json
+from mindspeed_mm.inputs import is_present, read_json, shorten, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,11 +128,6 @@ def check_section(value: Any, *, source: str, name: str) -> None:
         raise UserError(f"{source}: {name} is {shown(value)}; it must be an object with named fields")
 
 
-def shown(value: Any) -> str:
-    """A value as a JSON file has it, shortened for a message."""
-    return quoted(json.dumps(value, ensure_ascii=False, default=str), 60)
-
-
 def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     """The path and the content of ``directory/config.json``, which has a ``model_type``.
 
@@ -142,9 +135,9 @@ def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
         UserError: if the file is missing, is not JSON, or has no ``model_type``.
     """
     path = Path(directory) / "config.json"
-    if not os.path.lexists(path):
+    if not is_present(path):
         raise UserError(
-            f"{path} does not exist: {quoted(str(directory)) or 'the empty path'} is not a Hugging Face model "
+            f"{path} does not exist: {shorten(str(directory)) or 'the empty path'} is not a Hugging Face model "
             "directory; download the weights first (step 2 of the guide) or correct the path"
         )
     content = read_json(path, remedy="download it again")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted, reading, reason
-from mindspeed_mm.models.layers.config import DecoderConfig, Field, check_fields, check_section, read_config_json, shown
+from mindspeed_mm.inputs import reading, reason, shorten, shown
+from mindspeed_mm.models.layers.config import DecoderConfig, Field, check_fields, check_section, read_config_json
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
 
@@ -211,7 +211,7 @@ class Qwen3VLConfig:
             (tokens[highest] < text.vocab_size,
              f"{highest} is {tokens[highest]}, but a token id must be below vocab_size {text.vocab_size}"),
             (text.rope_type == "default",
-             f"rope_type {quoted(text.rope_type, 60)!r} is not supported; Qwen3-VL's is 'default'"),
+             f"rope_type {shorten(text.rope_type, 60)!r} is not supported; Qwen3-VL's is 'default'"),
             (text.head_dim > 0, f"hidden_size {text.hidden_size} is less than num_attention_heads {text.num_heads}"),
             (len(text.mrope_section) == 3,
              f"mrope_section {shown(text.mrope_section)} must have 3 entries: of time, height and width"),

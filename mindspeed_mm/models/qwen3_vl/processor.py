@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import read_json
+from mindspeed_mm.inputs import is_present, read_json, shown
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSettings
-from mindspeed_mm.models.layers.config import Field, check_fields, check_section, shown
+from mindspeed_mm.models.layers.config import Field, check_fields, check_section
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
 
 _REMEDY = "take the file of the checkpoint again"
@@ -145,7 +144,7 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
         UserError: if there is none, or it cannot be read.
     """
     for path, key in ((directory / name, None), (directory / "processor_config.json", part)):
-        if not os.path.lexists(path):
+        if not is_present(path):
             continue
         content = read_json(path, remedy=_REMEDY)
         content = content.get(key) if key else content

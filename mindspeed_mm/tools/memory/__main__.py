@@ -21,7 +21,7 @@ from mindspeed_mm.config.flags import option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import quoted, reason
+from mindspeed_mm.inputs import reason, shorten
 from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT, Plan
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import Load, plan_run
@@ -80,7 +80,9 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     for name, (low, high) in _LIMITS.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:  # NaN lies between no limits
-            raise UserError(f"{option_name(name)} {quoted(value, 60)} is out of range; it must be from {low} to {high}")
+            raise UserError(
+                f"{option_name(name)} {shorten(value, 60)} is out of range; it must be from {low} to {high}"
+            )
     if options.hf_config is not None and not options.hf_config.strip():
         raise UserError("--hf-config is empty; give it a value or leave it out")
     if not 0 <= options.reserve_gb <= options.memory_gb:

@@ -37,8 +37,8 @@ class Run(Protocol):
     stopped: bool
     error: UserError | None
 
-    def end_with(self, error: UserError) -> None:
-        """End the run with ``error`` once the present step is saved. Called on all ranks for the same step."""
+    def stop_after_save(self, error: UserError) -> None:
+        """Stop the run: save the current step, then raise ``error``. Called on all ranks for the same step."""
 
     def paused(self, phase: str) -> AbstractContextManager[None]:
         """Between two steps: all records are read first, and the time inside belongs to no step."""
@@ -50,7 +50,7 @@ class Run(Protocol):
 class Callback:
     """Follows a run. Each method is called on every rank at the same place, in the order of the trainer's list.
 
-    Whatever decides alike on all ranks may raise UserError, or call ``Run.end_with``, which saves
+    Whatever decides alike on all ranks may raise UserError, or call ``Run.stop_after_save``, which saves
     first. Methods do nothing by default.
     """
 

@@ -29,7 +29,7 @@ class SkippedSamples(Callback):
         self._limit = limit
         self.seen = 0
         self._empty_steps = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def on_run_start(self, run: Run) -> None:
         """Keep the run, which an error ends after a save."""
@@ -40,21 +40,21 @@ class SkippedSamples(Callback):
         metrics = record.metrics
         for name, what in (("skipped_too_long", "longer than --seq-length"), ("skipped_no_target", "no target token")):
             if metrics.get(name, 0) > 0:
-                self._tell(name, f"iteration {record.iteration} skips {metrics[name]:.0f} samples: {what}")
+                self._warn_once(name, f"iteration {record.iteration} skips {metrics[name]:.0f} samples: {what}")
         self._empty_steps = self._empty_steps + 1 if metrics.get("target_tokens", 1) == 0 else 0
         if self._empty_steps:
-            self._tell("target_tokens", f"iteration {record.iteration} has no target token: nothing is learned from it")
+            self._warn_once("target_tokens", f"iteration {record.iteration} has no target token to learn from")
         if self._empty_steps >= _EMPTY_STEPS:
-            self._run.end_with(UserError(
+            self._run.stop_after_save(UserError(
                 f"the last {_EMPTY_STEPS} iterations, up to {record.iteration}, had no target token, so that nothing "
                 "was learned: are all samples longer than --seq-length, or their answers empty?"
             ))
         self.check(round(record.metrics["skipped_unusable"]), record.details.skipped_messages)
 
-    def _tell(self, kind: str, message: str) -> None:
-        if kind not in self._told and dist.get_rank() == 0:
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned and dist.get_rank() == 0:
             logger.warning(f"{message} (said once; the log's counters go on)")
-        self._told.add(kind)
+        self._warned.add(kind)
 
     def check(self, count: int, messages: Sequence[str]) -> None:
         """Count skipped samples, and end the run, after a save, if there are more than the limit.
@@ -79,7 +79,7 @@ class SkippedSamples(Callback):
                 if self._limit
                 else '; or skip such samples with dataloader_param.on_bad_sample "skip"'
             )
-            self._run.end_with(UserError(f"{everything[0]}{more}{remedy}"))
+            self._run.stop_after_save(UserError(f"{everything[0]}{more}{remedy}"))
             return
         for message in everything[:_SHOWN] if dist.get_rank() == 0 else ():
             logger.warning(f"skipped bad sample: {message}")

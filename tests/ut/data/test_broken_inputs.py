@@ -7,12 +7,13 @@ import io
 import json
 import logging
 import os
+import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.data.images import image_grid, load_pixels, upright_size
@@ -85,6 +86,29 @@ def test_a_photo_whose_exif_cannot_be_written_again_is_turned(tmp_path):
     assert upright_size(str(tmp_path / "a.jpg")) == (80, 48)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(load_pixels(str(tmp_path / "a.png")), expected)
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken"), struct.error("unpack"), IndexError("x"), TypeError("y")])
+def test_whatever_pillow_raises_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    picture().save(tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "getexif", fail)  # the pixels are fine
+        assert np.array_equal(load_pixels(str(tmp_path / "a.png")), np.asarray(picture()))
+    monkeypatch.setattr(Image, "open", fail)
+    assert "a.png cannot be used" in complaint_about(tmp_path / "a.png")
+
+
 def test_frames_with_quarter_turns_are_a_video(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
@@ -116,7 +140,7 @@ def test_playlists_and_lists_of_files_are_no_videos(tmp_path):
 def test_what_conversion_to_rgb_loses_is_said_once(tmp_path, caplog):
     from mindspeed_mm.data.images import _warned
 
-    _warned.cache_clear()
+    _warned.clear()
     Image.fromarray(np.full((40, 40), 60_000, np.uint16)).save(tmp_path / "grey.png")
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     with caplog.at_level(logging.WARNING, "mindspeed_mm"):

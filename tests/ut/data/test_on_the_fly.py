@@ -19,7 +19,7 @@ from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_data import build_tiny, make_config, make_records, tiny_loader, write_dataset
 
-TRICKY = [{"text": 'a "quoted" ] bracket', "list": [[1, 2], {"x": "}"}]}, {"text": "\\", "list": []}, {"text": "ü\n"}]
+TRICKY = [{"text": 'a "shorten" ] bracket', "list": [[1, 2], {"x": "}"}]}, {"text": "\\", "list": []}, {"text": "ü\n"}]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -352,40 +351,6 @@ def test_a_damaged_image_is_one_line(answerer, tmp_path, capsys, monkeypatch, ca
     path = tmp_path / "image.png"
     path.write_bytes(BROKEN_IMAGES[case])
     assert_one_line(demo(capsys, "--model", "m", "--image", path), "image", str(path))
-
-
-@pytest.mark.parametrize("error", [SyntaxError("broken"), struct.error("unpack"), IndexError("x"), TypeError("y")])
-def test_whatever_pillow_raises_is_one_line(picture, monkeypatch, error):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(inference_demo.UserError, match="picture.png cannot be read"):
-        inference_demo._load_image(str(picture))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_upright(tmp_path, orientation):
-    from PIL import ImageOps
-
-    picture = Image.new("RGB", (3, 2))
-    picture.putdata([(place * 40, 0, 0) for place in range(6)])
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    picture.save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as image:
-        expected = ImageOps.exif_transpose(image)
-    loaded = inference_demo._load_image(str(tmp_path / "a.png"))
-    assert (loaded.size, loaded.tobytes()) == (expected.size, expected.tobytes())
-
-
-def test_broken_exif_does_not_matter_where_the_pixels_are_fine(tmp_path, monkeypatch):
-    def fail(self):
-        raise struct.error("unpack requires a buffer of 2 bytes")
-
-    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "getexif", fail)
-    assert inference_demo._load_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(

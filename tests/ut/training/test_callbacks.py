@@ -225,7 +225,7 @@ def test_an_error_of_all_ranks_saves_before_the_run_ends(lag):
 
         def on_step_end(self, record):
             if record.iteration == 3:
-                self.run.end_with(UserError("bad image"))
+                self.run.stop_after_save(UserError("bad image"))
 
     manager, events = Manager(), Events()
     with pytest.raises(UserError, match=rf"bad image \(saved first: iteration {3 + lag}\)"):

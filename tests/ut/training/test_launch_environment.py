@@ -23,7 +23,7 @@ from mindspeed_mm.training.launch_environment import (
     check_numbers,
     check_rendezvous,
     free_port,
-    memory_warning,
+    host_memory_warning,
     shared_memory_warning,
     why_unusable,
 )
@@ -126,10 +126,10 @@ def test_auto_asks_torch_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch
 def test_memory(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       9000000 kB\nMemAvailable:    3145728 kB\n")
-    assert memory_warning(6, meminfo=meminfo) is None
-    line = memory_warning(8, meminfo=meminfo)
+    assert host_memory_warning(6, meminfo=meminfo) is None
+    line = host_memory_warning(8, meminfo=meminfo)
     assert line is not None and line.startswith("8 ranks on this machine need at least 4.0 GiB") and "3.0 GiB" in line
-    assert memory_warning(8, meminfo=tmp_path / "none") is None
+    assert host_memory_warning(8, meminfo=tmp_path / "none") is None
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

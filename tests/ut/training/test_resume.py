@@ -11,7 +11,13 @@ from mindspeed_mm.checkpoint.directory import iteration_name, write_tracker
 from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity
+from mindspeed_mm.training.resume import (
+    RUN_KEY,
+    check_steps_remain,
+    choose_start,
+    restore_schedule,
+    run_identity,
+)
 from tests.helpers.checkpoint_directory import commit_directory
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -49,6 +55,25 @@ def test_first_start_follows_the_flags(tmp_path, messages):
     assert not messages()
     start = choose_start(flags(tmp_path))
     assert start.with_optimizer and start.with_rng
+
+
+def test_a_new_stage_takes_the_weights_only_and_a_restart_of_it_its_own_checkpoint(tmp_path, monkeypatch):
+    args = flags(tmp_path, "--finetune")
+    start = choose_start(args)
+    assert start.new_stage and not start.with_optimizer and not start.with_rng
+    checkpoint(tmp_path / "save", 4, **{RUN_KEY: run_identity()})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    start = choose_start(args)
+    assert start.path == tmp_path / "save/iter_0000004" and start.with_optimizer and not start.new_stage
+
+
+def test_a_run_without_a_step_is_an_error_but_for_a_restart(tmp_path, monkeypatch):
+    args = flags(tmp_path)
+    check_steps_remain(Progress(iteration=0), args)
+    with pytest.raises(UserError, match="has done iteration 1, and --train-iters is 1; .* --finetune"):
+        check_steps_remain(Progress(iteration=1), args)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    check_steps_remain(Progress(iteration=1), args)
 
 
 def test_restart_goes_on_from_the_runs_own_checkpoint_with_all_it_holds(tmp_path, monkeypatch, messages):
