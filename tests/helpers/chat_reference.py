@@ -66,7 +66,7 @@ CASES: list[dict[str, Any]] = [
     _talk("\n\n\u00dcberraschung \u4f60\u597d \U0001f415?", "\n\n\u7b54\u6848 42\n\n\n", "Why?", "  Because.", "", "x",
           system=" Be brief.\n"),
     _talk("where? <|box_start|>(1,2)<|box_end|>", "<|object_ref_start|>here<|object_ref_end|>"),
-    _talk("{{ 7 * 7 }} {% raw %} 'shorten' \"twice\" \\n <b>&amp;</b>", "49 {{ messages }}"),
+    _talk("{{ 7 * 7 }} {% raw %} 'quoted' \"twice\" \\n <b>&amp;</b>", "49 {{ messages }}"),
     _talk("q", "An <image> in an answer is text, and so is <video>.", "r <image>", "s", images=["a"]),
     {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "q"},
                   {"role": "assistant", "content": "a"}]},
