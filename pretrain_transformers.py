@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from mindspeed_mm.config.job import JobConfig, load_job_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.garbage_collector import uncollected_imports
-from mindspeed_mm.training.signals import end_launcher_with
+from mindspeed_mm.training.signals import status_after_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,13 +106,7 @@ def main() -> int:
 
         return pretrain(job, model_provider, data_provider, forward_step)
     except UserError as error:
-        # Most errors stop every rank alike. Only rank 0 reports them: torchrun ends the others while they wait here,
-        # unless the error is theirs alone.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        end_launcher_with(2, error=f"error: {error}")
-        return 2
+        return status_after_error(f"error: {error}")
 
 
 if __name__ == "__main__":

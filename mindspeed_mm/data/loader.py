@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
+import multiprocessing.connection
+import multiprocessing.queues
+import os
+import signal
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from mindspeed_mm.data.encoder import Outcome
 from mindspeed_mm.data.packing import PackedSampler, pack
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import shorten
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
 
 _PREFETCHED_PER_WORKER = 4
+_REMEDY_SHM = "enlarge /dev/shm (docker run --shm-size=64g), or lower --num-workers"
 _PADDING = -1  # index of a sample that only gives this rank as many micro-batches as the rest
 
 
@@ -61,12 +67,15 @@ class StepBatches:
         skipped: samples that take no part.
         tokens: of all micro-batches, before they are split within a context-parallel group.
         samples: conversations in all micro-batches.
+        failure: why the data could not be loaded; the micro-batches are then stand-ins, in this step and in all later
+            ones.
     """
 
     batches: list[Batch]
     skipped: SkipReport = SkipReport()
     tokens: int = -1
     samples: int = -1
+    failure: str = ""
 
     def __post_init__(self) -> None:
         """Count tokens and samples while the micro-batches are whole."""
@@ -107,6 +116,26 @@ class _MicroBatches(torch.utils.data.Dataset):
                 except UserError as error:
                     skipped += SkipReport((str(error),))
             samples.append(sample)
+        return self._in_shared_memory(self._collate_each(samples, skipped))
+
+    def stand_in(self) -> Batch:
+        """A micro-batch without a target token."""
+        return self._collate([_stand_in(_PADDING)])
+
+    def _in_shared_memory(self, part: _MicroBatch) -> _MicroBatch:
+        """Through which a worker hands its tensors over; where there is none left, the reason is handed over instead.
+
+        Otherwise the queue's own thread would move them there, lose the batch when it fails, and leave the rank waiting
+        for it.
+        """
+        if torch.utils.data.get_worker_info() is not None:
+            try:
+                part.batch.share_memory_()
+            except (RuntimeError, OSError) as error:
+                return _MicroBatch(failure=f"a data worker cannot hand over a batch: {shorten(error)}; {_REMEDY_SHM}")
+        return part
+
+    def _collate_each(self, samples: list[Sample], skipped: SkipReport) -> _MicroBatch:
         try:
             return _MicroBatch(self._collate(samples), skipped)
         except UserError:  # one of them does not fit its placeholders: find out which
@@ -124,14 +153,15 @@ class _MicroBatches(torch.utils.data.Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class _MicroBatch:
-    """One micro-batch on its way from a worker process."""
+    """One micro-batch on its way from a worker process, or why there is none."""
 
-    batch: Batch
-    skipped: SkipReport
+    batch: Batch | None = None
+    skipped: SkipReport = SkipReport()
+    failure: str = ""
 
     def pin_memory(self) -> _MicroBatch:
         """Copy with the batch in pinned memory; called by the DataLoader."""
-        return dataclasses.replace(self, batch=self.batch.pin_memory())
+        return self if self.batch is None else dataclasses.replace(self, batch=self.batch.pin_memory())
 
 
 def _as_is(value: _MicroBatch) -> _MicroBatch:
@@ -150,25 +180,20 @@ def _worker_options(num_workers: int) -> dict[str, object]:
 def _start_worker(worker: int) -> None:
     del worker
     ignore_group_signals()
+    # a batch that the queue's thread cannot send is lost, and would be waited for: let the rank see a dead worker
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
-@contextlib.contextmanager
-def dead_workers_named() -> Iterator[None]:
-    """Turn the errors that torch raises when a worker process dies into one line.
-
-    Torch raises them in a signal handler: in the main thread, possibly far from the loader.
-
-    Raises:
-        UserError: if a worker process dies.
-    """
-    try:
-        yield
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        # the latter two if a worker dies while it sends a batch
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        reason = " ".join(str(error).split()) if isinstance(error, RuntimeError) else "a DataLoader worker was lost"
-        raise UserError(f"{reason}; it may have run out of memory: lower --num-workers") from error
+def _why_lost(error: BaseException, workers: Sequence[Any]) -> str:
+    """One line for what DataLoader raises when a worker process died, possibly a moment before that is known."""
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if not codes:
+        return f"a data worker was lost ({shorten(repr(error))}); lower --num-workers"
+    if codes[0] == -signal.SIGBUS:
+        return f"a data worker found no shared memory left; {_REMEDY_SHM}"
+    ended = f"was ended by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"ended with status {codes[0]}"
+    return f"a data worker {ended}; it may have run out of memory or of open files: lower --num-workers"
 
 
 def _stop_workers(loader: DataLoader) -> None:
@@ -218,8 +243,10 @@ class BatchLoader:
         self.samples_per_epoch = samples_per_epoch
         self.summary = summary
         self._micro_batches = micro_batches
+        self._steps_in_all = len(sampler) // micro_batches if isinstance(sampler, Sized) else None
+        self._source = _MicroBatches(dataset, spec, model_config)
         self._loader = DataLoader(
-            _MicroBatches(dataset, spec, model_config),
+            self._source,
             sampler=sampler,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_is,
@@ -233,16 +260,33 @@ class BatchLoader:
     def __iter__(self) -> Iterator[StepBatches]:
         """Steps in order.
 
-        Raises:
-            UserError: if a worker process dies.
+        What cannot be loaded, because a worker process died or cannot hand its batch over, raises nothing here: the
+        other ranks would wait for this one in a collective. See ``StepBatches.failure``.
         """
-        return self._steps(iter(self._loader))
+        # torch has the main thread raise when a worker dies, wherever it is; the loader notices that, too
+        former = signal.getsignal(signal.SIGCHLD)
+        loaded = iter(self._loader)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, former)
+        return self._steps(loaded)
 
     def _steps(self, loaded: Iterator[_MicroBatch]) -> Iterator[StepBatches]:
-        with dead_workers_named():
-            while parts := list(itertools.islice(loaded, self._micro_batches)):
-                skipped = sum((part.skipped for part in parts), SkipReport())
-                yield StepBatches([part.batch for part in parts], skipped)
+        failure = ""
+        for _ in itertools.count() if self._steps_in_all is None else range(self._steps_in_all):
+            parts: list[_MicroBatch] = []
+            if not failure:
+                try:
+                    parts = list(itertools.islice(loaded, self._micro_batches))
+                except (RuntimeError, EOFError, ConnectionError) as error:
+                    # the latter two if a worker dies while it sends a batch
+                    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                        raise
+                    failure = _why_lost(error, getattr(loaded, "_workers", ()))
+                failure = failure or next((part.failure for part in parts if part.failure), "")
+            if failure:
+                parts = [_MicroBatch(self._source.stand_in())] * self._micro_batches
+            skipped = sum((part.skipped for part in parts), SkipReport())
+            yield StepBatches([part.batch for part in parts if part.batch is not None], skipped, failure=failure)
 
 
 class TrainLoader(BatchLoader):

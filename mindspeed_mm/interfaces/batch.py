@@ -36,6 +36,14 @@ class _TensorFields:
         """Copy with every tensor in page-locked memory. The DataLoader calls it in its pinning thread."""
         return self._apply(lambda value: value.pin_memory())
 
+    def share_memory_(self: T) -> T:
+        """Move every tensor to shared memory, in place.
+
+        Raises:
+            RuntimeError: if there is not enough.
+        """
+        return self._apply(lambda value: value.share_memory_())
+
 
 @dataclasses.dataclass
 class VisionBatch(_TensorFields):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,11 +95,13 @@ class StepDetails(NamedTuple):
         samples: of each micro-batch.
         gradient_norms: parameters and the norms of this rank's shards of their gradients, see ``GradientNorm``.
         skipped_messages: file, sample and reason of each skipped sample.
+        failure: why this rank's data could not be loaded.
     """
 
     samples: tuple[SampleLosses, ...] = ()
     gradient_norms: tuple[tuple[list[nn.Parameter], Tensor], ...] = ()
     skipped_messages: tuple[str, ...] = ()
+    failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,13 @@ class StepReader:
             ready, previous = step.metrics.ready, self._previous
             self._previous = ready
             yield StepRecord(step.iteration, {**metrics, "seconds": ready.seconds_since(previous)}, step.details)
+
+
+def gather_messages(own: Sequence[str]) -> list[str]:
+    """The messages of all ranks, each once: those of a context-parallel group meet the same samples. A collective."""
+    gathered: list[Sequence[str]] = [()] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(own))
+    return list(dict.fromkeys(message for messages in gathered for message in messages))
 
 
 def rates_per_device(metrics: Mapping[str, float], *, devices: int, peak_tflops: float | None) -> dict[str, float]:

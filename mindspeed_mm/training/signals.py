@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +21,7 @@ QUIT_STATUS = 130
 """Exit status after a second Ctrl-C: nothing was saved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STATE_VARIABLE = "MM_RUN_STATE"
+_WAIT_SECONDS = 5.0
 
 
 class StopRequest:
@@ -52,7 +55,9 @@ class StopRequest:
             return
         self._signal = signal.Signals(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _write(f" {self._signal.name}: the run will save and stop after this step; Ctrl-C now stops it at once\n")
+            # the launcher passes Ctrl-C and other signals on as this one
+            name = "stop requested" if number == signal.SIGUSR1 else self._signal.name
+            _write(f" {name}: the run will save and stop after this step; Ctrl-C now stops it at once\n")
 
 
 def exit_status(*, stopped: bool) -> int:
@@ -65,6 +70,41 @@ def exit_status(*, stopped: bool) -> int:
         return 0
     end_launcher_with(STOPPED_STATUS)
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_STATUS
+
+
+def status_after_error(line: str) -> int:
+    """Status that this process should end with after a user's error; ``line`` says what it is.
+
+    torchrun takes any status but 0 for a failure, which it reports with a traceback. Where all ranks end with such an
+    error, none is left waiting: under the launcher, which prints the line and ends with status 2, they all end with 0.
+    Elsewhere rank 0 prints the line: torchrun ends the others while they wait here, unless the error is theirs alone.
+    """
+    end_launcher_with(2, error=line)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # which torchrun makes after failures only
+    if _STATE_VARIABLE in os.environ and not restarts and _all_ranks_arrive():
+        return 0
+    if _STATE_VARIABLE not in os.environ and os.environ.get("RANK", "0") != "0":
+        time.sleep(_WAIT_SECONDS)
+    print(line, file=sys.stderr, flush=True)
+    return 2
+
+
+def _all_ranks_arrive() -> bool:
+    """Whether every rank calls this, within a few seconds. Ranks count themselves in torchrun's store."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return True
+    from mindspeed_mm.backend.process_group import connect_store
+
+    with contextlib.suppress(RuntimeError):  # of the store, when torchrun has gone
+        if store := connect_store("users' errors", timeout_seconds=_WAIT_SECONDS):
+            deadline = time.monotonic() + _WAIT_SECONDS
+            arrived = store.add("ranks", 1)
+            while arrived < world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                arrived = store.add("ranks", 0)
+            return arrived == world_size
+    return False
 
 
 def end_launcher_with(status: int | None, *, error: str = "") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.backend.transfer import DeviceEvent
 from mindspeed_mm.config.flags import TrainingArgs
-from mindspeed_mm.data.loader import StepBatches, dead_workers_named
+from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.layers.moe import RouterLoad
@@ -28,6 +28,7 @@ from mindspeed_mm.training.metrics import (
     StepMetrics,
     StepReader,
     StepRecord,
+    gather_messages,
     rates_per_device,
 )
 from mindspeed_mm.training.optimizer import AdamW, learning_rates
@@ -79,7 +80,7 @@ class Trainer:
             UserError: what a callback has ended the run with, after the save.
         """
         self.model.train()
-        with dead_workers_named(), contextlib.closing(self.loader):
+        with contextlib.closing(self.loader):
             try:
                 for callback in self.callbacks:
                     callback.on_run_start(self)
@@ -92,7 +93,8 @@ class Trainer:
                 raise
         self._end_run(failed=False)
         if self.error is not None:
-            saved = f" (saved first: iteration {self.context.progress.iteration})" if self.args.save else ""
+            iteration = self.context.progress.iteration
+            saved = f" (saved first: iteration {iteration})" if self.args.save and iteration else ""
             raise UserError(f"{self.error}{saved}")
 
     def stop_after_save(self, error: UserError) -> None:
@@ -120,7 +122,7 @@ class Trainer:
             self._report(self._reader.add(QueuedStep(iteration, known, metrics, details)))
             exits = bool(exit_interval) and iteration % exit_interval == 0
             self.stopping = self.stopped or self.error is not None or exits
-            self.notify("on_step_queued", iteration)
+            self.notify("on_step_queued", progress.iteration)
         self._report(self._reader.flush())
 
     def train_step(self) -> tuple[StepMetrics, StepDetails]:
@@ -158,12 +160,13 @@ class Trainer:
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm.total)
         # where the gradients are: with offloaded ones the host steps, and waits for the loss
-        finite = metrics["loss"].isfinite().to(norm.total.device) & norm.total.isfinite()
+        complete = metrics["loss"].isfinite() & (metrics["lost"] == 0)
+        finite = complete.to(norm.total.device) & norm.total.isfinite()
         self.optimizer.step_where(finite)
         metrics.set("grad_norm", norm.total)
         metrics.set("skipped_step", 1.0 - finite.float())
         metrics.send()
-        return metrics, StepDetails(tuple(samples), tuple(norm.parts), tuple(data.skipped.unusable))
+        return metrics, StepDetails(tuple(samples), tuple(norm.parts), tuple(data.skipped.unusable), data.failure)
 
     def _count(self, metrics: StepMetrics, data: StepBatches) -> None:
         """Metrics that the host knows; of the ranks that share micro-batches the first counts for all."""
@@ -176,6 +179,7 @@ class Trainer:
         metrics.add("skipped_no_target", counts * data.skipped.no_target)
         metrics.add("tflop", counts * sum(map(self.objective.flop_count, data.batches)))
         metrics.add("stop_requests", self.context.stop_requested())
+        metrics.add("lost", bool(data.failure))
 
     @torch.no_grad()
     def _router_loads(self, batches: Iterable[Batch], weights: Iterable[Tensor]) -> Iterator[RouterLoad]:
@@ -201,11 +205,26 @@ class Trainer:
         context = self.context
         for record in records:
             self.stopped |= record.metrics["stop_requests"] > 0
+            if record.metrics.pop("lost"):
+                self._take_back(record)
+                continue
             rates = rates_per_device(
                 record.metrics, devices=context.layout.world_size, peak_tflops=context.peak_tflops
             )
             record.metrics.update(rates, peak_memory_gib=context.backend.peak_memory_bytes() / 2**30)
             self.notify("on_step_end", record)
+
+    def _take_back(self, record: StepRecord) -> None:
+        """Stop at the step before ``record``, whose data a rank could not load; no parameter has changed since."""
+        progress = self.context.progress
+        surplus = progress.iteration - (record.iteration - 1)
+        if surplus > 0:
+            samples = surplus * self.args.global_batch_size
+            progress.iteration -= surplus
+            progress.consumed_samples -= samples
+            self.schedule.step(increment=-samples)
+        failures = gather_messages([record.details.failure] if record.details.failure else [])
+        self.stop_after_save(UserError(f"iteration {record.iteration}: {failures[0]}"))
 
     def _end_run(self, *, failed: bool) -> None:
         """End every callback that has started, also after an error of another; raise that if the run had not failed."""

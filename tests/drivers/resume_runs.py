@@ -3,12 +3,13 @@
 Usage: resume_runs.py RUNS.json OUT.json
 
 Each run is {"flags": [...], "fault": {...}}. A fault happens on one rank:
-    {"rank": 1, "iteration": 5, "phase": "backward", "kind": "kill" | "sleep" | "nan" | "signal"}
+    {"rank": 1, "iteration": 5, "phase": "backward", "kind": "kill" | "kill workers" | "sleep" | "nan" | "signal"}
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -59,6 +60,9 @@ def with_fault(fault: Fault | None) -> Any:
             return
         if fault["kind"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault["kind"] == "kill workers":
+            for worker in multiprocessing.active_children():
+                worker.kill()
         elif fault["kind"] == "sleep":
             time.sleep(fault["seconds"])
         elif fault["kind"] == "signal":

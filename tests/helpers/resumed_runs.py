@@ -146,6 +146,9 @@ def quick_runs(recipe: Path, place: Path) -> Runs:
         "asleep", hang_watch_factor=3.0, hang_watch_seconds=1.0,
         fault={"rank": 1, "iteration": 8, "phase": "waiting for data", "kind": "sleep", "seconds": 6},
     )
+    killed = {"rank": 1, "iteration": 2, "phase": "forward", "kind": "kill workers"}
+    runs.add("worker killed", fault=killed, num_workers=1)
+    runs.add("worker killed, then resumed", save="worker killed", load="worker killed")
     runs.add("locked")
     runs.add("deterministic", deterministic_mode=True)
     add_killed(runs, "backward")

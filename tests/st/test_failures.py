@@ -72,6 +72,18 @@ def test_a_process_that_hangs_is_reported_with_where_the_others_wait(quick):
     assert found[2] is None or float(found[2]) > max(1.0, 3 * float(found[3]))
 
 
+def test_a_lost_data_worker_ends_the_run_with_nothing_lost(quick):
+    """The steps whose data one rank could not load are taken back on all ranks, and what was trained is saved."""
+    ended, resumed = quick["worker killed"], quick.steps("worker killed, then resumed")
+    last = max(map(int, ended["steps"]))
+    assert ended["status"] == 2 and 2 <= last < STEPS
+    reason = rf"iteration {last + 1}: a data worker was ended by SIGKILL; .* \(saved first: iteration {last}\)"
+    assert re.fullmatch(reason, ended["error"])
+    assert_same_run(quick.steps("whole"), [{int(step): facts for step, facts in ended["steps"].items()}, resumed])
+    # the step that was taken back has drawn from the generators, from which only these tests draw
+    assert_same_checkpoint(quick.place / "whole", quick.place / "worker killed", without="rng")
+
+
 def test_deterministic_mode_changes_no_number_on_a_cpu(quick):
     assert quick.steps("deterministic") == quick.steps("whole")
     assert_same_checkpoint(quick.place / "deterministic", quick.place / "whole")

@@ -17,6 +17,7 @@ class Checkpointing(Callback):
     def on_run_start(self, run: Run) -> None:
         """Keep the run."""
         self._run = run
+        self._saved = run.context.progress.iteration
 
     def on_step_queued(self, iteration: int) -> None:
         """Conclude an asynchronous save that has ended, and save if it is due."""
@@ -25,8 +26,11 @@ class Checkpointing(Callback):
         due = bool(args.save_interval) and iteration % args.save_interval == 0
         if due or self._run.stopping or iteration == args.train_iters:
             with self._run.paused("save"):
-                self._run.notify("on_save", iteration)
                 progress = self._run.context.progress
+                if progress.iteration == self._saved:  # steps were taken back: there is nothing new
+                    return
+                self._saved = progress.iteration
+                self._run.notify("on_save", progress.iteration)
                 progress.schedule = schedule_state(self._run.schedule)
                 self._manager.start(progress)
 

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.metrics import gather_messages
 
 
 class Evaluation(Callback):
@@ -38,32 +40,41 @@ class Evaluation(Callback):
         self._run = run
 
     def on_step_queued(self, iteration: int) -> None:
-        """Evaluate if it is due."""
+        """Evaluate if it is due, unless the run ends with an error."""
         args = self._run.args
         if iteration % args.eval_interval == 0 or iteration == args.train_iters:
             with self._run.paused("evaluation"):
-                self._run.notify("on_evaluation", iteration, {"validation_loss": self.evaluate()})
+                loss = self.evaluate() if self._run.error is None else None
+                if loss is not None:
+                    self._run.notify("on_evaluation", iteration, {"validation_loss": loss})
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross-entropy of the target tokens over at most ``--eval-iters`` global batches of held-out data."""
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy of the target tokens over at most ``--eval-iters`` global batches of held-out data.
+
+        None if a rank cannot load its data: the run then stops, after a save.
+        """
         args, model = self._run.args, self._run.model
         device, layout = self._run.context.backend.device, self._run.context.layout
         micro_batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
         model.eval()
-        sums, skipped = torch.zeros(3, device=device), []
+        sums, skipped, failures = torch.zeros(4, device=device), [], set()
         with cached_compute_weights(model):
             for data in itertools.islice(self._loader, micro_batches):
                 skipped += data.skipped.unusable
+                failures |= {data.failure} - {""}
                 for batch in data.batches:
                     batch = self._split(batch).to(device)
                     weight = torch.ones_like(batch.labels, dtype=torch.float32)
                     sums[0] += self._run.objective.forward_step(model, batch, weight).loss
                     sums[1] += weight.numel()
-        sums[2] = len(skipped) / layout.context_size
+        sums[2], sums[3] = len(skipped) / layout.context_size, len(failures)
         dist.all_reduce(sums)
         reshard(model)
         model.train()
-        loss, count, skipped_count = sums.tolist()
+        loss, count, skipped_count, failed = sums.tolist()
+        if failed:
+            self._run.stop_after_save(UserError(f"evaluation: {gather_messages(sorted(failures))[0]}"))
+            return None
         self._skipped_samples.check(round(skipped_count), skipped)
         return loss / max(1.0, count)

@@ -49,8 +49,10 @@ class RunSummary(Callback):
             reason = "as requested" if self._run.stopped else args.exit_interval and "by --exit-interval"
         how = f"stopped, {reason}," if reason else "finished"
         logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")
-        if reason:
-            logger.info(f"to continue: --load {args.save}" if args.save else "nothing was saved: there is no --save")
+        if reason and args.save and iteration:
+            logger.info(f"to continue: --load {args.save}")
+        elif reason:
+            logger.info("nothing was saved" if args.save else "nothing was saved: there is no --save")
 
     def _averages(self) -> list[str]:
         count = len(self._steps)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.base import Callback, Run
-from mindspeed_mm.training.metrics import StepRecord
+from mindspeed_mm.training.metrics import StepRecord, gather_messages
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,7 @@ class SkippedSamples(Callback):
         """
         if not count:
             return
-        gathered: list[Sequence[str]] = [()] * dist.get_world_size()
-        dist.all_gather_object(gathered, list(messages))
-        # ranks of a context-parallel group meet the same samples
-        everything = list(dict.fromkeys(message for own in gathered for message in own))
+        everything = gather_messages(messages)
         self.seen += count
         if self.seen > self._limit:
             more = f" (and {len(everything) - 1} more in this step)" if len(everything) > 1 else ""

@@ -107,7 +107,8 @@ class Events(Callback):
         self.calls.append(("end", failed))
 
 
-def make(*callbacks, steps=5, iteration=0, lag=0, values=None, stop_at=(), layout=None, **flags):
+def make(*callbacks, steps=5, iteration=0, lag=0, values=None, stop_at=(), lost_from=99, layout=None,
+         **flags):
     """A trainer; ``values`` gives metrics of a step, ``stop_at`` the steps whose sums hold a request to stop."""
     args = SimpleNamespace(
         train_iters=steps, global_batch_size=8, exit_interval=None, save_interval=None, eval_interval=2, save="save",
@@ -132,14 +133,14 @@ def make(*callbacks, steps=5, iteration=0, lag=0, values=None, stop_at=(), layou
         current = context.progress.iteration + 1
         metrics = StepMetrics(torch.device("cpu"))
         defaults = {"loss": float(current), "tokens": 80, "target_tokens": 20, "samples": 10, "tflop": 2.0}
-        defaults |= {"skipped_unusable": 0, "stop_requests": current in stop_at}
+        defaults |= {"skipped_unusable": 0, "stop_requests": current in stop_at, "lost": current >= lost_from}
         for name, value in {**defaults, **(values(current) if values else {})}.items():
             metrics.add(name, value)
         metrics.reduce()
         metrics.set("grad_norm", torch.tensor(2.0))
         metrics.set("skipped_step", ~metrics["loss"].isfinite())
         metrics.send()
-        return metrics, StepDetails()
+        return metrics, StepDetails(failure="no worker" if current >= lost_from else "")
 
     trainer.train_step = train_step
     return trainer
@@ -232,6 +233,39 @@ def test_an_error_of_all_ranks_saves_before_the_run_ends(lag):
         make(Refusing(), Checkpointing(manager), events, lag=lag, steps=9).train()
     assert [iteration for iteration, _ in manager.saved] == [3 + lag] and manager.calls[-1] == "finish"
     assert events.calls[-1] == ("end", False)
+
+
+@pytest.mark.parametrize(
+    ("lost_from", "options", "saved"),
+    [
+        (3, {}, [2]),
+        (3, {"save_interval": 1}, [1, 2]),  # not again
+        (4, {"save_interval": 4}, [3]),
+        (5, {"steps": 5}, [4]),
+        (1, {}, []),
+        (4, {"iteration": 3}, []),
+    ],
+)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_without_data_are_taken_back(lag, lost_from, options, saved):
+    """The run ends at the step before, whose parameters it still has, and saves that unless it is saved."""
+    manager, events = Manager(), Events()
+    trainer = make(
+        events, evaluation(), Checkpointing(manager), lag=lag, lost_from=lost_from, **{"steps": 9, **options}
+    )
+    first, last = options.get("iteration", 0), lost_from - 1
+    where = rf" \(saved first: iteration {last}\)" if last else ""
+    with pytest.raises(UserError, match=rf"^iteration {lost_from}: no worker{where}$"):
+        trainer.train()
+    progress = trainer.context.progress
+    assert (progress.iteration, progress.consumed_samples) == (last, 8 * last)
+    assert trainer.schedule.samples == 8 * (last - first)
+    assert [iteration for iteration, _ in manager.saved] == saved and manager.calls[-1] == "finish"
+    seen = {what: [call[1] for call in events.calls if call[0] == what] for what in ("step end", "evaluation")}
+    assert seen == {
+        "step end": [*range(first + 1, lost_from)],
+        "evaluation": [step for step in range(first + 1, lost_from) if step % 2 == 0],
+    }
 
 
 def test_steps_without_a_target_are_warned_of_and_end_the_run(caplog):

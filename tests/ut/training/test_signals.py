@@ -8,10 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import TCPStore
 
-from mindspeed_mm.training.signals import STOPPED_STATUS, StopRequest, exit_status
+from mindspeed_mm.training import signals
+from mindspeed_mm.training.signals import STOPPED_STATUS, StopRequest, exit_status, status_after_error
 
 ROOT = os.path.join(os.path.dirname(__file__), "../../..")
 
@@ -41,6 +44,36 @@ def test_status_for_the_caller_and_for_the_launcher(state, monkeypatch):
     assert (state / "status").read_text() == "75\n"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun would take 75 for a failure and start again
     assert exit_status(stopped=True) == 0
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """torchrun's, for two ranks."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signals, "_WAIT_SECONDS", 2.0)
+    return store
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_of_all_ranks_is_no_failure_for_torchrun(state, store, ranks, capsys):
+    """It would report a failure with a traceback; but it must end the ranks that wait for one that failed alone."""
+    with ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(status_after_error, ["error: bad flag"] * ranks))
+    assert statuses == ([0, 0] if ranks == 2 else [2])
+    assert (state / "status").read_text() == "2\n" and (state / "error").read_text() == "error: bad flag\n"
+    assert capsys.readouterr().err == ("" if ranks == 2 else "error: bad flag\n")
+
+
+@pytest.mark.parametrize("variable", [None, "TORCHELASTIC_MAX_RESTARTS"])
+def test_an_error_is_a_failure_without_the_launcher_and_where_torchrun_restarts(state, variable, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    if variable:
+        monkeypatch.setenv(variable, "3")
+    else:
+        monkeypatch.delenv("MM_RUN_STATE")
+    assert status_after_error("error: bad flag") == 2 and capsys.readouterr().err == "error: bad flag\n"
 
 
 def run(code: str) -> subprocess.CompletedProcess:
