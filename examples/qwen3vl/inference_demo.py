@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mindspeed_mm.data.chat_rendering import render_conversations
 from mindspeed_mm.data.encoder import check_tokenizer_files
 from mindspeed_mm.data.images import load_pixels
 from mindspeed_mm.errors import UserError
@@ -328,8 +329,8 @@ class Answerer:
         merge = self.image_processor.merge_size**2
         placeholders = iter([int(grid.prod()) // merge for grid in vision.get("image_grid_thw", [])])
         prompts = []
-        for question in questions:
-            pieces = self._prompt(question).split(_IMAGE_TOKEN)
+        for question, text in zip(questions, self._prompts(questions), strict=True):
+            pieces = text.split(_IMAGE_TOKEN)
             if len(pieces) - 1 != len(question.images):
                 raise UserError(
                     f"the chat template in --model {self.directory} makes {len(pieces) - 1} places for "
@@ -347,16 +348,23 @@ class Answerer:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
         return BatchFeature(inputs)
 
-    def _prompt(self, question: Question) -> str:
-        """Chat text of one question; each ``<image>`` becomes a vision segment with one placeholder."""
-        content: list[dict[str, str]] = []
-        for place, piece in enumerate(question.text.split(_IMAGE_TAG)):
-            content += [{"type": "image"}] * (place > 0) + [{"type": "text", "text": piece}] * bool(piece)
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if question.system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": question.system}]})
-        with reading(f"the chat template in --model {self.directory}", _REMEDY):
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _prompts(self, questions: Sequence[Question]) -> list[str]:
+        """Chat text of each question; each ``<image>`` becomes a vision segment with one placeholder."""
+        try:
+            return render_conversations(self.tokenizer, [*map(_messages, questions)], add_generation_prompt=True)
+        except UserError as error:
+            name = f"the chat template in --model {self.directory}"
+            raise UserError(f"{name} cannot be used: {error}; {_REMEDY}") from error
+
+
+def _messages(question: Question) -> list[dict[str, Any]]:
+    content: list[dict[str, str]] = []
+    for place, piece in enumerate(question.text.split(_IMAGE_TAG)):
+        content += [{"type": "image"}] * (place > 0) + [{"type": "text", "text": piece}] * bool(piece)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if question.system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": question.system}]})
+    return messages
 
 
 @contextlib.contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindspeed_mm.data.chat_rendering import TemplateError, render_conversations
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_present, read_json, read_text
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, ChatTemplateOptions, Message
@@ -15,7 +13,6 @@ from mindspeed_mm.models.spec import ModelSpec
 
 _QUESTIONS = ("What is it?", "Are you sure?")
 _ANSWERS = ("A dog.", "Yes.")
-_SECONDS, _MEMORY_BYTES, _CHARACTERS = 10, 1 << 30, 1_000_000  # that rendering may take, for a few lines of text
 _THOUGHT = "<think>\nlet me see\n</think>\n\n"
 
 
@@ -85,49 +82,6 @@ def read_published_template(directory: Path) -> str | None:
     return None
 
 
-def _render(tokenizer: Any, template: str, conversation: list[Any]) -> str | None:
-    """The conversation by a published template, in a process of bounded time and memory; None if it raises an error.
-
-    transformers renders in Jinja's sandbox, which keeps a template from the interpreter, but not from looping.
-
-    Raises:
-        UserError: if it takes too long, or too much memory, or gives too much text.
-    """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_render_bounded, args=(sender, tokenizer, template, conversation), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(_SECONDS):
-            raise UserError(f"it does not end within {_SECONDS} seconds")
-        text = receiver.recv()
-    except EOFError:
-        text = None
-        process.join()
-        if process.exitcode:  # killed for its memory
-            raise UserError("it needs too much memory") from None
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-    if text is not None and len(text) >= _CHARACTERS:
-        raise UserError(f"it gives more than {_CHARACTERS} characters for a short conversation")
-    return text
-
-
-def _render_bounded(sender: Connection, tokenizer: Any, template: str, conversation: list[Any]) -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES,) * 2)
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation, chat_template=template, tokenize=False, add_generation_prompt=False
-        )
-    except Exception:  # a template that cannot render the conversation says nothing
-        text = None
-    sender.send(text if text is None else text[:_CHARACTERS])
-
-
 def _agree(tokenizer: Any, published: str, spec: ModelSpec, choice: _Choice) -> bool:
     """Whether both give the same tokens; a template that cannot render the conversation says nothing."""
     # without enable_thinking such a template takes thoughts out
@@ -138,8 +92,9 @@ def _agree(tokenizer: Any, published: str, spec: ModelSpec, choice: _Choice) -> 
         tag = f"{IMAGE_TAG}\n" if with_image and len(messages) == 1 else ""
         messages += [Message("user", tag + question), Message("assistant", thought + answer)]
     conversation = [{"role": one.role, "content": _content(one.text, parts=with_image)} for one in messages]
-    text = _render(tokenizer, published, conversation)
-    if text is None:
+    try:
+        (text,) = render_conversations(tokenizer, [conversation], chat_template=published)
+    except TemplateError:
         return True
     theirs = tokenizer(text, add_special_tokens=False)["input_ids"]  # with one placeholder for the image
     options = ChatTemplateOptions(name=choice.name, enable_thinking=choice.thinks)

@@ -322,7 +322,7 @@ def test_a_thousand_turns_and_megabytes_of_text_are_shortened_in_linear_time(che
     ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 100000000 }}"],
 )
 def test_a_published_template_that_does_not_end_is_given_up(tmp_path, monkeypatch, template):
-    monkeypatch.setattr("mindspeed_mm.data.template_check._SECONDS", 1)
+    monkeypatch.setattr("mindspeed_mm.data.chat_rendering._SECONDS", 1)
     write_checkpoint(tmp_path / "a")
     (tmp_path / "a/chat_template.jinja").write_text(template)
     warning = compare_with_checkpoint(load_tokenizer(tmp_path / "a"), tmp_path / "a", SPEC, OPTIONS)

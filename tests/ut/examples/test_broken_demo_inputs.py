@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mindspeed_mm.data import chat_rendering
+
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 sys.path[:0] = [str(EXAMPLES / "qwen3vl"), str(EXAMPLES / "qwen3vl" / "quickstart")]
 
@@ -113,6 +115,7 @@ def _pickled(directory):
     torch.save({}, directory / "pytorch_model.bin")
 
 
+_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 BROKEN_MODELS = {
     "config: no file": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config: no JSON": (lambda d: _replace(d, "config.json", b"{"), "config.json"),
@@ -146,12 +149,14 @@ BROKEN_MODELS = {
     "generation: end": (lambda d: _edit(d, "generation_config.json", num_beams="x"), "generation_config.json"),
     "template: syntax": (lambda d: _edit(d, "tokenizer_config.json", chat_template="{% if %}"), "template"),
     "template: failure": (lambda d: _edit(d, "tokenizer_config.json", chat_template="{{ 1 // 0 }}"), "template"),
+    "template: loop": (lambda d: _edit(d, "tokenizer_config.json", chat_template=_LOOP), "does not end within 2 s"),
     "template: no image": (lambda d: _edit(d, "tokenizer_config.json", chat_template="x"), "0 places for 1 images"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN_MODELS)
-def test_a_broken_model_is_one_line(model, picture, capsys, case):
+def test_a_broken_model_is_one_line(model, picture, capsys, monkeypatch, case):
+    monkeypatch.setattr(chat_rendering, "_SECONDS", 2)
     damage, piece = BROKEN_MODELS[case]
     damage(model)
     if case.startswith("template"):
@@ -268,7 +273,7 @@ def test_the_first_user_message_is_asked_and_the_system_message_shown(answerer, 
     first, second = inference_demo.read_questions(_write_data(tmp_path, converted, llava), None, None)
     assert first == inference_demo.Question("<image>A?", (str(picture),), "a", "Be brief.")
     assert (second.text, second.reference, second.system) == ("Q", "A", "S")
-    prompt = answerer._prompt(first)
+    prompt = answerer._prompts([first])[0]
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
 
 
