@@ -79,7 +79,7 @@ report_waiting() {
 # process ids, the status for the launcher to exit with, and an error for it to print last into the directory
 # MM_RUN_STATE.
 run_torchrun() {
-    MM_RUN_STATE=$(mktemp -d) || stop "cannot create a temporary directory in ${TMPDIR:-/tmp}"
+    MM_RUN_STATE=$(mktemp -d 2>/dev/null) || stop "cannot create a temporary directory in TMPDIR ${TMPDIR:-/tmp}"
     export MM_RUN_STATE
     trap 'rm -rf "$MM_RUN_STATE"' EXIT
     mkfifo "$MM_RUN_STATE/log"
@@ -152,9 +152,9 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     stop "the paths of the configuration files start at the repository's root; cd $REPOSITORY first"
 
 for degree in NPUS_PER_NODE NNODES TP PP CP EP MBS GRAD_ACC_STEP; do
-    [[ ${!degree} =~ ^[1-9][0-9]{0,5}$ ]] || stop "$degree is '${!degree}'; it must be a whole number from 1 to 999999"
+    [[ ${!degree} =~ ^[1-9][0-9]{0,5}$ ]] || stop "$degree is ${!degree@Q}; it must be a whole number from 1 to 999999"
 done
-[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || stop "MAX_RESTARTS is '$MAX_RESTARTS'; it must be a whole number, 0 or more"
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || stop "MAX_RESTARTS is ${MAX_RESTARTS@Q}; it must be a whole number, 0 or more"
 
 # The NPU toolkit's environment
 for place in ascend-toolkit cann; do

@@ -23,6 +23,7 @@ from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, 
 from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import is_directory, shorten
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.spec import spec_of
@@ -107,8 +108,11 @@ def check_temporary_directory(num_workers: int) -> None:
     """Check that data workers can pass tensors through sockets there; otherwise training would hang.
 
     Raises:
-        UserError: if the sockets' paths would be longer than the system allows.
+        UserError: if TMPDIR is no directory, or the sockets' paths would be longer than the system allows.
     """
+    named = os.environ.get("TMPDIR")
+    if named and not is_directory(named):  # Python would take another, and the launcher none
+        raise UserError(f"TMPDIR {shorten(named)} is not a directory; set it to one, or unset it")
     directory = tempfile.gettempdir()
     length = len(os.fsencode(directory))
     if num_workers and length > _LONGEST_TEMPORARY_DIRECTORY:
