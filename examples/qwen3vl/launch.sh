@@ -74,6 +74,23 @@ report_waiting() {
     done
 }
 
+# Leaves out fields of the training log's lines, of some 400 characters, and shortens the others.
+shorten_lines() {
+    sed -u -E '/^ \[[-0-9 :]+\] iteration /{
+        s/\| (consumed samples|global batch size|tokens per sample|samples per iteration|loss scale): [^|]*//g
+        s/\| (data wait|target tokens\/s per device|TFLOP\/s per device): [^|]*//g
+        s/\| number of (skipped|nan) iterations: +0 //g
+        s/^ \[[-0-9]+ /[/
+        s/iteration +([0-9]+)\/ +/iteration \1\//
+        s/elapsed time per iteration \(ms\): ([0-9.]+)/\1 ms/
+        s/learning rate/lr/
+        s/([0-9]\.[0-9]{3})[0-9]+E/\1E/g
+        s/tokens\/s per device/tokens\/s/
+        s/peak memory \(GiB\): ([0-9.]+)/\1 GiB/
+        s/remaining time: ([0-9:]+) \|$/\1 left/
+    }'
+}
+
 # Runs torchrun in its own session, and writes its log: Ctrl-C and signals to this process group reach the launcher only,
 # which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. The ranks write their
 # process ids, the status for the launcher to exit with, and an error for it to print last into the directory
@@ -83,7 +100,14 @@ run_torchrun() {
     export MM_RUN_STATE
     trap 'rm -rf "$MM_RUN_STATE"' EXIT
     mkfifo "$MM_RUN_STATE/log"
-    (trap '' INT TERM HUP USR1; exec tee -p "$1") <"$MM_RUN_STATE/log" &
+    (
+        trap '' INT TERM HUP USR1
+        if [[ -t 1 && -z $MM_FULL_LOG ]]; then
+            tee -p "$1" | shorten_lines # the file has the lines as they are
+        else
+            exec tee -p "$1"
+        fi
+    ) <"$MM_RUN_STATE/log" &
     local tee=$! answer
     interrupts=0 stopped_early=0
     MM_PREFLIGHT_DONE=1 setsid torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" \

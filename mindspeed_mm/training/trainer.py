@@ -33,6 +33,8 @@ from mindspeed_mm.training.metrics import (
 )
 from mindspeed_mm.training.optimizer import AdamW, learning_rates
 
+_LOST = "lost"  # ranks without data; steps that have any are not reported
+
 
 class Trainer:
     """Runs optimizer steps until ``--train-iters``; all that follows a run is a callback.
@@ -160,7 +162,7 @@ class Trainer:
         if self.args.clip_grad > 0:
             clip(self.trainable, max_norm=self.args.clip_grad, norm=norm.total)
         # where the gradients are: with offloaded ones the host steps, and waits for the loss
-        complete = metrics["loss"].isfinite() & (metrics["lost"] == 0)
+        complete = metrics["loss"].isfinite() & (metrics[_LOST] == 0)
         finite = complete.to(norm.total.device) & norm.total.isfinite()
         self.optimizer.step_where(finite)
         metrics.set("grad_norm", norm.total)
@@ -179,7 +181,7 @@ class Trainer:
         metrics.add("skipped_no_target", counts * data.skipped.no_target)
         metrics.add("tflop", counts * sum(map(self.objective.flop_count, data.batches)))
         metrics.add("stop_requests", self.context.stop_requested())
-        metrics.add("lost", bool(data.failure))
+        metrics.add(_LOST, bool(data.failure))
 
     @torch.no_grad()
     def _router_loads(self, batches: Iterable[Batch], weights: Iterable[Tensor]) -> Iterator[RouterLoad]:
@@ -205,7 +207,7 @@ class Trainer:
         context = self.context
         for record in records:
             self.stopped |= record.metrics["stop_requests"] > 0
-            if record.metrics.pop("lost"):
+            if record.metrics.pop(_LOST):
                 self._take_back(record)
                 continue
             rates = rates_per_device(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import socket
 import subprocess
@@ -436,3 +437,34 @@ def test_loss_and_recompute_words_from_the_environment(workplace):
     ).words
     assert "--calculate-per-token-loss" not in words
     assert _value(words, "--recompute-granularity") == "full" and _value(words, "--recompute-num-layers") == "2"
+
+
+LINE = (
+    " [2026-01-31 08:02:23] iteration       12/   10000 | consumed samples:           96 | elapsed time per iteration "
+    "(ms): 1137.2 | learning rate: 1.234567E-07 | global batch size:     8 | tokens per sample: 3.187500E+02 | loss: "
+    "1.785129E+00 | router aux loss: 1.234567E-02 | loss scale: 1.0 | grad norm: 11.854 | number of skipped iterations:"
+    "   0 | number of nan iterations:   1 | data wait: 0.1% | tokens/s per device: 1793.9 | target tokens/s per device:"
+    " 20.1 | TFLOP/s per device: 12.3 | MFU: 12.3% | peak memory (GiB): 50.72 | remaining time: 31:15:44 |"
+)
+SHORT = (
+    "[08:02:23] iteration 12/10000 | 1137.2 ms | lr: 1.234E-07 | loss: 1.785E+00 | router aux loss: 1.234E-02 | grad "
+    "norm: 11.854 | number of nan iterations:   1 | tokens/s: 1793.9 | MFU: 12.3% | 50.72 GiB | 31:15:44 left"
+)
+
+
+@pytest.mark.parametrize("full", ["", "1"])
+def test_a_terminal_gets_short_lines_and_the_file_whole_ones(workplace, tmp_path, full):
+    other = " [  12.3 s] saved checkpoint save_dir/iter_0000012 in 0.3 s"
+    (tmp_path / "log").write_text(f"{LINE}\n{other}\n")
+    ours, theirs = pty.openpty()
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TORCHRUN_WORDS": str(tmp_path / "words"),
+        "FAKE_LOG": str(tmp_path / "log"), "MM_FULL_LOG": full, "HOME": str(tmp_path),
+    }
+    result = subprocess.run(["bash", LAUNCHER], cwd=workplace, env=environment, stdout=theirs, timeout=60)
+    os.close(theirs)
+    printed = os.read(ours, 10_000).decode().splitlines()
+    os.close(ours)
+    assert result.returncode == 0 and printed == [LINE if full else SHORT, other]
+    (file,) = (workplace / "logs").iterdir()
+    assert file.read_text().splitlines() == [LINE, other]
