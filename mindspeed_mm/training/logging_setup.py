@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import time
 
 RAW = {"raw": True}
@@ -27,8 +30,11 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             print(self.format(record), flush=True)
-        except (OSError, ValueError):  # a closed console does not stop training
-            self.handleError(record)
+        except (OSError, ValueError):  # a closed console, as after "| head", does not stop training
+            with contextlib.suppress(OSError):
+                with open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), 1)  # else the interpreter's last flush would fail, too
+                print("warning: standard output is closed; training goes on", file=sys.stderr, flush=True)
 
 
 class _Formatter(logging.Formatter):
