@@ -39,6 +39,11 @@ ask_to_stop() {
     find_ranks
     ((${#ranks[@]})) && kill -USR1 "${ranks[@]}" 2>/dev/null && return
     stopped_early=$1
+    echo "stopped before the first step; there is nothing to save" >&2
+    # asked politely it would print a traceback; the ranks are in sessions of their own
+    local children=()
+    read -r -a children 2>/dev/null <"/proc/$torchrun/task/$torchrun/children"
+    ((${#children[@]})) && kill -KILL "$torchrun" && kill -TERM "${children[@]}" 2>/dev/null && return
     kill -TERM "$torchrun"
 }
 
@@ -264,12 +269,18 @@ command -v torchrun >/dev/null ||
 TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
 [ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
-env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$NNODES" NODE_RANK="$NODE_RANK" \
+# in a session of its own: Ctrl-C ends the launcher, and Python does not print where it was interrupted
+setsid env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$NNODES" NODE_RANK="$NODE_RANK" \
     MASTER_ADDR="$MASTER_ADDR" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} \
-    "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" || exit 2
+    "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" &
+preflight=$!
+trap 'kill -KILL "$preflight"; exit 130' INT
+trap 'kill -KILL "$preflight"; exit 143' TERM HUP
+wait "$preflight" || exit 2
+trap - INT TERM HUP
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 # preflight has printed it
 
-MASTER_PORT=${MASTER_PORT:-$("$TORCHRUN_PYTHON" -m mindspeed_mm.training.launch_environment)} || exit 2
+MASTER_PORT=${MASTER_PORT:-$(setsid "$TORCHRUN_PYTHON" -m mindspeed_mm.training.launch_environment)} || exit 2
 DISTRIBUTED_ARGS+=(--master_port "$MASTER_PORT")
 
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log

@@ -159,6 +159,7 @@ def test_ctrl_c_before_training_ends_at_once(root, tmp_path):
     launcher.wait_for("world size 2 on cpu")
     to_group(launcher)
     assert launcher.end() == 130, launcher.output
+    assert "Traceback" not in launcher.output and "there is nothing to save" in launcher.output
     assert {path.name for path in (tmp_path / "save").glob("*")} <= {LOCK}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -468,3 +469,18 @@ def test_a_terminal_gets_short_lines_and_the_file_whole_ones(workplace, tmp_path
     assert result.returncode == 0 and printed == [LINE if full else SHORT, other]
     (file,) = (workplace / "logs").iterdir()
     assert file.read_text().splitlines() == [LINE, other]
+
+
+def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace, tmp_path):
+    checking = tmp_path / "checking"
+    _script(tmp_path / "bin/python", f'touch "{checking}"\nexec "{sys.executable}" -c "while True: pass"\n')
+    process = subprocess.Popen(
+        ["bash", LAUNCHER], cwd=workplace, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind
+    )
+    while not checking.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=10)[0] == b"" and process.returncode == 130
