@@ -165,6 +165,7 @@ def pairs(text: str) -> dict[str, str]:
 
 _DIR: dict[str, Any] = {"required": True, "metavar": "DIR"}
 _FLAG: dict[str, Any] = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+_SHOWN = 20  # differing tensors
 _OPTIONS: dict[str, dict[str, Any]] = {
     "hf_dir": {**_DIR, "help": "Hugging Face directory to read"},
     "dcp_dir": {**_DIR, "help": "directory to write release/ and the tracker file to"},
@@ -234,7 +235,8 @@ def _verify(options: argparse.Namespace) -> int:
     from mindspeed_mm.checkpoint.inspection import verify
 
     differing = verify(**vars(options))
-    print(*differing, sep="\n", end="\n" * bool(differing))
+    shown = differing[:_SHOWN] + [f"and {len(differing) - _SHOWN} more"] * (len(differing) > _SHOWN)
+    print(*shown, sep="\n", end="\n" * bool(shown))
     count = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
     print(count if differing else "equal, bit for bit")
     return 1 if differing else 0

@@ -27,6 +27,7 @@ from mindspeed_mm.checkpoint.directory import (
     check_huggingface,
     find_checkpoint,
     is_huggingface,
+    read_manifest,
     read_tracker,
     verify_directory,
 )
@@ -34,7 +35,7 @@ from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, layout_by_
 from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
-from mindspeed_mm.inputs import reading, shorten
+from mindspeed_mm.inputs import is_present, reading, shorten
 from mindspeed_mm.models.spec import spec_of
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -46,7 +47,8 @@ def verify(
 ) -> list[str]:
     """Compare all tensors; returns one line for each that differs.
 
-    If ``hf_to_dcp`` has changed the dtype, the source is rounded in the same way before it is compared.
+    Where ``hf_to_dcp`` or ``dcp_to_hf`` has rounded to another type, by the record of the directory that it wrote, the
+    side that it read is rounded in the same way before it is compared. A line on standard output says so.
 
     Args:
         dcp_dir: a checkpoint directory, or one with a tracker file.
@@ -63,7 +65,11 @@ def verify(
     manifest = verify_directory(checkpoint)
     source = HFReader(hf_dir, expert_layout=expert_layout)
     reader = open_reader(checkpoint, manifest, base_dir=base_dir)
-    converted = manifest["metadata"].get("dtype", "keep") != "keep"
+    imported = manifest["metadata"].get("dtype", "keep") != "keep"
+    exported = is_present(source.path / MANIFEST) and (
+        read_manifest(source.path)["metadata"].get("kind") == "exported"
+    )
+    rounded: set[torch.dtype] = set()
 
     found = {name: entry for name, entry in reader.tensors.items() if name.startswith(MODEL_PREFIX)}
     differing = [f"{name}: missing in {checkpoint}" for name in sorted(source.tensors.keys() - found.keys())]
@@ -73,26 +79,37 @@ def verify(
         (shape, dtype), (expected_shape, expected_dtype) = found[name], source.tensors[name]
         if shape != expected_shape:
             differing.append(f"{name}: {list(shape)} instead of {list(expected_shape)}")
-        elif dtype != expected_dtype and not converted:
-            differing.append(f"{name}: {dtype} instead of {expected_dtype}")
-        else:
+        elif dtype == expected_dtype:
             comparable.append(name)
-    elements = _compare(sorted(comparable), reader, source, workers or default_workers())
+        elif imported or (exported and expected_dtype.itemsize < dtype.itemsize):
+            comparable.append(name)
+            rounded.add(dtype if imported else expected_dtype)
+        else:
+            differing.append(f"{name}: {dtype} instead of {expected_dtype}")
+    if rounded:
+        types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
+        print(f"comparing after rounding to {types}, as {checkpoint if imported else hf_dir} was written")
+    elements = _compare(sorted(comparable), reader, source, workers or default_workers(), as_source=not imported)
     differing += [f"{name}: {counted(n, 'element')} differ{'s' * (n == 1)}" for name, n in elements.items()]
     return differing
 
 
-def _compare(names: list[str], reader: Any, source: HFReader, workers: int) -> dict[str, int]:
-    """Number of differing elements of each Hugging Face tensor that differs, with the name of its parameter."""
+def _compare(
+    names: list[str], reader: Any, source: HFReader, workers: int, *, as_source: bool
+) -> collections.Counter[str]:
+    """Number of differing elements of each Hugging Face tensor that differs, with the name of its parameter.
+
+    ``as_source``: in the types of ``source``, not in those of ``reader``.
+    """
     sizes = {name: math.prod(reader.tensors[name][0]) * reader.tensors[name][1].itemsize for name in names}
     progress = ProgressBar("verify")
     progress.begin(sum(sizes.values()))
     reader.verify_whole_files(names, print)
 
     def compare(name: str, rows: Rows) -> collections.Counter[str]:
-        actual = reader.read(name, rows)
-        expected = source.read(name, rows).to(actual.dtype)
+        actual, expected = reader.read(name, rows), source.read(name, rows)
         progress.advance(actual.nbytes)
+        actual, expected = (actual.to(expected.dtype), expected) if as_source else (actual, expected.to(actual.dtype))
         # As integers: NaN equals itself, and -0 differs from 0.
         bits = _BITS[actual.dtype.itemsize]
         counts: collections.Counter[str] = collections.Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,29 @@ def test_verify_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert f"{name} (model.text_decoder.layers.1.self_attention.linear_qkv.weight): 1 element differs" in out
     assert "1 tensor differs" in out and hub
+
+
+def test_verify_rounds_as_the_export_was_rounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from checkpoint.cli import main
+
+    config = random_config(random.Random(16), moe=True, tie=False)
+    write_hf_directory(tmp_path / "hf", config, dtype=torch.float32)
+    hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    dcp_to_hf(tmp_path / "dcp", tmp_path / "out", tmp_path / "hf", dtype="bf16")
+    arguments = ["--dcp_dir", str(tmp_path / "dcp"), "--hf_dir", str(tmp_path / "out")]
+    assert main(["Qwen3VLConverter", "verify", *arguments]) == 0
+    assert "comparing after rounding to bfloat16, as " in capsys.readouterr().out
+    file = tmp_path / "out" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # the lowest bit of the last element
+    file.write_bytes(content)
+    assert main(["Qwen3VLConverter", "verify", *arguments]) == 1
+    assert "1 element differs\n1 tensor differs" in capsys.readouterr().out
+    (tmp_path / "out" / "manifest.json").unlink()  # no record of a rounding
+    assert main(["Qwen3VLConverter", "verify", *arguments]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("torch.float32 instead of torch.bfloat16" in line for line in lines) == 20
+    assert re.fullmatch(r"and \d+ more", lines[-2]) and "tensors differ" in lines[-1]
 
 
 def test_inspect(tmp_path: Path) -> None:
