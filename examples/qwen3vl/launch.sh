@@ -169,8 +169,8 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-10000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-10000}
 EVAL_ITERS=${EVAL_ITERS:-5000}
 LOG_INTERVAL=${LOG_INTERVAL:-1}
-# Checkpoint flags; empty: save and load optimizer and random state too, so that a run can be resumed exactly
-CKPT_ARGS=${CKPT_ARGS-"--no-load-optim --no-load-rng --no-save-optim --no-save-rng"}
+# Checkpoint flags; empty: save optimizer and random state too, so that a run can be resumed exactly
+CKPT_ARGS=${CKPT_ARGS-"--no-save-optim --no-save-rng"}
 # Loss flags (docs/loss.md); empty: loss_cfg.loss_type in the model file
 LOSS_ARGS=${LOSS_ARGS---calculate-per-token-loss}
 # Recomputation flags, such as --recompute-granularity full; empty: keep all activations

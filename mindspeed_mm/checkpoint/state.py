@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,79 +17,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
-from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, verify_directory, verify_files
+from mindspeed_mm.checkpoint.directory import verify_directory
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.partial import Base, find_base
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.shards import Shard, total_bytes
 from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import is_present, read_json, shorten
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
-
-
-@dataclasses.dataclass
-class Progress:
-    """Progress of a run.
-
-    Attributes:
-        iteration: optimizer steps done.
-        consumed_samples: samples consumed by them.
-        schedule: state of the learning-rate schedule, None before the first step.
-        seed: that decided the order of the samples.
-        samples_per_epoch: number of samples in that order.
-    """
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    schedule: dict[str, Any] | None = None
-    seed: int | None = None
-    samples_per_epoch: int | None = None
-
-    @staticmethod
-    def is_training(path: Path) -> bool:
-        """Whether ``path`` is a training checkpoint and not a converted one (``release``).
-
-        Whatever has the file's name counts: a FIFO or a broken link there is refused when it is read, and does not
-        make a run start over at iteration 0.
-        """
-        return is_present(path / PROGRESS_FILE)
-
-    @classmethod
-    def read(cls, path: Path, manifest: Mapping[str, Any] | None = None) -> Progress:
-        """Read from a checkpoint directory; a converted one starts at iteration 0.
-
-        Args:
-            path: the directory.
-            manifest: its manifest, whose checksum the file must have; None, or one that lists no files, compares
-                nothing.
-
-        Raises:
-            UserError: if the file is damaged, is not in the manifest, or was written by a newer version.
-        """
-        if not cls.is_training(path):
-            return cls()
-        file, remedy = path / PROGRESS_FILE, "restore it, or load another checkpoint"
-        if manifest is not None and manifest["files"]:
-            if PROGRESS_FILE not in manifest["files"]:
-                raise UserError(f"{file} is not among the files of {path / MANIFEST}; remove it, or load another "
-                                "checkpoint")
-            verify_files(path, {PROGRESS_FILE: manifest["files"][PROGRESS_FILE]})
-        content = read_json(file, remedy=remedy)
-        unknown = [name for name in content if name not in {field.name for field in dataclasses.fields(cls)}]
-        if unknown:
-            raise UserError(f"{file}: {shorten(unknown[0])} is unknown to this version; {remedy}")
-        if "iteration" not in content:
-            raise UserError(f"{file} holds {shorten(content)}: it has no iteration; {remedy}")
-        progress = cls(**content)
-        optional = (progress.seed, progress.samples_per_epoch)
-        counts = (progress.iteration, progress.consumed_samples, *(value for value in optional if value is not None))
-        if any(type(value) is not int or not 0 <= value < 1 << 62 for value in counts):
-            raise UserError(f"{file} holds {shorten(content)}: its counters must be whole numbers from 0; {remedy}")
-        if not (progress.schedule is None or isinstance(progress.schedule, dict)):
-            raise UserError(f"{file}: schedule is {shorten(progress.schedule, 40)}, not an object; {remedy}")
-        return progress
 
 
 def model_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -273,16 +209,15 @@ def load_checkpoint(
     Args:
         path: ``release`` or ``iter_XXXXXXX`` directory.
         model: sharded, with storage.
-        optimizer: None to keep its state (``--no-load-optim``, or a converted checkpoint).
+        optimizer: whose state to load, if the checkpoint has it; None to keep it (``--no-load-optim``).
         backend: of the generators.
-        with_rng: whether to restore the generators' state.
+        with_rng: whether to restore the generators' state, if the checkpoint has it.
         check: which checksums to compare (``--check-load``).
         load_base: directory of a partial checkpoint's base, if it is not where it was (``--load-base``).
         expert_layout: of a base that is a Hugging Face directory.
 
     Raises:
-        UserError: on all ranks, if the checkpoint or its base is incomplete or damaged, is of another model, or lacks
-            the requested state.
+        UserError: on all ranks, if the checkpoint or its base is incomplete, damaged, or of another model.
     """
     with raise_on_all_ranks():
         manifest = verify_directory(path, plain=check == "none")
@@ -292,6 +227,7 @@ def load_checkpoint(
         flags = manifest["metadata"].get("flags")
         frozen_dtype = flags.get("--frozen-param-dtype", "fp32") if isinstance(flags, Mapping) else "fp32"
         exact = Progress.is_training(path) and frozen_dtype == "fp32"
+        optimizer, with_rng = _held(reader, optimizer, with_rng)
         tensors = _tensors_to_load(
             reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None, exact=exact
         )
@@ -305,6 +241,26 @@ def load_checkpoint(
             {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(RNG_PREFIX)}
         )
     return progress
+
+
+def _held(
+    reader: CheckpointReader, optimizer: torch.optim.AdamW | None, with_rng: bool
+) -> tuple[torch.optim.AdamW | None, bool]:
+    """What of the requested state the checkpoint has; the log says what a training checkpoint lacks."""
+    has_moments, has_rng = (
+        any(name.startswith(prefix) for name in reader.tensors) for prefix in (OPTIMIZER_PREFIX, RNG_PREFIX)
+    )
+    lacking = [
+        what
+        for wanted, has, what in (
+            (optimizer is not None, has_moments, "AdamW's moments, which start from zero (saved with --no-save-optim)"),
+            (with_rng, has_rng, "RNG states, which start from --seed (saved with --no-save-rng)"),
+        )
+        if wanted and not has
+    ]
+    if lacking and Progress.is_training(Path(reader.path)) and dist.get_rank() == 0:
+        logger.warning(f"the resume is not exact: {reader.path} has no {' and no '.join(lacking)}")
+    return optimizer if has_moments else None, with_rng and has_rng
 
 
 def _frozen(model: nn.Module) -> set[str]:
@@ -387,7 +343,7 @@ def _tensors_to_load(
     """The tensors to fill, by their names in the checkpoint.
 
     Raises:
-        UserError: if the checkpoint does not have them all.
+        UserError: if those of the model or of the optimizer are not the checkpoint's.
     """
     stored, path = reader.tensors, Path(reader.path)
     state = model_state(model)
@@ -397,11 +353,6 @@ def _tensors_to_load(
     compare(path, state, parameters, exact=exact, frozen=_frozen(model))
     _log_rounding(path, state, parameters)
     if optimizer is not None:
-        if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
-            raise UserError(
-                f"{path} has no optimizer state (saved with --no-save-optim?); "
-                "add --no-load-optim to start AdamW's moments from zero"
-            )
         initialize_optimizer_state(optimizer)
         moments = optimizer_state(model, optimizer)
         stored_moments = {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER_PREFIX)}
@@ -409,8 +360,6 @@ def _tensors_to_load(
         compare(path, moments, stored_moments)
         state.update(moments)
     if with_rng:
-        if not any(name.startswith(RNG_PREFIX) for name in stored):
-            raise UserError(f"{path} has no RNG state (saved with --no-save-rng?); add --no-load-rng")
         # a rank or device type that the saving run did not have keeps the state from --seed
         state.update({n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored})
     return state

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.model import ModelOutput
 from mindspeed_mm.parallel.mesh import Layout

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.training.gradients import by_mesh, local
+from mindspeed_mm.training.resume_checks import schedule_settings
 
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -109,20 +110,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgs) -> Opti
     """Megatron's schedule, counted in samples: iteration 1 runs at ``--lr-warmup-init``, 0 by default."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    decay_samples = (args.lr_decay_iters or args.train_iters) * args.global_batch_size
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=args.lr_warmup_init,
-        max_lr=args.lr,
-        min_lr=args.min_lr,
-        lr_warmup_steps=args.warmup_samples,
-        lr_decay_steps=decay_samples,
-        lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=args.train_iters * args.global_batch_size,
-        wd_incr_style="constant",
-    )
+    return OptimizerParamScheduler(optimizer, init_lr=args.lr_warmup_init, **schedule_settings(args))
 
 
 def schedule_state(schedule: OptimizerParamScheduler) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from mindspeed_mm.backend.device_check import check_device, needs_torch
 from mindspeed_mm.checkpoint.directory import checkpoint_to_load
 from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.data.sampler import SampleStream
@@ -30,6 +31,7 @@ from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.plan import Load, checkpoint_bytes, plan_run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
 from mindspeed_mm.training import launch_environment as environment
+from mindspeed_mm.training.resume_checks import check_schedule, check_steps_remain, schedule_settings
 
 # a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678
 _LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
@@ -50,6 +52,10 @@ def preflight(job: JobConfig) -> None:
     if job.args.load is not None:
         checkpoint, manifest = checkpoint_to_load(job.args.load, plain=job.args.check_load == "none")
         check_expert_layout(job.args.expert_layout, manifest, checkpoint)
+        if not job.args.finetune:
+            progress = Progress.read(checkpoint, manifest)
+            check_steps_remain(progress, job.args)
+            check_schedule(job.args, progress, schedule_settings(job.args))
         find_base(manifest, checkpoint, moved_to=job.args.load_base, option="--load-base")
     if job.args.save is not None:
         check_writable(Path(job.args.save))

@@ -17,7 +17,8 @@ from mindspeed_mm.backend.process_group import communication_note, connect_store
 from mindspeed_mm.checkpoint.directory import RELEASE
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run
-from mindspeed_mm.checkpoint.state import Progress, TrainingState
+from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.state import TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
@@ -45,14 +46,8 @@ from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_spli
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
-from mindspeed_mm.training.resume import (
-    RUN_KEY,
-    check_steps_remain,
-    load_start,
-    restore_schedule,
-    run_identity,
-    warn_of_sample_order,
-)
+from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
+from mindspeed_mm.training.resume_checks import check_steps_remain
 from mindspeed_mm.training.signals import StopRequest, exit_status
 from mindspeed_mm.training.trainer import Trainer
 

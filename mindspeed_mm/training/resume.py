@@ -18,13 +18,15 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.checkpoint.directory import checkpoint_to_load, read_manifest, resolve_checkpoint
 from mindspeed_mm.checkpoint.partial import check_expert_layout
-from mindspeed_mm.checkpoint.state import Progress, load_checkpoint, load_hf_weights
+from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.state import load_checkpoint, load_hf_weights
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 from mindspeed_mm.training.initialization import initialize
 from mindspeed_mm.training.optimizer import schedule_state
+from mindspeed_mm.training.resume_checks import check_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +108,7 @@ def _choose(args: TrainingArgs) -> Start:
     if Progress.is_training(path) and (args.no_load_optim or args.no_load_rng):
         flags = "--no-load-optim " * args.no_load_optim + "--no-load-rng" * args.no_load_rng
         logger.warning(
-            f"the resume is not exact: optimizer or RNG state is not loaded ({flags.strip()}); the launcher loads what "
-            "the checkpoint has if CKPT_ARGS is set and empty"
+            f"the resume is not exact: optimizer or RNG state is not loaded ({flags.strip()})"
         )
     return Start(
         path,
@@ -157,13 +158,12 @@ def load_start(
         load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
         logger.info(f"loaded the weights of {directory}; no --load was given")
         return Progress(), Path(directory)
-    converted = not Progress.is_training(path)
     progress = load_checkpoint(
         path,
         model=model,
-        optimizer=optimizer if start.with_optimizer and not converted else None,
+        optimizer=optimizer if start.with_optimizer else None,
         backend=backend,
-        with_rng=start.with_rng and not converted,
+        with_rng=start.with_rng,
         check=job.args.check_load,
         load_base=start.load_base,
         expert_layout=job.args.expert_layout,
@@ -176,21 +176,6 @@ def load_start(
     return progress, path
 
 
-def check_steps_remain(progress: Progress, args: TrainingArgs) -> None:
-    """Refuse a run that has no steps left, which would report success without training.
-
-    A restart by torchrun after the last save is accepted: the run has trained, and ends.
-
-    Raises:
-        UserError: if the checkpoint's iteration is not below ``--train-iters``.
-    """
-    if progress.iteration >= args.train_iters and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        raise UserError(
-            f"nothing to train: {args.load} has done iteration {progress.iteration}, and --train-iters is "
-            f"{args.train_iters}; raise it (TRAIN_ITERS), or start a new stage from these weights with --finetune"
-        )
-
-
 def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
     """Continue the learning-rate schedule.
 
@@ -199,18 +184,7 @@ def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
     """
     if progress.schedule is None:
         return
-    current = schedule_state(schedule)
-    differing = [
-        f"{key} {saved!r} became {current[key]!r}"
-        for key, saved in {"lr_scales": {}, **progress.schedule}.items()
-        if key not in ("num_steps", "wd_incr_steps") and current.get(key) != saved
-    ]
-    if differing and not job.args.override_opt_param_scheduler:
-        raise UserError(
-            f"the learning-rate schedule of {job.args.load} differs from the flags' ({'; '.join(differing)}; "
-            "steps in samples); pass the first run's --lr, --min-lr, --train-iters and so on, or "
-            "--override-opt-param-scheduler to continue under the new schedule"
-        )
+    check_schedule(job.args, progress, schedule_state(schedule))
     schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
 
 

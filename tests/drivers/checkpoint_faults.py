@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory, shards
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
-from mindspeed_mm.checkpoint.state import Progress, TrainingState, initialize_optimizer_state, load_checkpoint
+from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.state import TrainingState, initialize_optimizer_state, load_checkpoint
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from tests.drivers.fault_injection import Case, Switch

@@ -11,7 +11,7 @@ from pathlib import Path
 from mindspeed_mm.checkpoint.directory import TRACKER, checkpoint_to_load, resolve_checkpoint, verify_directory
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.huggingface import read_headers
-from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
 from mindspeed_mm.models.spec import spec_of

@@ -23,6 +23,7 @@ from tests.st.test_recipe import stored
 ROOT = Path(__file__).parents[2]
 STEPS = 8  # of 4 of the 26 samples: the seventh step runs into the second epoch
 LAST = f"iter_{STEPS:07d}"
+BAD_RECORD = 7  # of the first epoch's, with an image
 
 PLAIN: dict[str, Any] = {}
 EVERYTHING = {"packing": True, "num_workers": 2, "recompute_granularity": "full", "eval_interval": 2}
@@ -120,6 +121,17 @@ def locked(directory: Path) -> Iterator[None]:
     lock.release()
 
 
+def with_damaged_image(recipe: Path, *, record: int) -> str:
+    """A data file whose data set is the recipe's, but for the cut-off image of one record; returns its path."""
+    records = json.loads((recipe / "data.json").read_text())
+    (name,) = records[record]["images"]
+    whole = (recipe / name).read_bytes()
+    (recipe / "images/damaged.png").write_bytes(whole[: len(whole) // 2])
+    records[record]["images"] = ["images/damaged.png"]
+    (recipe / "damaged.json").write_text(json.dumps(records))
+    return write_data_file(recipe, "data_damaged.json", basic={"dataset": str(recipe / "damaged.json")})
+
+
 def quick_runs(recipe: Path, place: Path) -> Runs:
     """Everything that the quick tests of two processes compare; the last one loses a process, which is restarted."""
     runs = Runs(recipe, place, processes=2)
@@ -149,6 +161,9 @@ def quick_runs(recipe: Path, place: Path) -> Runs:
     killed = {"rank": 1, "iteration": 2, "phase": "forward", "kind": "kill workers"}
     runs.add("worker killed", fault=killed, num_workers=1)
     runs.add("worker killed, then resumed", save="worker killed", load="worker killed")
+    runs.add("bad sample", mm_data=with_damaged_image(recipe, record=BAD_RECORD), num_workers=1)
+    runs.add("next stage", load="whole", finetune=True, exit_interval=2)
+    runs.add("no steps left", save="next stage", load="whole")
     runs.add("locked")
     runs.add("deterministic", deterministic_mode=True)
     add_killed(runs, "backward")

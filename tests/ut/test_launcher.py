@@ -484,3 +484,26 @@ def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.communicate(timeout=10)[0] == b"" and process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "piece"),
+    [
+        ([], {}, None),
+        ([], {"LR": "2e-5"}, "max_lr 1e-05 became 2e-05"),
+        ([], {"TRAIN_ITERS": "5"}, "has done iteration 5, and --train-iters is 5; raise it (TRAIN_ITERS)"),
+        (["--finetune"], {"LR": "2e-5"}, None),
+        (["--override-opt-param-scheduler"], {"LR": "2e-5"}, None),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workplace, flags, variables, piece):
+    schedule = {"max_lr": 1e-5, "min_lr": 0.0, "num_steps": 40, "lr_scales": {}}
+    with commit_directory(workplace / "save_dir/iter_0000005", {}) as directory:
+        progress = {"iteration": 5, "consumed_samples": 40, "schedule": schedule}
+        (directory / "progress.json").write_text(json.dumps(progress))
+    write_tracker(workplace / "save_dir", 5)
+    result = _launch(workplace, *flags, LOAD_PATH="save_dir", **variables)
+    if piece is None:
+        assert result.returncode == 0 and result.words, result.stderr
+    else:
+        assert result.returncode == 2 and not result.words and piece in result.stderr.splitlines()[-1]

@@ -36,8 +36,8 @@ from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, read_headers
 from mindspeed_mm.checkpoint.inspection import inspect
 from mindspeed_mm.checkpoint.partial import BASE_KEY, Base
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.safetensors_io import read_header
-from mindspeed_mm.checkpoint.state import Progress
 from mindspeed_mm.checkpoint.storage import CheckpointReader, read_metadata
 from mindspeed_mm.errors import UserError
 from tests.fuzz.mutations import mutate_bytes, mutate_value

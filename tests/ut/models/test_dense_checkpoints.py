@@ -9,7 +9,8 @@ from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
-from mindspeed_mm.checkpoint.state import Progress, TrainingState, load_checkpoint
+from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.state import TrainingState, load_checkpoint
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig

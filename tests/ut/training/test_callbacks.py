@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.checkpointing import Checkpointing

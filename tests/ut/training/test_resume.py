@@ -6,18 +6,15 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mindspeed_mm.checkpoint.directory import iteration_name, write_tracker
-from mindspeed_mm.checkpoint.state import Progress
+from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.resume import (
-    RUN_KEY,
-    check_steps_remain,
-    choose_start,
-    restore_schedule,
-    run_identity,
-)
+from mindspeed_mm.training.optimizer import build_schedule
+from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity
+from mindspeed_mm.training.resume_checks import check_steps_remain, schedule_settings
 from tests.helpers.checkpoint_directory import commit_directory
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -111,6 +108,15 @@ def test_factors_on_the_learning_rate_belong_to_the_schedule(tmp_path, saved, ov
     restore_schedule(SimpleNamespace(args=args), schedule(**saved.get("lr_scales", {})), progress)
     with contextlib.nullcontext() if override else pytest.raises(UserError, match="lr_scales .* became .*0.25"):
         restore_schedule(SimpleNamespace(args=args), schedule(vision=0.25), progress)
+
+
+def test_the_schedules_settings_are_its_state(tmp_path):
+    """So that a changed schedule is found before any rank is started."""
+    more = "--global-batch-size 4 --train-iters 50 --lr-warmup-iters 3 --min-lr 0.1 --weight-decay 0.2".split()
+    args = flags(tmp_path, *more)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    state = build_schedule(optimizer, args).state_dict()
+    assert schedule_settings(args) == {name: value for name, value in state.items() if name != "num_steps"}
 
 
 def test_restart_says_what_is_lost(tmp_path, monkeypatch, messages):
