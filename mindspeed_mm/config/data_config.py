@@ -23,6 +23,9 @@ class PreprocessParameters(StrictModel):
     )
     image_max_pixels: int = effective(262144, "largest area of an image; larger ones are scaled down", ge=1)
     image_min_pixels: int = effective(1024, "smallest area of an image; smaller ones are scaled up", ge=0)
+    transparent_background: Literal["white", "black"] | None = effective(
+        None, "colour behind transparent pixels of images; null: their hidden colour, often black, as in transformers"
+    )
     video_max_pixels: int = effective(16384, "largest area of a video frame; larger ones are scaled down", ge=1)
     video_min_pixels: int = effective(0, "smallest area of a video frame; smaller ones are scaled up", ge=0)
     video_fps: float = effective(2.0, "frames sampled from a video, per second", gt=0)

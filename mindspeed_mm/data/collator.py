@@ -44,7 +44,7 @@ def collate(samples: Sequence[Sample], spec: ModelSpec, model_config: Any) -> Ba
         A Batch on the CPU.
 
     Raises:
-        UserError: naming the sample whose placeholders do not match its images and videos.
+        UserError: if a sample's placeholders do not match its images and videos; the caller knows its name.
     """
     placeholder_ids = spec.placeholder_token_ids(model_config)
     placeholders, positions = [], []
@@ -54,7 +54,7 @@ def collate(samples: Sequence[Sample], spec: ModelSpec, model_config: Any) -> Ba
             grids = [one.grid_thw for one in sample.media]
             positions.append(spec.token_positions(is_placeholder, grids, model_config))
         except ValueError as error:
-            raise UserError(f"sample {sample.index}: {error}; rebuild the cache with overwrite_cache") from error
+            raise UserError(f"{error}; rebuild the cache with overwrite_cache") from error
         placeholders.append(is_placeholder)
 
     input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64, copy=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,8 +14,8 @@ from mindspeed_mm.data.encoder import Encoder, Outcome
 from mindspeed_mm.data.images import compiled_resampling
 from mindspeed_mm.data.media import Medium, in_order, load_media
 from mindspeed_mm.data.packing import Costs
-from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records
-from mindspeed_mm.data.record_files import RecordFile
+from mindspeed_mm.data.prepare import PreparedRows, Source, make_encoder, prepare_dataset, prepare_records
+from mindspeed_mm.data.record_files import RecordError, RecordFile, record_name
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaPatches, MediaSettings
@@ -39,7 +40,13 @@ class SkippedSample(Exception):
 
 
 class Rows(Protocol):
-    """Records as rows; see ``mindspeed_mm.data.prepare`` for the columns."""
+    """Records as rows; see ``mindspeed_mm.data.prepare`` for the columns.
+
+    Attributes:
+        files: data files, in order.
+    """
+
+    files: Sequence[str]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -47,12 +54,20 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """One row."""
 
+    def origin(self, index: int) -> tuple[int, int]:
+        """Number of a row's data file, and its record's index in that file."""
+
+    def find(self, file: int, record: int) -> int | None:
+        """The row of a record; None if there is none."""
+
 
 class TokenizedOnTheFly:
     """Tokenizes a record when its row is read (``preprocess_on_fly``)."""
 
     def __init__(self, records: Rows, encoder: Encoder) -> None:
         """Take records as rows with the columns of :class:`~mindspeed_mm.data.records.Record`."""
+        self.files = records.files
+        self.origin, self.find = records.origin, records.find
         self._records = records
         self._encoder = encoder
 
@@ -69,10 +84,23 @@ class Streamed:
     """Records of several files, each read from its file when needed (``streaming``)."""
 
     def __init__(self, source: Source) -> None:
-        """Find the records of all files."""
-        self._files = [RecordFile(path, limit=source.limit) for path in source.files]
-        self._ends = np.cumsum([0, *(len(file) for file in self._files)])
+        """Find the records of all files, and read the first ones for the notes on them.
+
+        Raises:
+            UserError: if there is no record.
+        """
+        self.files = source.files
+        self._opened = [RecordFile(path, limit=source.limit) for path in source.files]
+        self._ends = np.cumsum([0, *(len(file) for file in self._opened)])
+        if not len(self):
+            raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
         self._reader = source.reader()
+        first = source.reader()
+        for _ in first.read(sample=True):
+            pass
+        for note in first.notes:
+            logger.info("%s: of the first records: %s", source.names, note)
+        self._silent = bool(first.control_token_note)
 
     def __len__(self) -> int:
         """Number of records of all files."""
@@ -80,9 +108,21 @@ class Streamed:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """The columns of one checked record."""
-        number = int(np.searchsorted(self._ends, index, side="right")) - 1
-        file, place = self._files[number], index - int(self._ends[number])
-        return self._reader.check(file[place], f"{file.path}, record {place}", index).columns()
+        file, record = self.origin(index)
+        columns = self._reader.check(self._opened[file][record], file, record).columns()
+        if not self._silent and self._reader.control_token_note:
+            self._silent = True
+            logger.info("%s (said once by each data worker)", self._reader.control_token_note)
+        return columns
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """See :class:`Rows`."""
+        file = int(np.searchsorted(self._ends, index, side="right")) - 1
+        return file, index - int(self._ends[file])
+
+    def find(self, file: int, record: int) -> int | None:
+        """See :class:`Rows`."""
+        return int(self._ends[file]) + record if 0 <= record < len(self._opened[file]) else None
 
 
 class ChatDataset:
@@ -114,8 +154,8 @@ class ChatDataset:
         self._chosen = chosen
         self._vocab_size = vocab_size
         self.name = name
-        if chosen is None and vocab_size is not None and not isinstance(rows, TokenizedOnTheFly):
-            column = rows.data.column("input_ids")  # type: ignore[attr-defined]
+        if chosen is None and vocab_size is not None and isinstance(rows, PreparedRows):
+            column = rows.table.column("input_ids")
             self._check_tokens(max((chunk.flatten().to_numpy().max(initial=-1) for chunk in column.chunks), default=-1))
 
     def __len__(self) -> int:
@@ -126,7 +166,7 @@ class ChatDataset:
         """Read a sample and decode its images and videos.
 
         Raises:
-            UserError: naming data set, record, file and reason, if the record cannot be used, or an image or video is
+            RecordError: naming data file, record and reason, if the record cannot be used, or an image or video is
                 missing, damaged, or has changed its size since the data set was built.
             SkippedSample: if the record is too long, or has no target token.
         """
@@ -137,8 +177,10 @@ class ChatDataset:
             grids = np.array(row["grids"], dtype=np.int64).reshape(-1, 3).tolist()
             media = in_order(row["is_video"], row["images"], row["videos"])
             loaded = tuple(self._load(medium, tuple(grid)) for medium, grid in zip(media, grids, strict=True))
+        except RecordError:
+            raise
         except UserError as error:
-            raise UserError(f"{self.describe(index)}: {error}") from error
+            raise RecordError(f"{self.describe(index)}: {error}") from error
         input_ids = np.array(row["input_ids"], dtype=np.int64)
         self._check_tokens(input_ids.max(initial=-1))
         loss_mask = np.zeros(len(input_ids), dtype=bool)
@@ -159,9 +201,7 @@ class ChatDataset:
         Raises:
             TypeError: if the samples are tokenized on the fly: their lengths are unknown.
         """
-        if isinstance(self._rows, TokenizedOnTheFly):
-            raise TypeError("samples that are tokenized on the fly have no known cost")
-        table = self._rows.data  # type: ignore[attr-defined]
+        table = self._table()
         text = table.column("input_ids").combine_chunks()
         grids = table.column("grids").combine_chunks()
         areas = np.cumsum([0, *grids.flatten().to_numpy().reshape(-1, 3).prod(axis=1, dtype=np.int64)])
@@ -176,9 +216,7 @@ class ChatDataset:
         Raises:
             TypeError: as ``costs`` does.
         """
-        if isinstance(self._rows, TokenizedOnTheFly):
-            raise TypeError("samples that are tokenized on the fly have no known cost")
-        spans = self._rows.data.column("spans").combine_chunks()  # type: ignore[attr-defined]
+        spans = self._table().column("spans").combine_chunks()
         borders = spans.flatten().to_numpy().reshape(-1, 2).astype(np.int64)
         ends = np.cumsum(spans.value_lengths().to_numpy() // 2)
         sums = np.cumsum([0, *(borders[:, 1] - borders[:, 0])])
@@ -186,15 +224,41 @@ class ChatDataset:
         return counts if self._chosen is None else counts[self._chosen]
 
     def describe(self, index: int) -> str:
-        """Where a sample comes from, for messages: data set and record, counted over its files."""
-        place = self._place(index)
-        record = self._rows[place]["record"] if not isinstance(self._rows, TokenizedOnTheFly) else place
-        return f"{self.name}, sample {int(index)} (record {record})"
+        """Where a sample comes from, for messages: data file, and record of that file."""
+        file, record = self._rows.origin(self._place(index))
+        return record_name(self._rows.files[file], record)
+
+    def find(self, path: str, record: int) -> int:
+        """The sample of a record.
+
+        Args:
+            path: of its data file.
+            record: its index in that file.
+
+        Raises:
+            UserError: if there is no such file or record, or it was skipped or held out.
+        """
+        files = [os.path.normpath(file) for file in self._rows.files]
+        if os.path.normpath(path) not in files:
+            raise UserError(f"{path} is no data file of this data set; choose {' or '.join(self._rows.files)}")
+        place = self._rows.find(files.index(os.path.normpath(path)), record)
+        found = [] if place is None else [place]
+        if found and self._chosen is not None:
+            found = np.flatnonzero(self._chosen == place).tolist()
+        if not found:
+            raise UserError(f"{record_name(path, record)} is not in the data set: there is no such record, or it was "
+                            "skipped, or val_rate holds it out; choose another")
+        return found[0]
 
     def subset(self, indices: np.ndarray, name: str) -> ChatDataset:
         """A data set of some of the samples, in the given order."""
         chosen = indices if self._chosen is None else self._chosen[indices]
         return ChatDataset(self._rows, self._settings, name, chosen, vocab_size=self._vocab_size)
+
+    def _table(self) -> Any:
+        if not isinstance(self._rows, PreparedRows):
+            raise TypeError("samples that are tokenized on the fly have no known cost")
+        return self._rows.table
 
     def _place(self, index: int) -> int:
         return int(index) if self._chosen is None else int(self._chosen[index])
@@ -262,15 +326,7 @@ def _rows(source: Source) -> Rows:
     """The samples, prepared beforehand or on the fly as the data file says."""
     basic = source.config.dataset_param.basic_parameters
     if basic.streaming:
-        streamed = Streamed(source)
-        if not len(streamed):
-            raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
-        first = source.reader()
-        for _ in first.read(sample=True):
-            pass
-        if first.unread_note:
-            logger.info("%s: of the first records: %s", source.names, first.unread_note)
-        return TokenizedOnTheFly(streamed, _encoder(source))
+        return TokenizedOnTheFly(Streamed(source), _encoder(source))
     if basic.preprocess_on_fly:
         return TokenizedOnTheFly(prepare_records(source), _encoder(source))
     return prepare_dataset(source)

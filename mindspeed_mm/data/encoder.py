@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.data.media import in_order, measure_media
+from mindspeed_mm.data.record_files import RecordError, record_name
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, is_file, is_present, open_regular, reading, reason
+from mindspeed_mm.inputs import INDEX_BYTES, is_file, is_present, open_regular, read_json, reading, reason, shown
 from mindspeed_mm.interfaces.conversation import VIDEO_TAG, ChatTemplate, Message, media_tags
 from mindspeed_mm.interfaces.media import MediaSettings
 
@@ -55,7 +56,9 @@ def load_tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(directory), use_fast=True, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises many types for files that it cannot read
+    except BaseException as error:  # transformers raises many types for files that it cannot read
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+            raise
         raise UserError(
             f"no tokenizer can be loaded from {directory}: {reason(error)}; download its small files again"
         ) from error
@@ -65,7 +68,7 @@ def check_tokenizer_files(directory: Path) -> None:
     """Check that a model directory has a vocabulary: without one transformers 5 makes a tokenizer that knows no word.
 
     Raises:
-        UserError: naming the files that are missing, or one that is no regular file of a plausible size.
+        UserError: naming the files that are missing, or one that cannot be read.
     """
     remedy = "download the small files of the checkpoint again (step 2 of the guide)"
     if not is_file(directory / "tokenizer.json") and not is_file(directory / "vocab.json"):
@@ -74,6 +77,12 @@ def check_tokenizer_files(directory: Path) -> None:
         if is_present(path):
             with reading(str(path), remedy):
                 os.close(open_regular(path, limit=INDEX_BYTES))
+    path = directory / "tokenizer.json"
+    model = read_json(path, remedy=remedy, limit=INDEX_BYTES).get("model") if is_file(path) else None
+    if isinstance(model, dict) and model.get("type") != "WordPiece" and model.get("continuing_subword_prefix"):
+        # tokenizers cuts so many bytes off each token, and may end the process in the middle of a character
+        prefix = shown(model["continuing_subword_prefix"])
+        raise UserError(f"{path}: model.continuing_subword_prefix is {prefix}; it must be empty; {remedy}")
 
 
 @dataclasses.dataclass
@@ -81,6 +90,7 @@ class Encoder:
     """Tokenizes records; sent to the worker processes of ``datasets.map``.
 
     Attributes:
+        files: data files, for messages.
         template: of the conversations.
         media: pixel limits and patch sizes; None for a model that takes text only.
         seq_length: most tokens of a sample.
@@ -88,6 +98,7 @@ class Encoder:
         warning: what ``compare_with_checkpoint`` says about the template; may be empty.
     """
 
+    files: Sequence[str]
     template: ChatTemplate
     media: MediaSettings | None
     seq_length: int
@@ -103,9 +114,10 @@ class Encoder:
         try:
             return {**self.encode(record), "problem": ""}
         except UserError as error:
+            problem = f"{record_name(self.files[record['file']], record['record'])}: {error}"
             if not self.may_skip:
-                raise
-            return {**_empty(record, Outcome.UNUSABLE), "problem": str(error)}
+                raise RecordError(problem) from error
+            return {**_empty(record, Outcome.UNUSABLE), "problem": problem}
 
     def encode(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The row of one record; columns as in ``mindspeed_mm.data.prepare``.
@@ -114,15 +126,12 @@ class Encoder:
             record: the columns of :class:`~mindspeed_mm.data.records.Record`.
 
         Raises:
-            UserError: naming the record, and the image or video that cannot be used.
+            UserError: naming the image or video that cannot be used; the caller names the record.
         """
         messages = [Message(role, text) for role, text in zip(record["roles"], record["texts"], strict=True)]
         are_videos = [tag == VIDEO_TAG for tag in media_tags(messages)] if record["images"] or record["videos"] else []
-        try:
-            media = in_order(are_videos, record["images"], record["videos"])
-            measured = [measure_media(medium, self.media) for medium in media]
-        except UserError as error:
-            raise UserError(f"{record['where']}: {error}") from error
+        media = in_order(are_videos, record["images"], record["videos"])
+        measured = [measure_media(medium, self.media) for medium in media]
         placeholders = [one for _, one in measured]
         encoded = self.template.encode(messages, placeholders, max_length=self.seq_length)
         if encoded is None:
@@ -138,6 +147,7 @@ class Encoder:
             "videos": list(record["videos"][:num_videos]),
             "is_video": are_videos,
             "grids": [number for grid, _ in measured[: encoded.num_media] for number in grid],
+            "file": record["file"],
             "record": record["record"],
             "outcome": Outcome.SHORTENED if encoded.dropped_messages else Outcome.KEPT,
         }
@@ -147,7 +157,7 @@ def _empty(record: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     """The row of a skipped record."""
     return {
         "input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "videos": [], "is_video": [], "grids": [],
-        "record": record["record"], "outcome": outcome,
+        "file": record["file"], "record": record["record"], "outcome": outcome,
     }
 
 

@@ -137,8 +137,12 @@ def image_grid(path: str, settings: MediaSettings) -> GridTHW:
     return 1, rows // settings.patch_size, cols // settings.patch_size
 
 
-def load_pixels(path: str) -> np.ndarray:
+def load_pixels(path: str, *, background: str | None = None) -> np.ndarray:
     """Decode an image, turned upright by its EXIF orientation: uint8 [height, width, 3], RGB.
+
+    Args:
+        path: the file.
+        background: name of the colour behind transparent pixels; None for their hidden colour, as in transformers.
 
     Raises:
         UserError: naming the file, if it is missing, no image, or damaged.
@@ -155,8 +159,19 @@ def load_pixels(path: str) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             # not ImageOps.exif_transpose: it writes the EXIF anew, and fails where a tag has an unusual type
             turn = _TRANSPOSED.get(_orientation(image))
-            _warn_of_lost_content(image, path)
-            return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
+            flat = _without_transparency(image, background)
+            _warn_of_lost_content(image, path, flattened=flat is not image)
+            return np.asarray((flat if turn is None else flat.transpose(turn)).convert("RGB"))
+
+
+def _without_transparency(image: Image.Image, background: str | None) -> Image.Image:
+    """The image in front of a background; as it is without one, or if no pixel can be transparent."""
+    if background is None or not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    flat = Image.new("RGB", layer.size, background)
+    flat.paste(layer, mask=layer)
+    return flat
 
 
 def _is_upright_jpeg(content: bytes) -> bool:
@@ -164,14 +179,15 @@ def _is_upright_jpeg(content: bytes) -> bool:
         return image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
 
 
-def _warn_of_lost_content(image: Image.Image, path: str) -> None:
+def _warn_of_lost_content(image: Image.Image, path: str, *, flattened: bool) -> None:
     """Say once what converting to RGB loses; transformers converts in the same way."""
     if image.mode.startswith("I"):
         _warn_once("16-bit", f"image {shorten(path)} has 16 bits per pixel: values above 255 become white, as in "
                    "transformers; convert such images to 8 bits")
-    elif image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+    elif not flattened and image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
         _warn_once("transparency", f"image {shorten(path)} has transparent pixels, which get their hidden colour, "
-                   "often black, as in transformers; put such images on a background")
+                   "often black, as in transformers; for a white background set "
+                   'preprocess_parameters.transparent_background to "white"')
 
 
 def _warn_once(kind: str, message: str) -> None:

@@ -65,7 +65,7 @@ def load_media(medium: Medium, settings: MediaSettings | None) -> tuple[np.ndarr
     settings = _required(settings)
     if not medium.is_video:
         assert isinstance(medium.source, str)
-        return image_patches(load_pixels(medium.source), settings)
+        return image_patches(load_pixels(medium.source, background=settings.transparent_background), settings)
     return clip_patches(medium.source, _video_settings(settings), settings)
 
 

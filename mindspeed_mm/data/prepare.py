@@ -2,8 +2,8 @@
 
 Columns of the result: ``input_ids``; ``spans``, the borders [start, end, start, end, ...] of the runs of target tokens;
 ``images``, resolved paths; ``videos``, structs of :class:`~mindspeed_mm.data.records.Video`; ``is_video``, one flag per
-image or video in the order of their placeholders; ``grids``, three numbers for each of these; ``record``, index over
-the files one after another; ``outcome``, an :class:`~mindspeed_mm.data.encoder.Outcome`.
+image or video in the order of their placeholders; ``grids``, three numbers for each of these; ``file``, number of the
+data file, and ``record``, index in it; ``outcome``, an :class:`~mindspeed_mm.data.encoder.Outcome`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.encoder import TOKENIZER_FILES, Encoder, Outcome, load_tokenizer
+from mindspeed_mm.data.record_files import record_name
 from mindspeed_mm.data.records import RecordReader, SkippedRecords
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
@@ -83,7 +84,43 @@ class Source:
         return ", ".join(self.files)
 
 
-def prepare_dataset(source: Source) -> Dataset:
+class PreparedRows:
+    """Rows of a data set on disk.
+
+    Attributes:
+        files: data files that the column ``file`` counts.
+        table: the columns, a ``pyarrow`` table.
+    """
+
+    def __init__(self, dataset: Dataset, files: Sequence[str]) -> None:
+        """Wrap ``dataset``, which has the columns ``file`` and ``record``."""
+        self.files = files
+        self._dataset = dataset
+
+    @property
+    def table(self) -> Any:
+        return self._dataset.data
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """One row."""
+        return self._dataset[index]
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Number of a row's data file, and its record's index in that file."""
+        file, record = (self.table.column(name)[index].as_py() for name in ("file", "record"))
+        return file, record
+
+    def find(self, file: int, record: int) -> int | None:
+        """The row of a record; None if there is none."""
+        files, records = (self.table.column(name).to_numpy() for name in ("file", "record"))
+        return next(iter(np.flatnonzero((files == file) & (records == record)).tolist()), None)
+
+
+def prepare_dataset(source: Source) -> PreparedRows:
     """Load the tokenized data set from the cache, building it first if it is not there.
 
     Raises:
@@ -92,7 +129,7 @@ def prepare_dataset(source: Source) -> Dataset:
     return _load_rows(source, _cached(source, "tokenized", _build))
 
 
-def prepare_records(source: Source) -> Dataset:
+def prepare_records(source: Source) -> PreparedRows:
     """The same for ``preprocess_on_fly``: checked records, not tokenized.
 
     The columns are those of :class:`~mindspeed_mm.data.records.Record`.
@@ -112,18 +149,18 @@ def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) ->
     return cache.build_once(target, lambda directory: build(source, directory), overwrite=basic.overwrite_cache)
 
 
-def _load_rows(source: Source, target: Path) -> Dataset:
+def _load_rows(source: Source, target: Path) -> PreparedRows:
     import datasets
 
     for line in (target / "summary.txt").read_text().splitlines():
         logger.info("%s: %s", source.names, line)
-    return datasets.load_from_disk(str(target / "rows"))
+    return PreparedRows(datasets.load_from_disk(str(target / "rows")), source.files)
 
 
 def _build_records(source: Source, directory: Path) -> None:
     table, reader = _read_records(source)
     table.save_to_disk(str(directory / "rows"))
-    (directory / "summary.txt").write_text(f"{len(table)} records\n{reader.unread_note}".rstrip() + "\n")
+    _write_summary(directory, [f"{len(table)} records", *reader.notes])
     _write_skipped(directory, reader.skipped)
 
 
@@ -136,7 +173,7 @@ def cache_key(source: Source) -> str:
     basic = parameters.basic_parameters
     root = Path(parameters.preprocess_parameters.model_name_or_path)
     settings = {
-        "files": [_digest(Path(path)) for path in source.files],
+        "files": [(path, _digest(Path(path))) for path in source.files],  # messages name them
         "limit": source.limit,
         "media": None if source.media is None else dataclasses.asdict(source.media),
         "seq_length": source.seq_length,
@@ -180,7 +217,7 @@ def make_encoder(source: Source) -> Encoder:
     tokenizer = load_tokenizer(directory)
     template = source.spec.build_chat_template(tokenizer, options)
     warning = compare_with_checkpoint(tokenizer, directory, source.spec, options)
-    return Encoder(template, source.media, source.seq_length, may_skip=source.may_skip, warning=warning)
+    return Encoder(source.files, template, source.media, source.seq_length, may_skip=source.may_skip, warning=warning)
 
 
 def template_options(config: DataConfig, spec: ModelSpec) -> ChatTemplateOptions:
@@ -211,7 +248,7 @@ def _build(source: Source, directory: Path) -> None:
         batched=True,
         batch_size=basic.preprocessing_batch_size,
         num_proc=processes if processes > 1 else None,
-        remove_columns=["roles", "texts", "where"],
+        remove_columns=["roles", "texts"],
         features=_row_features(datasets),
         load_from_cache_file=False,
         keep_in_memory=processes <= 1,
@@ -221,7 +258,7 @@ def _build(source: Source, directory: Path) -> None:
     )
     outcomes = np.array(dataset["outcome"])
     chosen = np.flatnonzero(outcomes <= Outcome.SHORTENED)
-    summary = _summary(outcomes, np.array(dataset["record"]), len(skipped.messages))
+    summary = _summary(source, outcomes, dataset, unreadable=len(skipped.messages))
     skipped.messages += dataset.select(np.flatnonzero(outcomes == Outcome.UNUSABLE))["problem"]
     skipped.check()
     if not len(chosen):
@@ -233,8 +270,7 @@ def _build(source: Source, directory: Path) -> None:
     rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
     for part in directory.glob("rows*.arrow"):  # of the processes
         part.unlink()
-    notes = [summary, reader.unread_note, encoder.warning]
-    (directory / "summary.txt").write_text("".join(f"{note}\n" for note in notes if note))
+    _write_summary(directory, [summary, *reader.notes, encoder.warning])
     _write_skipped(directory, skipped)
 
 
@@ -254,6 +290,10 @@ def _mapped(dataset: Dataset, encoder: Encoder, **options: Any) -> Dataset:
         ) from error
 
 
+def _write_summary(directory: Path, notes: list[str]) -> None:
+    (directory / "summary.txt").write_text("".join(f"{note}\n" for note in notes if note))
+
+
 def _write_skipped(directory: Path, skipped: SkippedRecords) -> None:
     (directory / "skipped.txt").write_text("".join(f"{message}\n" for message in skipped.messages))
     for message in skipped.messages[:5]:
@@ -267,13 +307,13 @@ def _media_features(datasets: Any) -> dict[str, Any]:
     value = datasets.Value
     return {
         "images": [value("string")], "videos": [{"path": value("string"), "frames": [value("string")]}],
-        "record": value("int64"),
+        "file": value("int32"), "record": value("int64"),
     }
 
 
 def _record_features(datasets: Any) -> Any:
     value = datasets.Value
-    texts = {"roles": [value("string")], "texts": [value("string")], "where": value("string")}
+    texts = {"roles": [value("string")], "texts": [value("string")]}
     return datasets.Features({**texts, **_media_features(datasets)})
 
 
@@ -285,21 +325,25 @@ def _row_features(datasets: Any) -> Any:
     })
 
 
-def _summary(outcomes: np.ndarray, records: np.ndarray, unreadable: int) -> str:
-    """Counts of what became of the records, and the first few that were shortened or skipped.
+def _summary(source: Source, outcomes: np.ndarray, dataset: Dataset, *, unreadable: int) -> str:
+    """Counts of what became of the records, and the first of those that were shortened or skipped.
 
     Args:
+        source: names the files.
         outcomes: of the records that could be parsed.
-        records: their indices over the files.
+        dataset: these records, with the columns ``file`` and ``record``.
         unreadable: number of records that could not be parsed.
     """
     parts = [f"{len(outcomes) + unreadable} records"]
     for outcome, words in _OUTCOMES.items():
-        found = records[outcomes == outcome]
+        found = np.flatnonzero(outcomes == outcome)
         count = len(found) + (unreadable if outcome == Outcome.UNUSABLE else 0)
-        some = f" (records {', '.join(map(str, found[:5]))}{', ...' if len(found) > 5 else ''})"
+        some = ""
+        if len(found) and outcome != Outcome.KEPT:
+            first = dataset[int(found[0])]
+            some = f" ({'the first: ' * (count > 1)}{record_name(source.files[first['file']], first['record'])})"
         if count:
-            parts.append(f"{count} {words}{some if len(found) and outcome != Outcome.KEPT else ''}")
+            parts.append(f"{count} {words}{some}")
     return ", ".join(parts)
 
 

@@ -28,6 +28,15 @@ _ROW_GROUPS_KEPT = 4
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 
 
+class RecordError(UserError):
+    """A record that cannot be used, with its name; ``on_bad_sample`` decides whether it is skipped."""
+
+
+def record_name(path: str | Path, index: int) -> str:
+    """How every message names a record: its data file, and its index in that file, from 0."""
+    return f"{path}, record {index}"
+
+
 def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     """The rows of a JSON list, a JSON-lines file (``.jsonl``) or a Parquet file (``.parquet``).
 
@@ -50,7 +59,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
             if limit is not None and len(rows) >= limit:
                 break
             if line.strip():
-                rows.append(parse_json(line, f"{path}, line {number}"))
+                rows.append(parse_json(line, f"{record_name(path, len(rows))} (line {number})"))
         return rows
     rows = parse_json(content, str(path))
     if not isinstance(rows, list):
@@ -91,7 +100,7 @@ def parse_json(content: bytes, source: str) -> Any:
     except (ValueError, RecursionError) as error:
         remedy = "create it again (step 3 of the guide)"
         first, _, rest = content.partition(b"\n")
-        if rest.strip() and not source.endswith(".jsonl") and first.strip().startswith(b"{"):
+        if rest.strip() and first.strip().startswith(b"{"):
             with contextlib.suppress(ValueError, RecursionError):
                 json.loads(first)
                 remedy = "each of its lines is a JSON text: give the file a name that ends in .jsonl"
@@ -161,20 +170,19 @@ class RecordFile:
         """Read and parse one record.
 
         Raises:
-            UserError: naming the file and the record, if it is not valid.
+            RecordError: if it is not valid.
         """
-        self._open()
-        where = f"{self.path}, record {index}"
-        if self._parquet:
-            group = bisect.bisect_right(self._ends, index) - 1
-            with reading(where):
-                return self._group(int(group))[index - int(self._ends[group])]
-        start, end = self._places[index].tolist()
+        name = record_name(self.path, index)
         try:
-            content = os.pread(self._handle, end - start, start)
-        except OSError as error:
-            raise UserError(f"{where} cannot be read: {error.strerror}") from error
-        return parse_json(content, where)
+            with reading(name):
+                self._open()
+                if self._parquet:
+                    group = bisect.bisect_right(self._ends, index) - 1
+                    return self._group(int(group))[index - int(self._ends[group])]
+                start, end = self._places[index].tolist()
+                return parse_json(os.pread(self._handle, end - start, start), name)
+        except UserError as error:
+            raise RecordError(str(error)) from error
 
     def _open(self) -> None:
         if self._process == os.getpid():

@@ -11,12 +11,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import unquote
 
-from mindspeed_mm.data.record_files import RecordFile, read_rows, struct_columns
+from mindspeed_mm.data.record_files import RecordError, RecordFile, read_rows, record_name, struct_columns
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import kind_of, reason, shorten
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
@@ -32,6 +32,14 @@ _CHANGES_TARGET: dict[str, tuple[Any, ...]] = {
     "reasoning_content": (), "reasoning": (), "objects": (),
 }
 _NOT_EMPTY = ("tools", "system")  # columns that need their name in attr
+_NO_PARTS = (
+    "; write its text as one string, with <image> or <video> in place of each image or video, and their paths in the "
+    "columns attr.images and attr.videos"
+)
+_NO_BYTES = (
+    "; it holds image or video data: write each into a file of its own and its path into the column (or an image as a "
+    "data URI: data:image/png;base64,...)"
+)
 
 
 class Video(TypedDict):
@@ -49,14 +57,14 @@ class Record:
         messages: the conversation.
         images: paths of its images, in the order of their tags.
         videos: its videos, in the order of their tags.
-        where: file and index within it, for messages.
-        record: index over the data files, one after another.
+        file: number of its data file.
+        record: its index in that file.
     """
 
     messages: list[Message]
     images: list[str]
     videos: list[Video]
-    where: str = ""
+    file: int = -1
     record: int = -1
 
     def columns(self) -> dict[str, Any]:
@@ -66,13 +74,9 @@ class Record:
             "texts": [message.text for message in self.messages],
             "images": self.images,
             "videos": self.videos,
-            "where": self.where,
+            "file": self.file,
             "record": self.record,
         }
-
-
-class RecordError(UserError):
-    """A record that cannot be used; ``on_bad_sample`` decides whether it is skipped."""
 
 
 class SkippedRecords:
@@ -105,6 +109,7 @@ class RecordReader:
     Attributes:
         skipped: the records of ``read`` that cannot be used.
         unread: how many records have each column or key that is not read; a message's begin with ``messages.``.
+        control_tokens: how many ``messages`` and ``records`` have a control token of the chat format written out.
     """
 
     def __init__(self, config: DataConfig, spec: ModelSpec, files: Sequence[str], *, limit: int | None) -> None:
@@ -118,6 +123,9 @@ class RecordReader:
         """
         self.skipped = SkippedRecords(config)
         self.unread: Counter[str] = Counter()
+        self.control_tokens: Counter[str] = Counter()
+        self._first_control_token = ""
+        self._find_control_token = spec.control_token_finder()
         self._files = files
         self._limit = limit
         self._attr = config.dataset_param.attr
@@ -136,6 +144,24 @@ class RecordReader:
         more = f" and {len(self.unread) - 10} more" if len(self.unread) > 10 else ""
         return f"columns and keys that are not read, with the number of records: {found}{more}" if found else ""
 
+    @property
+    def control_token_note(self) -> str:
+        """What ``control_tokens`` holds, as a sentence; empty if there is nothing."""
+        if not self.control_tokens:
+            return ""
+        messages, records = (
+            f"{count} {name if count > 1 else name.removesuffix('s')}" for name, count in self.control_tokens.items()
+        )
+        return (
+            f"control tokens of the chat format are written out in {messages} of {records} and encoded as plain text; "
+            f"the first: {self._first_control_token}"
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the log has to say about the records that were read."""
+        return [note for note in (self.unread_note, self.control_token_note) if note]
+
     def read(self, *, sample: bool = False) -> Iterator[Record]:
         """All usable records; the rest is counted in ``skipped``, which the caller checks at the end.
 
@@ -151,32 +177,33 @@ class RecordReader:
                     f"{path}: its column {self._attr.tools!r} (attr.tools) holds objects; in Parquet these have each "
                     "other's keys: store the tools of a record as one JSON text"
                 )
-        for index, (row, where) in enumerate(chain.from_iterable(self._rows(path, sample) for path in self._files)):
+        for file in range(len(self._files)):
+            yield from self._read_file(file, sample)
+
+    def _read_file(self, file: int, sample: bool) -> Iterator[Record]:
+        if sample:
+            limit = min(self._limit or _STREAMED_ROWS_CHECKED, _STREAMED_ROWS_CHECKED)
+            rows: Any = RecordFile(self._files[file], limit=limit)
+        else:
+            rows = read_rows(self._files[file], limit=self._limit)
+        for index in range(len(rows)):
             try:
-                record = self.check(row, where, index)
+                record = self.check(rows[index], file, index)
             except RecordError as error:
                 self.skipped.messages.append(str(error))
             else:
                 yield record
 
-    def _rows(self, path: str, sample: bool) -> Iterator[tuple[Any, str]]:
-        if sample:
-            file = RecordFile(path, limit=min(self._limit or _STREAMED_ROWS_CHECKED, _STREAMED_ROWS_CHECKED))
-            rows: Any = (file[index] for index in range(len(file)))
-        else:
-            rows = read_rows(path, limit=self._limit)
-        return ((row, f"{path}, record {index}") for index, row in enumerate(rows))
-
-    def check(self, row: Any, where: str, index: int) -> Record:
+    def check(self, row: Any, file: int, index: int) -> Record:
         """Parse a row and find its images and videos.
 
         Args:
             row: as the file has it.
-            where: file and index within it.
-            index: over all files.
+            file: number of the file.
+            index: in that file.
 
         Raises:
-            RecordError: naming ``where``, what is wrong with the row, and the remedy.
+            RecordError: saying what is wrong with the row, and the remedy.
             UserError: if there is a video file and nothing that reads it.
         """
         try:
@@ -185,12 +212,22 @@ class RecordReader:
         except UserError:
             raise
         except ValueError as error:
-            raise RecordError(f"{where}: {error}") from error
+            raise RecordError(f"{record_name(self._files[file], index)}: {error}") from error
         except Exception as error:  # nesting too deep for a parser, values that JSON does not have
-            raise RecordError(f"{where}: {reason(error)}") from error
+            raise RecordError(f"{record_name(self._files[file], index)}: {reason(error)}") from error
         self._count_unread(row)
-        return Record(record.messages, images, videos, where, index)
+        record = Record(record.messages, images, videos, file, index)
+        self._count_control_tokens(record)
+        return record
 
+    def _count_control_tokens(self, record: Record) -> None:
+        find = self._find_control_token
+        if find is None or not any(found := [find(message.text) for message in record.messages]):
+            return
+        if not self.control_tokens:
+            name = record_name(self._files[record.file], record.record)
+            self._first_control_token = f"{next(filter(None, found))} in {name}"
+        self.control_tokens.update(messages=sum(map(bool, found)), records=1)
 
     def _count_unread(self, row: Mapping[str, Any]) -> None:
         if not row.keys() <= self._columns:
@@ -302,7 +339,8 @@ def _message(
     for name in (attr.role_tag, attr.content_tag):
         if not isinstance(turn.get(name), str):
             what = f"is {kind_of(turn[name])}, not a string" if name in turn else "is missing"
-            raise ValueError(f"{name!r} of message {place} {what}")
+            remedy = _NO_PARTS if name == attr.content_tag and isinstance(turn.get(name), list) else ""
+            raise ValueError(f"{name!r} of message {place} {what}{remedy}")
     if turn[attr.role_tag] not in roles:
         raise ValueError(
             f"message {place} has the role {shorten(turn[attr.role_tag], 40)!r}; attr names the roles "
@@ -355,8 +393,15 @@ def _images(row: Mapping[str, Any], attr: Attributes) -> list[str]:
     images = row.get(attr.images) if attr.images else None
     images = [images] if isinstance(images, str) else images or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"its column {attr.images!r} (attr.images) is not a list of paths")
+        remedy = _NO_BYTES if _is_data(images) else ""
+        raise ValueError(f"its column {attr.images!r} (attr.images) is not a list of paths{remedy}")
     return images
+
+
+def _is_data(media: Any) -> bool:
+    """Whether a column holds the content of files, as Parquet files of the Hugging Face hub do."""
+    first = media[0] if isinstance(media, list) and media else media
+    return isinstance(first, bytes) or (isinstance(first, dict) and "bytes" in first)
 
 
 def _videos(row: Mapping[str, Any], attr: Attributes) -> list[Video]:
@@ -366,7 +411,10 @@ def _videos(row: Mapping[str, Any], attr: Attributes) -> list[Video]:
         isinstance(video, str) or (isinstance(video, list) and video and all(isinstance(path, str) for path in video))
         for video in videos
     ):
-        raise ValueError(f"its column {attr.videos!r} (attr.videos) is not a list of paths or of lists of frame paths")
+        remedy = _NO_BYTES if _is_data(videos) else ""
+        raise ValueError(
+            f"its column {attr.videos!r} (attr.videos) is not a list of paths or of lists of frame paths{remedy}"
+        )
     return [
         Video(path=video, frames=None) if isinstance(video, str) else Video(path=None, frames=video)
         for video in videos

@@ -159,7 +159,7 @@ def clip_patches(
     size = (rows * images.patch_size, cols * images.patch_size)
     resized = np.empty((slices * images.temporal_patch_size, *size, 3), np.uint8)
     count = 0
-    for frame in _decoded(video, indices):
+    for frame in _decoded(video, indices, images.transparent_background):
         if frame.shape[:2] != (shape.height, shape.width):
             raise _unusable(_name(video), "its frames differ in size")
         # torch's kernel for bytes, as in the reference; Pillow's rounds differently
@@ -176,10 +176,10 @@ def clip_patches(
     return cut_patches(resized, images), (slices, rows, cols)
 
 
-def _decoded(video: VideoSource, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """The frames with these indices, uint8 [height, width, 3]."""
+def _decoded(video: VideoSource, indices: np.ndarray, background: str | None) -> Iterator[np.ndarray]:
+    """The frames with these indices, uint8 [height, width, 3]; ``background`` of those that are image files."""
     if not isinstance(video, str):
-        yield from (load_pixels(video[index]) for index in indices.tolist())
+        yield from (load_pixels(video[index], background=background) for index in indices.tolist())
         return
     chosen = set(indices.tolist())
     with _opened(video) as container:

@@ -77,6 +77,7 @@ class MediaSettings:
         merge_size: patches per side of a merge block.
         norm: normalisation that the device applies.
         videos: what decides a video's frames; None if the data has no videos.
+        transparent_background: colour behind transparent pixels of images; None for their hidden colour.
     """
 
     min_pixels: int
@@ -86,6 +87,7 @@ class MediaSettings:
     merge_size: int
     norm: PixelNorm
     videos: VideoSettings | None = None
+    transparent_background: str | None = None
 
     @property
     def factor(self) -> int:

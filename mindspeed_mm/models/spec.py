@@ -194,6 +194,13 @@ class ModelSpec(abc.ABC):
             UserError: for options that ``check_chat_template`` refuses, or a tokenizer of another model.
         """
 
+    def control_token_finder(self) -> Callable[[str], str] | None:
+        """A function that gives the first control token of the chat format written out in a message, or an empty text.
+
+        None for a family whose templates do not encode such tokens as plain text.
+        """
+        return None
+
     def tool_call_text(self, content: str) -> str:
         """The answer that calls tools, from JSON: ``{"name": ..., "arguments": ...}`` or a list of these.
 

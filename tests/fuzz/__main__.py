@@ -13,6 +13,8 @@ import time
 import warnings
 from pathlib import Path
 
+import datasets
+
 from tests.fuzz.kinds import KINDS, run_kinds
 
 
@@ -20,7 +22,8 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("kinds", nargs="*", help=f"what to break: {', '.join(KINDS)} (default: all)")
-    parser.add_argument("--count", type=int, default=1000, help="inputs of each kind (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=1000,
+                        help="inputs of each kind, a twentieth of it for datasets and viewer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--show", type=int, default=5, help="faults to print of each kind (default: %(default)s)")
     args = parser.parse_args()
@@ -29,6 +32,7 @@ def main() -> int:
         parser.error(f"{unknown[0]} is unknown; choose from {', '.join(KINDS)}")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
     faults = 0
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()

@@ -128,7 +128,7 @@ def fuzz_videos(directory: Path, count: int, seed: int) -> Outcomes:
 
 def _encoder(directory: Path) -> Encoder:
     template = SPEC.build_chat_template(load_tokenizer(directory), ChatTemplateOptions(name="qwen3_vl_nothink"))
-    return Encoder(template, SETTINGS, 256)
+    return Encoder((), template, SETTINGS, 256)
 
 
 def fuzz_records(directory: Path, count: int, seed: int) -> Outcomes:
@@ -159,7 +159,7 @@ def fuzz_records(directory: Path, count: int, seed: int) -> Outcomes:
                 return [encoder.encode(record.columns()) for record in reader.read()]
             file = RecordFile(str(path))
             return [
-                encoder.encode(reader.check(file[place], f"record {place}", place).columns())
+                encoder.encode(reader.check(file[place], 0, place).columns())
                 for place in range(len(file))
             ]
 
@@ -175,8 +175,7 @@ def _compare_untouched(row: Any, victim: int, untouched: dict[str, Any], outcome
         return
     kept = (list(row["input_ids"]), list(row["spans"]))
     if untouched.setdefault(place, kept) != kept:
-        outcomes.counts["changed target"] += 1
-        outcomes.faults.append(f"{name}: record {place} has other tokens because of record {victim}")
+        outcomes.add_fault(name, "changed target", f"record {place} has other tokens because of record {victim}")
 
 
 def fuzz_tokenizers(directory: Path, count: int, seed: int) -> Outcomes:

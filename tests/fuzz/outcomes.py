@@ -58,10 +58,16 @@ class Outcomes:
             outcome, fault = "traceback", traceback.format_exc(limit=-4)
         if _peak_bytes() - before > LIMIT_BYTES:
             outcome, fault = "memory", f"{(_peak_bytes() - before) / 2**30:.1f} GiB"
-        self.counts[outcome] += 1
         if fault:
-            self.faults.append(f"{name}: {outcome}: {fault}")
+            self.add_fault(name, outcome, fault)
+        else:
+            self.counts[outcome] += 1
         return result
+
+    def add_fault(self, name: str, outcome: str, fault: str) -> None:
+        """Count a fault of the input ``name`` under ``outcome``."""
+        self.counts[outcome] += 1
+        self.faults.append(f"{name}: {outcome}: {fault}")
 
     def __str__(self) -> str:
         return ", ".join(f"{number} {name}" for name, number in sorted(self.counts.items()))

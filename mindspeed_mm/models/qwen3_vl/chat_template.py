@@ -32,7 +32,7 @@ _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _TOOL_CALL = "<tool_call>\n"
 # Written out in a message, these are text: they would end turns or claim vision features that do not exist.
-_STRUCTURAL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
 
 @dataclasses.dataclass
@@ -50,6 +50,12 @@ def _is_question(message: Message) -> bool:
     """The model's template takes a question that is wrapped like a tool's result for such a result."""
     wrapped = message.text.startswith("<tool_response>") and message.text.endswith("</tool_response>")
     return message.role == "user" and not wrapped
+
+
+def find_control_token(text: str) -> str:
+    """The first control token of the chat format that is written out in ``text``, or an empty string."""
+    found = _CONTROL.search(text) if "<|" in text else None  # most texts lack these two, which are found faster
+    return found.group() if found else ""
 
 
 def tool_call_text(content: str) -> str:
@@ -129,9 +135,9 @@ class Qwen3VLChatTemplate:
         others = [
             re.escape(token.content)
             for token in backend.get_added_tokens_decoder().values()
-            if token.special and not _STRUCTURAL.fullmatch(token.content)
+            if token.special and not _CONTROL.fullmatch(token.content)
         ]
-        self._other_special = re.compile(f"({'|'.join(others)})") if others else None
+        self._other_special = re.compile(f"({'|'.join(others) or '(?!)'})")
         self._prefixes: dict[str, list[int]] = {}
 
     def encode(self, messages: Sequence[Message], media: Sequence[int | Clip], *, max_length: int) -> Encoded | None:
@@ -294,10 +300,10 @@ class Qwen3VLChatTemplate:
         return tokens, len(prefix)
 
     def _encode(self, text: str) -> list[int]:
-        split = self._options.split_special_tokens
-        if split or self._other_special is None or not _STRUCTURAL.search(text):
-            return self._encode_piece(text, split=split or bool(_STRUCTURAL.search(text)))
-        # only the structural ones are text: a box or a reference keeps its token
+        splits_all = self._options.split_special_tokens
+        if splits_all or not find_control_token(text):
+            return self._encode_piece(text, split=splits_all)
+        # only the control tokens are text: a box or a reference keeps its token
         pieces = self._other_special.split(text)
         return [
             token for place, piece in enumerate(pieces) if piece

@@ -78,6 +78,12 @@ class Qwen3VLSpec(ModelSpec):
         self.check_chat_template(options.name, enable_thinking=options.enable_thinking)
         return Qwen3VLChatTemplate(tokenizer, options)
 
+    def control_token_finder(self) -> Callable[[str], str]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.chat_template import find_control_token
+
+        return find_control_token
+
     def tool_call_text(self, content: str) -> str:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         from mindspeed_mm.models.qwen3_vl.chat_template import tool_call_text
@@ -101,6 +107,7 @@ class Qwen3VLSpec(ModelSpec):
             max_pixels=preprocess.image_max_pixels,
             vision=model_config.vision,
         )
+        images = dataclasses.replace(images, transparent_background=preprocess.transparent_background)
         if not config.dataset_param.attr.videos:
             return images
         videos = read_video_settings(

@@ -26,6 +26,7 @@ from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, SkippedSample, build_datasets
 from mindspeed_mm.data.encoder import load_tokenizer
+from mindspeed_mm.data.record_files import RecordError
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.spec import spec_of
@@ -51,7 +52,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mm-data", required=True, metavar="FILE", help="the data file of the launcher")
     add("--mm-model", required=True, metavar="FILE", help="the model file of the launcher")
     add("--seq-length", required=True, type=int, metavar="TOKENS", help="maximum tokens per sample, as in the launcher")
-    add("--samples", default="0", metavar="0,5,17", help="indices of samples in the prepared data set (default: 0)")
+    add("--samples", default="0", metavar="0,5,FILE:12",
+        help="samples to show: indices in the prepared data set, or a data file and a record's index (default: 0)")
     add("--seed", type=int, default=42, metavar="N",
         help="as in the launcher; selects what val_rate holds out (default: 42)")
     add("--out", type=Path, metavar="DIR", help="write index.html and PNG files there")
@@ -60,29 +62,42 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _indices(text: str, size: int) -> list[int]:
-    try:
-        indices = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--samples {text} is not a list of numbers such as 0,5,17") from None
-    for index in indices:
-        if not 0 <= index < size:
+def _indices(text: str, dataset: ChatDataset) -> list[int]:
+    size, indices = len(dataset), []
+    for part in text.split(","):
+        path, _, number = part.strip().rpartition(":")
+        try:
+            index = int(number)
+        except ValueError:
+            raise UserError(f"--samples {text} is not a list such as 0,5,data.json:12") from None
+        if path:
+            index = dataset.find(path, index)
+        elif not 0 <= index < size:
             raise UserError(f"--samples {index}: the data set has {size} samples; choose 0 to {size - 1}")
+        indices.append(index)
     return indices
 
 
-def _views(dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], tokenizer: Any) -> list[_View]:
+def _views(
+    dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], tokenizer: Any, *, may_skip: bool
+) -> list[_View]:
     views = []
     for index in indices:
+        name = f"sample {index} ({dataset.describe(index)})"
         try:
             sample = dataset[index]
         except SkippedSample as reason:
-            print(f"{dataset.describe(index)} is skipped: {reason.outcome.name.lower().replace('_', ' ')}")
+            print(f"{name} is skipped: {reason.outcome.name.lower().replace('_', ' ')}")
+            continue
+        except RecordError as error:
+            if not may_skip:
+                raise
+            print(f"sample {index} is skipped: {error}")
             continue
         patches = sum(len(one.patches) for one in sample.media)
         heading = (
-            f"{dataset.describe(index)}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} target "
-            f"tokens, {patches} patches"
+            f"{name}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} target tokens, "
+            f"{patches} patches"
         )
         parts = list(pieces(sample.input_ids, sample.loss_mask, pads=pads, tokenizer=tokenizer))
         views.append(_View(index, heading, sample, parts))
@@ -105,7 +120,8 @@ def _write_page(
 ) -> None:
     body = [f"<p>{html.escape(summary)}</p>"] + (['<p><img src="costs.png" alt="distributions"></p>'] * has_costs)
     body.append('<p>Colours: <span class="target">target tokens</span>, context, <span class="vision">placeholders'
-                "</span>. Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
+                '</span>, <span class="written-out">control tokens written out in a message, encoded as text</span>. '
+                "Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
     for view in views:
         body.append(f"<h2>{html.escape(view.heading)}</h2>{for_page(view.parts)}")
         for number, medium in enumerate(view.sample.media):
@@ -136,14 +152,18 @@ def show(options: argparse.Namespace) -> None:
     media = spec.read_media_settings(data, model_config)
     dataset, _ = build_datasets(data, spec=spec, media=media, seq_length=options.seq_length, seed=options.seed)
     tokenizer = load_tokenizer(data.dataset_param.preprocess_parameters.model_name_or_path)
-    indices = _indices(options.samples, len(dataset))
-    views = _views(dataset, indices, spec.placeholder_token_ids(model_config), tokenizer)
+    indices = _indices(options.samples, dataset)
+    pads = spec.placeholder_token_ids(model_config)
+    views = _views(dataset, indices, pads, tokenizer, may_skip=data.dataloader_param.bad_sample_limit > 0)
     colour = options.colour == "always" or (
         options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
     for view in views:
         print(f"--- {view.heading}")
         print(for_terminal(view.parts, colour=colour))
+    if any(part.is_written_out for view in views for part in view.parts):
+        mark = "exchanged colours" if colour else "\u27ea \u27eb"
+        print(f"{mark}: control tokens written out in a message, encoded as plain text")
     try:
         columns = _columns(dataset, media)
     except TypeError as error:  # streamed or tokenized on the fly

@@ -148,6 +148,11 @@ def test_what_conversion_to_rgb_loses_is_said_once(tmp_path, caplog):
             for name in ("grey.png", "clear.png"):
                 load_pixels(str(tmp_path / name))
     assert [("16 bits" in one, "transparent" in one) for one in caplog.messages] == [(True, False), (False, True)]
+    assert 'set preprocess_parameters.transparent_background to "white" (said once)' in caplog.messages[1]
+    _warned.clear()
+    with caplog.at_level(logging.WARNING, "mindspeed_mm"):
+        load_pixels(str(tmp_path / "clear.png"), background="white")
+    assert len(caplog.messages) == 2
 
 
 # records
@@ -277,6 +282,34 @@ def test_a_directory_without_a_vocabulary_is_refused(tmp_path):
         load_tokenizer(tmp_path / "a")
 
 
+def test_a_prefix_for_which_tokenizers_ends_the_process_is_refused(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "a")
+    path = tmp_path / "a/tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = ""  # as in Qwen's
+    path.write_text(json.dumps(content))
+    load_tokenizer(tmp_path / "a")
+    content["model"]["continuing_subword_prefix"] = "x"
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match='tokenizer.json: model.continuing_subword_prefix is "x"; it must be empty'):
+        load_tokenizer(tmp_path / "a")
+
+
+def test_a_panic_of_tokenizers_is_one_line(tmp_path, monkeypatch):
+    """Its exception is not an Exception, and neither is Ctrl-C, which must pass."""
+    write_checkpoint(tmp_path / "a")
+    panic = type("PanicException", (BaseException,), {})("range end index 11 out of range")
+    for error, expected in ((panic, UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+        with pytest.raises(expected) as raised:
+            load_tokenizer(tmp_path / "a")
+        assert expected is KeyboardInterrupt or "no tokenizer can be loaded from" in str(raised.value)
+
+
 def test_special_tokens_that_are_no_longer_special(tmp_path):
     write_checkpoint(tmp_path / "a")
     content = json.loads((tmp_path / "a/tokenizer.json").read_text())
@@ -346,9 +379,9 @@ def test_token_ids_beyond_the_embeddings_are_found_before_training(tmp_path, che
 
 
 def test_random_damages(tmp_path):
-    for kind, outcomes in run_kinds(tmp_path, KINDS, 300, seed=7):
+    for kind, outcomes in run_kinds(tmp_path, KINDS, 240, seed=7):
         assert not outcomes.faults, (kind, outcomes.faults[:3])
-        assert outcomes.counts["refused"] > 40, (kind, str(outcomes))
+        assert outcomes.counts["refused"] > sum(outcomes.counts.values()) / 8, (kind, str(outcomes))
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_batch_moves_and_pickles() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(batch)).vision.pixels, batch.vision.pixels)
 
 
-def test_mismatch_names_the_sample() -> None:
+def test_placeholders_that_do_not_match_the_media_are_an_error() -> None:
     good = make_sample(index=41, grids=[(1, 2, 2)], text=5, targets=2)
-    with pytest.raises(UserError, match="sample 41"):
+    with pytest.raises(UserError, match=r"runs of \[1\] tokens do not match .* \[\] merged patches; rebuild the cache"):
         collate([Sample(good.input_ids, good.loss_mask, (), 41)], SPEC, MODEL_CONFIG)

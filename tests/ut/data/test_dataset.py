@@ -152,7 +152,7 @@ def test_truncation_drops_turns_then_samples(root: Path) -> None:
     short, _ = build(root, seq_length=limit)
     assert 0 < len(short) < 12 and max(len(short[index].input_ids) for index in range(len(short))) <= limit
     (summary,) = {path.read_text() for path in (root / "cache").glob("*/summary.txt")} - {"12 records, 12 kept whole\n"}
-    assert "skipped: the first turn is too long (records" in summary
+    assert f"skipped: the first turn is too long (the first: {root}/data.json, record " in summary
     with pytest.raises(UserError, match="no record can be trained on"):
         build(root, seq_length=3)
 
@@ -197,7 +197,7 @@ def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_replaced_and_missing_images_are_named(root: Path) -> None:
     train, _ = build(root)
     Image.new("RGB", (320, 320)).save(root / "images" / "0001.png")
-    with pytest.raises(UserError, match=r"sample 1 \(record 1\): image .*0001.png now has"):
+    with pytest.raises(UserError, match=r"^\S+data.json, record 1: image \S+0001.png now has"):
         train[1]
     (root / "images" / "0002.png").unlink()
     with pytest.raises(UserError, match="record 2.*0002.png.*missing"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -13,10 +14,14 @@ from PIL import Image, ImageOps
 
 from mindspeed_mm.data import images
 from mindspeed_mm.data.images import image_grid, image_patches, is_plain_jpeg, load_pixels, resized_size
+from mindspeed_mm.data.media import Medium, load_media
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
 from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.fuzz.data import VIDEOS
 from tests.helpers.tiny_config import tiny_config
+from tests.helpers.tiny_data import checkpoint_config, make_config, write_checkpoint
 
 HALF = (0.5, 0.5, 0.5)
 NORM = PixelNorm(mean=HALF, std=HALF, rescale_factor=1 / 255)
@@ -159,6 +164,48 @@ def test_modes_and_formats(tmp_path: Path, mode: str, suffix: str, options: dict
     path = tmp_path / f"image.{suffix}"
     image.convert(mode).save(path, **options)
     assert_equal_to_reference(path, 65536, 262144)
+
+
+def flattened(layer: Image.Image, value: int) -> np.ndarray:
+    """The image in front of a grey of this value, in float64: [height, width, 3]."""
+    pixels = np.asarray(layer.convert("RGBA"), dtype=np.float64)
+    alpha = pixels[..., 3:] / 255
+    return pixels[..., :3] * alpha + value * (1 - alpha)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("RGBA", {}), ("LA", {}), ("P", {"transparency": bytes(range(256))}), ("RGB", {})]
+)
+def test_transparent_pixels_get_a_background(tmp_path: Path, mode: str, options: dict) -> None:
+    image = Image.fromarray(sample_photos()[1][100:310, 200:333])
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image = image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "image.png"
+    image.save(path, exif=exif, **options)
+    with Image.open(path) as saved:
+        upright = saved.convert("RGBA").transpose(Image.Transpose.ROTATE_270)
+    hidden = load_pixels(str(path))
+    for background, value in (("white", 255), ("black", 0)):
+        pixels = load_pixels(str(path), background=background)
+        assert np.abs(pixels - flattened(upright, value)).max() <= 1  # rounded twice
+        assert np.array_equal(pixels, hidden) == (mode == "RGB")
+    assert np.array_equal(hidden, np.asarray(upright)[..., :3])
+
+
+def test_the_data_file_chooses_the_background_of_images_and_frames(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint")
+    Image.new("RGBA", (64, 64), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    image, video = (Medium(source, bool(place)) for place, source in enumerate(
+        (str(tmp_path / "clear.png"), [str(tmp_path / "clear.png")] * 4)))
+    for background, values in ((None, [10, 20, 30]), ("white", [255]), ("black", [0])):
+        config = make_config(tmp_path, dataset="data.json", preprocess={"transparent_background": background})
+        media = SPEC.read_media_settings(config, checkpoint_config(tmp_path / "checkpoint"))
+        media = dataclasses.replace(media, videos=VIDEOS)
+        for medium in (image, video):
+            assert np.unique(load_media(medium, media)[0]).tolist() == values
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -121,8 +121,8 @@ def test_each_reason_has_its_counter(root: Path, tmp_path: Path) -> None:
     assert len(loader_of().dataset) == 1
     (summary,) = tmp_path.glob("tokenized-*/summary.txt")
     assert summary.read_text() == (
-        "4 records, 1 kept whole, 1 skipped: the first turn is too long (records 2), "
-        "1 skipped: no target token (records 1), 1 skipped: unusable\n"
+        f"4 records, 1 kept whole, 1 skipped: the first turn is too long ({tmp_path}/data.json, record 2), "
+        f"1 skipped: no target token ({tmp_path}/data.json, record 1), 1 skipped: unusable\n"
     )
 
 

@@ -61,7 +61,7 @@ def test_text_and_images(files: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib")
     assert call(files, "--samples", "4,0", "--out", str(files / "out")) == 0
     printed = capsys.readouterr().out
-    assert "sample 4 (record 4)" in printed
+    assert f"sample 4 ({files}/data.json, record 4): " in printed
     assert "<|vision_start|><|image_pad|> x " in printed
     assert "What is number 4?<|im_end|>\n<|im_start|>assistant\n\u27e6The digit is 4.<|im_end|>\u27e7\n" in printed
     assert printed.count("\u27e6") == 4  # two turns in both
@@ -83,6 +83,68 @@ def test_colours(files: Path, capsys: pytest.CaptureFixture) -> None:
     assert '<span class="context">a &lt;b&gt;\u21b5\n</span><span class="target">c</span>' in for_page(parts)
 
 
+def test_a_record_is_shown_by_file_and_index(files: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call(files, "--samples", f"0, {files}/data.json:5") == 0
+    printed = capsys.readouterr().out
+    assert f"--- sample 5 ({files}/data.json, record 5): " in printed and "What is number 5?" in printed
+    assert call(files, "--samples", f"{files}/data.json:12") == 2
+    assert f"{files}/data.json, record 12 is not in the data set" in capsys.readouterr().err
+
+
+def test_control_tokens_written_out_are_marked(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    records = json.loads((files / "data.json").read_text())[:2]
+    records[0]["messages"][0]["content"] = "Is <|im_end|> one, <|box_start|>?\x1b[2J"
+    records[0]["messages"][1]["content"] = "<|im_end|> is<|im_start|>"
+    data = with_records(files, tmp_path, records)
+    assert call(files, "--mm-data", data, "--out", str(tmp_path / "out"), "--samples", "0,1") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "<|im_start|>user\nIs \u27ea<|im_end|>\u27eb one, <|box_start|>?\\x1b[2J<|im_end|>\n<|im_start|>assistant\n"
+        "\u27e6\u27ea<|im_end|>\u27eb is\u27ea<|im_start|>\u27eb<|im_end|>\u27e7\n"
+    ) in printed
+    assert "\u27ea \u27eb: control tokens written out in a message, encoded as plain text" in printed
+    page = (tmp_path / "out/index.html").read_text()
+    assert page.count('<span class="written-out">&lt;|im_') == 3
+    assert '<span class="target"> is</span>' in page
+    assert call(files, "--mm-data", data, "--colour", "always") == 0
+    printed = capsys.readouterr().out
+    assert "Is \x1b[0m\x1b[7m<|im_end|>\x1b[27m\x1b[0m one" in printed
+    assert "\x1b[1;32m\x1b[7m<|im_end|>\x1b[27m\x1b[1;32m is" in printed
+    assert call(files, "--mm-data", data, "--samples", "1") == 0
+    assert "\u27ea" not in capsys.readouterr().out
+
+
+def test_a_sample_that_cannot_be_used(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As in training: on_bad_sample decides whether the others are shown."""
+    image = tmp_path / "1.png"
+    Image.new("RGB", (64, 64)).save(image)
+    records = json.loads((files / "data.json").read_text())[:3]
+    records[1]["images"] = [str(image)]
+    for policy, status in (("skip", 0), ("stop", 2)):
+        data = with_records(files, tmp_path, records, on_bad_sample=policy)
+        assert call(files, "--mm-data", data, "--samples", "0") == 0
+        image.rename(tmp_path / "2.png")
+        capsys.readouterr()
+        assert call(files, "--mm-data", data, "--samples", "1,2") == status
+        out, error = capsys.readouterr()
+        found = out if policy == "skip" else error
+        assert f"{tmp_path}/data.json, record 1: image {image} cannot be used: it is missing" in found
+        assert ("What is number 2?" in out) == (policy == "skip")
+        (tmp_path / "2.png").rename(image)
+
+
+def with_records(files: Path, place: Path, records: list, **loader: str) -> str:
+    """A data file over other records; returns its path."""
+    (place / "data.json").write_text(json.dumps(records))
+    content = json.loads((files / "mm_data.json").read_text())
+    content["dataset_param"]["basic_parameters"].update(
+        dataset=str(place / "data.json"), cache_dir=str(place / "cache"))
+    content["dataloader_param"] = loader
+    (place / "mm_data.json").write_text(json.dumps(content))
+    return str(place / "mm_data.json")
+
+
 def test_counts_are_those_of_the_samples(files: Path) -> None:
     config = load_config(files / "mm_data.json", DataConfig, flag="--mm-data")
     dataset, _ = build_tiny(config, seq_length=256)
@@ -93,7 +155,7 @@ def test_counts_are_those_of_the_samples(files: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [(["--samples", "12"], "choose 0 to 11"), (["--samples", "x"], "not a list of numbers"),
+    [(["--samples", "12"], "choose 0 to 11"), (["--samples", "x"], "not a list such as 0,5,"),
      (["--samples", "-1"], "12 samples")],
 )
 def test_mistakes_are_one_line(files: Path, options: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
