@@ -104,9 +104,9 @@ class _Launcher:
 
 
 def launchers(directory: Path, count: int, seed: int) -> Outcomes:
-    """Broken variables, flags and configuration files."""
+    """Broken variables, flags and configuration files; a tenth of ``count``, since each starts a launcher."""
     launcher, outcomes = _Launcher(directory), Outcomes()
-    for index in range(count):
+    for index in range(count // 10):
         variables, flags = launcher.broken(random.Random(seed * 1_000_003 + index))
         said = " ".join([f"{name}={value!r:.60}" for name, value in variables.items() if
                          launcher.plain.get(name) != value] + [shlex.quote(flag) for flag in flags])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tests.fuzz import data, datasets, models
+from tests.fuzz import data, datasets, environments, models
 from tests.fuzz.outcomes import Outcomes
 
-KINDS = {**data.KINDS, **datasets.KINDS, **models.KINDS}
+KINDS = {**data.KINDS, **datasets.KINDS, **models.KINDS, **environments.KINDS}
 
 
 def run_kinds(directory: Path, kinds: Iterable[str], count: int, seed: int) -> Iterator[tuple[str, Outcomes]]:

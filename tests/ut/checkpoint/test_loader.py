@@ -124,6 +124,22 @@ def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
     assert left_out != "rng" or torch.equal(before, BACKEND.rng_state()["cpu"])
 
 
+def test_weights_alone_start_the_rest_afresh_in_one_line(tmp_path: Path) -> None:
+    path = save(tmp_path, make()[0], None, with_rng=False)
+    (path / directory.PROGRESS_FILE).unlink()
+    edit_manifest(path, drop=[directory.PROGRESS_FILE])
+    model, optimizer = make(seed=2)
+    optimizer.state.clear()
+    lines = []
+    with log_lines(lines.append):
+        progress = load_checkpoint(path, model=model, optimizer=optimizer, backend=BACKEND, with_rng=True)
+    assert progress.iteration == 0 and not optimizer.state
+    (line,) = lines
+    assert line.endswith(
+        f"{path} has no AdamW's moments, which start from zero and no RNG states, which start from --seed"
+    )
+
+
 @pytest.mark.parametrize(
     ("trained_then", "trains_now", "message"),
     [
@@ -135,7 +151,9 @@ def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
 def test_moments_of_other_parameters_are_refused(tmp_path: Path, trained_then, trains_now, message: str) -> None:
     def training(layers):
         model, _ = make()
-        optimizer = torch.optim.AdamW([p for layer in layers for p in model[layer].parameters()])
+        for index, layer in enumerate(model):
+            layer.requires_grad_(index in layers)
+        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
         initialize_optimizer_state(optimizer)
         return model, optimizer
 

@@ -174,7 +174,7 @@ def test_killed_worker_is_one_line(root: Path) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     loader.start()
     assert signal.getsignal(signal.SIGCHLD) is handler  # torch's raises in the main thread, wherever that is
-    (worker,) = multiprocessing.active_children()
+    (worker,) = loader._loader._iterator._workers  # not those of other tests
     assert not next(loader).failure
     worker.kill()
     assert_failed(loader, "a data worker was ended by SIGKILL; it may have run out of memory .*: lower --num-workers")

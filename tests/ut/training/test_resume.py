@@ -119,14 +119,6 @@ def test_the_schedules_settings_are_its_state(tmp_path):
     assert schedule_settings(args) == {name: value for name, value in state.items() if name != "num_steps"}
 
 
-def test_restart_says_what_is_lost(tmp_path, monkeypatch, messages):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    checkpoint(tmp_path / "save", 4, **{RUN_KEY: run_identity()})
-    start = choose_start(flags(tmp_path, *FIRST, "--no-save-optim"))
-    assert not start.with_optimizer and start.with_rng
-    assert "lost" in messages()[1] and "--no-save-optim" in messages()[1] and "rng" not in messages()[1]
-
-
 @pytest.mark.parametrize("metadata", [{}, {RUN_KEY: "another:1:2"}])
 def test_restart_leaves_another_runs_checkpoint_alone(tmp_path, monkeypatch, metadata, messages):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
