@@ -40,7 +40,8 @@ def rows(model_config: Qwen3VLConfig, device: Device) -> list[dict[str, Any]]:
     found = []
     for ranks in (8, 16):
         for name, changes in CONFIGURATIONS.items():
-            base = {"tokens": 1024, "patches": 1024, "target_tokens": 768, "frozen": VISION, **changes}
+            base = {"tokens": 1024, "patches": 1024, "target_tokens": 768, "frozen": VISION,
+                    "align_fsdp_param_groups": True, **changes}  # fmt: skip
             plan = Plan(model_config=model_config, world_size=ranks, sharding_size=ranks, **base)
             result, received = estimate(plan), volumes(plan)
             amounts = result.peak.amounts

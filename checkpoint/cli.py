@@ -234,11 +234,12 @@ def _converts(function: str) -> Callable[[argparse.Namespace], int]:
 def _verify(options: argparse.Namespace) -> int:
     from mindspeed_mm.checkpoint.inspection import verify
 
-    differing = verify(**vars(options))
+    comparison = verify(**vars(options))
+    differing = comparison.differing
     shown = differing[:_SHOWN] + [f"and {len(differing) - _SHOWN} more"] * (len(differing) > _SHOWN)
     print(*shown, sep="\n", end="\n" * bool(shown))
     count = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
-    print(count if differing else "equal, bit for bit")
+    print(count if differing else "equal, bit for bit", *[comparison.how] * bool(comparison.how), sep=", ")
     return 1 if differing else 0
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from mindspeed_mm.checkpoint.directory import AtomicDirectory, WrittenFile, verify_directory
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.lock import DirectoryLock
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.partial import find_base
 from mindspeed_mm.checkpoint.shards import Rows
-from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 
 T = TypeVar("T")

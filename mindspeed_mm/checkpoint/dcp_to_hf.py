@@ -32,6 +32,7 @@ from mindspeed_mm.checkpoint.conversion import (
 )
 from mindspeed_mm.checkpoint.directory import (
     MANIFEST,
+    MEDIA_KEY,
     METADATA,
     AtomicDirectory,
     WrittenFile,
@@ -50,11 +51,11 @@ from mindspeed_mm.checkpoint.huggingface import (
     layout_by_shapes,
     missing_assets,
 )
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.safetensors_io import build_header, listed, tensor_bytes
 from mindspeed_mm.checkpoint.shards import Rows
-from mindspeed_mm.checkpoint.storage import MODEL_PREFIX
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.spec import spec_of
+from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import WeightRule
 
 _WORKERS_PER_FILE = 4
@@ -75,8 +76,9 @@ def dcp_to_hf(
 ) -> Path:
     """Write a directory that transformers loads, from a converted or a training checkpoint; returns its path.
 
-    Only the model's parameters are read. Experts are always written in the published layout. An interrupted conversion
-    leaves no ``save_dir``; the same command resumes it and keeps finished files.
+    Only the model's parameters are read. Experts are always written in the published layout. If the checkpoint records
+    the limits of the training's images and videos, the processor files get them, and a line says what has changed. An
+    interrupted conversion leaves no ``save_dir``; the same command resumes it and keeps finished files.
 
     Args:
         load_dir: a checkpoint directory (``release``, ``iter_XXXXXXX``), or a directory with a tracker file.
@@ -112,10 +114,13 @@ def dcp_to_hf(
         LAYOUT_KEY: "hub",
         "source": {"checkpoint": str(checkpoint), METADATA: manifest["files"].get(METADATA)},
     }
+    processors, changes = _trained_processors(manifest, checkpoint, assets, spec)
     write_safetensors(
         outputs, save, checkpoint=checkpoint, assets=assets, facts=facts, max_shard_size=max_shard_size,
-        workers=workers, overwrite=overwrite,
+        workers=workers, overwrite=overwrite, replaced=processors,
     )
+    if changes:
+        print(f"processor settings are the training's: {', '.join(changes)}")
     if model_config.num_experts and layout_by_shapes({}, spec, model_config) is None:
         print(
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
@@ -139,6 +144,7 @@ def write_safetensors(
     max_shard_size: int,
     workers: int | None,
     overwrite: bool,
+    replaced: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a directory of safetensors files from the parameters of a checkpoint.
 
@@ -151,6 +157,7 @@ def write_safetensors(
         max_shard_size: bytes of tensors in one file, at most, unless those of one parameter are more.
         workers: threads; None for the default.
         overwrite: replace ``save``.
+        replaced: name -> content of those JSON files that take the place of the ones in ``assets``.
     """
     if save.name in ("", ".."):
         raise UserError(f"--save_dir {save} cannot be replaced by the result; name the directory itself")
@@ -176,6 +183,9 @@ def write_safetensors(
                 _write_index(directory.partial, files)
                 types = {output.dtype for output in outputs}
                 copy_assets(assets, directory.partial, dtype=types.pop() if len(types) == 1 else None)
+                for name, values in (replaced or {}).items():
+                    text = json.dumps(values, indent=2, ensure_ascii=False)
+                    (directory.partial / name).write_text(text + "\n", encoding="utf-8")
                 content = {
                     "kind": "exported",
                     "plan": plan,
@@ -207,6 +217,16 @@ def _check(reader: Any, rules: Sequence[WeightRule], checkpoint: Path, assets: P
             f"{checkpoint} does not fit {assets / 'config.json'}: {'; '.join(problems)}; "
             "pass the --model_assets_dir of the model that was trained"
         )
+
+
+def _trained_processors(
+    manifest: Mapping[str, Any], checkpoint: Path, assets: Path, spec: ModelSpec
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Files and changes of :meth:`ModelSpec.with_trained_limits`; none if the checkpoint records no limits."""
+    trained = manifest["metadata"].get(MEDIA_KEY)
+    if trained is None:
+        return {}, []
+    return spec.with_trained_limits(assets, trained, source=f"{checkpoint / MANIFEST}: {MEDIA_KEY}")
 
 
 class Output:

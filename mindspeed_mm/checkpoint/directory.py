@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -58,12 +59,15 @@ PROGRESS_FILE = "progress.json"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 FINISHED = ".finished"
+MEDIA_KEY = "media"
+"""Entry of a training checkpoint's metadata: the run's ``MediaSettings``, of a family that takes images or videos."""
 _PLAN = "plan.json"
 _HF_CONFIG = "config.json"
 _HASH_THREADS = 4
 HEADER_BYTES = 100_000_000
 """Longest header of a safetensors file; the format's own limit."""
 _TRACKER_BYTES, _MOST_DIGITS = 4096, 18
+_MOST_DIMENSIONS = 64  # torch's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,6 +393,14 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 0 that fits into 62 bits, and not a boolean."""
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a list, tuple or ``torch.Size`` is the shape of a tensor that torch can describe."""
+    if not isinstance(value, (list, tuple)) or len(value) > _MOST_DIMENSIONS or not all(map(is_count, value)):
+        return False
+    # also without elements: torch computes strides from the other extents
+    return math.prod(max(1, extent) for extent in value) < 1 << 60
 
 
 def _are_items(items: Any) -> bool:

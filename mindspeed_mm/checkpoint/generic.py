@@ -15,9 +15,9 @@ from mindspeed_mm.checkpoint.dcp_to_hf import Output, write_safetensors
 from mindspeed_mm.checkpoint.directory import check_huggingface, find_checkpoint, verify_directory
 from mindspeed_mm.checkpoint.hf_to_dcp import write_checkpoint
 from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, SafetensorsReader, read_headers, read_weight_map
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.safetensors_io import CODES, Header, listed, read_header
 from mindspeed_mm.checkpoint.safetensors_io import DTYPES as STORED_DTYPES
-from mindspeed_mm.checkpoint.storage import MODEL_PREFIX
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_present, read_json, shorten
 from mindspeed_mm.models.state_dict import copy_rule

@@ -26,6 +26,7 @@ from torch.futures import Future
 
 from mindspeed_mm.checkpoint.directory import MANIFEST
 from mindspeed_mm.checkpoint.files import combine, crc32, file_checksum, format_checksum, run_all
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.safetensors_io import (
     WEIGHT_DTYPES,
     Header,
@@ -37,7 +38,7 @@ from mindspeed_mm.checkpoint.safetensors_io import (
     tensor_bytes,
 )
 from mindspeed_mm.checkpoint.shards import Rows
-from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, THREADS
+from mindspeed_mm.checkpoint.storage import THREADS
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import (
     INDEX_BYTES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -32,23 +33,37 @@ from mindspeed_mm.checkpoint.directory import (
     verify_directory,
 )
 from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, layout_by_shapes, read_headers
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.checkpoint.shards import Rows
-from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader
+from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.inputs import is_present, reading, shorten
 from mindspeed_mm.models.spec import spec_of
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`verify`.
+
+    Attributes:
+        differing: one line for each tensor that differs.
+        how: that one side was rounded before, and to which types; empty if not.
+    """
+
+    differing: list[str]
+    how: str
+
+
 def verify(
     dcp_dir: str | Path, hf_dir: str | Path, *, expert_layout: str = "auto", workers: int | None = None,
     base_dir: str | Path | None = None,
-) -> list[str]:
-    """Compare all tensors; returns one line for each that differs.
+) -> Comparison:
+    """Compare all tensors.
 
     Where ``hf_to_dcp`` or ``dcp_to_hf`` has rounded to another type, by the record of the directory that it wrote, the
-    side that it read is rounded in the same way before it is compared. A line on standard output says so.
+    side that it read is rounded in the same way before it is compared.
 
     Args:
         dcp_dir: a checkpoint directory, or one with a tracker file.
@@ -86,12 +101,11 @@ def verify(
             rounded.add(dtype if imported else expected_dtype)
         else:
             differing.append(f"{name}: {dtype} instead of {expected_dtype}")
-    if rounded:
-        types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
-        print(f"comparing after rounding to {types}, as {checkpoint if imported else hf_dir} was written")
     elements = _compare(sorted(comparable), reader, source, workers or default_workers(), as_source=not imported)
     differing += [f"{name}: {counted(n, 'element')} differ{'s' * (n == 1)}" for name, n in elements.items()]
-    return differing
+    types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
+    how = f"after rounding to {types}, as {checkpoint if imported else hf_dir} was written" if rounded else ""
+    return Comparison(differing, how)
 
 
 def _compare(

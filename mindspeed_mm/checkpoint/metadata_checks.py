@@ -7,8 +7,6 @@ leaves the rest of a tensor as it was.
 from __future__ import annotations
 
 import math
-import pickle
-import pickletools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,24 +14,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from mindspeed_mm.checkpoint.directory import is_count
-from mindspeed_mm.checkpoint.safetensors_io import is_shape
+from mindspeed_mm.checkpoint.directory import is_count, is_shape
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import inside, shorten
 
 _REMEDY = "make the checkpoint again"
-
-
-def check_pickle(content: bytes) -> None:
-    """Refuse a pickle that numbers its objects far beyond their count: the unpickler makes a table of that length.
-
-    Raises:
-        pickle.UnpicklingError: for such a pickle.
-        Exception: of ``pickletools``, if the bytes are no pickle.
-    """
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
-            raise pickle.UnpicklingError(f"it has an object number {shorten(argument, 40)}")
 
 
 def check_tensor(file: Path, name: Any, entry: TensorStorageMetadata, storage_data: Mapping[Any, Any]) -> None:

@@ -18,6 +18,7 @@ from mindspeed_mm.checkpoint.directory import (
     is_huggingface,
     read_manifest,
 )
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, read_entries
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import INDEX_BYTES, is_directory, open_regular, read_bytes, reading, shorten
 
@@ -147,9 +148,7 @@ def base_of_run(start: Path, *, moved_to: str | None, option: str) -> tuple[Base
     base = find_base(manifest, start, moved_to=moved_to, option=option)
     if base is None:
         return Base.of(start, option), set()
-    from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, CheckpointReader  # here: preflight does without torch
-
-    names = CheckpointReader(start, manifest).tensors
+    names = read_entries(start, manifest)
     return base, {name.removeprefix(MODEL_PREFIX) for name in names if name.startswith(MODEL_PREFIX)}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.checkpoint.directory import HEADER_BYTES, is_count
+from mindspeed_mm.checkpoint.directory import HEADER_BYTES, is_count, is_shape
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import kind_of, open_regular, reason, shorten
 
@@ -35,7 +35,6 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 READ_BYTES = 16 << 20
 """Large tensors are read, converted and written in rows of about this size: small enough to stay in the cache from
 reading to writing, and for malloc to reuse the memory."""
-_MOST_DIMENSIONS = 64  # torch's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +118,6 @@ def _stored_tensor(
     if begin < 0 or end - begin != nbytes:
         raise UserError(f"{path}: {name} has {end - begin} bytes instead of {nbytes}; download it again")
     return StoredTensor(name, path, dtype, shape, data_start + begin, nbytes)
-
-
-def is_shape(value: Any) -> bool:
-    """Whether a list, tuple or ``torch.Size`` is the shape of a tensor that torch can describe."""
-    if not isinstance(value, (list, tuple)) or len(value) > _MOST_DIMENSIONS or not all(map(is_count, value)):
-        return False
-    # also without elements: torch computes strides from the other extents
-    return math.prod(max(1, extent) for extent in value) < 1 << 60
 
 
 def build_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

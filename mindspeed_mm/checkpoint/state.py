@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,16 +16,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
+from mindspeed_mm.checkpoint.contents import check_contents, compare
 from mindspeed_mm.checkpoint.directory import verify_directory
 from mindspeed_mm.checkpoint.huggingface import HFReader
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, OPTIMIZER_PREFIX, RNG_PREFIX, Entry
 from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.shards import Shard, total_bytes
-from mindspeed_mm.checkpoint.storage import MODEL_PREFIX, Check, CheckpointReader, LoadPlanner
+from mindspeed_mm.checkpoint.storage import Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
 
 logger = logging.getLogger(__name__)
-OPTIMIZER_PREFIX, RNG_PREFIX = "optimizer.", "rng."
 
 
 def model_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -139,58 +139,10 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise UserError(found)
 
 
-def compare(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    stored: Mapping[str, tuple[Sequence[int], torch.dtype]],
-    *,
-    exact: bool = True,
-    frozen: Collection[str] = (),
-) -> None:
-    """Refuse a checkpoint whose names, shapes or dtypes differ from the model's.
-
-    Args:
-        path: of the checkpoint, for the message.
-        tensors: of the model or optimizer.
-        stored: shapes and dtypes of the checkpoint's tensors.
-        exact: require equal dtypes; otherwise the tensor's dtype must represent all stored values exactly.
-        frozen: names of parameters that do not train, whose dtype may be another: bf16 where the model computes in it.
-
-    Raises:
-        UserError: naming the first three differences of the first kind.
-    """
-    common = sorted(tensors.keys() & stored.keys())
-    shapes = [
-        f"{name} {tuple(stored[name][0])} instead of {tuple(tensors[name].shape)}"
-        for name in common
-        if tuple(stored[name][0]) != tuple(tensors[name].shape)
-    ]
-    types = [
-        f"{name} {_dtype_name(stored[name][1])} instead of {_dtype_name(tensors[name].dtype)}"
-        for name in common
-        if not _fits(stored[name][1], tensors[name].dtype, exact=exact)
-        and not (name in frozen and {stored[name][1], tensors[name].dtype} == {torch.bfloat16, torch.float32})
-    ]
-    for kind, names in (
-        ("lacks", sorted(tensors.keys() - stored.keys())),
-        ("has unexpected", sorted(stored.keys() - tensors.keys())),
-        ("has other shapes:", shapes),
-        ("has other types:", types),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{path} is a checkpoint of another model: it {kind} {', '.join(names[:3])}{more}; "
-                "convert the weights that model_name_or_path and the model JSON describe"
-            )
-
-
-def _fits(stored: torch.dtype, dtype: torch.dtype, *, exact: bool) -> bool:
-    return stored == dtype or (not exact and torch.promote_types(stored, dtype) == dtype)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def entries_of(tensors: Mapping[str, Tensor | tuple[Sequence[int], torch.dtype]]) -> dict[str, Entry]:
+    """Shape and dtype of each tensor, or of each pair of them."""
+    pairs = {n: (t.shape, t.dtype) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+    return {name: (tuple(shape), str(dtype).removeprefix("torch.")) for name, (shape, dtype) in pairs.items()}
 
 
 def load_checkpoint(
@@ -223,17 +175,23 @@ def load_checkpoint(
         manifest = verify_directory(path, plain=check == "none")
         reader = CheckpointReader(path, manifest, check=check)
         base = find_base(manifest, path, moved_to=load_base, option="--load-base")
-        # converted weights may be in bf16, and so may parameters that did not train in the run that saved them
-        flags = manifest["metadata"].get("flags")
-        frozen_dtype = flags.get("--frozen-param-dtype", "fp32") if isinstance(flags, Mapping) else "fp32"
-        exact = Progress.is_training(path) and frozen_dtype == "fp32"
         optimizer, with_rng = _held(reader, optimizer, with_rng)
-        tensors = _tensors_to_load(
-            reader, model, optimizer, backend, with_rng=with_rng, partial=base is not None, exact=exact
+        stored, state = entries_of(reader.tensors), model_state(model)
+        parameters, frozen = entries_of(state), _frozen(model)
+        check_contents(
+            path, manifest, stored, parameters, trained=state.keys() - frozen, with_optimizer=optimizer is not None
         )
+        _log_rounding(path, parameters, stored)
+        tensors = {name: tensor for name, tensor in state.items() if name in stored}
+        if optimizer is not None:
+            initialize_optimizer_state(optimizer)
+            tensors |= optimizer_state(model, optimizer)
+        if with_rng:
+            # a rank or device type that the saving run did not have keeps the state from --seed
+            tensors |= {n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored}
         progress = Progress.read(path, None if check == "none" else manifest)
     if base is not None:
-        names = {name for name, _ in model.named_parameters() if MODEL_PREFIX + name not in tensors}
+        names = {name.removeprefix(MODEL_PREFIX) for name in state.keys() - tensors.keys()}
         _load_base(base, model, names, check=check, expert_layout=expert_layout)
     load_tensors(reader, tensors)
     if with_rng:
@@ -246,20 +204,26 @@ def load_checkpoint(
 def _held(
     reader: CheckpointReader, optimizer: torch.optim.AdamW | None, with_rng: bool
 ) -> tuple[torch.optim.AdamW | None, bool]:
-    """What of the requested state the checkpoint has; the log says what a training checkpoint lacks."""
+    """What of the requested state the checkpoint has; the log says what it lacks."""
+    path = Path(reader.path)
+    training = Progress.is_training(path)
     has_moments, has_rng = (
         any(name.startswith(prefix) for name in reader.tensors) for prefix in (OPTIMIZER_PREFIX, RNG_PREFIX)
     )
     lacking = [
-        what
-        for wanted, has, what in (
-            (optimizer is not None, has_moments, "AdamW's moments, which start from zero (saved with --no-save-optim)"),
-            (with_rng, has_rng, "RNG states, which start from --seed (saved with --no-save-rng)"),
+        f"{what} (saved with {flag})" if training else what
+        for wanted, has, what, flag in (
+            (optimizer is not None, has_moments, "AdamW's moments, which start from zero", "--no-save-optim"),
+            (with_rng, has_rng, "RNG states, which start from --seed", "--no-save-rng"),
         )
         if wanted and not has
     ]
-    if lacking and Progress.is_training(Path(reader.path)) and dist.get_rank() == 0:
-        logger.warning(f"the resume is not exact: {reader.path} has no {' and no '.join(lacking)}")
+    if lacking and dist.get_rank() == 0:
+        line = f"{path} has no {', and no '.join(lacking)}"
+        if training:
+            logger.warning(f"the resume is not exact: {line}")
+        else:  # converted weights: as it has to be
+            logger.info(line)
     return optimizer if has_moments else None, with_rng and has_rng
 
 
@@ -267,28 +231,14 @@ def _frozen(model: nn.Module) -> set[str]:
     return {MODEL_PREFIX + name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-def _log_rounding(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
-    count = sum(stored[name][1] == torch.float32 and tensor.dtype == torch.bfloat16 for name, tensor in tensors.items())
+def _log_rounding(path: Path, parameters: Mapping[str, Entry], stored: Mapping[str, Entry]) -> None:
+    count = sum(
+        stored[name][1] == "float32" and parameters[name][1] == "bfloat16" for name in parameters.keys() & stored.keys()
+    )
     if count:
         logger.info(
             f"{count} frozen parameters that {path} stores in fp32 are rounded to bf16 (--frozen-param-dtype); "
             "checkpoints of this run contain the rounded values"
-        )
-
-
-def _check_trained(path: Path, moments: Collection[str], stored: Collection[str]) -> None:
-    """Refuse AdamW's moments of other parameters than those that train now."""
-    now, then = (
-        {name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] for name in names} for names in (moments, stored)
-    )
-    differences = [
-        f"{', '.join(sorted(names)[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''} {what}"
-        for names, what in ((now - then, "did not train then"), (then - now, "did, and do not now")) if names
-    ]
-    if differences:
-        raise UserError(
-            f"{path} is of a run that trained other parameters: {'; '.join(differences)}. Freeze what that run froze, "
-            "or add --no-load-optim to start AdamW's moments from zero"
         )
 
 
@@ -300,9 +250,9 @@ def _load_base(base: Base, model: nn.Module, names: Collection[str], *, check: C
     tensors = model_state(model, names)
     with raise_on_all_ranks():
         reader = CheckpointReader(Path(base.path), verify_directory(base.path), check=check)
-        stored = {name: entry for name, entry in reader.tensors.items() if name in tensors}
-        compare(Path(base.path), tensors, stored, exact=False, frozen=_frozen(model))
-        _log_rounding(Path(base.path), tensors, stored)
+        stored = {name: entry for name, entry in entries_of(reader.tensors).items() if name in tensors}
+        compare(Path(base.path), entries_of(tensors), stored, exact=False, frozen=_frozen(model))
+        _log_rounding(Path(base.path), entries_of(tensors), stored)
     load_tensors(reader, tensors)
 
 
@@ -328,38 +278,3 @@ def load_hf_weights(
         if unknown := model_state(model).keys() - reader.tensors.keys():
             raise AssertionError(f"the weight map does not know {sorted(unknown)[:3]}")
     load_tensors(reader, model_state(model, names))
-
-
-def _tensors_to_load(
-    reader: CheckpointReader,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
-    backend: Backend,
-    *,
-    with_rng: bool,
-    partial: bool,
-    exact: bool,
-) -> dict[str, Tensor]:
-    """The tensors to fill, by their names in the checkpoint.
-
-    Raises:
-        UserError: if those of the model or of the optimizer are not the checkpoint's.
-    """
-    stored, path = reader.tensors, Path(reader.path)
-    state = model_state(model)
-    if partial:
-        state = {name: tensor for name, tensor in state.items() if name in stored}
-    parameters = {name: entry for name, entry in stored.items() if name.startswith(MODEL_PREFIX)}
-    compare(path, state, parameters, exact=exact, frozen=_frozen(model))
-    _log_rounding(path, state, parameters)
-    if optimizer is not None:
-        initialize_optimizer_state(optimizer)
-        moments = optimizer_state(model, optimizer)
-        stored_moments = {name: entry for name, entry in stored.items() if name.startswith(OPTIMIZER_PREFIX)}
-        _check_trained(path, moments, stored_moments)
-        compare(path, moments, stored_moments)
-        state.update(moments)
-    if with_rng:
-        # a rank or device type that the saving run did not have keeps the state from --seed
-        state.update({n: tensor for n, tensor in rng_state(backend, dist.get_rank()).items() if n in stored})
-    return state

@@ -4,17 +4,15 @@ The files are torch's own: ``.metadata`` says which chunk of which tensor is whe
 archive. The writer adds a checksum of every chunk and file, and two steps of the coordinator: before any rank writes,
 and after all have written. The reader compares the checksums of what it reads.
 
-``.metadata`` is a pickle, and unpickling can run any code that the file names; here only the record types of the format
-are admitted, and chunks go through ``torch.load(weights_only=True)``.
+Of ``.metadata``, a pickle, only the record types of the format are admitted (see :mod:`metadata_file`), and chunks go
+through ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
-import pickle
 import queue
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,26 +40,31 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from mindspeed_mm.checkpoint import safetensors_io
-from mindspeed_mm.checkpoint.directory import MANIFEST, METADATA, WrittenFile, verify_files
+from mindspeed_mm.checkpoint.directory import METADATA, WrittenFile, verify_files
 from mindspeed_mm.checkpoint.files import (
     OutputFile,
     becomes_visible,
-    file_checksum,
     format_checksum,
     new_file,
     run_all,
     section_checksum,
 )
-from mindspeed_mm.checkpoint.metadata_checks import check_pickle, check_tensor
+from mindspeed_mm.checkpoint.metadata_checks import check_tensor
+from mindspeed_mm.checkpoint.metadata_file import (
+    LAYOUT,
+    RECORDS,
+    RECORDS_MODULE,
+    STORAGE_INFO,
+    load_pickle,
+    verify_metadata,
+)
 from mindspeed_mm.checkpoint.shards import Rows, Stager
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, is_present, open_regular, read_bytes, reading, reason
+from mindspeed_mm.inputs import open_regular, reason
 
 # torch 2.7's own writer causes it
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
 
-MODEL_PREFIX = "model."
-"""Begins the names of the model's parameters in a checkpoint; the rest is the parameter's name in the model."""
 FILE_BYTES, MIN_FILE_BYTES = 1 << 30, 256 << 20
 """Size of a file: about the first, or less so that every thread has one, but not less than the second."""
 THREADS = 4
@@ -81,69 +84,24 @@ def read_metadata(path: Path, *, verified: bool = False) -> Metadata:
     Raises:
         UserError: if it is missing, damaged, incomplete, or holds anything but the records of the format.
     """
-    try:
-        data = read_bytes(path, limit=INDEX_BYTES)
-        if not verified:
-            check_pickle(data)
-        content = _MetadataUnpickler(io.BytesIO(data)).load()
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}, so it is not a distributed checkpoint") from error
-    except _Foreign as error:
-        raise UserError(
-            f"{path} asks for {error}, which is not part of a checkpoint; it was not run. Do not trust the checkpoint: "
-            "take it from its source again"
-        ) from error
-    except Exception as error:  # unpickling damaged bytes raises almost anything
-        why = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"{path} cannot be read ({why}); restore it or create the checkpoint again") from error
+    content = load_pickle(path, _find_record, verified=verified)
     parts = ("state_dict_metadata", "storage_data")  # absent from a record that was made without its fields
     if not isinstance(content, Metadata) or not all(isinstance(getattr(content, part, None), dict) for part in parts):
         raise UserError(f"{path} has no description of a checkpoint; create the checkpoint again")
     return content
 
 
-class _Foreign(pickle.UnpicklingError):
-    """The pickle names something that is not in the format."""
-
-
 _RECORDS = {
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    (_StorageInfo.__module__, "_StorageInfo"): _StorageInfo,
-    **{
-        (records.__name__, name): getattr(records, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
+    LAYOUT: torch.serialization._get_layout,
+    STORAGE_INFO: _StorageInfo,
+    **{(RECORDS_MODULE, name): getattr(records, name) for name in RECORDS},
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the records of the format and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
-            return _no_path  # the directory that it was written to, which is not used
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        try:
-            return _RECORDS[module, name]
-        except KeyError:
-            raise _Foreign(f"{module}.{name}") from None
-
-
-def _no_path(*parts: Any) -> str:
-    """Not joined: parts that are used again and again could make it long beyond all memory."""
-    return ""
+def _find_record(module: str, name: str) -> Any:
+    dtype = getattr(torch, name, None) if module == "torch" else None
+    return dtype if isinstance(dtype, torch.dtype) else _RECORDS[module, name]
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -347,17 +305,8 @@ class CheckpointReader(FileSystemReader):
         self.fs = _DurableFiles()
         self._files: Mapping[str, Any] = {} if manifest is None else manifest["files"]
         self._check = check
-        if manifest is not None and not self._files and is_present(path / MANIFEST):
-            # else nothing would be compared, as for a checkpoint without a manifest
-            raise UserError(f"{path / MANIFEST} lists no files; restore it or make the checkpoint again")
-        if self._files:
-            if METADATA not in self._files:
-                raise UserError(f"{path / MANIFEST} does not have {METADATA}; restore it or make the checkpoint again")
-            with reading(str(path / METADATA), "restore it or make the checkpoint again"):
-                found = file_checksum(path / METADATA)
-            if found != self._files[METADATA]["checksum"]:
-                raise UserError(f"{path / METADATA} has another checksum than recorded; restore it or make it again")
-        self._metadata = read_metadata(path / METADATA, verified=bool(self._files))
+        verified = verify_metadata(path, manifest)
+        self._metadata = read_metadata(path / METADATA, verified=verified)
         self.storage_data = self._metadata.storage_data
         self._entries: dict[str, TensorStorageMetadata] = {}
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}

@@ -94,7 +94,9 @@ def check_frozen_dtype(args: TrainingArgs, fsdp: FSDPConfig) -> None:
 
 
 def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> int:
-    """Rules between the number of ranks, the parallel degrees and the batch.
+    """Rules between the number of ranks, the FSDP2 file and the batch.
+
+    Expert and context parallelism are left to :func:`check_model`, which knows all the numbers that they must divide.
 
     Args:
         args: the flags, after :func:`check_flags` and :func:`join_expert_sizes`.
@@ -107,14 +109,15 @@ def check_parallel(args: TrainingArgs, fsdp: FSDPConfig, *, world_size: int) -> 
     Raises:
         UserError: naming the values and the nearest ones that are possible.
     """
-    shard, expert, context = shard_size(fsdp, world_size), args.expert_model_parallel_size, args.context_parallel_size
-    file = args.fsdp2_config_path
-    _must_divide(f"{file}: sharding_size", shard, world_size, "the number of ranks", also="auto or ")
-    _must_divide("context_parallel_size", context, world_size, "the number of ranks")
-    _must_divide("expert_model_parallel_size", expert, world_size, "the number of ranks")
-    if shard != world_size:
-        _must_divide("expert_model_parallel_size", expert, shard, f"sharding_size of {file},")
+    shard, context = shard_size(fsdp, world_size), args.context_parallel_size
+    if world_size % shard:
+        raise UserError(
+            f"{args.fsdp2_config_path}: sharding_size {shard} does not divide the number of ranks {world_size}; "
+            f"set it to auto, or {_choice(_divisors(world_size))}"
+        )
     data_parallel_size = world_size // context
+    if world_size % context:  # check_model refuses it
+        return args.global_batch_size or args.micro_batch_size
     samples_at_once = args.micro_batch_size * data_parallel_size
     global_batch_size = samples_at_once if args.global_batch_size is None else args.global_batch_size
     if global_batch_size % samples_at_once:
@@ -134,34 +137,67 @@ def check_model(
 
     Raises:
         UserError: if the model file contradicts ``config.json``, or a parallel degree or the loss does not fit the
-            model; with both values and those that are possible.
+            model or the number of ranks; with both values and those that meet all rules.
     """
     _check_model_file(args, model, facts)
     expert, context = args.expert_model_parallel_size, args.context_parallel_size
-    if expert > 1:
-        if not facts.num_experts:
-            raise UserError(f"expert_model_parallel_size {expert} needs experts, and this model has none; set it to 1")
-        _must_divide("expert_model_parallel_size", expert, facts.num_experts, "num_experts")
-        parts = shard_size(fsdp, world_size) // expert
-        for name, width in facts.expert_widths.items():
-            if width % parts:
-                raise UserError(
-                    f"each expert would be cut into {parts} parts, which do not divide {name} {width}; raise "
-                    "--expert-model-parallel-size, or lower sharding_size in the FSDP2 file"
-                )
-    for stack, (heads, key_heads) in facts.attention_heads.items():
-        _must_divide("context_parallel_size", context, heads, f"the {stack} attention heads")
-        if key_heads % context and context % key_heads:
-            raise UserError(
-                f"context_parallel_size {context} neither divides the {key_heads} key/value heads nor is a multiple of "
-                f"them; choose one of {_divisors(key_heads)} or a multiple of {key_heads}"
-            )
+    file = args.fsdp2_config_path
+    if problem := _expert_size_problem(expert, fsdp, facts, world_size=world_size, file=str(file)):
+        sizes = expert_parallel_sizes(fsdp, facts, world_size=world_size)
+        raise UserError(f"expert_model_parallel_size {expert} {problem}; {_choice(sizes)}")
+    if problem := _context_size_problem(context, facts, world_size=world_size):
+        sizes = context_parallel_sizes(facts, world_size=world_size)
+        raise UserError(f"context_parallel_size {context} {problem}; {_choice(sizes)}")
     coefficient = router_aux_loss_coef(args, model)
     if coefficient and not facts.num_experts:
         raise UserError(
             f"router_aux_loss_coef {coefficient} needs routers, and this model has none; "
             "leave it and --moe-aux-loss-coeff out"
         )
+
+
+def expert_parallel_sizes(fsdp: FSDPConfig, facts: ModelFacts, *, world_size: int) -> list[int]:
+    """Values of ``--expert-model-parallel-size`` that :func:`check_model` accepts, ascending."""
+    sizes = _divisors(shard_size(fsdp, world_size))
+    return [size for size in sizes if not _expert_size_problem(size, fsdp, facts, world_size=world_size)]
+
+
+def context_parallel_sizes(facts: ModelFacts, *, world_size: int) -> list[int]:
+    """Values of ``--context-parallel-size`` that :func:`check_model` accepts, ascending."""
+    return [size for size in _divisors(world_size) if not _context_size_problem(size, facts, world_size=world_size)]
+
+
+def _expert_size_problem(
+    size: int, fsdp: FSDPConfig, facts: ModelFacts, *, world_size: int, file: str = ""
+) -> str | None:
+    """Why experts cannot be sharded over ``size`` ranks, or None."""
+    if size == 1:
+        return None
+    if not facts.num_experts:
+        return "needs experts, and this model has none"
+    shard = shard_size(fsdp, world_size)
+    for number, what in (
+        (world_size, "the number of ranks"), (shard, f"sharding_size of {file},"), (facts.num_experts, "num_experts")
+    ):
+        if number % size:
+            return f"does not divide {what} {number}"
+    parts = shard // size
+    for name, width in facts.expert_widths.items():
+        if width % parts:
+            return f"would cut each expert into {parts} parts, which do not divide {name} {width}"
+    return None
+
+
+def _context_size_problem(size: int, facts: ModelFacts, *, world_size: int) -> str | None:
+    """Why ``size`` ranks cannot share a micro-batch, or None."""
+    if world_size % size:
+        return f"does not divide the number of ranks {world_size}"
+    for stack, (heads, key_heads) in facts.attention_heads.items():
+        if heads % size:
+            return f"does not divide the {stack} attention heads {heads}"
+        if key_heads % size and size % key_heads:
+            return f"neither divides the {key_heads} key/value heads nor is a multiple of them"
+    return None
 
 
 def shard_size(fsdp: FSDPConfig, world_size: int) -> int:
@@ -238,11 +274,10 @@ def _check_model_file(args: TrainingArgs, model: ModelOptions, facts: ModelFacts
             )
 
 
-def _must_divide(name: str, size: int, total: int, what: str, *, also: str = "") -> None:
-    if total % size:
-        raise UserError(f"{name} {size} does not divide {what} {total}; choose {also}one of {_divisors(total)}")
-
-
-def _divisors(number: int) -> str:
+def _divisors(number: int) -> list[int]:
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return ", ".join(str(size) for size in sorted({*small, *(number // size for size in small)}))
+    return sorted({*small, *(number // size for size in small)})
+
+
+def _choice(sizes: list[int]) -> str:
+    return f"choose one of {', '.join(str(size) for size in sizes)}" if len(sizes) > 1 else f"set it to {sizes[0]}"

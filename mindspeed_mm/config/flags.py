@@ -197,8 +197,8 @@ class CheckpointArgs(StrictModel):
     finetune: bool = effective(
         False, "start a new stage from the weights of --load: counters, optimizer, schedule and RNG begin anew"
     )
-    no_load_optim: bool = effective(False, "do not load optimizer state")
-    no_load_rng: bool = effective(False, "do not load RNG states")
+    no_load_optim: bool = effective(False, "do not load optimizer state, which otherwise is if the checkpoint has it")
+    no_load_rng: bool = effective(False, "do not load RNG states, which otherwise are if the checkpoint has them")
     no_save_optim: bool = effective(False, "do not save optimizer state; a run resumed from it restarts Adam")
     no_save_rng: bool = effective(False, "do not save RNG states")
 

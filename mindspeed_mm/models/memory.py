@@ -6,6 +6,7 @@ A family describes its model in these terms (see :meth:`mindspeed_mm.models.spec
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection
 from typing import Any, Literal
@@ -176,7 +177,7 @@ class Activations:
 
     def times(self, count: int) -> Activations:
         """Those of ``count`` tokens or patches, from those of one."""
-        return Activations(*(value * count for value in dataclasses.astuple(self)))
+        return Activations(*(getattr(self, field.name) * count for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +226,15 @@ class Unit:
         axis = self.axis if len(shape) > self.axis else 0
         return math.prod(-(-size // self.shards) if at == axis else size for at, size in enumerate(shape))
 
+    @functools.cached_property
+    def _shards(self) -> tuple[int, int]:
+        """Numbers that a rank holds: all of them, and those that train; an estimate asks often."""
+        parts = [(self._part(parameter.shape), parameter.trains) for parameter in self.parameters]
+        return sum(size for size, _ in parts), sum(size for size, trains in parts if trains)
+
     def shard(self, *, training_only: bool = False) -> int:
         """Numbers that a rank holds."""
-        return sum(self._part(p.shape) for p in self.parameters if p.trains or not training_only)
+        return self._shards[training_only]
 
     def gathered(self, *, training_only: bool = False) -> int:
         """Numbers in the gathered parameters, padding included."""

@@ -228,6 +228,25 @@ class ModelSpec(abc.ABC):
         del config, model_config
         return None
 
+    def with_trained_limits(
+        self, directory: Path, trained: Mapping[str, Any], *, source: str
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Processor files of a model with the limits of its training's images and videos.
+
+        Args:
+            directory: Hugging Face directory with the files.
+            trained: :meth:`read_media_settings` of the training, as a manifest has them.
+            source: names ``trained``, for messages.
+
+        Returns:
+            Name -> content of each JSON file that has other limits, and each change as ``file: field old -> new``.
+
+        Raises:
+            UserError: if ``trained`` or a file holds values that such limits cannot have.
+        """
+        del directory, trained, source
+        return {}, []
+
     def placeholder_token_ids(self, model_config: Any) -> tuple[int, ...]:
         """Ids of the tokens that merged vision patches replace."""
         del model_config

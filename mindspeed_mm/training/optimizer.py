@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
+from mindspeed_mm.models.parameter_rules import Settings
 from mindspeed_mm.training.gradients import by_mesh, local
-from mindspeed_mm.training.resume_checks import schedule_settings
+from mindspeed_mm.training.resume_checks import names_of_scales, schedule_settings
 
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -71,7 +70,7 @@ def _skips_on_device(device: torch.device) -> bool:
 def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) -> AdamW:
     """Fused AdamW over the trainable parameters, in groups of equal learning rate and weight decay."""
     trainable = {p: settings[name] for name, p in model.named_parameters() if p.requires_grad}
-    names = _names_of_scales(trainable.values())
+    names = names_of_scales(trainable.values())
     groups: list[dict[str, Any]] = []
     for same_mesh in by_mesh(trainable):  # one fused step must not mix meshes
         by_factors: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
@@ -88,16 +87,6 @@ def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) ->
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
-
-
-def _names_of_scales(settings: Iterable[ParameterSettings]) -> dict[float, str]:
-    """Learning-rate scale -> the parts of the model that have it, and the scale too where a part has several."""
-    parts: dict[float, dict[str, None]] = defaultdict(dict)
-    for setting in settings:
-        parts[setting.lr_scale][setting.part] = None
-    names = {scale: "+".join(of_scale) for scale, of_scale in parts.items()}
-    several = {name for name, count in Counter(names.values()).items() if count > 1}
-    return {scale: f"{name}*{scale:g}" if name in several else name for scale, name in names.items()}
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, schedule: OptimizerParamScheduler) -> dict[str, float]:

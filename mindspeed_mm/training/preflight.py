@@ -16,9 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device, needs_torch
-from mindspeed_mm.checkpoint.directory import checkpoint_to_load
-from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
-from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.data.sampler import SampleStream
@@ -28,10 +25,11 @@ from mindspeed_mm.inputs import is_directory, shorten
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.spec import spec_of
-from mindspeed_mm.tools.memory.plan import Load, checkpoint_bytes, plan_run
-from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, warning
+from mindspeed_mm.tools.memory.advice import Device
+from mindspeed_mm.tools.memory.plan import Run, checkpoint_bytes
+from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, warning
 from mindspeed_mm.training import launch_environment as environment
-from mindspeed_mm.training.resume_checks import check_schedule, check_steps_remain, schedule_settings
+from mindspeed_mm.training.resume_checks import check_base_is_kept, check_start
 
 # a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678
 _LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
@@ -48,29 +46,23 @@ def preflight(job: JobConfig) -> None:
     model_config = spec.read_config(job.model.init_from_hf_path)
     world_size = launched_world_size()
     job.check_model(spec.facts(model_config), world_size=world_size)
-    spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
+    settings = spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
     if job.args.load is not None:
-        checkpoint, manifest = checkpoint_to_load(job.args.load, plain=job.args.check_load == "none")
-        check_expert_layout(job.args.expert_layout, manifest, checkpoint)
-        if not job.args.finetune:
-            progress = Progress.read(checkpoint, manifest)
-            check_steps_remain(progress, job.args)
-            check_schedule(job.args, progress, schedule_settings(job.args))
-        find_base(manifest, checkpoint, moved_to=job.args.load_base, option="--load-base")
+        check_start(job.args, spec, model_config, settings)
+    elif job.args.save_trainable_only:
+        check_base_is_kept(job.args, Path(job.model.init_from_hf_path))
     if job.args.save is not None:
         check_writable(Path(job.args.save))
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
     check_first_batch(job, records=validate_data(job.data, spec))
-    plan = plan_run(
-        job.args, job.model, job.fsdp, model_config=model_config, world_size=world_size,
-        load=Load.largest(
-            job.args, model_config, pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels
-        ),
+    run = Run(
+        args=job.args, model=job.model, fsdp=job.fsdp, model_config=model_config, world_size=world_size,
+        pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels,
     )
     for line in (
-        memory_warning(plan, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
-        checkpoint_warning(job, plan),
+        memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
+        checkpoint_warning(job, run.plan),
         environment.host_memory_warning(launched_local_ranks()),
         environment.shared_memory_warning(
             local_ranks=launched_local_ranks(),
@@ -128,7 +120,7 @@ def check_temporary_directory(num_workers: int) -> None:
         )
 
 
-def memory_warning(plan: Plan, device_memory: str) -> str | None:
+def memory_warning(run: Run, device_memory: str) -> str | None:
     """A line if samples of the full length are unlikely to fit into a device of ``device_memory`` GiB; empty: no check.
 
     Raises:
@@ -137,7 +129,7 @@ def memory_warning(plan: Plan, device_memory: str) -> str | None:
     size = environment.device_memory(device_memory)
     if size is None:
         return None
-    return warning(plan, Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
+    return warning(run, Device(size=round(size * GIB), reserve=round(RESERVE_GB * GIB)))
 
 
 def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:

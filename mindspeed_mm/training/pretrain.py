@@ -14,7 +14,7 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint.directory import RELEASE
+from mindspeed_mm.checkpoint.directory import MEDIA_KEY
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run
 from mindspeed_mm.checkpoint.progress import Progress
@@ -22,7 +22,6 @@ from mindspeed_mm.checkpoint.state import TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
-from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
@@ -47,7 +46,7 @@ from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
-from mindspeed_mm.training.resume_checks import check_steps_remain
+from mindspeed_mm.training.resume_checks import check_base_is_kept, check_steps_remain
 from mindspeed_mm.training.signals import StopRequest, exit_status
 from mindspeed_mm.training.trainer import Trainer
 
@@ -168,7 +167,7 @@ def _run(
                 describe=loader.dataset.describe,
                 eval_loader=eval_loader,
                 split=split,
-                manager=_checkpoint_manager(job, model, optimizer, backend, settings, source),
+                manager=_checkpoint_manager(job, model, optimizer, backend, settings, media, source),
             ),
         )
         trainer.train()
@@ -236,22 +235,19 @@ def _load_balancing(job: JobConfig, model_config: ModelConfig) -> LoadBalancingL
 
 def _checkpoint_manager(
     job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend, settings: Settings,
-    source: Path | None,
+    media: MediaSettings | None, source: Path | None,
 ) -> CheckpointManager | None:
     """Writes the run's checkpoints, if ``--save`` names a directory; ``source``: what the run started from."""
     args = job.args
     if args.save is None:
         return None
     names, metadata = None, {**job.checkpoint_metadata(), RUN_KEY: run_identity()}
+    if media is not None:
+        metadata[MEDIA_KEY] = dataclasses.asdict(media)
     if args.save_trainable_only and source is not None:
         base, names = base_of_run(source, moved_to=args.load_base, option="--load-base")
         names |= {name for name, setting in settings.items() if setting.saved}
-        deletable = Path(base.path).parent == Path(args.save).resolve() and Path(base.path).name != RELEASE
-        if args.keep_last is not None and deletable:
-            raise UserError(
-                f"--keep-last {args.keep_last} would delete {base.path}, the base of this run's checkpoints; save to "
-                "another directory, or leave --keep-last out"
-            )
+        check_base_is_kept(args, Path(base.path))
         metadata[BASE_KEY] = dataclasses.asdict(base)
     optimizer_to_save = None if args.no_save_optim else optimizer
     return CheckpointManager(

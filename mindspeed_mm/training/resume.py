@@ -41,8 +41,8 @@ class Start:
     Attributes:
         path: checkpoint directory; None for the Hugging Face weights.
         load_base: where the base of a partial checkpoint has moved to; None for where it was.
-        with_optimizer: whether AdamW's moments are read from it.
-        with_rng: whether the RNG states are.
+        with_optimizer: whether AdamW's moments are read from it, if it has them.
+        with_rng: whether the RNG states are, if it has them.
         new_stage: whether the counters start at 0, whatever the checkpoint says (``--finetune``).
     """
 
@@ -86,17 +86,7 @@ def _choose(args: TrainingArgs) -> Start:
     own = _own_checkpoint(args) if restarts else None
     if own is not None:
         logger.info(f"restart {restarts} by torchrun: continuing from {own}, this run's last checkpoint")
-        lost = [
-            what
-            for omitted, what in (
-                (args.no_save_optim, "AdamW's moments (--no-save-optim)"),
-                (args.no_save_rng, "RNG states (--no-save-rng)"),
-            )
-            if omitted
-        ]
-        if lost:
-            logger.warning(f"lost, since that checkpoint does not have them: {' and '.join(lost)}")
-        return Start(own, with_optimizer=not args.no_save_optim, with_rng=not args.no_save_rng)
+        return Start(own, with_optimizer=True, with_rng=True)
     if restarts:
         logger.info(f"restart {restarts} by torchrun: this run has no checkpoint yet and starts over")
     if args.load is None:

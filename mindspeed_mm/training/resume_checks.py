@@ -1,16 +1,74 @@
-"""Whether a run can go on from a checkpoint, by its progress. Imports no torch: also checked before any rank starts."""
+"""Whether a run can start from a checkpoint, by the files that describe it. Imports no torch: also checked before any
+rank is started.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.checkpoint.contents import check_base_contents, check_contents
+from mindspeed_mm.checkpoint.directory import RELEASE, checkpoint_to_load
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, read_entries
+from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
+from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 
 _MOVING = ("num_steps", "wd_incr_steps")  # the position; and the length of a constant weight decay
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def check_start(args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, settings: Settings) -> None:
+    """Refuse what the ranks would refuse of ``--load``, as far as its small files tell.
+
+    Args:
+        args: the flags; ``--load`` is given.
+        spec: of the model.
+        model_config: of the model.
+        settings: of its parameters.
+
+    Raises:
+        UserError: if the checkpoint is incomplete or of another model, or the run cannot continue from it.
+    """
+    plain = args.check_load == "none"
+    path, manifest = checkpoint_to_load(args.load, plain=plain)
+    check_expert_layout(args.expert_layout, manifest, path)
+    base = find_base(manifest, path, moved_to=args.load_base, option="--load-base")
+    shapes = {rule.target: rule.target_shape for rule in spec.weight_rules(model_config, expert_layout="hub")}
+    parameters = {MODEL_PREFIX + name: (shapes[name], _DTYPES[settings[name].dtype]) for name in settings}
+    trained = {MODEL_PREFIX + name for name, setting in settings.items() if setting.trainable}
+    stored = read_entries(path, manifest)
+    with_optimizer = not args.finetune and not args.no_load_optim
+    check_contents(path, manifest, stored, parameters, trained=trained, with_optimizer=with_optimizer)
+    progress = Progress.read(path, None if plain else manifest)
+    if base is not None and base.kind == "checkpoint":
+        check_base_contents(base, parameters.keys() - stored.keys(), parameters, trained=trained)
+    if not args.finetune:
+        check_steps_remain(progress, args)
+        check_schedule(args, progress, {**schedule_settings(args), "lr_scales": lr_scales(settings)})
+    if args.save_trainable_only:
+        check_base_is_kept(args, path if base is None else Path(base.path))
+
+
+def check_base_is_kept(args: TrainingArgs, base: Path) -> None:
+    """Refuse ``--keep-last`` where it would delete the base of the run's partial checkpoints.
+
+    Raises:
+        UserError: if the base is a training checkpoint in ``--save``.
+    """
+    base = base.resolve()
+    deletable = args.save is not None and base.parent == Path(args.save).resolve() and base.name != RELEASE
+    if args.keep_last is not None and deletable:
+        raise UserError(
+            f"--keep-last {args.keep_last} would delete {base}, the base of this run's checkpoints; save to "
+            "another directory, or leave --keep-last out"
+        )
 
 
 def check_steps_remain(progress: Progress, args: TrainingArgs) -> None:
@@ -44,6 +102,30 @@ def schedule_settings(args: TrainingArgs) -> dict[str, Any]:
     }
 
 
+def names_of_scales(settings: Iterable[ParameterSettings]) -> dict[float, str]:
+    """Learning-rate scale -> the parts of the model that have it, and the scale too where a part has several."""
+    parts: dict[float, dict[str, None]] = defaultdict(dict)
+    for setting in settings:
+        parts[setting.lr_scale][setting.part] = None
+    names = {scale: "+".join(of_scale) for scale, of_scale in parts.items()}
+    several = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {scale: f"{name}*{scale:g}" if name in several else name for scale, name in names.items()}
+
+
+def lr_scales(settings: Settings) -> dict[str, float]:
+    """``lr_scales`` of the schedule's state: group -> factor on its learning rate, unless that is 1."""
+    names = names_of_scales(setting for setting in settings.values() if setting.trainable)
+    return {name: scale for scale, name in names.items() if scale != 1.0}
+
+
+def _without_order(scales: Any) -> Any:
+    """``lr_scales`` by groups whose parts have no order, which is the model's or the weight map's."""
+    if not isinstance(scales, Mapping):
+        return scales
+    names = {name: name.partition("*") for name in scales}
+    return {(*sorted(parts.split("+")), factor): scales[name] for name, (parts, _, factor) in names.items()}
+
+
 def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str, Any]) -> None:
     """Refuse another learning-rate schedule than the checkpoint's, unless ``--override-opt-param-scheduler`` is given.
 
@@ -59,7 +141,8 @@ def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str,
     differing = [
         f"{key} {value!r} became {current[key]!r}"
         for key, value in saved.items()
-        if progress.schedule and key in current and key not in _MOVING and current[key] != value
+        if progress.schedule and key in current and key not in _MOVING
+        and (current[key] != value if key != "lr_scales" else _without_order(current[key]) != _without_order(value))
     ]
     if differing and not args.override_opt_param_scheduler:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,15 +60,20 @@ def place(tmp_path_factory) -> Path:
 
 
 def train(
-    place: Path, save: str, *flags: str, load: str = "dcp", status: int = 0, model: str = "tiny", **variables: str
+    place: Path, save: str, *flags: str, load: str = "dcp", status: int = 0, model: str = "tiny",
+    **variables: str | None,
 ) -> str:
-    """Run the tiny model for 6 iterations of 12 samples, by its own launcher or another's, with full checkpoints."""
+    """Run the tiny model for 6 iterations of 12 samples, by its own launcher or another's, with full checkpoints.
+
+    ``variables``: of the launcher; None for its default.
+    """
     environment = {
         "NPUS_PER_NODE": "1", "MBS": "12", "TRAIN_ITERS": "6", "SAVE_INTERVAL": "3", "CKPT_ARGS": "",
         "MM_DATA": str(place / "data_tiny.json"), "MM_MODEL": str(place / "model_tiny.json"),
         "LOAD_PATH": str(place / load), "SAVE_PATH": str(place / save), "MASTER_PORT": free_port(), **variables,
     }
-    return run("bash", EXAMPLE / f"finetune_qwen3vl_{model}.sh", *flags, status=status, **environment)
+    given = {name: value for name, value in environment.items() if value is not None}
+    return run("bash", EXAMPLE / f"finetune_qwen3vl_{model}.sh", *flags, status=status, **given)
 
 
 def free_port() -> str:
@@ -126,6 +132,14 @@ def test_resumed_run_is_the_same_run(place, whole_run):
     whole, parts = stored(place / "whole/iter_0000006"), stored(place / "parts/iter_0000006")
     assert whole.keys() == parts.keys() and any(name.startswith("optimizer.") for name in whole)
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_launchers_own_checkpoint_flags_load_what_there_is_and_save_weights_only(place, whole_run):
+    output = train(place, "small", load="whole/iter_0000003", CKPT_ARGS=None)
+    assert logged(output) == {iteration: whole_run[iteration] for iteration in (4, 5, 6)}  # with AdamW's moments
+    assert output.count("checkpoints will be saved without AdamW's moments and RNG states") == 1
+    assert "not exact" not in output
+    assert {name.partition(".")[0] for name in stored(place / "small/iter_0000006")} == {"model"}
 
 
 def test_two_processes_with_accumulation_train_the_same(place, whole_run):
@@ -210,11 +224,19 @@ def test_export_is_the_trained_model(place, whole_run):
     from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
     from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 
-    run(
+    assets, name = place / "assets", "preprocessor_config.json"
+    shutil.copytree(place / "ckpt/hf_path/Qwen3-VL-tiny", assets, ignore=shutil.ignore_patterns("*.safetensors"))
+    processor = json.loads((assets / name).read_text())
+    processor["size"]["longest_edge"] *= 2
+    (assets / name).write_text(json.dumps(processor))
+    output = run(
         sys.executable, "-m", "checkpoint.cli", "Qwen3VLConverter", "dcp_to_hf", "--load_dir",
-        place / "whole/iter_0000006", "--save_dir", place / "export", "--dtype", "keep",
-        "--model_assets_dir", place / "ckpt/hf_path/Qwen3-VL-tiny",
+        place / "whole/iter_0000006", "--save_dir", place / "export", "--dtype", "keep", "--model_assets_dir", assets,
     )
+    # the limits of the training, which the checkpoint records
+    limit = processor["size"]["longest_edge"] // 2
+    assert f"processor settings are the training's: {name}: size.longest_edge {2 * limit} -> {limit}\n" in output
+    assert json.loads((place / "export" / name).read_text())["size"]["longest_edge"] == limit
     exported: dict[str, torch.Tensor] = {}
     for file in (place / "export").glob("*.safetensors"):
         exported.update(load_file(file))
@@ -260,7 +282,7 @@ MISTAKES = {
         lambda place: {"MM_MODEL": edited(place, "model_tiny.json", lambda c: c["text_decoder"].update(num_layers=7))},
         ["text_decoder.num_layers 7", "contradicts", "config.json"],
     ),
-    "degree": (lambda place: {"EP": "3"}, ["expert_model_parallel_size 3", "choose"]),
+    "degree": (lambda place: {"EP": "3"}, ["expert_model_parallel_size 3", "set it to 1"]),
     "flag value": (lambda place: {"LR": "-1"}, ["--lr", "-1"]),
     "no list": (lambda place: {"MM_DATA": data_file(place, {"a": 1})}, ["bad.json", "list"]),
     "no JSON": (lambda place: {"MM_DATA": data_file(place, "[{")}, ["bad.json", "JSON"]),

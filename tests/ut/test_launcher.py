@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm.checkpoint.directory import write_tracker
-from tests.helpers.checkpoint_directory import commit_directory
+from tests.helpers.checkpoint_directory import commit_directory, parameter_shapes, write_metadata
 from tests.helpers.published import DIRECTORIES, published_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,7 @@ def _write_model(root, model):
     converted.mkdir(parents=True)
     with commit_directory(converted / "release", {}) as release:
         (release / "__0_0.distcp").write_bytes(b"weights")
+        write_metadata(release, parameter_shapes(directory))
     write_tracker(converted, "release")
 
 
@@ -219,8 +220,9 @@ def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
     result = _launch(workplace, MM_DEVICE_MEMORY_GB=64)
     assert result.returncode == 0 and "--global-batch-size" in result.words
     (line,) = _warnings(result, "does not fit")
-    assert "of 64 GiB" in line and "16 ranks" in line
-    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, NPUS_PER_NODE=16), "does not fit")
+    assert "of 64 GiB" in line and "EP=8 (58.9 GiB); NPUS_PER_NODE x NNODES = 16 devices (35.0 GiB" in line
+    for offered in ({"EP": 8}, {"NPUS_PER_NODE": 16}):
+        assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, **offered), "does not fit")
     assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=""), "does not fit")
 
 
@@ -501,6 +503,7 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workpl
     with commit_directory(workplace / "save_dir/iter_0000005", {}) as directory:
         progress = {"iteration": 5, "consumed_samples": 40, "schedule": schedule}
         (directory / "progress.json").write_text(json.dumps(progress))
+        write_metadata(directory, parameter_shapes(workplace / "ckpt/hf_path" / DIRECTORIES["30B"]))
     write_tracker(workplace / "save_dir", 5)
     result = _launch(workplace, *flags, LOAD_PATH="save_dir", **variables)
     if piece is None:

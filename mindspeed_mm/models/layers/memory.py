@@ -77,6 +77,8 @@ class DecoderMemory:
             embedding = self._parameters(".embedding", self._embedding())
             yield Unit(name="embedding", kind="embedding", parameters=embedding, shards=shards,
                        runs_backward=self.trains)  # fmt: skip
+        kinds = {config.is_moe_layer(index) for index in range(config.num_layers)}
+        activations = {sparse: self.layer_activations(sparse=sparse) for sparse in kinds}
         for index in range(config.num_layers):
             prefix, shapes = f".layers.{index}", self._layer(index)
             if plan.align_fsdp_param_groups:
@@ -93,7 +95,7 @@ class DecoderMemory:
             yield Unit(
                 name=f"decoder layer {index}", kind="layer", index=index, shards=shards, experts=expert_unit,
                 parameters=self._parameters(prefix, {**shapes, **experts}),
-                activations=self.layer_activations(index), runs_backward=self.runs_backward,
+                activations=activations[config.is_moe_layer(index)], runs_backward=self.runs_backward,
                 offloaded=plan.activation_offload,
             )  # fmt: skip
             if expert_unit is not None:
@@ -120,8 +122,8 @@ class DecoderMemory:
             "context_all_to_all": attention,
         }
 
-    def layer_activations(self, index: int) -> Activations:
-        """Of layer ``index``. Where it does not train, products need not keep their inputs."""
+    def layer_activations(self, *, sparse: bool) -> Activations:
+        """Of a layer with experts or with an MLP. Where it does not train, products need not keep their inputs."""
         plan, config, c, kernels = self.plan, self.config, self.plan.compute_bytes, self.plan.kernels
         width = config.hidden_size
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -139,7 +141,6 @@ class DecoderMemory:
         if config.qk_layernorm:
             attention += self._norm(query, count=config.num_heads) + self._norm(key, count=config.num_kv_heads)
         working_numbers = 3 * query + 4 * key + 2 * width
-        sparse = config.is_moe_layer(index)
         mlp, experts, forward, backward_mlp = self._expert_activations() if sparse else self._mlp_activations()
         per_token = Activations(
             attention=attention,

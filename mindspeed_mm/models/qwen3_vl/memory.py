@@ -29,11 +29,12 @@ def memory_units(plan: Plan) -> Iterator[Unit]:
         parameters=(*parameters(encoder, embedding, trains=plan.trains(ENCODER)), *decoder.root_parameters()),
         activations=_patch_embedding(plan), runs_backward=plan.trains(ENCODER),
     )  # fmt: skip
+    block, shapes = _block(plan), _block_shapes(vision)
     for index in range(vision.depth):
         yield Unit(
             name=f"vision block {index}", kind="layer", index=index, shards=shards, terms=("vision", "vision"),
-            parameters=parameters(f"{encoder}.layers.{index}", _block_shapes(vision), trains=plan.trains(ENCODER)),
-            activations=_block(plan), runs_backward=plan.trains(ENCODER),
+            parameters=parameters(f"{encoder}.layers.{index}", shapes, trains=plan.trains(ENCODER)),
+            activations=block, runs_backward=plan.trains(ENCODER),
         )  # fmt: skip
     mergers = ["merger", *(f"deepstack_mergers.{index}" for index in range(len(vision.deepstack_visual_indexes)))]
     for index, name in enumerate(mergers):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import is_present, read_json, shown
+from mindspeed_mm.inputs import is_file, is_present, read_json, shown
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSettings
 from mindspeed_mm.models.layers.config import Field, check_fields, check_section
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
@@ -21,6 +21,14 @@ _FIELDS = {
     "image_mean": Field(list, low=-1e6, high=1e6, nullable=True, of=float, most=3),
     "image_std": Field(list, low=1e-6, high=1e6, nullable=True, of=float, most=3),
     "rescale_factor": Field(float, low=1e-9, high=1e6, nullable=True),
+}
+_OLDER_NAMES = {"min_pixels": "size.shortest_edge", "max_pixels": "size.longest_edge"}
+_AREA, _AREA_OR_NONE = Field(int, high=1 << 40), Field(int, low=0, high=1 << 40)
+_TRAINED = dict.fromkeys(("min_pixels", "max_pixels", "patch_size", "merge_size"), _AREA)
+_TRAINED_VIDEOS = {
+    **dict.fromkeys(("max_pixels", "min_volume", "max_volume", "min_frames", "max_frames"), _AREA),
+    "min_pixels": _AREA_OR_NONE,
+    "fps": Field(float, low=1e-9, high=1e6),
 }
 
 
@@ -156,3 +164,73 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
         f"{directory / name} does not exist{why}; model_name_or_path must be the downloaded checkpoint with all its "
         "small files (step 2 of the guide)"
     )
+
+
+def with_trained_limits(
+    directory: Path, trained: Mapping[str, Any], *, source: str
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Processor files of a model with the limits of its training's images and videos.
+
+    Images are then resized as in training. A video's frames are chosen as in training; ``cap_pixels_per_frame`` makes
+    them as large as in training if their number is even, where transformers knows it. Else only all frames together
+    are limited. Processors have no lower limit of one frame, ``video_min_pixels``.
+
+    Args:
+        directory: Hugging Face directory with the processors' own files, or ``processor_config.json``, or both.
+        trained: :class:`MediaSettings` of the training, as a manifest has them.
+        source: names ``trained``, for messages.
+
+    Returns:
+        Name -> content of each file that has other limits, and each change as ``file: field old -> new``.
+
+    Raises:
+        UserError: if ``trained`` or a file holds values that such limits cannot have.
+    """
+    check_section(trained, source=source, name="the record")
+    check_fields({**dict.fromkeys(_TRAINED), **trained}, _TRAINED, source=source)
+    wanted: list[tuple[str, str, dict[str, Any]]] = [
+        ("preprocessor_config.json", "image_processor",
+         {"size.shortest_edge": trained["min_pixels"], "size.longest_edge": trained["max_pixels"]})
+    ]
+    if (videos := trained.get("videos")) is not None:
+        check_section(videos, source=source, name="videos")
+        check_fields({**dict.fromkeys(_TRAINED_VIDEOS), **videos}, _TRAINED_VIDEOS, source=source, name="videos")
+        tokens = videos["max_pixels"] // (trained["patch_size"] * trained["merge_size"]) ** 2
+        fields = {
+            "size.shortest_edge": videos["min_volume"],
+            "size.longest_edge": min(videos["max_volume"], videos["max_pixels"] * videos["max_frames"]),
+            **{name: videos[name] for name in ("fps", "min_frames", "max_frames")},
+            "cap_pixels_per_frame": True,
+            "max_video_tokens": max(1, tokens),
+        }
+        wanted.append(("video_preprocessor_config.json", "video_processor", fields))
+    files: dict[str, dict[str, Any]] = {}
+    changes: list[str] = []
+    for name, part, fields in wanted:
+        for file, key in ((name, None), ("processor_config.json", part)):
+            path = directory / file
+            content = files.get(file) or (read_json(path, remedy=_REMEDY) if is_file(path) else {})
+            section = content if key is None else content.get(key)
+            if not section:
+                continue
+            check_section(section, source=str(path), name=key or "the file")
+            if found := _set_fields(section, fields):
+                files[file] = content
+                changes += [f"{file}: {change}" for change in found]
+    return files, changes
+
+
+def _set_fields(section: dict[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Set dotted fields of a processor; returns ``field old -> new`` for each that was another."""
+    # older names, which transformers prefers where a file has them
+    older = {name: fields[path] for name, path in _OLDER_NAMES.items() if section.get(name) is not None}
+    changes = []
+    for path, value in {**fields, **older}.items():
+        parent, _, name = path.rpartition(".")
+        if parent and not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        holder = section[parent] if parent else section
+        if holder.get(name) != value:
+            changes.append(f"{path} {shown(holder.get(name))} -> {shown(value)}")
+            holder[name] = value
+    return changes

@@ -120,6 +120,14 @@ class Qwen3VLSpec(ModelSpec):
         )
         return dataclasses.replace(images, videos=videos)
 
+    def with_trained_limits(
+        self, directory: Path, trained: Mapping[str, Any], *, source: str
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.processor import with_trained_limits
+
+        return with_trained_limits(directory, trained, source=source)
+
     def placeholder_token_ids(self, model_config: Qwen3VLConfig) -> tuple[int, ...]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         return model_config.image_token_id, model_config.video_token_id

@@ -3,7 +3,8 @@
 ``plan``           from flags and files to the plan of a run, and the model's wrap units
 ``estimate``       peak memory of a step: a walk over the wrap units
 ``communication``  bytes that a rank exchanges with others in a step
-``report``         all of it as text, and which options would save memory
+``advice``         settings with which a run fits, or needs less
+``report``         all of it as text
 
 The model itself is described by its family, in the terms of ``mindspeed_mm.models.memory``.
 """

@@ -7,11 +7,11 @@ weights: of the Hugging Face directory it reads config.json alone.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mindspeed_mm.config.checks import check_flags, check_model, check_parallel, join_expert_sizes
 from mindspeed_mm.config.command_line import OneLineParser, parse_args
@@ -21,11 +21,12 @@ from mindspeed_mm.config.flags import option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import reason, shorten
-from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT, Plan
+from mindspeed_mm.inputs import is_present, reason, shorten
+from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT
 from mindspeed_mm.models.spec import spec_of
-from mindspeed_mm.tools.memory.plan import Load, plan_run
-from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, Device, as_json, table
+from mindspeed_mm.tools.memory.advice import Device
+from mindspeed_mm.tools.memory.plan import Run
+from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, as_json, table
 
 # flags that the launcher's parser requires and the estimate does not depend on
 _REQUIRED = {"--mm-data": "unread", "--seq-length": "1024", "--train-iters": "1", "--lr": "1"}
@@ -40,11 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m mindspeed_mm.tools.memory",
         usage="%(prog)s --nproc N --mm-model FILE [options] [flags of pretrain_transformers.py]",
-        description="Estimate memory and communication of a run. Flags of the launcher are understood as they are.",
+        description="Estimate memory and communication of a run, and find settings with which it fits. Reads the "
+        "configuration files and the model's config.json, no weights. Flags of the launcher are understood.",
         allow_abbrev=False,
     )
     parser.add_argument("--nproc", type=int, required=True, help="ranks of the whole job")
-    parser.add_argument("--hf-config", metavar="DIR", help="directory of config.json (default: init_from_hf_path)")
+    parser.add_argument(
+        "--hf-config", metavar="DIR", help="directory of the model's config.json (default: init_from_hf_path)"
+    )
     parser.add_argument("--memory-gb", type=float, default=64.0, help="a device's memory in GiB (default: %(default)s)")
     parser.add_argument(
         "--reserve-gb", type=float, default=RESERVE_GB,
@@ -70,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
-    """The plan and the device that the command line describes, and whether to print JSON.
+def read_run(argv: Sequence[str] | None) -> tuple[Run, Device, bool]:
+    """The run and the device that the command line describes, and whether to print JSON.
 
     Raises:
         UserError: for the first mistake.
@@ -98,6 +102,12 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc))
     if options.hf_config is not None:
         model = model.replace(init_from_hf_path=options.hf_config)
+    path = Path(model.init_from_hf_path, "config.json")
+    if not is_present(path):
+        raise UserError(
+            f"{shorten(path)} does not exist; download the model's config.json, without the weights, or name its "
+            "directory with --hf-config"
+        )
     spec = spec_of(model.init_from_hf_path)
     model_config = spec.read_config(model.init_from_hf_path)
     check_model(args, fsdp, model, spec.facts(model_config), world_size=options.nproc)
@@ -105,30 +115,26 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Device, bool]:
     if args.mm_data != _REQUIRED["--mm-data"]:
         data = load_config(args.mm_data, DataConfig, flag="--mm-data")
         pixels = data.dataset_param.preprocess_parameters.image_max_pixels
-    load = Load.largest(args, model_config, pixels=pixels)
     given = {name: getattr(options, name) for name in ("tokens", "patches", "target_tokens")}
-    given = {name: value for name, value in given.items() if value is not None}
-    load = dataclasses.replace(load, **given)
-    if "target_tokens" not in given:
-        merged = load.patches // spec.merge_unit(model_config)
-        load = dataclasses.replace(load, target_tokens=max(1, load.tokens - merged))
-    plan = plan_run(args, model, fsdp, model_config=model_config, world_size=options.nproc, load=load,
-                    imbalance=options.imbalance)  # fmt: skip
-    plan = dataclasses.replace(plan, kernels=FUSED if options.kernels == "fused" else WRITTEN_OUT)
+    run = Run(
+        args=args, model=model, fsdp=fsdp, model_config=model_config, world_size=options.nproc, pixels=pixels,
+        sizes={name: value for name, value in given.items() if value is not None},
+        overrides={"imbalance": options.imbalance, "kernels": FUSED if options.kernels == "fused" else WRITTEN_OUT},
+    )
     device = Device(size=round(options.memory_gb * GIB), reserve=round(options.reserve_gb * GIB))
-    return plan, device, options.json
+    return run, device, options.json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the estimate and return the exit status: 0 whether it fits or not, 2 for a mistake."""
     try:
-        plan, device, wants_json = read_plan(argv)
+        run, device, wants_json = read_run(argv)
+        text = json.dumps(as_json(run, device), indent=1) if wants_json else "\n".join(table(run, device))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # --help has been printed, perhaps into a buffer
         return _write("") or int(stop.code or 0)
-    text = json.dumps(as_json(plan, device), indent=1) if wants_json else "\n".join(table(plan, device))
     return _write(text + "\n")
 
 

@@ -31,6 +31,9 @@ TERMS = {
 }
 
 
+_NOTHING: Amounts = dict.fromkeys(TERMS, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """Memory at one moment of the step."""
@@ -93,10 +96,9 @@ class _Step:
         self.stay: list[int] = []
 
     def moment(self, when: str, **more: int) -> Snapshot:
-        amounts = dict.fromkeys(TERMS, 0)
-        for part in (self.static, self.kept, more):
-            for name, value in part.items():
-                amounts[name] += value
+        amounts = {**_NOTHING, **self.static, **self.kept}
+        for name, value in more.items():
+            amounts[name] += value
         amounts["gathered"] += self.root + sum(self.stay)
         amounts["reduction"] += self.reducing
         return Snapshot(when, amounts)

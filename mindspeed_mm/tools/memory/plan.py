@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
+from mindspeed_mm.config.checks import ModelFacts, check_flags, check_frozen_dtype, check_model, check_parallel
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.models.memory import BYTES, MASTER_BYTES, Plan, Unit
-from mindspeed_mm.models.parameter_rules import compile_rules, frozen_parts
+from mindspeed_mm.models.parameter_rules import Settings, compile_rules, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, get_spec
 
 
@@ -41,10 +44,13 @@ def plan_run(
     world_size: int,
     load: Load,
     imbalance: float = 1.0,
+    settings: Settings | None = None,
 ) -> Plan:
-    """The plan of a run that the flags and files describe, already checked against each other."""
-    spec = get_spec(model_config.model_type)
-    settings = spec.parameter_settings(model_config, compile_rules(args, model, parts=spec.parts))
+    """The plan of a run that the flags and files describe, already checked against each other.
+
+    ``settings`` are the :func:`parameter_settings` of the flags and the model file, where they are known.
+    """
+    settings = parameter_settings(args, model, model_config) if settings is None else settings
     samples_at_once = args.micro_batch_size * (world_size // args.context_parallel_size)
     return Plan(
         model_config=model_config,
@@ -75,6 +81,95 @@ def plan_run(
     )
 
 
+def parameter_settings(args: TrainingArgs, model: ModelOptions, model_config: ModelConfig) -> Settings:
+    """Which parameters train, by the flags and the model file."""
+    spec = get_spec(model_config.model_type)
+    return spec.parameter_settings(model_config, compile_rules(args, model, parts=spec.parts))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as flags and files describe it, checked against each other, from which changed runs are made.
+
+    Attributes:
+        args: the flags, with the global batch size and the FSDP2 file's expert-parallel size.
+        model: the model file.
+        fsdp: the FSDP2 file.
+        model_config: of the model.
+        world_size: ranks.
+        pixels: of the image in a sample of the full length.
+        sizes: of a micro-batch, fields of :class:`Load` that are known; the others are the largest possible.
+        overrides: fields of the plan that have other values than flags and files give.
+    """
+
+    args: TrainingArgs
+    model: ModelOptions
+    fsdp: FSDPConfig
+    model_config: ModelConfig
+    world_size: int
+    pixels: int
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def facts(self) -> ModelFacts:
+        """What the rules between options and model read."""
+        return get_spec(self.model_config.model_type).facts(self.model_config)
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """Which parameters train."""
+        return parameter_settings(self.args, self.model, self.model_config)
+
+    @property
+    def load(self) -> Load:
+        """Sizes of a micro-batch; target tokens that are not known are all tokens that are not vision."""
+        load = dataclasses.replace(Load.largest(self.args, self.model_config, pixels=self.pixels), **self.sizes)
+        if "target_tokens" in self.sizes:
+            return load
+        merged = load.patches // get_spec(self.model_config.model_type).merge_unit(self.model_config)
+        return dataclasses.replace(load, target_tokens=max(1, load.tokens - merged))
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The plan of the run."""
+        plan = plan_run(
+            self.args, self.model, self.fsdp, model_config=self.model_config, world_size=self.world_size,
+            load=self.load, settings=self.settings,
+        )
+        return dataclasses.replace(plan, **self.overrides)
+
+    def changed(
+        self, *, args: Mapping[str, Any], fsdp: Mapping[str, Any], overrides: Mapping[str, Any], world_size: int,
+        samples: int,
+    ) -> Run:
+        """The run with some options changed, which do not decide what trains.
+
+        Args:
+            args: fields of the flags.
+            fsdp: fields of the FSDP2 file.
+            overrides: fields of the plan that depend on the model file.
+            world_size: ranks.
+            samples: per optimizer step; a multiple of those that all ranks take at once is made of it.
+
+        Raises:
+            UserError: if the options do not go together, or do not fit the model or the number of ranks.
+        """
+        changed_args, changed_fsdp = self.args.replace(**args), self.fsdp.replace(**fsdp)
+        at_once = changed_args.micro_batch_size * (world_size // changed_args.context_parallel_size)
+        changed_args = changed_args.replace(global_batch_size=max(1, samples // at_once) * at_once)
+        check_flags(changed_args)
+        check_frozen_dtype(changed_args, changed_fsdp)
+        check_parallel(changed_args, changed_fsdp, world_size=world_size)
+        check_model(changed_args, changed_fsdp, self.model, self.facts, world_size=world_size)
+        run = dataclasses.replace(
+            self, args=changed_args, fsdp=changed_fsdp, world_size=world_size,
+            overrides={**self.overrides, **overrides},
+        )
+        vars(run).update(facts=self.facts, settings=self.settings)  # which take longer than an estimate
+        return run
+
+
 def units_of(plan: Plan) -> list[Unit]:
     """All wrap units in the order in which forward runs them, the root first: it is gathered once per step."""
     units = get_spec(plan.model_config.model_type).memory_units(plan)
@@ -82,14 +177,17 @@ def units_of(plan: Plan) -> list[Unit]:
         return units
     frozen = {id(unit): _freeze(unit, plan.frozen_names) for unit in units}
     return [
-        frozen[id(unit)] if unit.experts is None
+        frozen[id(unit)] if unit.experts is None or frozen[id(unit.experts)] is unit.experts
         else dataclasses.replace(frozen[id(unit)], experts=frozen[id(unit.experts)])
         for unit in units
     ]
 
 
 def _freeze(unit: Unit, names: Collection[str]) -> Unit:
-    parameters = (dataclasses.replace(p, trains=p.trains and p.name not in names) for p in unit.parameters)
+    frozen = {parameter for parameter in unit.parameters if parameter.trains and parameter.name in names}
+    if not frozen:  # most are, since whole parts are frozen when the units are made
+        return unit
+    parameters = (dataclasses.replace(p, trains=False) if p in frozen else p for p in unit.parameters)
     return dataclasses.replace(unit, parameters=tuple(parameters))
 
 

@@ -1,116 +1,64 @@
-"""The estimate as text: its terms, whether it fits, and which options would save memory."""
+"""The estimate as text: its terms, whether it fits, and settings with which it would."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 from mindspeed_mm.models.memory import Plan
-from mindspeed_mm.models.spec import get_spec
+from mindspeed_mm.tools.memory.advice import Advice, Device, Setting, advise
 from mindspeed_mm.tools.memory.communication import COLLECTIVES, volumes
 from mindspeed_mm.tools.memory.estimate import TERMS, Estimate, estimate
-from mindspeed_mm.tools.memory.plan import units_of
+from mindspeed_mm.tools.memory.plan import Run, units_of
 
 GIB = 2**30
 RESERVE_GB = 4.0
 """GiB of a device that the driver, buffers of the collective library and fragmentation are assumed to need."""
+MOST_OFFERS = 4
+"""Settings in a warning."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """Memory of one device, in bytes.
-
-    Attributes:
-        size: in all.
-        reserve: of it, for the driver, the collective library's buffers and fragmentation.
-    """
-
-    size: int
-    reserve: int
-
-    def fits(self, result: Estimate) -> bool:
-        """Whether a step fits."""
-        return result.peak.total <= self.size - self.reserve
-
-
-@dataclasses.dataclass(frozen=True)
-class Knob:
-    """A change that saves memory: the option to set, and peak memory with it in bytes."""
-
-    text: str
-    total: int
-    fits: bool
-
-
-def knobs(plan: Plan, device: Device) -> list[Knob]:
-    """Changes that save at least 2% of peak memory, the largest saving first."""
-    before = estimate(plan).peak.total
-    found = []
-    for text, changes in _candidates(plan):
-        after = estimate(dataclasses.replace(plan, **changes))
-        if after.peak.total < 0.98 * before:
-            found.append(Knob(text, after.peak.total, device.fits(after)))
-    return sorted(found, key=lambda knob: knob.total)
-
-
-def _candidates(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
-    experts, everyone = plan.model_config.num_experts, plan.sharding_size == plan.world_size
-    if not everyone:
-        yield "sharding_size: auto", {"sharding_size": plan.world_size}
-    sharding = 2 * plan.sharding_size if everyone else plan.sharding_size
-    yield f"{2 * plan.world_size} ranks", {"world_size": 2 * plan.world_size, "sharding_size": sharding}
-    if not plan.offload_to_cpu:
-        yield "offload_to_cpu: true (slow: the optimizer then runs on the host)", {"offload_to_cpu": True}
-    if plan.recompute_granularity != "full":
-        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        yield "--recompute-granularity full", full
-    if plan.recompute_granularity is None:
-        yield "--recompute-granularity selective", {"recompute_granularity": "selective"}
-    if not plan.activation_offload:
-        yield "activation_offload true", {"activation_offload": True}
-    for size in (8, 4, 2) if experts else ():
-        if plan.expert_size < size and not plan.sharding_size % size and not experts % size:
-            yield f"--expert-model-parallel-size {size}", {"expert_size": size}
-            break
-    if plan.loss_chunk_size is None:
-        yield "compute_mode chunk with chunk_size 1024", {"loss_chunk_size": 1024}
-    if plan.num_to_forward_prefetch or plan.num_to_backward_prefetch:
-        # for 0 in backward FSDP2 gathers one ahead by itself
-        fewest = {"num_to_forward_prefetch": 0, "num_to_backward_prefetch": 1}
-        yield ", ".join(f"{name} {value}" for name, value in fewest.items()), fewest
-    if plan.compute_bytes < plan.frozen_param_bytes:
-        yield "--frozen-param-dtype bf16", {"frozen_param_bytes": plan.compute_bytes}
-    training = [part for part in get_spec(plan.model_config.model_type).parts if plan.trains(part)]
-    for part in training if len(training) > 1 else ():
-        yield f"freeze true in {part}", {"frozen": {*plan.frozen, part}}
-
-
-def table(plan: Plan, device: Device) -> list[str]:
+def table(run: Run, device: Device) -> list[str]:
     """The whole report."""
-    result = estimate(plan)
+    advice, plan = advise(run, device), run.plan
     return [
         *_heading(plan),
         "",
-        *_held(plan, result),
+        *_held(plan, advice.estimate),
         "",
-        *_peak(result, device),
-        *_advice(plan, device, result),
+        *_peak(advice.estimate, device),
+        verdict(advice.estimate, device),
+        "",
+        *([] if device.fits(advice.estimate) else [*_offered(advice), ""]),
+        *_single(advice),
         "",
         *_exchanged(plan),
     ]
 
 
-def warning(plan: Plan, device: Device) -> str | None:
-    """One line about a run that is not likely to fit, or None."""
-    result = estimate(plan)
-    if device.fits(result):
+def warning(run: Run, device: Device) -> str | None:
+    """One line about a run that is not likely to fit, with settings that do; or None."""
+    if device.fits(estimate(run.plan)):
         return None
-    helping = [knob.text for knob in knobs(plan, device) if knob.fits][:3]
-    advice = f"each of these alone would: {'; '.join(helping)}" if helping else "no single change would make it fit"
+    advice = advise(run, device)
+    offers = "; ".join(_offer(setting) for setting in advice.fitting[:MOST_OFFERS])
+    remedy = f"these settings fit, the fastest first: {offers}" if offers else "no setting was found that fits"
     return (
-        f"full samples ({plan.tokens} tokens per micro-batch) are estimated to need {verdict(result, device)}; "
-        f"{advice}. Details: python -m mindspeed_mm.tools.memory --nproc {plan.world_size} and the launcher's flags"
+        f"full samples ({run.plan.tokens} tokens per micro-batch) are estimated to need "
+        f"{verdict(advice.estimate, device)}; {remedy}. "
+        f"Details: python -m mindspeed_mm.tools.memory --nproc {run.world_size} and the launcher's flags"
     )
+
+
+def _offer(setting: Setting) -> str:
+    host = [f"{setting.host / GIB:.0f} GiB of host memory per rank"] if setting.host > GIB else []
+    return f"{setting.text} ({', '.join([f'{setting.total / GIB:.1f} GiB', *host, *setting.notes])})"
+
+
+def _offered(advice: Advice) -> list[str]:
+    """Settings with which a run fits that does not fit as it is."""
+    if not advice.fitting:
+        return ["no setting was found that fits"]
+    return ["settings that fit, the fastest first", *(f"  {_offer(setting)}" for setting in advice.fitting)]
 
 
 def _row(text: str, value: int) -> str:
@@ -164,10 +112,12 @@ def verdict(result: Estimate, device: Device) -> str:
     )
 
 
-def _advice(plan: Plan, device: Device, result: Estimate) -> list[str]:
-    lines = [verdict(result, device), "", f"{'with one change':<72}{'GiB':>9}"]
-    for knob in knobs(plan, device):
-        lines.append(_row(knob.text, knob.total) + ("   fits" if knob.fits else ""))
+def _single(advice: Advice) -> list[str]:
+    """Changes that save at least 2% of peak memory, the largest saving first."""
+    saving = [setting for setting in advice.single if setting.total < 0.98 * advice.estimate.peak.total]
+    lines = [f"{'with one change':<72}{'GiB':>9}"]
+    for setting in sorted(saving, key=lambda setting: setting.total):
+        lines.append(_row(setting.text, setting.total) + ("   fits" if setting.fits else ""))
     return lines
 
 
@@ -176,9 +126,10 @@ def _exchanged(plan: Plan) -> list[str]:
     return lines + [_row(COLLECTIVES[name], value) for name, value in volumes(plan).items() if value]
 
 
-def as_json(plan: Plan, device: Device) -> dict[str, object]:
+def as_json(run: Run, device: Device) -> dict[str, object]:
     """The same as plain values, in bytes."""
-    result = estimate(plan)
+    advice = advise(run, device)
+    result = advice.estimate
     return {
         "parameters": result.parameters,
         "gradients": result.gradients,
@@ -186,6 +137,11 @@ def as_json(plan: Plan, device: Device) -> dict[str, object]:
         "host": result.host,
         "peak": {"when": result.peak.when, "total": result.peak.total, **result.peak.amounts},
         "fits": device.fits(result),
-        "knobs": [dataclasses.asdict(knob) for knob in knobs(plan, device)],
-        "received": volumes(plan),
+        "knobs": [_plain(setting) for setting in advice.single],
+        "settings": [_plain(setting) for setting in advice.fitting],
+        "received": volumes(run.plan),
     }
+
+
+def _plain(setting: Setting) -> dict[str, object]:
+    return {name: getattr(setting, name) for name in ("text", "notes", "total", "host", "fits")}

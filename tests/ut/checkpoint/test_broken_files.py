@@ -35,6 +35,7 @@ from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.huggingface import INDEX, SINGLE, read_headers
 from mindspeed_mm.checkpoint.inspection import inspect
+from mindspeed_mm.checkpoint.metadata_file import read_entries
 from mindspeed_mm.checkpoint.partial import BASE_KEY, Base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.safetensors_io import read_header
@@ -572,10 +573,11 @@ def test_random_damage_of_a_checkpoint(saved: Path, plain: Path) -> None:
     for name in mutants(saved / PROGRESS_FILE, 30, seed=2):
         outcomes.run(name, lambda: Progress.read(saved))
     for name in mutants(plain / METADATA, 60, seed=3):
+        outcomes.run(name, lambda: read_entries(plain, None))
         values = outcomes.run(name, lambda: _read_all(plain)) or {}
         assert all(torch.equal(value, torch.ones(2, 3)) for value in values.values()), name
     assert not outcomes.faults, outcomes.faults[0]
-    assert outcomes.counts["refused"] > 150 and sum(outcomes.counts.values()) == 250, outcomes
+    assert outcomes.counts["refused"] > 150 and sum(outcomes.counts.values()) == 310, outcomes
 
 
 def test_random_damage_of_weight_files(hf: Path) -> None:

@@ -80,7 +80,7 @@ def test_round_trip(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) 
     assert_equal(read_all(tmp_path / "out"), hub)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (tmp_path / "hf" / "tokenizer.json").read_text()
     # what we wrote records its layout, so that it needs no option even where shapes do not tell
-    assert verify(tmp_path / "dcp", tmp_path / "out") == []
+    assert verify(tmp_path / "dcp", tmp_path / "out").differing == []
     hf_to_dcp(tmp_path / "out", tmp_path / "again", workers=2)
     for path in (tmp_path / "dcp" / "release").glob("*.distcp"):
         assert path.read_bytes() == (tmp_path / "again" / "release" / path.name).read_bytes()
@@ -140,7 +140,7 @@ def test_hf_to_dcp_in_a_chosen_type(tmp_path: Path, dtype: str, expected: torch.
     reader = CheckpointReader(path)
     want = {name: tensor.to(expected) for name, tensor in expected_mcore(hub, tmp_path / "hf").items()}
     assert_equal({name: reader.read(name) for name in reader.tensors}, want)
-    assert verify(path, tmp_path / "hf") == []
+    assert verify(path, tmp_path / "hf").differing == []
 
 
 def _training_checkpoint(root: Path, hub: Tensors, hf: Path) -> Path:
@@ -255,13 +255,14 @@ def test_verify_rounds_as_the_export_was_rounded(tmp_path: Path, capsys: pytest.
     dcp_to_hf(tmp_path / "dcp", tmp_path / "out", tmp_path / "hf", dtype="bf16")
     arguments = ["--dcp_dir", str(tmp_path / "dcp"), "--hf_dir", str(tmp_path / "out")]
     assert main(["Qwen3VLConverter", "verify", *arguments]) == 0
-    assert "comparing after rounding to bfloat16, as " in capsys.readouterr().out
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary == f"equal, bit for bit, after rounding to bfloat16, as {tmp_path / 'out'} was written"
     file = tmp_path / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-2] ^= 1  # the lowest bit of the last element
     file.write_bytes(content)
     assert main(["Qwen3VLConverter", "verify", *arguments]) == 1
-    assert "1 element differs\n1 tensor differs" in capsys.readouterr().out
+    assert "1 element differs\n1 tensor differs, after rounding to bfloat16, as " in capsys.readouterr().out
     (tmp_path / "out" / "manifest.json").unlink()  # no record of a rounding
     assert main(["Qwen3VLConverter", "verify", *arguments]) == 1
     lines = capsys.readouterr().out.splitlines()

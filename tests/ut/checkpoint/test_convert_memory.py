@@ -34,7 +34,7 @@ hf_to_dcp(large, out + "/large", workers=2)
 first = peak()
 dcp_to_hf(out + "/large", out + "/large_hf", large, workers=2, max_shard_size=50_000_000)
 second = peak()
-assert verify(out + "/large", large, workers=2) == []
+assert verify(out + "/large", large, workers=2).differing == []
 print(json.dumps([before, first, second, peak()]))
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mindspeed_mm.checkpoint.directory import METADATA
+from mindspeed_mm.checkpoint.metadata_file import read_entries
 from mindspeed_mm.checkpoint.storage import CheckpointReader, read_metadata
 from mindspeed_mm.errors import UserError
 
@@ -32,6 +34,7 @@ def test_torchs_own_file_is_read(tmp_path: Path) -> None:
     ours, theirs = read_metadata(tmp_path / METADATA), dcp.FileSystemReader(tmp_path).read_metadata()
     assert ours.state_dict_metadata == theirs.state_dict_metadata and ours.storage_data == theirs.storage_data
     assert CheckpointReader(tmp_path).tensors == {"a": ((3, 4), torch.bfloat16), "b": ((), torch.float32)}
+    assert read_entries(tmp_path, None) == {"a": ((3, 4), "bfloat16"), "b": ((), "float32")}
 
 
 @pytest.mark.parametrize("place", ["whole", "planner_data", "state", "storage"])
@@ -44,8 +47,9 @@ def test_malicious_pickle_runs_nothing(tmp_path: Path, place: str) -> None:
         "storage": Metadata({}, planner_data={}, storage_data={"x": trap}),
     }[place]
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match=r"asks for posix.mkdir.*not run.*trust"):
-        CheckpointReader(tmp_path)
+    for read in (CheckpointReader, functools.partial(read_entries, manifest=None)):
+        with pytest.raises(UserError, match=r"asks for posix.mkdir.*not run.*trust"):
+            read(tmp_path)
     assert not trap.path.exists()
     pickle.loads(path.read_bytes())  # as torch's own reader does: the file is a real trap
     assert trap.path.exists()
@@ -54,14 +58,16 @@ def test_malicious_pickle_runs_nothing(tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), pickle.dumps(Metadata(None))])
 def test_damage_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / METADATA).write_bytes(content)
-    with pytest.raises(UserError, match=r"\.metadata .*create the checkpoint again") as caught:
-        read_metadata(tmp_path / METADATA)
-    assert "\n" not in str(caught.value)
+    for read in (lambda: read_metadata(tmp_path / METADATA), lambda: read_entries(tmp_path, None)):
+        with pytest.raises(UserError, match=r"\.metadata .*(create|make) the checkpoint again") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a distributed checkpoint"):
-        read_metadata(tmp_path / METADATA)
+    for read in (lambda: read_metadata(tmp_path / METADATA), lambda: read_entries(tmp_path, None)):
+        with pytest.raises(UserError, match="not a distributed checkpoint"):
+            read()
 
 
 def test_malicious_chunk_runs_nothing(tmp_path: Path) -> None:

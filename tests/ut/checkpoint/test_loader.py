@@ -126,7 +126,6 @@ def test_what_was_not_saved_is_named(tmp_path: Path, left_out: str) -> None:
 
 def test_weights_alone_start_the_rest_afresh_in_one_line(tmp_path: Path) -> None:
     path = save(tmp_path, make()[0], None, with_rng=False)
-    (path / directory.PROGRESS_FILE).unlink()
     edit_manifest(path, drop=[directory.PROGRESS_FILE])
     model, optimizer = make(seed=2)
     optimizer.state.clear()
@@ -136,7 +135,7 @@ def test_weights_alone_start_the_rest_afresh_in_one_line(tmp_path: Path) -> None
     assert progress.iteration == 0 and not optimizer.state
     (line,) = lines
     assert line.endswith(
-        f"{path} has no AdamW's moments, which start from zero and no RNG states, which start from --seed"
+        f"{path} has no AdamW's moments, which start from zero, and no RNG states, which start from --seed"
     )
 
 

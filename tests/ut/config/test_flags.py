@@ -45,7 +45,8 @@ def _check_model(words, *, world_size=1, sharding_size="auto", **facts):
     facts = {"attention_heads": {"text": (32, 4), "vision": (16, 16)}, "num_experts": 128, **facts}
     model = ModelOptions(model_id="qwen3_vl_moe", init_from_hf_path="hf")
     fsdp = FSDPConfig(sharding_size=sharding_size)
-    check_model(_parse(words), fsdp, model, ModelFacts(model_type="qwen3_vl_moe", **facts), world_size=world_size)
+    args = _parse(f"{words} --fsdp2-config-path f.yaml")
+    check_model(args, fsdp, model, ModelFacts(model_type="qwen3_vl_moe", **facts), world_size=world_size)
 
 
 def test_every_flag_of_the_recipe_is_taken():
@@ -204,8 +205,6 @@ def test_global_batch_size():
         ("--micro-batch-size 2 --global-batch-size 10", 4,
          "global_batch_size 10 is not a multiple of micro_batch_size 2 x data-parallel size 4 = 8; choose 8 or 16"),
         ("--global-batch-size 3", 4, "choose 4"),
-        ("--context-parallel-size 3", 8, "context_parallel_size 3 does not divide the number of ranks 8"),
-        ("--expert-model-parallel-size 3", 8, "choose one of 1, 2, 4, 8"),
     ],
 )
 def test_sizes_that_do_not_divide(words, world_size, message):
@@ -215,43 +214,64 @@ def test_sizes_that_do_not_divide(words, world_size, message):
 
 
 def test_degrees_that_do_not_fit_the_model():
-    with pytest.raises(UserError, match=r"expert_model_parallel_size 3 does not divide num_experts 128; choose one of "
-                       r"1, 2, 4, 8, 16, 32, 64, 128"):
-        _check_model("--expert-model-parallel-size 3")
-    with pytest.raises(UserError, match="has none"):
-        _check_model("--expert-model-parallel-size 2", num_experts=0)
-    with pytest.raises(UserError, match="context_parallel_size 5 does not divide the text attention heads 32"):
-        _check_model("--context-parallel-size 5")
-    with pytest.raises(UserError, match="vision attention heads 12"):
-        _check_model("--context-parallel-size 8", attention_heads={"vision": (12, 12)})
-    _check_model("--context-parallel-size 8 --expert-model-parallel-size 4")
+    _check_model("--context-parallel-size 8 --expert-model-parallel-size 4", world_size=8)
 
 
-def test_context_parallelism_and_key_value_heads():
-    heads = {"text": (24, 4), "vision": (24, 24)}
-    for size in (2, 4, 8, 12):
-        _check_model(f"--context-parallel-size {size}", attention_heads=heads)
-    with pytest.raises(UserError, match="6 neither divides the 4 key/value heads nor is a multiple"):
-        _check_model("--context-parallel-size 6", attention_heads=heads)
+WIDTHS = {"hidden_size": 128, "moe_intermediate_size": 48}
+HEADS = {"text": (24, 4), "vision": (24, 24)}
 
 
-def test_experts_that_cannot_be_cut_evenly():
-    widths = {"hidden_size": 128, "moe_intermediate_size": 48}
-    _check_model("--expert-model-parallel-size 2", world_size=32, expert_widths=widths)
-    with pytest.raises(UserError, match="cut into 32 parts, which do not divide moe_intermediate_size 48; raise"):
-        _check_model("--expert-model-parallel-size 2", world_size=64, expert_widths=widths)
-    _check_model("--expert-model-parallel-size 2", world_size=64, expert_widths=widths, sharding_size=32)
+@pytest.mark.parametrize(
+    ("words", "facts", "message", "possible"),
+    [
+        ("--expert-model-parallel-size 3", {"world_size": 8}, "3 does not divide the number of ranks 8", [1, 2, 4, 8]),
+        # sizes that divide one of two numbers alone are not offered
+        ("--expert-model-parallel-size 16", {"world_size": 24}, "16 does not divide the number of ranks 24",
+         [1, 2, 4, 8]),
+        ("--expert-model-parallel-size 3", {"world_size": 24}, "3 does not divide num_experts 128", [1, 2, 4, 8]),
+        ("--expert-model-parallel-size 8", {"world_size": 16, "sharding_size": 4},
+         "8 does not divide sharding_size of f.yaml, 4", [1, 2, 4]),
+        ("--expert-model-parallel-size 2", {"world_size": 64, "expert_widths": WIDTHS},
+         "2 would cut each expert into 32 parts, which do not divide moe_intermediate_size 48",
+         [1, 4, 8, 16, 32, 64]),
+        ("--expert-model-parallel-size 2", {"world_size": 2, "num_experts": 0},
+         "2 needs experts, and this model has none", [1]),
+        ("--context-parallel-size 3", {"world_size": 24}, "3 does not divide the text attention heads 32",
+         [1, 2, 4, 8]),
+        ("--context-parallel-size 5", {"world_size": 8}, "5 does not divide the number of ranks 8", [1, 2, 4, 8]),
+        ("--context-parallel-size 32", {"world_size": 64}, "32 does not divide the vision attention heads 16",
+         [1, 2, 4, 8, 16]),
+        ("--context-parallel-size 6", {"world_size": 24, "attention_heads": HEADS},
+         "6 neither divides the 4 key/value heads nor is a multiple of them", [1, 2, 4, 8, 12, 24]),
+    ],
+)
+def test_every_size_that_a_message_offers_passes(words, facts, message, possible):
+    with pytest.raises(UserError) as caught:
+        _check_model(words, **facts)
+    assert message in str(caught.value)
+    remedy = str(caught.value).rpartition("; ")[2]
+    assert remedy == (f"choose one of {', '.join(map(str, possible))}" if len(possible) > 1 else "set it to 1")
+    flag = words.split()[0]
+    for size in range(1, facts["world_size"] + 1):
+        if size in possible:
+            _check_model(f"{flag} {size}", **facts)
+        else:
+            with pytest.raises(UserError, match=f"{size} "):
+                _check_model(f"{flag} {size}", **facts)
+
+
+def test_experts_are_cut_by_the_ranks_of_one_copy():
+    _check_model("--expert-model-parallel-size 2", world_size=32, expert_widths=WIDTHS)
+    _check_model("--expert-model-parallel-size 2", world_size=64, expert_widths=WIDTHS, sharding_size=32)
 
 
 def test_sharding_size():
     args = _parse("--expert-model-parallel-size 4 --fsdp2-config-path f.yaml")
     for size in ("auto", 4):
         check_parallel(args, FSDPConfig(sharding_size=size), world_size=8)
-    with pytest.raises(UserError, match="f.yaml: sharding_size 3 does not divide the number of ranks 8; choose auto or "
-                       "one of 1, 2, 4, 8"):
+    with pytest.raises(UserError, match="f.yaml: sharding_size 3 does not divide the number of ranks 8; set it to "
+                       "auto, or choose one of 1, 2, 4, 8"):
         check_parallel(args, FSDPConfig(sharding_size=3), world_size=8)
-    with pytest.raises(UserError, match="expert_model_parallel_size 4 does not divide sharding_size of f.yaml, 2"):
-        check_parallel(args, FSDPConfig(sharding_size=2), world_size=8)
 
 
 def test_help_is_fast_and_imports_no_torch():

@@ -144,12 +144,12 @@ def test_expert_size_of_the_fsdp2_file(place):
     with pytest.raises(UserError, match="expert_parallel_size 2 contradicts --expert-model-parallel-size 4"):
         load_job_config([*words, flag, "4"], world_size=4)
     with pytest.raises(UserError, match="expert_model_parallel_size 2 does not divide the number of ranks 3"):
-        load_job_config(words, world_size=3)
+        load_job_config(words, world_size=3).check_model(_facts(), world_size=3)
 
 
 def test_degree_that_does_not_divide_the_experts(place):
     job = load_job_config(_words(place, "--expert-model-parallel-size", "3"), world_size=3)
-    with pytest.raises(UserError, match="3 does not divide num_experts 128"):
+    with pytest.raises(UserError, match="3 does not divide num_experts 128; set it to 1"):
         job.check_model(_facts(), world_size=3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,13 +17,14 @@ from mindspeed_mm.models.parameter_rules import apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.spec import ModelBuildOptions
-from mindspeed_mm.tools.memory.__main__ import main, read_plan
+from mindspeed_mm.tools.memory.__main__ import main, read_run
+from mindspeed_mm.tools.memory.advice import Device
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
 from mindspeed_mm.tools.memory.plan import units_of
-from mindspeed_mm.tools.memory.report import GIB, Device, knobs, verdict
+from mindspeed_mm.tools.memory.report import GIB, verdict
 from tests.helpers.mcore_model import PIXEL_NORM, part_settings
-from tests.helpers.published import config_30b
+from tests.helpers.published import config_30b, published_config
 from tests.helpers.tiny_config import tiny_config
 
 DEVICE = Device(size=64 * GIB, reserve=4 * GIB)
@@ -80,16 +82,6 @@ def test_eight_devices_of_64_gib_do_not_hold_30b_and_16_do():
     assert DEVICE.fits(sixteen) and "fits, " in verdict(sixteen, DEVICE)
     offloaded = estimate(published(8, offload_to_cpu=True))
     assert DEVICE.fits(offloaded) and offloaded.host > 57 * GIB
-
-
-def test_knobs_are_tried_and_sorted():
-    found = knobs(published(8), DEVICE)
-    before = estimate(published(8)).peak.total
-    assert [knob.total for knob in found] == sorted(knob.total for knob in found)
-    assert all(knob.total < before for knob in found)
-    by_text = {knob.text: knob for knob in found}
-    assert by_text["16 ranks"].total == estimate(published(16)).peak.total
-    assert by_text["16 ranks"].fits
 
 
 @pytest.mark.parametrize(
@@ -157,7 +149,8 @@ def files(tmp_path):
 def test_command_takes_the_launchers_flags(files, capsys):
     flags = ["--mm-model", str(files / "model.json"), "--micro-batch-size", "2", "--seq-length", "512", "--lr", "1e-5",
              "--global-batch-size", "64", "--expert-model-parallel-size", "4", "--log-tps", "--use-torch-fsdp2"]
-    plan, device, _ = read_plan(["--nproc", "16", *flags])
+    run, device, _ = read_run(["--nproc", "16", *flags])
+    plan = run.plan
     assert (plan.tokens, plan.patches, plan.target_tokens) == (1024, 2048, 512)
     assert (plan.micro_batches, plan.expert_size, plan.sharding_size) == (2, 4, 16)
     assert device == DEVICE
@@ -170,17 +163,18 @@ def test_command_takes_the_launchers_flags(files, capsys):
 def test_either_spelling_of_a_value_and_the_former_name_of_an_option(files):
     start = ["--nproc", "16", "--mm-model", str(files / "model.json")]
     apart, joined = ([*start, *words] for words in (["--seq-length", "512"], ["--seq-length=512"]))
-    assert read_plan(apart)[0] == read_plan(joined)[0] and read_plan(joined)[0].tokens == 512
-    assert read_plan(start)[0].tokens == 1024
+    assert read_run(apart)[0].plan == read_run(joined)[0].plan and read_run(joined)[0].plan.tokens == 512
+    assert read_run(start)[0].plan.tokens == 1024
     for option in ("--target-tokens", "--supervised"):
-        assert read_plan([*joined, option, "5"])[0].target_tokens == 5
+        assert read_run([*joined, option, "5"])[0].plan.target_tokens == 5
 
 
 @pytest.mark.parametrize("expert_size", [1, 8])
 def test_freeze_list_of_the_model_file(files, expert_size):
     path = files / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "freeze": ["*.mlp.experts.*"]}))
-    plan, *_ = read_plan(["--nproc", "8", "--mm-model", str(path), "--expert-model-parallel-size", str(expert_size)])
+    run, *_ = read_run(["--nproc", "8", "--mm-model", str(path), "--expert-model-parallel-size", str(expert_size)])
+    plan = run.plan
     units = units_of(dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1))
     experts = 48 * 128 * 3 * 2048 * 768
     whole, trained = (sum(unit.shard(training_only=only) for unit in units) for only in (False, True))
@@ -206,8 +200,11 @@ def test_json(files, capsys):
         (["--nproc", "1", "--mm-model", "m", "--reserve-gb", "nan"], "--reserve-gb nan is out of range"),
         (["--nproc", "1", "--mm-model", "m", "--tokens", "9" * 20], "is out of range"),
         (["--nproc", "8"], "--mm-model"),
-        (["--nproc", "8", "--mm-model", "MODEL", "--expert-model-parallel-size", "3"], "does not divide"),
-        (["--nproc", "8", "--mm-model", "MODEL", "--hf-config", "nowhere"], "nowhere"),
+        (["--nproc", "24", "--mm-model", "MODEL", "--expert-model-parallel-size", "3"],
+         "3 does not divide num_experts 128; set it to 1\n"),
+        (["--nproc", "8", "--mm-model", "MODEL", "--hf-config", "nowhere"],
+         "nowhere/config.json does not exist; download the model's config.json, without the weights"),
+        (["--nproc", "8", "--mm-model", "MODEL", "--vision-lr", "1"], "--vision-lr 1.0: "),
         (["--nproc", "8", "--mm-model", "MODEL", "--tokns", "5"], "--tokns"),
         (["--nproc", "8", "--mm-model", "MODEL", "--memory-gb", "-1"], "--memory-gb"),
     ],
@@ -216,6 +213,45 @@ def test_mistakes_are_one_line(files, capsys, words, message):
     assert main([str(files / "model.json") if word == "MODEL" else word for word in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1", "3", "1.5", "1e308", "-1e-320", "9" * 30, "-" + "9" * 30, "9" * 5000,
+           "0x10", "1_0", "\u0663", "\u00bd", "true"]  # fmt: skip
+TEXTS = ["", " ", "\0", "a\nb", "\udcff", "x" * 5000, "--nproc"]
+PATHS = ["fifo", "binary", "empty", "directory", "loop", "null", "holds a fifo", "holds bytes", "holds a directory"]
+OPTIONS = ("--nproc", "--memory-gb", "--reserve-gb", "--tokens", "--patches", "--target-tokens", "--imbalance",
+           "--kernels", "--hf-config", "--mm-model", "--mm-data", "--fsdp2-config-path", "--seq-length",
+           "--micro-batch-size", "--global-batch-size", "--expert-model-parallel-size", "--context-parallel-size",
+           "--recompute-granularity", "--recompute-num-layers")  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_any_value_is_an_answer_or_one_line(tmp_path, capsys, option):
+    config = json.dumps(published_config("30B", layers=2, blocks=2))
+    (tmp_path / "config.json").write_text(config)
+    model = {"model_id": "qwen3_vl_moe", "init_from_hf_path": str(tmp_path)}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    for name in ("directory", "holds a fifo", "holds bytes", "holds a directory/config.json"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("fifo", "holds a fifo/config.json"):
+        os.mkfifo(tmp_path / name)
+    for name in ("binary", "holds bytes/config.json"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
+    (tmp_path / "empty").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "null").symlink_to(os.devnull)
+    wrong = 0
+    for value in (*NUMBERS, *TEXTS, *(str(tmp_path / name) for name in PATHS)):
+        for given in ([option, value], [f"{option}={value}"]):
+            status = main(["--nproc", "8", "--mm-model", str(tmp_path / "model.json"), *given])
+            out, error = capsys.readouterr()
+            assert (status, out, error) in ((0, out, ""), (2, "", error)), given
+            if status:
+                wrong += 1
+                assert error.startswith("error: ") and error[:-1].isprintable() and len(error) < 700, given
+            else:
+                assert "with one change" in out and not re.search(r"\b(nan|inf)\b", out), given
+    assert wrong > len(TEXTS) + len(PATHS)
 
 
 def test_it_needs_no_torch():

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mindspeed_mm.checkpoint.directory import iteration_name, write_tracker
+from mindspeed_mm.backend.device import select_backend
+from mindspeed_mm.checkpoint.directory import METADATA, iteration_name, write_tracker
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.state import TrainingState, initialize_optimizer_state, load_checkpoint
 from mindspeed_mm.config.command_line import parse_args
+from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.parameter_rules import compile_rules
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.training.optimizer import build_schedule
 from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity
-from mindspeed_mm.training.resume_checks import check_steps_remain, schedule_settings
+from mindspeed_mm.training.resume_checks import check_schedule, check_start, check_steps_remain, schedule_settings
 from tests.helpers.checkpoint_directory import commit_directory
+from tests.helpers.hf_model import tiny_model
+from tests.helpers.mcore_model import model_like, part_settings
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -108,6 +117,89 @@ def test_factors_on_the_learning_rate_belong_to_the_schedule(tmp_path, saved, ov
     restore_schedule(SimpleNamespace(args=args), schedule(**saved.get("lr_scales", {})), progress)
     with contextlib.nullcontext() if override else pytest.raises(UserError, match="lr_scales .* became .*0.25"):
         restore_schedule(SimpleNamespace(args=args), schedule(vision=0.25), progress)
+
+
+def run_of(*, frozen=(), dense=False):
+    """The model of a run, AdamW with moments, and the settings of its parameters."""
+    model, model_config = model_like(tiny_model(dense=dense), frozen=frozen)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    initialize_optimizer_state(optimizer)
+    return model, model_config, optimizer, part_settings(model_config, frozen)
+
+
+REFUSED = {
+    "other parameters trained": (
+        {"frozen": ["vision_encoder"]}, {}, "image_encoder.vision_encoder.* did not train then",
+    ),
+    "fewer train now": ({}, {"frozen": ["vision_encoder"]}, "image_encoder.vision_encoder.* did, and do not now"),
+    "another model": ({}, {"dense": True}, "is a checkpoint of another model: it lacks model"),
+    "damaged": ({}, {}, r"\.metadata has another checksum than recorded"),
+    "the same": ({}, {}, None),
+    "more trains now, and no moments wanted": ({"frozen": ["vision_encoder"]}, {}, None),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_ranks_refuse_is_refused_before_they_start_with_the_same_line(tmp_path, case):
+    then, now, reason = REFUSED[case]
+    model, _, optimizer, _ = run_of(**then)
+    backend = select_backend("cpu")
+    state = TrainingState(model, optimizer, backend, with_rng=False)
+    CheckpointManager(state, SaveOptions(tmp_path / "first"), backend=backend).start(Progress(iteration=1))
+    path = tmp_path / "first" / iteration_name(1)
+    if case == "damaged":
+        content = (path / METADATA).read_bytes()
+        (path / METADATA).write_bytes(content[:-2] + b"x" + content[-1:])
+    model, model_config, optimizer, settings = run_of(**now)
+    without = ["--no-load-optim"] * case.endswith("no moments wanted")
+    args = flags(tmp_path, "--load", str(tmp_path / "first"), "--train-iters", "2",
+                 "--global-batch-size", "1", *without)
+    wanted = None if without else optimizer
+    lines = []
+    for start in (
+        lambda: check_start(args, SPEC, model_config, settings),
+        lambda: load_checkpoint(path, model=model, optimizer=wanted, backend=backend, with_rng=False),
+    ):
+        try:
+            start()
+        except UserError as error:
+            lines.append(str(error))
+    assert len(set(lines)) == (reason is not None) and len(lines) in (0, 2)
+    assert reason is None or re.search(reason, lines[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ([], "the learning-rate schedule .*max_lr 1.0 became 2.0"),
+        (["--train-iters", "1"], "has done iteration 1, and --train-iters is 1"),
+        (["--override-opt-param-scheduler"], None),
+        (["--finetune"], None),
+        (["--vision-lr", "1", "--override-opt-param-scheduler"], None),
+        (["--lr", "1", "--vision-lr", "0.5"], "lr_scales {} became {'vision_encoder': 0.5}"),
+        (["--finetune", "--save-trainable-only", "--keep-last", "2"], "--keep-last 2 would delete .*iter_0000001"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused_before_its_ranks_start(tmp_path, more, reason):
+    model, model_config, optimizer, _ = run_of()
+    backend, before = select_backend("cpu"), flags(tmp_path, "--train-iters", "4", "--global-batch-size", "1")
+    state = TrainingState(model, optimizer, backend, with_rng=False)
+    manager = CheckpointManager(state, SaveOptions(tmp_path / "save"), backend=backend)
+    manager.start(Progress(iteration=1, schedule={**schedule_settings(before), "num_steps": 1}))
+    args = flags(tmp_path, "--load", str(tmp_path / "save"), "--train-iters", "4", "--global-batch-size", "1", "--lr",
+                 "2", *more)
+    switches = {"vision_encoder": {"freeze": args.save_trainable_only}, "vision_projector": {"freeze": False}}
+    options = ModelOptions(model_id="qwen3_vl_moe", init_from_hf_path="unused", image_encoder=switches)
+    settings = SPEC.parameter_settings(model_config, compile_rules(args, options, parts=SPEC.parts))
+    with contextlib.nullcontext() if reason is None else pytest.raises(UserError, match=reason):
+        check_start(args, SPEC, model_config, settings)
+
+
+def test_groups_of_the_learning_rate_have_no_order(tmp_path):
+    progress = Progress(schedule={"lr_scales": {"text+vision": 0.5, "a*0.1": 0.1}})
+    check_schedule(flags(tmp_path), progress, {"lr_scales": {"vision+text": 0.5, "a*0.1": 0.1}})
+    with pytest.raises(UserError, match="lr_scales"):
+        check_schedule(flags(tmp_path), progress, {"lr_scales": {"vision+text": 0.5, "a*0.2": 0.1}})
 
 
 def test_the_schedules_settings_are_its_state(tmp_path):

@@ -1,0 +1,153 @@
+"""Whether a checkpoint holds what a run needs, by names, shapes and dtypes. Imports no torch: also checked before any
+rank is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.checkpoint.directory import verify_directory
+from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, OPTIMIZER_PREFIX, Entry, read_entries
+from mindspeed_mm.checkpoint.partial import BASE_KEY, Base
+from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.errors import UserError
+
+_NARROW = ("bfloat16", "float16")  # whose values float32 represents exactly
+
+
+def check_contents(
+    path: Path,
+    manifest: Mapping[str, Any],
+    stored: Mapping[str, Entry],
+    parameters: Mapping[str, Entry],
+    *,
+    trained: Collection[str],
+    with_optimizer: bool,
+) -> None:
+    """Refuse a checkpoint that does not fit the model, or holds AdamW's moments of other parameters than now train.
+
+    Args:
+        path: of the checkpoint, for the message.
+        manifest: of the checkpoint.
+        stored: all tensors of the checkpoint.
+        parameters: all of the model, by their names in a checkpoint.
+        trained: names of those that train.
+        with_optimizer: whether the moments are to be loaded, if the checkpoint has any.
+
+    Raises:
+        UserError: naming the first differences.
+    """
+    frozen = parameters.keys() - trained
+    # converted weights may be in bf16, and so may parameters that did not train in the run that saved them
+    flags = manifest["metadata"].get("flags")
+    frozen_dtype = flags.get("--frozen-param-dtype", "fp32") if isinstance(flags, Mapping) else "fp32"
+    exact = Progress.is_training(path) and frozen_dtype == "fp32"
+    partial = BASE_KEY in manifest["metadata"]
+    expected = {name: entry for name, entry in parameters.items() if not partial or name in stored}
+    compare(path, expected, beginning_with(MODEL_PREFIX, stored), exact=exact, frozen=frozen)
+    moments = beginning_with(OPTIMIZER_PREFIX, stored)
+    if not with_optimizer or not moments:
+        return
+    _check_trained(path, {name.removeprefix(MODEL_PREFIX) for name in trained}, moments)
+    expected = {}
+    for name in trained:
+        begin = OPTIMIZER_PREFIX + name.removeprefix(MODEL_PREFIX)
+        expected |= {f"{begin}.{moment}": parameters[name] for moment in ("exp_avg", "exp_avg_sq")}
+        expected[f"{begin}.step"] = ((), "float32")
+    compare(path, expected, moments)
+
+
+def check_base_contents(
+    base: Base, names: Collection[str], parameters: Mapping[str, Entry], *, trained: Collection[str]
+) -> None:
+    """Refuse a base, a checkpoint, that does not have the parameters that a partial checkpoint lacks.
+
+    Args:
+        base: of the partial checkpoint.
+        names: of these parameters.
+        parameters: all of the model.
+        trained: names of those that train.
+
+    Raises:
+        UserError: naming the first differences, or if the base is incomplete.
+    """
+    path = Path(base.path)
+    stored = read_entries(path, verify_directory(path))
+    compare(
+        path,
+        {name: parameters[name] for name in names},
+        {name: entry for name, entry in stored.items() if name in names},
+        exact=False,
+        frozen=parameters.keys() - trained,
+    )
+
+
+def beginning_with(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tensors whose names begin with ``prefix``."""
+    return {name: entry for name, entry in entries.items() if name.startswith(prefix)}
+
+
+def compare(
+    path: Path,
+    expected: Mapping[str, Entry],
+    stored: Mapping[str, Entry],
+    *,
+    exact: bool = True,
+    frozen: Collection[str] = (),
+) -> None:
+    """Refuse a checkpoint whose names, shapes or dtypes differ from the model's.
+
+    Args:
+        path: of the checkpoint, for the message.
+        expected: tensors of the model or optimizer.
+        stored: the checkpoint's.
+        exact: require equal dtypes; otherwise the expected dtype must represent all stored values exactly.
+        frozen: names of parameters that do not train, whose dtype may be another: bf16 where the model computes in it.
+
+    Raises:
+        UserError: naming the first three differences of the first kind.
+    """
+    common = sorted(expected.keys() & stored.keys())
+    shapes = [
+        f"{name} {stored[name][0]} instead of {expected[name][0]}"
+        for name in common
+        if stored[name][0] != expected[name][0]
+    ]
+    types = [
+        f"{name} {stored[name][1]} instead of {expected[name][1]}"
+        for name in common
+        if not _fits(stored[name][1], expected[name][1], exact=exact)
+        and not (name in frozen and {stored[name][1], expected[name][1]} == {"bfloat16", "float32"})
+    ]
+    for kind, names in (
+        ("lacks", sorted(expected.keys() - stored.keys())),
+        ("has unexpected", sorted(stored.keys() - expected.keys())),
+        ("has other shapes:", shapes),
+        ("has other types:", types),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"{path} is a checkpoint of another model: it {kind} {', '.join(names[:3])}{more}; "
+                "convert the weights that model_name_or_path and the model JSON describe"
+            )
+
+
+def _fits(stored: str, dtype: str, *, exact: bool) -> bool:
+    return stored == dtype or (not exact and dtype == "float32" and stored in _NARROW)
+
+
+def _check_trained(path: Path, now: Collection[str], moments: Collection[str]) -> None:
+    """Refuse AdamW's moments of other parameters than those that train now."""
+    then = {name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] for name in moments}
+    differences = [
+        f"{', '.join(sorted(names)[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''} {what}"
+        for names, what in ((set(now) - then, "did not train then"), (then - set(now), "did, and do not now")) if names
+    ]
+    if differences:
+        raise UserError(
+            f"{path} is of a run that trained other parameters: {'; '.join(differences)}. Freeze what that run froze, "
+            "or add --no-load-optim to start AdamW's moments from zero"
+        )
