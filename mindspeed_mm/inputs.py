@@ -169,32 +169,34 @@ def read_text(path: str | os.PathLike[str], *, name: str = "", remedy: str = "",
 
 
 def read_json(
-    path: str | os.PathLike[str], *, name: str = "", remedy: str = "", limit: int = CONFIG_BYTES
+    path: str | os.PathLike[str], *, name: str = "", remedy: str = "", limit: int = CONFIG_BYTES,
+    unique: bool = False,
 ) -> dict[str, Any]:
-    """The object in a JSON file; arguments and errors as :func:`read_text`."""
+    """The object in a JSON file; arguments and errors as :func:`read_text` and :func:`parse_json`."""
     what = f"{name} {shorten(os.fspath(path))}".strip()
-    content = parse_json(read_text(path, name=name, remedy=remedy, limit=limit), what, remedy=remedy)
+    content = parse_json(read_text(path, name=name, remedy=remedy, limit=limit), what, remedy=remedy, unique=unique)
     if not isinstance(content, dict):
         raise UserError(f"{what} holds {kind_of(content)}; it must hold an object with named fields"
                         f"{remedy and f'; {remedy}'}")
     return content
 
 
-def parse_json(text: str, what: str, *, remedy: str = "", strict: bool = False) -> Any:
+def parse_json(text: str, what: str, *, remedy: str = "", unique: bool = False, strict: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: the text.
         what: names it, in messages.
         remedy: for messages.
-        strict: refuse a key that occurs twice in an object, and NaN and the infinities.
+        unique: refuse a key that occurs twice in an object.
+        strict: that, and NaN and the infinities.
 
     Raises:
         UserError: if it is not valid, or nested deeper than ``MAX_DEPTH``.
     """
     end = remedy and f"; {remedy}"
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
             seen: set[str] = set()
@@ -205,7 +207,9 @@ def parse_json(text: str, what: str, *, remedy: str = "", strict: bool = False) 
     def no_constant(name: str) -> Any:
         raise UserError(f"{what}: {name} is not a JSON value; write a finite number")
 
-    options: dict[str, Any] = {"object_pairs_hook": unique, "parse_constant": no_constant} if strict else {}
+    options: dict[str, Any] = {"object_pairs_hook": as_object} if unique or strict else {}
+    if strict:
+        options["parse_constant"] = no_constant
     try:
         value = json.loads(text, **options)
     except json.JSONDecodeError as error:

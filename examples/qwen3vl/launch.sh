@@ -4,6 +4,8 @@
 # The launcher's own arguments are appended to the flags, and so override them.
 
 set -o pipefail
+set +eu +o posix # whatever the calling shell has exported
+unset CDPATH       # with it, cd prints where it goes
 
 stop() {
     echo "error: $1" >&2

@@ -23,6 +23,7 @@ from mindspeed_mm.checkpoint.directory import (
 from mindspeed_mm.checkpoint.files import remove, temporary_name
 from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import reading
 
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 PROBE = ".probe-"
@@ -115,8 +116,9 @@ def check_writable(root: Path) -> Path:
         UserError: naming the file or directory that prevents it.
     """
     existing = root.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    with reading(f"--save {root}", "name another directory"):
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"--save {root}: {existing} is not a directory; name another directory")
     if not os.access(existing, os.W_OK | os.X_OK):

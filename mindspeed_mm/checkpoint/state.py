@@ -277,4 +277,6 @@ def load_hf_weights(
         reader = HFReader(directory, expert_layout=expert_layout)
         if unknown := model_state(model).keys() - reader.tensors.keys():
             raise AssertionError(f"the weight map does not know {sorted(unknown)[:3]}")
+        if dist.get_rank() == 0:
+            reader.read_unused()
     load_tensors(reader, model_state(model, names))

@@ -115,6 +115,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TRANSPOSED else 1
 
 
+def _check_mode(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions, which would turn black; convert it to 8 bits")
+
+
 def upright_size(path: str) -> tuple[int, int]:
     """Height and width of an image, turned upright by its EXIF orientation, from the file's header.
 
@@ -122,6 +127,7 @@ def upright_size(path: str) -> tuple[int, int]:
         UserError: naming the file, if it is missing or no image.
     """
     with open_image(path) as image:
+        _check_mode(image)
         width, height = image.size
         return (width, height) if _orientation(image) in _QUARTER_TURNS else (height, width)
 
@@ -157,6 +163,7 @@ def load_pixels(path: str, *, background: str | None = None) -> np.ndarray:
             except ValueError:
                 pass  # damaged or unusual: Pillow's pixels and errors are the reference
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            _check_mode(image)
             # not ImageOps.exif_transpose: it writes the EXIF anew, and fails where a tag has an unusual type
             turn = _TRANSPOSED.get(_orientation(image))
             flat = _without_transparency(image, background)
@@ -182,8 +189,8 @@ def _is_upright_jpeg(content: bytes) -> bool:
 def _warn_of_lost_content(image: Image.Image, path: str, *, flattened: bool) -> None:
     """Say once what converting to RGB loses; transformers converts in the same way."""
     if image.mode.startswith("I"):
-        _warn_once("16-bit", f"image {shorten(path)} has 16 bits per pixel: values above 255 become white, as in "
-                   "transformers; convert such images to 8 bits")
+        _warn_once("16-bit", f"image {shorten(path)} has more than 8 bits per pixel: values above 255 become white, as "
+                   "in transformers; convert such images to 8 bits")
     elif not flattened and image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
         _warn_once("transparency", f"image {shorten(path)} has transparent pixels, which get their hidden colour, "
                    "often black, as in transformers; for a white background set "

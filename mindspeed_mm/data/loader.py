@@ -25,7 +25,7 @@ from mindspeed_mm.data.encoder import Outcome
 from mindspeed_mm.data.packing import PackedSampler, pack
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import shorten
+from mindspeed_mm.inputs import reason, shorten
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -265,13 +265,15 @@ class BatchLoader:
         """
         # torch has the main thread raise when a worker dies, wherever it is; the loader notices that, too
         former = signal.getsignal(signal.SIGCHLD)
-        loaded = iter(self._loader)
+        try:
+            loaded: Any = iter(self._loader)
+        except OSError as error:
+            return self._steps(iter(()), f"the data workers cannot be started: {reason(error)}; {_REMEDY_SHM}")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, former)
         return self._steps(loaded)
 
-    def _steps(self, loaded: Iterator[_MicroBatch]) -> Iterator[StepBatches]:
-        failure = ""
+    def _steps(self, loaded: Iterator[_MicroBatch], failure: str = "") -> Iterator[StepBatches]:
         for _ in itertools.count() if self._steps_in_all is None else range(self._steps_in_all):
             parts: list[_MicroBatch] = []
             if not failure:

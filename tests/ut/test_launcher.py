@@ -510,3 +510,12 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workpl
         assert result.returncode == 0 and result.words, result.stderr
     else:
         assert result.returncode == 2 and not result.words and piece in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SHELLOPTS": "errexit"}, {"SHELLOPTS": "nounset"}, {"POSIXLY_CORRECT": "1"}, {"CDPATH": "."}]
+)
+def test_options_of_the_calling_shell_change_nothing(workplace, variables):
+    result = _launch(workplace, **variables)
+    assert result.returncode == 0 and result.words, result.stderr
+    assert all(line.startswith("warning: ") for line in result.stderr.splitlines())

@@ -71,6 +71,8 @@ def tool_call_text(content: str) -> str:
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
         raise ValueError('a tool call must be {"name": ..., "arguments": ...} or a list of these')
+    if not all(isinstance(call["name"], str) for call in calls):
+        raise ValueError("the name in a tool call must be a string")
     lines = []
     for call in calls:
         arguments = call["arguments"]

@@ -17,6 +17,7 @@ from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.inspection import verify
+from mindspeed_mm.checkpoint.state import load_hf_weights
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
@@ -184,6 +185,22 @@ def test_tied_head_must_repeat_the_embeddings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lm_head.weight differs"):
         hf_to_dcp(tmp_path / "hf", tmp_path / "dcp2")
     assert not (tmp_path / "dcp2").exists()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_tied_head_must_repeat_the_embeddings_where_training_loads_them(tmp_path: Path) -> None:
+    """Dropped without a word, training would use another head than transformers does."""
+    config = random_config(random.Random(3), moe=True, tie=True)
+    write_hf_directory(tmp_path / "hf", config, shards=1)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    load_hf_weights(torch.nn.Module(), tmp_path / "hf")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="lm_head.weight differs"):
+        load_hf_weights(torch.nn.Module(), tmp_path / "hf")
 
 
 def test_tie_weight_contradicts_config(hf: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--save .*file/save: .*file is not a directory"):
         check_writable(tmp_path / "file" / "save")
+    with pytest.raises(UserError, match=r"--save .* cannot be read: File name too long; name another directory"):
+        check_writable(tmp_path / ("x" * 300))
 
 
 def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:

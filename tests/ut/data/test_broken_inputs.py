@@ -137,6 +137,12 @@ def test_playlists_and_lists_of_files_are_no_videos(tmp_path):
         assert "cannot be used" in complaint_about(path, lambda path: clip_shape(path, VIDEOS))
 
 
+@pytest.mark.parametrize("read", [load_pixels, upright_size])
+def test_an_image_of_fractions_is_refused(tmp_path, read):
+    Image.fromarray(np.random.default_rng(0).random((40, 40), np.float32)).save(tmp_path / "f.tiff")
+    assert "its pixels are fractions" in complaint_about(tmp_path / "f.tiff", read)
+
+
 def test_what_conversion_to_rgb_loses_is_said_once(tmp_path, caplog):
     from mindspeed_mm.data.images import _warned
 
@@ -147,7 +153,8 @@ def test_what_conversion_to_rgb_loses_is_said_once(tmp_path, caplog):
         for _ in range(2):
             for name in ("grey.png", "clear.png"):
                 load_pixels(str(tmp_path / name))
-    assert [("16 bits" in one, "transparent" in one) for one in caplog.messages] == [(True, False), (False, True)]
+    said = [("more than 8 bits" in one, "transparent" in one) for one in caplog.messages]
+    assert said == [(True, False), (False, True)]
     assert 'set preprocess_parameters.transparent_background to "white" (said once)' in caplog.messages[1]
     _warned.clear()
     with caplog.at_level(logging.WARNING, "mindspeed_mm"):

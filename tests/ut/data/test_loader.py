@@ -210,3 +210,13 @@ def test_batch_that_cannot_be_sent_is_one_line(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ForkingPickler, "dumps", dumps)
     loader = tiny_loader(config, **loader_options(root, global_batch_size=4, num_workers=1))
     assert_failed(loader, "a data worker ended with status 1; .* open files: lower --num-workers")
+
+
+def test_workers_that_cannot_start_are_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(loader: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = make_config(root, dataset=str(root / "data.json"))
+    loader = tiny_loader(config, **loader_options(root, global_batch_size=4, num_workers=1))
+    monkeypatch.setattr(type(loader._loader), "__iter__", full)
+    assert_failed(loader, "the data workers cannot be started: No space left on device; enlarge /dev/shm .*")

@@ -156,6 +156,13 @@ def test_what_a_file_has_is_checked_before_transformers_fills_in_the_rest(direct
     refused(lambda: read_config(directory), "vision_config.depth is 1000000000")
 
 
+def test_a_field_that_the_config_gives_twice_is_refused(directory: Path) -> None:
+    file = directory / "config.json"
+    file.write_text(file.read_text().rstrip().removesuffix("}") + ', "tie_word_embeddings": true, "model_type": "x"}')
+    with pytest.raises(UserError, match=r"config\.json: \w+ occurs twice"):
+        read_config(directory)
+
+
 def test_fields_that_are_not_read_may_hold_anything(directory: Path) -> None:
     content = changed(FILES["config.json"], "hidden_size", None)
     content["vision_config"]["rope_theta"] = "unread"

@@ -282,5 +282,6 @@ def test_bad_settings(tokenizer: Any) -> None:
         chat_template(tokenizer, name="qwen2")
     with pytest.raises(UserError, match="no thinking part"):
         chat_template(tokenizer, enable_thinking=True)
-    with pytest.raises(ValueError):
-        tool_call_text('{"nam": 1}')
+    for content in ('{"nam": 1}', '{"name": null, "arguments": {}}', '[{"name": {"x": "y"}, "arguments": {}}]'):
+        with pytest.raises(ValueError, match="tool call"):
+            tool_call_text(content)
