@@ -110,23 +110,23 @@ class _MicroBatches(torch.utils.data.Dataset):
             if index != _PADDING:
                 try:
                     sample = self._dataset[index]
-                except SkippedSample as reason:
-                    too_long = reason.outcome == Outcome.TOO_LONG
+                except SkippedSample as skip:
+                    too_long = skip.outcome == Outcome.TOO_LONG
                     skipped += SkipReport(too_long=int(too_long), no_target=int(not too_long))
                 except UserError as error:
                     skipped += SkipReport((str(error),))
             samples.append(sample)
-        return self._in_shared_memory(self._collate_each(samples, skipped))
+        return self._in_shared_memory(self._collate_usable(samples, skipped))
 
     def stand_in(self) -> Batch:
         """A micro-batch without a target token."""
         return self._collate([_stand_in(_PADDING)])
 
     def _in_shared_memory(self, part: _MicroBatch) -> _MicroBatch:
-        """Through which a worker hands its tensors over; where there is none left, the reason is handed over instead.
+        """Move a worker's tensors to shared memory; without enough of it, return the reason instead.
 
-        Otherwise the queue's own thread would move them there, lose the batch when it fails, and leave the rank waiting
-        for it.
+        DataLoader would move them in the queue's feeder thread, where a failure loses the batch, and the rank waits for
+        it forever.
         """
         if torch.utils.data.get_worker_info() is not None:
             try:
@@ -135,7 +135,8 @@ class _MicroBatches(torch.utils.data.Dataset):
                 return _MicroBatch(failure=f"a data worker cannot hand over a batch: {shorten(error)}; {_REMEDY_SHM}")
         return part
 
-    def _collate_each(self, samples: list[Sample], skipped: SkipReport) -> _MicroBatch:
+    def _collate_usable(self, samples: list[Sample], skipped: SkipReport) -> _MicroBatch:
+        """Collate, with stand-ins for samples that do not fit their placeholders."""
         try:
             return _MicroBatch(self._collate(samples), skipped)
         except UserError:  # one of them does not fit its placeholders: find out which
