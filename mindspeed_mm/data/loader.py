@@ -186,15 +186,19 @@ def _start_worker(worker: int) -> None:
 
 
 def _why_lost(error: BaseException, workers: Sequence[Any]) -> str:
-    """One line for what DataLoader raises when a worker process died, possibly a moment before that is known."""
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    """One line if a worker process died, which may be known a moment later than the rank sees it; else empty."""
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(5.0)  # a process closes its files a moment before its status can be read
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     if not codes:
-        return f"a data worker was lost ({shorten(repr(error))}); lower --num-workers"
+        lost = isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in str(error)
+        return f"a data worker was lost ({shorten(repr(error))}); lower --num-workers" if lost else ""
     if codes[0] == -signal.SIGBUS:
         return f"a data worker found no shared memory left; {_REMEDY_SHM}"
-    ended = f"was ended by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"ended with status {codes[0]}"
-    return f"a data worker {ended}; it may have run out of memory or of open files: lower --num-workers"
+    how = f"was ended by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"ended with status {codes[0]}"
+    return f"a data worker {how}; it may have run out of memory or of open files: lower --num-workers"
 
 
 def _stop_workers(loader: DataLoader) -> None:
@@ -280,11 +284,10 @@ class BatchLoader:
             if not failure:
                 try:
                     parts = list(itertools.islice(loaded, self._micro_batches))
-                except (RuntimeError, EOFError, ConnectionError) as error:
-                    # the latter two if a worker dies while it sends a batch
-                    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                        raise
+                except (RuntimeError, EOFError, OSError) as error:  # which one depends on what the worker was sending
                     failure = _why_lost(error, getattr(loaded, "_workers", ()))
+                    if not failure:
+                        raise
                 failure = failure or next((part.failure for part in parts if part.failure), "")
             if failure:
                 parts = [_MicroBatch(self._source.stand_in())] * self._micro_batches
