@@ -169,49 +169,56 @@ def read_text(path: str | os.PathLike[str], *, name: str = "", remedy: str = "",
 
 
 def read_json(
-    path: str | os.PathLike[str], *, name: str = "", remedy: str = "", limit: int = CONFIG_BYTES,
-    unique: bool = False,
+    path: str | os.PathLike[str], *, name: str = "", remedy: str = "", limit: int = CONFIG_BYTES
 ) -> dict[str, Any]:
     """The object in a JSON file; arguments and errors as :func:`read_text` and :func:`parse_json`."""
     what = f"{name} {shorten(os.fspath(path))}".strip()
-    content = parse_json(read_text(path, name=name, remedy=remedy, limit=limit), what, remedy=remedy, unique=unique)
+    content = parse_json(read_text(path, name=name, remedy=remedy, limit=limit), what, remedy=remedy)
     if not isinstance(content, dict):
         raise UserError(f"{what} holds {kind_of(content)}; it must hold an object with named fields"
                         f"{remedy and f'; {remedy}'}")
     return content
 
 
-def parse_json(text: str, what: str, *, remedy: str = "", unique: bool = False, strict: bool = False) -> Any:
-    """The value of a JSON text.
+class DuplicateKey(ValueError):
+    """A key that occurs twice in one object; the message names it."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its keys and values: the ``object_pairs_hook`` of ``json.loads``, which would keep the last value.
+
+    Raises:
+        DuplicateKey: if a key occurs twice.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise DuplicateKey(f"{shorten(twice)} occurs twice in one object; remove one")
+    return content
+
+
+def parse_json(text: str, what: str, *, remedy: str = "", strict: bool = False) -> Any:
+    """The value of a JSON text, in which no object has a key twice.
 
     Args:
         text: the text.
         what: names it, in messages.
         remedy: for messages.
-        unique: refuse a key that occurs twice in an object.
-        strict: that, and NaN and the infinities.
+        strict: refuse NaN and the infinities.
 
     Raises:
         UserError: if it is not valid, or nested deeper than ``MAX_DEPTH``.
     """
     end = remedy and f"; {remedy}"
 
-    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise UserError(f"{what}: {shorten(twice)} occurs twice in one object; remove one")
-        return content
-
     def no_constant(name: str) -> Any:
         raise UserError(f"{what}: {name} is not a JSON value; write a finite number")
 
-    options: dict[str, Any] = {"object_pairs_hook": as_object} if unique or strict else {}
-    if strict:
-        options["parse_constant"] = no_constant
     try:
-        value = json.loads(text, **options)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant if strict else None)
+    except DuplicateKey as error:
+        raise UserError(f"{what}: {error}") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{what}, {place} is not valid JSON: {error.msg}{end}") from error

@@ -19,12 +19,15 @@ import os
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 IMAGE_TAG = "<image>"
+READ = {"id", "image", "conversations"}  # the id is for people
+TURN = {"from", "value"}
 NAMES_SHOWN = 5
 
 
@@ -63,6 +66,7 @@ class Result:
         with_system: number of kept records with a system message.
         missing: names of missing images; their records are skipped.
         malformed: index and reason of records that cannot be converted, by kind.
+        unread: number of kept records with each key that is not read; a turn's begin with ``conversations.``.
     """
 
     kept: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -70,6 +74,7 @@ class Result:
     with_system: int = 0
     missing: list[str] = dataclasses.field(default_factory=list)
     malformed: dict[str, list[tuple[int, str]]] = dataclasses.field(default_factory=dict)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def summary(self) -> str:
         """Lines for the terminal."""
@@ -79,6 +84,9 @@ class Result:
         for kind, records in self.malformed.items():
             reasons = [f"record {index}: {reason}" for index, reason in records]
             lines.append(f"skipped {len(records)} {kind}: {_first(reasons, separator='; ')}")
+        if self.unread:
+            keys = [f"{key} ({count})" for key, count in self.unread.most_common()]
+            lines.append(f"keys that are not read, with the number of records: {_first(keys)}")
         if self.with_system:
             lines.append(
                 f'{self.with_system} records have a system message: set attr.system_tag to "system" for this file in '
@@ -136,6 +144,7 @@ def convert(records: list[Any], image_root: str) -> Result:
             continue
         result.text_only += not images
         result.with_system += messages[0]["role"] == "system"
+        result.unread.update(_unread(record))
         result.kept.append({"images": [prefix + name for name in images], "messages": messages})
     return result
 
@@ -174,18 +183,45 @@ def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
     return messages, images
 
 
+def _unread(record: dict[str, Any]) -> set[str]:
+    """Keys with content that are lost."""
+    lost = {key for key in record.keys() - READ if record[key] is not None}
+    turns = (turn for turn in record["conversations"] if len(turn) > 2)
+    return lost | {f"conversations.{key}" for turn in turns for key in turn.keys() - TURN if turn[key] is not None}
+
+
 def _json_functions() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
     """Parse and dump; both pairs write the same bytes."""
     try:
         import orjson
     except ImportError:
         return _parse_json, lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-    return orjson.loads, orjson.dumps
+
+
+    def parse(content: bytes) -> Any:
+        value = orjson.loads(content)
+        return value if _num_quotes(content) == _num_quotes(orjson.dumps(value)) else _parse_json(content)
+
+    return parse, orjson.dumps
+
+
+def _num_quotes(content: bytes) -> int:
+    """Number of quotes that begin or end a string of a JSON text: fewer where a key that occurs twice was lost."""
+    return content.count(b'"') - content.count(b'\\"')
 
 
 def _parse_json(content: bytes) -> Any:
-    """As orjson: UTF-8 only, where the standard library guesses."""
-    return json.loads(content.decode())
+    """As orjson, UTF-8 only, where the standard library guesses; and no object may have a key twice."""
+    return json.loads(content.decode(), object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice} occurs twice in one object")
+    return content
 
 
 def _read(path: Path) -> bytes:

@@ -12,6 +12,18 @@ stop() {
     exit 2
 }
 
+# Ctrl-C or another signal before torchrun has started; $1: status
+# shellcheck disable=SC2329 # called by traps
+quit_early() {
+    ((${#started[@]})) && kill -KILL "${started[@]}" 2>/dev/null
+    echo "$NOTHING_TO_SAVE" >&2
+    exit "$1"
+}
+NOTHING_TO_SAVE="stopped before the first step; there is nothing to save"
+started=()
+trap 'quit_early 130' INT
+trap 'quit_early 143' TERM HUP
+
 # Environment of an NPU. Each variable can be set from outside; docs/environment.md describes them.
 setup_npu() {
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-2}  # the guide's; not read here
@@ -41,7 +53,7 @@ ask_to_stop() {
     find_ranks
     ((${#ranks[@]})) && kill -USR1 "${ranks[@]}" 2>/dev/null && return
     stopped_early=$1
-    echo "stopped before the first step; there is nothing to save" >&2
+    echo "$NOTHING_TO_SAVE" >&2
     # asked politely it would print a traceback; the ranks are in sessions of their own
     local children=()
     read -r -a children 2>/dev/null <"/proc/$torchrun/task/$torchrun/children"
@@ -55,10 +67,10 @@ interrupt() {
     if ((++interrupts == 1)); then
         ask_to_stop 130
     else
-        echo "second Ctrl-C: stopped at once, without saving" >&2
         stopped_early=130
         find_ranks
-        kill -KILL "$torchrun" "${ranks[@]}" 2>/dev/null
+        # with their process groups, since data workers notice only after seconds that their rank has gone
+        kill -KILL "$torchrun" "${ranks[@]}" "${ranks[@]/#/-}" 2>/dev/null
     fi
 }
 
@@ -120,6 +132,7 @@ run_torchrun() {
     MM_PREFLIGHT_DONE=1 setsid torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" \
         >"$MM_RUN_STATE/log" 2>&1 &
     torchrun=$!
+    started=("$torchrun")
     local waiter=
     ((NNODES > 1)) && { report_waiting "$1" & waiter=$!; }
     trap interrupt INT
@@ -136,6 +149,7 @@ run_torchrun() {
     wait "$tee"
     [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
     [ -s "$MM_RUN_STATE/error" ] && tee -a "$1" <"$MM_RUN_STATE/error" >&2
+    ((interrupts > 1)) && echo "second Ctrl-C: stopped at once, without saving" | tee -a "$1" >&2
     ((stopped_early)) && status=$stopped_early
 }
 
@@ -275,11 +289,9 @@ export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 setsid env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$NNODES" NODE_RANK="$NODE_RANK" \
     MASTER_ADDR="$MASTER_ADDR" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} \
     "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" &
-preflight=$!
-trap 'kill -KILL "$preflight"; exit 130' INT
-trap 'kill -KILL "$preflight"; exit 143' TERM HUP
-wait "$preflight" || exit 2
-trap - INT TERM HUP
+started=($!)
+wait "${started[0]}" || exit 2
+started=()
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 # preflight has printed it
 
 MASTER_PORT=${MASTER_PORT:-$(setsid "$TORCHRUN_PYTHON" -m mindspeed_mm.training.launch_environment)} || exit 2

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from mindspeed_mm.checkpoint.directory import (
 from mindspeed_mm.checkpoint.files import remove, temporary_name
 from mindspeed_mm.checkpoint.partial import Base
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import reading
+from mindspeed_mm.inputs import is_directory, reading, shorten
 
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 PROBE = ".probe-"
@@ -106,6 +107,14 @@ def _bases(root: Path, iterations: Sequence[int]) -> set[Path]:
     return bases
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        os.lstat(path)  # not what a link leads to: where that is missing, no directory can be made
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_writable(root: Path) -> Path:
     """Check that a ``--save`` directory exists or can be made.
 
@@ -115,14 +124,19 @@ def check_writable(root: Path) -> Path:
     Raises:
         UserError: naming the file or directory that prevents it.
     """
-    existing = root.absolute()
-    with reading(f"--save {root}", "name another directory"):
-        while not existing.exists() and existing != existing.parent:
+    existing, remedy = root.absolute(), "name another directory"
+    with reading(f"--save {root}", remedy):
+        while not _is_there(existing):
             existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--save {root}: {existing} is not a directory; name another directory")
+    if not is_directory(existing):
+        raise UserError(f"--save {root}: {shorten(existing)} is not a directory; {remedy}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--save {root}: {existing} is not writable by this user; name another directory")
+        raise UserError(f"--save {root}: {existing} is not writable by this user; {remedy}")
+    try:  # rights are not enough: in /proc, for one, nothing can be made
+        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=existing))
+    except OSError as error:
+        why = f"no directory can be made in {existing} ({error.strerror})"
+        raise UserError(f"--save {root}: {why}; {remedy}") from error
     return existing
 
 

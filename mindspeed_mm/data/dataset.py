@@ -98,9 +98,9 @@ class Streamed:
         first = source.reader()
         for _ in first.read(sample=True):
             pass
-        for note in first.notes:
+        for note in first.notes.values():
             logger.info("%s: of the first records: %s", source.names, note)
-        self._silent = bool(first.control_token_note)
+        self._said = set(first.notes)
 
     def __len__(self) -> int:
         """Number of records of all files."""
@@ -110,9 +110,10 @@ class Streamed:
         """The columns of one checked record."""
         file, record = self.origin(index)
         columns = self._reader.check(self._opened[file][record], file, record).columns()
-        if not self._silent and self._reader.control_token_note:
-            self._silent = True
-            logger.info("%s (said once by each data worker)", self._reader.control_token_note)
+        for kind, note in self._reader.notes.items():
+            if kind not in self._said:
+                self._said.add(kind)
+                logger.info("%s (said once by each data worker)", note)
         return columns
 
     def origin(self, index: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
@@ -25,9 +26,12 @@ from mindspeed_mm.inputs import MEDIA_BYTES, open_regular, reason, shorten
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
 logger = logging.getLogger(__name__)
+# Pillow warns of half the size that it refuses, and names no file
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _warned: set[str] = set()  # kinds of warnings that this process has given
 MAX_ASPECT_RATIO = 200
 DATA_URI = "data:"
+_STRIP = 4 << 20  # pixels that are converted at a time
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _TRANSPOSED = {
@@ -166,9 +170,24 @@ def load_pixels(path: str, *, background: str | None = None) -> np.ndarray:
             _check_mode(image)
             # not ImageOps.exif_transpose: it writes the EXIF anew, and fails where a tag has an unusual type
             turn = _TRANSPOSED.get(_orientation(image))
-            flat = _without_transparency(image, background)
-            _warn_of_lost_content(image, path, flattened=flat is not image)
-            return np.asarray((flat if turn is None else flat.transpose(turn)).convert("RGB"))
+            return _rgb(image if turn is None else image.transpose(turn), path, background)
+
+
+def _rgb(image: Image.Image, path: str, background: str | None) -> np.ndarray:
+    """The pixels as RGB, uint8 [height, width, 3]; a large image by strips, of which Pillow makes several copies."""
+
+    def converted(strip: Image.Image) -> np.ndarray:
+        flat = _without_transparency(strip, background)
+        _warn_of_lost_content(strip, path, flattened=flat is not strip)
+        return np.asarray(flat if flat.mode == "RGB" else flat.convert("RGB"))
+
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        return converted(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        pixels[top : top + rows] = converted(image.crop((0, top, image.width, min(top + rows, image.height))))
+    return pixels
 
 
 def _without_transparency(image: Image.Image, background: str | None) -> Image.Image:
@@ -191,7 +210,8 @@ def _warn_of_lost_content(image: Image.Image, path: str, *, flattened: bool) -> 
     if image.mode.startswith("I"):
         _warn_once("16-bit", f"image {shorten(path)} has more than 8 bits per pixel: values above 255 become white, as "
                    "in transformers; convert such images to 8 bits")
-    elif not flattened and image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+    elif (not flattened and "transparency" not in _warned and image.has_transparency_data
+          and image.convert("RGBA").getextrema()[3][0] < 255):
         _warn_once("transparency", f"image {shorten(path)} has transparent pixels, which get their hidden colour, "
                    "often black, as in transformers; for a white background set "
                    'preprocess_parameters.transparent_background to "white"')

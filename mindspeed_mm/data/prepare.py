@@ -160,7 +160,7 @@ def _load_rows(source: Source, target: Path) -> PreparedRows:
 def _build_records(source: Source, directory: Path) -> None:
     table, reader = _read_records(source)
     table.save_to_disk(str(directory / "rows"))
-    _write_summary(directory, [f"{len(table)} records", *reader.notes])
+    _write_summary(directory, [f"{len(table)} records", *reader.notes.values()])
     _write_skipped(directory, reader.skipped)
 
 
@@ -270,7 +270,7 @@ def _build(source: Source, directory: Path) -> None:
     rows.remove_columns("problem").save_to_disk(str(directory / "rows"))
     for part in directory.glob("rows*.arrow"):  # of the processes
         part.unlink()
-    _write_summary(directory, [summary, *reader.notes, encoder.warning])
+    _write_summary(directory, [summary, *reader.notes.values(), encoder.warning])
     _write_skipped(directory, skipped)
 
 

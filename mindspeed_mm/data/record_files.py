@@ -20,8 +20,27 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import DATA_BYTES, is_file, is_present, kind_of, read_bytes, reading, reason, shorten
+from mindspeed_mm.inputs import (
+    DATA_BYTES,
+    DuplicateKey,
+    is_file,
+    is_present,
+    kind_of,
+    open_regular,
+    read_bytes,
+    reading,
+    reason,
+    shorten,
+    unique_keys,
+)
 
+_AGAIN = "create it again (step 3 of the guide)"
+_NOT_TEXT = (  # how a file begins, what it then is, and the remedy
+    (b"\xff\xfe", "UTF-16", "save it as UTF-8"), (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
+    (b"\x1f\x8b", "compressed", "unpack it with gunzip"), (b"\x28\xb5\x2f\xfd", "compressed", "unpack it with unzstd"),
+    (b"PK\x03\x04", "compressed", "unpack it with unzip"),
+    (b"PAR1", "a Parquet file", "give it a name that ends in .parquet"),
+)
 _BOM = b"\xef\xbb\xbf"  # written by some editors; means nothing
 _ROW_GROUPS_KEPT = 4
 # A string matches as a whole, so that brackets within it do not count.
@@ -51,11 +70,12 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     require_file(path)
     if path.suffix == ".parquet":
         return _read_parquet(path, limit)
+    require_text(path)
     with reading(f"dataset {path}"):
         content = read_bytes(path, limit=DATA_BYTES)
     if path.suffix == ".jsonl":
         rows: Any = []
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(content.split(b"\n"), start=1):
             if limit is not None and len(rows) >= limit:
                 break
             if line.strip():
@@ -84,23 +104,49 @@ def require_file(path: Path) -> None:
         )
 
 
+def require_text(path: Path) -> None:
+    """Check that a file begins like a UTF-8 text.
+
+    Raises:
+        UserError: naming what it is instead, and the remedy.
+    """
+    with reading(f"dataset {path}", _AGAIN), os.fdopen(open_regular(path, limit=DATA_BYTES), "rb") as file:
+        first = file.read(4)
+    for start, kind, remedy in _NOT_TEXT:
+        if first.startswith(start):
+            raise UserError(f"{path} is {kind}, not a UTF-8 text; {remedy}")
+    if b"\0" in first:
+        raise UserError(f"{path} is no UTF-8 text (UTF-16, or no text at all); save it as UTF-8")
+
+
+def _num_quotes(content: bytes) -> int:
+    """Number of quotes that begin or end a string of a JSON text, apart from an end after a backslash."""
+    return content.count(b'"') - content.count(b'\\"')
+
+
 def parse_json(content: bytes, source: str) -> Any:
-    """The value of a JSON text; ``source`` names it in messages.
+    """The value of a JSON text in UTF-8, in which no object has a key twice; ``source`` names it in messages.
 
     Raises:
         UserError: if it is not valid.
     """
     content = content.removeprefix(_BOM)
-    with contextlib.suppress(ImportError, ValueError):  # the standard library's is three times slower, and says more
+    with contextlib.suppress(ImportError, ValueError, TypeError):  # the standard library's is slower, and says more
         import orjson
 
-        return orjson.loads(content)
+        value = orjson.loads(content)
+        if _num_quotes(content) == _num_quotes(orjson.dumps(value)):  # of a key that occurs twice one is lost
+            return value
     try:
-        return json.loads(content)
+        return json.loads(content.decode("utf-8", "surrogatepass"), object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise UserError(f"{source}: {error}") from error
     except (ValueError, RecursionError) as error:
-        remedy = "create it again (step 3 of the guide)"
+        remedy = _AGAIN
         first, _, rest = content.partition(b"\n")
-        if rest.strip() and first.strip().startswith(b"{"):
+        if b"\r" in first.strip() and not rest.strip():
+            remedy = "its lines end in carriage returns alone: end them with line feeds"
+        elif rest.strip() and first.strip().startswith(b"{"):
             with contextlib.suppress(ValueError, RecursionError):
                 json.loads(first)
                 remedy = "each of its lines is a JSON text: give the file a name that ends in .jsonl"
@@ -110,8 +156,40 @@ def parse_json(content: bytes, source: str) -> Any:
 def _read_parquet(path: Path, limit: int | None) -> list[Any]:
     import pyarrow.parquet
 
-    with reading(f"Parquet file {path}"):
+    _parquet_schema(path)
+    with reading(f"Parquet file {path}", _AGAIN):
         return pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
+
+
+def _parquet_schema(path: str | Path) -> Any:
+    """The schema of a Parquet file, in which no object has a key twice: of two, one would be read.
+
+    Raises:
+        UserError: if the file cannot be read, or a name occurs twice.
+    """
+    import pyarrow.parquet
+
+    def check(fields: Any) -> None:
+        names = [field.name for field in fields]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"Parquet file {path}: {shorten(name)} occurs twice in one object; remove one")
+        for field in fields:
+            check(_struct_fields(field.type))
+
+    with reading(f"Parquet file {path}", _AGAIN):
+        schema = pyarrow.parquet.read_schema(path)
+        check(schema)
+    return schema
+
+
+def _struct_fields(kind: Any) -> Any:
+    """Fields of an Arrow type that holds objects, or lists of these; nothing for another."""
+    import pyarrow.types as types
+
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return list(kind) if types.is_struct(kind) else []
 
 
 def struct_columns(path: str | Path) -> frozenset[str]:
@@ -124,17 +202,8 @@ def struct_columns(path: str | Path) -> frozenset[str]:
     """
     if Path(path).suffix != ".parquet":
         return frozenset()
-    import pyarrow.parquet
-    import pyarrow.types
-
-    def has_struct(kind: Any) -> bool:
-        while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-            kind = kind.value_type
-        return bool(pyarrow.types.is_struct(kind))
-
     require_file(Path(path))
-    with reading(f"Parquet file {path}"):
-        return frozenset(field.name for field in pyarrow.parquet.read_schema(path) if has_struct(field.type))
+    return frozenset(field.name for field in _parquet_schema(path) if _struct_fields(field.type))
 
 
 class RecordFile:
@@ -155,9 +224,11 @@ class RecordFile:
         self._process = -1
         self._parquet = Path(path).suffix == ".parquet"
         if self._parquet:
+            _parquet_schema(path)
             self._ends = np.cumsum([0, *_row_groups(path)])
             count = int(self._ends[-1])
         else:
+            require_text(Path(path))
             self._places = _line_places(path) if Path(path).suffix == ".jsonl" else _element_places(path)
             count = len(self._places)
         self._count = count if limit is None else min(count, limit)
@@ -209,7 +280,7 @@ def _row_groups(path: str) -> list[int]:
     """Rows of each group of a Parquet file."""
     import pyarrow.parquet
 
-    with reading(f"Parquet file {path}"):
+    with reading(f"Parquet file {path}", _AGAIN):
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
@@ -235,16 +306,14 @@ def _element_places(path: str) -> np.ndarray:
     depth, start = 0, 0
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            raise UserError(f"{path} is empty; create it again (step 3 of the guide)")
+            raise UserError(f"{path} is empty; {_AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for match in _BRACKETS.finditer(content):
                 mark = content[match.start()]
                 if mark in b"{[":
                     depth += 1
                     if depth == 1 and mark != ord("["):
-                        raise UserError(
-                            f"{path} holds an object, not a list of records; create it again (step 3 of the guide)"
-                        )
+                        raise UserError(f"{path} holds an object, not a list of records; {_AGAIN}")
                     if depth == 2:
                         start = match.start()
                 elif mark in b"}]":
@@ -254,7 +323,7 @@ def _element_places(path: str) -> np.ndarray:
             if not depth and places:
                 _check_gaps(path, content, places)
     if depth or (not places and start == 0 and not _is_empty_list(path)):
-        raise UserError(f"{path} is not a valid JSON list of records; create it again (step 3 of the guide)")
+        raise UserError(f"{path} is not a valid JSON list of records; {_AGAIN}")
     return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from mindspeed_mm.data.record_files import RecordError, RecordFile, read_rows, record_name, struct_columns
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import kind_of, reason, shorten
+from mindspeed_mm.inputs import kind_of, reason, shorten, unique_keys
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -103,13 +103,42 @@ class SkippedRecords:
         raise UserError(f"{self.messages[0]}{more}{limit}")
 
 
+@dataclasses.dataclass
+class Finding:
+    """Messages that are used as they are, though the user may not have meant them.
+
+    Attributes:
+        what: the messages' name in the singular, and what is said of them.
+        messages: their number.
+        records: number of records that have some.
+        first: where the first is.
+    """
+
+    what: tuple[str, str]
+    messages: int = 0
+    records: int = 0
+    first: str = ""
+
+    def add(self, messages: int, place: str) -> None:
+        """Count the messages of one record."""
+        self.first = self.first or place
+        self.messages += messages
+        self.records += 1
+
+    def __str__(self) -> str:
+        counts = (f"{count} {name}{'s' * (count > 1)}" for count, name in
+                  ((self.messages, self.what[0]), (self.records, "record")))
+        return f"{' of '.join(counts)} {self.what[1]}; the first: {self.first}"
+
+
 class RecordReader:
     """Reads and checks the records of some data files.
 
     Attributes:
         skipped: the records of ``read`` that cannot be used.
         unread: how many records have each column or key that is not read; a message's begin with ``messages.``.
-        control_tokens: how many ``messages`` and ``records`` have a control token of the chat format written out.
+        empty_answers: answers without any text.
+        control_tokens: messages in which a control token of the chat format is written out.
     """
 
     def __init__(self, config: DataConfig, spec: ModelSpec, files: Sequence[str], *, limit: int | None) -> None:
@@ -123,8 +152,10 @@ class RecordReader:
         """
         self.skipped = SkippedRecords(config)
         self.unread: Counter[str] = Counter()
-        self.control_tokens: Counter[str] = Counter()
-        self._first_control_token = ""
+        self.empty_answers = Finding(("answer", "without text, from which the end of the turn is learned at most"))
+        self.control_tokens = Finding(
+            ("message", "in which control tokens of the chat format are written out, encoded as plain text")
+        )
         self._find_control_token = spec.control_token_finder()
         self._files = files
         self._limit = limit
@@ -145,22 +176,11 @@ class RecordReader:
         return f"columns and keys that are not read, with the number of records: {found}{more}" if found else ""
 
     @property
-    def control_token_note(self) -> str:
-        """What ``control_tokens`` holds, as a sentence; empty if there is nothing."""
-        if not self.control_tokens:
-            return ""
-        messages, records = (
-            f"{count} {name if count > 1 else name.removesuffix('s')}" for name, count in self.control_tokens.items()
-        )
-        return (
-            f"control tokens of the chat format are written out in {messages} of {records} and encoded as plain text; "
-            f"the first: {self._first_control_token}"
-        )
-
-    @property
-    def notes(self) -> list[str]:
-        """What the log has to say about the records that were read."""
-        return [note for note in (self.unread_note, self.control_token_note) if note]
+    def notes(self) -> dict[str, str]:
+        """What the log has to say about the records that were read, by kind."""
+        notes = {"unread": self.unread_note}
+        notes |= {f.what[0]: str(f) for f in (self.empty_answers, self.control_tokens) if f.messages}
+        return {kind: note for kind, note in notes.items() if note}
 
     def read(self, *, sample: bool = False) -> Iterator[Record]:
         """All usable records; the rest is counted in ``skipped``, which the caller checks at the end.
@@ -217,17 +237,22 @@ class RecordReader:
             raise RecordError(f"{record_name(self._files[file], index)}: {reason(error)}") from error
         self._count_unread(row)
         record = Record(record.messages, images, videos, file, index)
-        self._count_control_tokens(record)
+        self._examine(record)
         return record
 
-    def _count_control_tokens(self, record: Record) -> None:
-        find = self._find_control_token
-        if find is None or not any(found := [find(message.text) for message in record.messages]):
-            return
-        if not self.control_tokens:
+    def _examine(self, record: Record) -> None:
+        find, empty, tokens = self._find_control_token, 0, []
+        for message in record.messages:
+            if message.role == "assistant" and (not message.text or message.text.isspace()):
+                empty += 1
+            elif find is not None and (token := find(message.text)):
+                tokens.append(token)
+        if empty or tokens:
             name = record_name(self._files[record.file], record.record)
-            self._first_control_token = f"{next(filter(None, found))} in {name}"
-        self.control_tokens.update(messages=sum(map(bool, found)), records=1)
+            if empty:
+                self.empty_answers.add(empty, name)
+            if tokens:
+                self.control_tokens.add(len(tokens), f"{tokens[0]} in {name}")
 
     def _count_unread(self, row: Mapping[str, Any]) -> None:
         if not row.keys() <= self._columns:
@@ -380,7 +405,7 @@ def _tools(row: Mapping[str, Any], attr: Attributes) -> list[Any]:
     tools = row.get(attr.tools) if attr.tools else None
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"its column {attr.tools!r} (attr.tools) is not valid JSON: {reason(error)}") from error
     tools = tools or []
@@ -443,7 +468,7 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
         if path.startswith("data:") and kind != "video":
             return path
         if path.startswith("file://"):
-            path = unquote(path.removeprefix("file://"))
+            path = unquote(path.removeprefix("file://").removeprefix("localhost"))
         if "://" in path[:16]:
             raise ValueError(f"{kind} {shorten(path)} is a URL, and nothing is fetched from a network; download it, "
                              "and write its path")

@@ -88,11 +88,24 @@ class Launcher:
         """Ids of the training processes, as the launcher knows them."""
         return [int(path.read_text()) for path in sorted(self.temporary.glob("*/pid.*"))]
 
+    @property
+    def log(self) -> Path:
+        """The file that holds all that the launcher has printed."""
+        return max((ROOT / "logs").glob("train_*.log"), key=lambda path: path.stat().st_mtime)
+
     def end(self, *, seconds: float = 120) -> int:
         """Wait for it; returns its status."""
         status = self.process.wait(seconds)
         self._reader.join(10)
         return status
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process, and not only its status, for which nobody has asked yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def to_launcher(launcher: Launcher) -> None:
@@ -134,6 +147,7 @@ def test_a_signal_saves_and_ends_with_75(root, tmp_path, name):
     assert (tmp_path / "save/latest_checkpointed_iteration.txt").read_text() == str(last)
     assert f"training stopped, as requested, at iteration {last}" in launcher.output
     assert "Traceback" not in launcher.output and "Elapsed Time Per iteration" in launcher.output
+    assert launcher.output.rstrip().endswith(f"to continue: --load {tmp_path}/save")
     assert took < 30, took  # torchrun's own patience; the step and its save take a second
     assert not any(launcher.temporary.glob("tmp.*"))  # what the launcher made for itself
 
@@ -147,10 +161,25 @@ def test_second_ctrl_c_quits_at_once(root, tmp_path):
         os.kill(process, signal.SIGSTOP)  # a run that will not get to the end of its step
     to_group(launcher)
     time.sleep(0.5)
+    started = time.monotonic()
     to_group(launcher)
     assert launcher.end() == 130, launcher.output
+    assert time.monotonic() - started < 4  # data workers look for their rank every 5 seconds
+    line = "second Ctrl-C: stopped at once, without saving\n"
+    assert launcher.output.endswith(line) and launcher.log.read_text().endswith(line)
     assert not (tmp_path / "save/latest_checkpointed_iteration.txt").exists()
-    assert all(not Path(f"/proc/{process}").exists() for process in processes)
+    assert not any(map(is_running, processes))
+
+
+def test_ctrl_c_before_the_checks_is_answered(root, tmp_path):
+    """While the launcher reads the NPU toolkit's environment, which can take seconds."""
+    script = tmp_path / "set_env.sh"
+    script.write_text("echo reading; sleep 60\n")
+    launcher = Launcher(root, tmp_path / "save", SET_ENV=str(script))
+    launcher.wait_for("reading")
+    to_group(launcher)
+    assert launcher.end(seconds=20) == 130
+    assert launcher.output == "reading\nstopped before the first step; there is nothing to save\n"
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def read_config_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
             f"{path} does not exist: {shorten(str(directory)) or 'the empty path'} is not a Hugging Face model "
             "directory; download the weights first (step 2 of the guide) or correct the path"
         )
-    content = read_json(path, remedy="download it again", unique=True)
+    content = read_json(path, remedy="download it again")
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
         found = "" if model_type is None else f" that is a string, but {shown(model_type)}"

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import shorten, unique_keys
 from mindspeed_mm.interfaces.conversation import (
     IMAGE_TAG,
     MEDIA_TAG,
@@ -31,6 +32,7 @@ _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _TOOL_CALL = "<tool_call>\n"
+_CALL_KEYS_WITHOUT_EFFECT = ("id", "type", "index")  # the model's own template leaves them out, too
 # Written out in a message, these are text: they would end turns or claim vision features that do not exist.
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 
@@ -65,7 +67,7 @@ def tool_call_text(content: str) -> str:
         ValueError: if ``content`` is something else.
     """
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(content, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     calls = parsed if isinstance(parsed, list) else [parsed]
@@ -73,6 +75,9 @@ def tool_call_text(content: str) -> str:
         raise ValueError('a tool call must be {"name": ..., "arguments": ...} or a list of these')
     if not all(isinstance(call["name"], str) for call in calls):
         raise ValueError("the name in a tool call must be a string")
+    for call in calls:
+        if others := sorted(call.keys() - {"name", "arguments", *_CALL_KEYS_WITHOUT_EFFECT}):
+            raise ValueError(f"a tool call is its name and arguments; remove {shorten(', '.join(others))}")
     lines = []
     for call in calls:
         arguments = call["arguments"]

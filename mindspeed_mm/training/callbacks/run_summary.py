@@ -34,19 +34,26 @@ class RunSummary(Callback):
 
     def on_run_end(self, *, failed: bool) -> None:
         """Log how the run ended, and the averages."""
-        if not failed:
-            self._log_end()
+        reason = "" if failed else self._why_stopped()
+        if not failed and not reason:
+            self._log_end(reason)
         for line in self._averages():
             logger.info(line, extra=RAW)
+        if reason:  # last, where it is looked for
+            self._log_end(reason)
 
-    def _log_end(self) -> None:
+    def _why_stopped(self) -> str:
+        """Why the run ended before its last step; empty if it did not."""
+        args = self._run.args
+        if self._run.error is not None:
+            return "by an error"
+        if self._run.context.progress.iteration >= args.train_iters:
+            return ""
+        return "as requested" if self._run.stopped else "by --exit-interval" if args.exit_interval else ""
+
+    def _log_end(self, reason: str) -> None:
         args, context = self._run.args, self._run.context
         iteration, peak = context.progress.iteration, context.backend.peak_memory_bytes() / 2**30
-        reason = None
-        if self._run.error is not None:
-            reason = "by an error"
-        elif iteration < args.train_iters:
-            reason = "as requested" if self._run.stopped else args.exit_interval and "by --exit-interval"
         how = f"stopped, {reason}," if reason else "finished"
         logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")
         if reason and args.save and iteration:

@@ -31,6 +31,15 @@ def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "save")
     with pytest.raises(UserError, match=r"--save .* cannot be read: File name too long; name another directory"):
         check_writable(tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("missing")
+    for name in ("loop", "nowhere/save"):
+        with pytest.raises(UserError, match="(loop|nowhere) is not a directory"):
+            check_writable(tmp_path / name)
+    if Path("/proc/self").exists():
+        with pytest.raises(UserError, match="no directory can be made in /proc"):
+            check_writable(Path("/proc/save"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "nowhere"]
 
 
 def test_place_that_may_not_be_written(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import logging
@@ -12,11 +13,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
 
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.data.images import image_grid, load_pixels, upright_size
+from mindspeed_mm.data.record_files import RecordFile, read_rows
 from mindspeed_mm.data.records import RecordReader
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.data.videos import clip_shape
@@ -227,7 +231,8 @@ def test_file_and_data_uris_are_images(tmp_path):
     picture().save(tmp_path / "a b.png")
     content = base64.b64encode((tmp_path / "a b.png").read_bytes()).decode()
     question = {"role": "user", "content": "<image>"}
-    for image in (f"file://{tmp_path}/a%20b.png", f"data:image/png;base64,{content}"):
+    path = f"{tmp_path}/a%20b.png"
+    for image in (f"file://{path}", f"file://localhost{path}", f"data:image/png;base64,{content}"):
         (record,) = read(tmp_path, [{"messages": [question, TURNS[1]], "images": [image]}])
         assert np.array_equal(load_pixels(record.images[0]), np.asarray(picture()))
     with pytest.raises(UserError) as raised:
@@ -235,10 +240,82 @@ def test_file_and_data_uris_are_images(tmp_path):
     assert len(str(raised.value)) < 600
 
 
+TEXTS = {
+    '[{"a": 1}]'.encode("utf-16"): "is UTF-16.* save it as UTF-8", '{"a": 1}'.encode("utf-16-be"): "no UTF-8 text",
+    gzip.compress(b'{"a": 1}'): "is compressed.*gunzip", b"PAR1 and more": "is a Parquet file.*ends in .parquet",
+}
+TWICE = {
+    b'{"a": 1, "a": 1}': "a", b'{"a": 1, "b": [{"c": "\\"", "c" : 2}]}': "c", b'{"\\u0061": "x", "a": "y"}': "a",
+    b'{"a\\\\": "a\\\\", "b": 1, "a\\\\": "\\u0022"}': "a", b'{"a": "\\ud83d", "a": 1}': "a", b'{"": 1, "": 2}': "",
+}
+ONCE = (
+    b'{"a": "a", "b": {"a": "\\"a\\":", "c\\u005c": "\\\\"}}', b'{"a":"\\u0022\\\\\\"","b\\"": [], "" : "\\\\\\\\"}',
+    b'{"a": 12345678901234567890123, "b": 1e999, "c": "\\ud83d\\ude00"}',
+)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_key_that_occurs_twice_is_refused(tmp_path, streamed):
+    """Where a parser would keep the last value. ``ONCE``: no key does, whatever quotes the texts have."""
+    path = tmp_path / "data.jsonl"
+
+    def row(content: bytes) -> dict:
+        path.write_bytes(b'{"first": 1}\n' + content)
+        return RecordFile(str(path))[1] if streamed else read_rows(path)[1]
+
+    for content, key in TWICE.items():
+        with pytest.raises(UserError, match=rf"data.jsonl, record 1.*: {key}.* occurs twice in one object; remove one"):
+            row(content)
+    for content in ONCE:
+        assert row(content) == json.loads(content)
+    with pytest.raises(UserError, match="message 0 is not a tool call: name occurs twice"):
+        call = {"role": "call", "content": '{"name": "f", "arguments": {}, "name": "g"}'}
+        read(tmp_path, [{"messages": [call]}], function_tag="call")
+    with pytest.raises(UserError, match="is not valid JSON: name occurs twice"):
+        read(tmp_path, [{"messages": TURNS, "tools": '[{"name": "f", "name": "g"}]'}], tools="tools")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_column_that_occurs_twice_is_refused(tmp_path, streamed):
+    path = tmp_path / "data.parquet"
+    fields = [pyarrow.array(["x"]), pyarrow.array(["y"])]
+    turns = pyarrow.StructArray.from_arrays(fields, names=["content", "content"])
+    for table in (
+        pyarrow.Table.from_arrays(fields, names=["content", "content"]),
+        pyarrow.Table.from_arrays([pyarrow.ListArray.from_arrays([0, 1], turns)], names=["messages"]),
+    ):
+        pyarrow.parquet.write_table(table, path)
+        with pytest.raises(UserError, match="data.parquet: content occurs twice"):
+            RecordFile(str(path)) if streamed else read_rows(path)
+
+
+def test_empty_answers_are_counted(tmp_path):
+    turns = [*TURNS, TURNS[0], {"role": "assistant", "content": " \n"}, TURNS[0], {"role": "assistant", "content": ""}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": TURNS}, {"messages": turns}, {"messages": turns[:4]}]))
+    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"))
+    reader = RecordReader(config, SPEC, [str(tmp_path / "data.json")], limit=None)
+    assert len(list(reader.read())) == 3
+    assert reader.notes["answer"] == (
+        "3 answers of 2 records without text, from which the end of the turn is learned at most; "
+        f"the first: {tmp_path}/data.json, record 1"
+    )
+
+
+@pytest.mark.parametrize(("call", "complaint"), [
+    ({"name": "f", "arguments": {}, "thought": "x"}, "remove thought"),
+    ({"name": "f", "arguments": "{}", "id": 1}, None),
+])
+def test_keys_of_a_tool_call(tmp_path, call, complaint):
+    rows = [{"messages": [TURNS[0], {"role": "call", "content": json.dumps(call)}]}]
+    if complaint is None:
+        assert read(tmp_path, rows, function_tag="call")
+        return
+    with pytest.raises(UserError, match=f"message 1 is not a tool call: .*{complaint}"):
+        read(tmp_path, rows, function_tag="call")
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_texts_of_data_files(tmp_path, streamed):
-    from mindspeed_mm.data.record_files import RecordFile, read_rows
-
     def rows(name: str, content: bytes) -> list:
         (tmp_path / name).write_bytes(content)
         if not streamed:
@@ -250,6 +327,14 @@ def test_texts_of_data_files(tmp_path, streamed):
     assert rows("emoji.json", b'[{"a": "\\ud83d"}]') == [{"a": "\ud83d"}]
     with pytest.raises(UserError, match="ends in .jsonl" if not streamed else "holds an object"):
         rows("lines.json", b'{"a": 1}\n{"a": 2}\n')
+    for content, complaint in TEXTS.items():
+        for name in ("text.json", "text.jsonl"):
+            with pytest.raises(UserError, match=complaint) as raised:
+                rows(name, content)
+            assert str(tmp_path / name) in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="carriage returns alone"):
+        rows("mac.jsonl", b'{"a": 1}\r{"a": 2}\r')
+    assert rows("dos.jsonl", b'{"a": 1}\r\n{"a": 2}\r\n') == [{"a": 1}, {"a": 2}]
     with pytest.raises(UserError):  # not dropped in silence
         rows("number.json", b'[{"a": 1}, 3, {"a": 2}]') if streamed else rows("number.json", b'3')
     with pytest.raises(UserError):
@@ -268,9 +353,6 @@ def test_a_missing_role_names_its_field(tmp_path):
 
 
 def test_tools_as_objects_in_parquet_are_refused(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     tools = [[{"name": "f", "only_f": 1}], [{"name": "g"}]]
     table = pyarrow.table({"messages": [TURNS, TURNS], "tools": tools})
     pyarrow.parquet.write_table(table, tmp_path / "data.parquet")

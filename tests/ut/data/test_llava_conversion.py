@@ -121,13 +121,25 @@ def test_malformed_records_are_named(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [("{}", "no list"), ("[", "cannot be read as JSON"), ("[]", "no record")]
+    ("content", "complaint"),
+    [
+        ("{}", "no list"), ("[", "cannot be read as JSON"), ("[]", "no record"),
+        ('[{"conversations": [], "id": 1, "id": 2}]', "id occurs twice in one object"),
+    ],
 )
 def test_bad_input_is_one_line(recipe: Path, content: str, complaint: str) -> None:
     (recipe / "data/llava_instruct_150k.json").write_text(content)
     done = call(recipe)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert complaint in done.stderr and not (recipe / "data/mllm_format_llava_instruct_data.json").exists()
+
+
+def test_keys_that_are_lost_are_counted(recipe: Path) -> None:
+    write(recipe, [{**GOOD, "source": "web", "note": None}, {**GOOD, "conversations": [
+        {**turn, "weight": 0} for turn in GOOD["conversations"]]}])
+    done = call(recipe)
+    assert done.returncode == 0 and len(output(recipe)) == 2
+    assert "not read, with the number of records: source (1), conversations.weight (1)\n" in done.stdout
 
 
 def test_missing_steps_of_the_guide(tmp_path: Path) -> None:

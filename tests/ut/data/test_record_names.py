@@ -187,8 +187,8 @@ def test_written_out_control_tokens_are_counted_and_said_once(files: Files, capl
     files.rows["c.parquet"][0]["messages"][1]["content"] += "<|endoftext|> <|box_start|>"
     files.rows["c.parquet"][2]["messages"][1]["content"] += "<|box_start|> < |im_end| >"  # neither is one of them
     files.write()
-    note = (f"control tokens of the chat format are written out in 3 messages of 2 records and encoded as plain text; "
-            f"the first: <|im_end|> in {files.root}/b.jsonl, record 3")
+    note = ("3 messages of 2 records in which control tokens of the chat format are written out, encoded as plain "
+            f"text; the first: <|im_end|> in {files.root}/b.jsonl, record 3")
     for basic in MODES:
         for _ in range(2):  # built, and from the cache
             tokens(build_tiny(files.config(**basic))[0])
@@ -208,7 +208,8 @@ def test_streaming_says_the_first_beyond_those_that_are_read_ahead(
     assert said(caplog) == []
     tokens(dataset)
     (message,) = said(caplog)
-    assert f"1 message of 1 record and encoded as plain text; the first: <|im_end|> in {files.root}/b.jsonl" in message
+    assert message.startswith("1 message of 1 record in which control tokens")
+    assert f"; the first: <|im_end|> in {files.root}/b.jsonl" in message
 
 
 @pytest.mark.parametrize("streamed", [False, True])
