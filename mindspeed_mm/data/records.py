@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes, DataConfig
 
 _STREAMED_ROWS_CHECKED = 1000
+_ROLE_FIELDS: tuple[tuple[str, Role], ...] = (  # of attr, with their roles of the template
+    ("user_tag", "user"), ("assistant_tag", "assistant"), ("observation_tag", "tool"), ("function_tag", "assistant"),
+    ("system_tag", "system"),
+)
 # Keys by which other formats change what is trained on, with the values that change nothing.
 _CHANGES_TARGET: dict[str, tuple[Any, ...]] = {
     "loss": (True, 1), "weight": (1,), "train": (True, 1), "tool_calls": (), "function_call": (),
@@ -241,12 +246,11 @@ class RecordReader:
         return record
 
     def _examine(self, record: Record) -> None:
-        find, empty, tokens = self._find_control_token, 0, []
-        for message in record.messages:
-            if message.role == "assistant" and (not message.text or message.text.isspace()):
-                empty += 1
-            elif find is not None and (token := find(message.text)):
-                tokens.append(token)
+        find = self._find_control_token
+        empty = sum(1 for role, text in record.messages if role == "assistant" and (not text or text.isspace()))
+        tokens: list[str] = []
+        if find is not None and find("".join([text for _, text in record.messages])):
+            tokens = [token for _, text in record.messages if (token := find(text))]
         if empty or tokens:
             name = record_name(self._files[record.file], record.record)
             if empty:
@@ -257,9 +261,9 @@ class RecordReader:
     def _count_unread(self, row: Mapping[str, Any]) -> None:
         if not row.keys() <= self._columns:
             self.unread.update(name for name in row.keys() - self._columns if row[name] is not None)
-        keys = {key for turn in row[self._attr.messages] if len(turn) > 2 for key in turn.keys() - self._keys
-                if turn[key] is not None}
-        if keys:
+        turns = row[self._attr.messages]
+        if sum(map(len, turns)) > 2 * len(turns):  # each has the two keys that are read
+            keys = {key for turn in turns for key in turn.keys() - self._keys if turn[key] is not None}
             self.unread.update(f"{self._attr.messages}.{key}" for key in keys)
 
 
@@ -299,7 +303,7 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
         what = f"is {kind_of(turns)}, not a list" if attr.messages in row else "is missing"
         raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}")
     _refuse_unread(row, attr)
-    roles = _roles(attr)
+    roles = _roles(attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
     messages = [_message(turn, place, attr, roles, spec) for place, turn in enumerate(turns)]
     system = row.get(attr.system) if attr.system else None
     if system:
@@ -314,6 +318,8 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
         raise ValueError(complaint)
     images, videos = _images(row, attr), _videos(row, attr)
     tags = media_tags(messages)
+    if not (tags or images or videos):
+        return Record(messages, images, videos)
     # the tags are plain text for a model that takes text only
     kinds = ((IMAGE_TAG, attr.images, "images", images), (VIDEO_TAG, attr.videos, "videos", videos))
     for tag, column, name, media in kinds:
@@ -347,13 +353,10 @@ def check_order(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def _roles(attr: Attributes) -> Mapping[str, tuple[str, Role]]:
-    """Role name in the data file -> attr field, role of the template."""
-    fields: list[tuple[str, Role]] = [
-        ("user_tag", "user"), ("assistant_tag", "assistant"), ("observation_tag", "tool"),
-        ("function_tag", "assistant"), ("system_tag", "system"),
-    ]
-    return {getattr(attr, name): (name, role) for name, role in fields if getattr(attr, name)}
+@functools.cache
+def _roles(*names: str | None) -> Mapping[str, tuple[str, Role]]:
+    """Role name in the data file -> attr field, role of the template; ``names``: what ``attr`` has in these fields."""
+    return {name: field for name, field in zip(names, _ROLE_FIELDS, strict=True) if name}
 
 
 def _message(
@@ -361,18 +364,18 @@ def _message(
 ) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"message {place} is {kind_of(turn)}, not an object")
-    for name in (attr.role_tag, attr.content_tag):
-        if not isinstance(turn.get(name), str):
-            what = f"is {kind_of(turn[name])}, not a string" if name in turn else "is missing"
-            remedy = _NO_PARTS if name == attr.content_tag and isinstance(turn.get(name), list) else ""
-            raise ValueError(f"{name!r} of message {place} {what}{remedy}")
-    if turn[attr.role_tag] not in roles:
+    speaker, text = turn.get(attr.role_tag), turn.get(attr.content_tag)
+    if not isinstance(speaker, str) or not isinstance(text, str):
+        name = attr.content_tag if isinstance(speaker, str) else attr.role_tag
+        what = f"is {kind_of(turn[name])}, not a string" if name in turn else "is missing"
+        remedy = _NO_PARTS if name == attr.content_tag and isinstance(text, list) else ""
+        raise ValueError(f"{name!r} of message {place} {what}{remedy}")
+    if speaker not in roles:
         raise ValueError(
-            f"message {place} has the role {shorten(turn[attr.role_tag], 40)!r}; attr names the roles "
-            f"{', '.join(roles)}: {_missing_role(turn[attr.role_tag])}"
+            f"message {place} has the role {shorten(speaker, 40)!r}; attr names the roles "
+            f"{', '.join(roles)}: {_missing_role(speaker)}"
         )
-    field, role = roles[turn[attr.role_tag]]
-    text = turn[attr.content_tag]
+    field, role = roles[speaker]
     if not _is_text(text):
         raise ValueError(f"message {place} holds half of a character (a cut emoji); write it again")
     if field == "function_tag":

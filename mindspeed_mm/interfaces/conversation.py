@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,8 +14,7 @@ IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 MEDIA_TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
 
 
-@dataclasses.dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One message: its role, and its text, in which a question's ``<image>`` and ``<video>`` tags mark its media."""
 
     role: Role
@@ -96,4 +95,5 @@ def media_tags(messages: Sequence[Message]) -> list[str]:
 
     Only questions hold images and videos; a tag in another message is plain text.
     """
-    return [tag for message in messages if message.role == "user" for tag in MEDIA_TAG.findall(message.text)]
+    questions = [text for role, text in messages if role == "user" and "<" in text]
+    return [tag for text in questions for tag in MEDIA_TAG.findall(text)]
