@@ -14,13 +14,24 @@ import numpy as np
 from mindspeed_mm.data.media import in_order, measure_media
 from mindspeed_mm.data.record_files import RecordError, record_name
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import INDEX_BYTES, is_file, is_present, open_regular, read_json, reading, reason, shown
+from mindspeed_mm.inputs import (
+    INDEX_BYTES,
+    is_file,
+    is_present,
+    open_regular,
+    read_json,
+    reading,
+    reason,
+    shorten,
+    shown,
+)
 from mindspeed_mm.interfaces.conversation import VIDEO_TAG, ChatTemplate, Message, media_tags
 from mindspeed_mm.interfaces.media import MediaSettings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                    "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 """Files of a model directory that decide what its tokenizer and chat template do."""
+_DOWNLOAD = "download the small files of the checkpoint again (step 2 of the guide)"
 
 
 class Outcome(enum.IntEnum):
@@ -64,25 +75,61 @@ def load_tokenizer(directory: str | Path) -> Any:
         ) from error
 
 
-def check_tokenizer_files(directory: Path) -> None:
+def check_tokenizer_files(directory: Path) -> dict[str, Any]:
     """Check that a model directory has a vocabulary: without one transformers 5 makes a tokenizer that knows no word.
+
+    Returns:
+        What ``tokenizer.json`` holds; empty if there is none.
 
     Raises:
         UserError: naming the files that are missing, or one that cannot be read.
     """
-    remedy = "download the small files of the checkpoint again (step 2 of the guide)"
     if not is_file(directory / "tokenizer.json") and not is_file(directory / "vocab.json"):
-        raise UserError(f"{directory} has neither tokenizer.json nor vocab.json; {remedy}")
+        raise UserError(f"{directory} has neither tokenizer.json nor vocab.json; {_DOWNLOAD}")
     for path in (directory / name for name in (*TOKENIZER_FILES, "config.json")):
         if is_present(path):
-            with reading(str(path), remedy):
+            with reading(str(path), _DOWNLOAD):
                 os.close(open_regular(path, limit=INDEX_BYTES))
     path = directory / "tokenizer.json"
-    model = read_json(path, remedy=remedy, limit=INDEX_BYTES).get("model") if is_file(path) else None
+    content = read_json(path, remedy=_DOWNLOAD, limit=INDEX_BYTES) if is_file(path) else {}
+    model = content.get("model")
     if isinstance(model, dict) and model.get("type") != "WordPiece" and model.get("continuing_subword_prefix"):
         # tokenizers cuts so many bytes off each token, and may end the process in the middle of a character
         prefix = shown(model["continuing_subword_prefix"])
-        raise UserError(f"{path}: model.continuing_subword_prefix is {prefix}; it must be empty; {remedy}")
+        raise UserError(f"{path}: model.continuing_subword_prefix is {prefix}; it must be empty; {_DOWNLOAD}")
+    return content
+
+
+def check_special_tokens(directory: Path, wanted: Mapping[str, tuple[str, int]], *, model: Path) -> None:
+    """Check a tokenizer's files, and that the model takes the ids that they give to the chat format's tokens.
+
+    Args:
+        directory: of the tokenizer.
+        wanted: what the family's ``special_token_ids`` gives.
+        model: directory of the model's ``config.json``.
+
+    Raises:
+        UserError: naming the file that is damaged, or both files, the token and its ids.
+    """
+    name, added = "tokenizer.json", check_tokenizer_files(directory).get("added_tokens")
+    if not is_file(directory / name) and is_file(directory / "tokenizer_config.json"):
+        name = "tokenizer_config.json"
+        decoder = read_json(directory / name, remedy=_DOWNLOAD).get("added_tokens_decoder")
+        added = [{"id": number, **token} for number, token in decoder.items()] if _is_table(decoder) else None
+    # a token that is not in the list is missed when the tokenizer is loaded
+    ids = {str(token.get("content")): str(token.get("id")) for token in added} if _is_list(added) else {}
+    for field, (token, number) in wanted.items():
+        if ids.get(token, str(number)) != str(number):
+            raise UserError(f"{model / 'config.json'}: {field} is {number}, but {token} is {shorten(ids[token])} in "
+                            f"{directory / name}; take model and tokenizer of one checkpoint")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and _is_list(list(value.values()))
 
 
 @dataclasses.dataclass

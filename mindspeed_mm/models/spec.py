@@ -247,6 +247,11 @@ class ModelSpec(abc.ABC):
         del directory, trained, source
         return {}, []
 
+    def special_token_ids(self, model_config: Any) -> dict[str, tuple[str, int]]:
+        """Field of ``config.json`` -> special token of the chat format and its id, which must be the tokenizer's."""
+        del model_config
+        return {}
+
     def placeholder_token_ids(self, model_config: Any) -> tuple[int, ...]:
         """Ids of the tokens that merged vision patches replace."""
         del model_config

@@ -18,6 +18,7 @@ from pathlib import Path
 from mindspeed_mm.backend.device_check import check_device, needs_torch
 from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
+from mindspeed_mm.data.encoder import check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
@@ -55,6 +56,9 @@ def preflight(job: JobConfig) -> None:
         check_writable(Path(job.args.save))
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
+    tokenizer = Path(job.data.dataset_param.preprocess_parameters.model_name_or_path)
+    check_special_tokens(tokenizer, spec.special_token_ids(model_config), model=Path(job.model.init_from_hf_path))
+    spec.read_media_settings(job.data, model_config)
     check_first_batch(job, records=validate_data(job.data, spec))
     run = Run(
         args=job.args, model=job.model, fsdp=job.fsdp, model_config=model_config, world_size=world_size,

@@ -49,11 +49,16 @@ def workplace(tmp_path):
     return root
 
 
+EDGES = {"shortest_edge": 65536, "longest_edge": 16777216}
+PROCESSOR = {"size": EDGES, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
 def _write_model(root, model):
     """Config, tokenizer and converted checkpoint of a published model, without its weights."""
     directory = root / "ckpt/hf_path" / DIRECTORIES[model]
     directory.mkdir(parents=True)
     (directory / "tokenizer.json").write_text("{}")
+    (directory / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     _write_config(directory / "config.json", model)
     converted = root / f"ckpt/dcp_path/{DIRECTORIES[model]}-dcp"
     converted.mkdir(parents=True)
@@ -252,6 +257,24 @@ def test_says_in_one_line_which_step_is_missing(workplace, missing, step):
     assert result.stdout == "" and result.words == []
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert step in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "piece"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"content": "<|image_pad|>", "id": 151656}]},
+         "image_token_id is 151655, but <|image_pad|> is 151656"),
+        ("preprocessor_config.json", {**PROCESSOR, "do_normalize": False}, "do_normalize is false"),
+        ("config.json", {**published_config("30B"), "quantization_config": {}}, "quantization_config is {}"),
+    ],
+)
+def test_small_files_of_the_checkpoint_are_checked_before_torchrun(workplace, name, content, piece):
+    path = workplace / "ckpt/hf_path" / DIRECTORIES["30B"] / name
+    path.write_text(json.dumps(content))
+    result = _launch(workplace)
+    assert result.returncode == 2 and not result.words
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert piece in result.stderr and str(path.relative_to(workplace)) in result.stderr
 
 
 def test_what_contradicts_the_weights_stops_before_torchrun(workplace):
@@ -485,7 +508,8 @@ def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.communicate(timeout=10)[0] == b"" and process.returncode == 130
+    assert process.communicate(timeout=10)[0] == b"stopped before the first step; there is nothing to save\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import reading, reason, shorten, shown
 from mindspeed_mm.models.layers.config import DecoderConfig, Field, check_fields, check_section, read_config_json
 
+logger = logging.getLogger(__name__)
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
 
 
@@ -120,6 +122,7 @@ class Qwen3VLConfig:
         try:
             return cls._checked(raw, str(path))
         except KeyError:
+            logger.warning("%s lacks %s: transformers' defaults are taken", path, ", ".join(_missing(raw)))
             return cls.from_config(_with_defaults(path), source=str(path))
 
     @classmethod
@@ -138,6 +141,7 @@ class Qwen3VLConfig:
     def _checked(cls, config: Mapping[str, Any], source: str) -> Qwen3VLConfig:
         """Raises KeyError for a field that is missing."""
         _check_types(config, source)
+        _check_fixed(config, source)
         with reading(source, "take the config.json of the checkpoint again"):
             try:
                 model_config = cls._read(config)
@@ -290,6 +294,69 @@ def _check_types(config: Mapping[str, Any], source: str) -> None:
             name = f"text_config.{key}"
             check_section(rope, source=source, name=name)
             check_fields(rope, _ROPE, source=source, name=name)
+
+
+_OPTIONAL = ("head_dim", "rope_theta", "num_experts", "num_local_experts", "decoder_sparse_step", "mlp_only_layers",
+             "router_aux_loss_coef")
+_OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
+
+
+def _missing(config: Mapping[str, Any]) -> list[str]:
+    """Fields that a file should have."""
+    optional = {*_OPTIONAL, *(() if config["model_type"] == "qwen3_vl_moe" else _OF_EXPERTS)}
+    found = [
+        f"{name}.{key}" if name else key
+        for name, fields in _SECTIONS.items()
+        for key in fields.keys() - optional - (config.get(name, {}) if name else config).keys()
+    ]
+    return sorted(found) or ["text_config.rope_parameters"]
+
+
+# Fields with the values that mean what is computed here
+_PLAIN: dict[str, tuple[Any, ...]] = {"quantization_config": ()}
+_ROPE_FIXED = {"type": ("default", "mrope"), "mrope_interleaved": (True,), "partial_rotary_factor": (1,)}
+_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": _PLAIN,
+    "text_config": {
+        **_PLAIN, "hidden_act": ("silu",), "norm_topk_prob": (True,), "attention_dropout": (0,),
+        "use_sliding_window": (False,), "partial_rotary_factor": (1,),
+    },
+    "text_config.rope_parameters": _ROPE_FIXED,
+    "text_config.rope_scaling": _ROPE_FIXED,
+    "vision_config": {
+        **_PLAIN, "hidden_act": ("gelu_pytorch_tanh", "gelu", "silu"), "attention_dropout": (0,),
+        "rope_theta": (10_000,),
+    },
+    "vision_config.rope_parameters": {"rope_theta": (10_000,)},
+}
+_REMEDIES = {"quantization_config": "take the checkpoint that is not quantized"}
+_SAME = (("rope_parameters", "rope_scaling"), ("num_experts", "num_local_experts"))
+
+
+def _check_fixed(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a model that is computed in another way than this project does, or whose file contradicts itself.
+
+    Raises:
+        UserError: naming ``source``, the field, its value and what it must be.
+    """
+    for name, fields in _FIXED.items():
+        section: Any = config
+        for part in name.split(".") if name else ():
+            section = section.get(part) or {}
+            check_section(section, source=source, name=name)
+        for key, values in fields.items():
+            value = section.get(key)
+            if value is None or value in values:
+                continue
+            where = f"{name}.{key}" if name else key
+            needed = f"only {shown(values[0])} is computed here" if values else "only plain weights are trained here"
+            raise UserError(f"{source}: {where} is {shown(value)}; {needed}: {_REMEDIES.get(key, 'use another model')}")
+    text = config.get("text_config", {})
+    for one, other in _SAME:
+        values = text.get(one), text.get(other)
+        if None not in values and values[0] != values[1]:
+            raise UserError(f"{source}: text_config.{one} is {shown(values[0])}, but {other} is {shown(values[1])}; "
+                            "remove the wrong one")
 
 
 def _with_defaults(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm, VideoSetting
 from mindspeed_mm.models.layers.config import Field, check_fields, check_section
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLVisionConfig
 
+_HALF = [0.5, 0.5, 0.5]
 _REMEDY = "take the file of the checkpoint again"
 _COUNT = Field(int, high=1 << 40, nullable=True)
 _EDGES = {"shortest_edge": _COUNT, "longest_edge": _COUNT}
@@ -22,6 +23,8 @@ _FIELDS = {
     "image_std": Field(list, low=1e-6, high=1e6, nullable=True, of=float, most=3),
     "rescale_factor": Field(float, low=1e-9, high=1e6, nullable=True),
 }
+# what is computed here, as the processors do by default; 3: bicubic
+_FIXED = {**dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True), "resample": 3}
 _OLDER_NAMES = {"min_pixels": "size.shortest_edge", "max_pixels": "size.longest_edge"}
 _AREA, _AREA_OR_NONE = Field(int, high=1 << 40), Field(int, low=0, high=1 << 40)
 _TRAINED = dict.fromkeys(("min_pixels", "max_pixels", "patch_size", "merge_size"), _AREA)
@@ -53,21 +56,11 @@ def read_image_settings(
     path, content = _read_processor_config(
         Path(directory), name="preprocessor_config.json", part="image_processor", why=""
     )
-    size = content.get("size") or {}
-    least = size.get("shortest_edge") or content.get("min_pixels")
-    most = size.get("longest_edge") or content.get("max_pixels")
+    settings = _effective(content)
+    least, most = settings["size.shortest_edge"], settings["size.longest_edge"]
     if not least or not most:
         raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; {_REMEDY}")
-    for name, ours, default in (
-        ("patch_size", vision.patch_size, vision.patch_size),
-        ("temporal_patch_size", vision.temporal_patch_size, 2),
-        ("merge_size", vision.spatial_merge_size, 2),
-    ):
-        theirs = content.get(name, default)
-        if theirs != ours:
-            raise UserError(
-                f"{path}: {name} is {shown(theirs)}, but {ours} in config.json; take both files of one checkpoint"
-            )
+    _check_patches(path, content, (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size))
     low, high = max(min_pixels, least), min(max_pixels, most)
     if low > high:
         raise UserError(
@@ -75,10 +68,13 @@ def read_image_settings(
             f"{path} have nothing in common; choose image_max_pixels of at least {least} and image_min_pixels of at "
             f"most {most}"
         )
+    for name in ("image_mean", "image_std"):
+        if not content.get(name):  # transformers takes those of another model family
+            raise UserError(f"{path} lacks {name}; {_REMEDY}")
     norm = PixelNorm(
-        mean=tuple(content.get("image_mean") or (0.5, 0.5, 0.5)),
-        std=tuple(content.get("image_std") or (0.5, 0.5, 0.5)),
-        rescale_factor=content.get("rescale_factor") or 1 / 255,
+        mean=tuple(content["image_mean"]),
+        std=tuple(content["image_std"]),
+        rescale_factor=settings["rescale_factor"],
     )
     return MediaSettings(low, high, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, norm)
 
@@ -110,13 +106,45 @@ def read_video_settings(
     least, most = size.get("shortest_edge"), size.get("longest_edge")
     if not least or not most:
         raise UserError(f"{path} lacks size.shortest_edge or size.longest_edge; {_REMEDY}")
-    for name, ours in (("image_mean", images.norm.mean), ("image_std", images.norm.std)):
-        theirs = tuple(content.get(name) or ours)
-        if theirs != ours:
-            raise UserError(f"{path}: {name} is {list(theirs)}, but {list(ours)} for images; both must be the same")
+    _check_patches(path, content, (images.patch_size, images.temporal_patch_size, images.merge_size))
+    norm = images.norm
+    for name, ours, default in (("image_mean", norm.mean, _HALF), ("image_std", norm.std, _HALF),
+                                ("rescale_factor", norm.rescale_factor, 1 / 255)):
+        theirs = content.get(name) or default
+        if theirs != (list(ours) if isinstance(ours, tuple) else ours):
+            raise UserError(f"{path}: {name} is {shown(theirs)}, but {shown(ours)} for images; both must be the same")
     most_frames = min(max_frames, content.get("max_frames") or max_frames)
     least_frames = min(content.get("min_frames") or 4, most_frames)
     return VideoSettings(min_pixels, max_pixels, least, most, fps, least_frames, most_frames)
+
+
+def _effective(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor reads from its file, with transformers' defaults where they do not depend on the model."""
+    size = content.get("size") or {}
+    names = ("image_mean", "image_std", "patch_size", "min_frames", "max_frames")
+    return {
+        # an older name wins, as in transformers
+        "size.shortest_edge": content.get("min_pixels") or size.get("shortest_edge"),
+        "size.longest_edge": content.get("max_pixels") or size.get("longest_edge"),
+        "rescale_factor": content.get("rescale_factor") or 1 / 255,
+        "temporal_patch_size": content.get("temporal_patch_size") or 2,
+        "merge_size": content.get("merge_size") or 2,
+        **{name: content.get(name) for name in names},
+    }
+
+
+def _check_patches(path: Path, content: Mapping[str, Any], wanted: tuple[int, int, int]) -> None:
+    """Check that a processor cuts patches as the model takes them: patch size, frames of a patch, merged per side.
+
+    Raises:
+        UserError: naming ``path``, the field and its value.
+    """
+    for name, ours in zip(("patch_size", "temporal_patch_size", "merge_size"), wanted, strict=True):
+        theirs = content.get(name)
+        if theirs is not None and theirs != ours:
+            raise UserError(
+                f"{path}: {name} is {shown(theirs)}, but {ours} in config.json; take both files of one checkpoint"
+            )
 
 
 def _check_types(content: Mapping[str, Any], source: str) -> None:
@@ -134,6 +162,10 @@ def _check_types(content: Mapping[str, Any], source: str) -> None:
         if values is not None and len(values) != 3:
             raise UserError(f"{source}: {name} is {shown(values)}; it must be a list of three numbers")
     ranges = (("shortest_edge", "longest_edge", size or {}), ("min_frames", "max_frames", content))
+    for name, fixed in _FIXED.items():
+        value = content.get(name)
+        if value not in (None, fixed):
+            raise UserError(f"{source}: {name} is {shown(value)}; only {shown(fixed)} is computed here: {_REMEDY}")
     for low, high, section in ranges:
         if (section.get(low) or 0) > (section.get(high) or _COUNT.high):
             raise UserError(f"{source}: {low} {section[low]} exceeds {high} {section[high]}; {_REMEDY}")
@@ -149,17 +181,30 @@ def _read_processor_config(directory: Path, *, name: str, part: str, why: str) -
         why: appended to the path in the message if neither file exists.
 
     Raises:
-        UserError: if there is none, or it cannot be read.
+        UserError: if there is none, it cannot be read, or both exist and differ, of which versions of transformers
+            take the one or the other.
     """
+    found: list[tuple[Path, Mapping[str, Any]]] = []
     for path, key in ((directory / name, None), (directory / "processor_config.json", part)):
         if not is_present(path):
             continue
         content = read_json(path, remedy=_REMEDY)
+        if key and key not in content and found:  # before version 5 it holds other settings
+            continue
         content = content.get(key) if key else content
         if not isinstance(content, dict):
             raise UserError(f"{path} has no object {key}, but {shown(content)}; {_REMEDY}")
         _check_types(content, str(path))
-        return path, content
+        found.append((path, content))
+    if len(found) == 2:
+        (path, _), (joint, _) = found
+        one, other = (_effective(content) for _, content in found)
+        for field, value in one.items():
+            if value != other[field]:
+                raise UserError(f"{path}: {field} is {shown(value)}, but {shown(other[field])} in {joint}; make both "
+                                "the same, or remove one of the files")
+    if found:
+        return found[0]
     raise UserError(
         f"{directory / name} does not exist{why}; model_name_or_path must be the downloaded checkpoint with all its "
         "small files (step 2 of the guide)"

@@ -128,6 +128,13 @@ class Qwen3VLSpec(ModelSpec):
 
         return with_trained_limits(directory, trained, source=source)
 
+    def special_token_ids(self, model_config: Qwen3VLConfig) -> dict[str, tuple[str, int]]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        tokens = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
+                  "vision_end": "<|vision_end|>"}
+        fields = {f"{name}_token_id": token for name, token in tokens.items()}
+        return {name: (token, getattr(model_config, name)) for name, token in fields.items()}
+
     def placeholder_token_ids(self, model_config: Qwen3VLConfig) -> tuple[int, ...]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         return model_config.image_token_id, model_config.video_token_id

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mindspeed_mm.data.encoder import check_special_tokens
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
@@ -165,9 +166,52 @@ def test_a_field_that_the_config_gives_twice_is_refused(directory: Path) -> None
 
 def test_fields_that_are_not_read_may_hold_anything(directory: Path) -> None:
     content = changed(FILES["config.json"], "hidden_size", None)
-    content["vision_config"]["rope_theta"] = "unread"
+    content["vision_config"]["initializer_range"] = "unread"
     (directory / "config.json").write_text(json.dumps(content))
     assert read_config(directory) == Qwen3VLConfig.from_config(FILES["config.json"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "needed"),
+    [
+        ("quantization_config", {"quant_method": "fp8"}, "only plain weights are trained here"),
+        ("text_config.quantization_config", {"bits": 4}, "only plain weights are trained here"),
+        ("text_config.norm_topk_prob", False, "only true"),
+        ("text_config.attention_dropout", 0.1, "only 0"),
+        ("text_config.use_sliding_window", True, "only false"),
+        ("text_config.partial_rotary_factor", 0.5, "only 1"),
+        ("text_config.rope_scaling.mrope_interleaved", False, "only true"),
+        ("text_config.rope_scaling.type", "yarn", 'only "default"'),
+        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_scaling is"),
+        ("text_config.num_local_experts", 64, "num_experts is 128, but num_local_experts is 64"),
+        ("text_config.hidden_act", "gelu", 'only "silu"'),
+        ("vision_config.hidden_act", "swish", 'only "gelu_pytorch_tanh"'),
+        ("vision_config.rope_theta", 500.0, "only 10000"),
+        ("vision_config.rope_parameters", {"rope_theta": 500.0}, "only 10000"),
+        ("vision_config.rope_parameters", [], None),
+        ("text_config.norm_topk_prob", True, None),
+        ("text_config.attention_dropout", 0.0, None),
+        ("text_config.rope_scaling.type", "default", None),
+        ("quantization_config", None, None),
+    ],
+)
+def test_a_model_that_is_computed_otherwise_is_refused(
+    directory: Path, path: str, value: Any, needed: str | None
+) -> None:
+    (directory / "config.json").write_text(json.dumps(changed(FILES["config.json"], path, value)))
+    if needed is None:
+        read_config(directory)
+    else:
+        refused(lambda: read_config(directory), "config.json", path.rpartition(".")[2], needed)
+
+
+def test_fields_left_to_defaults_are_named(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = changed(changed(FILES["config.json"], "text_config.rms_norm_eps", REMOVED), "image_token_id", REMOVED)
+    content["text_config"]["rms_norm_epss"] = 1e-3
+    (directory / "config.json").write_text(json.dumps(content))
+    read_config(directory)
+    words = "config.json lacks image_token_id, text_config.rms_norm_eps: transformers' defaults are taken"
+    assert f"{directory}/{words}" in caplog.text
 
 
 VIDEO = "video_preprocessor_config.json"
@@ -195,9 +239,18 @@ VIDEO = "video_preprocessor_config.json"
             ("image_std", [0.5, 0.5, None], ("image_std is [0.5, 0.5, null]",)),
             ("rescale_factor", 0, ("rescale_factor is 0",)),
             ("rescale_factor", "1/255", ('rescale_factor is "1/255"',)),
+            ("do_normalize", False, ("do_normalize is false; only true is computed here",)),
+            ("do_rescale", False, ("do_rescale is false",)),
+            ("do_resize", False, ("do_resize is false",)),
+            ("do_convert_rgb", False, ("do_convert_rgb is false",)),
+            ("resample", 2, ("resample is 2; only 3",)),
+            ("merge_size", 4, ("merge_size is 4, but 2 in config.json",)),
         ]
     ]
     + [
+        ("preprocessor_config.json", "image_std", REMOVED, ("lacks image_std",)),
+        (VIDEO, "rescale_factor", 0.5, ("rescale_factor is 0.5, but 0.00392", "for images")),
+        (VIDEO, "image_mean", [0.1, 0.5, 0.5], ("image_mean is [0.1, 0.5, 0.5], but [0.5, 0.5, 0.5] for images",)),
         ("preprocessor_config.json", "patch_size", 14, ("patch_size is 14, but 16 in config.json",)),
         (VIDEO, "min_frames", 0, ("min_frames is 0",)),
         (VIDEO, "max_frames", -1, ("max_frames is -1",)),
@@ -210,6 +263,75 @@ def test_each_field_of_a_processor_is_checked(
 ) -> None:
     (directory / name).write_text(json.dumps(changed(FILES[name], path, value)))
     refused(lambda: read_processors(directory), str(directory / name), *words)
+
+
+@pytest.mark.parametrize("part", ["image_processor", "video_processor"])
+def test_two_files_of_one_processor_must_agree(directory: Path, part: str) -> None:
+    """Transformers 5 takes the joint file, before it the processor's own."""
+    joint, settings = directory / "processor_config.json", read_processors(directory)
+    parts = {"image_processor": IMAGES, "video_processor": VIDEOS}
+    for same in ({"processor_class": "Qwen3VLProcessor"}, parts,
+                 changed(parts, f"{part}.rescale_factor", REMOVED)):
+        joint.write_text(json.dumps(same))
+        assert read_processors(directory) == settings
+    for field, value, piece in (
+        ("image_mean", [0.4] * 3, "image_mean is [0.5, 0.5, 0.5], but [0.4, 0.4, 0.4] in"),
+        ("size.longest_edge", 1 << 18, "but 262144 in"), ("max_pixels", 1 << 18, "size.longest_edge is"),
+        ("image_std", REMOVED, "but null in"), ("do_normalize", False, "do_normalize is false"),
+    ):
+        joint.write_text(json.dumps(changed(parts, f"{part}.{field}", value)))
+        refused(lambda: read_processors(directory), str(joint), piece)
+
+
+def test_older_names_of_the_limits_win_as_in_transformers(directory: Path) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    content = {**IMAGES, "min_pixels": 131072, "max_pixels": 262144}
+    (directory / "preprocessor_config.json").write_text(json.dumps(content))
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(str(directory)).size
+    ours = read_processors(directory)
+    assert (ours.min_pixels, ours.max_pixels) == (theirs["shortest_edge"], theirs["longest_edge"]) == (131072, 262144)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ()),
+        ({"<|image_pad|>": 7}, ("image_token_id is 151655", "<|image_pad|> is 7 in")),
+        ({"<|image_pad|>": 151656, "<|video_pad|>": 151655}, ("image_token_id is 151655", "<|image_pad|> is 151656")),
+        ({"<|vision_end|>": 151652}, ("vision_end_token_id is 151653", "<|vision_end|> is 151652")),
+        ({"<|video_pad|>": [1]}, ("video_token_id is 151656", "<|video_pad|> is [1]")),
+        ({"<|video_pad|>": None}, ()),  # said when the tokenizer is loaded
+    ],
+)
+def test_the_models_ids_are_the_tokenizers(directory: Path, file: str, change: dict[str, Any], words: tuple) -> None:
+    spec, config = spec_of(directory), read_config(directory)
+    wanted = spec.special_token_ids(config)
+    ids = {**dict(wanted.values()), **change}
+    tokens = [{"content": token, "id": number} for token, number in ids.items() if number is not None]
+    if file == "tokenizer.json":
+        (directory / file).write_text(json.dumps({"added_tokens": tokens}))
+    else:
+        (directory / "vocab.json").write_text("{}")
+        decoder = {str(token["id"]): {"content": token["content"]} for token in tokens}
+        (directory / file).write_text(json.dumps({"added_tokens_decoder": decoder}))
+    if len(decoder) < len(tokens) if file != "tokenizer.json" else False:
+        return  # two tokens cannot share an id there
+    if words:
+        refused(lambda: check_special_tokens(directory, wanted, model=directory), "config.json", file, *words)
+    else:
+        check_special_tokens(directory, wanted, model=directory)
+
+
+@pytest.mark.parametrize("content", [[], {"a": 1}, "x", [1], {"1": []}])
+def test_tables_of_tokens_that_are_none(directory: Path, content: Any) -> None:
+    wanted = spec_of(directory).special_token_ids(read_config(directory))
+    (directory / "vocab.json").write_text("{}")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": content}))
+    check_special_tokens(directory, wanted, model=directory)
+    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": content}))
+    check_special_tokens(directory, wanted, model=directory)
 
 
 @pytest.mark.parametrize("part", [[], None, "x", REMOVED])
