@@ -22,6 +22,7 @@ from torch import nn
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.gradients import local
 from mindspeed_mm.training.metrics import SampleLosses, StepRecord
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class AnomalyDetector(Callback):
         """Report a step that was skipped, or a spike.
 
         Raises:
-            UserError: on all ranks, if more than ``--max-nonfinite-steps`` in a row were skipped.
+            UserError: on all ranks, if more than ``--max-nonfinite-steps`` in a row were skipped, or weights are not
+                finite, which no step can mend.
         """
         loss, grad_norm = record.metrics["loss"], record.metrics["grad_norm"]
         if not record.metrics["skipped_step"]:
@@ -108,6 +110,8 @@ class AnomalyDetector(Callback):
         what, value = ("norm of the gradients", grad_norm)
         if not math.isfinite(loss):
             what, value = ("loss", loss)
+        if self._in_a_row == 1:
+            self._check_parameters()
         path = self._write(record, "nonfinite", f"skipped, because the {what} is {value}")
         if self._in_a_row > self._limit:
             raise UserError(
@@ -115,6 +119,17 @@ class AnomalyDetector(Callback):
                 f"--max-nonfinite-steps {self._limit}; the last one's samples: {path}; checkpoints are as they were: "
                 "resume from the last one with a lower --lr or with --clip-grad, or remove those samples"
             )
+
+    def _check_parameters(self) -> None:
+        shards = {name: local(parameter.detach()) for parameter, name in self._names.items()}
+        norms = {name: torch.linalg.vector_norm(shard, math.inf) for name, shard in shards.items() if shard.numel()}
+        finite = torch.stack([norm.float() for norm in norms.values()]).isfinite().tolist() if norms else []
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, [name for name, is_finite in zip(norms, finite, strict=True) if not is_finite])
+        if names := sorted({name for own in gathered for name in own}):
+            more = f" and {len(names) - 1} more parameters" if len(names) > 1 else ""
+            raise UserError(f"NaN or infinity in {names[0]}{more}, with which no step can be finite; nothing is saved: "
+                            "start from other weights, or resume from an earlier checkpoint")
 
     def _write(self, record: StepRecord, kind: str, reason: str) -> str:
         """Warn, and write a report of a step; returns where. Called by all ranks together."""

@@ -102,6 +102,22 @@ def test_too_many_in_a_row_stop_the_run_and_single_ones_do_not(tmp_path):
         detector.on_step_end(record(33, loss=math.nan))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_stop_the_run_at_once(tmp_path, value):
+    detector = make(tmp_path)
+    detector.on_step_end(record(1, loss=math.nan))  # the step's own fault: it is skipped
+    detector.on_step_end(record(2))
+    with torch.no_grad():
+        former = MODEL["bad"].bias[1].clone()
+        MODEL["bad"].bias[1] = value
+    try:
+        with pytest.raises(UserError, match=r"^NaN or infinity in bad\.bias, with"):
+            detector.on_step_end(record(3, norm=math.inf))
+    finally:
+        with torch.no_grad():
+            MODEL["bad"].bias[1] = former
+
+
 def test_the_first_stops_where_none_is_allowed(tmp_path):
     with pytest.raises(UserError, match="1 steps in a row"):
         make(tmp_path, "--max-nonfinite-steps", "0").on_step_end(record(1, loss=math.inf))
