@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -56,12 +57,15 @@ def record_name(path: str | Path, index: int) -> str:
     return f"{path}, record {index}"
 
 
-def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
+def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any] | RecordFile:
     """The rows of a JSON list, a JSON-lines file (``.jsonl``) or a Parquet file (``.parquet``).
 
     Args:
         path: the file.
         limit: most rows to read, from the first; None for all.
+
+    Returns:
+        All rows; if one of them is not valid, a :class:`RecordFile`, which names it when it is reached.
 
     Raises:
         UserError: if the file is missing or has no list of records.
@@ -73,15 +77,15 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any]:
     require_text(path)
     with reading(f"dataset {path}"):
         content = read_bytes(path, limit=DATA_BYTES)
-    if path.suffix == ".jsonl":
-        rows: Any = []
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if limit is not None and len(rows) >= limit:
-                break
-            if line.strip():
-                rows.append(parse_json(line, f"{record_name(path, len(rows))} (line {number})"))
-        return rows
-    rows = parse_json(content, str(path))
+    try:
+        if path.suffix == ".jsonl":
+            lines = itertools.islice((line for line in content.split(b"\n") if line.strip()), limit)
+            return [parse_json(line, record_name(path, index)) for index, line in enumerate(lines)]
+        rows = parse_json(content, str(path))
+    except UserError:
+        with contextlib.suppress(UserError):
+            return RecordFile(str(path), limit=limit)
+        raise
     if not isinstance(rows, list):
         raise UserError(
             f"{path} holds {kind_of(rows)}, not a list of records; create it again (step 3 of the guide), or name "
@@ -229,7 +233,11 @@ class RecordFile:
             count = int(self._ends[-1])
         else:
             require_text(Path(path))
-            self._places = _line_places(path) if Path(path).suffix == ".jsonl" else _element_places(path)
+            self._blank_lines: list[int] | None = None
+            if Path(path).suffix == ".jsonl":
+                self._places, self._blank_lines = _line_places(path)
+            else:
+                self._places = _element_places(path)
             count = len(self._places)
         self._count = count if limit is None else min(count, limit)
 
@@ -251,6 +259,8 @@ class RecordFile:
                     group = bisect.bisect_right(self._ends, index) - 1
                     return self._group(int(group))[index - int(self._ends[group])]
                 start, end = self._places[index].tolist()
+                if self._blank_lines is not None:
+                    name += f" (line {index + 1 + bisect.bisect_right(self._blank_lines, index)})"
                 return parse_json(os.pread(self._handle, end - start, start), name)
         except UserError as error:
             raise RecordError(str(error)) from error
@@ -285,15 +295,18 @@ def _row_groups(path: str) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def _line_places(path: str) -> np.ndarray:
-    """Start and end of each line that is not blank: int64 [n, 2]."""
-    places, start = [], 0
+def _line_places(path: str) -> tuple[np.ndarray, list[int]]:
+    """Start and end of each line that is not blank, int64 [n, 2]; and for each blank one, how many came before it."""
+    places: list[tuple[int, int]] = []
+    blank, start = [], 0
     with open(path, "rb") as file:
         for line in file:
             if line.strip():
                 places.append((start, start + len(line)))
+            else:
+                blank.append(len(places))
             start += len(line)
-    return np.array(places, dtype=np.int64).reshape(-1, 2)
+    return np.array(places, dtype=np.int64).reshape(-1, 2), blank
 
 
 def _element_places(path: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.data.images import image_grid, load_pixels, upright_size
-from mindspeed_mm.data.record_files import RecordFile, read_rows
+from mindspeed_mm.data.record_files import RecordError, RecordFile, read_rows
 from mindspeed_mm.data.records import RecordReader
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.data.videos import clip_shape
@@ -268,6 +268,12 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path, streamed):
             row(content)
     for content in ONCE:
         assert row(content) == json.loads(content)
+    path = path.with_suffix(".json")
+    path.write_bytes(b'[{"a": 1}, {"a": 1, "a": 2}, {"a": 3}]')
+    rows = RecordFile(str(path)) if streamed else read_rows(path)
+    assert [rows[0], rows[2]] == [{"a": 1}, {"a": 3}]
+    with pytest.raises(RecordError, match="data.json, record 1: a occurs twice"):
+        rows[1]
     with pytest.raises(UserError, match="message 0 is not a tool call: name occurs twice"):
         call = {"role": "call", "content": '{"name": "f", "arguments": {}, "name": "g"}'}
         read(tmp_path, [{"messages": [call]}], function_tag="call")
@@ -318,9 +324,7 @@ def test_keys_of_a_tool_call(tmp_path, call, complaint):
 def test_texts_of_data_files(tmp_path, streamed):
     def rows(name: str, content: bytes) -> list:
         (tmp_path / name).write_bytes(content)
-        if not streamed:
-            return read_rows(tmp_path / name)
-        file = RecordFile(str(tmp_path / name))
+        file = RecordFile(str(tmp_path / name)) if streamed else read_rows(tmp_path / name)
         return [file[place] for place in range(len(file))]
 
     assert rows("bom.json", b'\xef\xbb\xbf[{"a": 1}]') == rows("bom.jsonl", b'\xef\xbb\xbf{"a": 1}\n') == [{"a": 1}]

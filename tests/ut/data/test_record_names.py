@@ -108,12 +108,13 @@ def test_a_line_that_is_not_json(files: Files) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], "{", *lines[5:]]))
     with pytest.raises(UserError, match=r"b.jsonl, record 2 \(line 5\) is not valid JSON"):
-        read_rows(path)
+        read_rows(path)[2]
+    assert validate_data(files.config(on_bad_sample="skip"), SPEC) == 14
     config = files.config(on_bad_sample="skip", streaming=True)
     assert validate_data(config, SPEC) == 14
     (message,) = skipped_in_training(files, streaming=True)
     assert names_in(message) == ["b.jsonl, record 2"] and "is not valid JSON" in message
-    with pytest.raises(UserError, match="b.jsonl, record 2 is not valid JSON"):
+    with pytest.raises(UserError, match=r"b.jsonl, record 2 \(line 5\) is not valid JSON"):
         validate_data(files.config(streaming=True), SPEC)
 
 
