@@ -168,6 +168,9 @@ def load_pixels(path: str, *, background: str | None = None) -> np.ndarray:
                 pass  # damaged or unusual: Pillow's pixels and errors are the reference
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             _check_mode(image)
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # whose second picture is a preview
+                warn_once("frames", f"image {shorten(path)} has several frames, of which the first is used; a list of "
+                          "image files is a video")
             # not ImageOps.exif_transpose: it writes the EXIF anew, and fails where a tag has an unusual type
             turn = _TRANSPOSED.get(_orientation(image))
             return _rgb(image if turn is None else image.transpose(turn), path, background)
@@ -208,16 +211,17 @@ def _is_upright_jpeg(content: bytes) -> bool:
 def _warn_of_lost_content(image: Image.Image, path: str, *, flattened: bool) -> None:
     """Say once what converting to RGB loses; transformers converts in the same way."""
     if image.mode.startswith("I"):
-        _warn_once("16-bit", f"image {shorten(path)} has more than 8 bits per pixel: values above 255 become white, as "
+        warn_once("16-bit", f"image {shorten(path)} has more than 8 bits per pixel: values above 255 become white, as "
                    "in transformers; convert such images to 8 bits")
     elif (not flattened and "transparency" not in _warned and image.has_transparency_data
           and image.convert("RGBA").getextrema()[3][0] < 255):
-        _warn_once("transparency", f"image {shorten(path)} has transparent pixels, which get their hidden colour, "
+        warn_once("transparency", f"image {shorten(path)} has transparent pixels, which get their hidden colour, "
                    "often black, as in transformers; for a white background set "
                    'preprocess_parameters.transparent_background to "white"')
 
 
-def _warn_once(kind: str, message: str) -> None:
+def warn_once(kind: str, message: str) -> None:
+    """Log a warning, the first of its kind in this process."""
     if kind not in _warned:
         _warned.add(kind)
         logger.warning("%s (said once)", message)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels, upright_size
+from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels, upright_size, warn_once
 from mindspeed_mm.data.records import require_video_reader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import DATA_BYTES, open_regular, shorten
@@ -28,6 +28,7 @@ VideoSource = str | Sequence[str]
 # FFmpeg's playlists and lists of files can name anything on the machine or the network; these are containers only
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif", "apng",
                "mpegvideo", "m4v", "h264", "hevc", "av1", "ivf", "mxf")
+_CONTAINERS_SHOWN = "MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, OGG, WMV, MXF, GIF"
 _OPTIONS = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file"}
 
 
@@ -110,8 +111,8 @@ def clip_shape(video: VideoSource, settings: VideoSettings) -> ClipShape:
     with _opened(video) as container:
         stream = container.streams.video[0]
         fps, frames = stream.average_rate, stream.frames
-        # Some containers do not say how many frames they hold.
-        frames = frames or sum(packet.size > 0 for packet in container.demux(stream))
+        if not frames:  # some containers do not say how many they hold
+            frames = _counted(video, container, stream)
         if not fps or not frames:
             raise _unusable(video, "it has no frames or no frame rate")
         if stream.codec_context is None:
@@ -121,6 +122,22 @@ def clip_shape(video: VideoSource, settings: VideoSettings) -> ClipShape:
         if stream.height * stream.width > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise _unusable(video, f"{stream.width}x{stream.height} pixels are more than a frame may have")
         return ClipShape(frames, float(fps), stream.height, stream.width)
+
+
+def _counted(video: str, container: Any, stream: Any) -> int:
+    """Number of frames by the packets; a file that ends long before its header says is warned of, once."""
+    frames, end = 0, 0
+    for packet in container.demux(stream):
+        if packet.size:
+            frames += 1
+            end = max(end, (packet.pts or 0) + (packet.duration or 0))
+    # in microseconds; with sound it may be that of the sound
+    declared = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+    played = float(end * stream.time_base)
+    if declared > 1.1 * played + 0.5:
+        warn_once("duration", f"video {shorten(video)} ends after {played:.1f} of {declared:.1f} seconds: it seems to "
+                  "be cut off; the frames that it has are used")
+    return frames
 
 
 def clip_layout(
@@ -204,8 +221,11 @@ class _opened:
         try:
             os.close(open_regular(self._path, limit=DATA_BYTES))  # a FIFO would hang
             self._container = av.open(f"file:{self._path}", container_options=_OPTIONS)
-        except Exception as error:  # PyAV raises many types for damaged files
+        except OSError as error:
             raise _unusable(self._path, error) from error
+        except Exception as error:  # PyAV raises many types for damaged files
+            why = f"it is damaged, or in no container that is read ({_CONTAINERS_SHOWN})"
+            raise _unusable(self._path, why) from error
         if not self._container.streams.video:
             self._container.close()
             raise _unusable(self._path, "it has no video stream")

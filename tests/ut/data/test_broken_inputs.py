@@ -27,7 +27,7 @@ from mindspeed_mm.data.videos import clip_shape
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions, Message
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
-from tests.fuzz.data import SETTINGS, VIDEOS, picture
+from tests.fuzz.data import SETTINGS, VIDEOS, good_videos, picture
 from tests.fuzz.kinds import KINDS, run_kinds
 from tests.helpers.tiny_data import make_config, write_checkpoint
 
@@ -153,17 +153,44 @@ def test_what_conversion_to_rgb_loses_is_said_once(tmp_path, caplog):
     _warned.clear()
     Image.fromarray(np.full((40, 40), 60_000, np.uint16)).save(tmp_path / "grey.png")
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    picture().save(tmp_path / "two.gif", save_all=True, append_images=[picture().rotate(90)])
     with caplog.at_level(logging.WARNING, "mindspeed_mm"):
         for _ in range(2):
-            for name in ("grey.png", "clear.png"):
+            for name in ("grey.png", "clear.png", "two.gif"):
                 load_pixels(str(tmp_path / name))
-    said = [("more than 8 bits" in one, "transparent" in one) for one in caplog.messages]
-    assert said == [(True, False), (False, True)]
+    words = ("more than 8 bits", "transparent", "several frames")
+    assert [[word in one for word in words] for one in caplog.messages] == np.eye(3, dtype=bool).tolist()
     assert 'set preprocess_parameters.transparent_background to "white" (said once)' in caplog.messages[1]
     _warned.clear()
     with caplog.at_level(logging.WARNING, "mindspeed_mm"):
         load_pixels(str(tmp_path / "clear.png"), background="white")
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 3
+
+
+def test_a_video_that_is_cut_off_is_said_once(tmp_path, caplog):
+    """Of a container without a number of frames; one that has it is refused when frames are missing."""
+    from mindspeed_mm.data.images import _warned
+
+    av = pytest.importorskip("av")
+    content, rng = good_videos(tmp_path), np.random.default_rng(0)
+    with av.open(str(tmp_path / "long.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(40):
+            frame = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    whole = (tmp_path / "long.mkv").read_bytes()
+    _warned.clear()
+    with caplog.at_level(logging.WARNING, "mindspeed_mm"):
+        for suffix in content:
+            clip_shape(str(tmp_path / f"good.{suffix}"), VIDEOS)
+        assert not caplog.messages
+        (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+        for _ in range(2):
+            assert 10 < clip_shape(str(tmp_path / "cut.mkv"), VIDEOS).frames < 25
+    (message,) = caplog.messages
+    assert f"video {tmp_path}/cut.mkv ends after" in message and "of 4.0 seconds" in message
 
 
 # records
