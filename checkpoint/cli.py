@@ -163,7 +163,18 @@ def pairs(text: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-_DIR: dict[str, Any] = {"required": True, "metavar": "DIR"}
+def directory(text: str) -> str:
+    """The name of a directory: a variable of a shell that is not set gives an empty one.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a directory")
+    return text
+
+
+_DIR: dict[str, Any] = {"type": directory, "required": True, "metavar": "DIR"}
 _FLAG: dict[str, Any] = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
 _SHOWN = 20  # differing tensors
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -202,7 +213,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "skip_check": {
         **_FLAG, "help": "export a damaged checkpoint, without comparing checksums, or one without manifest.json"
     },
-    "base_dir": {"metavar": "DIR", "help": "where the base of a partial checkpoint is now (default: as recorded)"},
+    "base_dir": {
+        **_DIR, "required": False, "help": "where the base of a partial checkpoint is now (default: as recorded)"
+    },
     "all": {**_FLAG, "help": "every tensor, instead of one line for all layers"},
     "workers": {"type": positive, "metavar": "N", "help": "threads (default: two for each core, 8 at most)"},
     "config": {"metavar": "FILE", "help": "YAML file of options; those on the command line override them"},

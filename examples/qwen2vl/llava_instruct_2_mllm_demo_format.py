@@ -163,6 +163,8 @@ def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
     images = [images] if isinstance(images, str) else images or []
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise Malformed("its image is not a file name")
+    if any(name.startswith("/") or ".." in name.split("/") for name in images):
+        raise Malformed("its image lies outside --image-root")
     messages, tags, expected = [], 0, "user"
     for place, turn in enumerate(turns):
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)

@@ -106,6 +106,8 @@ def write_checkpoint(
     root, target = Path(dcp_dir), Path(dcp_dir) / RELEASE
     if root.exists() and not root.is_dir():
         raise UserError(f"--dcp_dir {root} is a file; name a directory")
+    if root.resolve() == reader.path.resolve():
+        raise UserError(f"--dcp_dir {root} is --hf_dir, which is read from; name another directory")
     source = reader.fingerprint()
     tensors = {name: _ConvertedTensor(reader, name, DTYPES[dtype]) for name in reader.tensors}
     plan = digest([source, version("torch"), storage.FILE_BYTES, facts, [[*t.describe()] for t in tensors.values()]])

@@ -56,6 +56,7 @@ from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, Weigh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 LAYOUT_KEY = "expert_layout"
 """Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
@@ -506,6 +507,9 @@ def read_headers(directory: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_
         UserError: if there are no weight files, some are missing, or the index contradicts them or stands beside
             another model's single file; and as ``read_header``.
     """
+    if is_present(directory / _ADAPTER):
+        raise UserError(f"{directory} has {_ADAPTER}, and transformers would add that adapter to the weights; merge "
+                        "it, or move it elsewhere")
     index, single = directory / INDEX, directory / SINGLE
     both = is_present(index) and is_present(single)  # a FIFO or a broken link is refused when it is read
     if both and set(read_weight_map(directory).values()) != {SINGLE}:

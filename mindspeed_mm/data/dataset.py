@@ -16,6 +16,7 @@ from mindspeed_mm.data.media import Medium, in_order, load_media
 from mindspeed_mm.data.packing import Costs
 from mindspeed_mm.data.prepare import PreparedRows, Source, make_encoder, prepare_dataset, prepare_records
 from mindspeed_mm.data.record_files import RecordError, RecordFile, record_name
+from mindspeed_mm.data.records import require_records
 from mindspeed_mm.data.sampler import permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaPatches, MediaSettings
@@ -91,9 +92,9 @@ class Streamed:
         """
         self.files = source.files
         self._opened = [RecordFile(path, limit=source.limit) for path in source.files]
+        for file in self._opened:
+            require_records(file.path, len(file))
         self._ends = np.cumsum([0, *(len(file) for file in self._opened)])
-        if not len(self):
-            raise UserError(f"dataset {source.names} has no records; create it again (step 3 of the guide)")
         self._reader = source.reader()
         first = source.reader()
         for _ in first.read(sample=True):

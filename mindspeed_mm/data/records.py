@@ -84,6 +84,16 @@ class Record:
         }
 
 
+def require_records(path: str, count: int) -> None:
+    """Check that a data file has records: among others it would be missed by nobody.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if not count:
+        raise UserError(f"dataset {path} has no records; create it again (step 3 of the guide), or leave it out")
+
+
 class SkippedRecords:
     """Counts the records that cannot be used and stops when there are more than the data file allows.
 
@@ -95,13 +105,15 @@ class SkippedRecords:
         self.messages: list[str] = []
         self._limit = config.dataloader_param.bad_sample_limit
 
-    def check(self) -> None:
-        """Stop if there are too many.
+    def check(self, *, usable: int | None = None) -> None:
+        """Stop if there are too many, or if ``usable``, the number of the others, is 0.
 
         Raises:
             UserError: with the first record's message and the number of the rest.
         """
         if len(self.messages) <= self._limit:
+            if usable == 0:
+                raise UserError(f"none of {len(self.messages)} records can be used; the first: {self.messages[0]}")
             return
         more = f" (and {len(self.messages) - 1} more such records)" if len(self.messages) > 1 else ""
         limit = f"; dataloader_param.max_bad_samples allows {self._limit}" if self._limit else ""
@@ -211,6 +223,7 @@ class RecordReader:
             rows: Any = RecordFile(self._files[file], limit=limit)
         else:
             rows = read_rows(self._files[file], limit=self._limit)
+        require_records(self._files[file], len(rows))
         for index in range(len(rows)):
             try:
                 record = self.check(rows[index], file, index)

@@ -36,7 +36,5 @@ def validate_data(config: DataConfig, spec: ModelSpec) -> int:
     for files, limit in ((basic.dataset_files, basic.max_samples), (basic.val_dataset_files, basic.val_max_samples)):
         reader = RecordReader(config, spec, files, limit=limit)
         counts.append(sum(1 for _ in reader.read(sample=basic.streaming)))
-        reader.skipped.check()
-    if not counts[0]:
-        raise UserError(f"dataset {basic.dataset} has no records; create it again (step 3 of the guide)")
+        reader.skipped.check(usable=counts[-1] if files else None)
     return counts[0]

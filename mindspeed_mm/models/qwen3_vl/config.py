@@ -62,7 +62,6 @@ class Qwen3VLTextConfig(DecoderConfig):
 
     rope_type: str
     mrope_section: tuple[int, int, int]
-    attention_bias: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +173,6 @@ class Qwen3VLConfig:
                 rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
                 mrope_section=tuple(rope["mrope_section"]),
                 max_position_embeddings=text["max_position_embeddings"],
-                attention_bias=bool(text["attention_bias"]),
                 tie_word_embeddings=bool(config["tie_word_embeddings"]),
                 initializer_range=text["initializer_range"],
                 **(_moe_fields(text) if moe else {}),
@@ -297,7 +295,7 @@ def _check_types(config: Mapping[str, Any], source: str) -> None:
 
 
 _OPTIONAL = ("head_dim", "rope_theta", "num_experts", "num_local_experts", "decoder_sparse_step", "mlp_only_layers",
-             "router_aux_loss_coef")
+             "router_aux_loss_coef", "attention_bias")
 _OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -319,7 +317,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": _PLAIN,
     "text_config": {
         **_PLAIN, "hidden_act": ("silu",), "norm_topk_prob": (True,), "attention_dropout": (0,),
-        "use_sliding_window": (False,), "partial_rotary_factor": (1,),
+        "attention_bias": (False,), "use_sliding_window": (False,), "partial_rotary_factor": (1,),
     },
     "text_config.rope_parameters": _ROPE_FIXED,
     "text_config.rope_scaling": _ROPE_FIXED,
@@ -352,6 +350,10 @@ def _check_fixed(config: Mapping[str, Any], source: str) -> None:
             needed = f"only {shown(values[0])} is computed here" if values else "only plain weights are trained here"
             raise UserError(f"{source}: {where} is {shown(value)}; {needed}: {_REMEDIES.get(key, 'use another model')}")
     text = config.get("text_config", {})
+    theta, rope = text.get("rope_theta"), text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if theta is not None and rope.get("rope_theta", theta) != theta:
+        raise UserError(f"{source}: text_config.rope_theta is {shown(theta)}, but {shown(rope['rope_theta'])} in its "
+                        "rope parameters; remove the wrong one")
     for one, other in _SAME:
         values = text.get(one), text.get(other)
         if None not in values and values[0] != values[1]:

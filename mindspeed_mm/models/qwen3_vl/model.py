@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mindspeed_mm.backend.kernels.registry import attention_kernel
 from mindspeed_mm.backend.megatron import prepare_megatron
-from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch, VisionBatch
 from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy, recompute_selectively
@@ -107,8 +106,6 @@ def build_model(
     """
     prepare_megatron()
     text, vision = model_config.text, model_config.vision
-    if text.attention_bias:
-        raise UserError("config.json has attention_bias true; Qwen3-VL's decoder has no attention bias")
     kernels = decoder_kernels(text, options, device=device, dtype=compute_dtype)
     rotary = TextRotary(text.head_dim, text.rope_theta, text.mrope_section)
     text_decoder = TextDecoder(text, kernels, rotary, options=options, device=device, dtype=dtype)

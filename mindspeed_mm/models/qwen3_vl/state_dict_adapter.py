@@ -61,20 +61,17 @@ def _text_attention_rules(text: Qwen3VLTextConfig, to: str, source: str) -> Iter
     width, head_dim = text.hidden_size, text.head_dim
     q_rows, kv_rows = text.num_heads * head_dim, text.num_kv_heads * head_dim
     fuse = FuseQKV(groups=text.num_kv_heads, queries=text.num_heads // text.num_kv_heads, head_dim=head_dim)
-    for kind in ("weight", "bias") if text.attention_bias else ("weight",):
-        tail = (width,) if kind == "weight" else ()
-        yield WeightRule(
-            target=f"{to}.linear_qkv.{kind}",
-            target_shape=(q_rows + 2 * kv_rows, *tail),
-            sources=(
-                (f"{source}.q_proj.{kind}", (q_rows, *tail)),
-                (f"{source}.k_proj.{kind}", (kv_rows, *tail)),
-                (f"{source}.v_proj.{kind}", (kv_rows, *tail)),
-            ),
-            transform=fuse,
-        )
-        tail = (q_rows,) if kind == "weight" else ()
-        yield copy_rule(f"{to}.linear_proj.{kind}", f"{source}.o_proj.{kind}", (width, *tail))
+    yield WeightRule(
+        target=f"{to}.linear_qkv.weight",
+        target_shape=(q_rows + 2 * kv_rows, width),
+        sources=(
+            (f"{source}.q_proj.weight", (q_rows, width)),
+            (f"{source}.k_proj.weight", (kv_rows, width)),
+            (f"{source}.v_proj.weight", (kv_rows, width)),
+        ),
+        transform=fuse,
+    )
+    yield copy_rule(f"{to}.linear_proj.weight", f"{source}.o_proj.weight", (width, q_rows))
     yield copy_rule(f"{to}.q_layernorm.weight", f"{source}.q_norm.weight", (head_dim,))
     yield copy_rule(f"{to}.k_layernorm.weight", f"{source}.k_norm.weight", (head_dim,))
 

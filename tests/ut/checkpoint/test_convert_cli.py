@@ -69,6 +69,9 @@ TO_DCP, TO_HF = ("hf_to_dcp", "--hf_dir", "@hf", "--dcp_dir"), ("dcp_to_hf", "--
         ((*TO_DCP, "@hf/config.json"), "is a file; name a directory"),
         ((*TO_DCP, "@hf/config.json/below"), "cannot be written: Not a directory"),
         (("inspect", "--dir", "@nothing"), "@nothing does not exist"),
+        ((*TO_DCP, "@hf"), "--dcp_dir @hf is --hf_dir, which is read from"),
+        ((*TO_DCP, ""), "argument --dcp_dir: it is empty; name a directory"),
+        (("inspect", "--dir", ""), "argument --dir: it is empty; name a directory"),
         (("inspect", "--dir", "@"), "so it is not a checkpoint"),
     ],
 )

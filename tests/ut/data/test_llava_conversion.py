@@ -134,6 +134,15 @@ def test_bad_input_is_one_line(recipe: Path, content: str, complaint: str) -> No
     assert complaint in done.stderr and not (recipe / "data/mllm_format_llava_instruct_data.json").exists()
 
 
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/hostname", "a/../../b.jpg"])
+def test_images_outside_the_root_are_refused(recipe: Path, name: str) -> None:
+    (recipe / "data/COCO2017/secret.jpg").write_bytes(b"")
+    write(recipe, [GOOD, {**GOOD, "image": name}])
+    done = call(recipe)
+    assert done.returncode == 1 and len(output(recipe)) == 1
+    assert "skipped 1 malformed records: record 1: its image lies outside --image-root" in done.stdout
+
+
 def test_keys_that_are_lost_are_counted(recipe: Path) -> None:
     write(recipe, [{**GOOD, "source": "web", "note": None}, {**GOOD, "conversations": [
         {**turn, "weight": 0} for turn in GOOD["conversations"]]}])

@@ -15,7 +15,7 @@ import pytest
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
-from tests.helpers.tiny_data import make_config, make_records
+from tests.helpers.tiny_data import build_tiny, make_config, make_records, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +135,23 @@ def test_other_names_and_roles(root: Path) -> None:
 def test_videos_without_tags_are_refused(root: Path, records: list) -> None:
     with pytest.raises(UserError, match="record 0: it has 0 <video> tags in its questions, but 1 videos"):
         check(root, [{**records[0], "videos": ["a.mp4"]}], attr={"videos": "videos"})
+
+
+@pytest.mark.parametrize("basic", [{}, {"streaming": True}])
+def test_a_file_without_records_beside_others_is_refused(tmp_path: Path, basic: dict) -> None:
+    data = write_dataset(tmp_path)
+    for name, content in (("empty.jsonl", "\n\n"), ("empty.json", "[]")):
+        (tmp_path / name).write_text(content)
+        config = make_config(tmp_path, dataset=f"{data},{tmp_path}/{name}", basic=basic)
+        for read in (lambda config=config: validate_data(config, SPEC), lambda config=config: build_tiny(config)):
+            with pytest.raises(UserError, match=rf"{name} has no records; create it again .*, or leave it out"):
+                read()
+
+
+def test_a_file_of_unusable_records_only_is_refused_where_they_are_skipped(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    (tmp_path / "bad.json").write_text('[{"messages": []}, {"messages": 1}]')
+    config = make_config(tmp_path, dataset=f"{tmp_path}/bad.json", loader={"on_bad_sample": "skip"})
+    for read in (lambda: validate_data(config, SPEC), lambda: build_tiny(config)):
+        with pytest.raises(UserError, match=r"none of 2 records can be used; the first: .*bad.json, record 0: the con"):
+            read()

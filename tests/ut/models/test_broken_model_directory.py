@@ -180,6 +180,8 @@ def test_fields_that_are_not_read_may_hold_anything(directory: Path) -> None:
         ("text_config.attention_dropout", 0.1, "only 0"),
         ("text_config.use_sliding_window", True, "only false"),
         ("text_config.partial_rotary_factor", 0.5, "only 1"),
+        ("text_config.attention_bias", True, "only false"),
+        ("text_config.rope_scaling.rope_theta", 1e4, "text_config.rope_theta is 5000000, but 10000.0 in its"),
         ("text_config.rope_scaling.mrope_interleaved", False, "only true"),
         ("text_config.rope_scaling.type", "yarn", 'only "default"'),
         ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_scaling is"),
