@@ -374,6 +374,9 @@ class HFReader(SafetensorsReader):
         path = Path(directory)
         self.spec = spec_of(path)
         self.model_config: ModelConfig = self.spec.read_config(path)
+        if is_present(path / _ADAPTER):
+            raise UserError(f"{path} has {_ADAPTER}, and transformers would add that adapter to the weights; merge it, "
+                            "or move it elsewhere")
         headers = read_headers(path)
         found = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
         self.layout = _decide_layout(path, headers, self.spec, self.model_config, expert_layout)
@@ -507,9 +510,6 @@ def read_headers(directory: Path, *, dtypes: Mapping[str, torch.dtype] = WEIGHT_
         UserError: if there are no weight files, some are missing, or the index contradicts them or stands beside
             another model's single file; and as ``read_header``.
     """
-    if is_present(directory / _ADAPTER):
-        raise UserError(f"{directory} has {_ADAPTER}, and transformers would add that adapter to the weights; merge "
-                        "it, or move it elsewhere")
     index, single = directory / INDEX, directory / SINGLE
     both = is_present(index) and is_present(single)  # a FIFO or a broken link is refused when it is read
     if both and set(read_weight_map(directory).values()) != {SINGLE}:

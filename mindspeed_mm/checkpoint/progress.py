@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, verify_files
+from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, iteration_name, verify_files
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_present, read_json, shorten
 
@@ -22,6 +22,7 @@ class Progress:
         schedule: state of the learning-rate schedule, None before the first step.
         seed: that decided the order of the samples.
         samples_per_epoch: number of samples in that order.
+        data: fingerprint of the data files.
     """
 
     iteration: int = 0
@@ -29,6 +30,7 @@ class Progress:
     schedule: dict[str, Any] | None = None
     seed: int | None = None
     samples_per_epoch: int | None = None
+    data: str | None = None
 
     @staticmethod
     def is_training(path: Path) -> bool:
@@ -72,4 +74,10 @@ class Progress:
             raise UserError(f"{file} holds {shorten(content)}: its counters must be whole numbers from 0; {remedy}")
         if not (progress.schedule is None or isinstance(progress.schedule, dict)):
             raise UserError(f"{file}: schedule is {shorten(progress.schedule, 40)}, not an object; {remedy}")
+        if progress.data is not None and not isinstance(progress.data, str):
+            raise UserError(f"{file}: data is {shorten(progress.data, 40)}, not a string; {remedy}")
+        named = manifest is None or not path.name.startswith("iter_") or path.name == iteration_name(progress.iteration)
+        if not named:
+            raise UserError(f"{file} is of iteration {progress.iteration}, which its directory's name contradicts; "
+                            f"rename it to {iteration_name(progress.iteration)}")
         return progress

@@ -140,6 +140,23 @@ def check_writable(root: Path) -> Path:
     return existing
 
 
+def earlier_run_warning(save: str | None, load: str | None) -> str | None:
+    """A warning if ``--save`` has checkpoints of a run that ``--load`` does not continue, else None."""
+    if save is None or not is_directory(save):
+        return None
+    root = Path(save).resolve()
+    if load is not None and root in (Path(load).resolve(), Path(load).resolve().parent):
+        return None
+    with reading(f"--save {save}", "name another directory"):
+        iterations = complete_iterations(root)
+    if not iterations:
+        return None
+    return (
+        f"--save {save} has checkpoints of an earlier run, the last of iteration {iterations[-1]}, which those of this "
+        f"run will replace as it reaches them; to continue that run: --load {save}, else name another directory"
+    )
+
+
 def disk_space_warning(root: Path, *, nbytes: int, count: int, keep_last: int | None) -> str | None:
     """A warning if the checkpoints of a run do not fit on the disk, else None.
 

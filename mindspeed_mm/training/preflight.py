@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device, needs_torch
-from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
+from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning, earlier_run_warning
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.data.encoder import check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
@@ -67,6 +67,7 @@ def preflight(job: JobConfig) -> None:
     for line in (
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
+        earlier_run_warning(job.args.save, job.args.load),
         environment.host_memory_warning(launched_local_ranks()),
         environment.shared_memory_warning(
             local_ranks=launched_local_ranks(),

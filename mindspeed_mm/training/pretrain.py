@@ -22,6 +22,7 @@ from mindspeed_mm.checkpoint.state import TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
+from mindspeed_mm.data.record_files import fingerprint
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.model import Model
@@ -134,8 +135,9 @@ def _run(
     restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
-    warn_of_sample_order(progress, seed=args.seed, samples_per_epoch=loader.samples_per_epoch)
-    progress.seed, progress.samples_per_epoch = args.seed, loader.samples_per_epoch
+    data = fingerprint(job.data.dataset_param.basic_parameters.dataset_files)
+    warn_of_sample_order(progress, seed=args.seed, samples_per_epoch=loader.samples_per_epoch, data=data)
+    progress.seed, progress.samples_per_epoch, progress.data = args.seed, loader.samples_per_epoch, data
     _warn_of_partial_state(args)
     logger.info(f"data: {loader.summary}; {_remaining_iterations(progress, args)}")
     with StopRequest() as stop_request:

@@ -178,8 +178,10 @@ def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
     schedule.step(increment=progress.schedule["num_steps"] - schedule.num_steps)
 
 
-def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: int) -> None:
+def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: int, data: str) -> None:
     """Warn if the resumed run will not see the samples in the order of the first."""
+    if progress.data not in (None, data) and progress.samples_per_epoch == samples_per_epoch:
+        logger.warning("the data files are not those of the first run: the samples, or their order, differ")
     for name, saved, current in (
         ("--seed", progress.seed, seed),
         ("the number of samples per epoch", progress.samples_per_epoch, samples_per_epoch),

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning
+from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning, earlier_run_warning
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 from mindspeed_mm.models.state_dict import mcore_shapes
 from mindspeed_mm.tools.memory.plan import checkpoint_bytes
+from tests.helpers.checkpoint_directory import commit_directory
 from tests.helpers.tiny_config import tiny_config
 
 GB = 10**9
@@ -66,6 +67,20 @@ def test_room_for_all_that_will_lie_there(tmp_path: Path, monkeypatch, count: in
     else:
         assert line is not None and re.search(words, line)
     assert "no save will succeed" in disk_space_warning(tmp_path, nbytes=130 * GB, count=1, keep_last=None)
+
+
+def test_checkpoints_of_an_earlier_run_are_said(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    assert earlier_run_warning(None, None) is None and earlier_run_warning(str(save), None) is None
+    for iteration in (5, 20):
+        with commit_directory(save / f"iter_{iteration:07d}", {}):
+            pass
+    for load in (None, str(tmp_path / "weights")):
+        line = earlier_run_warning(str(save), load)
+        assert f"--save {save} has checkpoints of an earlier run, the last of iteration 20" in line
+        assert f"to continue that run: --load {save}, else name another directory" in line
+    for load in (save, save / "iter_0000005", tmp_path / "weights/../save"):
+        assert earlier_run_warning(str(save), str(load)) is None
 
 
 @pytest.mark.parametrize("processes", [1, 4])

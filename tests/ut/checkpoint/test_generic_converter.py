@@ -277,15 +277,12 @@ def test_wrong_places_and_types(
     hf: tuple[Path, Tensors], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, _ = hf
-    shutil.copytree(path, tmp_path / "adapter")
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
     dcp.save({"model.c": torch.zeros(1, dtype=torch.complex128)}, checkpoint_id=tmp_path / "plain", no_dist=True)
     assert to_dcp(path, tmp_path / "dcp") == 0
     capsys.readouterr()
     for command, expected in (
         (lambda: to_dcp(tmp_path / "dcp", tmp_path / "x"), "dcp is a distributed checkpoint; name a"),
         (lambda: to_dcp(tmp_path / "none", tmp_path / "x"), "none has neither"),
-        (lambda: to_dcp(tmp_path / "adapter", tmp_path / "x"), "adapter has adapter_config.json, and transformers"),
         (lambda: to_hf(path, tmp_path / "x", path), "is a Hugging Face directory; name a distributed checkpoint"),
         (lambda: to_hf(tmp_path / "dcp", tmp_path / "x", tmp_path / "none"), "none is not a directory"),
         (lambda: to_hf(tmp_path / "dcp", tmp_path / "x", tmp_path / "dcp"), "dcp is a distributed checkpoint"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mindspeed_mm.data import validate_data
-from mindspeed_mm.data.record_files import RecordFile
+from mindspeed_mm.data.record_files import RecordFile, fingerprint
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -127,6 +127,20 @@ def test_any_record_can_be_reached(tmp_path: Path, name: str, write: object) -> 
     assert len(file) == 3 and len(RecordFile(str(tmp_path / name), limit=2)) == 2
     for index in (2, 0, 1, 2):
         assert file[index]["text"] == TRICKY[index]["text"]
+
+
+def test_a_fingerprint_tells_files_apart(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    rows = [json.dumps(list(range(k, k + 300))) for k in range(5_000)]  # 8 MB: more than all blocks together
+    first.write_text("\n".join(rows))
+    second.write_text("\n".join(rows))
+    assert fingerprint([first]) == fingerprint([str(second)]) != fingerprint([first, second])
+    second.write_text("\n".join(rows[::-1]))
+    assert fingerprint([first]) != fingerprint([second])
+    second.write_text("")
+    assert fingerprint([second]) != fingerprint([first])
+    with pytest.raises(UserError, match="absent.json cannot be read: No such file"):
+        fingerprint([tmp_path / "absent.json"])
 
 
 def test_files_that_are_no_lists(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.training.optimizer import build_schedule
-from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity
+from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_schedule, check_start, check_steps_remain, schedule_settings
 from tests.helpers.checkpoint_directory import commit_directory
 from tests.helpers.hf_model import tiny_model
@@ -233,3 +233,26 @@ def test_identity_is_the_parents():
     assert run_identity() == run_identity()
     host, parent, began = run_identity().rsplit(":", 2)
     assert host and int(parent) > 0 and int(began) > 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (Progress(seed=3, samples_per_epoch=9, data="a"), []),
+        (Progress(), []),  # a checkpoint without these facts
+        (Progress(seed=3, samples_per_epoch=9, data="b"), ["the data files are not those of the first run"]),
+        (Progress(seed=4, samples_per_epoch=8, data="b"), ["--seed was 4", "the number of samples per epoch was 8"]),
+    ],
+)
+def test_what_changes_the_order_of_the_samples_is_said(messages, saved, said):
+    warn_of_sample_order(saved, seed=3, samples_per_epoch=9, data="a")
+    assert len(messages()) == len(said) and all(word in one for word, one in zip(said, messages(), strict=True))
+
+
+def test_a_checkpoint_under_another_iterations_name(tmp_path):
+    path = tmp_path / "iter_0000009"
+    path.mkdir()
+    (path / "progress.json").write_text('{"iteration": 1}')
+    with pytest.raises(UserError, match=r"progress.json is of iteration 1.*rename it to iter_0000001"):
+        Progress.read(path, {"files": {}})
+    assert Progress.read(path.rename(tmp_path / "iter_0000001"), {"files": {}}).iteration == 1
