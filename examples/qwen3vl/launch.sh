@@ -110,6 +110,16 @@ shorten_lines() {
     }'
 }
 
+# The last line after torchrun's report of a failure that no rank has explained; $1: the log file.
+explain_failure() {
+    local why="training failed; the report is above" next=
+    grep -q '^ *exitcode *: -9 ' "$1" &&
+        why="a training process was killed (SIGKILL), most often because the machine ran out of memory: see dmesg"
+    grep -q '^ *exitcode *: -11 ' "$1" && why="a training process crashed (SIGSEGV)"
+    [ -s "$SAVE_PATH/latest_checkpointed_iteration.txt" ] && next="; to continue: LOAD_PATH=$SAVE_PATH"
+    echo "error: $why; log: $1$next"
+}
+
 # Runs torchrun in its own session, and writes its log: Ctrl-C and signals to this process group reach the launcher only,
 # which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. The ranks write their
 # process ids, the status for the launcher to exit with, and an error for it to print last into the directory
@@ -148,7 +158,11 @@ run_torchrun() {
     [ -n "$waiter" ] && kill "$waiter" 2>/dev/null
     wait "$tee"
     [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
-    [ -s "$MM_RUN_STATE/error" ] && tee -a "$1" <"$MM_RUN_STATE/error" >&2
+    if [ -s "$MM_RUN_STATE/error" ]; then
+        tee -a "$1" <"$MM_RUN_STATE/error" >&2
+    elif ((status && !stopped_early)) && [ ! -s "$MM_RUN_STATE/status" ]; then
+        explain_failure "$1" | tee -a "$1" >&2
+    fi
     ((interrupts > 1)) && echo "second Ctrl-C: stopped at once, without saving" | tee -a "$1" >&2
     ((stopped_early)) && status=$stopped_early
 }

@@ -381,6 +381,28 @@ def test_status_of_torchrun_is_kept(workplace):
     assert _launch(workplace, FAKE_STATUS=7).returncode == 7
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(-9, "was killed (SIGKILL), most often because the machine ran out of memory"), (-11, "crashed (SIGSEGV)"),
+     (1, "training failed; the report is above")],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_rank_that_dies_without_a_word_is_explained_last(workplace, tmp_path, code, words, saved):
+    """Here torchrun's report is printed, of some 20 lines."""
+    report = tmp_path / "report"
+    report.write_text(f"Root Cause (first observed failure):\n  rank      : 1\n  exitcode  : {code} (pid: 7)\n=====\n")
+    save = workplace / "save"
+    if saved:
+        save.mkdir()
+        (save / "latest_checkpointed_iteration.txt").write_text("5")
+    result = _launch(workplace, FAKE_LOG=report, FAKE_STATUS=1, SAVE_PATH="save")
+    last = (result.stdout + result.stderr).splitlines()[-1]
+    (log,) = (workplace / "logs").glob("train_*.log")
+    assert result.returncode == 1 and last == log.read_text().splitlines()[-1]
+    assert last.startswith("error: ") and words in last and f"log: logs/{log.name}" in last
+    assert last.endswith("; to continue: LOAD_PATH=save") == saved
+
+
 def test_error_of_a_rank_is_printed_last(workplace, tmp_path):
     log = tmp_path / "log"
     log.write_text("error: one\na traceback of torchrun's\n")
