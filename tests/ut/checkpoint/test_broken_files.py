@@ -150,8 +150,7 @@ def test_progress_values(saved: Path, name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "word"),
     [("{}", "no iteration"), ("[]", "a list"), ('{"iteration": 1, "schedule": 3}', "schedule"),
-     ('{"iteration": 1, "data": 3}', "data is 3"), ("[" * 10**5, "JSON"), ("{", "JSON"), ("\xff", "JSON"),
-     ('{"iteration": null}', "whole numbers")],
+     ("[" * 10**5, "JSON"), ("{", "JSON"), ("\xff", "JSON"), ('{"iteration": null}', "whole numbers")],
 )
 def test_progress_of_other_kinds(tmp_path: Path, content: str, word: str) -> None:
     (tmp_path / PROGRESS_FILE).write_text(content)

@@ -255,4 +255,8 @@ def test_a_checkpoint_under_another_iterations_name(tmp_path):
     (path / "progress.json").write_text('{"iteration": 1}')
     with pytest.raises(UserError, match=r"progress.json is of iteration 1.*rename it to iter_0000001"):
         Progress.read(path, {"files": {}})
-    assert Progress.read(path.rename(tmp_path / "iter_0000001"), {"files": {}}).iteration == 1
+    path = path.rename(tmp_path / "iter_0000001")
+    assert Progress.read(path, {"files": {}}).iteration == 1
+    (path / "progress.json").write_text('{"iteration": 1, "data": 3}')
+    with pytest.raises(UserError, match="progress.json: data is 3, not a string"):
+        Progress.read(path, {"files": {}})
