@@ -481,6 +481,8 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
     """
 
     def found(path: str, kind: str) -> str:
+        if not path:
+            raise ValueError(f"the path of {'an' if kind == 'image' else 'a'} {kind} is empty; write it, or remove it")
         if path.startswith("data:") and kind != "video":
             return path
         if path.startswith("file://"):

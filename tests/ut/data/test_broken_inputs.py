@@ -235,7 +235,7 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
     ("image", "complaint"),
     [
         ("http://host/a.png", "is a URL, and nothing is fetched"), ("x" * 5000, r"\(5000 characters\)"),
-        ("a\0b", "does not exist"), ("\ud800.png", "does not exist"),
+        ("a\0b", "does not exist"), ("\ud800.png", "does not exist"), ("", "the path of an image is empty"),
     ],
 )
 def test_paths_of_images(tmp_path, image, complaint):
