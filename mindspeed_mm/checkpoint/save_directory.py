@@ -115,8 +115,8 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def check_writable(root: Path) -> Path:
-    """Check that a ``--save`` directory exists or can be made.
+def check_writable(root: Path, *, name: str = "--save") -> Path:
+    """Check that a directory exists or can be made, and that something can be made in it; ``name``: of the setting.
 
     Returns:
         The existing part of its path.
@@ -124,19 +124,19 @@ def check_writable(root: Path) -> Path:
     Raises:
         UserError: naming the file or directory that prevents it.
     """
-    existing, remedy = root.absolute(), "name another directory"
-    with reading(f"--save {root}", remedy):
+    existing, what, remedy = root.absolute(), f"{name} {root}", "name another directory"
+    with reading(what, remedy):
         while not _is_there(existing):
             existing = existing.parent
     if not is_directory(existing):
-        raise UserError(f"--save {root}: {shorten(existing)} is not a directory; {remedy}")
+        raise UserError(f"{what}: {shorten(existing)} is not a directory; {remedy}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--save {root}: {existing} is not writable by this user; {remedy}")
+        raise UserError(f"{what}: {existing} is not writable by this user; {remedy}")
     try:  # rights are not enough: in /proc, for one, nothing can be made
         os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=existing))
     except OSError as error:
         why = f"no directory can be made in {existing} ({error.strerror})"
-        raise UserError(f"--save {root}: {why}; {remedy}") from error
+        raise UserError(f"{what}: {why}; {remedy}") from error
     return existing
 
 

@@ -54,6 +54,9 @@ def preflight(job: JobConfig) -> None:
         check_base_is_kept(job.args, Path(job.model.init_from_hf_path))
     if job.args.save is not None:
         check_writable(Path(job.args.save))
+    basic = job.data.dataset_param.basic_parameters
+    if basic.cache_dir and not basic.streaming:
+        check_writable(Path(basic.cache_dir), name="cache_dir")
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
     tokenizer = Path(job.data.dataset_param.preprocess_parameters.model_name_or_path)

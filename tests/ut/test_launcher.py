@@ -277,6 +277,15 @@ def test_small_files_of_the_checkpoint_are_checked_before_torchrun(workplace, na
     assert piece in result.stderr and str(path.relative_to(workplace)) in result.stderr
 
 
+def test_a_cache_that_cannot_be_made_stops_before_torchrun(workplace):
+    data = json.loads((workplace / "examples/qwen3vl/data_30B.json").read_text())
+    data["dataset_param"]["basic_parameters"]["cache_dir"] = "data/photo.jpg/cache"
+    (workplace / "examples/qwen3vl/data_30B.json").write_text(json.dumps(data))
+    result = _launch(workplace)
+    assert result.returncode == 2 and not result.words
+    assert re.fullmatch(r"error: cache_dir data/photo.jpg/cache: .*photo.jpg is not a directory; .*\n", result.stderr)
+
+
 def test_what_contradicts_the_weights_stops_before_torchrun(workplace):
     config = workplace / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json"
     _write_config(config, num_hidden_layers=47)
