@@ -135,6 +135,24 @@ def open_regular(path: str | os.PathLike[str], *, limit: int) -> int:
     return descriptor
 
 
+def available_memory(
+    meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")
+) -> int | None:
+    """Bytes of host memory that new allocations can have, at most; None where the system does not say.
+
+    Args:
+        meminfo: the system's account of its memory.
+        limit: the container's limit, or ``max``.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        lines = meminfo.read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int(limit.read_text()))
+    return min(found, default=None)
+
+
 def read_bytes(path: str | os.PathLike[str], *, limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 

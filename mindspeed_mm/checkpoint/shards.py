@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import available_memory
 
 CHUNK_BYTES = 64 << 20
 """Larger shards are stored as several chunks of about this size: the least that a rank reads where the next run shards
@@ -181,19 +181,9 @@ def check_host_memory(nbytes: int) -> None:
         UserError: with both numbers.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = _available_bytes()
+    available = available_memory()
     if available is not None and nbytes * ranks > available:
         raise UserError(
             f"--async-save keeps a copy of the saved state in host memory: {nbytes * ranks / 1e9:.1f} GB for the "
             f"{ranks} ranks of this machine, which has {available / 1e9:.1f} GB left; leave --async-save out"
         )
-
-
-def _available_bytes() -> int | None:
-    """Memory available to new allocations; None where the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None

@@ -303,6 +303,8 @@ def build_datasets(
         UserError: for anything in the files that cannot be trained on.
     """
     basic = config.dataset_param.basic_parameters
+    for line in _repeated_files(basic.dataset_files, basic.val_dataset_files):
+        logger.warning(line)
     compiled_resampling()  # here once, instead of in every worker process
 
     def load(files: list[str], limit: int | None) -> ChatDataset:
@@ -322,6 +324,17 @@ def build_datasets(
     if not len(kept):
         raise UserError(f"val_rate {basic.val_rate} leaves nothing of {len(train)} samples to train on; lower it")
     return train.subset(kept, train.name), train.subset(held[: basic.val_max_samples], f"val_rate of {train.name}")
+
+
+def _repeated_files(train: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """What to say of data files that are named more than once."""
+    real = [os.path.realpath(path) for path in train]
+    twice = sorted({path for path, name in zip(train, real, strict=True) if real.count(name) > 1})
+    both = [path for path in held_out if os.path.realpath(path) in real]
+    return [
+        *(f"dataset names {path} more than once: its records count as often" for path in twice),
+        *(f"{path} is trained on and evaluated on: its evaluation says nothing of other data" for path in both),
+    ]
 
 
 def _rows(source: Source) -> Rows:

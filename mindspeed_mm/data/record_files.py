@@ -26,6 +26,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import (
     DATA_BYTES,
     DuplicateKey,
+    available_memory,
     is_file,
     is_present,
     kind_of,
@@ -91,6 +92,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any] | Reco
     if path.suffix == ".parquet":
         return _read_parquet(path, limit)
     require_text(path)
+    _require_memory(path, 3 * path.stat().st_size)
     with reading(f"dataset {path}"):
         content = read_bytes(path, limit=DATA_BYTES)
     try:
@@ -122,6 +124,18 @@ def require_file(path: Path) -> None:
             f"dataset {path} {kind}; make it (step 3 of the guide: "
             "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
         )
+
+
+def _require_memory(path: Path, nbytes: int) -> None:
+    """Check that all records of a file fit into memory, as far as it can be known; else the process would be killed.
+
+    Raises:
+        UserError: naming the file, and how to read it without.
+    """
+    available = available_memory()
+    if available is not None and nbytes > available:
+        raise UserError(f"{path} needs about {nbytes / 1e9:.1f} GB of memory to be read at once, and "
+                        f"{available / 1e9:.1f} GB are available; set basic_parameters.streaming to true")
 
 
 def require_text(path: Path) -> None:
@@ -177,6 +191,7 @@ def _read_parquet(path: Path, limit: int | None) -> list[Any]:
     import pyarrow.parquet
 
     _parquet_schema(path)
+    _require_memory(path, 3 * _parquet_bytes(path))
     with reading(f"Parquet file {path}", _AGAIN):
         return pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
 
@@ -242,6 +257,7 @@ class RecordFile:
         require_file(Path(path))
         self.path = path
         self._process = -1
+        self._state = self._current_state()
         self._parquet = Path(path).suffix == ".parquet"
         if self._parquet:
             _parquet_schema(path)
@@ -281,9 +297,15 @@ class RecordFile:
         except UserError as error:
             raise RecordError(str(error)) from error
 
+    def _current_state(self) -> tuple[int, int]:
+        status = os.stat(self.path)
+        return status.st_size, status.st_mtime_ns
+
     def _open(self) -> None:
         if self._process == os.getpid():
             return
+        if self._current_state() != self._state:  # other records would be at the offsets
+            raise UserError(f"{self.path} has changed since the run began; start it again, or restore the file")
         self._groups: OrderedDict[int, list[Any]] = OrderedDict()
         if self._parquet:
             import pyarrow.parquet
@@ -309,6 +331,15 @@ def _row_groups(path: str) -> list[int]:
     with reading(f"Parquet file {path}", _AGAIN):
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def _parquet_bytes(path: str | Path) -> int:
+    """Bytes of a Parquet file's values, which compression may hide."""
+    import pyarrow.parquet
+
+    with reading(f"Parquet file {path}", _AGAIN):
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
 def _line_places(path: str) -> tuple[np.ndarray, list[int]]:

@@ -6,7 +6,6 @@ named none. Imports no torch.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import available_memory
 
 FIRST_PORT = 6000
 """The launcher's default of MASTER_PORT."""
@@ -136,17 +136,15 @@ def free_port(first: int = FIRST_PORT) -> int:
         return int(server.getsockname()[1])
 
 
-def host_memory_warning(local_ranks: int, *, meminfo: Path = Path("/proc/meminfo")) -> str | None:
+def host_memory_warning(local_ranks: int) -> str | None:
     """A line if the ranks' processes alone, without a model, are unlikely to fit into this machine's memory."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE):
-            available, need = int(found[1]) * 1024, local_ranks * _RANK_BYTES
-            if available < need:
-                return (
-                    f"{local_ranks} ranks on this machine need at least {need / GIB:.1f} GiB of host memory, and "
-                    f"{available / GIB:.1f} GiB are available; lower NPUS_PER_NODE"
-                )
-    return None
+    available, need = available_memory(), local_ranks * _RANK_BYTES
+    if available is None or available >= need:
+        return None
+    return (
+        f"{local_ranks} ranks on this machine need at least {need / GIB:.1f} GiB of host memory, and "
+        f"{available / GIB:.1f} GiB are available; lower NPUS_PER_NODE"
+    )
 
 
 def shared_memory_warning(

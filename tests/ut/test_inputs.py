@@ -82,3 +82,13 @@ def test_a_message_is_one_line_whatever_it_quotes():
 def test_a_name_in_a_file_stays_in_its_directory(tmp_path, name):
     refused(inputs.inside, tmp_path, name)
     assert inputs.inside(tmp_path, "a/b.x") == tmp_path / "a/b.x"
+
+
+def test_available_memory_is_the_systems_or_the_containers(tmp_path):
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    assert inputs.available_memory(meminfo, limit) is None
+    meminfo.write_text("MemTotal:  9 kB\nMemAvailable:    2 kB\n")
+    for text, expected in ((None, 2048), ("max\n", 2048), ("1024\n", 1024), ("4096\n", 2048)):
+        if text is not None:
+            limit.write_text(text)
+        assert inputs.available_memory(meminfo, limit) == expected

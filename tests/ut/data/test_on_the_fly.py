@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mindspeed_mm.data import validate_data
-from mindspeed_mm.data.record_files import RecordFile, fingerprint
+from mindspeed_mm.data.record_files import RecordFile, fingerprint, read_rows
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -127,6 +127,43 @@ def test_any_record_can_be_reached(tmp_path: Path, name: str, write: object) -> 
     assert len(file) == 3 and len(RecordFile(str(tmp_path / name), limit=2)) == 2
     for index in (2, 0, 1, 2):
         assert file[index]["text"] == TRICKY[index]["text"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+
+    def write(rows: list[dict[str, str]]) -> None:
+        if name.endswith("parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        else:
+            path.write_text("\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows))
+
+    write([{"text": "one"}, {"text": "two"}])
+    file = RecordFile(str(path))
+    write([{"text": "two"}, {"text": "one"}])  # of the same size: a worker that opens it now would read other records
+    with pytest.raises(UserError, match=f"{name} has changed since the run began"):
+        file[0]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_a_file_that_does_not_fit_into_memory_is_refused_but_streamed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows = tmp_path / name, [{"text": "a" * 1000}] * 1000
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), path, compression="gzip", use_dictionary=False
+        )
+        assert path.stat().st_size < 100_000
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows))
+    monkeypatch.setattr("mindspeed_mm.data.record_files.available_memory", lambda: 2_900_000)
+    with pytest.raises(UserError, match=f"{name} needs about 0.0 GB of memory.*streaming to true"):
+        read_rows(path)
+    assert len(RecordFile(str(path))) == 1000
+    monkeypatch.setattr("mindspeed_mm.data.record_files.available_memory", lambda: None)
+    assert len(read_rows(path)) == 1000
 
 
 def test_a_fingerprint_tells_files_apart(tmp_path: Path) -> None:

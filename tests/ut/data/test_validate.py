@@ -155,3 +155,15 @@ def test_a_file_of_unusable_records_only_is_refused_where_they_are_skipped(tmp_p
     for read in (lambda: validate_data(config, SPEC), lambda: build_tiny(config)):
         with pytest.raises(UserError, match=r"none of 2 records can be used; the first: .*bad.json, record 0: the con"):
             read()
+
+
+def test_files_that_are_named_twice_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_dataset(tmp_path)
+    (tmp_path / "link.json").symlink_to(data)
+    (tmp_path / "other.json").write_text(data.read_text())
+    build_tiny(make_config(tmp_path, dataset=f"{data},{tmp_path}/other.json"))
+    assert not [one for one in caplog.messages if "more than once" in one or "evaluated on" in one]
+    build_tiny(make_config(tmp_path, dataset=f"{data},{data}", basic={"val_dataset": f"{tmp_path}/link.json"}))
+    assert f"dataset names {data} more than once: its records count as often" in caplog.messages
+    assert f"{tmp_path}/link.json is trained on and evaluated on: its evaluation says nothing of other data" in \
+        caplog.messages

@@ -17,6 +17,7 @@ import pytest
 from mindspeed_mm.backend import device_check
 from mindspeed_mm.data import loader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import available_memory
 from mindspeed_mm.training import launch_environment, preflight
 from mindspeed_mm.training.launch_environment import (
     check_address,
@@ -123,13 +124,15 @@ def test_auto_asks_torch_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch
     assert [device_check.needs_torch(name) for name in ("auto", "cpu")] == [True, False]
 
 
-def test_memory(tmp_path: Path) -> None:
+def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       9000000 kB\nMemAvailable:    3145728 kB\n")
-    assert host_memory_warning(6, meminfo=meminfo) is None
-    line = host_memory_warning(8, meminfo=meminfo)
+    monkeypatch.setattr(launch_environment, "available_memory", lambda: available_memory(meminfo, tmp_path / "none"))
+    assert host_memory_warning(6) is None
+    line = host_memory_warning(8)
     assert line is not None and line.startswith("8 ranks on this machine need at least 4.0 GiB") and "3.0 GiB" in line
-    assert host_memory_warning(8, meminfo=tmp_path / "none") is None
+    meminfo.unlink()
+    assert host_memory_warning(8) is None
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
