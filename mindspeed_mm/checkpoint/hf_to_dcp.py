@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -106,7 +107,7 @@ def write_checkpoint(
     root, target = Path(dcp_dir), Path(dcp_dir) / RELEASE
     if root.exists() and not root.is_dir():
         raise UserError(f"--dcp_dir {root} is a file; name a directory")
-    if root.resolve() == reader.path.resolve():
+    if os.path.realpath(root) == os.path.realpath(reader.path):  # Path.resolve raises for a loop of links
         raise UserError(f"--dcp_dir {root} is --hf_dir, which is read from; name another directory")
     source = reader.fingerprint()
     tensors = {name: _ConvertedTensor(reader, name, DTYPES[dtype]) for name in reader.tensors}

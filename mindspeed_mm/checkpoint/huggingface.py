@@ -127,9 +127,9 @@ def check_replaceable(target: Path, *, overwrite: bool, keep: Sequence[Path]) ->
     Raises:
         UserError: with the reason.
     """
-    resolved = target.resolve()
+    resolved = Path(os.path.realpath(target))  # Path.resolve raises for a loop of links
     for path in keep:
-        if resolved == path.resolve() or resolved in path.resolve().parents:
+        if resolved in (real := Path(os.path.realpath(path)), *real.parents):
             raise UserError(f"--save_dir {target} is or holds {path}, which is read from; name another directory")
     if not target.exists():
         return

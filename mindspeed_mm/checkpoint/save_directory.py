@@ -144,11 +144,11 @@ def earlier_run_warning(save: str | None, load: str | None) -> str | None:
     """A warning if ``--save`` has checkpoints of a run that ``--load`` does not continue, else None."""
     if save is None or not is_directory(save):
         return None
-    root = Path(save).resolve()
-    if load is not None and root in (Path(load).resolve(), Path(load).resolve().parent):
+    root, start = os.path.realpath(save), os.path.realpath(load or "")
+    if load is not None and root in (start, os.path.dirname(start)):
         return None
     with reading(f"--save {save}", "name another directory"):
-        iterations = complete_iterations(root)
+        iterations = complete_iterations(Path(root))
     if not iterations:
         return None
     return (

@@ -80,6 +80,13 @@ def test_wrong_places(run: Run, places: Path, arguments: tuple[str, ...], expect
     assert not (places / "x").exists() and sorted(os.listdir(places)) == ["dcp", "hf", "out"]
 
 
+def test_a_loop_of_links_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for command in (TO_DCP, ("inspect", "--dir"), (*TO_HF, "@x", "--load_dir")):
+        run(*command, str(tmp_path / "loop"))
+    run(*TO_HF, str(tmp_path / "loop"), "--load_dir", "@dcp")
+
+
 def test_an_unfinished_conversion_is_named(run: Run, places: Path, tmp_path: Path) -> None:
     directory.partial_name(tmp_path / "release").mkdir()
     for command in (("inspect", "--dir"), (*TO_HF, "@x", "--load_dir")):

@@ -27,14 +27,14 @@ def peak():
     # not ru_maxrss, which a process has from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-hf_to_dcp(small, out + "/small", workers=2)  # everything is imported now
-dcp_to_hf(out + "/small", out + "/small_hf", small)
+hf_to_dcp(small, out + "/small_dcp", workers=2)  # everything is imported now
+dcp_to_hf(out + "/small_dcp", out + "/small_hf", small)
 before = peak()
-hf_to_dcp(large, out + "/large", workers=2)
+hf_to_dcp(large, out + "/large_dcp", workers=2)
 first = peak()
-dcp_to_hf(out + "/large", out + "/large_hf", large, workers=2, max_shard_size=50_000_000)
+dcp_to_hf(out + "/large_dcp", out + "/large_hf", large, workers=2, max_shard_size=50_000_000)
 second = peak()
-assert verify(out + "/large", large, workers=2).differing == []
+assert verify(out + "/large_dcp", large, workers=2).differing == []
 print(json.dumps([before, first, second, peak()]))
 """
 
