@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,6 +17,8 @@ from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
 from mindspeed_mm.training.metrics import gather_messages
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation(Callback):
@@ -34,6 +37,7 @@ class Evaluation(Callback):
         self._loader = loader
         self._split = split
         self._skipped_samples = skipped_samples
+        self._warned = False
 
     def on_run_start(self, run: Run) -> None:
         """Take the model."""
@@ -52,29 +56,41 @@ class Evaluation(Callback):
     def evaluate(self) -> float | None:
         """Mean cross-entropy of the target tokens over at most ``--eval-iters`` global batches of held-out data.
 
-        None if a rank cannot load its data: the run then stops, after a save.
+        None if a rank cannot load its data: the run then stops, after a save. None, too, if no held-out sample has a
+        target token: 0 would look like a loss.
         """
         args, model = self._run.args, self._run.model
         device, layout = self._run.context.backend.device, self._run.context.layout
         micro_batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
         model.eval()
-        sums, skipped, failures = torch.zeros(4, device=device), [], set()
+        sums, skipped, unfit, failures = torch.zeros(5, device=device), [], 0, set()
         with cached_compute_weights(model):
             for data in itertools.islice(self._loader, micro_batches):
                 skipped += data.skipped.unusable
+                unfit += data.skipped.too_long + data.skipped.no_target
                 failures |= {data.failure} - {""}
                 for batch in data.batches:
                     batch = self._split(batch).to(device)
                     weight = torch.ones_like(batch.labels, dtype=torch.float32)
                     sums[0] += self._run.objective.forward_step(model, batch, weight).loss
                     sums[1] += weight.numel()
-        sums[2], sums[3] = len(skipped) / layout.context_size, len(failures)
+        sums[2], sums[3], sums[4] = len(skipped) / layout.context_size, len(failures), unfit / layout.context_size
         dist.all_reduce(sums)
         reshard(model)
         model.train()
-        loss, count, skipped_count, failed = sums.tolist()
+        loss, count, skipped_count, failed, unfit_count = sums.tolist()
         if failed:
             self._run.stop_after_save(UserError(f"evaluation: {gather_messages(sorted(failures))[0]}"))
             return None
         self._skipped_samples.check(round(skipped_count), skipped)
-        return loss / max(1.0, count)
+        self._warn(round(unfit_count), all_of_them=not count)
+        return loss / count if count else None
+
+    def _warn(self, unfit: int, *, all_of_them: bool) -> None:
+        """Say once how many samples are too long or have no target, and whether there is nothing else."""
+        if not self._warned and (unfit or all_of_them):
+            self._warned = True
+            logger.warning(
+                f"evaluation: {unfit} held-out samples are longer than --seq-length or have no target token"
+                f"{', and no other is left: there is no validation loss' if all_of_them else ''}"
+            )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.data.loader import SkipReport, StepBatches
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
@@ -497,3 +498,19 @@ def test_console(capsys):
         "start-up", " a line", "a place", "warning: something", "rank 2: a place", "warning: rank 2: something",
     ]
     assert lines[0].startswith(" [   0.")
+
+
+def test_an_evaluation_without_a_target_token_has_no_loss(caplog):
+    """0 would look like a loss."""
+    found = StepBatches([], SkipReport(too_long=2, no_target=1))
+    callback = Evaluation([found], split=lambda batch: batch, skipped_samples=SkippedSamples(0))
+    callback.on_run_start(SimpleNamespace(
+        args=SimpleNamespace(eval_iters=1, global_batch_size=4, micro_batch_size=4), model=nn.Linear(1, 1),
+        context=SimpleNamespace(
+            backend=SimpleNamespace(device=torch.device("cpu")), layout=SimpleNamespace(dp_size=1, context_size=1)
+        ),
+    ))
+    assert callback.evaluate() is None and callback.evaluate() is None
+    (message,) = caplog.messages
+    assert message.startswith("evaluation: 3 held-out samples are longer than --seq-length or have no target token")
+    assert message.endswith("and no other is left: there is no validation loss")
