@@ -355,10 +355,16 @@ def _check_fixed(config: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: text_config.rope_theta is {shown(theta)}, but {shown(rope['rope_theta'])} in its "
                         "rope parameters; remove the wrong one")
     for one, other in _SAME:
-        values = text.get(one), text.get(other)
-        if None not in values and values[0] != values[1]:
-            raise UserError(f"{source}: text_config.{one} is {shown(values[0])}, but {other} is {shown(values[1])}; "
+        if _differ(text.get(one), text.get(other)):
+            raise UserError(f"{source}: text_config.{one} is {shown(text[one])}, but {other} is {shown(text[other])}; "
                             "remove the wrong one")
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values contradict each other; objects do in the fields that both have."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return any(_differ(one[key], other[key]) for key in one.keys() & other.keys())
+    return one is not None and other is not None and one != other
 
 
 def _with_defaults(path: Path) -> dict[str, Any]:

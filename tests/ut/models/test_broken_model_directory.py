@@ -192,6 +192,8 @@ def test_fields_that_are_not_read_may_hold_anything(directory: Path) -> None:
         ("vision_config.rope_parameters", {"rope_theta": 500.0}, "only 10000"),
         ("vision_config.rope_parameters", [], None),
         ("text_config.norm_topk_prob", True, None),
+        ("text_config.rope_parameters",
+         {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5000000}, None),
         ("text_config.attention_dropout", 0.0, None),
         ("text_config.rope_scaling.type", "default", None),
         ("quantization_config", None, None),
