@@ -169,7 +169,7 @@ class RecordReader:
         """
         self.skipped = SkippedRecords(config)
         self.unread: Counter[str] = Counter()
-        self.empty_answers = Finding(("answer", "without text, from which the end of the turn is learned at most"))
+        self.empty_answers = Finding(("answer", "without text, from which at most the end of the turn is learned"))
         self.control_tokens = Finding(
             ("message", "in which control tokens of the chat format are written out, encoded as plain text")
         )

@@ -329,7 +329,7 @@ def test_empty_answers_are_counted(tmp_path):
     reader = RecordReader(config, SPEC, [str(tmp_path / "data.json")], limit=None)
     assert len(list(reader.read())) == 3
     assert reader.notes["answer"] == (
-        "3 answers of 2 records without text, from which the end of the turn is learned at most; "
+        "3 answers of 2 records without text, from which at most the end of the turn is learned; "
         f"the first: {tmp_path}/data.json, record 1"
     )
 
