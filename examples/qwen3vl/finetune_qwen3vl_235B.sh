@@ -4,6 +4,8 @@
 # Parameters, gradients and optimizer state take 16 bytes per parameter: 3.8 TB over all devices.
 # Every variable here and in launch.sh can be set from outside, as in finetune_qwen3vl_30B.sh.
 
+[ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # started with sh
+
 MM_DATA=${MM_DATA:-./examples/qwen3vl/data_235B.json}
 MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_235B.json}
 LOAD_PATH=${LOAD_PATH-ckpt/dcp_path/Qwen3-VL-235B-A22B-Instruct-dcp}

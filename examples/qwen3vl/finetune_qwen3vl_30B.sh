@@ -12,6 +12,8 @@
 #     training     TRAIN_ITERS LR MIN_LR LR_WARMUP_FRACTION WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 LOSS_ARGS
 #     checkpoints  SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL CKPT_ARGS
 
+[ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # started with sh
+
 MM_DATA=${MM_DATA:-./examples/qwen3vl/data_30B.json}
 MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_30B.json}
 # The directory that mm-convert wrote (step 2 of the guide), or SAVE_PATH to continue a run

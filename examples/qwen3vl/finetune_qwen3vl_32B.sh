@@ -4,6 +4,8 @@
 # Parameters, gradients and optimizer state take 16 bytes per parameter: 0.53 TB over all devices.
 # Every variable here and in launch.sh can be set from outside, as in finetune_qwen3vl_30B.sh.
 
+[ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # started with sh
+
 MM_DATA=${MM_DATA:-./examples/qwen3vl/data_32B.json}
 MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_32B.json}
 LOAD_PATH=${LOAD_PATH-ckpt/dcp_path/Qwen3-VL-32B-Instruct-dcp}

@@ -4,6 +4,8 @@
 #     bash examples/qwen3vl/finetune_qwen3vl_tiny.sh [further flags of pretrain_transformers.py]
 # Every variable here and in launch.sh can be set from outside, as in finetune_qwen3vl_30B.sh.
 
+[ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # started with sh
+
 NPUS_PER_NODE=${NPUS_PER_NODE:-2}
 
 MM_DATA=${MM_DATA:-./examples/qwen3vl/data_tiny.json}

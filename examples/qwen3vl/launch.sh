@@ -116,7 +116,9 @@ explain_failure() {
     grep -q '^ *exitcode *: -9 ' "$1" &&
         why="a training process was killed (SIGKILL), most often because the machine ran out of memory: see dmesg"
     grep -q '^ *exitcode *: -11 ' "$1" && why="a training process crashed (SIGSEGV)"
-    [ -s "$SAVE_PATH/latest_checkpointed_iteration.txt" ] && next="; to continue: LOAD_PATH=$SAVE_PATH"
+    # of this run, not of an earlier one
+    [ "$SAVE_PATH/latest_checkpointed_iteration.txt" -nt "$MM_RUN_STATE/started" ] &&
+        next="; to continue: LOAD_PATH=$SAVE_PATH"
     echo "error: $why; log: $1$next"
 }
 
@@ -129,6 +131,7 @@ run_torchrun() {
     export MM_RUN_STATE
     trap 'rm -rf "$MM_RUN_STATE"' EXIT
     mkfifo "$MM_RUN_STATE/log"
+    touch "$MM_RUN_STATE/started"
     (
         trap '' INT TERM HUP USR1
         if [[ -t 1 && -z $MM_FULL_LOG ]]; then
@@ -302,7 +305,7 @@ export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 # in a session of its own: Ctrl-C ends the launcher, and Python does not print where it was interrupted
 setsid env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$NNODES" NODE_RANK="$NODE_RANK" \
     MASTER_ADDR="$MASTER_ADDR" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} \
-    "$TORCHRUN_PYTHON" -m mindspeed_mm.training.preflight "${FLAGS[@]}" &
+    "$TORCHRUN_PYTHON" -m mindspeed_mm.training.package_check "${FLAGS[@]}" &
 started=($!)
 wait "${started[0]}" || exit 2
 started=()

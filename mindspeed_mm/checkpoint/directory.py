@@ -134,6 +134,8 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     value = read_tracker(root)
     if value is None and is_file(root / MANIFEST):
         return root  # a checkpoint itself, such as .../iter_0000010
+    if value is None and is_huggingface(root):
+        raise UserError(f"{root} is a Hugging Face directory; name a checkpoint that mm-convert makes of it (step 2)")
     if value is None:
         raise UserError(
             f"{root} has no {TRACKER}, so it has no finished checkpoint; convert the weights first "

@@ -339,8 +339,9 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
         if media and name.removesuffix("s") not in spec.media_kinds:
             raise ValueError(f"it has {name}, which this model does not take; use other records or another model")
         if spec.media_kinds and tags.count(tag) != len(media):
-            where = f"its column {column!r}" if column in row else f"no column {column!r} (attr.{name})"
-            raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name}; {where}")
+            where = f"column {column!r}" if column in row else f"missing column {column!r} (attr.{name})"
+            raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name} in its "
+                             f"{where}; write one tag for each")
     return Record(messages, images, videos)
 
 

@@ -401,9 +401,11 @@ def test_a_rank_that_dies_without_a_word_is_explained_last(workplace, tmp_path, 
     report = tmp_path / "report"
     report.write_text(f"Root Cause (first observed failure):\n  rank      : 1\n  exitcode  : {code} (pid: 7)\n=====\n")
     save = workplace / "save"
-    if saved:
-        save.mkdir()
-        (save / "latest_checkpointed_iteration.txt").write_text("5")
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("5")
+    if saved:  # by this run, not an earlier one
+        later = time.time() + 60
+        os.utime(save / "latest_checkpointed_iteration.txt", (later, later))
     result = _launch(workplace, FAKE_LOG=report, FAKE_STATUS=1, SAVE_PATH="save")
     last = (result.stdout + result.stderr).splitlines()[-1]
     (log,) = (workplace / "logs").glob("train_*.log")

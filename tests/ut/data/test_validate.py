@@ -65,7 +65,7 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (set_in(4, "messages", []), "record 4: the conversation is empty"),
         (lambda rows: rows[4]["messages"].pop(), "record 4: the last message is not an answer"),
         (set_in(1, "images", ["a", "b"]), "record 1: it has 1 <image> tags in its questions, but 2 images"),
-        (lambda rows: rows[1].pop("images"), r"no column 'images' \(attr.images\)"),
+        (lambda rows: rows[1].pop("images"), r"missing column 'images' \(attr.images\)"),
         (set_in(1, "images", [3]), "not a list of paths"),
         (set_in(1, "images", ["gone.png"]), "record 1: image gone.png does not exist; put"),
     ],

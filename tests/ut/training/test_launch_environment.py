@@ -18,7 +18,7 @@ from mindspeed_mm.backend import device_check
 from mindspeed_mm.data import loader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import available_memory
-from mindspeed_mm.training import launch_environment, preflight
+from mindspeed_mm.training import launch_environment, package_check, preflight
 from mindspeed_mm.training.launch_environment import (
     check_address,
     check_numbers,
@@ -133,6 +133,16 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert line is not None and line.startswith("8 ranks on this machine need at least 4.0 GiB") and "3.0 GiB" in line
     meminfo.unlink()
     assert host_memory_warning(8) is None
+
+
+def test_a_package_that_is_missing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    package_check.check_packages()
+    monkeypatch.setattr(package_check, "PACKAGES", ("torch", "no_such_module", "nor_this"))
+    assert package_check.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "has no package no_such_module, nor_this; install what is missing" in error
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
