@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from mindspeed_mm.errors import UserError
 
 PACKAGES = ("torch", "megatron", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "PIL", "yaml",
-            "pydantic", "jinja2", "einops", "tqdm", "filelock", "packaging", "orjson")
+            "pydantic", "jinja2", "einops", "tqdm", "filelock", "packaging")
 """Modules that a run cannot do without."""
 
 
