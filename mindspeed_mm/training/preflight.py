@@ -70,7 +70,7 @@ def preflight(job: JobConfig) -> None:
     for line in (
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
-        earlier_run_warning(job.args.save, job.args.load),
+        earlier_run_warning(job.args.save, None if job.args.finetune else job.args.load),  # a new stage replaces, too
         environment.host_memory_warning(launched_local_ranks()),
         environment.shared_memory_warning(
             local_ranks=launched_local_ranks(),
