@@ -47,7 +47,12 @@ from mindspeed_mm.inputs import (
 )
 
 _IMAGE_TAG, _IMAGE_TOKEN = "<image>", "<|image_pad|>"
-_NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", _IMAGE_TOKEN)
+# fields of config.json -> their tokens
+_MEDIA_TOKENS = {
+    "image_token_id": _IMAGE_TOKEN, "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+_NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", *_MEDIA_TOKENS.values())
 _DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # A reference that is a digit and nothing else, alone or in one of the quickstart's sentences
 _ONE_DIGIT = re.compile(
@@ -282,7 +287,8 @@ class Answerer:
             )
         processor, vision = self.image_processor, config.vision_config
         pairs = (
-            (f"number of {_IMAGE_TOKEN}", vocabulary[_IMAGE_TOKEN], config.image_token_id),
+            *((f"number of {token}", vocabulary[token], getattr(config, field))
+              for field, token in _MEDIA_TOKENS.items()),
             ("patch_size", processor.patch_size, vision.patch_size),
             ("merge_size", processor.merge_size, vision.spatial_merge_size),
             ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),

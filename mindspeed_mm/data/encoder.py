@@ -111,7 +111,8 @@ def check_special_tokens(directory: Path, wanted: Mapping[str, tuple[str, int]],
     Raises:
         UserError: naming the file that is damaged, or both files, the token and its ids.
     """
-    name, added = "tokenizer.json", check_tokenizer_files(directory).get("added_tokens")
+    content = check_tokenizer_files(directory)
+    name, added = "tokenizer.json", content.get("added_tokens")
     if not is_file(directory / name) and is_file(directory / "tokenizer_config.json"):
         name = "tokenizer_config.json"
         decoder = read_json(directory / name, remedy=_DOWNLOAD).get("added_tokens_decoder")
@@ -122,6 +123,16 @@ def check_special_tokens(directory: Path, wanted: Mapping[str, tuple[str, int]],
         if ids.get(token, str(number)) != str(number):
             raise UserError(f"{model / 'config.json'}: {field} is {number}, but {token} is {shorten(ids[token])} in "
                             f"{directory / name}; take model and tokenizer of one checkpoint")
+    tokenizer = content.get("model")
+    vocabulary = tokenizer.get("vocab") if isinstance(tokenizer, dict) else None
+    following = len(vocabulary) if isinstance(vocabulary, dict) else 0
+    for token, given in ids.items() if isinstance(vocabulary, dict) else ():
+        # the tokenizers library numbers them in the order of the list, whatever it says
+        number = vocabulary.get(token, following)
+        following += number == following
+        if str(number) != given:
+            raise UserError(f"{directory / name}: {shorten(token)} has the id {shorten(given)}, but would be loaded as "
+                            f"{number}, because added_tokens has gaps or is not in order; {_DOWNLOAD}")
 
 
 def _is_list(value: Any) -> bool:

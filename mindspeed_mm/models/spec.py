@@ -228,6 +228,19 @@ class ModelSpec(abc.ABC):
         del config, model_config
         return None
 
+    def ignored_settings(self, directory: Path, config: DataConfig) -> list[str]:
+        """Lines that name settings of a model directory from which a user may expect an effect that they do not have.
+
+        Args:
+            directory: of the model, which :meth:`read_config` accepts.
+            config: the data file, whose processor files :meth:`read_media_settings` accepts.
+
+        Raises:
+            UserError: if a file cannot be read.
+        """
+        del directory, config
+        return []
+
     def with_trained_limits(
         self, directory: Path, trained: Mapping[str, Any], *, source: str
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:

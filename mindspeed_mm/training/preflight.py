@@ -68,6 +68,7 @@ def preflight(job: JobConfig) -> None:
         pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels,
     )
     for line in (
+        *spec.ignored_settings(Path(job.model.init_from_hf_path), job.data),
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
         earlier_run_warning(job.args.save, None if job.args.finetune else job.args.load),  # a new stage replaces, too

@@ -50,7 +50,7 @@ def workplace(tmp_path):
 
 
 EDGES = {"shortest_edge": 65536, "longest_edge": 16777216}
-PROCESSOR = {"size": EDGES, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PROCESSOR = {"size": EDGES, "patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def _write_model(root, model):
@@ -235,6 +235,16 @@ def test_checkpoints_that_will_not_fit_are_warned_of(workplace):
     result = _launch(workplace, SAVE_INTERVAL=1)  # ten thousand of 124 GB each
     (line,) = _warnings(result, "--save save_dir has")
     assert result.returncode == 0 and "a checkpoint of this run takes about 124.3 GB" in line
+
+
+def test_fields_of_the_model_directory_without_effect_are_listed(workplace):
+    config = workplace / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json"
+    assert not _warnings(_launch(workplace), "no effect")
+    _write_config(config, rms_norm_epss=1e-3)
+    result = _launch(workplace)
+    (line,) = _warnings(result, "these fields have no effect")
+    assert result.returncode == 0 and line.endswith("config.json: these fields have no effect: "
+                                                    "text_config.rms_norm_epss (rms_norm_eps?)")
 
 
 @pytest.mark.parametrize(

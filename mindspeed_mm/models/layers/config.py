@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,40 @@ def check_fields(section: Mapping[str, Any], fields: Mapping[str, Field], *, sou
             continue
         where = f"{name}.{key}" if name else key
         raise UserError(f"{source}: {where} is {shown(section[key])}; it must be {field}")
+
+
+# Written by versions of transformers into the config of any model, and without an effect on training.
+_GENERAL_FIELDS = frozenset("""
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    add_cross_attention architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+""".split())
+
+
+def unknown_fields(section: Mapping[str, Any], known: Collection[str], *, name: str = "") -> list[str]:
+    """Fields of a section that mean nothing and are not null, such as a name with a typo.
+
+    Args:
+        section: an object of ``config.json``.
+        known: fields that are read, or known to be without an effect.
+        name: of the section; empty for the whole file.
+
+    Returns:
+        The dotted name of each, with the known field that it resembles.
+    """
+    found = []
+    for key, value in section.items():
+        if value is not None and key not in known and key not in _GENERAL_FIELDS:
+            near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.7)
+            found.append(f"{name}.{key}".lstrip(".") + (f" ({near[0]}?)" if near else ""))
+    return found
 
 
 def check_section(value: Any, *, source: str, name: str) -> None:

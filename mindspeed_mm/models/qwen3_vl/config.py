@@ -10,7 +10,14 @@ from typing import Any
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import reading, reason, shorten, shown
-from mindspeed_mm.models.layers.config import DecoderConfig, Field, check_fields, check_section, read_config_json
+from mindspeed_mm.models.layers.config import (
+    DecoderConfig,
+    Field,
+    check_fields,
+    check_section,
+    read_config_json,
+    unknown_fields,
+)
 
 logger = logging.getLogger(__name__)
 SUPPORTED_MODEL_TYPES = ("qwen3_vl_moe", "qwen3_vl")
@@ -164,7 +171,8 @@ class Qwen3VLConfig:
                 hidden_size=text["hidden_size"],
                 num_heads=text["num_attention_heads"],
                 num_kv_heads=text["num_key_value_heads"],
-                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                # transformers' defaults
+                head_dim=text.get("head_dim") or (text["hidden_size"] // text["num_attention_heads"] if moe else 128),
                 vocab_size=text["vocab_size"],
                 intermediate_size=text["intermediate_size"],
                 hidden_act=text["hidden_act"],
@@ -212,8 +220,6 @@ class Qwen3VLConfig:
              f"num_attention_heads {text.num_heads} is not a multiple of num_key_value_heads {text.num_kv_heads}"),
             (tokens[highest] < text.vocab_size,
              f"{highest} is {tokens[highest]}, but a token id must be below vocab_size {text.vocab_size}"),
-            (text.rope_type == "default",
-             f"rope_type {shorten(text.rope_type, 60)!r} is not supported; Qwen3-VL's is 'default'"),
             (text.head_dim > 0, f"hidden_size {text.hidden_size} is less than num_attention_heads {text.num_heads}"),
             (len(text.mrope_section) == 3,
              f"mrope_section {shown(text.mrope_section)} must have 3 entries: of time, height and width"),
@@ -228,7 +234,8 @@ class Qwen3VLConfig:
              f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size {text.hidden_size}"),
             (all(0 <= index < vision.depth for index in indexes),
              f"deepstack_visual_indexes {shown(indexes)} must lie below depth {vision.depth}"),
-            (len(set(indexes)) == len(indexes), f"deepstack_visual_indexes {shown(indexes)} must not repeat"),
+            (list(indexes) == sorted(set(indexes)),
+             f"deepstack_visual_indexes {shown(indexes)} must be in ascending order and not repeat"),
             (len(indexes) <= text.num_layers,
              f"{len(indexes)} deepstack outputs need as many text layers, not {text.num_layers}"),
             (len(text.mlp_only_layers) <= text.num_layers,
@@ -312,23 +319,36 @@ def _missing(config: Mapping[str, Any]) -> list[str]:
 
 # Fields with the values that mean what is computed here
 _PLAIN: dict[str, tuple[Any, ...]] = {"quantization_config": ()}
-_ROPE_FIXED = {"type": ("default", "mrope"), "mrope_interleaved": (True,), "partial_rotary_factor": (1,)}
+_ROPE_FIXED = {
+    "rope_type": ("default",), "type": ("default", "mrope"), "mrope_interleaved": (True,),
+    "partial_rotary_factor": (1,),
+}
+_VISION_ROPE_FIXED = {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10_000,)}
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": _PLAIN,
     "text_config": {
-        **_PLAIN, "hidden_act": ("silu",), "norm_topk_prob": (True,), "attention_dropout": (0,),
+        **_PLAIN, "hidden_act": ("silu",), "norm_topk_prob": (True,), "attention_dropout": (0,), "is_causal": (True,),
         "attention_bias": (False,), "use_sliding_window": (False,), "partial_rotary_factor": (1,),
     },
     "text_config.rope_parameters": _ROPE_FIXED,
     "text_config.rope_scaling": _ROPE_FIXED,
     "vision_config": {
-        **_PLAIN, "hidden_act": ("gelu_pytorch_tanh", "gelu", "silu"), "attention_dropout": (0,),
-        "rope_theta": (10_000,),
+        **_PLAIN, "hidden_act": ("gelu_pytorch_tanh", "gelu", "silu"), "attention_dropout": (0,), "is_causal": (False,),
+        "rope_theta": (10_000,), "in_channels": (3,),
     },
-    "vision_config.rope_parameters": {"rope_theta": (10_000,)},
+    "vision_config.rope_parameters": _VISION_ROPE_FIXED,
+    "vision_config.rope_scaling": _VISION_ROPE_FIXED,
 }
-_REMEDIES = {"quantization_config": "take the checkpoint that is not quantized"}
-_SAME = (("rope_parameters", "rope_scaling"), ("num_experts", "num_local_experts"))
+_REMEDIES = {
+    "quantization_config": "take the checkpoint that is not quantized; if its weights are plain, remove the field"
+}
+# two names of one value, of which transformers takes one or the other
+_SAME = {
+    "text_config": (("rope_parameters", "rope_scaling"), ("num_experts", "num_local_experts")),
+    "vision_config": (
+        ("rope_parameters", "rope_scaling"), ("num_heads", "num_attention_heads"), ("depth", "num_hidden_layers"),
+    ),
+}
 
 
 def _check_fixed(config: Mapping[str, Any], source: str) -> None:
@@ -349,15 +369,64 @@ def _check_fixed(config: Mapping[str, Any], source: str) -> None:
             where = f"{name}.{key}" if name else key
             needed = f"only {shown(values[0])} is computed here" if values else "only plain weights are trained here"
             raise UserError(f"{source}: {where} is {shown(value)}; {needed}: {_REMEDIES.get(key, 'use another model')}")
-    text = config.get("text_config", {})
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    kinds = text.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise UserError(f"{source}: text_config.layer_types is {shown(kinds)}; only full_attention is computed here: "
+                        "use another model")
     theta, rope = text.get("rope_theta"), text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if theta is not None and rope.get("rope_theta", theta) != theta:
-        raise UserError(f"{source}: text_config.rope_theta is {shown(theta)}, but {shown(rope['rope_theta'])} in its "
-                        "rope parameters; remove the wrong one")
-    for one, other in _SAME:
-        if _differ(text.get(one), text.get(other)):
-            raise UserError(f"{source}: text_config.{one} is {shown(text[one])}, but {other} is {shown(text[other])}; "
+    pairs = [
+        (f"{name}.{one}", section.get(one), f"{name}.{other}", section.get(other))
+        for name, section in (("text_config", text), ("vision_config", vision)) for one, other in _SAME[name]
+    ]
+    pairs.append(("text_config.rope_theta", theta, "its rope parameters", rope.get("rope_theta")))
+    if vision.get("hidden_size") and vision.get("num_heads"):
+        width = vision["hidden_size"] // vision["num_heads"]
+        pairs.append(("vision_config.head_dim", vision.get("head_dim"), "hidden_size / num_heads", width))
+    tied = text.get("tie_word_embeddings")
+    # version 5 of transformers writes its own true into sparse models, and takes the outer one; version 4 takes this
+    if config.get("model_type") != "qwen3_vl_moe" or tied is not True:
+        outer = config.get("tie_word_embeddings")
+        pairs.append(("tie_word_embeddings", outer, "text_config.tie_word_embeddings", tied))
+    for one, value, other, its in pairs:
+        if _differ(value, its):
+            raise UserError(f"{source}: {one} is {shown(value)}, but {shown(its)} according to {other}; "
                             "remove the wrong one")
+
+
+# beside the fields above, those that decide nothing in training
+_WITHOUT_EFFECT = {
+    "": {"text_config", "vision_config"},
+    "text_config": {"rope_parameters", "rope_scaling", "layer_types", "sliding_window", "max_window_layers",
+                    "output_router_logits"},
+    "vision_config": {"rope_parameters", "rope_scaling", "head_dim", "num_attention_heads", "num_hidden_layers",
+                      "initializer_range"},
+}
+
+
+def ignored_fields(directory: str | Path) -> list[str]:
+    """Lines that name fields of ``directory/config.json`` from which a user may expect an effect that they do not have.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    path, content = read_config_json(directory)
+    text = content.get("text_config", {})
+    unknown: list[str] = []
+    for name in _FIXED:
+        section: Any = content
+        for part in name.split(".") if name else ():
+            section = section.get(part) or {}
+        read = _ROPE if name.startswith("text_config.") else _SECTIONS.get(name, {})
+        copies = {key for key in text if not name and section.get(key) == text[key]}  # some tools look for them there
+        unknown += unknown_fields(section, {*read, *_FIXED[name], *_WITHOUT_EFFECT.get(name, ()), *copies}, name=name)
+    lines = []
+    if unknown:
+        lines.append(f"{path}: these fields have no effect: {shorten(', '.join(unknown), 400)}")
+    if text.get("output_router_logits"):
+        lines.append(f"{path}: text_config.output_router_logits has no effect; --moe-aux-loss-coeff adds the "
+                     "load-balancing loss")
+    return lines
 
 
 def _differ(one: Any, other: Any) -> bool:

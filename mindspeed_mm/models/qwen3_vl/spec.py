@@ -120,6 +120,15 @@ class Qwen3VLSpec(ModelSpec):
         )
         return dataclasses.replace(images, videos=videos)
 
+    def ignored_settings(self, directory: Path, config: DataConfig) -> list[str]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl import processor
+        from mindspeed_mm.models.qwen3_vl.config import ignored_fields
+
+        preprocess = config.dataset_param.preprocess_parameters
+        fps = preprocess.video_fps if config.dataset_param.attr.videos else None
+        return [*ignored_fields(directory), *processor.ignored_fields(preprocess.model_name_or_path, fps=fps)]
+
     def with_trained_limits(
         self, directory: Path, trained: Mapping[str, Any], *, source: str
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:

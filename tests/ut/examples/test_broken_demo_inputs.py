@@ -125,6 +125,8 @@ BROKEN_MODELS = {
     "config: no type": (lambda d: _edit(d, "config.json", model_type=7), "not a Qwen3-VL"),
     "config: text part": (lambda d: _edit(d, "config.json", text_config="x"), "cannot be read"),
     "config: image token": (lambda d: _edit(d, "config.json", image_token_id=3), "image_pad"),
+    "config: video token": (lambda d: _edit(d, "config.json", video_token_id=3), "number of <|video_pad|> is"),
+    "config: end token": (lambda d: _edit(d, "config.json", vision_end_token_id=3), "number of <|vision_end|> is"),
     "weights: none": (lambda d: _pickled(d), "safetensors"),
     "weights: no shard": (lambda d: (d / _shard(d)).unlink(), "cannot be read"),
     "weights: cut off": (lambda d: _replace(d, _shard(d), (d / _shard(d)).read_bytes()[:5000]), "cannot be read"),

@@ -15,7 +15,8 @@ import pytest
 from mindspeed_mm.data.encoder import check_special_tokens
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings
-from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl import processor
+from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig, ignored_fields
 from mindspeed_mm.models.qwen3_vl.processor import read_image_settings, read_video_settings
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.__main__ import main
@@ -41,6 +42,7 @@ def read_config(directory: Path) -> Qwen3VLConfig:
     spec = spec_of(directory)
     config = spec.read_config(directory)
     spec.facts(config)
+    ignored_fields(directory)
     assert config.text.head_dim and config.vision.patch_dim and config.vision.merge_unit
     assert len([layer for layer in range(config.text.num_layers) if config.text.is_moe_layer(layer)]) >= 0
     return config
@@ -51,6 +53,7 @@ def read_processors(directory: Path) -> MediaSettings:
     vision = Qwen3VLConfig.from_config(FILES["config.json"]).vision
     images = read_image_settings(directory, min_pixels=1024, max_pixels=1 << 20, vision=vision)
     read_video_settings(directory, min_pixels=1024, max_pixels=1 << 20, fps=2.0, max_frames=64, images=images)
+    processor.ignored_fields(directory, fps=2.0)
     return images
 
 
@@ -181,13 +184,34 @@ def test_fields_that_are_not_read_may_hold_anything(directory: Path) -> None:
         ("text_config.use_sliding_window", True, "only false"),
         ("text_config.partial_rotary_factor", 0.5, "only 1"),
         ("text_config.attention_bias", True, "only false"),
-        ("text_config.rope_scaling.rope_theta", 1e4, "text_config.rope_theta is 5000000, but 10000.0 in its"),
+        ("text_config.rope_scaling.rope_theta", 1e4, "text_config.rope_theta is 5000000, but 10000.0 according to its"),
         ("text_config.rope_scaling.mrope_interleaved", False, "only true"),
         ("text_config.rope_scaling.type", "yarn", 'only "default"'),
-        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_scaling is"),
-        ("text_config.num_local_experts", 64, "num_experts is 128, but num_local_experts is 64"),
+        ("text_config.rope_parameters", {"rope_type": "yarn"}, 'rope_parameters.rope_type is "yarn"; only "default"'),
+        ("text_config.rope_scaling.rope_type", "linear", 'rope_scaling.rope_type is "linear"; only "default"'),
+        ("text_config.rope_parameters", {"mrope_section": [22, 21, 21]}, "according to text_config.rope_scaling"),
+        ("text_config.num_local_experts", 64, "num_experts is 128, but 64 according to text_config.num_local_experts"),
+        ("text_config.is_causal", False, "only true"),
+        ("text_config.layer_types", ["full_attention", "sliding_attention", "full_attention"], "only full_attention"),
+        ("text_config.layer_types", "full_attention", "only full_attention"),
+        ("text_config.layer_types", ["full_attention"] * 3, None),
+        ("text_config.tie_word_embeddings", False, None),
+        ("text_config.tie_word_embeddings", True, None),  # as transformers 5 writes it
+        ("tie_word_embeddings", None, "tie_word_embeddings is null"),
         ("text_config.hidden_act", "gelu", 'only "silu"'),
         ("vision_config.hidden_act", "swish", 'only "gelu_pytorch_tanh"'),
+        ("vision_config.in_channels", 1, "only 3"),
+        ("vision_config.is_causal", True, "only false"),
+        ("vision_config.head_dim", 64, "vision_config.head_dim is 64, but 72 according to hidden_size / num_heads"),
+        ("vision_config.head_dim", 72, None),
+        ("vision_config.num_attention_heads", 8,
+         "num_heads is 16, but 8 according to vision_config.num_attention_heads; remove the wrong one"),
+        ("vision_config.num_attention_heads", 16, None),
+        ("vision_config.num_hidden_layers", 27, "depth is 18, but 27 according to vision_config.num_hidden_layers"),
+        ("vision_config.rope_parameters", {"rope_type": "yarn"}, 'only "axial"'),
+        ("vision_config.rope_parameters", {"rope_type": "axial", "rope_theta": 10000.0}, None),
+        ("vision_config.rope_scaling", {"rope_theta": 500.0}, "only 10000"),
+        ("vision_config.deepstack_visual_indexes", [16, 8], "must be in ascending order"),
         ("vision_config.rope_theta", 500.0, "only 10000"),
         ("vision_config.rope_parameters", {"rope_theta": 500.0}, "only 10000"),
         ("vision_config.rope_parameters", [], None),
@@ -207,6 +231,27 @@ def test_a_model_that_is_computed_otherwise_is_refused(
         read_config(directory)
     else:
         refused(lambda: read_config(directory), "config.json", path.rpartition(".")[2], needed)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(True, False), (False, True)])
+def test_a_dense_model_is_tied_in_one_way(directory: Path, outer: bool, inner: bool) -> None:
+    """Transformers 5 takes the outer field, before it the inner one."""
+    content = {**published_config("8B"), "tie_word_embeddings": outer}
+    for given, accepted in ((outer, True), (inner, False)):
+        content["text_config"]["tie_word_embeddings"] = given
+        (directory / "config.json").write_text(json.dumps(content))
+        if accepted:
+            assert read_config(directory).tie_word_embeddings == outer
+        else:
+            refused(lambda: read_config(directory), "config.json: tie_word_embeddings is", "according to text_config")
+
+
+def test_the_width_of_a_head_has_transformers_default(directory: Path) -> None:
+    for name, heads, width in (("8B", 16, 128), ("30B", 16, 128)):
+        content = changed(published_config(name), "text_config.head_dim", REMOVED)
+        content["text_config"]["num_attention_heads"] = heads
+        (directory / "config.json").write_text(json.dumps(content))
+        assert read_config(directory).text.head_dim == width
 
 
 def test_fields_left_to_defaults_are_named(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,7 +277,7 @@ VIDEO = "video_preprocessor_config.json"
             ("size.shortest_edge", 0, ("size.shortest_edge is 0",)),
             ("size.longest_edge", 1.5, ("size.longest_edge is 1.5",)),
             ("size.longest_edge", True, ("size.longest_edge is true",)),
-            ("size.longest_edge", 16, ("shortest_edge", "exceeds longest_edge 16")),
+            ("size.longest_edge", 16, ("shortest_edge", "exceeds size.longest_edge 16")),
             ("size.longest_edge", REMOVED, ("lacks size.shortest_edge or size.longest_edge",)),
             ("patch_size", [16], ("patch_size is [16]",)),
             ("image_mean", 0.5, ("image_mean is 0.5", "must be a list")),
@@ -247,7 +292,12 @@ VIDEO = "video_preprocessor_config.json"
             ("do_rescale", False, ("do_rescale is false",)),
             ("do_resize", False, ("do_resize is false",)),
             ("do_convert_rgb", False, ("do_convert_rgb is false",)),
+            ("do_normalize", None, ("do_normalize is null; only true",)),  # switches it off in transformers
+            ("do_center_crop", True, ("do_center_crop is true; only false",)),
             ("resample", 2, ("resample is 2; only 3",)),
+            ("resample", None, ("resample is null; only 3",)),
+            ("rescale_factor", None, ("rescale_factor is null", "must be a number")),
+            ("image_mean", None, ("image_mean is null",)),
             ("merge_size", 4, ("merge_size is 4, but 2 in config.json",)),
         ]
     ]
@@ -256,10 +306,19 @@ VIDEO = "video_preprocessor_config.json"
         (VIDEO, "rescale_factor", 0.5, ("rescale_factor is 0.5, but 0.00392", "for images")),
         (VIDEO, "image_mean", [0.1, 0.5, 0.5], ("image_mean is [0.1, 0.5, 0.5], but [0.5, 0.5, 0.5] for images",)),
         ("preprocessor_config.json", "patch_size", 14, ("patch_size is 14, but 16 in config.json",)),
+        ("preprocessor_config.json", "patch_size", REMOVED, ("lacks patch_size",)),  # 14 in transformers
+        ("preprocessor_config.json", "image_processor_type", "CLIPImageProcessor",
+         ('image_processor_type is "CLIPImageProcessor"; only "Qwen2VLImageProcessor"',)),
+        (VIDEO, "video_processor_type", "Qwen2VLVideoProcessor", ('only "Qwen3VLVideoProcessor"',)),
+        (VIDEO, "do_sample_frames", False, ("do_sample_frames is false; only true",)),
+        (VIDEO, "num_frames", 8, ("num_frames is 8; only null",)),
+        (VIDEO, "cap_pixels_per_frame", 1, ("cap_pixels_per_frame is 1", "true or false")),
+        (VIDEO, "fps", 0, ("fps is 0",)),
         (VIDEO, "min_frames", 0, ("min_frames is 0",)),
         (VIDEO, "max_frames", -1, ("max_frames is -1",)),
         (VIDEO, "max_frames", "768", ('max_frames is "768"',)),
         (VIDEO, "max_frames", 2, ("min_frames 4 exceeds max_frames 2",)),
+        (VIDEO, "min_frames", 769, ("min_frames 769 exceeds max_frames 768",)),
     ],
 )
 def test_each_field_of_a_processor_is_checked(
@@ -280,8 +339,9 @@ def test_two_files_of_one_processor_must_agree(directory: Path, part: str) -> No
         assert read_processors(directory) == settings
     for field, value, piece in (
         ("image_mean", [0.4] * 3, "image_mean is [0.5, 0.5, 0.5], but [0.4, 0.4, 0.4] in"),
-        ("size.longest_edge", 1 << 18, "but 262144 in"), ("max_pixels", 1 << 18, "size.longest_edge is"),
-        ("image_std", REMOVED, "but null in"), ("do_normalize", False, "do_normalize is false"),
+        ("size.longest_edge", 1 << 18, "but 262144 in"),
+        ("image_std", [0.4] * 3, "image_std is [0.5, 0.5, 0.5], but [0.4,"),
+        ("do_normalize", False, "do_normalize is false"),
     ):
         joint.write_text(json.dumps(changed(parts, f"{part}.{field}", value)))
         refused(lambda: read_processors(directory), str(joint), piece)
@@ -383,7 +443,7 @@ def test_random_damage(directory: Path, name: str) -> None:
         read = read_config if name == "config.json" else read_processors
         outcomes.run(f"{name}, input {index}", lambda read=read: read(directory))
     assert not outcomes.faults, outcomes.faults
-    assert outcomes.counts["refused"] > 40 and outcomes.counts["usable"] > 5, str(outcomes)
+    assert outcomes.counts["refused"] > 40 and outcomes.counts["usable"] > 2, str(outcomes)
 
 
 @pytest.mark.parametrize(

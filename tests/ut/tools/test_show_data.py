@@ -145,6 +145,21 @@ def with_records(files: Path, place: Path, records: list, **loader: str) -> str:
     return str(place / "mm_data.json")
 
 
+def test_tokens_of_another_tokenizer_are_refused(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = json.loads((files / "checkpoint" / "config.json").read_text())
+    image, video = config["image_token_id"], config["video_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_id": video, "video_token_id": image}))
+    model = json.loads((files / "mm_model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**model, "init_from_hf_path": str(tmp_path)}))
+    assert call(files, "--mm-model", str(tmp_path / "model.json")) == 2
+    error = capsys.readouterr().err
+    words = f"image_token_id is {video}, but <|image_pad|> is {image} in"
+    assert error.startswith(f"error: {tmp_path}/config.json: {words}")
+    assert error.count("\n") == 1
+
+
 def test_counts_are_those_of_the_samples(files: Path) -> None:
     config = load_config(files / "mm_data.json", DataConfig, flag="--mm-data")
     dataset, _ = build_tiny(config, seq_length=256)
