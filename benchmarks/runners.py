@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.balance import balance
 from benchmarks.workload import PIXEL_NORM, hugging_face_batch
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.checkpoint.state import Progress
@@ -54,6 +55,12 @@ def initialise(model: nn.Module, seed: int = 0) -> None:
                 values.normal_(0.0, 0.02, generator=generator)
 
 
+def _freeze(model: nn.Module, *parts: str | bool) -> None:
+    """Freeze the parameters whose name has one of ``parts``, those that are not False."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part and part in name for part in parts))
+
+
 class OurRunner:
     """This project's trainer; call init_distributed first."""
 
@@ -66,8 +73,10 @@ class OurRunner:
         precision: str,
         choices: ModelBuildOptions | None = None,
         frozen_experts: bool = False,
+        frozen_vision: bool = False,
+        balanced: bool = False,
     ) -> None:
-        """Trains on ``steps`` in a cycle."""
+        """Trains on ``steps`` in a cycle; ``balanced``: see :mod:`benchmarks.balance`."""
         micro, accumulation = len(steps[0][0]), len(steps[0])
         layout = build_layout(device_type=backend.device.type)
         args = parse_args(
@@ -81,9 +90,9 @@ class OurRunner:
                 compute_dtype=DTYPES[precision],
                 **({"dtype": torch.bfloat16} if frozen_experts else {}),
             )
-        if frozen_experts:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(".experts." not in name)
+        _freeze(self.model, frozen_experts and ".experts.", frozen_vision and "image_encoder.")
+        if balanced:
+            balance(self.model)
         config = FSDPConfig.model_construct(
             **{**FSDPConfig().model_dump(), "param_dtype": precision, "reduce_dtype": "fp32"}
         )
@@ -140,10 +149,21 @@ class HuggingFaceRunner:
         experts: str = "grouped_mm",
         attention: str = "sdpa",
         frozen_experts: bool = False,
+        frozen_vision: bool = False,
+        balanced: bool = False,
+        liger: bool = False,
     ) -> None:
-        """``mode``: ``fp32``; ``autocast``: fp32 parameters, bf16 compute; ``bf16``: everything in bf16."""
+        """``mode``: ``fp32``; ``autocast``: fp32 parameters, bf16 compute; ``bf16``: everything in bf16.
+
+        ``liger``: with Liger's rotary embedding, RMSNorm, and output layer with cross-entropy; its experts read the
+        token counts on the host and are left out. It changes transformers' classes for the whole process.
+        """
         from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
+        if liger:
+            from liger_kernel.transformers import apply_liger_kernel_to_qwen3_vl_moe
+
+            apply_liger_kernel_to_qwen3_vl_moe(swiglu=False)
         settings = Qwen3VLMoeConfig(
             **{key: config[key] for key in ("text_config", "vision_config", "image_token_id", "video_token_id",
                                             "vision_start_token_id", "vision_end_token_id")},
@@ -158,9 +178,9 @@ class HuggingFaceRunner:
         self.model = model.to_empty(device=device).train()
         _reset_rotary(self.model, device)
         initialise(self.model)
-        if frozen_experts:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(".experts." not in name)
+        _freeze(self.model, frozen_experts and ".experts.", frozen_vision and ".visual.")
+        if balanced:
+            balance(self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.trainable = trainable

@@ -87,6 +87,7 @@ class ModelBuildOptions:
         text_synchronize_per_layer: wait for the device after each decoder layer.
         router_load: return the routers' load, which the load-balancing loss is made of.
         compile_small_operators: norms, rotary positions and SwiGLU of grouped experts by torch.compile.
+        triton_kernels: Triton kernels on a CUDA GPU that runs them.
     """
 
     text_attn_implementation: str | None = None
@@ -101,6 +102,7 @@ class ModelBuildOptions:
     text_synchronize_per_layer: bool = False
     router_load: bool = False
     compile_small_operators: bool = False
+    triton_kernels: bool = True
 
     @classmethod
     def from_config(cls, args: TrainingArgs, model: ModelOptions, *, router_load: bool) -> ModelBuildOptions:

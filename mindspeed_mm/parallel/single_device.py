@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,14 @@ class _UnitInputs:
         return tensor.view_as(tensor) if tensor.requires_grad else tensor
 
 
+def _gradient_sum(parameter: nn.Parameter) -> tuple[Tensor, bool]:
+    """Where a kernel may accumulate the gradient of ``parameter``, and whether something is there already."""
+    add = parameter.grad is not None
+    if not add:
+        parameter.grad = torch.empty_like(parameter)
+    return parameter.grad, add
+
+
 class ComputeWeightCache:
     """Replaces parameters by copies in the compute type for forward and backward, and restores them afterwards."""
 
@@ -129,6 +138,8 @@ class ComputeWeightCache:
                 copy = nn.Parameter(torch.empty_like(parameter, dtype=self._dtype), parameter.requires_grad)
                 if parameter.requires_grad:
                     copy.register_post_accumulate_grad_hook(self._adder(parameter))
+                    if parameter.dtype == self._sum_dtype == torch.float32:
+                        copy.gradient_sum = functools.partial(_gradient_sum, parameter)
                 self._copies[parameter] = copy
 
     def _adder(self, parameter: nn.Parameter) -> Any:

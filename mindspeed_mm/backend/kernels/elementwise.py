@@ -15,6 +15,8 @@ from torch import Tensor
 
 RMSNormKernel = Callable[[Tensor, Tensor, float], Tensor]
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+SplitKernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""See :func:`mindspeed_mm.backend.kernels.triton_rotary.norm_rotary_split`."""
 
 
 class SwigluKernel(NamedTuple):

@@ -29,7 +29,7 @@ class TokenPermuter(Protocol):
         """permuted [N, H], :meth:`permute`'s routing, weights [T, k] -> each token's weighted sum.
 
         Returns:
-            [T, H]; without weights k must be 1, and the result is the unpermuted input.
+            [T, H]; without weights the plain sum, which for k = 1 is the unpermuted input.
         """
 
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.backend.kernels import attention, elementwise, experts, npu, permutation
+from mindspeed_mm.backend.kernels import (
+    attention,
+    cross_entropy,
+    elementwise,
+    experts,
+    npu,
+    permutation,
+    triton_rotary,
+    triton_swiglu,
+)
 from mindspeed_mm.backend.kernels.compiled import compiled as torch_compiled
 from mindspeed_mm.errors import UserError
 
+logger = logging.getLogger(__name__)
 Kernel = TypeVar("Kernel", bound=Callable)
 
 
@@ -50,6 +61,36 @@ def attention_kernel(name: str | None, *, device: str) -> attention.AttentionKer
     return _select("attn_implementation", name, table, device=device)
 
 
+@functools.cache
+def use_triton(device: str) -> bool:
+    """Whether Triton's kernels can be used: on a CUDA GPU where a small one runs and is right.
+
+    Triton comes with torch's CUDA builds for Linux; it needs a C compiler at run time, and a GPU of compute capability
+    8.0 or later for bf16.
+    """
+    if device != "cuda" or triton_swiglu.triton is None or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability() < (8, 0):
+        return False
+    rows = torch.arange(8.0, device="cuda").view(4, 2)
+    try:
+        sums = triton_swiglu.sum_rows(rows, torch.tensor([[0, 3], [1, 2]], device="cuda"), None)
+    except Exception as error:  # no compiler, or a Triton that does not know the GPU
+        logger.warning("Triton does not run on this GPU (%s); its kernels are replaced by torch's", error)
+        return False
+    return sums.tolist() == [[6.0, 8.0], [6.0, 8.0]]
+
+
+def split_kernel(*, triton: bool) -> elementwise.SplitKernel | None:
+    """Split of the joint projection, head norms and rotary embedding in one; None where separate kernels do it."""
+    return triton_rotary.norm_rotary_split if triton else None
+
+
+def cross_entropy_kernel(*, triton: bool) -> cross_entropy.CrossEntropyKernel:
+    """Cross-entropy of the loss head; ``triton``: see :func:`use_triton`."""
+    return cross_entropy.fused_cross_entropy if triton else cross_entropy.torch_cross_entropy
+
+
 def rms_norm_kernel(*, device: str, compiled: bool = False) -> elementwise.RMSNormKernel:
     """The device's RMSNorm; with ``compiled`` the one that torch.compile generates."""
     if compiled:
@@ -76,7 +117,7 @@ def swiglu_kernel(*, compiled: bool = False) -> elementwise.SwigluKernel:
 
 
 def expert_kernel_name(
-    *, fused: bool, hidden_size: int, intermediate_size: int, device: str, dtype: torch.dtype
+    *, fused: bool, hidden_size: int, intermediate_size: int, device: str, dtype: torch.dtype, triton: bool = False
 ) -> str:
     """The expert kernel for a model: a grouped one if ``fused`` and available, else the ``reference`` loop.
 
@@ -90,6 +131,7 @@ def expert_kernel_name(
         intermediate_size: I.
         device: kind of device.
         dtype: compute type.
+        triton: whether to use Triton kernels; see :func:`use_triton`.
     """
     if not fused:
         return "reference"
@@ -98,7 +140,9 @@ def expert_kernel_name(
     if device == "cpu" and dtype == torch.bfloat16:
         return "padded_bucket"
     aligned = hidden_size % 8 == 0 and intermediate_size % 8 == 0
-    return "grouped_mm" if aligned and hasattr(F, "grouped_mm") else "reference"
+    if not aligned or not hasattr(F, "grouped_mm"):
+        return "reference"
+    return "triton_grouped_mm" if triton and dtype == torch.bfloat16 else "grouped_mm"
 
 
 def expert_kernel(name: str, *, device: str, compiled: bool = False) -> experts.ExpertKernel:
@@ -112,6 +156,8 @@ def expert_kernel(name: str, *, device: str, compiled: bool = False) -> experts.
         table["npu_grouped_matmul"] = npu.npu_grouped_experts
     else:
         swiglu = swiglu_kernel(compiled=compiled)
+        if device == "cuda" and hasattr(F, "grouped_mm"):
+            table["triton_grouped_mm"] = experts.weighted_experts
         if hasattr(F, "grouped_mm"):
             table["grouped_mm"] = functools.partial(experts.grouped_experts, swiglu=swiglu)
         if device == "cpu":
@@ -124,6 +170,8 @@ def token_permuter(default: permutation.TokenPermuter, *, fused: bool, device: s
     return npu.NpuTokenPermuter(default) if fused and device == "npu" else default
 
 
-def combine_kernel(*, device: str) -> permutation.CombineKernel:
-    """The device's fastest weighted sum of permuted tokens."""
+def combine_kernel(*, device: str, triton: bool = False) -> permutation.CombineKernel:
+    """The device's fastest weighted sum of permuted tokens; ``triton``: see :func:`use_triton`."""
+    if triton:
+        return triton_swiglu.sum_rows
     return permutation.embedding_bag_combine if device in ("cpu", "cuda") else permutation.gather_combine

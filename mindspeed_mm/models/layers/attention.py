@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.attention import AttentionKernel, Segments
-from mindspeed_mm.backend.kernels.elementwise import RotaryKernel
+from mindspeed_mm.backend.kernels.elementwise import RotaryKernel, SplitKernel
 
 
 class RotaryAngles:
@@ -73,9 +73,12 @@ class PackedSelfAttention(SelfAttention):
     positions of each sample at 0. Three-dimensional positions of images are not such an arithmetic progression.
     """
 
-    def __init__(self, *arguments: Any, rotary_kernel: RotaryKernel, **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, rotary_kernel: RotaryKernel, split_kernel: SplitKernel | None = None, **keywords: Any
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.rotary_kernel = rotary_kernel
+        self.split_kernel = split_kernel
 
     def forward(
         self,
@@ -86,8 +89,26 @@ class PackedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, None]:
         """[T, 1, H] -> ([T, 1, H], None)."""
         packed = packed_seq_params
-        query, key, value = (tensor.squeeze(1) for tensor in self.get_query_key_value_tensors(hidden_states))
-        query = self.rotary_kernel(query, packed.angles.cos, packed.angles.sin)
-        key = self.rotary_kernel(key, packed.angles.cos, packed.angles.sin)
+        split = self._split if self.split_kernel is None else self._split_at_once
+        query, key, value = split(hidden_states, packed.angles)
         context = self.core_attention(query, key, value, packed.segments)
         return self.linear_proj(context.flatten(1).unsqueeze(1))
+
+    def _split(self, hidden_states: Tensor, angles: RotaryAngles) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, 1, H] -> query [T, Hq, D], key and value [T, Hkv, D]."""
+        query, key, value = (tensor.squeeze(1) for tensor in self.get_query_key_value_tensors(hidden_states))
+        query = self.rotary_kernel(query, angles.cos, angles.sin)
+        return query, self.rotary_kernel(key, angles.cos, angles.sin), value
+
+    def _split_at_once(self, hidden_states: Tensor, angles: RotaryAngles) -> tuple[Tensor, Tensor, Tensor]:
+        """Likewise, by one kernel that reads what the projection wrote."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        norms = self.q_layernorm, self.k_layernorm
+        query_weight, key_weight = (None if norm is None else norm.weight for norm in norms)
+        return self.split_kernel(
+            mixed.squeeze(1), query_weight, key_weight, angles.cos, angles.sin,
+            eps=0.0 if self.q_layernorm is None else self.q_layernorm.eps,
+            num_query_groups=self.num_query_groups_per_partition,
+            queries_per_group=self.num_attention_heads_per_partition // self.num_query_groups_per_partition,
+            head_dim=self.hidden_size_per_attention_head,
+        )

@@ -80,6 +80,7 @@ class Decoder(nn.Module):
             chunk_size=options.loss_chunk_size,
             dtype=dtype,
             tied=model_config.tie_word_embeddings,
+            cross_entropy=kernels.cross_entropy,
         )
         self.policy = ActivationCheckpointPolicy.from_options(
             options,

@@ -11,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mindspeed_mm.backend.kernels.cross_entropy import CrossEntropyKernel, torch_cross_entropy
+
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum(loss_weight * cross_entropy(hidden @ weight^T, labels)) with its gradients computed in the forward pass.
 
     The gradients of a chunk are computed while its logits exist, so that no logits outlive their chunk and none are
-    computed twice. The gradient of the cross-entropy is ``softmax(logits) - one_hot(label)``.
+    computed twice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, chunk_size: int
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, chunk_size: int,
+        cross_entropy: CrossEntropyKernel,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         count = hidden.shape[0]
@@ -32,16 +35,13 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and len(chunks) != 1 else None
         for start in chunks:
             part = slice(start, start + chunk_size)
-            logits = F.linear(hidden[part], weight).float()
-            target = labels[part].unsqueeze(-1)
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            losses[part] = (normaliser - logits.gather(-1, target)).squeeze(-1)
-            if not (need_hidden or need_weight):
+            logits = F.linear(hidden[part], weight)
+            losses[part], grad_logits = cross_entropy(
+                logits, labels[part], loss_weight[part], with_gradient=need_hidden or need_weight
+            )
+            del logits
+            if grad_logits is None:
                 continue
-            scale = loss_weight[part].unsqueeze(-1)
-            grad_logits = logits.sub_(normaliser).exp_().mul_(scale)
-            grad_logits.scatter_add_(-1, target, -scale)
-            grad_logits = grad_logits.to(hidden.dtype)
             if need_hidden:
                 grad_hidden[part] = grad_logits @ weight
             if need_weight:
@@ -54,19 +54,21 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = [saved if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 class LossHead(nn.Module):
     """The output layer; ``weight`` [V, H], or no parameter if it shares the word embeddings'."""
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, *, chunk_size: int | None, dtype: torch.dtype, tied: bool
+        self, hidden_size: int, vocab_size: int, *, chunk_size: int | None, dtype: torch.dtype, tied: bool,
+        cross_entropy: CrossEntropyKernel = torch_cross_entropy,
     ) -> None:
         """``chunk_size`` target positions at a time, or all at once for None; ``tied``: forward takes the weight."""
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
         self.chunk_size = chunk_size
+        self.cross_entropy = cross_entropy
 
     def forward(
         self,
@@ -91,4 +93,4 @@ class LossHead(nn.Module):
         if labels is None:
             return F.linear(hidden, weight)
         chunk_size = self.chunk_size or max(1, hidden.shape[0])
-        return _WeightedCrossEntropy.apply(hidden, weight, labels, loss_weight, chunk_size)
+        return _WeightedCrossEntropy.apply(hidden, weight, labels, loss_weight, chunk_size, self.cross_entropy)

@@ -89,9 +89,13 @@ class Experts(nn.Module):
         self.kernel = kernel
         self.as_local: Callable[[Tensor], Tensor] = _identity
 
-    def forward(self, permuted: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """permuted [N, H] sorted by expert, tokens_per_expert int64 [local E] -> [N, H]."""
-        return self.kernel(permuted, self.as_local(self.gate_up_proj), self.as_local(self.down_proj), tokens_per_expert)
+    def forward(self, permuted: Tensor, tokens_per_expert: Tensor, *weights: Tensor) -> Tensor:
+        """permuted [N, H] sorted by expert, tokens_per_expert int64 [local E] -> [N, H].
+
+        ``weights``: nothing, or for a kernel that weighs rows the factor of each, [N].
+        """
+        gate_up, down = self.as_local(self.gate_up_proj), self.as_local(self.down_proj)
+        return self.kernel(permuted, gate_up, down, tokens_per_expert, *weights)
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -114,12 +118,15 @@ class MoELayer(nn.Module):
         dispatch: sends tokens to their experts and combines the results; expert parallelism replaces it.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MoESubmodules, *, permuter: TokenPermuter) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: MoESubmodules, *, permuter: TokenPermuter,
+        experts_weigh: bool = False,
+    ) -> None:
         super().__init__()
         self.router = build_module(submodules.router, config=config)
         self.experts = build_module(submodules.experts, config=config)
         self.permuter = permuter
-        self.dispatch: Dispatcher = LocalDispatcher(permuter)
+        self.dispatch: Dispatcher = LocalDispatcher(permuter, experts_weigh)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """[T, 1, H] -> ([T, 1, H], None)."""

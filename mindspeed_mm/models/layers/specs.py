@@ -19,17 +19,21 @@ from torch import Tensor
 
 from mindspeed_mm.backend.kernels.attention import AttentionKernel
 from mindspeed_mm.backend.kernels.compiled import check_compiler
-from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel
+from mindspeed_mm.backend.kernels.cross_entropy import CrossEntropyKernel, torch_cross_entropy
+from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel, SplitKernel
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 from mindspeed_mm.backend.kernels.registry import (
     attention_kernel,
     combine_kernel,
+    cross_entropy_kernel,
     expert_kernel,
     expert_kernel_name,
     rms_norm_kernel,
     rotary_kernel,
+    split_kernel,
     token_permuter,
+    use_triton,
 )
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.attention import CoreAttention, PackedSelfAttention
@@ -53,6 +57,9 @@ class Kernels:
 
     Attributes:
         experts: None where no layer has experts, and so is ``permuter``.
+        experts_weigh: whether ``experts`` multiplies each row by its routing weight.
+        split: takes the place of head norms and rotary kernel, unless it is None.
+        cross_entropy: of the loss head.
     """
 
     attention: AttentionKernel
@@ -60,6 +67,9 @@ class Kernels:
     rotary: RotaryKernel
     experts: ExpertKernel | None = None
     permuter: TokenPermuter | None = None
+    experts_weigh: bool = False
+    split: SplitKernel | None = None
+    cross_entropy: CrossEntropyKernel = torch_cross_entropy
 
 
 def decoder_kernels(config: DecoderConfig, options: ModelBuildOptions, *, device: str, dtype: torch.dtype) -> Kernels:
@@ -77,20 +87,25 @@ def decoder_kernels(config: DecoderConfig, options: ModelBuildOptions, *, device
     compiled = options.compile_small_operators
     if compiled:
         check_compiler(device=device)
+    triton = options.triton_kernels and not compiled and use_triton(device)
     name = expert_kernel_name(
         fused=options.fused_experts,
         hidden_size=config.hidden_size,
         intermediate_size=config.moe_intermediate_size,
         device=device,
         dtype=dtype,
+        triton=triton,
     )
-    permuter = IndexPermuter(combine_kernel(device=device))
+    permuter = IndexPermuter(combine_kernel(device=device, triton=triton))
     return Kernels(
         attention=attention_kernel(options.text_attn_implementation, device=device),
         rms_norm=rms_norm_kernel(device=device, compiled=compiled),
         rotary=rotary_kernel(device=device, compiled=compiled),
         experts=expert_kernel(name, device=device, compiled=compiled),
         permuter=token_permuter(permuter, fused=options.fused_experts, device=device),
+        experts_weigh=name == "triton_grouped_mm",
+        split=split_kernel(triton=triton),
+        cross_entropy=cross_entropy_kernel(triton=triton),
     )
 
 
@@ -158,7 +173,7 @@ def attention_spec(mask: AttnMaskType, kernels: Kernels, *, head_norm: ModuleSpe
     """Self-attention over packed sequences; ``head_norm`` normalises queries and keys per head."""
     return ModuleSpec(
         module=PackedSelfAttention,
-        params={"attn_mask_type": mask, "rotary_kernel": kernels.rotary},
+        params={"attn_mask_type": mask, "rotary_kernel": kernels.rotary, "split_kernel": kernels.split},
         submodules=SelfAttentionSubmodules(
             linear_qkv=Linear,
             core_attention=ModuleSpec(module=CoreAttention, params={"kernel": kernels.attention}),
@@ -179,7 +194,7 @@ def _moe_spec(config: DecoderConfig, kernels: Kernels) -> ModuleSpec:
     router = {"num_experts": config.num_experts, "top_k": config.num_experts_per_token}
     return ModuleSpec(
         module=MoELayer,
-        params={"permuter": kernels.permuter},
+        params={"permuter": kernels.permuter, "experts_weigh": kernels.experts_weigh},
         submodules=MoESubmodules(
             router=ModuleSpec(module=TopKRouter, params=router),
             experts=ModuleSpec(module=Experts, params={**experts, "kernel": kernels.experts}),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mindspeed_mm.backend.kernels.permutation import CombineKernel, TokenPermuter, gather_combine
 
-ExpertFunction = Callable[[Tensor, Tensor], Tensor]
-"""(permuted tokens [N, H] sorted by expert, tokens per expert [E]) -> [N, H]."""
+ExpertFunction = Callable[..., Tensor]
+"""(permuted tokens [N, H] sorted by expert, tokens per expert [E]) -> [N, H]; experts that weigh rows take each row's
+weight [N] as a third argument."""
 
 Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, int], Tensor]
 """(tokens [T, H], weights [T, k], expert indices [T, k], experts, E) -> weighted sums of their results [T, H]."""
@@ -38,7 +39,8 @@ class Routing:
     @classmethod
     def from_experts(cls, experts: Tensor) -> Routing:
         """Sort the choices ``experts`` [T, k], without host-device synchronisation."""
-        order = experts.flatten().argsort(stable=True)
+        # a radix sort goes over the keys byte by byte, and no model has 32768 experts
+        order = experts.flatten().to(torch.int16).argsort(stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         return cls(order, inverse, top_k=experts.shape[-1])
@@ -79,6 +81,19 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.combine(grad, ctx.routing.permuted_of_token, None), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """permuted [N, H] -> the sum of each token's results [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, permuted: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
+        ctx.routing = routing
+        return combine(permuted, routing.permuted_of_token, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.routing.token_of_permuted), None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -124,20 +139,32 @@ class IndexPermuter:
 
     def unpermute(self, permuted: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:
         """[N, H] -> [T, H]."""
-        if weights is None:
+        if weights is None and routing.top_k == 1:
             return _Permute.apply(permuted, routing.inverse, routing.order)
+        if weights is None:
+            return _Sum.apply(permuted, routing, self._combine)
         return _Gather.apply(permuted, weights, routing, self._combine)
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalDispatcher:
-    """Dispatch where one rank holds all experts."""
+    """Dispatch where one rank holds all experts.
+
+    Attributes:
+        permuter: sorts tokens by expert and restores their order.
+        experts_weigh: whether the experts multiply each row by its weight; it needs :class:`IndexPermuter`.
+    """
 
     permuter: TokenPermuter
+    experts_weigh: bool = False
 
     def __call__(
         self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
     ) -> Tensor:
         """See :data:`Dispatcher`."""
         permuted, routing = self.permuter.permute(tokens, experts)
-        return self.permuter.unpermute(function(permuted, self.permuter.count(experts, num_experts)), routing, weights)
+        counts = self.permuter.count(experts, num_experts)
+        if not self.experts_weigh:
+            return self.permuter.unpermute(function(permuted, counts), routing, weights)
+        of_permuted = _Permute.apply(weights.flatten(), routing.order, routing.inverse)
+        return self.permuter.unpermute(function(permuted, counts, of_permuted), routing)
