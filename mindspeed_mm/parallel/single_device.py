@@ -145,6 +145,8 @@ class ComputeWeightCache:
     def _adder(self, parameter: nn.Parameter) -> Any:
         def add(copy: nn.Parameter) -> None:
             grad, copy.grad = copy.grad, None
+            if grad is None:  # a kernel has added it to the sum already
+                return
             if torch.promote_types(grad.dtype, self._sum_dtype) != self._sum_dtype:
                 grad = grad.to(self._sum_dtype)  # a wider type loses nothing: the sum has it anyway
             parameter.grad = grad.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(grad)

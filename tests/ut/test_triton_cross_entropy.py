@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 from mindspeed_mm.backend.kernels.triton_cross_entropy import cross_entropy_in_place  # noqa: E402
 
+# exp(-inf) = 0 is meant where a thread has found nothing yet; numpy, in the interpreter, warns of it
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 TYPES = [torch.float32, torch.bfloat16]
 # one row, one column, whole vectors or not, one turn of the kernel's loops or several; the real vocabulary
@@ -63,11 +65,11 @@ def relative(found, expected):
 def check(logits, labels, loss_weight, tolerance=2e-6):
     losses, grad = reference(logits.double(), labels, loss_weight)
     kept = logits.clone()
-    assert torch.equal(
+    for found in (
         cross_entropy_in_place(logits, labels, loss_weight, with_gradient=False),
-        found := cross_entropy_in_place(kept, labels, loss_weight, with_gradient=True),
-    )
-    assert found.dtype == torch.float32 and relative(found, losses) <= tolerance
+        cross_entropy_in_place(kept, labels, loss_weight, with_gradient=True),
+    ):
+        assert found.dtype == torch.float32 and relative(found, losses) <= tolerance
     if logits.dtype == torch.bfloat16:
         by_torch = relative(reference(logits, labels, loss_weight)[1], grad)
         assert relative(kept, grad) <= min(1e-2, 1.5 * by_torch)
@@ -93,7 +95,7 @@ def test_every_column_can_be_the_label(dtype):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_great_logits(dtype):
-    # of 1e4, an fp32 number has 1e-3 beside the point: the errors are those of the logits themselves
+    # the spacing of fp32 numbers near 1e4 is 1e-3, which the losses inherit
     logits, labels, loss_weight = random_inputs(6, 20000, dtype)
     logits[0, 5], logits[1, 19999], logits[2] = 1e4, 1e4, logits[2] + 1e4
     logits[3] -= 1e4

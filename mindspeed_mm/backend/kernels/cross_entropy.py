@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels import triton_cross_entropy

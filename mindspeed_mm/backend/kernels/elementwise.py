@@ -17,6 +17,8 @@ RMSNormKernel = Callable[[Tensor, Tensor, float], Tensor]
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 SplitKernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """See :func:`mindspeed_mm.backend.kernels.triton_rotary.norm_rotary_split`."""
+RouterKernel = Callable[[Tensor, int, torch.dtype], tuple[Tensor, Tensor]]
+"""See :func:`mindspeed_mm.backend.kernels.triton_router.top_k_softmax`."""
 
 
 class SwigluKernel(NamedTuple):

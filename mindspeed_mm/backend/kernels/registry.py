@@ -18,7 +18,9 @@ from mindspeed_mm.backend.kernels import (
     experts,
     npu,
     permutation,
+    triton_rms_norm,
     triton_rotary,
+    triton_router,
     triton_swiglu,
 )
 from mindspeed_mm.backend.kernels.compiled import compiled as torch_compiled
@@ -86,13 +88,20 @@ def split_kernel(*, triton: bool) -> elementwise.SplitKernel | None:
     return triton_rotary.norm_rotary_split if triton else None
 
 
+def router_kernel(*, triton: bool) -> elementwise.RouterKernel | None:
+    """Softmax, top-k and renormalisation in one; None where torch's operators do it."""
+    return triton_router.top_k_softmax if triton else None
+
+
 def cross_entropy_kernel(*, triton: bool) -> cross_entropy.CrossEntropyKernel:
     """Cross-entropy of the loss head; ``triton``: see :func:`use_triton`."""
     return cross_entropy.fused_cross_entropy if triton else cross_entropy.torch_cross_entropy
 
 
-def rms_norm_kernel(*, device: str, compiled: bool = False) -> elementwise.RMSNormKernel:
-    """The device's RMSNorm; with ``compiled`` the one that torch.compile generates."""
+def rms_norm_kernel(*, device: str, compiled: bool = False, triton: bool = False) -> elementwise.RMSNormKernel:
+    """The device's RMSNorm; with ``compiled`` the one that torch.compile generates; ``triton``: :func:`use_triton`."""
+    if triton:
+        return triton_rms_norm.rms_norm
     if compiled:
         return torch_compiled(elementwise.torch_rms_norm)
     if device == "cpu":  # torch has no fused one there

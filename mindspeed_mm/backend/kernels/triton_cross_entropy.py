@@ -19,13 +19,13 @@ try:
 except ImportError:  # importing this module is allowed then, calling its functions is not
     triton = None
 
-# A program has one row. Few programs with many threads, so that the rows in flight (two per multiprocessor) are not
-# much larger than the L2 cache, from which the second pass then takes a part of its row.
+# A program has one row. These numbers leave 32 registers to a thread, with which a multiprocessor of 64k registers is
+# full of threads.
 NUM_WARPS = 16
-# A thread has VECTOR_BYTES of consecutive columns at a time, as far as alignment of the rows allows, and loads UNROLL
-# such vectors before it uses any: bytes in flight against registers.
+# A thread has VECTOR_BYTES of consecutive columns at a time, as far as the alignment of the rows allows, and loads
+# UNROLL such vectors before it uses any: bytes in flight against registers.
 VECTOR_BYTES = 16
-UNROLL = 4
+UNROLL = 2
 
 if triton is not None:
 
@@ -61,7 +61,9 @@ if triton is not None:
         index = tl.program_id(0)
         row = logits + index.to(tl.int64) * WIDTH
         label = tl.load(labels + index)
-        target = tl.load(row + label).to(tl.float32)
+        target = tl.load(row + label).to(tl.float32)  # every thread has it before the barriers that precede stores
+        if WITH_GRADIENT:
+            weight = tl.load(loss_weight + index)
         offset = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
         # Each thread has a maximum and a sum of its own, so that no turn waits for other threads. The maximum starts at
@@ -84,19 +86,19 @@ if triton is not None:
         tl.store(losses + index, row_maximum - target + tl.log(row_total))
 
         if WITH_GRADIENT:
-            weight = tl.load(loss_weight + index)
             scale = weight / row_total
-            lane = tl.arange(0, VECTOR)[None, :]
-            label_lane = label.to(tl.int32) - tl.arange(0, THREADS)[:, None] * VECTOR
+            # the label's column, from the first one of the thread's vector on
+            label_column = label.to(tl.int32) - tl.arange(0, THREADS)[:, None] * VECTOR
             # backwards, because what the first pass read last is the likeliest to be in the cache still
             for back in range(0, WIDTH, STRIDE):
                 first = LAST - back
                 vectors = _load_vectors(row, first, offset, WIDTH, UNROLL, "evict_first")
                 for step in tl.static_range(UNROLL):
-                    column = first + step * THREADS * VECTOR + offset
+                    start = first + step * THREADS * VECTOR
                     grad = _exp(vectors[step].to(tl.float32) - row_maximum) * scale
-                    grad = tl.where(lane == label_lane - (first + step * THREADS * VECTOR), grad - weight, grad)
-                    tl.store(row + column, grad.to(logits.dtype.element_ty), mask=column < WIDTH)
+                    grad = tl.where(tl.arange(0, VECTOR)[None, :] == label_column - start, grad - weight, grad)
+                    at = start + offset
+                    tl.store(row + at, grad.to(logits.dtype.element_ty), mask=at < WIDTH)
 
 
 def cross_entropy_in_place(logits: Tensor, labels: Tensor, loss_weight: Tensor, *, with_gradient: bool) -> Tensor:

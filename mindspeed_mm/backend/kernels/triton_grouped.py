@@ -19,10 +19,10 @@ try:
 except ImportError:  # importing this module is allowed then, calling its functions is not
     triton = None
 
-BLOCK_A, BLOCK_B, BLOCK_K = 128, 256, 64
-NUM_WARPS, NUM_STAGES = 8, 3
+# small tiles, of which three run on a multiprocessor at a time: while one adds its result, the others compute
+BLOCK_A, BLOCK_B, BLOCK_K = 128, 128, 32
+NUM_WARPS, NUM_STAGES = 4, 4
 GROUP = 8  # rows of tiles that run side by side, so that what they read stays in the cache
-READ = "atomic"
 
 if triton is not None:
 
@@ -47,7 +47,7 @@ if triton is not None:
     @triton.jit
     def _weight_gradient_kernel(
         left: tl.tensor, right: tl.tensor, ends: tl.tensor, result: tl.tensor,
-        A: tl.constexpr, B: tl.constexpr, ADD: tl.constexpr, READ: tl.constexpr,
+        A: tl.constexpr, B: tl.constexpr, ADD: tl.constexpr,
         BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ) -> None:  # fmt: skip
         """One tile of one expert's gradient; the tiles of an expert follow each other."""
@@ -66,8 +66,6 @@ if triton is not None:
         at = result + expert.to(tl.int64) * (A * B) + (column_a[:, None] * B + column_b[None, :])
         inside = None if A % BLOCK_A == 0 and B % BLOCK_B == 0 else in_a[:, None] & in_b[None, :]
         total = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-        if ADD and READ == "first":
-            total += tl.load(at, mask=inside, eviction_policy="evict_first")
         mask_a = None if A % BLOCK_A == 0 else in_a[None, :]
         mask_b = None if B % BLOCK_B == 0 else in_b[None, :]
         # offsets from the expert's first row fit 32 bits, those from the first row of all may not
@@ -82,10 +80,9 @@ if triton is not None:
             rest = (whole + rows)[:, None] < count
             total = _product_of_rows(left, right, whole + rows, column_a, column_b, rest & in_a[None, :],
                                      rest & in_b[None, :], total, A, B)
-        if ADD and READ == "last":
-            total += tl.load(at, mask=inside, eviction_policy="evict_first")
-        if ADD and READ == "atomic":
-            # nobody else adds to these elements: the addition is left to the memory, and no order is random
+        if ADD:
+            # Left to the memory, which takes less time than to read, add and write. Nothing else adds to these
+            # elements in this launch, so no order is random.
             tl.atomic_add(at, total, mask=inside, sem="relaxed")
         else:
             tl.store(at, total, mask=inside, eviction_policy="evict_first")
@@ -108,5 +105,5 @@ def add_weight_gradient(left: Tensor, right: Tensor, ends: Tensor, result: Tenso
                         for block, width in ((BLOCK_A, a), (BLOCK_B, b)))
     with on_device_of(result):
         _weight_gradient_kernel[(triton.cdiv(a, block_a) * triton.cdiv(b, block_b), experts)](
-            left, right, ends, result, A=a, B=b, ADD=add, READ=READ, BLOCK_A=block_a, BLOCK_B=block_b,
+            left, right, ends, result, A=a, B=b, ADD=add, BLOCK_A=block_a, BLOCK_B=block_b,
             BLOCK_K=BLOCK_K, GROUP=GROUP, num_warps=NUM_WARPS, num_stages=NUM_STAGES)

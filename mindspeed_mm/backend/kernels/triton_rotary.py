@@ -10,12 +10,13 @@ slots of D columns in the joint projection: its query heads, then its key head, 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
 
 try:
     import triton
@@ -316,6 +317,8 @@ def norm_rotary_split(
     if (query_weight is None) != (key_weight is None):
         raise ValueError("queries and keys have a norm each, or neither has")
     mixed, cos, sin = mixed.contiguous(), cos.contiguous(), sin.contiguous()
+    if query_weight is not None:
+        query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
     heads = Heads(num_query_groups, queries_per_group, head_dim)
     learned = (mixed, query_weight, key_weight)
     if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in learned):
@@ -334,7 +337,7 @@ def _launch_forward(
     if query.numel() == 0:
         return query, key, value
     constants = _constants(heads, mixed.dtype, FORWARD_UNROLL, norm=query_weight is not None)
-    with _on_device_of(mixed):
+    with on_device_of(mixed):
         _forward_kernel[(triton.cdiv(count, constants["TOKENS"]),)](
             mixed, query_weight, key_weight, cos, sin, query, key, value if copy_value else None, count, eps,
             **constants, num_warps=NUM_WARPS,
@@ -369,19 +372,12 @@ def _launch_backward(
     if for_weights:
         partial_sums = cos.new_empty(programs, 2, width, dtype=torch.float32)
     if programs > 0:
-        with _on_device_of(cos):
+        with on_device_of(cos):
             _backward_kernel[(programs,)](
                 *grads, mixed, query_weight, key_weight, cos, sin, grad_mixed, partial_sums, count, eps,
                 **constants, num_warps=NUM_WARPS,
             )  # fmt: skip
     return grad_mixed, (None, None) if partial_sums is None else partial_sums.sum(dim=0).unbind()
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current CUDA device, whichever the tensors are on."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def _divisor(number: int, limit: int) -> int:

@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mindspeed_mm.backend.kernels.elementwise import RouterKernel
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 from mindspeed_mm.models.layers.token_dispatcher import Dispatcher, LocalDispatcher
@@ -37,19 +38,26 @@ class TopKRouter(nn.Module):
     """Softmax over all experts in fp32, the k largest, renormalised to sum 1.
 
     Attributes:
+        choose: does in one what follows the projection, where no load is kept.
         keeps_routing: whether each forward pass keeps its choices for :meth:`take_load`.
     """
 
-    def __init__(self, config: TransformerConfig, *, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, num_experts: int, top_k: int, choose: RouterKernel | None = None
+    ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.choose = choose
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=config.params_dtype))
         self.keeps_routing = False
         self._routing: tuple[Tensor, Tensor] | None = None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> (weights [T, k] in the tokens' type, expert indices int64 [T, k])."""
-        probabilities = F.linear(tokens, self.weight).softmax(dim=-1, dtype=torch.float32)
+        logits = F.linear(tokens, self.weight)
+        if self.choose is not None and not self.keeps_routing:
+            return self.choose(logits, self.top_k, tokens.dtype)
+        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.keeps_routing:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mindspeed_mm.backend.kernels.attention import AttentionKernel
 from mindspeed_mm.backend.kernels.compiled import check_compiler
 from mindspeed_mm.backend.kernels.cross_entropy import CrossEntropyKernel, torch_cross_entropy
-from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel, SplitKernel
+from mindspeed_mm.backend.kernels.elementwise import RMSNormKernel, RotaryKernel, RouterKernel, SplitKernel
 from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 from mindspeed_mm.backend.kernels.registry import (
@@ -31,6 +31,7 @@ from mindspeed_mm.backend.kernels.registry import (
     expert_kernel_name,
     rms_norm_kernel,
     rotary_kernel,
+    router_kernel,
     split_kernel,
     token_permuter,
     use_triton,
@@ -58,6 +59,7 @@ class Kernels:
     Attributes:
         experts: None where no layer has experts, and so is ``permuter``.
         experts_weigh: whether ``experts`` multiplies each row by its routing weight.
+        router: takes the place of softmax and top-k, unless it is None.
         split: takes the place of head norms and rotary kernel, unless it is None.
         cross_entropy: of the loss head.
     """
@@ -69,6 +71,7 @@ class Kernels:
     permuter: TokenPermuter | None = None
     experts_weigh: bool = False
     split: SplitKernel | None = None
+    router: RouterKernel | None = None
     cross_entropy: CrossEntropyKernel = torch_cross_entropy
 
 
@@ -99,12 +102,13 @@ def decoder_kernels(config: DecoderConfig, options: ModelBuildOptions, *, device
     permuter = IndexPermuter(combine_kernel(device=device, triton=triton))
     return Kernels(
         attention=attention_kernel(options.text_attn_implementation, device=device),
-        rms_norm=rms_norm_kernel(device=device, compiled=compiled),
+        rms_norm=rms_norm_kernel(device=device, compiled=compiled, triton=triton),
         rotary=rotary_kernel(device=device, compiled=compiled),
         experts=expert_kernel(name, device=device, compiled=compiled),
         permuter=token_permuter(permuter, fused=options.fused_experts, device=device),
         experts_weigh=name == "triton_grouped_mm",
         split=split_kernel(triton=triton),
+        router=router_kernel(triton=triton),
         cross_entropy=cross_entropy_kernel(triton=triton),
     )
 
@@ -191,7 +195,7 @@ def mlp_spec() -> ModuleSpec:
 
 def _moe_spec(config: DecoderConfig, kernels: Kernels) -> ModuleSpec:
     experts = {"num_experts": config.num_experts, "intermediate_size": config.moe_intermediate_size}
-    router = {"num_experts": config.num_experts, "top_k": config.num_experts_per_token}
+    router = {"num_experts": config.num_experts, "top_k": config.num_experts_per_token, "choose": kernels.router}
     return ModuleSpec(
         module=MoELayer,
         params={"permuter": kernels.permuter, "experts_weigh": kernels.experts_weigh},
