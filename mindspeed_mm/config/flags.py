@@ -41,6 +41,9 @@ class ParallelArgs(StrictModel):
         False, "compile norms, rotary positions and the experts' SwiGLU with torch.compile, on a GPU or a CPU; needs a "
         "C++ compiler and adds compile time to the first step (docs/performance.md)"
     )
+    no_triton_kernels: bool = effective(
+        False, "on a CUDA GPU, use torch's operators instead of this project's Triton kernels (docs/performance.md)"
+    )
     distributed_backend: str = effective(
         "auto", "collective library; the device's own is always used, and the log says which"
     )

@@ -121,6 +121,7 @@ class ModelBuildOptions:
             text_synchronize_per_layer=text.synchronize_per_layer,
             router_load=router_load,
             compile_small_operators=args.compile_small_operators,
+            triton_kernels=not args.no_triton_kernels,
         )
 
 

@@ -54,10 +54,9 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> GradientNorm:
     return GradientNorm(total.sqrt(), parts)
 
 
-def clip(parameters: Sequence[nn.Parameter], *, max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients by ``max_norm / norm`` where ``norm``, their total norm, is larger."""
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+def clip_factor(max_norm: float, norm: Tensor) -> Tensor:
+    """What to multiply all gradients by, fp32 scalar: ``max_norm / norm`` where ``norm``, their total, is larger."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mindspeed_mm.backend.kernels.registry import use_triton
+from mindspeed_mm.backend.kernels.triton_adamw import adamw
 from mindspeed_mm.models.parameter_rules import Settings
 from mindspeed_mm.training.gradients import by_mesh, local
 from mindspeed_mm.training.resume_checks import names_of_scales, schedule_settings
@@ -23,17 +25,32 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         skips_on_device: whether the device's fused kernel skips the step where ``found_inf`` is set.
+        triton: whether the step, clipping included, is one pass of a Triton kernel.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, triton: bool = False, **options: Any) -> None:
         super().__init__(groups, fused=True, **options)
-        self.skips_on_device = _skips_on_device(self.param_groups[0]["params"][0].device)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.skips_on_device = _skips_on_device(parameters[0].device)
+        self.triton = triton and all(
+            parameter.dtype == torch.float32 and use_triton(parameter.device.type) for parameter in parameters
+        )
 
-    def step_where(self, finite: Tensor) -> None:
-        """Step if the bool scalar ``finite``, which is on the device, is true; else change nothing.
+    def step_where(self, finite: Tensor, *, scale: Tensor | None = None) -> None:
+        """Step if the bool scalar ``finite``, which is on the device, is true; else change no parameter.
 
         Where the device's kernel cannot skip, the host reads ``finite``, which synchronises with the device.
+
+        Args:
+            finite: whether to step.
+            scale: fp32 scalar by which the gradients are multiplied first; None for 1.
         """
+        if self.triton:
+            self._step_in_one_pass(finite, torch.ones_like(finite, dtype=torch.float32) if scale is None else scale)
+            return
+        if scale is not None:
+            gradients = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, scale)
         if not self.skips_on_device:
             if finite.item():
                 self.step()
@@ -43,6 +60,17 @@ class AdamW(torch.optim.AdamW):
             self.step()
         finally:
             del self.found_inf
+
+    @torch.no_grad()
+    def _step_in_one_pass(self, finite: Tensor, scale: Tensor) -> None:
+        for group in self.param_groups:
+            parameters, grads, means, squares, unused, steps = ([] for _ in range(6))
+            self._init_group(group, parameters, grads, means, squares, unused, steps)
+            if parameters:
+                adamw(
+                    parameters, grads, means, squares, steps, lr=float(group["lr"]), betas=group["betas"],
+                    eps=group["eps"], weight_decay=group["weight_decay"], scale=scale, finite=finite,
+                )
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """A step's inputs as plain tensors: dispatching DTensors takes longer than small updates themselves."""
@@ -86,6 +114,7 @@ def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) ->
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
+        triton=not args.no_triton_kernels,
     )
 
 

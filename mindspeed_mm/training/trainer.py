@@ -19,7 +19,7 @@ from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
-from mindspeed_mm.training.gradients import clip, total_norm
+from mindspeed_mm.training.gradients import clip_factor, total_norm
 from mindspeed_mm.training.loss import step_loss_weights
 from mindspeed_mm.training.metrics import (
     QueuedStep,
@@ -159,12 +159,11 @@ class Trainer:
         self._count(metrics, data)
         metrics.reduce()
         norm = total_norm(self.trainable)
-        if self.args.clip_grad > 0:
-            clip(self.trainable, max_norm=self.args.clip_grad, norm=norm.total)
+        factor = clip_factor(self.args.clip_grad, norm.total) if self.args.clip_grad > 0 else None
         # where the gradients are: with offloaded ones the host steps, and waits for the loss
         complete = metrics["loss"].isfinite() & (metrics[_LOST] == 0)
         finite = complete.to(norm.total.device) & norm.total.isfinite()
-        self.optimizer.step_where(finite)
+        self.optimizer.step_where(finite, scale=factor)
         metrics.set("grad_norm", norm.total)
         metrics.set("skipped_step", 1.0 - finite.float())
         metrics.send()
