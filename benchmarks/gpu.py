@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import functools
 import gc
 import json
@@ -292,7 +293,8 @@ PARTS: dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]] = {
     "Hugging Face, bf16": (60, theirs),
     "Hugging Face, bf16, micro-batch 16": (60, functools.partial(theirs, micro_batch=16)),
     "Hugging Face, bf16, Liger": (60, functools.partial(theirs, liger=True, micro_batch=16)),
-    "Hugging Face, fp32 parameters": (60, functools.partial(theirs, mode="autocast", experts="eager")),
+    "Hugging Face, fp32 parameters, half the layers": (60, lambda bench: theirs(
+        bench, layers=max(3, bench.layers // 2), mode="autocast", experts="eager", micro_batch=16)),
     "experts frozen, ours": (60, functools.partial(ours, frozen_experts=True)),
     "experts frozen, Hugging Face": (60, functools.partial(theirs, frozen_experts=True, micro_batch=16)),
     "grouped experts of one layer": (60, grouped_experts),
@@ -355,7 +357,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the command")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0: as many as fit, at most 8")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="NAME",
-                        help="parts to run, by the beginning of their names; default: all")
+                        help="parts to run, in this order; a * stands for any text")
     parser.add_argument("--output", type=Path, default=Path("docs/performance_gpu.md"), help="page to write")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--part-result", type=Path, help=argparse.SUPPRESS)
@@ -366,8 +368,7 @@ def main() -> None:
         return
     deadline = time.perf_counter() + 60 * options.minutes - 10
     results: dict[str, dict[str, Any]] = {}
-    chosen = [name for name in PARTS if name == "environment" or any(
-        name == part or (part.endswith("*") and name.startswith(part[:-1])) for part in options.parts)]
+    chosen = ["environment", *(name for part in options.parts for name in _named(part) if name != "environment")]
     for name in chosen:
         limit = min(PARTS[name][0], deadline - time.perf_counter())
         started = time.perf_counter()
@@ -376,6 +377,11 @@ def main() -> None:
                           if key not in ("seconds", "trace", "largest kernels", "gaps above 50 us"))
         print(f"{name} ({time.perf_counter() - started:.0f} s): {brief[:700]}", flush=True)
         _save(options.output, results)
+
+
+def _named(pattern: str) -> list[str]:
+    """The parts called ``pattern``, which may end with a star."""
+    return [name for name in PARTS if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _run_part(name: str, options: argparse.Namespace, limit: float, results: dict[str, Any]) -> dict[str, Any]:

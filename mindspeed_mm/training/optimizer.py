@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.registry import use_triton
-from mindspeed_mm.backend.kernels.triton_adamw import adamw
 from mindspeed_mm.models.parameter_rules import Settings
 from mindspeed_mm.training.gradients import by_mesh, local
 from mindspeed_mm.training.resume_checks import names_of_scales, schedule_settings
@@ -63,6 +62,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_in_one_pass(self, finite: Tensor, scale: Tensor) -> None:
+        from mindspeed_mm.backend.kernels.triton_adamw import adamw
+
         for group in self.param_groups:
             parameters, grads, means, squares, unused, steps = ([] for _ in range(6))
             self._init_group(group, parameters, grads, means, squares, unused, steps)

@@ -140,12 +140,6 @@ def test_gradients_of_sum_rows(dtype, weights_dtype, tokens, top_k, width):
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
     agree(found, lambda grad, *inputs: gradients(sums, grad, *inputs)[1:], grad, rows, indices, weights)
 
-    order = indices.flatten().argsort()
-    by_row = kernels.weighted_gather_backward(grad, rows, order // top_k, weights.flatten()[order])
-    assert by_row[1].dtype == torch.float32
-    torch.testing.assert_close(by_row[0], found[0], rtol=0, atol=0)
-    torch.testing.assert_close(by_row[1][indices], found[1], rtol=0, atol=0)
-
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_tensors_need_not_be_contiguous(dtype):
@@ -173,7 +167,6 @@ def test_no_rows():
     assert kernels.sum_rows(grad, choices, None).shape == (0, 24)
     shapes = [value.shape for value in kernels.sum_rows_backward(grad, grad, choices, weights.view(0, 2))]
     assert shapes == [(0, 24), (0, 2)]
-    assert [value.shape for value in kernels.weighted_gather_backward(grad, grad, index, weights)] == [(0, 24), (0,)]
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")

@@ -9,8 +9,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels import triton_cross_entropy
-
 
 class CrossEntropyKernel(Protocol):
     """logits [S, V], labels int64 [S], loss_weight fp32 [S] -> (losses fp32 [S], gradient [S, V] or None).
@@ -38,11 +36,3 @@ def torch_cross_entropy(
     grad = logits.sub_(normaliser).exp_().mul_(scale)
     grad.scatter_add_(-1, target, -scale)
     return losses, grad.to(dtype)
-
-
-def fused_cross_entropy(
-    logits: Tensor, labels: Tensor, loss_weight: Tensor, *, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """A :class:`CrossEntropyKernel` in Triton, which needs no memory beside the logits."""
-    losses = triton_cross_entropy.cross_entropy_in_place(logits, labels, loss_weight, with_gradient=with_gradient)
-    return losses, logits if with_gradient else None

@@ -15,6 +15,9 @@ from torch import Tensor
 CombineKernel = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """(permuted [N, H], indices into it int64 [T, k], weights [T, k] or None for ones) -> sums [T, H]; no autograd."""
 
+CombineBackwardKernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(gradient of the sums [T, H], permuted [N, H], indices, weights) -> gradients of permuted and, in fp32, weights."""
+
 
 class TokenPermuter(Protocol):
     """Sorts tokens by expert and restores their order; gradients flow through both."""

@@ -1,4 +1,7 @@
-"""The kernels that each device has, chosen by name when the model is built."""
+"""The kernels that each device has, chosen by name when the model is built.
+
+Modules of Triton kernels are imported where :func:`use_triton` has found that they run.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,6 @@ from mindspeed_mm.backend.kernels import (
     experts,
     npu,
     permutation,
-    triton_rms_norm,
-    triton_rotary,
-    triton_router,
-    triton_swiglu,
 )
 from mindspeed_mm.backend.kernels.compiled import compiled as torch_compiled
 from mindspeed_mm.errors import UserError
@@ -70,10 +69,12 @@ def use_triton(device: str) -> bool:
     Triton comes with torch's CUDA builds for Linux; it needs a C compiler at run time, and a GPU of compute capability
     8.0 or later for bf16.
     """
-    if device != "cuda" or triton_swiglu.triton is None or not torch.cuda.is_available():
+    if device != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     if torch.cuda.get_device_capability() < (8, 0):
         return False
+    from mindspeed_mm.backend.kernels import triton_swiglu
+
     rows = torch.arange(8.0, device="cuda").view(4, 2)
     try:
         sums = triton_swiglu.sum_rows(rows, torch.tensor([[0, 3], [1, 2]], device="cuda"), None)
@@ -85,23 +86,37 @@ def use_triton(device: str) -> bool:
 
 def split_kernel(*, triton: bool) -> elementwise.SplitKernel | None:
     """Split of the joint projection, head norms and rotary embedding in one; None where separate kernels do it."""
-    return triton_rotary.norm_rotary_split if triton else None
+    if not triton:
+        return None
+    from mindspeed_mm.backend.kernels.triton_rotary import norm_rotary_split
+
+    return norm_rotary_split
 
 
 def router_kernel(*, triton: bool) -> elementwise.RouterKernel | None:
     """Softmax, top-k and renormalisation in one; None where torch's operators do it."""
-    return triton_router.top_k_softmax if triton else None
+    if not triton:
+        return None
+    from mindspeed_mm.backend.kernels.triton_router import top_k_softmax
+
+    return top_k_softmax
 
 
 def cross_entropy_kernel(*, triton: bool) -> cross_entropy.CrossEntropyKernel:
     """Cross-entropy of the loss head; ``triton``: see :func:`use_triton`."""
-    return cross_entropy.fused_cross_entropy if triton else cross_entropy.torch_cross_entropy
+    if not triton:
+        return cross_entropy.torch_cross_entropy
+    from mindspeed_mm.backend.kernels.triton_cross_entropy import fused_cross_entropy
+
+    return fused_cross_entropy
 
 
 def rms_norm_kernel(*, device: str, compiled: bool = False, triton: bool = False) -> elementwise.RMSNormKernel:
     """The device's RMSNorm; with ``compiled`` the one that torch.compile generates; ``triton``: :func:`use_triton`."""
     if triton:
-        return triton_rms_norm.rms_norm
+        from mindspeed_mm.backend.kernels.triton_rms_norm import rms_norm
+
+        return rms_norm
     if compiled:
         return torch_compiled(elementwise.torch_rms_norm)
     if device == "cpu":  # torch has no fused one there
@@ -165,8 +180,10 @@ def expert_kernel(name: str, *, device: str, compiled: bool = False) -> experts.
         table["npu_grouped_matmul"] = npu.npu_grouped_experts
     else:
         swiglu = swiglu_kernel(compiled=compiled)
-        if device == "cuda" and hasattr(F, "grouped_mm"):
-            table["triton_grouped_mm"] = experts.weighted_experts
+        if use_triton(device) and hasattr(F, "grouped_mm"):
+            from mindspeed_mm.backend.kernels.triton_experts import weighted_experts
+
+            table["triton_grouped_mm"] = weighted_experts
         if hasattr(F, "grouped_mm"):
             table["grouped_mm"] = functools.partial(experts.grouped_experts, swiglu=swiglu)
         if device == "cpu":
@@ -182,5 +199,16 @@ def token_permuter(default: permutation.TokenPermuter, *, fused: bool, device: s
 def combine_kernel(*, device: str, triton: bool = False) -> permutation.CombineKernel:
     """The device's fastest weighted sum of permuted tokens; ``triton``: see :func:`use_triton`."""
     if triton:
-        return triton_swiglu.sum_rows
+        from mindspeed_mm.backend.kernels.triton_swiglu import sum_rows
+
+        return sum_rows
     return permutation.embedding_bag_combine if device in ("cpu", "cuda") else permutation.gather_combine
+
+
+def combine_backward_kernel(*, triton: bool) -> permutation.CombineBackwardKernel | None:
+    """The gradients of a weighted sum in one; None where torch's operators compute them."""
+    if not triton:
+        return None
+    from mindspeed_mm.backend.kernels.triton_swiglu import sum_rows_backward
+
+    return sum_rows_backward

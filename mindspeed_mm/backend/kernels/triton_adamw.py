@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # importing this module is allowed then, calling its functions is not
-    triton = None
-
-BLOCK = 2048
+BLOCK = 1024
 NUM_WARPS = 4
 
-if triton is not None:
 
-    @triton.jit(do_not_specialize=["count", "index", "lr"])
-    def _adamw_kernel(
-        parameter: tl.tensor, grad: tl.tensor, mean: tl.tensor, square: tl.tensor, corrections: tl.tensor,
-        scale: tl.tensor, finite: tl.tensor, count: int, index: int, lr: float,
-        BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """BLOCK values per program."""
-        if tl.load(finite) != 0:
-            at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = at < count
-            values = tl.load(parameter + at, mask=mask)
-            grads = tl.load(grad + at, mask=mask).to(tl.float32) * tl.load(scale)
-            means = tl.load(mean + at, mask=mask)
-            squares = tl.load(square + at, mask=mask)
-            step_size = lr / tl.load(corrections + 2 * index)
-            root = tl.sqrt(tl.load(corrections + 2 * index + 1))
-            values -= lr * DECAY * values
-            means = BETA1 * means + (1.0 - BETA1) * grads
-            squares = BETA2 * squares + (1.0 - BETA2) * grads * grads
-            values -= step_size * means / (tl.sqrt(squares) / root + EPS)
-            tl.store(parameter + at, values, mask=mask)
-            tl.store(mean + at, means, mask=mask)
-            tl.store(square + at, squares, mask=mask)
+@triton.jit(do_not_specialize=["count", "index", "lr"])
+def _adamw_kernel(
+    parameter: tl.tensor, grad: tl.tensor, mean: tl.tensor, square: tl.tensor, corrections: tl.tensor,
+    scale: tl.tensor, finite: tl.tensor, count: int, index: int, lr: float,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:  # fmt: skip
+    """BLOCK values per program; WHOLE: whether BLOCK divides ``count``, since a mask would narrow all accesses."""
+    if tl.load(finite) != 0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = None if WHOLE else at < count
+        values = tl.load(parameter + at, mask=mask)
+        grads = tl.load(grad + at, mask=mask).to(tl.float32) * tl.load(scale)
+        means = tl.load(mean + at, mask=mask)
+        squares = tl.load(square + at, mask=mask)
+        step_size = lr / tl.load(corrections + 2 * index)
+        root = tl.sqrt(tl.load(corrections + 2 * index + 1))
+        values -= lr * DECAY * values
+        means = BETA1 * means + (1.0 - BETA1) * grads
+        squares = BETA2 * squares + (1.0 - BETA2) * grads * grads
+        values -= step_size * means / (tl.sqrt(squares) / root + EPS)
+        tl.store(parameter + at, values, mask=mask)
+        tl.store(mean + at, means, mask=mask)
+        tl.store(square + at, squares, mask=mask)
 
 
 def adamw(
@@ -67,7 +64,8 @@ def adamw(
     """
     torch._foreach_add_(list(steps), finite.float())
     done = torch.stack(list(steps)).double()
-    corrections = torch.stack([1.0 - beta**done for beta in betas], dim=1).float()
+    # not beta**done, for which torch copies beta to the device and waits
+    corrections = torch.stack([-torch.expm1(done * math.log(beta)) for beta in betas], dim=1).float()
     flag = finite.to(torch.int8)
     for index, (parameter, grad, mean, square) in enumerate(zip(parameters, grads, means, squares, strict=True)):
         count = parameter.numel()
@@ -77,4 +75,5 @@ def adamw(
         with on_device_of(parameter):
             _adamw_kernel[(triton.cdiv(count, BLOCK),)](
                 parameter, grad.contiguous(), mean, square, corrections, scale, flag, count, index, lr,
-                BETA1=betas[0], BETA2=betas[1], EPS=eps, DECAY=weight_decay, BLOCK=BLOCK, num_warps=NUM_WARPS)
+                BETA1=betas[0], BETA2=betas[1], EPS=eps, DECAY=weight_decay, BLOCK=BLOCK,
+                WHOLE=count % BLOCK == 0, num_warps=NUM_WARPS)

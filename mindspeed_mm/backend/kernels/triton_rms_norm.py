@@ -12,16 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # importing this module is allowed then, calling its functions is not
-    triton = None
 
 # Forward: a program has one row, or as many as FORWARD_TILE values hold; wider rows have more warps.
 FORWARD_TILE = 2048
@@ -37,85 +33,88 @@ MAX_STAGED_BYTES = 16384
 PROGRAMS_PER_MULTIPROCESSOR = 2
 MAX_WARPS = 32
 
-if triton is not None:
 
-    @triton.jit
-    def _rows(
-        block: tl.tensor, num_rows: int, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-    ) -> tuple[tl.tensor, tl.tensor]:
-        """Offsets [ROWS, BLOCK] of a block of rows, and the mask of what exists."""
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.arange(0, BLOCK)[None, :]
-        mask = row < num_rows
-        if WIDTH != BLOCK:
-            mask = mask & (column < WIDTH)
-        return row.to(tl.int64) * WIDTH + column, mask
+@triton.jit
+def _rows(
+    block: tl.tensor, num_rows: int, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Offsets [ROWS, BLOCK] of a block of rows, and the mask of what exists."""
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = row < num_rows
+    if WIDTH != BLOCK:
+        mask = mask & (column < WIDTH)
+    return row.to(tl.int64) * WIDTH + column, mask
 
-    @triton.jit
-    def _load_weight(weight: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-        """[1, BLOCK] in fp32."""
-        column = tl.arange(0, BLOCK)[None, :]
-        return tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
-    @triton.jit
-    def _inverse_rms(hidden: tl.tensor, eps: float, WIDTH: tl.constexpr) -> tl.tensor:
-        """[ROWS, 1] of rows [ROWS, BLOCK], which are 0 where masked."""
-        return tl.rsqrt(tl.sum(hidden * hidden, axis=1, keep_dims=True) / WIDTH + eps)
+@triton.jit
+def _load_weight(weight: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """[1, BLOCK] in fp32."""
+    column = tl.arange(0, BLOCK)[None, :]
+    return tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
-    @triton.jit(do_not_specialize=["num_rows"])
-    def _forward_kernel(
-        hidden: tl.tensor, residual: tl.tensor | None, weight: tl.tensor, normed: tl.tensor, total: tl.tensor | None,
-        num_rows: int, eps: float,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS rows per program; WIDTH is H. ``residual`` and ``total``: those of :func:`add_rms_norm`."""
-        offset, mask = _rows(tl.program_id(0), num_rows, WIDTH, ROWS, BLOCK)
-        scale = _load_weight(weight, WIDTH, BLOCK)
-        values = tl.load(hidden + offset, mask=mask, other=0.0)
-        if residual is not None:
-            values = values.to(tl.float32) + tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-            values = values.to(total.dtype.element_ty)
-            tl.store(total + offset, values, mask=mask)
-        values = values.to(tl.float32)  # of the rounded sum, as if it had been read again
-        values = values * _inverse_rms(values, eps, WIDTH) * scale
-        tl.store(normed + offset, values.to(normed.dtype.element_ty), mask=mask)
 
-    @triton.jit(do_not_specialize=["num_rows"])
-    def _backward_kernel(
-        grad: tl.tensor, grad_total: tl.tensor | None, hidden: tl.tensor, weight: tl.tensor,
-        grad_hidden: tl.tensor | None, partial_sums: tl.tensor | None, num_rows: int, eps: float,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS rows at a time per program; WIDTH is H.
+@triton.jit
+def _inverse_rms(hidden: tl.tensor, eps: float, WIDTH: tl.constexpr) -> tl.tensor:
+    """[ROWS, 1] of rows [ROWS, BLOCK], which are 0 where masked."""
+    return tl.rsqrt(tl.sum(hidden * hidden, axis=1, keep_dims=True) / WIDTH + eps)
 
-        ``grad_total`` is added to the gradient of the rows. Where a gradient to be computed is None it is left out.
-        ``partial_sums`` is fp32 [programs, H].
-        """
-        program = tl.program_id(0)
-        scale = _load_weight(weight, WIDTH, BLOCK)
-        sums = tl.zeros([BLOCK], tl.float32)
-        # The stages are explicit because the compiler moves plain loads to their use, and then waits for each.
-        for block in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-            offset, mask = _rows(block, num_rows, WIDTH, ROWS, BLOCK)
-            rows = tl.load(hidden + offset, mask=mask, other=0.0)
-            incoming = tl.load(grad + offset, mask=mask, other=0.0)
-            if grad_total is not None:
-                direct = tl.load(grad_total + offset, mask=mask, other=0.0)
-            rows, incoming = rows.to(tl.float32), incoming.to(tl.float32)
-            inverse_rms = _inverse_rms(rows, eps, WIDTH)
-            if partial_sums is not None:
-                sums += tl.sum(incoming * (rows * inverse_rms), axis=0)
-            if grad_hidden is not None:
-                incoming *= scale
-                # of the unscaled rows, so that it needs not wait for the other sum over the row
-                along = tl.sum(incoming * rows, axis=1, keep_dims=True) / WIDTH * inverse_rms * inverse_rms
-                result = (incoming - rows * along) * inverse_rms
-                if grad_total is not None:
-                    result += direct.to(tl.float32)
-                tl.store(grad_hidden + offset, result.to(grad_hidden.dtype.element_ty), mask=mask)
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    hidden: tl.tensor, residual: tl.tensor | None, weight: tl.tensor, normed: tl.tensor, total: tl.tensor | None,
+    num_rows: int, eps: float,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS rows per program; WIDTH is H. ``residual`` and ``total``: those of :func:`add_rms_norm`."""
+    offset, mask = _rows(tl.program_id(0), num_rows, WIDTH, ROWS, BLOCK)
+    scale = _load_weight(weight, WIDTH, BLOCK)
+    values = tl.load(hidden + offset, mask=mask, other=0.0)
+    if residual is not None:
+        values = values.to(tl.float32) + tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+        values = values.to(total.dtype.element_ty)
+        tl.store(total + offset, values, mask=mask)
+    values = values.to(tl.float32)  # of the rounded sum, as if it had been read again
+    values = values * _inverse_rms(values, eps, WIDTH) * scale
+    tl.store(normed + offset, values.to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_kernel(
+    grad: tl.tensor, grad_total: tl.tensor | None, hidden: tl.tensor, weight: tl.tensor,
+    grad_hidden: tl.tensor | None, partial_sums: tl.tensor | None, num_rows: int, eps: float,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS rows at a time per program; WIDTH is H.
+
+    ``grad_total`` is added to the gradient of the rows. Where a gradient to be computed is None it is left out.
+    ``partial_sums`` is fp32 [programs, H].
+    """
+    program = tl.program_id(0)
+    scale = _load_weight(weight, WIDTH, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    # The stages are explicit because the compiler moves plain loads to their use, and then waits for each.
+    for block in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        offset, mask = _rows(block, num_rows, WIDTH, ROWS, BLOCK)
+        rows = tl.load(hidden + offset, mask=mask, other=0.0)
+        incoming = tl.load(grad + offset, mask=mask, other=0.0)
+        if grad_total is not None:
+            direct = tl.load(grad_total + offset, mask=mask, other=0.0)
+        rows, incoming = rows.to(tl.float32), incoming.to(tl.float32)
+        inverse_rms = _inverse_rms(rows, eps, WIDTH)
         if partial_sums is not None:
-            column = tl.arange(0, BLOCK)
-            tl.store(partial_sums + program * WIDTH + column, sums, mask=column < WIDTH)
+            sums += tl.sum(incoming * (rows * inverse_rms), axis=0)
+        if grad_hidden is not None:
+            incoming *= scale
+            # of the unscaled rows, so that it needs not wait for the other sum over the row
+            along = tl.sum(incoming * rows, axis=1, keep_dims=True) / WIDTH * inverse_rms * inverse_rms
+            result = (incoming - rows * along) * inverse_rms
+            if grad_total is not None:
+                result += direct.to(tl.float32)
+            tl.store(grad_hidden + offset, result.to(grad_hidden.dtype.element_ty), mask=mask)
+    if partial_sums is not None:
+        column = tl.arange(0, BLOCK)
+        tl.store(partial_sums + program * WIDTH + column, sums, mask=column < WIDTH)
 
 
 def _constants(width: int, tile: int, warps: int) -> dict[str, int]:

@@ -13,16 +13,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # importing this module is allowed then, calling its functions is not
-    triton = None
 
 NUM_WARPS = 4
 # A thread has VECTOR_BYTES of consecutive columns of each half of a head, or as many as divide the half; a program has
@@ -49,206 +45,215 @@ class Heads(NamedTuple):
     width: int
 
 
-if triton is not None:
 
-    @triton.jit
-    def _load_halves(at: tl.tensor, mask: tl.tensor, HALF: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-        return tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0)
+@triton.jit
+def _load_halves(at: tl.tensor, mask: tl.tensor, HALF: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0)
 
-    @triton.jit
-    def _store_halves(
-        at: tl.tensor, first: tl.tensor, second: tl.tensor, mask: tl.tensor, HALF: tl.constexpr
-    ) -> None:  # fmt: skip
-        tl.store(at, first.to(at.dtype.element_ty), mask=mask)
-        tl.store(at + HALF, second.to(at.dtype.element_ty), mask=mask)
 
-    @triton.jit
-    def _tokens(
-        num_tokens: int, HALF: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
-    ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-        """Tokens [TOKENS, 1] of this program, columns [1, BLOCK] of half a head, and the mask of what exists."""
-        token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
-        column = tl.arange(0, BLOCK)[None, :]
-        mask = (token < num_tokens) & (column < HALF)
-        return token.to(tl.int64), column, mask
+@triton.jit
+def _store_halves(
+    at: tl.tensor, first: tl.tensor, second: tl.tensor, mask: tl.tensor, HALF: tl.constexpr
+) -> None:  # fmt: skip
+    tl.store(at, first.to(at.dtype.element_ty), mask=mask)
+    tl.store(at + HALF, second.to(at.dtype.element_ty), mask=mask)
 
-    @triton.jit
-    def _load_angles(
-        cos: tl.tensor, sin: tl.tensor, offset: tl.tensor, mask: tl.tensor, HALF: tl.constexpr
-    ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-        """The halves of cosines and of sines, fp32 [TOKENS, BLOCK]."""
-        cos_first, cos_second = _load_halves(cos + offset, mask, HALF)
-        sin_first, sin_second = _load_halves(sin + offset, mask, HALF)
-        return cos_first.to(tl.float32), cos_second.to(tl.float32), sin_first.to(tl.float32), sin_second.to(tl.float32)
 
-    @triton.jit
-    def _inverse_rms(first: tl.tensor, second: tl.tensor, eps: float, WIDTH: tl.constexpr) -> tl.tensor:
-        """[TOKENS, 1] of the halves [TOKENS, BLOCK] of a head, which are 0 where masked."""
-        return tl.rsqrt(tl.sum(first * first + second * second, axis=1, keep_dims=True) / WIDTH + eps)
+@triton.jit
+def _tokens(
+    num_tokens: int, HALF: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Tokens [TOKENS, 1] of this program, columns [1, BLOCK] of half a head, and the mask of what exists."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (token < num_tokens) & (column < HALF)
+    return token.to(tl.int64), column, mask
 
-    @triton.jit
-    def _load_weight(weight: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-        """The halves [1, BLOCK] of a norm's weight, fp32."""
-        column = tl.arange(0, BLOCK)[None, :]
-        first, second = _load_halves(weight + column, column < WIDTH // 2, WIDTH // 2)
-        return first.to(tl.float32), second.to(tl.float32)
 
-    @triton.jit
-    def _slot(head: tl.tensor, per_group: tl.constexpr, slots: tl.constexpr) -> tl.tensor:
-        """The slot of a head, one of ``per_group`` in each group, from the first group's first such head on."""
-        return head // per_group * slots + head % per_group
+@triton.jit
+def _load_angles(
+    cos: tl.tensor, sin: tl.tensor, offset: tl.tensor, mask: tl.tensor, HALF: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The halves of cosines and of sines, fp32 [TOKENS, BLOCK]."""
+    cos_first, cos_second = _load_halves(cos + offset, mask, HALF)
+    sin_first, sin_second = _load_halves(sin + offset, mask, HALF)
+    return cos_first.to(tl.float32), cos_second.to(tl.float32), sin_first.to(tl.float32), sin_second.to(tl.float32)
 
-    @triton.jit
-    def _forward_heads(
-        mixed_at: tl.tensor, weight: tl.tensor | None, angles: tl.tuple | None, result_at: tl.tensor, mask: tl.tensor,
-        first_head: tl.tensor, eps: float,
-        HEADS: tl.constexpr, PER_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """HEADS heads of one kind; without a weight no norm, without angles a copy.
 
-        Pointers [TOKENS, BLOCK] are to the first half of the first group's first head of the kind.
-        """
-        HALF: tl.constexpr = WIDTH // 2
-        if weight is not None:
-            weight_first, weight_second = _load_weight(weight, WIDTH, mixed_at.shape[1])
-        for start in range(first_head, first_head + HEADS, UNROLL):
-            # all loads come before the first store, across which the compiler cannot move them
-            heads = ()
-            for step in tl.static_range(UNROLL):
-                at = mixed_at + _slot(start + step, PER_GROUP, SLOTS) * WIDTH
-                heads = heads + (_load_halves(at, mask, HALF),)
-            for step in tl.static_range(UNROLL):
-                first, second = heads[step]
-                if angles is not None:
-                    cos_first, cos_second, sin_first, sin_second = angles
-                    from_first, from_second = first.to(tl.float32), second.to(tl.float32)
-                    if weight is not None:
-                        scale = _inverse_rms(from_first, from_second, eps, WIDTH)
-                        from_first, from_second = from_first * scale * weight_first, from_second * scale * weight_second
-                    first = from_first * cos_first - from_second * sin_first
-                    second = from_second * cos_second + from_first * sin_second
-                _store_halves(result_at + (start + step) * WIDTH, first, second, mask, HALF)
+@triton.jit
+def _inverse_rms(first: tl.tensor, second: tl.tensor, eps: float, WIDTH: tl.constexpr) -> tl.tensor:
+    """[TOKENS, 1] of the halves [TOKENS, BLOCK] of a head, which are 0 where masked."""
+    return tl.rsqrt(tl.sum(first * first + second * second, axis=1, keep_dims=True) / WIDTH + eps)
 
-    @triton.jit(do_not_specialize=["num_tokens"])
-    def _forward_kernel(
-        mixed: tl.tensor, query_weight: tl.tensor | None, key_weight: tl.tensor | None, cos: tl.tensor, sin: tl.tensor,
-        query: tl.tensor, key: tl.tensor, value: tl.tensor | None, num_tokens: int, eps: float,
-        GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-        CHUNK: tl.constexpr, QUERY_UNROLL: tl.constexpr, KEY_UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """TOKENS tokens per program; without ``value`` that slot is left alone.
 
-        It goes through CHUNK groups at a time: where a head's end is inside a line of memory, the next head follows
-        while the line is in the cache.
-        """
-        SLOTS: tl.constexpr = QUERIES + 2
-        token, column, mask = _tokens(num_tokens, WIDTH // 2, TOKENS, BLOCK)
-        mixed_at = mixed + token * (GROUPS * SLOTS * WIDTH) + column
-        query_at = query + token * (GROUPS * QUERIES * WIDTH) + column
-        key_offset = token * (GROUPS * WIDTH) + column
-        angles = _load_angles(cos, sin, token * WIDTH + column, mask, WIDTH // 2)
-        for group in range(0, GROUPS, CHUNK):
+@triton.jit
+def _load_weight(weight: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The halves [1, BLOCK] of a norm's weight, fp32."""
+    column = tl.arange(0, BLOCK)[None, :]
+    first, second = _load_halves(weight + column, column < WIDTH // 2, WIDTH // 2)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _slot(head: tl.tensor, per_group: tl.constexpr, slots: tl.constexpr) -> tl.tensor:
+    """The slot of a head, one of ``per_group`` in each group, from the first group's first such head on."""
+    return head // per_group * slots + head % per_group
+
+
+@triton.jit
+def _forward_heads(
+    mixed_at: tl.tensor, weight: tl.tensor | None, angles: tl.tuple | None, result_at: tl.tensor, mask: tl.tensor,
+    first_head: tl.tensor, eps: float,
+    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """HEADS heads of one kind; without a weight no norm, without angles a copy.
+
+    Pointers [TOKENS, BLOCK] are to the first half of the first group's first head of the kind.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    if weight is not None:
+        weight_first, weight_second = _load_weight(weight, WIDTH, mixed_at.shape[1])
+    for start in range(first_head, first_head + HEADS, UNROLL):
+        # all loads come before the first store, across which the compiler cannot move them
+        heads = ()
+        for step in tl.static_range(UNROLL):
+            at = mixed_at + _slot(start + step, PER_GROUP, SLOTS) * WIDTH
+            heads = heads + (_load_halves(at, mask, HALF),)
+        for step in tl.static_range(UNROLL):
+            first, second = heads[step]
+            if angles is not None:
+                cos_first, cos_second, sin_first, sin_second = angles
+                from_first, from_second = first.to(tl.float32), second.to(tl.float32)
+                if weight is not None:
+                    scale = _inverse_rms(from_first, from_second, eps, WIDTH)
+                    from_first, from_second = from_first * scale * weight_first, from_second * scale * weight_second
+                first = from_first * cos_first - from_second * sin_first
+                second = from_second * cos_second + from_first * sin_second
+            _store_halves(result_at + (start + step) * WIDTH, first, second, mask, HALF)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward_kernel(
+    mixed: tl.tensor, query_weight: tl.tensor | None, key_weight: tl.tensor | None, cos: tl.tensor, sin: tl.tensor,
+    query: tl.tensor, key: tl.tensor, value: tl.tensor | None, num_tokens: int, eps: float,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, QUERY_UNROLL: tl.constexpr, KEY_UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """TOKENS tokens per program; without ``value`` that slot is left alone.
+
+    It goes through CHUNK groups at a time: where a head's end is inside a line of memory, the next head follows
+    while the line is in the cache.
+    """
+    SLOTS: tl.constexpr = QUERIES + 2
+    token, column, mask = _tokens(num_tokens, WIDTH // 2, TOKENS, BLOCK)
+    mixed_at = mixed + token * (GROUPS * SLOTS * WIDTH) + column
+    query_at = query + token * (GROUPS * QUERIES * WIDTH) + column
+    key_offset = token * (GROUPS * WIDTH) + column
+    angles = _load_angles(cos, sin, token * WIDTH + column, mask, WIDTH // 2)
+    for group in range(0, GROUPS, CHUNK):
+        _forward_heads(
+            mixed_at, query_weight, angles, query_at, mask, group * QUERIES, eps,
+            CHUNK * QUERIES, QUERIES, SLOTS, WIDTH, QUERY_UNROLL,
+        )  # fmt: skip
+        _forward_heads(
+            mixed_at + QUERIES * WIDTH, key_weight, angles, key + key_offset, mask, group, eps,
+            CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
+        )  # fmt: skip
+        if value is not None:
             _forward_heads(
-                mixed_at, query_weight, angles, query_at, mask, group * QUERIES, eps,
-                CHUNK * QUERIES, QUERIES, SLOTS, WIDTH, QUERY_UNROLL,
-            )  # fmt: skip
-            _forward_heads(
-                mixed_at + QUERIES * WIDTH, key_weight, angles, key + key_offset, mask, group, eps,
+                mixed_at + (QUERIES + 1) * WIDTH, None, None, value + key_offset, mask, group, eps,
                 CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
             )  # fmt: skip
-            if value is not None:
-                _forward_heads(
-                    mixed_at + (QUERIES + 1) * WIDTH, None, None, value + key_offset, mask, group, eps,
-                    CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
-                )  # fmt: skip
 
-    @triton.jit
-    def _backward_heads(
-        grad: tl.tensor | None, grad_offset: tl.tensor, mixed: tl.tensor | None, mixed_offset: tl.tensor,
-        weight: tl.tensor | None, angles: tl.tuple | None, grad_mixed: tl.tensor | None, sums: tl.tensor | None,
-        sums_offset: tl.tensor, mask: tl.tensor, first_head: tl.tensor, eps: float,
-        HEADS: tl.constexpr, PER_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """As :func:`_forward_heads`; ``sums`` is set to the gradient of the weight from these tokens and heads."""
-        HALF: tl.constexpr = WIDTH // 2
-        zeros = tl.zeros(mask.shape, tl.float32)
-        sum_first, sum_second = zeros, zeros
-        if weight is not None:
-            weight_first, weight_second = _load_weight(weight, WIDTH, mask.shape[1])
-        for start in range(first_head, first_head + HEADS, UNROLL):
-            # all loads come before the first store, across which the compiler cannot move them
-            grads, heads = (), ()
-            for step in tl.static_range(UNROLL):
-                if grad is None:
-                    grads = grads + ((zeros, zeros),)
-                else:
-                    grads = grads + (_load_halves(grad + grad_offset + (start + step) * WIDTH, mask, HALF),)
-                if weight is not None:
-                    at = mixed + mixed_offset + _slot(start + step, PER_GROUP, SLOTS) * WIDTH
-                    heads = heads + (_load_halves(at, mask, HALF),)
-            for step in tl.static_range(UNROLL):
-                first, second = grads[step]
-                if angles is not None:
-                    cos_first, cos_second, sin_first, sin_second = angles
-                    from_first, from_second = first.to(tl.float32), second.to(tl.float32)
-                    first = from_first * cos_first + from_second * sin_second
-                    second = from_second * cos_second - from_first * sin_first
-                if weight is not None:
-                    head_first, head_second = heads[step]
-                    head_first, head_second = head_first.to(tl.float32), head_second.to(tl.float32)
-                    scale = _inverse_rms(head_first, head_second, eps, WIDTH)
-                    head_first *= scale
-                    head_second *= scale
-                    if sums is not None:
-                        sum_first += first * head_first
-                        sum_second += second * head_second
-                    first *= weight_first
-                    second *= weight_second
-                    along = tl.sum(first * head_first + second * head_second, axis=1, keep_dims=True) / WIDTH
-                    first, second = scale * (first - head_first * along), scale * (second - head_second * along)
-                if grad_mixed is not None:
-                    at = grad_mixed + mixed_offset + _slot(start + step, PER_GROUP, SLOTS) * WIDTH
-                    _store_halves(at, first, second, mask, HALF)
-        if sums is not None:
-            in_half = tl.arange(0, mask.shape[1]) < HALF
-            _store_halves(sums + sums_offset, tl.sum(sum_first, axis=0), tl.sum(sum_second, axis=0), in_half, HALF)
 
-    @triton.jit(do_not_specialize=["num_tokens"])
-    def _backward_kernel(
-        grad_query: tl.tensor | None, grad_key: tl.tensor | None, grad_value: tl.tensor | None,
-        mixed: tl.tensor | None, query_weight: tl.tensor | None, key_weight: tl.tensor | None,
-        cos: tl.tensor, sin: tl.tensor, grad_mixed: tl.tensor | None, partial_sums: tl.tensor | None,
-        num_tokens: int, eps: float,
-        GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-        CHUNK: tl.constexpr, QUERY_UNROLL: tl.constexpr, KEY_UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """TOKENS tokens per program, each with a row of ``partial_sums``, for which CHUNK must be GROUPS.
+@triton.jit
+def _backward_heads(
+    grad: tl.tensor | None, grad_offset: tl.tensor, mixed: tl.tensor | None, mixed_offset: tl.tensor,
+    weight: tl.tensor | None, angles: tl.tuple | None, grad_mixed: tl.tensor | None, sums: tl.tensor | None,
+    sums_offset: tl.tensor, mask: tl.tensor, first_head: tl.tensor, eps: float,
+    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """As :func:`_forward_heads`; ``sums`` is set to the gradient of the weight from these tokens and heads."""
+    HALF: tl.constexpr = WIDTH // 2
+    zeros = tl.zeros(mask.shape, tl.float32)
+    sum_first, sum_second = zeros, zeros
+    if weight is not None:
+        weight_first, weight_second = _load_weight(weight, WIDTH, mask.shape[1])
+    for start in range(first_head, first_head + HEADS, UNROLL):
+        # all loads come before the first store, across which the compiler cannot move them
+        grads, heads = (), ()
+        for step in tl.static_range(UNROLL):
+            if grad is None:
+                grads = grads + ((zeros, zeros),)
+            else:
+                grads = grads + (_load_halves(grad + grad_offset + (start + step) * WIDTH, mask, HALF),)
+            if weight is not None:
+                at = mixed + mixed_offset + _slot(start + step, PER_GROUP, SLOTS) * WIDTH
+                heads = heads + (_load_halves(at, mask, HALF),)
+        for step in tl.static_range(UNROLL):
+            first, second = grads[step]
+            if angles is not None:
+                cos_first, cos_second, sin_first, sin_second = angles
+                from_first, from_second = first.to(tl.float32), second.to(tl.float32)
+                first = from_first * cos_first + from_second * sin_second
+                second = from_second * cos_second - from_first * sin_first
+            if weight is not None:
+                head_first, head_second = heads[step]
+                head_first, head_second = head_first.to(tl.float32), head_second.to(tl.float32)
+                scale = _inverse_rms(head_first, head_second, eps, WIDTH)
+                head_first *= scale
+                head_second *= scale
+                if sums is not None:
+                    sum_first += first * head_first
+                    sum_second += second * head_second
+                first *= weight_first
+                second *= weight_second
+                along = tl.sum(first * head_first + second * head_second, axis=1, keep_dims=True) / WIDTH
+                first, second = scale * (first - head_first * along), scale * (second - head_second * along)
+            if grad_mixed is not None:
+                at = grad_mixed + mixed_offset + _slot(start + step, PER_GROUP, SLOTS) * WIDTH
+                _store_halves(at, first, second, mask, HALF)
+    if sums is not None:
+        in_half = tl.arange(0, mask.shape[1]) < HALF
+        _store_halves(sums + sums_offset, tl.sum(sum_first, axis=0), tl.sum(sum_second, axis=0), in_half, HALF)
 
-        Where a gradient of a result is None it is 0; where a gradient to be computed is None it is left out.
-        ``partial_sums`` is fp32 [programs, 2, D]: the sums for the weight of queries, and those for that of keys.
-        """
-        SLOTS: tl.constexpr = QUERIES + 2
-        token, column, mask = _tokens(num_tokens, WIDTH // 2, TOKENS, BLOCK)
-        query_offset = token * (GROUPS * QUERIES * WIDTH) + column
-        key_offset = token * (GROUPS * WIDTH) + column
-        mixed_offset = token * (GROUPS * SLOTS * WIDTH) + column
-        KEY: tl.constexpr = QUERIES * WIDTH
-        VALUE: tl.constexpr = KEY + WIDTH
-        sums_offset = tl.program_id(0) * (2 * WIDTH) + tl.arange(0, BLOCK)
-        angles = _load_angles(cos, sin, token * WIDTH + column, mask, WIDTH // 2)
-        for group in range(0, GROUPS, CHUNK):
-            _backward_heads(
-                grad_query, query_offset, mixed, mixed_offset, query_weight, angles, grad_mixed, partial_sums,
-                sums_offset, mask, group * QUERIES, eps, CHUNK * QUERIES, QUERIES, SLOTS, WIDTH, QUERY_UNROLL,
-            )  # fmt: skip
-            _backward_heads(
-                grad_key, key_offset, mixed, mixed_offset + KEY, key_weight, angles, grad_mixed, partial_sums,
-                sums_offset + WIDTH, mask, group, eps, CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
-            )  # fmt: skip
-            _backward_heads(
-                grad_value, key_offset, None, mixed_offset + VALUE, None, None, grad_mixed, None,
-                sums_offset, mask, group, eps, CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
-            )  # fmt: skip
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _backward_kernel(
+    grad_query: tl.tensor | None, grad_key: tl.tensor | None, grad_value: tl.tensor | None,
+    mixed: tl.tensor | None, query_weight: tl.tensor | None, key_weight: tl.tensor | None,
+    cos: tl.tensor, sin: tl.tensor, grad_mixed: tl.tensor | None, partial_sums: tl.tensor | None,
+    num_tokens: int, eps: float,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, QUERY_UNROLL: tl.constexpr, KEY_UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """TOKENS tokens per program, each with a row of ``partial_sums``, for which CHUNK must be GROUPS.
+
+    Where a gradient of a result is None it is 0; where a gradient to be computed is None it is left out.
+    ``partial_sums`` is fp32 [programs, 2, D]: the sums for the weight of queries, and those for that of keys.
+    """
+    SLOTS: tl.constexpr = QUERIES + 2
+    token, column, mask = _tokens(num_tokens, WIDTH // 2, TOKENS, BLOCK)
+    query_offset = token * (GROUPS * QUERIES * WIDTH) + column
+    key_offset = token * (GROUPS * WIDTH) + column
+    mixed_offset = token * (GROUPS * SLOTS * WIDTH) + column
+    KEY: tl.constexpr = QUERIES * WIDTH
+    VALUE: tl.constexpr = KEY + WIDTH
+    sums_offset = tl.program_id(0) * (2 * WIDTH) + tl.arange(0, BLOCK)
+    angles = _load_angles(cos, sin, token * WIDTH + column, mask, WIDTH // 2)
+    for group in range(0, GROUPS, CHUNK):
+        _backward_heads(
+            grad_query, query_offset, mixed, mixed_offset, query_weight, angles, grad_mixed, partial_sums,
+            sums_offset, mask, group * QUERIES, eps, CHUNK * QUERIES, QUERIES, SLOTS, WIDTH, QUERY_UNROLL,
+        )  # fmt: skip
+        _backward_heads(
+            grad_key, key_offset, mixed, mixed_offset + KEY, key_weight, angles, grad_mixed, partial_sums,
+            sums_offset + WIDTH, mask, group, eps, CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
+        )  # fmt: skip
+        _backward_heads(
+            grad_value, key_offset, None, mixed_offset + VALUE, None, None, grad_mixed, None,
+            sums_offset, mask, group, eps, CHUNK, 1, SLOTS, WIDTH, KEY_UNROLL,
+        )  # fmt: skip
 
 
 class _NormRotarySplit(torch.autograd.Function):

@@ -11,74 +11,70 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # importing this module is allowed then, calling its functions is not
-    triton = None
 
 LOWEST = -3e38
 ROWS = 4
 NUM_WARPS = 4
 
-if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_tokens"])
-    def _forward_kernel(
-        logits: tl.tensor, weights: tl.tensor, rounded: tl.tensor, experts: tl.tensor, num_tokens: int,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-        LOWEST: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS tokens per program; WIDTH is E."""
-        token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        exists = token < num_tokens
-        column = tl.arange(0, BLOCK)[None, :]
-        at = logits + token[:, None].to(tl.int64) * WIDTH + column
-        values = tl.load(at, mask=exists[:, None] & (column < WIDTH), other=0.0).to(tl.float32)
-        # chosen by numbers that are all comparable, so that no index is taken twice or lies beyond the last expert
-        keys = tl.where(values > LOWEST, values, LOWEST)
-        free = column < WIDTH
-        chosen = ()
-        for rank in tl.static_range(TOP_K):
-            index = tl.argmax(tl.where(free, keys, float("-inf")), axis=1)
-            chosen = chosen + (tl.sum(tl.where(column == index[:, None], values, 0.0), axis=1),)
-            tl.store(experts + token.to(tl.int64) * TOP_K + rank, index.to(tl.int64), mask=exists)
-            free = free & (column != index[:, None])
-        total = tl.zeros([ROWS], tl.float32)
-        for rank in tl.static_range(TOP_K):
-            total += tl.exp(chosen[rank] - chosen[0])
-        for rank in tl.static_range(TOP_K):
-            weight = tl.exp(chosen[rank] - chosen[0]) / total
-            tl.store(weights + token.to(tl.int64) * TOP_K + rank, weight, mask=exists)
-            tl.store(rounded + token.to(tl.int64) * TOP_K + rank, weight.to(rounded.dtype.element_ty), mask=exists)
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward_kernel(
+    logits: tl.tensor, weights: tl.tensor, rounded: tl.tensor, experts: tl.tensor, num_tokens: int,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    LOWEST: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS tokens per program; WIDTH is E."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = token < num_tokens
+    column = tl.arange(0, BLOCK)[None, :]
+    at = logits + token[:, None].to(tl.int64) * WIDTH + column
+    values = tl.load(at, mask=exists[:, None] & (column < WIDTH), other=0.0).to(tl.float32)
+    # chosen by numbers that are all comparable, so that no index is taken twice or lies beyond the last expert
+    keys = tl.where(values > LOWEST, values, LOWEST)
+    free = column < WIDTH
+    chosen = ()
+    for rank in tl.static_range(TOP_K):
+        index = tl.argmax(tl.where(free, keys, float("-inf")), axis=1)
+        chosen = chosen + (tl.sum(tl.where(column == index[:, None], values, 0.0), axis=1),)
+        tl.store(experts + token.to(tl.int64) * TOP_K + rank, index.to(tl.int64), mask=exists)
+        free = free & (column != index[:, None])
+    total = tl.zeros([ROWS], tl.float32)
+    for rank in tl.static_range(TOP_K):
+        total += tl.exp(chosen[rank] - chosen[0])
+    for rank in tl.static_range(TOP_K):
+        weight = tl.exp(chosen[rank] - chosen[0]) / total
+        tl.store(weights + token.to(tl.int64) * TOP_K + rank, weight, mask=exists)
+        tl.store(rounded + token.to(tl.int64) * TOP_K + rank, weight.to(rounded.dtype.element_ty), mask=exists)
 
-    @triton.jit(do_not_specialize=["num_tokens"])
-    def _backward_kernel(
-        grad: tl.tensor, weights: tl.tensor, experts: tl.tensor, grad_logits: tl.tensor, num_tokens: int,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS tokens per program."""
-        token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        exists = token < num_tokens
-        column = tl.arange(0, BLOCK)[None, :]
-        along = tl.zeros([ROWS], tl.float32)
-        for rank in tl.static_range(TOP_K):
-            at = token.to(tl.int64) * TOP_K + rank
-            weight = tl.load(weights + at, mask=exists, other=0.0)
-            along += weight * tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
-        result = tl.zeros([ROWS, BLOCK], tl.float32)
-        for rank in tl.static_range(TOP_K):
-            at = token.to(tl.int64) * TOP_K + rank
-            weight = tl.load(weights + at, mask=exists, other=0.0)
-            value = weight * (tl.load(grad + at, mask=exists, other=0.0).to(tl.float32) - along)
-            index = tl.load(experts + at, mask=exists, other=0)
-            result = tl.where(column == index[:, None], value[:, None], result)
-        to = grad_logits + token[:, None].to(tl.int64) * WIDTH + column
-        tl.store(to, result.to(grad_logits.dtype.element_ty), mask=exists[:, None] & (column < WIDTH))
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _backward_kernel(
+    grad: tl.tensor, weights: tl.tensor, experts: tl.tensor, grad_logits: tl.tensor, num_tokens: int,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS tokens per program."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = token < num_tokens
+    column = tl.arange(0, BLOCK)[None, :]
+    along = tl.zeros([ROWS], tl.float32)
+    for rank in tl.static_range(TOP_K):
+        at = token.to(tl.int64) * TOP_K + rank
+        weight = tl.load(weights + at, mask=exists, other=0.0)
+        along += weight * tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
+    result = tl.zeros([ROWS, BLOCK], tl.float32)
+    for rank in tl.static_range(TOP_K):
+        at = token.to(tl.int64) * TOP_K + rank
+        weight = tl.load(weights + at, mask=exists, other=0.0)
+        value = weight * (tl.load(grad + at, mask=exists, other=0.0).to(tl.float32) - along)
+        index = tl.load(experts + at, mask=exists, other=0)
+        result = tl.where(column == index[:, None], value[:, None], result)
+    to = grad_logits + token[:, None].to(tl.int64) * WIDTH + column
+    tl.store(to, result.to(grad_logits.dtype.element_ty), mask=exists[:, None] & (column < WIDTH))
 
 
 class _TopKSoftmax(torch.autograd.Function):

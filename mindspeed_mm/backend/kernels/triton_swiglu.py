@@ -13,13 +13,9 @@ import contextlib
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # importing this module is allowed then, calling its functions is not
-    triton = None
 
 NUM_WARPS = 4
 # Kernels over rows: each warp has rows of its own, so that sums over a row need no exchange between warps. It reads
@@ -32,141 +28,139 @@ GATHER_UNROLL = 4
 # sum_rows: the columns of one program, which loads those of k rows without waiting for one another.
 SUM_BLOCK = 1024
 
-if triton is not None:
 
-    @triton.jit
-    def _block(
-        first: tl.tensor, in_rows: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-    ) -> tuple[tl.tensor, tl.tensor]:
-        """Column indices [1, BLOCK] from ``first`` on, and the mask [ROWS, 1 or BLOCK] of what exists."""
-        column = first + tl.arange(0, BLOCK)[None, :]
-        mask = in_rows[:, None]
-        if WIDTH % BLOCK != 0:
-            mask = mask & (column < WIDTH)
-        return column, mask
+@triton.jit
+def _block(
+    first: tl.tensor, in_rows: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Column indices [1, BLOCK] from ``first`` on, and the mask [ROWS, 1 or BLOCK] of what exists."""
+    column = first + tl.arange(0, BLOCK)[None, :]
+    mask = in_rows[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (column < WIDTH)
+    return column, mask
 
-    @triton.jit(do_not_specialize=["num_rows"])
-    def _swiglu_kernel(
-        gate_up: tl.tensor, weights: tl.tensor | None, result: tl.tensor, num_rows: int,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS rows of :func:`weighted_swiglu` per program; WIDTH is I."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        in_rows = row < num_rows
-        scale = tl.full([ROWS], 1.0, tl.float32)
-        if weights is not None:
-            scale = tl.load(weights + row, mask=in_rows, other=0.0).to(tl.float32)
-        scale = scale[:, None]
-        row = row.to(tl.int64)[:, None]
-        gate_at = gate_up + row * (2 * WIDTH)
-        result_at = result + row * WIDTH
-        for first in range(0, WIDTH, UNROLL * BLOCK):
-            # all loads come before the first store: the compiler may not move a load ahead of a store
-            gates, ups = (), ()
-            for step in tl.static_range(UNROLL):
-                column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
-                gates = gates + (tl.load(gate_at + column, mask=mask, other=0.0),)
-                ups = ups + (tl.load(gate_at + WIDTH + column, mask=mask, other=0.0),)
-            for step in tl.static_range(UNROLL):
-                column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
-                gate = gates[step].to(tl.float32)
-                value = gate * tl.sigmoid(gate) * ups[step].to(tl.float32) * scale
-                tl.store(result_at + column, value.to(result.dtype.element_ty), mask=mask)
 
-    @triton.jit(do_not_specialize=["num_rows"])
-    def _swiglu_backward_kernel(
-        gate_up: tl.tensor, weights: tl.tensor | None, grad: tl.tensor, result: tl.tensor, grad_gate_up: tl.tensor,
-        grad_weights: tl.tensor | None, num_rows: int,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS rows of :func:`weighted_swiglu_backward` per program; WIDTH is I."""
-        index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        in_rows = index < num_rows
-        scale = tl.full([ROWS], 1.0, tl.float32)
-        if weights is not None:
-            scale = tl.load(weights + index, mask=in_rows, other=0.0).to(tl.float32)
-        scale = scale[:, None]
-        row = index.to(tl.int64)[:, None]
-        narrow, wide = row * WIDTH, row * (2 * WIDTH)
-        products = tl.zeros([ROWS, BLOCK], tl.float32)
-        for first in range(0, WIDTH, UNROLL * BLOCK):
-            # all loads come before the first store: the compiler may not move a load ahead of a store
-            gates, ups, grads = (), (), ()
-            for step in tl.static_range(UNROLL):
-                column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
-                gates = gates + (tl.load(gate_up + wide + column, mask=mask, other=0.0),)
-                ups = ups + (tl.load(gate_up + wide + WIDTH + column, mask=mask, other=0.0),)
-                grads = grads + (tl.load(grad + narrow + column, mask=mask, other=0.0),)
-            for step in tl.static_range(UNROLL):
-                column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
-                gate, up = gates[step].to(tl.float32), ups[step].to(tl.float32)
-                incoming = grads[step].to(tl.float32)
-                sigmoid = tl.sigmoid(gate)
-                active = gate * sigmoid
-                inner = active * up
-                if weights is not None:
-                    products += incoming * inner
-                incoming *= scale
-                grad_gate = incoming * up * (sigmoid + active * (1.0 - sigmoid))
-                tl.store(result + narrow + column, (inner * scale).to(result.dtype.element_ty), mask=mask)
-                to = grad_gate_up + wide + column
-                tl.store(to, grad_gate.to(grad_gate_up.dtype.element_ty), mask=mask)
-                tl.store(to + WIDTH, (incoming * active).to(grad_gate_up.dtype.element_ty), mask=mask)
-        if weights is not None:
-            tl.store(grad_weights + index, tl.sum(products, axis=1), mask=in_rows)
+@triton.jit(do_not_specialize=["num_rows"])
+def _swiglu_kernel(
+    gate_up: tl.tensor, weights: tl.tensor | None, result: tl.tensor, num_rows: int,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS rows of :func:`weighted_swiglu` per program; WIDTH is I."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < num_rows
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if weights is not None:
+        scale = tl.load(weights + row, mask=in_rows, other=0.0).to(tl.float32)
+    scale = scale[:, None]
+    row = row.to(tl.int64)[:, None]
+    gate_at = gate_up + row * (2 * WIDTH)
+    result_at = result + row * WIDTH
+    for first in range(0, WIDTH, UNROLL * BLOCK):
+        # all loads come before the first store: the compiler may not move a load ahead of a store
+        gates, ups = (), ()
+        for step in tl.static_range(UNROLL):
+            column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
+            gates = gates + (tl.load(gate_at + column, mask=mask, other=0.0),)
+            ups = ups + (tl.load(gate_at + WIDTH + column, mask=mask, other=0.0),)
+        for step in tl.static_range(UNROLL):
+            column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
+            gate = gates[step].to(tl.float32)
+            value = gate * tl.sigmoid(gate) * ups[step].to(tl.float32) * scale
+            tl.store(result_at + column, value.to(result.dtype.element_ty), mask=mask)
 
-    @triton.jit
-    def _sum_rows_kernel(
-        rows: tl.tensor, indices: tl.tensor, weights: tl.tensor | None, result: tl.tensor,
-        TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """BLOCK columns of one token of :func:`sum_rows` per program; WIDTH is H."""
-        blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-        program = tl.program_id(0)
-        token = (program // blocks).to(tl.int64)
-        column = program % blocks * BLOCK + tl.arange(0, BLOCK)
-        mask = None if WIDTH % BLOCK == 0 else column < WIDTH
-        total = tl.zeros([BLOCK], tl.float32)
-        for choice in tl.static_range(TOP_K):
-            row = tl.load(indices + token * TOP_K + choice).to(tl.int64)
-            values = tl.load(rows + row * WIDTH + column, mask=mask).to(tl.float32)
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _swiglu_backward_kernel(
+    gate_up: tl.tensor, weights: tl.tensor | None, grad: tl.tensor, result: tl.tensor, grad_gate_up: tl.tensor,
+    grad_weights: tl.tensor | None, num_rows: int,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS rows of :func:`weighted_swiglu_backward` per program; WIDTH is I."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = index < num_rows
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if weights is not None:
+        scale = tl.load(weights + index, mask=in_rows, other=0.0).to(tl.float32)
+    scale = scale[:, None]
+    row = index.to(tl.int64)[:, None]
+    narrow, wide = row * WIDTH, row * (2 * WIDTH)
+    products = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, WIDTH, UNROLL * BLOCK):
+        # all loads come before the first store: the compiler may not move a load ahead of a store
+        gates, ups, grads = (), (), ()
+        for step in tl.static_range(UNROLL):
+            column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
+            gates = gates + (tl.load(gate_up + wide + column, mask=mask, other=0.0),)
+            ups = ups + (tl.load(gate_up + wide + WIDTH + column, mask=mask, other=0.0),)
+            grads = grads + (tl.load(grad + narrow + column, mask=mask, other=0.0),)
+        for step in tl.static_range(UNROLL):
+            column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
+            gate, up = gates[step].to(tl.float32), ups[step].to(tl.float32)
+            incoming = grads[step].to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            active = gate * sigmoid
+            inner = active * up
             if weights is not None:
-                values *= tl.load(weights + token * TOP_K + choice).to(tl.float32)
-            total += values
-        tl.store(result + token * WIDTH + column, total.to(result.dtype.element_ty), mask=mask)
+                products += incoming * inner
+            incoming *= scale
+            grad_gate = incoming * up * (sigmoid + active * (1.0 - sigmoid))
+            tl.store(result + narrow + column, (inner * scale).to(result.dtype.element_ty), mask=mask)
+            to = grad_gate_up + wide + column
+            tl.store(to, grad_gate.to(grad_gate_up.dtype.element_ty), mask=mask)
+            tl.store(to + WIDTH, (incoming * active).to(grad_gate_up.dtype.element_ty), mask=mask)
+    if weights is not None:
+        tl.store(grad_weights + index, tl.sum(products, axis=1), mask=in_rows)
 
-    @triton.jit(do_not_specialize=["num_rows"])
-    def _sum_rows_backward_kernel(
-        grad: tl.tensor, rows: tl.tensor, index: tl.tensor, weights: tl.tensor, grad_rows: tl.tensor,
-        grad_weights: tl.tensor, num_rows: int,
-        TOP_K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    ) -> None:  # fmt: skip
-        """ROWS weights and their rows per program; WIDTH is H.
 
-        With TOP_K the weights are in the order of the choices, and ``index`` gives each one's row; with TOP_K = 0 they
-        are in the order of the rows, and ``index`` gives each one's token.
-        """
-        weight = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        in_rows = weight < num_rows
-        scale = tl.load(weights + weight, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-        other = tl.load(index + weight, mask=in_rows, other=0)
-        row, token = (other, weight // TOP_K) if TOP_K else (weight, other)
-        grad_at = grad + token.to(tl.int64)[:, None] * WIDTH
-        at = row.to(tl.int64)[:, None] * WIDTH
-        products = tl.zeros([ROWS, BLOCK], tl.float32)
-        for first in range(0, WIDTH, UNROLL * BLOCK):
-            # all loads come before the first store: the compiler may not move a load ahead of a store
-            grads, values = (), ()
-            for step in tl.static_range(UNROLL):
-                column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
-                grads = grads + (tl.load(grad_at + column, mask=mask, other=0.0),)
-                values = values + (tl.load(rows + at + column, mask=mask, other=0.0),)
-            for step in tl.static_range(UNROLL):
-                column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
-                incoming = grads[step].to(tl.float32)
-                products += incoming * values[step].to(tl.float32)
-                tl.store(grad_rows + at + column, (incoming * scale).to(grad_rows.dtype.element_ty), mask=mask)
-        tl.store(grad_weights + weight, tl.sum(products, axis=1), mask=in_rows)
+@triton.jit
+def _sum_rows_kernel(
+    rows: tl.tensor, indices: tl.tensor, weights: tl.tensor | None, result: tl.tensor,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """BLOCK columns of one token of :func:`sum_rows` per program; WIDTH is H."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    token = (program // blocks).to(tl.int64)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = None if WIDTH % BLOCK == 0 else column < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(indices + token * TOP_K + choice).to(tl.int64)
+        values = tl.load(rows + row * WIDTH + column, mask=mask).to(tl.float32)
+        if weights is not None:
+            values *= tl.load(weights + token * TOP_K + choice).to(tl.float32)
+        total += values
+    tl.store(result + token * WIDTH + column, total.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _sum_rows_backward_kernel(
+    grad: tl.tensor, rows: tl.tensor, indices: tl.tensor, weights: tl.tensor, grad_rows: tl.tensor,
+    grad_weights: tl.tensor, num_rows: int,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS weights and their rows per program; WIDTH is H."""
+    weight = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = weight < num_rows
+    scale = tl.load(weights + weight, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+    row = tl.load(indices + weight, mask=in_rows, other=0)
+    grad_at = grad + (weight // TOP_K).to(tl.int64)[:, None] * WIDTH
+    at = row.to(tl.int64)[:, None] * WIDTH
+    products = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, WIDTH, UNROLL * BLOCK):
+        # all loads come before the first store: the compiler may not move a load ahead of a store
+        grads, values = (), ()
+        for step in tl.static_range(UNROLL):
+            column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
+            grads = grads + (tl.load(grad_at + column, mask=mask, other=0.0),)
+            values = values + (tl.load(rows + at + column, mask=mask, other=0.0),)
+        for step in tl.static_range(UNROLL):
+            column, mask = _block(first + step * BLOCK, in_rows, WIDTH, BLOCK)
+            incoming = grads[step].to(tl.float32)
+            products += incoming * values[step].to(tl.float32)
+            tl.store(grad_rows + at + column, (incoming * scale).to(grad_rows.dtype.element_ty), mask=mask)
+    tl.store(grad_weights + weight, tl.sum(products, axis=1), mask=in_rows)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -270,10 +264,8 @@ def sum_rows_backward(grad: Tensor, rows: Tensor, indices: Tensor, weights: Tens
     """The gradients of :func:`sum_rows` where ``indices`` has each row exactly once, as a permutation.
 
     ``grad_rows[indices[t, k]] = weights[t, k] * grad[t]`` and
-    ``grad_weights[t, k] = dot(grad[t], rows[indices[t, k]])``.
-
-    It goes through the tokens, so that ``grad`` comes from memory once; :func:`weighted_gather_backward`, which goes
-    through the rows, reads it k times, as far as it has left the cache in between.
+    ``grad_weights[t, k] = dot(grad[t], rows[indices[t, k]])``. It goes through the tokens and not through the rows, so
+    that ``grad`` comes from memory once and not k times.
 
     Args:
         grad: [T, H].
@@ -284,41 +276,15 @@ def sum_rows_backward(grad: Tensor, rows: Tensor, indices: Tensor, weights: Tens
     Returns:
         The gradient of ``rows`` [N, H] in their type, and that of ``weights`` [T, k] in fp32.
     """
-    grad_rows, grad_weights = _launch_sum_rows_backward(grad, rows, indices, weights, top_k=indices.shape[1])
-    return grad_rows, grad_weights.view(weights.shape)
-
-
-def weighted_gather_backward(
-    grad: Tensor, permuted: Tensor, token_of_permuted: Tensor, weights_of_permuted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of a weighted sum of each token's permuted tokens, in the order of these.
-
-    ``grad_permuted[n] = weights_of_permuted[n] * grad[token_of_permuted[n]]``, and
-    ``grad_weights[n] = dot(grad[token_of_permuted[n]], permuted[n])``.
-
-    Args:
-        grad: [T, H], the gradient of the sums.
-        permuted: [N, H].
-        token_of_permuted: int64 [N] into ``grad``.
-        weights_of_permuted: [N].
-
-    Returns:
-        The gradient of ``permuted`` [N, H] in its type, and that of the weights, fp32 [N].
-    """
-    return _launch_sum_rows_backward(grad, permuted, token_of_permuted, weights_of_permuted, top_k=0)
-
-
-def _launch_sum_rows_backward(
-    grad: Tensor, rows: Tensor, index: Tensor, weights: Tensor, *, top_k: int
-) -> tuple[Tensor, Tensor]:
-    grad, rows, index, weights = grad.contiguous(), rows.contiguous(), index.contiguous(), weights.contiguous()
+    grad, rows, indices, weights = grad.contiguous(), rows.contiguous(), indices.contiguous(), weights.contiguous()
     count, width = rows.shape
-    grad_rows, grad_weights = torch.empty_like(rows), rows.new_empty(count, dtype=torch.float32)
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights, dtype=torch.float32)
     if grad_rows.numel() == 0:
         return grad_rows, grad_weights.zero_()
     blocks = _row_blocks(width, GATHER_UNROLL)
     with on_device_of(rows):
         _sum_rows_backward_kernel[(triton.cdiv(count, blocks["ROWS"]),)](
-            grad, rows, index, weights, grad_rows, grad_weights, count, TOP_K=top_k, **blocks, num_warps=NUM_WARPS
+            grad, rows, indices, weights, grad_rows, grad_weights, count, TOP_K=indices.shape[1], **blocks,
+            num_warps=NUM_WARPS,
         )
     return grad_rows, grad_weights

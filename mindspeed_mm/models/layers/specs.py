@@ -25,6 +25,7 @@ from mindspeed_mm.backend.kernels.experts import ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 from mindspeed_mm.backend.kernels.registry import (
     attention_kernel,
+    combine_backward_kernel,
     combine_kernel,
     cross_entropy_kernel,
     expert_kernel,
@@ -99,7 +100,7 @@ def decoder_kernels(config: DecoderConfig, options: ModelBuildOptions, *, device
         dtype=dtype,
         triton=triton,
     )
-    permuter = IndexPermuter(combine_kernel(device=device, triton=triton))
+    permuter = IndexPermuter(combine_kernel(device=device, triton=triton), combine_backward_kernel(triton=triton))
     return Kernels(
         attention=attention_kernel(options.text_attn_implementation, device=device),
         rms_norm=rms_norm_kernel(device=device, compiled=compiled, triton=triton),

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.permutation import CombineKernel, TokenPermuter, gather_combine
+from mindspeed_mm.backend.kernels.permutation import (
+    CombineBackwardKernel,
+    CombineKernel,
+    TokenPermuter,
+    gather_combine,
+)
 
 ExpertFunction = Callable[..., Tensor]
 """(permuted tokens [N, H] sorted by expert, tokens per expert [E]) -> [N, H]; experts that weigh rows take each row's
@@ -100,15 +105,21 @@ class _Gather(torch.autograd.Function):
     """permuted [N, H], weights [T, k] -> the weighted sum of each token's results [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, permuted: Tensor, weights: Tensor, routing: Routing, combine: CombineKernel) -> Tensor:
+    def forward(
+        ctx: Any, permuted: Tensor, weights: Tensor, routing: Routing, combine: CombineKernel,
+        combine_backward: CombineBackwardKernel | None,
+    ) -> Tensor:
         ctx.save_for_backward(permuted, weights)
-        ctx.routing = routing
+        ctx.routing, ctx.combine_backward = routing, combine_backward
         return combine(permuted, routing.permuted_of_token, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         permuted, weights = ctx.saved_tensors
         routing = ctx.routing
+        if ctx.combine_backward is not None:
+            grad_permuted, grad_weights = ctx.combine_backward(grad, permuted, routing.permuted_of_token, weights)
+            return grad_permuted, grad_weights.to(weights.dtype), None, None, None
         grad_by_permuted = grad.index_select(0, routing.token_of_permuted)
         grad_permuted = grad_weights = None
         if ctx.needs_input_grad[1]:
@@ -116,14 +127,18 @@ class _Gather(torch.autograd.Function):
             grad_weights = by_permuted[routing.inverse].view_as(weights).to(weights.dtype)
         if ctx.needs_input_grad[0]:
             grad_permuted = grad_by_permuted.mul_(weights.flatten()[routing.order].unsqueeze(-1))
-        return grad_permuted, grad_weights, None, None
+        return grad_permuted, grad_weights, None, None, None
 
 
 class IndexPermuter:
     """A ``TokenPermuter`` made of index operations, for any device and dtype."""
 
-    def __init__(self, combine: CombineKernel = gather_combine) -> None:
+    def __init__(
+        self, combine: CombineKernel = gather_combine, combine_backward: CombineBackwardKernel | None = None
+    ) -> None:
+        """``combine_backward``: the gradients of a weighted ``combine``; None for torch's operators."""
         self._combine = combine
+        self._combine_backward = combine_backward
 
     def count(self, experts: Tensor, num_experts: int) -> Tensor:
         """int64 [E]."""
@@ -143,7 +158,7 @@ class IndexPermuter:
             return _Permute.apply(permuted, routing.inverse, routing.order)
         if weights is None:
             return _Sum.apply(permuted, routing, self._combine)
-        return _Gather.apply(permuted, weights, routing, self._combine)
+        return _Gather.apply(permuted, weights, routing, self._combine, self._combine_backward)
 
 
 @dataclasses.dataclass(frozen=True)
