@@ -69,10 +69,10 @@ def _cross_entropy_kernel(
     total = tl.zeros([THREADS], tl.float32)
     for first in range(0, WIDTH, STRIDE):
         vectors = _load_vectors(row, first, offset, WIDTH, UNROLL, "")
-        highest = vectors[0]
+        highest = vectors[0].to(tl.float32)
         for step in tl.static_range(1, UNROLL):
-            highest = tl.maximum(highest, vectors[step])
-        updated = tl.maximum(maximum, tl.max(highest.to(tl.float32), axis=1))
+            highest = tl.maximum(highest, vectors[step].to(tl.float32))
+        updated = tl.maximum(maximum, tl.max(highest, axis=1))
         sums = tl.zeros([THREADS, VECTOR], tl.float32)
         for step in tl.static_range(UNROLL):
             sums += _exp(vectors[step].to(tl.float32) - updated[:, None])

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from mindspeed_mm.backend.kernels import triton_grouped  # noqa: E402

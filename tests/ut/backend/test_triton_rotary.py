@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
-
 import pytest
 import torch
 import torch.nn.functional as F

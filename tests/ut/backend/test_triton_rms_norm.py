@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,83 @@
+"""The model with Triton's kernels, interpreted on the CPU: against Hugging Face, and experts that weigh their rows."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] == "0", reason="tests/cuda has the model on a GPU")
+
+from mindspeed_mm.backend.kernels import registry  # noqa: E402
+from mindspeed_mm.backend.kernels.attention import sdpa_attention  # noqa: E402
+from mindspeed_mm.backend.kernels.experts import reference_experts  # noqa: E402
+from mindspeed_mm.backend.kernels.triton_experts import weighted_experts  # noqa: E402
+from mindspeed_mm.backend.kernels.triton_rotary import norm_rotary_split  # noqa: E402
+from mindspeed_mm.backend.kernels.triton_swiglu import sum_rows, sum_rows_backward  # noqa: E402
+from mindspeed_mm.models.layers import specs  # noqa: E402
+from mindspeed_mm.models.layers.attention import PackedSelfAttention  # noqa: E402
+from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher  # noqa: E402
+from mindspeed_mm.models.spec import ModelBuildOptions  # noqa: E402
+from tests.ut.models.test_parity import equals_hf, reference  # noqa: E402, F401  the latter a fixture
+
+
+def test_packed_batch_equals_hf(reference, monkeypatch):  # noqa: F811
+    for module in (registry, specs):
+        monkeypatch.setattr(module, "use_triton", lambda device: True)
+    monkeypatch.setattr(specs, "expert_kernel_name", lambda **_: "triton_grouped_mm")
+    model, _ = equals_hf(reference, ModelBuildOptions(text_attn_implementation="sdpa"))
+    attention = [module for module in model.modules() if isinstance(module, PackedSelfAttention)]
+    assert {module.split_kernel for module in attention} == {norm_rotary_split}
+    assert {module.core_attention.kernel for module in attention} >= {sdpa_attention}
+    assert {layer.experts.kernel for layer in model.text_decoder.moe_layers()} == {weighted_experts}
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["returned", "summed"])
+def test_experts_that_weigh_equal_weights_afterwards(summed):
+    """Values and every gradient; twice, so that what is summed in place is summed."""
+    torch.manual_seed(0)
+    tokens, weights = torch.randn(11, 24), torch.rand(11, 3)
+    experts = torch.stack([torch.randperm(5)[:3] for _ in range(11)])
+    experts[experts == 3] = 4  # an expert without tokens
+    gate_up, down, grad = torch.randn(5, 24, 32), torch.randn(5, 16, 24), torch.randn(11, 24)
+
+    def run(kernel, dispatcher):
+        leaves = [tensor.clone().requires_grad_() for tensor in (tokens, weights, gate_up, down)]
+        sums = [torch.full_like(leaf, float("nan")) for leaf in leaves[2:]]
+        in_place = summed and kernel is weighted_experts
+        for leaf, total in zip(leaves[2:], sums, strict=True):
+            if in_place:
+                leaf.gradient_sum = _Sum(total)
+
+        def function(permuted, counts, *row_weights):
+            return kernel(permuted, leaves[2], leaves[3], counts, *row_weights)
+
+        for _ in range(2):
+            output = dispatcher(leaves[0], leaves[1], experts, function, 5)
+            output.backward(grad)
+        if in_place:
+            assert leaves[2].grad is None and leaves[3].grad is None
+            return [output, leaves[0].grad, leaves[1].grad, *sums]
+        return [output, *(leaf.grad for leaf in leaves)]
+
+    expected = run(reference_experts, LocalDispatcher(IndexPermuter()))
+    found = run(weighted_experts, LocalDispatcher(IndexPermuter(sum_rows, sum_rows_backward), True))
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    # and with the weights afterwards, as under expert parallelism
+    after = run(reference_experts, LocalDispatcher(IndexPermuter(sum_rows, sum_rows_backward)))
+    for one, other in zip(after, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+class _Sum:
+    """Where a gradient is accumulated; what it holds at first is not added to."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        self.total, self.used = total, False
+
+    def __call__(self) -> tuple[torch.Tensor, bool]:
+        add, self.used = self.used, True
+        return self.total, add
