@@ -1,4 +1,4 @@
-"""Triton kernels of RMSNorm, alone or after the addition to the residual stream, with autograd.
+"""Triton kernels of RMSNorm, with autograd.
 
 They are bound by memory: each input is read once and each output written once. The arithmetic is fp32, and results are
 rounded once. Backward computes the statistics of a row again, since it has to read the row anyway. The gradient of the
@@ -62,33 +62,26 @@ def _inverse_rms(hidden: tl.tensor, eps: float, WIDTH: tl.constexpr) -> tl.tenso
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
-    hidden: tl.tensor, residual: tl.tensor | None, weight: tl.tensor, normed: tl.tensor, total: tl.tensor | None,
-    num_rows: int, eps: float,
+    hidden: tl.tensor, weight: tl.tensor, normed: tl.tensor, num_rows: int, eps: float,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """ROWS rows per program; WIDTH is H. ``residual`` and ``total``: those of :func:`add_rms_norm`."""
+    """ROWS rows per program; WIDTH is H."""
     offset, mask = _rows(tl.program_id(0), num_rows, WIDTH, ROWS, BLOCK)
     scale = _load_weight(weight, WIDTH, BLOCK)
-    values = tl.load(hidden + offset, mask=mask, other=0.0)
-    if residual is not None:
-        values = values.to(tl.float32) + tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        values = values.to(total.dtype.element_ty)
-        tl.store(total + offset, values, mask=mask)
-    values = values.to(tl.float32)  # of the rounded sum, as if it had been read again
+    values = tl.load(hidden + offset, mask=mask, other=0.0).to(tl.float32)
     values = values * _inverse_rms(values, eps, WIDTH) * scale
     tl.store(normed + offset, values.to(normed.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    grad: tl.tensor, grad_total: tl.tensor | None, hidden: tl.tensor, weight: tl.tensor,
+    grad: tl.tensor, hidden: tl.tensor, weight: tl.tensor,
     grad_hidden: tl.tensor | None, partial_sums: tl.tensor | None, num_rows: int, eps: float,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """ROWS rows at a time per program; WIDTH is H.
 
-    ``grad_total`` is added to the gradient of the rows. Where a gradient to be computed is None it is left out.
-    ``partial_sums`` is fp32 [programs, H].
+    Where a gradient to be computed is None it is left out. ``partial_sums`` is fp32 [programs, H].
     """
     program = tl.program_id(0)
     scale = _load_weight(weight, WIDTH, BLOCK)
@@ -98,8 +91,6 @@ def _backward_kernel(
         offset, mask = _rows(block, num_rows, WIDTH, ROWS, BLOCK)
         rows = tl.load(hidden + offset, mask=mask, other=0.0)
         incoming = tl.load(grad + offset, mask=mask, other=0.0)
-        if grad_total is not None:
-            direct = tl.load(grad_total + offset, mask=mask, other=0.0)
         rows, incoming = rows.to(tl.float32), incoming.to(tl.float32)
         inverse_rms = _inverse_rms(rows, eps, WIDTH)
         if partial_sums is not None:
@@ -109,8 +100,6 @@ def _backward_kernel(
             # of the unscaled rows, so that it needs not wait for the other sum over the row
             along = tl.sum(incoming * rows, axis=1, keep_dims=True) / WIDTH * inverse_rms * inverse_rms
             result = (incoming - rows * along) * inverse_rms
-            if grad_total is not None:
-                result += direct.to(tl.float32)
             tl.store(grad_hidden + offset, result.to(grad_hidden.dtype.element_ty), mask=mask)
     if partial_sums is not None:
         column = tl.arange(0, BLOCK)
@@ -124,29 +113,27 @@ def _constants(width: int, tile: int, warps: int) -> dict[str, int]:
     return {"WIDTH": width, "ROWS": max(tile // block, 1), "BLOCK": block, "num_warps": warps}
 
 
-def _forward(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """(normed, sum) of :func:`add_rms_norm`; without ``residual`` there is no sum. Inputs are contiguous."""
+def _forward(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`rms_norm`; inputs are contiguous."""
     normed = torch.empty_like(hidden)
-    total = None if residual is None else torch.empty_like(hidden)
     if hidden.numel() == 0:
-        return normed, total
+        return normed
     count, width = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
     constants = _constants(width, FORWARD_TILE, FORWARD_WARPS)
     with on_device_of(hidden):
         _forward_kernel[(triton.cdiv(count, constants["ROWS"]),)](
-            hidden, residual, weight, normed, total, count, eps, **constants
+            hidden, weight, normed, count, eps, **constants
         )
-    return normed, total
+    return normed
 
 
 def _backward(
-    grad: Tensor, grad_total: Tensor | None, hidden: Tensor, weight: Tensor, eps: float, *,
-    need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    grad: Tensor, hidden: Tensor, weight: Tensor, eps: float, *, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``hidden``, which is normed, and of ``weight``.
 
     With g the gradient of the result, w the weight, x a row and r = 1 / sqrt(mean(x^2) + eps), the gradient of x is
-    ``r * (g * w - x * r^2 * mean(g * w * x)) + grad_total``, and that of w the sum over the rows of ``g * x * r``.
+    ``r * (g * w - x * r^2 * mean(g * w * x))``, and that of w the sum over the rows of ``g * x * r``.
     """
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
     if hidden.numel() == 0:
@@ -159,9 +146,9 @@ def _backward(
     partial_sums = hidden.new_empty(programs, width, dtype=torch.float32) if need_weight else None
     with on_device_of(hidden):
         _backward_kernel[(programs,)](
-            grad.contiguous(), None if grad_total is None else grad_total.contiguous(), hidden, weight,
-            grad_hidden, partial_sums, count, eps, **constants, STAGES=BACKWARD_STAGES if staged else 1,
-        )  # fmt: skip
+            grad.contiguous(), hidden, weight, grad_hidden, partial_sums, count, eps, **constants,
+            STAGES=BACKWARD_STAGES if staged else 1,
+        )
     return grad_hidden, None if partial_sums is None else partial_sums.sum(dim=0).to(weight.dtype)
 
 
@@ -175,40 +162,14 @@ class _RMSNorm(torch.autograd.Function):
         hidden, weight = hidden.contiguous(), weight.contiguous()
         ctx.save_for_backward(hidden, weight)
         ctx.eps = eps
-        return _forward(hidden, None, weight, eps)[0]
+        return _forward(hidden, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         need_hidden, need_weight, _ = ctx.needs_input_grad
-        grads = _backward(grad, None, *ctx.saved_tensors, ctx.eps, need_hidden=need_hidden, need_weight=need_weight)
+        grads = _backward(grad, *ctx.saved_tensors, ctx.eps, need_hidden=need_hidden, need_weight=need_weight)
         return (*grads, None)
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        weight = weight.contiguous()
-        normed, total = _forward(hidden.contiguous(), residual.contiguous(), weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)  # of two results one may be unused
-        return normed, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_normed: Tensor | None, grad_total: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        need_hidden, need_residual, need_weight, _ = ctx.needs_input_grad
-        need_total = need_hidden or need_residual
-        if grad_normed is None:
-            grad, grad_weight = grad_total, None
-        else:
-            grad, grad_weight = _backward(
-                grad_normed, grad_total, *ctx.saved_tensors, ctx.eps, need_hidden=need_total, need_weight=need_weight
-            )
-        return grad if need_hidden else None, grad if need_residual else None, grad_weight, None
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -223,25 +184,3 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         [..., H] in the type of ``hidden``.
     """
     return _RMSNorm.apply(hidden, weight, eps)
-
-
-def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A block's output added to the residual stream, and the next block's norm of it, with autograd.
-
-    Args:
-        hidden: [..., H] in fp32, bf16 or fp16.
-        residual: as ``hidden``, in the same type.
-        weight: [H] in any of these types.
-        eps: added to the mean square.
-
-    Returns:
-        (:func:`rms_norm` of the sum, the sum ``hidden + residual`` rounded to their type), both [..., H].
-
-    Raises:
-        ValueError: ``hidden`` and ``residual`` differ in shape or type.
-    """
-    if hidden.shape != residual.shape or hidden.dtype != residual.dtype:
-        raise ValueError(
-            f"hidden is {hidden.dtype} {list(hidden.shape)}, but residual {residual.dtype} {list(residual.shape)}"
-        )
-    return _AddRMSNorm.apply(hidden, residual, weight, eps)

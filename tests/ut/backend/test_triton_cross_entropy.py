@@ -17,26 +17,10 @@ from mindspeed_mm.backend.kernels.triton_cross_entropy import cross_entropy_in_p
 # exp(-inf) = 0 is meant where a thread has found nothing yet; numpy, in the interpreter, warns of it
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+pytestmark = pytest.mark.usefixtures("round_to_bf16")
 TYPES = [torch.float32, torch.bfloat16]
 # one row, one column, whole vectors or not, one turn of the kernel's loops or several; the real vocabulary
 SHAPES = [(1, 24), (3, 1), (5, 301), (2, 8192), (3, 16385), (2, 40000), (2, 151936)]
-
-
-@pytest.fixture(autouse=True)
-def round_to_bf16(monkeypatch):
-    """The interpreter truncates to bf16; devices round."""
-    if DEVICE != "cpu":
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(values, source, target, mode):
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(values, source, target, mode)
-        return torch.tensor(values, dtype=torch.float32).bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 def random_inputs(count, width, dtype, scale=3.0):

@@ -16,27 +16,11 @@ pytest.importorskip("triton")
 from mindspeed_mm.backend.kernels import triton_swiglu as kernels  # noqa: E402
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+pytestmark = pytest.mark.usefixtures("round_to_bf16")
 TYPES = [torch.float32, torch.bfloat16]
 WEIGHTS_TYPES = [None, torch.float32, torch.bfloat16]
 # rows that are one block, whole blocks, blocks with idle columns; in one or in several turns of the kernels' loops
 SHAPES = [(1, 24), (3, 1), (7, 768), (5, 300), (6, 1280), (2, 1100)]
-
-
-@pytest.fixture(autouse=True)
-def round_to_bf16(monkeypatch):
-    """The interpreter truncates to bf16; devices round."""
-    if DEVICE != "cpu":
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(values, source, target, mode):
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(values, source, target, mode)
-        return torch.tensor(values, dtype=torch.float32).bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 def random(*shape, dtype, seed=0):
