@@ -19,6 +19,7 @@ import dataclasses
 import fnmatch
 import functools
 import gc
+import importlib.util
 import json
 import math
 import platform
@@ -183,6 +184,8 @@ def theirs(
     liger: bool = False, balanced: bool = True, frozen_experts: bool = False, micro_batch: int = 8,
 ) -> dict[str, Any]:
     """Hugging Face's model on the samples of our step, sorted by length so that little is padded."""
+    if liger and (bench.module() is None or importlib.util.find_spec("liger_kernel") is None):
+        return {"skipped": "Liger needs a GPU and the package liger-kernel"}
     layers = layers or bench.layers
     config = hf_config(bench.size, text={"num_hidden_layers": layers})
     model_config = Qwen3VLConfig.from_config(config)
