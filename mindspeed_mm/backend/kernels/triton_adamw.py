@@ -65,7 +65,8 @@ def adamw(
     torch._foreach_add_(list(steps), finite.float())
     done = torch.stack(list(steps)).double()
     # not beta**done, for which torch copies beta to the device and waits
-    corrections = torch.stack([-torch.expm1(done * math.log(beta)) for beta in betas], dim=1).float()
+    logarithms = [math.log(beta) if beta > 0.0 else -math.inf for beta in betas]
+    corrections = torch.stack([-torch.expm1(done * logarithm) for logarithm in logarithms], dim=1).float()
     flag = finite.to(torch.int8)
     for index, (parameter, grad, mean, square) in enumerate(zip(parameters, grads, means, squares, strict=True)):
         count = parameter.numel()

@@ -12,15 +12,16 @@ pytest.importorskip("triton")
 from mindspeed_mm.backend.kernels.triton_adamw import adamw  # noqa: E402
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def test_equals_torch_and_skips_a_step_that_is_not_finite():
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95)], ids=str)
+def test_equals_torch_and_skips_a_step_that_is_not_finite(betas):
+    settings = {"lr": 1e-3, "betas": betas, "eps": 1e-8, "weight_decay": 0.1}
     torch.manual_seed(0)
     shapes = [(3, 700), (2048,), (1,), (0, 4), (5000,)]
     own = [torch.randn(shape, device=DEVICE) for shape in shapes]
     exact = [torch.nn.Parameter(tensor.double()) for tensor in own]
-    optimizer = torch.optim.AdamW(exact, **SETTINGS)
+    optimizer = torch.optim.AdamW(exact, **settings)
     means, squares = ([torch.zeros_like(tensor) for tensor in own] for _ in range(2))
     steps = [torch.zeros((), device=DEVICE) for _ in own]
     for step, scale in enumerate((1.0, 0.25, 1.0, 0.5)):
@@ -28,7 +29,7 @@ def test_equals_torch_and_skips_a_step_that_is_not_finite():
         finite = step != 2
         before = [tensor.clone() for tensor in (*own, *means, *squares, *steps)]
         adamw(own, grads, means, squares, steps, scale=torch.tensor(scale, device=DEVICE),
-              finite=torch.tensor(finite, device=DEVICE), **SETTINGS)
+              finite=torch.tensor(finite, device=DEVICE), **settings)
         if not finite:
             assert all(map(torch.equal, before, (*own, *means, *squares, *steps)))
             continue
