@@ -44,6 +44,7 @@ from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.kernels.registry import attention_kernel
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.data.collator import Sample, collate
+from mindspeed_mm.models.layers.flops import segment_lengths
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -160,11 +161,10 @@ def ours(
                           train_experts=not frozen_experts)
         batches = [collate(batch, SPEC, model_config) for batch in steps[0]]
         teraflop = sum(map(count, batches))
-        vision = dataclasses.replace(count, train_text=False)
         rate = teraflop / (result["ms per step"] / 1000)
         result.update({
             "layers": layers, "micro-batches": len(steps[0]), "TFLOP per step": teraflop,
-            "of it vision": sum(vision._vision(_patches(batch)) for batch in batches) / 1e12,
+            "of it vision": sum(count.of_lengths([], patches=_patches(batch), target_tokens=0) for batch in batches),
             "TFLOP/s": rate, "share of the measured peak, %": 100 * rate / bench.peak,
         })  # fmt: skip
         if profiled:
@@ -175,8 +175,7 @@ def ours(
 
 
 def _patches(batch: Any) -> list[int]:
-    bounds = batch.vision.cu_seqlens_host
-    return [] if batch.vision.is_dummy else [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [] if batch.vision.is_dummy else segment_lengths(batch.vision.cu_seqlens_host)
 
 
 def theirs(

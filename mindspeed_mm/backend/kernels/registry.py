@@ -75,13 +75,16 @@ def use_triton(device: str) -> bool:
         return False
     from mindspeed_mm.backend.kernels import triton_swiglu
 
-    rows = torch.arange(8.0, device="cuda").view(4, 2)
     try:
-        sums = triton_swiglu.sum_rows(rows, torch.tensor([[0, 3], [1, 2]], device="cuda"), None)
+        rows = torch.arange(8.0, device="cuda").view(4, 2)
+        sums = triton_swiglu.sum_rows(rows, torch.tensor([[0, 3], [1, 2]], device="cuda"), None).tolist()
     except Exception as error:  # no compiler, or a Triton that does not know the GPU
         logger.warning("Triton does not run on this GPU (%s); its kernels are replaced by torch's", error)
         return False
-    return sums.tolist() == [[6.0, 8.0], [6.0, 8.0]]
+    if sums != [[6.0, 8.0], [6.0, 8.0]]:
+        logger.warning("Triton is wrong on this GPU: %s; its kernels are replaced by torch's", sums)
+        return False
+    return True
 
 
 def split_kernel(*, triton: bool) -> elementwise.SplitKernel | None:

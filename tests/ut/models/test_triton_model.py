@@ -72,6 +72,28 @@ def test_experts_that_weigh_equal_weights_afterwards(summed):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.parametrize("result", [RuntimeError("no C compiler"), torch.zeros(2, 2)], ids=["fails", "wrong"])
+def test_a_gpu_without_a_working_triton_gets_torchs_kernels(result, monkeypatch, caplog):
+    def sum_rows(*_):
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    arange, tensor = torch.arange, torch.tensor
+    monkeypatch.setattr(torch, "arange", lambda *args, device=None: arange(*args))
+    monkeypatch.setattr(torch, "tensor", lambda *args, device=None: tensor(*args))
+    monkeypatch.setattr("mindspeed_mm.backend.kernels.triton_swiglu.sum_rows", sum_rows)
+    registry.use_triton.cache_clear()
+    try:
+        assert not registry.use_triton("cuda")
+    finally:
+        registry.use_triton.cache_clear()
+    (warning,) = caplog.messages
+    assert "replaced by torch's" in warning
+
+
 class _Sum:
     """Where a gradient is accumulated; what it holds at first is not added to."""
 
