@@ -73,11 +73,11 @@ def use_triton(device: str) -> bool:
         return False
     if torch.cuda.get_device_capability() < (8, 0):
         return False
-    from mindspeed_mm.backend.kernels import triton_swiglu
+    from mindspeed_mm.backend.kernels import triton_moe
 
     try:
         rows = torch.arange(8.0, device="cuda").view(4, 2)
-        sums = triton_swiglu.sum_rows(rows, torch.tensor([[0, 3], [1, 2]], device="cuda"), None).tolist()
+        sums = triton_moe.sum_rows(rows, torch.tensor([[0, 3], [1, 2]], device="cuda"), None).tolist()
     except Exception as error:  # no compiler, or a Triton that does not know the GPU
         logger.warning("Triton does not run on this GPU (%s); its kernels are replaced by torch's", error)
         return False
@@ -202,7 +202,7 @@ def token_permuter(default: permutation.TokenPermuter, *, fused: bool, device: s
 def combine_kernel(*, device: str, triton: bool = False) -> permutation.CombineKernel:
     """The device's fastest weighted sum of permuted tokens; ``triton``: see :func:`use_triton`."""
     if triton:
-        from mindspeed_mm.backend.kernels.triton_swiglu import sum_rows
+        from mindspeed_mm.backend.kernels.triton_moe import sum_rows
 
         return sum_rows
     return permutation.embedding_bag_combine if device in ("cpu", "cuda") else permutation.gather_combine
@@ -212,6 +212,6 @@ def combine_backward_kernel(*, triton: bool) -> permutation.CombineBackwardKerne
     """The gradients of a weighted sum in one; None where torch's operators compute them."""
     if not triton:
         return None
-    from mindspeed_mm.backend.kernels.triton_swiglu import sum_rows_backward
+    from mindspeed_mm.backend.kernels.triton_moe import sum_rows_backward
 
     return sum_rows_backward

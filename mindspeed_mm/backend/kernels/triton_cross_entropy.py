@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
+from mindspeed_mm.backend.kernels.triton_launch import on_device_of
 
 # A program has one row. These numbers leave 32 registers to a thread, with which a multiprocessor of 64k registers is
 # full of threads.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels.triton_grouped import add_weight_gradient
-from mindspeed_mm.backend.kernels.triton_swiglu import weighted_swiglu, weighted_swiglu_backward
+from mindspeed_mm.backend.kernels.triton_moe import weighted_swiglu, weighted_swiglu_backward
 
 
 class _WeightedExperts(torch.autograd.Function):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
+from mindspeed_mm.backend.kernels.triton_launch import on_device_of
 
 # small tiles, of which three run on a multiprocessor at a time: while one adds its result, the others compute
 BLOCK_A, BLOCK_B, BLOCK_K = 128, 128, 32

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
+from mindspeed_mm.backend.kernels.triton_launch import on_device_of
 
 # Forward: a program has one row, or as many as FORWARD_TILE values hold; wider rows have more warps.
 FORWARD_TILE = 2048

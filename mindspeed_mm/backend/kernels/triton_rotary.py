@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
+from mindspeed_mm.backend.kernels.triton_launch import on_device_of
 
 NUM_WARPS = 4
 # A thread has VECTOR_BYTES of consecutive columns of each half of a head, or as many as divide the half; a program has

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mindspeed_mm.backend.kernels.triton_swiglu import on_device_of
+from mindspeed_mm.backend.kernels.triton_launch import on_device_of
 
 LOWEST = -3e38
 ROWS = 4

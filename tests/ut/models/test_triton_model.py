@@ -14,8 +14,8 @@ from mindspeed_mm.backend.kernels import registry  # noqa: E402
 from mindspeed_mm.backend.kernels.attention import sdpa_attention  # noqa: E402
 from mindspeed_mm.backend.kernels.experts import reference_experts  # noqa: E402
 from mindspeed_mm.backend.kernels.triton_experts import weighted_experts  # noqa: E402
+from mindspeed_mm.backend.kernels.triton_moe import sum_rows, sum_rows_backward  # noqa: E402
 from mindspeed_mm.backend.kernels.triton_rotary import norm_rotary_split  # noqa: E402
-from mindspeed_mm.backend.kernels.triton_swiglu import sum_rows, sum_rows_backward  # noqa: E402
 from mindspeed_mm.models.layers import specs  # noqa: E402
 from mindspeed_mm.models.layers.attention import PackedSelfAttention  # noqa: E402
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher  # noqa: E402
@@ -84,7 +84,7 @@ def test_a_gpu_without_a_working_triton_gets_torchs_kernels(result, monkeypatch,
     arange, tensor = torch.arange, torch.tensor
     monkeypatch.setattr(torch, "arange", lambda *args, device=None: arange(*args))
     monkeypatch.setattr(torch, "tensor", lambda *args, device=None: tensor(*args))
-    monkeypatch.setattr("mindspeed_mm.backend.kernels.triton_swiglu.sum_rows", sum_rows)
+    monkeypatch.setattr("mindspeed_mm.backend.kernels.triton_moe.sum_rows", sum_rows)
     registry.use_triton.cache_clear()
     try:
         assert not registry.use_triton("cuda")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from mindspeed_mm.backend.kernels import triton_swiglu as kernels  # noqa: E402
+from mindspeed_mm.backend.kernels import triton_moe as kernels  # noqa: E402
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 pytestmark = pytest.mark.usefixtures("round_to_bf16")

@@ -9,13 +9,12 @@ Legend: T tokens, k experts per token, H hidden width, I intermediate width, N =
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mindspeed_mm.backend.kernels.triton_launch import on_device_of
 
 NUM_WARPS = 4
 # Kernels over rows: each warp has rows of its own, so that sums over a row need no exchange between warps. It reads
@@ -161,13 +160,6 @@ def _sum_rows_backward_kernel(
             products += incoming * values[step].to(tl.float32)
             tl.store(grad_rows + at + column, (incoming * scale).to(grad_rows.dtype.element_ty), mask=mask)
     tl.store(grad_weights + weight, tl.sum(products, axis=1), mask=in_rows)
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current CUDA device, whichever the tensors are on."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def _row_blocks(width: int, max_unroll: int) -> dict[str, int]:
