@@ -7,13 +7,12 @@ import dataclasses
 import difflib
 import importlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from mindspeed_mm.errors import UserError
+from mindspeed_mm.errors import UserError, report_errors
 from mindspeed_mm.inputs import parse_json, parse_yaml, read_text, shorten
 
 _HELP = ("-h", "--help", "help")
@@ -388,23 +387,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: 0 on success, 1 if ``verify`` finds a difference, 2 for a user error, 130 if interrupted."""
-    try:
-        return run(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of the output, such as head, has ended; discard the rest of the buffer.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        remedy = "; change its permissions, or run as its owner" if isinstance(error, PermissionError) else ""
-        print(f"error: {place}{error.strerror or error}{remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes it", file=sys.stderr)
-        return 130
+    return report_errors(
+        lambda: run(sys.argv[1:] if arguments is None else arguments),
+        interrupted="interrupted; the same command resumes it",
+    )
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ The model is any Qwen3-VL directory in Hugging Face format: the published one, o
     python examples/qwen3vl/inference_demo.py --model DIR --image photo.jpg --question "What is in the image?"
     python examples/qwen3vl/inference_demo.py --model DIR --data FILE.json --image-root DIR --output predictions.json
 
-With ``--data``, a file in LLaVA-Instruct or converted format, the first question of each record is asked and the
-answers are compared with the file's. Whatever is wrong with a file or an option is one line, with exit status 2. No
-code from the model's directory is ever run, and nothing is downloaded.
+With ``--data``, records in LLaVA-Instruct or converted format (a JSON list, JSON lines or Parquet), the first question
+of each record is asked and the answers are compared with the file's. Whatever is wrong with a file or an option is one
+line, with exit status 2. No code from the model's directory is ever run, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -27,24 +27,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
+from mindspeed_mm.config.command_line import OneLineParser
 from mindspeed_mm.data.chat_rendering import render_conversations
 from mindspeed_mm.data.encoder import check_tokenizer_files
 from mindspeed_mm.data.images import load_pixels
-from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import (
-    DATA_BYTES,
-    is_directory,
-    is_file,
-    parse_json,
-    read_json,
-    read_text,
-    reading,
-    reason,
-    shorten,
-)
+from mindspeed_mm.data.record_files import read_rows
+from mindspeed_mm.errors import UserError, report_errors
+from mindspeed_mm.inputs import is_directory, is_file, read_json, reading, reason, shorten
 
 _IMAGE_TAG, _IMAGE_TOKEN = "<image>", "<|image_pad|>"
 # fields of config.json -> their tokens
@@ -98,24 +89,30 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
     """First question of each record of a LLaVA-Instruct style or converted file; records with videos are skipped.
 
     Args:
-        path: JSON list; LLaVA-Instruct records have ``image`` and ``conversations``, converted ones ``images`` and
-            ``messages``.
+        path: a JSON list, JSON lines (``.jsonl``) or Parquet (``.parquet``); LLaVA-Instruct records have ``image`` and
+            ``conversations``, converted ones ``images`` and ``messages``.
         image_root: directory that relative image paths start from; None: the working directory.
         limit: number of records to read, from the first; None: all.
 
     Raises:
         UserError: naming the file and the record.
     """
-    records = parse_json(read_text(path, name="--data", limit=DATA_BYTES), f"--data {path}")
-    if not isinstance(records, list) or not records:
-        raise UserError(f"--data {path} is not a JSON list of records")
+    if not is_file(path):
+        raise UserError(f"--data {path} does not exist, or is no regular file; correct the path")
     questions, videos = [], 0
-    for place, record in enumerate(records[:limit]):
-        where = f"--data {path}: record {place}"
-        if isinstance(record, dict) and (record.get("videos") or record.get("video")):
-            videos += 1
-        else:
-            questions.append(checked(_first_question(record, where, Path(image_root or ".")), where))
+    try:
+        records = read_rows(path, limit=limit)
+        for place in range(len(records)):
+            record, where = records[place], f"--data {path}: record {place}"
+            if isinstance(record, dict) and (record.get("videos") or record.get("video")):
+                videos += 1
+            else:
+                questions.append(checked(_first_question(record, where, Path(image_root or ".")), where))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("--data") else f"--data {text}") from error
+    if not questions and not videos:
+        raise UserError(f"--data {path} has no records")
     if not questions:
         raise UserError(f"--data {path}: all {videos} records have videos, which this program does not show the model")
     if videos:
@@ -188,6 +185,8 @@ def check_device(device_map: str) -> None:
                 f"--device-map {device_map} needs the package accelerate; install it, or give a device such as cpu"
             )
         return
+    import torch
+
     try:
         usable = torch.zeros(1, device=device_map).add(1).item() == 1
     except Exception as error:  # AssertionError, RuntimeError or NotImplementedError, by device
@@ -241,6 +240,7 @@ class Answerer:
         Raises:
             UserError: if the directory is not a complete Qwen3-VL model, or does not fit the device.
         """
+        import torch
         from transformers import AutoModelForImageTextToText
         from transformers.utils import logging
 
@@ -300,20 +300,22 @@ class Answerer:
                     f"processor's files and {shorten(wanted)} in config.json; {_REMEDY}"
                 )
 
-    @torch.inference_mode()
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """Greedy answers to a batch of questions.
 
         Raises:
             UserError: for an unusable image or chat template, too little memory, or a model that cannot compute.
         """
+        import torch
+
         inputs, padding = self._inputs(questions), self.tokenizer.pad_token_id
         try:
             inputs = inputs.to(self.model.device)
-            output = self.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding,
-                temperature=None, top_p=None, top_k=None,
-            )
+            with torch.inference_mode():
+                output = self.model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding,
+                    temperature=None, top_p=None, top_k=None,
+                )
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
         except Exception as error:  # by device and backend; a damaged model raises almost anything
@@ -454,60 +456,61 @@ def evaluate(answerer: Answerer, questions: Sequence[Question], args: argparse.N
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line.
+
+    Raises:
+        UserError: if it is not valid.
+    """
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory of the model")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", help="JSON file with questions and answers")
-    source.add_argument("--image", action="append", help="image to ask about; may be given several times")
-    parser.add_argument("--question", default="Describe this image.", help="with --image (default: %(default)s)")
+    parser.add_argument("--data", help="file with questions and answers")
+    parser.add_argument("--image", action="append", default=[], help="image to ask about; may be given several times")
+    parser.add_argument("--question", help="with --image, or alone for a question without images "
+                        "(default: Describe this image.)")
     parser.add_argument("--image-root", help="with --data: directory that relative image paths start from")
-    parser.add_argument("--limit", type=_positive, help="with --data: number of questions (default: all)")
+    parser.add_argument("--limit", type=int, help="with --data: number of questions (default: all)")
     parser.add_argument("--output", help="with --data: JSON file for the answers")
-    parser.add_argument("--batch", type=_positive, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="questions at a time (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     parser.add_argument("--device-map", default="auto", help="auto, or a device such as cpu (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="default: as stored")
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    args = parser.parse_args(argv)
+    for name in ("limit", "batch", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    asks = bool(args.image) or args.question is not None
+    if asks == bool(args.data):
+        raise UserError("give either --image and --question, or --data FILE (see --help)")
+    for name in ("image_root", "limit", "output"):
+        if asks and getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --data; without, the answer is printed")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    args = parse_args(argv)
-    try:
-        return _run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return report_errors(lambda: _run(parse_args(argv)))
 
 
-def _run(args: argparse.Namespace) -> int:
-    if args.image:
-        if args.output:
-            raise UserError("--output goes with --data; with --image the answer is printed")
-        text = args.question if _IMAGE_TAG in args.question else _IMAGE_TAG * len(args.image) + args.question
-        questions = [checked(Question(text, tuple(args.image)), "--image and --question")]
-    else:
+def _run(args: argparse.Namespace) -> None:
+    if args.data:
         questions = read_questions(args.data, args.image_root, args.limit)
         if args.output:
             check_output(args.output, args.data)
+    else:
+        text = args.question or "Describe this image."
+        text = text if _IMAGE_TAG in text else _IMAGE_TAG * len(args.image) + text
+        questions = [checked(Question(text, tuple(args.image)), "--image and --question")]
     answerer = Answerer(args.model, device_map=args.device_map, dtype=args.dtype)
-    if args.image:
+    if not args.data:
         print(answerer.answer(questions, max_new_tokens=args.max_new_tokens)[0])
-        return 0
+        return
     result = evaluate(answerer, questions, args)
     if args.output:
         write_output(args.output, result)
         print(f"answers written to {args.output}")
-    print(f"held-out accuracy: {100 * result['accuracy']:.1f}% ({result['right']} of {result['total']})")
-    return 0
+    right, total = result["right"], result["total"]
+    print(f"accuracy: {100 * result['accuracy']:.1f}% ({right} of {total} answers agree with the file's)")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.errors import UserError
+from mindspeed_mm.config.command_line import OneLineParser
+from mindspeed_mm.errors import UserError, report_errors
 from mindspeed_mm.inputs import DATA_BYTES, read_json, read_text, reading, reason
 
 _SMOOTHING = 10  # iterations that the smoothed curve averages over
@@ -141,28 +142,31 @@ def _save(figure: Any, path: str | Path) -> None:
         _pyplot().close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return report_errors(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--metrics", help="metrics.jsonl of the run, in its --save directory")
     parser.add_argument("--loss-png", help="loss curve to write")
     parser.add_argument("--predictions", help="file that inference_demo.py wrote")
     parser.add_argument("--samples-png", help="sample sheet to write")
     args = parser.parse_args(argv)
     if bool(args.metrics) != bool(args.loss_png) or bool(args.predictions) != bool(args.samples_png):
-        parser.error("--metrics goes with --loss-png, and --predictions with --samples-png")
-    try:
-        if args.metrics:
-            plot_loss(read_metrics(args.metrics), args.loss_png)
-            print(args.loss_png)
-        if args.predictions:
-            result = read_json(args.predictions, limit=DATA_BYTES)
-            with reading(args.predictions, "name a file that inference_demo.py wrote"):
-                plot_samples(result, args.samples_png)
-            print(args.samples_png)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+        raise UserError("--metrics goes with --loss-png, and --predictions with --samples-png; give both, or neither")
+    if not (args.metrics or args.predictions):
+        raise UserError("nothing to draw; give --metrics and --loss-png, or --predictions and --samples-png")
+    if args.metrics:
+        plot_loss(read_metrics(args.metrics), args.loss_png)
+        print(args.loss_png)
+    if args.predictions:
+        result = read_json(args.predictions, limit=DATA_BYTES)
+        with reading(args.predictions, "name a file that inference_demo.py wrote"):
+            plot_samples(result, args.samples_png)
+        print(args.samples_png)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

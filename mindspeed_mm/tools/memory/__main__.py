@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.flags import option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
-from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import is_present, reason, shorten
+from mindspeed_mm.errors import UserError, report_errors
+from mindspeed_mm.inputs import is_present, shorten
 from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.tools.memory.advice import Device
@@ -127,28 +126,12 @@ def read_run(argv: Sequence[str] | None) -> tuple[Run, Device, bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the estimate and return the exit status: 0 whether it fits or not, 2 for a mistake."""
-    try:
+
+    def command() -> None:
         run, device, wants_json = read_run(argv)
-        text = json.dumps(as_json(run, device), indent=1) if wants_json else "\n".join(table(run, device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # --help has been printed, perhaps into a buffer
-        return _write("") or int(stop.code or 0)
-    return _write(text + "\n")
+        print(json.dumps(as_json(run, device), indent=1) if wants_json else "\n".join(table(run, device)))
 
-
-def _write(text: str) -> int:
-    """Write to standard output to the end; the exit status."""
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        # what is left in the buffer would fail once more when the interpreter exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # a reader such as head has what it wanted
-            print(f"error: standard output cannot be written: {reason(error)}", file=sys.stderr)
-            return 2
-    return 0
+    return report_errors(command)
 
 
 if __name__ == "__main__":

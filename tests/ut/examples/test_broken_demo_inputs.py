@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -236,8 +237,8 @@ GOOD = {"images": [], "messages": _messages(("user", "Hi"), ("assistant", "Hello
 
 @pytest.mark.parametrize(
     ("content", "piece"),
-    [(b"\xff\xfe[", "cannot be read"), (b"[" * 100_000, "nested too deep"), (b"[" + b"9" * 5000 + b"]", "digits"),
-     (b"[7]", "record 0"), (b"[]", "not a JSON list"), (b'[{"messages": 3}]', "record 0"),
+    [(b"\xff\xfe[", "UTF-16"), (b"[" * 100_000, "nested too deep"), (b"[" + b"9" * 5000 + b"]", "digits"),
+     (b"[7]", "record 0"), (b"[]", "has no records"), (b'[{"messages": 3}]', "record 0"),
      (b'[{"messages": [{"role": ["user"], "content": "x"}]}]', "record 0"),
      (b'[{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}]', "no answer follows"),
      (b'[{"images": [3], "messages": [{"role": "user", "content": "x"}]}]', "record 0"),
@@ -249,6 +250,27 @@ def test_broken_data_is_one_line(tmp_path, capsys, content, piece):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     assert_one_line(demo(capsys, "--model", "none", "--data", path), str(path), piece)
+
+
+@pytest.mark.parametrize(
+    ("options", "piece"),
+    [((), "either --image and --question, or --data"), (("--data", "d.json", "--question", "Q"), "either --image"),
+     (("--image", "a.png", "--limit", "3"), "--limit goes with --data"),
+     (("--data", "d.json", "--batch", "0"), "--batch is 0"),
+     (("--data", "d.json", "--limit", "x"), "--limit"), (("--pictures", "a.png"), "--pictures")],
+)
+def test_a_wrong_command_line_is_one_line(capsys, options, piece):
+    assert_one_line(demo(capsys, "--model", "none", *options), piece)
+
+
+def test_data_as_json_lines_or_parquet(tmp_path):
+    rows = [GOOD, {"images": [], "messages": _messages(("user", "Who?"), ("assistant", "Me"))}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    for name in ("data.jsonl", "data.parquet"):
+        questions = inference_demo.read_questions(tmp_path / name, None, None)
+        assert [(question.text, question.reference) for question in questions] == [("Hi", "Hello"), ("Who?", "Me")]
+        assert len(inference_demo.read_questions(tmp_path / name, None, 1)) == 1
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "missing"])
@@ -368,9 +390,8 @@ def test_a_damaged_image_is_one_line(answerer, tmp_path, capsys, monkeypatch, ca
 )
 def test_unusable_predictions_are_one_line(tmp_path, capsys, predictions, png, piece):
     (tmp_path / "in.json").write_text(predictions)
-    with pytest.raises(SystemExit) as stop:
-        plot.main(["--predictions", str(tmp_path / "in.json"), "--samples-png", str(tmp_path / png)])
-    assert_one_line((stop.value.code, capsys.readouterr().err), piece)
+    status = plot.main(["--predictions", str(tmp_path / "in.json"), "--samples-png", str(tmp_path / png)])
+    assert_one_line((status, capsys.readouterr().err), piece)
 
 
 def _convert(directory, *options, content=None, plain=False):

@@ -142,7 +142,7 @@ _MESSAGES = '[{"role": "user", "content": "<image>?"}, {"role": "assistant", "co
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not valid JSON"), ("{}", "not a JSON list"), ('[{"image": "a.jpg"}]', "record 0"),
+    [("{", "not valid JSON"), ("{}", "not a list of records"), ('[{"image": "a.jpg"}]', "record 0"),
      (f'[{{"images": ["no.jpg"], "messages": {_MESSAGES}}}]', "no.jpg does not exist"),
      (f'[{{"images": [], "messages": {_MESSAGES}}}]', "0 images and 1")],
 )
