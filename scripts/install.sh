@@ -333,6 +333,8 @@ report() {
 
 main() {
     parse_options "$@"
+    # pip reports Ctrl-C as a failure, which would be retried
+    trap 'echo "interrupted; the same command continues where this one stopped" >&2; exit 130' INT TERM
     choose_arch
     choose_environment
     choose_versions
@@ -353,8 +355,6 @@ main() {
         exit 0
     fi
     print_plan
-    # pip reports Ctrl-C as a failure, which would be retried
-    trap 'fail 130 "interrupted; the same command continues where this one stopped"' INT TERM
     is_missing megatron-core ||
         note "pip may list dependencies that megatron-core lacks; it is deliberately installed without them"
     run_plan

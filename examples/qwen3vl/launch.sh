@@ -12,10 +12,25 @@ stop() {
     exit 2
 }
 
+# The variables, under --help's flags
+usage_of_variables() {
+    cat <<'USAGE'
+
+variables of the launchers (VARIABLE=value bash examples/qwen3vl/finetune_...sh; defaults: docs/environment.md):
+  devices      NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS
+  files        MM_DATA MM_MODEL MM_TOOL FSDP2_PATH LOAD_PATH SAVE_PATH
+  parallelism  EP CP RECOMPUTE_ARGS
+  batch        MBS GRAD_ACC_STEP SEQ_LEN NUM_WORKERS SEED
+  training     TRAIN_ITERS LR MIN_LR LR_WARMUP_FRACTION WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 LOSS_ARGS
+  checkpoints  SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL CKPT_ARGS
+USAGE
+}
+
 # Ctrl-C or another signal before torchrun has started; $1: status
 # shellcheck disable=SC2329 # called by traps
 quit_early() {
-    ((${#started[@]})) && kill -KILL "${started[@]}" 2>/dev/null
+    # without the wait bash reports the killed process
+    ((${#started[@]})) && { kill -KILL "${started[@]}" && wait "${started[@]}"; } 2>/dev/null
     echo "$NOTHING_TO_SAVE" >&2
     exit "$1"
 }
@@ -79,6 +94,8 @@ report_waiting() {
     local of_torchrun=/proc/$torchrun/task/$torchrun/children children until
     local awaited="the other machines ($((NNODES - 1)) of NNODES=$NNODES) to join at $MASTER_ADDR:$MASTER_PORT"
     ((NODE_RANK > 0)) && awaited="the machine with NODE_RANK=0 at $MASTER_ADDR:$MASTER_PORT, or more of NNODES=$NNODES"
+    [[ $MASTER_ADDR =~ ^(localhost|127\..*|::1)$ ]] &&
+        awaited+=" (MASTER_ADDR=$MASTER_ADDR is this machine: another needs the address of the one with NODE_RANK=0)"
     printf -v until '%(%H:%M:%S)T' $(($(date +%s) + 900)) # torchrun's time limit
     # "read" waits without a process that would have to be killed
     while read -r -t 10 <> <(:); (($? > 128)) && kill -0 "$torchrun" 2>/dev/null; do
@@ -123,21 +140,19 @@ explain_failure() {
 }
 
 # Runs torchrun in its own session, and writes its log: Ctrl-C and signals to this process group reach the launcher only,
-# which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. The ranks write their
-# process ids, the status for the launcher to exit with, and an error for it to print last into the directory
-# MM_RUN_STATE.
+# which passes them to the ranks. torchrun itself would kill these after 30 seconds, saved or not. Preflight writes its
+# warnings, and the ranks their process ids, the status for the launcher to exit with, and an error for it to print last
+# into the directory MM_RUN_STATE.
 run_torchrun() {
-    MM_RUN_STATE=$(mktemp -d 2>/dev/null) || stop "cannot create a temporary directory in TMPDIR ${TMPDIR:-/tmp}"
-    export MM_RUN_STATE
-    trap 'rm -rf "$MM_RUN_STATE"' EXIT
     mkfifo "$MM_RUN_STATE/log"
+    cat "$MM_RUN_STATE/warnings" >"$1" 2>/dev/null # of preflight, which are on the terminal already
     touch "$MM_RUN_STATE/started"
     (
         trap '' INT TERM HUP USR1
         if [[ -t 1 && -z $MM_FULL_LOG ]]; then
-            tee -p "$1" | shorten_lines # the file has the lines as they are
+            tee -a -p "$1" | shorten_lines # the file has the lines as they are
         else
-            exec tee -p "$1"
+            exec tee -a -p "$1"
         fi
     ) <"$MM_RUN_STATE/log" &
     local tee=$! answer
@@ -230,6 +245,8 @@ elif [ -z "$OMP_NUM_THREADS" ]; then
     # Without an NPU the ranks may compute on the CPU: divide its cores among them.
     threads=$(($(nproc) / NPUS_PER_NODE))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+    # threads that spin while they wait slow a step down thirtyfold where another program uses a core
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # torch_npu is loaded where its errors can be reported in one line, not by every "import torch"
@@ -302,6 +319,10 @@ command -v torchrun >/dev/null ||
 TORCHRUN_PYTHON=$(dirname "$(command -v torchrun)")/python
 [ -x "$TORCHRUN_PYTHON" ] || TORCHRUN_PYTHON=python
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+MM_RUN_STATE=$(mktemp -d 2>/dev/null) ||
+    stop "TMPDIR ${TMPDIR@Q} is not a directory that can be written; set TMPDIR to one, or unset it"
+export MM_RUN_STATE
+trap 'rm -rf "$MM_RUN_STATE"' EXIT
 # in a session of its own: Ctrl-C ends the launcher, and Python does not print where it was interrupted
 setsid env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$NNODES" NODE_RANK="$NODE_RANK" \
     MASTER_ADDR="$MASTER_ADDR" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} \
@@ -309,7 +330,7 @@ setsid env WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$NPUS_PER_NODE" NNODES="$N
 started=($!)
 wait "${started[0]}" || exit 2
 started=()
-[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 # preflight has printed it
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && usage_of_variables && exit 0
 
 MASTER_PORT=${MASTER_PORT:-$(setsid "$TORCHRUN_PYTHON" -m mindspeed_mm.training.launch_environment)} || exit 2
 DISTRIBUTED_ARGS+=(--master_port "$MASTER_PORT")

@@ -78,6 +78,7 @@ step() {
     ((++STEP))
     printf '\n[%d/%d] %s\n' "$STEP" "$STEPS" "$title"
     "$@" || status=$?
+    ((!INTERRUPTED)) || fail 130 "interrupted in step $STEP of $STEPS: $title"
     ((status == 0)) || fail "$status" "step $STEP of $STEPS failed after $((SECONDS - started)) s: $title"
     printf '      done in %d s, %d s in all\n' $((SECONDS - started)) $((SECONDS - RUN_STARTED))
 }
@@ -85,6 +86,15 @@ step() {
 install_missing() {
     bash scripts/install.sh --arch "$(machine_arch)" --device "$DEVICE"
 }
+
+# Before minutes are spent: does the device that --device names compute? In a subshell, as the launcher does it again.
+check_device() (
+    for set_env in "${ASCEND_ROOT:-/usr/local/Ascend}"/{ascend-toolkit,cann}/set_env.sh; do
+        # shellcheck disable=SC1090 # set_env.sh of the machine's CANN, if any
+        [[ $DEVICE != npu || ! -f $set_env ]] || source "$set_env" >/dev/null 2>&1 || true
+    done
+    python -m mindspeed_mm.backend.device_check "$DEVICE"
+)
 
 make_model() {
     python "$EXAMPLE/quickstart/make_tiny_model.py" --output "$HF_DIR" &&
@@ -139,7 +149,8 @@ finetune() {
     port=${MASTER_PORT:-$(free_port)} || return
     MASTER_PORT=$port MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$ITERATIONS \
         LOAD_PATH=$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp SAVE_PATH=$OUT/save_dir SAVE_INTERVAL=$ITERATIONS \
-        bash "$EXAMPLE/finetune_qwen3vl_tiny.sh" --device "$DEVICE" 2>&1 | tee "$OUT/train.log" | condense_log
+        bash "$EXAMPLE/finetune_qwen3vl_tiny.sh" --device "$DEVICE" 2>&1 |
+        (trap '' INT && tee "$OUT/train.log" | condense_log)
 }
 
 export_model() {
@@ -180,7 +191,8 @@ main() {
     parse_options "$@"
     claim_run_directory
     HF_DIR=$OUT/ckpt/hf_path/Qwen3-VL-tiny
-    STEP=0 RUN_STARTED=$SECONDS
+    STEP=0 RUN_STARTED=$SECONDS INTERRUPTED=0
+    trap 'INTERRUPTED=1' INT # once the step has ended: training may save first
     # all files are local: no downloads
     export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     export PYTHONUNBUFFERED=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
@@ -193,6 +205,7 @@ main() {
         ((STEPS--))
     fi
     INSTALLED=$SECONDS
+    check_device || exit 2
     step "Weights and conversion (step 2)" make_model
     step "Data and conversion (step 3)" make_data
     step "Configuration (step 4)" python "$EXAMPLE/quickstart/configure.py" --run-dir "$OUT"

@@ -1,12 +1,16 @@
-"""Preflight check of the device, before any rank starts, without importing torch where possible."""
+"""Preflight check of the device, before any rank starts, without importing torch where possible.
+
+``python -m mindspeed_mm.backend.device_check npu|cuda|cpu|auto`` checks whether this machine has one.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from mindspeed_mm.backend import has_torch_npu
-from mindspeed_mm.errors import UserError
+from mindspeed_mm.errors import UserError, report_errors
 
 # of NVIDIA's driver, of that under WSL, and of AMD's, whose devices torch calls cuda too
 _GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
@@ -51,3 +55,7 @@ def check_cpu_ranks(local_ranks: int, *, cores: int | None = None) -> None:
             f"{local_ranks} ranks on this machine are too many for its {cores} CPU cores; start at most {most} "
             "(--nproc_per_node, NPUS_PER_NODE in the launcher)"
         )
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(lambda: check_device(sys.argv[1], local_ranks=1)))

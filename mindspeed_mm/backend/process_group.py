@@ -22,8 +22,11 @@ _host_groups: dict[str, Any] = {}
 
 
 def communication_note(backend: Backend, requested: str) -> str | None:
-    """A log line if ``--distributed-backend`` names a library other than the device's; None otherwise."""
-    if requested == backend.communication:
+    """A log line if ``--distributed-backend`` names another library than the device's; None otherwise.
+
+    None for ``nccl`` on every device: the recipe's launchers, written for NPUs, always pass it.
+    """
+    if requested in ("auto", "nccl", backend.communication):
         return None
     return (
         f"--distributed-backend {requested}: {backend.name} always uses its own collective library, "

@@ -140,15 +140,33 @@ def check_writable(root: Path, *, name: str = "--save") -> Path:
     return existing
 
 
+def check_new_stage(save: str, load: str | None) -> None:
+    """Refuse a new stage (``--finetune``) whose checkpoints would replace those of the run that it starts from.
+
+    Raises:
+        UserError: if ``--save`` has them.
+    """
+    if load is not None and is_directory(save) and _continues(save, load) and complete_iterations(Path(save)):
+        raise UserError(
+            f"--finetune starts a new stage from --load {load}, and its checkpoints would replace those of the "
+            f"first in --save {save}; save to another directory, or leave --finetune out to continue the run"
+        )
+
+
+def _continues(save: str, load: str) -> bool:
+    """Whether ``--load`` names a checkpoint in ``--save``, or the directory itself."""
+    root, start = os.path.realpath(save), os.path.realpath(load)
+    return root in (start, os.path.dirname(start))
+
+
 def earlier_run_warning(save: str | None, load: str | None) -> str | None:
     """A warning if ``--save`` has checkpoints of a run that ``--load`` does not continue, else None."""
     if save is None or not is_directory(save):
         return None
-    root, start = os.path.realpath(save), os.path.realpath(load or "")
-    if load is not None and root in (start, os.path.dirname(start)):
+    if load is not None and _continues(save, load):
         return None
     with reading(f"--save {save}", "name another directory"):
-        iterations = complete_iterations(Path(root))
+        iterations = complete_iterations(Path(save))
     if not iterations:
         return None
     return (
@@ -170,9 +188,13 @@ def disk_space_warning(root: Path, *, nbytes: int, count: int, keep_last: int | 
     at_once = count if keep_last is None else min(count, keep_last + 1)  # one more while it is written
     if at_once * nbytes <= free:
         return None
-    size = f"a checkpoint of this run takes about {nbytes / 1e9:.1f} GB"
+    size = f"a checkpoint of this run takes about {_size(nbytes)}"
     if nbytes > free:
-        return f"--save {root} has {free / 1e9:.1f} GB free and {size}: no save will succeed"
+        return f"--save {root} has {_size(free)} free and {size}: no save will succeed; free space there"
     remedy = "--keep-last deletes old ones" if keep_last is None else "lower --keep-last"
     number = f"of which up to {at_once} will exist at the same time"
-    return f"--save {root} has {free / 1e9:.1f} GB free and {size}, {number}; {remedy}"
+    return f"--save {root} has {_size(free)} free and {size}, {number}; {remedy}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAID_BY_RANK_0 = {"all_ranks": False}  # of training.logging_setup
+
 
 class SkippedSample(Exception):
     """A record gives no sample, which was found only now that it was tokenized.
@@ -304,7 +306,7 @@ def build_datasets(
     """
     basic = config.dataset_param.basic_parameters
     for line in _repeated_files(basic.dataset_files, basic.val_dataset_files):
-        logger.warning(line)
+        logger.warning(line, extra=_SAID_BY_RANK_0)
     compiled_resampling()  # here once, instead of in every worker process
 
     def load(files: list[str], limit: int | None) -> ChatDataset:
@@ -317,7 +319,8 @@ def build_datasets(
     held_out = round(len(train) * (basic.val_rate or 0))
     if not held_out:
         if basic.val_rate:
-            logger.warning("val_rate %s of %d samples is none: nothing is evaluated", basic.val_rate, len(train))
+            none = "val_rate %s of %d samples is none: nothing is evaluated"
+            logger.warning(none, basic.val_rate, len(train), extra=_SAID_BY_RANK_0)
         return train, None
     order = permutation(len(train), seed=seed, epoch=None)
     held, kept = np.sort(order[:held_out]), np.sort(order[held_out:])

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from mindspeed_mm.data.record_files import RecordError, RecordFile, read_rows, record_name, struct_columns
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import kind_of, reason, shorten, unique_keys
+from mindspeed_mm.inputs import is_directory, kind_of, reason, shorten, unique_keys
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -36,6 +36,7 @@ _CHANGES_TARGET: dict[str, tuple[Any, ...]] = {
     "loss": (True, 1), "weight": (1,), "train": (True, 1), "tool_calls": (), "function_call": (),
     "reasoning_content": (), "reasoning": (), "objects": (),
 }
+_SWITCHES = ("loss", "weight", "train")  # those of them that select what is trained on
 _NOT_EMPTY = ("tools", "system")  # columns that need their name in attr
 _NO_PARTS = (
     "; write its text as one string, with <image> or <video> in place of each image or video, and their paths in the "
@@ -297,9 +298,12 @@ def _refuse_unread(row: Mapping[str, Any], attr: Attributes) -> None:
         for name in _CHANGES_TARGET.keys() & holder.keys():
             value = holder[name]
             if name not in known and value not in (None, "", [], {}, *_CHANGES_TARGET[name]):
+                remedy = "write it into the message's text, or remove it"
+                if name in _SWITCHES:
+                    remedy = "remove it: all answers are trained on (basic_parameters.mask_history: the last alone)"
                 raise ValueError(
                     f"its {what} {name!r}{where} is {shorten(value, 60)}, which would change what is trained on and is "
-                    "not read; write it into the message's text, or remove it"
+                    f"not read; {remedy}"
                 )
 
 
@@ -314,7 +318,8 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
     turns = row.get(attr.messages)
     if not isinstance(turns, list):
         what = f"is {kind_of(turns)}, not a list" if attr.messages in row else "is missing"
-        raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}")
+        raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}; set attr "
+                         "to its columns and keys (docs/data.md)")
     _refuse_unread(row, attr)
     roles = _roles(attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
     messages = [_message(turn, place, attr, roles, spec) for place, turn in enumerate(turns)]
@@ -339,9 +344,11 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
         if media and name.removesuffix("s") not in spec.media_kinds:
             raise ValueError(f"it has {name}, which this model does not take; use other records or another model")
         if spec.media_kinds and tags.count(tag) != len(media):
+            found = f"it has {tags.count(tag)} {tag} tags in its questions, but "
+            if column is None:
+                raise ValueError(f"{found}attr.{name} is null; set it to the column of their paths, or remove the tags")
             where = f"column {column!r}" if column in row else f"missing column {column!r} (attr.{name})"
-            raise ValueError(f"it has {tags.count(tag)} {tag} tags in its questions, but {len(media)} {name} in its "
-                             f"{where}; write one tag for each")
+            raise ValueError(f"{found}{len(media)} {name} in its {where}; write one tag for each")
     return Record(messages, images, videos)
 
 
@@ -356,14 +363,15 @@ def check_order(messages: Sequence[Message]) -> str | None:
     if not turns:
         return "the conversation is empty"
     if turns[0].role != "user":
-        return f"the conversation starts with the role {turns[0].role}, not with a question"
+        return f"the conversation starts with the role {turns[0].role}, not with a question; add it, or remove the answer"
     for place, (before, after) in enumerate(pairwise(turns), start=first):
         if after.role == "system":
-            return "a system message comes after the first message"
+            return f"message {place + 1} is a system message, which only the first may be; move or remove it"
         if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
-            return f"messages {place} ({before.role}) and {place + 1} ({after.role}) do not take turns"
+            both = f"messages {place} ({before.role}) and {place + 1} ({after.role})"
+            return f"{both} do not take turns; join them into one, or remove one"
     if turns[-1].role != "assistant":
-        return "the last message is not an answer"
+        return f"the last message ({turns[-1].role}) is not an answer, so nothing is learned from it; remove it"
     return None
 
 
@@ -383,6 +391,9 @@ def _message(
         name = attr.content_tag if isinstance(speaker, str) else attr.role_tag
         what = f"is {kind_of(turn[name])}, not a string" if name in turn else "is missing"
         remedy = _NO_PARTS if name == attr.content_tag and isinstance(text, list) else ""
+        if name not in turn:
+            field = "content_tag" if name == attr.content_tag else "role_tag"
+            remedy = f"; it has: {shorten(', '.join(map(str, turn)))}; set attr.{field} to its key (docs/data.md)"
         raise ValueError(f"{name!r} of message {place} {what}{remedy}")
     if speaker not in roles:
         raise ValueError(
@@ -492,6 +503,8 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
             raise ValueError(f"{kind} {shorten(path)} is a URL, and nothing is fetched from a network; download it, "
                              "and write its path")
         place = finder.find(path) if _is_text(path) and "\0" not in path else None
+        if place is None and (directory := finder.find_directory(path)):
+            raise ValueError(f"{kind} {shorten(directory)} is a directory; write the path of a file")
         if place is None:
             raise ValueError(
                 f"{kind} {shorten(path)} does not exist; put it there (step 3 of the guide), correct "
@@ -525,8 +538,14 @@ class MediaFinder:
 
     def find(self, path: str) -> str | None:
         """Path of the file, or None if there is no such file."""
-        candidates = [path] if os.path.isabs(path) else [os.path.join(self._root, path), path]
-        return next((candidate for candidate in candidates if self._exists(candidate)), None)
+        return next((place for place in self._candidates(path) if self._exists(place)), None)
+
+    def find_directory(self, path: str) -> str | None:
+        """Path of a directory of this name, or None."""
+        return next((place for place in self._candidates(path) if is_directory(place)), None)
+
+    def _candidates(self, path: str) -> list[str]:
+        return [path] if os.path.isabs(path) else [os.path.join(self._root, path), path]
 
     def _exists(self, path: str) -> bool:
         directory, name = os.path.split(path)

@@ -25,6 +25,31 @@ _RANK_BYTES = GIB // 2  # an imported torch and the model's code, without any we
 _PREFETCHED_PER_WORKER = 4  # of data.loader, which imports torch
 _BYTES_PER_PIXEL = 6  # three colours of a byte each, twice: a patch spans two frames, and an image is both of them
 _RESOLVE_SECONDS = 10.0
+RUN_STATE = "MM_RUN_STATE"
+"""The variable by which the launchers name a directory for messages to them; without a launcher there is none."""
+VARIABLES = {
+    "--micro-batch-size": "MBS", "--global-batch-size": "MBS x GRAD_ACC_STEP x data-parallel ranks",
+    "--seq-length": "SEQ_LEN", "--lr": "LR", "--min-lr": "MIN_LR", "--lr-warmup-fraction": "LR_WARMUP_FRACTION",
+    "--weight-decay": "WEIGHT_DECAY", "--clip-grad": "CLIP_GRAD", "--adam-beta1": "ADAM_BETA1",
+    "--adam-beta2": "ADAM_BETA2", "--train-iters": "TRAIN_ITERS", "--seed": "SEED", "--num-workers": "NUM_WORKERS",
+    "--expert-model-parallel-size": "EP", "--context-parallel-size": "CP", "--tensor-model-parallel-size": "TP",
+    "--pipeline-model-parallel-size": "PP", "--mm-data": "MM_DATA", "--mm-model": "MM_MODEL", "--mm-tool": "MM_TOOL",
+    "--fsdp2-config-path": "FSDP2_PATH", "--load": "LOAD_PATH", "--save": "SAVE_PATH",
+    "--save-interval": "SAVE_INTERVAL", "--eval-interval": "EVAL_INTERVAL", "--eval-iters": "EVAL_ITERS",
+    "--log-interval": "LOG_INTERVAL",
+}
+"""Flags -> the launchers' variables that they are set by."""
+_NAMES = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|[a-z]+(?:_[a-z]+)+)(?![\w-])")
+
+
+def with_variables(message: str, environment: Mapping[str, str]) -> str:
+    """``message``, and under a launcher which of its variables set the flags that the message names."""
+    if RUN_STATE not in environment:
+        return message
+    named = dict.fromkeys("--" + name.removeprefix("--").replace("_", "-") for name in _NAMES.findall(message))
+    unsaid = [f"{VARIABLES[flag]} sets {flag}" for flag in named
+              if flag in VARIABLES and not re.search(rf"\b{VARIABLES[flag].partition(' ')[0]}\b", message)]
+    return f"{message} ({', '.join(unsaid)})" if unsaid else message
 
 
 def check_numbers(variables: Mapping[str, str]) -> None:

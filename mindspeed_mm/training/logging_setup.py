@@ -13,7 +13,10 @@ RAW = {"raw": True}
 
 
 ALL_RANKS = {"all_ranks": True}
-"""``extra`` of a record that other ranks print, too, though it is not a warning."""
+"""``extra`` of a record that other ranks print, too, though it is not a warning.
+
+``{"all_ranks": False}`` is that of a warning that all ranks find alike, so that only rank 0 prints it.
+"""
 
 
 class _ConsoleHandler(logging.Handler):
@@ -25,7 +28,7 @@ class _ConsoleHandler(logging.Handler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this rank prints the record."""
-        return self._is_main or record.levelno >= logging.WARNING or getattr(record, "all_ranks", False)
+        return self._is_main or getattr(record, "all_ranks", record.levelno >= logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -9,6 +9,7 @@ at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -16,7 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device, needs_torch
-from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning, earlier_run_warning
+from mindspeed_mm.checkpoint.save_directory import (
+    check_new_stage,
+    check_writable,
+    disk_space_warning,
+    earlier_run_warning,
+)
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.data.encoder import check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
@@ -30,7 +36,7 @@ from mindspeed_mm.tools.memory.advice import Device
 from mindspeed_mm.tools.memory.plan import Run, checkpoint_bytes
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, warning
 from mindspeed_mm.training import launch_environment as environment
-from mindspeed_mm.training.resume_checks import check_base_is_kept, check_start
+from mindspeed_mm.training.resume_checks import changed_settings_warning, check_base_is_kept, check_start
 
 # a socket's path may have 107 bytes; Python's is DIRECTORY/pymp-12345678/listener-12345678
 _LONGEST_TEMPORARY_DIRECTORY = 107 - len("/pymp-12345678/listener-12345678")
@@ -54,6 +60,8 @@ def preflight(job: JobConfig) -> None:
         check_base_is_kept(job.args, Path(job.model.init_from_hf_path))
     if job.args.save is not None:
         check_writable(Path(job.args.save))
+        if job.args.finetune:
+            check_new_stage(job.args.save, job.args.load)
     basic = job.data.dataset_param.basic_parameters
     if basic.cache_dir and not basic.streaming:
         check_writable(Path(basic.cache_dir), name="cache_dir")
@@ -71,7 +79,8 @@ def preflight(job: JobConfig) -> None:
         *spec.ignored_settings(Path(job.model.init_from_hf_path), job.data),
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
-        earlier_run_warning(job.args.save, None if job.args.finetune else job.args.load),  # a new stage replaces, too
+        earlier_run_warning(job.args.save, job.args.load),
+        changed_settings_warning(job),
         environment.host_memory_warning(launched_local_ranks()),
         environment.shared_memory_warning(
             local_ranks=launched_local_ranks(),
@@ -81,7 +90,16 @@ def preflight(job: JobConfig) -> None:
         ),
     ):
         if line is not None:
-            print(f"warning: {line}", file=sys.stderr)
+            _warn(environment.with_variables(line, os.environ))
+
+
+def _warn(line: str) -> None:
+    """Say it once on this machine, and leave it for the launcher to begin the log with."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {line}", file=sys.stderr)
+        if directory := os.environ.get(environment.RUN_STATE):
+            with contextlib.suppress(OSError), open(Path(directory, "warnings"), "a", encoding="utf-8") as file:
+                file.write(f" warning: {line}\n")
 
 
 def launched_local_ranks() -> int:
@@ -167,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device_last:
             check_device(job.args.device, local_ranks=launched_local_ranks())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {environment.with_variables(str(error), os.environ)}", file=sys.stderr)
         return 2
     return 0
 

@@ -110,11 +110,7 @@ def _run(
         expert_size=args.expert_model_parallel_size,
         context_size=args.context_parallel_size,
     )
-    logger.info(f"world size {layout.world_size} on {backend.name}, torch {torch.__version__}")
-    if note := communication_note(backend, args.distributed_backend):
-        logger.info(note)
-    for line in job.describe_ignored():
-        logger.info(line)
+    _log_environment(job, layout, backend)
 
     backend.seed(args.seed)
     spec = spec_of(job.model.init_from_hf_path)
@@ -174,6 +170,15 @@ def _run(
         )
         trainer.train()
     return trainer.stopped and progress.iteration < args.train_iters
+
+
+def _log_environment(job: JobConfig, layout: Layout, backend: Backend) -> None:
+    device = f"{backend.name} ({backend.communication})"
+    logger.info(f"world size {layout.world_size} on {device}, torch {torch.__version__}")
+    if note := communication_note(backend, job.args.distributed_backend):
+        logger.info(note)
+    for line in job.describe_ignored():
+        logger.info(line)
 
 
 def _remaining_iterations(progress: Progress, args: TrainingArgs) -> str:

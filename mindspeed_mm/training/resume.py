@@ -181,7 +181,10 @@ def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:
 def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: int, data: str) -> None:
     """Warn if the resumed run will not see the samples in the order of the first."""
     if progress.data not in (None, data) and progress.samples_per_epoch == samples_per_epoch:
-        logger.warning("the data files are not those of the first run: the samples, or their order, differ")
+        logger.warning(
+            "the data files are not those of the first run: the samples, or their order, differ",
+            extra={"all_ranks": False},
+        )
     for name, saved, current in (
         ("--seed", progress.seed, seed),
         ("the number of samples per epoch", progress.samples_per_epoch, samples_per_epoch),
@@ -189,5 +192,6 @@ def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: in
         if saved is not None and saved != current:
             logger.warning(
                 f"{name} was {saved} when the checkpoint was written and is {current} now: the order of the samples "
-                "differs from the first run's"
+                "differs from the first run's",
+                extra={"all_ranks": False},
             )

@@ -4,6 +4,7 @@ rank is started.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,13 +16,29 @@ from mindspeed_mm.checkpoint.directory import RELEASE, checkpoint_to_load
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, read_entries
 from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
 from mindspeed_mm.checkpoint.progress import Progress
-from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.flags import OptimizerArgs, TrainingArgs, option_name
+from mindspeed_mm.config.job import JobConfig
+from mindspeed_mm.config.schema import EFFECTIVE, walk
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import shorten, shown
 from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 
 _MOVING = ("num_steps", "wd_incr_steps")  # the position; and the length of a constant weight decay
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_COMPARED_FLAGS = (
+    *OptimizerArgs.model_fields, "micro_batch_size", "global_batch_size", "seq_length", "frozen_param_dtype"
+)
+# Fields of the files that decide where something is, or how and where it is computed, but not what
+_NOT_COMPARED = frozenset(
+    """dataset dataset_dir cache_dir overwrite_cache preprocessing_batch_size preprocessing_num_workers streaming
+    preprocess_on_fly val_dataset val_max_samples pin_memory model_name_or_path init_from_hf_path attn_implementation
+    use_npu_fused_moe synchronize_per_layer activation_offload chunk_size compute_mode sharding_size
+    reshard_after_forward num_to_forward_prefetch num_to_backward_prefetch offload_to_cpu align_fsdp_param_groups
+    expert_parallel_size""".split()
+)
+_MOST_NAMED = 8
+_ABSENT = object()
 
 
 def check_start(args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, settings: Settings) -> None:
@@ -54,6 +71,48 @@ def check_start(args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, 
         check_schedule(args, progress, {**schedule_settings(args), "lr_scales": lr_scales(settings)})
     if args.save_trainable_only:
         check_base_is_kept(args, path if base is None else Path(base.path))
+
+
+def changed_settings_warning(job: JobConfig) -> str | None:
+    """A line with the settings that are not those under which the checkpoint of ``--load`` was written, else None.
+
+    Only settings that change what is learned, of a run that continues, and as far as the checkpoint records them.
+    """
+    if job.args.load is None or job.args.finetune:
+        return None
+    path, manifest = checkpoint_to_load(job.args.load, plain=job.args.check_load == "none")
+    saved = manifest["metadata"]
+    if not Progress.is_training(path) or not isinstance(saved.get("flags"), dict):
+        return None
+    changed = []
+    for name in _COMPARED_FLAGS:
+        now = getattr(job.args, name)
+        before = saved["flags"].get(option_name(name), TrainingArgs.model_fields[name].default)
+        if before != now and not (name == "global_batch_size" and before is None):
+            changed.append(f"{option_name(name)} was {shorten(before, 40)} and is {now}")
+    files = (("data", job.args.mm_data, job.data), ("model", job.args.mm_model, job.model),
+             ("fsdp2", job.args.fsdp2_config_path, job.fsdp))
+    for key, file, config in files:
+        fields = config.model_dump(mode="json")
+        for use in walk(config):
+            *_, name = use.path.split(".")
+            if use.role == EFFECTIVE and name not in _NOT_COMPARED:
+                before, now = _field(saved.get(key), use.path), _field(fields, use.path)
+                if before is not _ABSENT and before != now:
+                    changed.append(f"{name} in {file} was {shown(before)} and is {shown(now)}")
+    if not changed:
+        return None
+    more = f"; and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+    return f"the run continues {path} with other settings: {'; '.join(changed[:_MOST_NAMED])}{more}"
+
+
+def _field(content: Any, path: str) -> Any:
+    """The value at a dotted path in nested objects; ``_ABSENT`` where there is none."""
+    for name in path.split("."):
+        if not isinstance(content, dict) or name not in content:
+            return _ABSENT
+        content = content[name]
+    return content
 
 
 def check_base_is_kept(args: TrainingArgs, base: Path) -> None:
@@ -145,8 +204,27 @@ def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str,
         and (current[key] != value if key != "lr_scales" else _without_order(current[key]) != _without_order(value))
     ]
     if differing and not args.override_opt_param_scheduler:
+        if batch := _former_batch_size(args, saved, current):
+            raise UserError(
+                f"the global batch size was {batch} samples in {args.load} and is {args.global_batch_size}, and the "
+                "learning-rate schedule counts samples; pass the first run's --global-batch-size, or "
+                "--override-opt-param-scheduler to continue under the new schedule"
+            )
         raise UserError(
             f"the learning-rate schedule of {args.load} differs from the flags' ({'; '.join(differing)}; "
             "steps in samples); pass the first run's --lr, --min-lr, --train-iters and so on, or "
             "--override-opt-param-scheduler to continue under the new schedule"
         )
+
+
+def _former_batch_size(args: TrainingArgs, saved: Mapping[str, Any], current: Mapping[str, Any]) -> int | None:
+    """The checkpoint's global batch size, if the schedule differs by nothing else."""
+    lengths = ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
+    try:
+        batch = saved["wd_incr_steps"] / args.train_iters
+        scaled = all(math.isclose(saved[name] * args.global_batch_size, current[name] * batch) for name in lengths)
+        same = all(saved[name] == current[name] for name in saved.keys() & current.keys()
+                   if name not in (*lengths, "lr_scales", *_MOVING))
+    except (KeyError, TypeError):  # the checkpoint's schedule has other fields
+        return None
+    return int(batch) if batch == int(batch) != args.global_batch_size and scaled and same else None

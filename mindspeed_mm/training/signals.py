@@ -15,12 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mindspeed_mm.training.launch_environment import RUN_STATE, with_variables
+
 STOPPED_STATUS = 75
 """Exit status of a run that stopped on request, saved, and can be continued."""
 QUIT_STATUS = 130
 """Exit status after a second Ctrl-C: nothing was saved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_STATE_VARIABLE = "MM_RUN_STATE"
 _WAIT_SECONDS = 5.0
 
 
@@ -79,11 +80,12 @@ def status_after_error(line: str) -> int:
     error, none is left waiting: under the launcher, which prints the line and ends with status 2, they all end with 0.
     Elsewhere rank 0 prints the line: torchrun ends the others while they wait here, unless the error is theirs alone.
     """
+    line = with_variables(line, os.environ)
     end_launcher_with(2, error=line)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # which torchrun makes after failures only
-    if _STATE_VARIABLE in os.environ and not restarts and _all_ranks_arrive():
+    if RUN_STATE in os.environ and not restarts and _all_ranks_arrive():
         return 0
-    if _STATE_VARIABLE not in os.environ and os.environ.get("RANK", "0") != "0":
+    if RUN_STATE not in os.environ and os.environ.get("RANK", "0") != "0":
         time.sleep(_WAIT_SECONDS)
     print(line, file=sys.stderr, flush=True)
     return 2
@@ -117,7 +119,7 @@ def end_launcher_with(status: int | None, *, error: str = "") -> None:
 
 
 def _report_to_launcher(name: str, content: str) -> None:
-    if directory := os.environ.get(_STATE_VARIABLE):
+    if directory := os.environ.get(RUN_STATE):
         with contextlib.suppress(OSError):  # the launcher then ends with torchrun's status
             (Path(directory) / name).write_text(content and f"{content}\n")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm.checkpoint.directory import write_tracker
+from mindspeed_mm.training.launch_environment import VARIABLES
 from tests.helpers.checkpoint_directory import commit_directory, parameter_shapes, write_metadata
 from tests.helpers.published import DIRECTORIES, published_config
 
@@ -431,14 +432,51 @@ def test_error_of_a_rank_is_printed_last(workplace, tmp_path):
     assert result.returncode == 2 and result.stdout == log.read_text()
     assert result.stderr.splitlines()[-1] == "error: one"
     (kept,) = (workplace / "logs").glob("*.log")
-    assert kept.read_text() == log.read_text() + "error: one\n"
+    assert kept.read_text() == _logged(result.stderr) + log.read_text() + "error: one\n"
 
 
 def test_log_is_printed_and_kept(workplace, tmp_path):
     log = tmp_path / "log"
     log.write_text("a line\nElapsed Time Per iteration: 200.0\n")
     result = _launch(workplace, FAKE_LOG=log)
-    assert result.stdout == log.read_text() == next((workplace / "logs").glob("*.log")).read_text()
+    (kept,) = (workplace / "logs").glob("*.log")
+    assert result.stdout == log.read_text() and kept.read_text() == _logged(result.stderr) + log.read_text()
+
+
+def _logged(text):
+    """Of preflight's output, as they begin the log."""
+    return "".join(f" {line}\n" for line in text.splitlines() if line.startswith("warning: "))
+
+
+def test_warnings_before_the_first_rank_are_in_the_log(workplace):
+    result = _launch(workplace, NUM_WORKERS="1000")
+    assert "data workers on this machine may need" in result.stderr
+    (kept,) = (workplace / "logs").glob("*.log")
+    assert kept.read_text() == _logged(result.stderr) != ""
+
+
+def test_messages_name_the_variables_that_set_the_flags(workplace):
+    result = _launch(workplace, MIN_LR="1", LR="0.5")
+    assert result.stderr == (
+        "error: --min-lr 1.0 exceeds --lr 0.5; lower it (MIN_LR sets --min-lr, LR sets --lr)\n"
+    )
+
+
+def test_the_variables_of_the_flags():
+    """Each flag that the launcher gives from one variable is known by it to the messages, and to --help."""
+    text = (ROOT / "examples/qwen3vl/launch.sh").read_text()
+    given = {f"--{flag}": name for flag, name in re.findall(r'--([a-z0-9-]+) "\$([A-Z0-9_]+)"', text)}
+    ranks = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--max_restarts", "--master_port"}
+    given = {flag: name for flag, name in given.items() if flag not in ranks} | {"--load": "LOAD_PATH"}
+    assert given.pop("--global-batch-size") == "GBS" and len(given) > 25
+    assert given == {flag: name for flag, name in VARIABLES.items() if flag != "--global-batch-size"}
+    usage = text.partition("usage_of_variables() {")[2].partition("USAGE\n}")[0]
+    assert {*given.values(), "NPUS_PER_NODE", "GRAD_ACC_STEP", "CKPT_ARGS"} - {"TP", "PP"} <= set(usage.split())
+
+
+def test_help_lists_the_variables(workplace):
+    result = _launch(workplace, "--help")
+    assert result.returncode == 0 and "NPUS_PER_NODE NNODES" in result.stdout and "--train-iters" in result.stdout
 
 
 def test_the_example_files_are_what_the_models_expect():
@@ -491,7 +529,8 @@ def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size
     flags = ["--seq-length", "1024", "--train-iters", "1", "--lr", "1e-5", "--use-torch-fsdp2"]
     load_job_config([*files, *flags], world_size=processes)
     if size != "30B":
-        result = _launch(workplace, launcher=f"examples/qwen3vl/finetune_qwen3vl_{size}.sh")
+        launcher = f"examples/qwen3vl/finetune_qwen3vl_{size}.sh"
+        result = _launch(workplace, launcher=launcher, MASTER_PORT=_free_port())
         assert result.returncode == 2 and f"ckpt/hf_path/{name}" in result.stderr and "step 2" in result.stderr
 
 
@@ -536,7 +575,7 @@ def test_a_terminal_gets_short_lines_and_the_file_whole_ones(workplace, tmp_path
     os.close(ours)
     assert result.returncode == 0 and printed == [LINE if full else SHORT, other]
     (file,) = (workplace / "logs").iterdir()
-    assert file.read_text().splitlines() == [LINE, other]
+    assert file.read_text().splitlines()[-2:] == [LINE, other]
 
 
 def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace, tmp_path):
@@ -561,12 +600,17 @@ def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace
         ([], {}, None),
         ([], {"LR": "2e-5"}, "max_lr 1e-05 became 2e-05"),
         ([], {"TRAIN_ITERS": "5"}, "has done iteration 5, and --train-iters is 5; raise it (TRAIN_ITERS)"),
-        (["--finetune"], {"LR": "2e-5"}, None),
+        (["--finetune"], {"LR": "2e-5", "SAVE_PATH": "stage_2"}, None),
+        (["--finetune"], {"LR": "2e-5"}, "its checkpoints would replace those of the first in --save save_dir"),
+        ([], {"GRAD_ACC_STEP": "2"}, "the global batch size was 8 samples in save_dir and is 16"),
         (["--override-opt-param-scheduler"], {"LR": "2e-5"}, None),
     ],
 )
 def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workplace, flags, variables, piece):
-    schedule = {"max_lr": 1e-5, "min_lr": 0.0, "num_steps": 40, "lr_scales": {}}
+    schedule = {
+        "max_lr": 1e-5, "min_lr": 0.0, "num_steps": 40, "lr_scales": {}, "lr_warmup_steps": 8000.0,
+        "lr_decay_steps": 80000, "wd_incr_steps": 80000,
+    }
     with commit_directory(workplace / "save_dir/iter_0000005", {}) as directory:
         progress = {"iteration": 5, "consumed_samples": 40, "schedule": schedule}
         (directory / "progress.json").write_text(json.dumps(progress))

@@ -128,7 +128,10 @@ class Qwen3VLConfig:
         try:
             return cls._checked(raw, str(path))
         except KeyError:
-            logger.warning("%s lacks %s: transformers' defaults are taken", path, ", ".join(_missing(raw)))
+            logger.warning(
+                "%s lacks %s: transformers' defaults are taken", path, ", ".join(_missing(raw)),
+                extra={"all_ranks": False},
+            )
             return cls.from_config(_with_defaults(path), source=str(path))
 
     @classmethod

@@ -92,5 +92,6 @@ class Evaluation(Callback):
             self._warned = True
             logger.warning(
                 f"evaluation: {unfit} held-out samples are longer than --seq-length or have no target token"
-                f"{', and no other is left: there is no validation loss' if all_of_them else ''}"
+                f"{', and no other is left: there is no validation loss' if all_of_them else ''}",
+                extra={"all_ranks": False},
             )

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.checkpoint.save_directory import check_writable, disk_space_warning, earlier_run_warning
+from mindspeed_mm.checkpoint.save_directory import (
+    check_new_stage,
+    check_writable,
+    disk_space_warning,
+    earlier_run_warning,
+)
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
@@ -66,6 +71,8 @@ def test_room_for_all_that_will_lie_there(tmp_path: Path, monkeypatch, count: in
         assert line is None
     else:
         assert line is not None and re.search(words, line)
+    small = disk_space_warning(tmp_path, nbytes=9_600_000, count=10**6, keep_last=None)
+    assert "120.0 GB free and a checkpoint of this run takes about 9.6 MB" in small
     assert "no save will succeed" in disk_space_warning(tmp_path, nbytes=130 * GB, count=1, keep_last=None)
 
 
@@ -81,6 +88,10 @@ def test_checkpoints_of_an_earlier_run_are_said(tmp_path: Path) -> None:
         assert f"to continue that run: --load {save}, else name another directory" in line
     for load in (save, save / "iter_0000005", tmp_path / "weights/../save"):
         assert earlier_run_warning(str(save), str(load)) is None
+        with pytest.raises(UserError, match="its checkpoints would replace those of the first in --save .*another"):
+            check_new_stage(str(save), str(load))
+    check_new_stage(str(save), str(tmp_path / "weights"))
+    check_new_stage(str(tmp_path / "new"), str(save))
 
 
 @pytest.mark.parametrize("processes", [1, 4])
