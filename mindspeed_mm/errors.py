@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,10 @@ def report_errors(command: Callable[[], int | None], *, interrupted: str = "inte
         The exit status: the command's, 2 for an error of the user or the system, 130 after Ctrl-C, 141 where the
         reader of standard output, such as ``head``, has ended.
     """
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters of the data
     try:
         try:
             status = command() or 0

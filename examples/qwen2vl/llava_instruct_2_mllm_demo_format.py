@@ -28,6 +28,11 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 IMAGE_TAG = "<image>"
 READ = {"id", "image", "conversations"}  # the id is for people
 TURN = {"from", "value"}
+# Keys by which other formats change what is trained on, and the values that change nothing
+CHANGES_TARGET: dict[str, tuple[Any, ...]] = {
+    "system": (), "tools": (), "loss": (True, 1), "weight": (1,), "train": (True, 1), "tool_calls": (),
+    "function_call": (), "reasoning_content": (), "reasoning": (), "objects": (),
+}
 NAMES_SHOWN = 5
 
 
@@ -48,6 +53,12 @@ class OutOfOrder(Malformed):
     """Questions and answers do not take turns."""
 
     kind = "records whose turns are out of order"
+
+
+class OtherTarget(Malformed):
+    """A key that is not written would change what is trained on."""
+
+    kind = "records with keys that would change what is trained on and have no place in the output"
 
 
 class TagMismatch(Malformed):
@@ -178,6 +189,10 @@ def _parse(record: Any) -> tuple[list[dict[str, str]], list[str]]:
         if role != "system":
             expected = "assistant" if role == "user" else "user"
         messages.append({"role": role, "content": text})
+    for holder in (record, *turns):
+        for key in CHANGES_TARGET.keys() & holder.keys():
+            if holder[key] not in (None, "", [], {}, *CHANGES_TARGET[key]):
+                raise OtherTarget(f"{key} is {str(holder[key])[:40]}")
     if messages[-1]["role"] != "assistant":
         raise OutOfOrder("its last turn is not an answer")
     if tags != len(images):
@@ -244,6 +259,8 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
     Raises:
         InputError: if nothing can be written.
     """
+    if output.exists() and source.exists() and os.path.samefile(source, output):
+        raise InputError(f"--output {output} is --input, which would be replaced; give another --output")
     parse, dump = _json_functions()
     try:
         records = parse(_read(source))
@@ -272,7 +289,7 @@ def run(*, source: Path, image_root: str, output: Path, overwrite: bool, limit: 
     lines = dumped.replace(b']},{"images":', b']},\n{"images":')
     content = b"[\n%b\n]\n" % memoryview(lines)[1:-1]
     done = _write(output, content, overwrite=overwrite)
-    print(f"{done}\n{result.summary()}")
+    print(f"{done}\n{result.summary()}", flush=True)
     return 1 if result.malformed else 0
 
 
@@ -343,6 +360,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: standard output cannot be written: {_reason(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it would fail again at exit
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -134,6 +134,8 @@ def _first_question(record: Any, where: str, image_root: Path) -> Question:
             turns = [(_ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
             images = record.get("image") or []
         images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list):
+            raise TypeError("its images are no list of names")
         if not all(isinstance(text, str) for text in [*(text for _, text in turns), *images]):
             raise TypeError("a text or an image's name is not a string")
         asked = [role for role, _ in turns].index("user")
@@ -313,8 +315,8 @@ class Answerer:
             inputs = inputs.to(self.model.device)
             with torch.inference_mode():
                 output = self.model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding,
-                    temperature=None, top_p=None, top_k=None,
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, num_return_sequences=1,
+                    pad_token_id=padding, temperature=None, top_p=None, top_k=None,
                 )
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]

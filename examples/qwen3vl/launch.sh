@@ -56,17 +56,27 @@ setup_npu() {
     export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}      # share freed memory between streams
 }
 
-# Process ids of the ranks on this machine, into the array ranks
+# Process ids of the ranks on this machine that have begun training, into the array ranks
 # shellcheck disable=SC2329 # called in traps
 find_ranks() {
     mapfile -t ranks < <(cat "$MM_RUN_STATE"/pid.* 2>/dev/null)
+    ((${#ranks[@]})) && return
+    # TMPDIR was full, or its old files have been removed: the children of torchrun that handle SIGUSR1
+    local children child field mask
+    read -r -a children 2>/dev/null <"/proc/$torchrun/task/$torchrun/children"
+    for child in "${children[@]}"; do
+        while read -r field mask; do
+            [[ $field == SigCgt: ]] && ((16#${mask: -3} & 0x200)) && ranks+=("$child")
+        done 2>/dev/null <"/proc/$child/status"
+    done
 }
 
 # Save after the current step and stop; $1: status if training has not begun, so that there is nothing to save.
 # shellcheck disable=SC2329 # called by traps
 ask_to_stop() {
     find_ranks
-    ((${#ranks[@]})) && kill -USR1 "${ranks[@]}" 2>/dev/null && return
+    # ranks that cannot be reached have just ended, and torchrun will
+    ((${#ranks[@]})) && { kill -USR1 "${ranks[@]}" 2>/dev/null || :; } && return
     stopped_early=$1
     echo "$NOTHING_TO_SAVE" >&2
     # asked politely it would print a traceback; the ranks are in sessions of their own
@@ -295,7 +305,7 @@ GPT_ARGS=(
 )
 # Without a converted checkpoint the weights of init_from_hf_path are loaded.
 [ -n "$LOAD_PATH" ] && GPT_ARGS+=(--load "$LOAD_PATH")
-read -r -a MODE_WORDS <<<"$LOSS_ARGS $RECOMPUTE_ARGS $CKPT_ARGS"
+read -r -d '' -a MODE_WORDS <<<"$LOSS_ARGS $RECOMPUTE_ARGS $CKPT_ARGS" # to the end, not of the first line
 
 MM_ARGS=(
     --mm-data "$MM_DATA"

@@ -4,16 +4,20 @@ rank is started.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.directory import verify_directory
+from mindspeed_mm.checkpoint.directory import MODEL_CONFIG_KEY, verify_directory
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, OPTIMIZER_PREFIX, Entry, read_entries
 from mindspeed_mm.checkpoint.partial import BASE_KEY, Base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import shown
 
+_UNUSED = "initializer_range"  # the field of a config that means nothing to weights
 _NARROW = ("bfloat16", "float16")  # whose values float32 represents exactly
 
 
@@ -57,6 +61,37 @@ def check_contents(
         expected |= {f"{begin}.{moment}": parameters[name] for moment in ("exp_avg", "exp_avg_sq")}
         expected[f"{begin}.step"] = ((), "float32")
     compare(path, expected, moments)
+
+
+def check_model_config(path: Path, manifest: Mapping[str, Any], model_config: Any, *, source: Path) -> None:
+    """Refuse a checkpoint whose weights were made for, or trained in, another computation of the same shapes.
+
+    Args:
+        path: of the checkpoint, for the message.
+        manifest: of the checkpoint; older ones record no config, and nothing is compared.
+        model_config: a dataclass, from ``config.json``.
+        source: that ``config.json``, for the message.
+
+    Raises:
+        UserError: naming the first differences.
+    """
+    recorded = _flat(manifest["metadata"].get(MODEL_CONFIG_KEY))
+    now = _flat(json.loads(json.dumps(dataclasses.asdict(model_config))))
+    differing = [f"{name} {shown(recorded[name])}, now {shown(now[name])}"
+                 for name in now if recorded.get(name, now[name]) != now[name] and not name.endswith(_UNUSED)]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{path} belongs to a model with another config.json: {'; '.join(differing[:3])}{more} in {source}; "
+            "restore that file, or convert the weights again with it"
+        )
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested objects by their dotted paths; none for anything else."""
+    if not isinstance(content, dict):
+        return {prefix[:-1]: content} if prefix else {}
+    return {path: value for name, inner in content.items() for path, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
 def check_base_contents(

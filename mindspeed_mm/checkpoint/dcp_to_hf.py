@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_mm.checkpoint.contents import check_model_config
 from mindspeed_mm.checkpoint.conversion import (
     DTYPES,
     HELD_BYTES,
@@ -104,6 +105,7 @@ def dcp_to_hf(
     reader = open_reader(checkpoint, manifest, base_dir=base_dir, check=check)
     rules = spec.weight_rules(model_config, expert_layout="hub")
     _check(reader, rules, checkpoint, assets)
+    check_model_config(checkpoint, manifest, model_config, source=assets / "config.json")
     if dtype == "auto":
         target = None if manifest["metadata"].get("kind") == "converted" else config_dtype(assets)
     else:

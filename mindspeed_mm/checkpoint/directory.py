@@ -61,6 +61,8 @@ MANIFEST_FORMAT = 1
 FINISHED = ".finished"
 MEDIA_KEY = "media"
 """Entry of a training checkpoint's metadata: the run's ``MediaSettings``, of a family that takes images or videos."""
+MODEL_CONFIG_KEY = "model_config"
+"""Entry of a checkpoint's metadata: what its weights compute, from the model's ``config.json``."""
 _PLAN = "plan.json"
 _HF_CONFIG = "config.json"
 _HASH_THREADS = 4

@@ -56,6 +56,13 @@ def hf_to_dcp(
     shapes = {name: tensor.shape for header in headers.values() for name, tensor in header.tensors.items()}
     if absent := listed("missing", sorted(set(tied.values()) - shapes.keys())):
         raise UserError(f"--tie_weight_mapping names sources that {path} does not have: {absent[0]}; correct them")
+    for name in sorted(tied.keys() & shapes.keys()):
+        print(f"note: {name} of {path} is replaced by {tied[name]} (--tie_weight_mapping)")
+    for part in fused_linear_names:
+        if not any(part in name for name in shapes):
+            print(f"note: no tensor of {path} has {shorten(part)} in its name (--fused_linear_names)")
+    if hf_prefix and not any(name.startswith(hf_prefix) for name in shapes):
+        print(f"note: no tensor of {path} begins with {shorten(hf_prefix)} (--hf_prefix)")
     origins = dict(zip(shapes, shapes, strict=True)) | tied
     names = _renamed(list(origins), hf_prefix, dcp_prefix)
     rules = [copy_rule(target, origins[name], shapes[origins[name]]) for target, name in names.items()]

@@ -33,13 +33,22 @@ from mindspeed_mm.checkpoint.conversion import (
     resumable,
     writing,
 )
-from mindspeed_mm.checkpoint.directory import RELEASE, AtomicDirectory, WrittenFile, check_huggingface, write_tracker
+from mindspeed_mm.checkpoint.directory import (
+    MODEL_CONFIG_KEY,
+    RELEASE,
+    AtomicDirectory,
+    WrittenFile,
+    check_huggingface,
+    write_tracker,
+)
 from mindspeed_mm.checkpoint.files import combine, crc32, format_checksum
 from mindspeed_mm.checkpoint.huggingface import HFReader, ReadRange, SafetensorsReader, config_dtype
 from mindspeed_mm.checkpoint.safetensors_io import split_rows, tensor_bytes
+from mindspeed_mm.checkpoint.save_directory import complete_iterations
 from mindspeed_mm.checkpoint.shards import write_items
 from mindspeed_mm.checkpoint.storage import CheckpointWriter, SavePlanner
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import is_directory
 
 
 def hf_to_dcp(
@@ -80,7 +89,7 @@ def hf_to_dcp(
         "weight_map_version": reader.spec.weight_map_version,
         "expert_layout": "hub",
         "source": {"expert_layout": reader.layout, "transformers_version": reader.transformers_version()},
-        "model_config": dataclasses.asdict(reader.model_config),
+        MODEL_CONFIG_KEY: dataclasses.asdict(reader.model_config),
     }
     return write_checkpoint(reader, dcp_dir, dtype=dtype, facts=facts, workers=workers, overwrite=overwrite)
 
@@ -109,6 +118,11 @@ def write_checkpoint(
         raise UserError(f"--dcp_dir {root} is a file; name a directory")
     if os.path.realpath(root) == os.path.realpath(reader.path):  # Path.resolve raises for a loop of links
         raise UserError(f"--dcp_dir {root} is --hf_dir, which is read from; name another directory")
+    if not overwrite and is_directory(root) and (iterations := complete_iterations(root)):
+        raise UserError(
+            f"--dcp_dir {root} has checkpoints of a training run, the last of iteration {iterations[-1]}, and its "
+            "tracker file would no longer name that one; name another directory, or add --overwrite"
+        )
     source = reader.fingerprint()
     tensors = {name: _ConvertedTensor(reader, name, DTYPES[dtype]) for name in reader.tensors}
     plan = digest([source, version("torch"), storage.FILE_BYTES, facts, [[*t.describe()] for t in tensors.values()]])

@@ -25,6 +25,7 @@ from mindspeed_mm.checkpoint.conversion import (
 )
 from mindspeed_mm.checkpoint.directory import (
     MANIFEST,
+    MODEL_CONFIG_KEY,
     check_huggingface,
     find_checkpoint,
     is_huggingface,
@@ -218,7 +219,7 @@ def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     base = Base.recorded(manifest)
     if base is not None:
         facts["holds"] = f"a part of the model, over the base {base.path}"
-    model_config = metadata.get("model_config", metadata.get("geometry"))  # the second in older checkpoints
+    model_config = metadata.get(MODEL_CONFIG_KEY, metadata.get("geometry"))  # the second in older checkpoints
     if isinstance(model_config, Mapping):
         text = model_config.get("text", model_config)
         sizes = {"num_layers": "layers", "hidden_size": "hidden size", "num_experts": "experts"}

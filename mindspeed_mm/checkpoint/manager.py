@@ -37,6 +37,7 @@ from mindspeed_mm.checkpoint.shards import Shard, Stager, check_host_memory
 from mindspeed_mm.checkpoint.state import raise_on_all_ranks
 from mindspeed_mm.checkpoint.storage import CheckpointWriter, SavePlanner
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import is_directory
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +226,9 @@ class CheckpointManager:
     def _prepare(self, save: _Save, nbytes: int) -> None:
         """On rank 0: clean up after earlier saves, check the disk space, and make the directory to write into."""
         save.nbytes, root = nbytes, self._options.root
+        if not is_directory(root):
+            self._log(logging.WARNING, f"--save {root} has been removed while the run was training; it is made again")
+            make_directory(root)
         remove_leftovers(root)
         needed = int(nbytes * (1 + _OVERHEAD)) + _SPARE_BYTES
         free = shutil.disk_usage(root).free

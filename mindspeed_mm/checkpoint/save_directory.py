@@ -154,9 +154,11 @@ def check_new_stage(save: str, load: str | None) -> None:
 
 
 def _continues(save: str, load: str) -> bool:
-    """Whether ``--load`` names a checkpoint in ``--save``, or the directory itself."""
+    """Whether ``--load`` names a training checkpoint in ``--save``, or the directory whose tracker file names one."""
     root, start = os.path.realpath(save), os.path.realpath(load)
-    return root in (start, os.path.dirname(start))
+    if root == start:
+        return read_tracker(Path(root)) != RELEASE
+    return root == os.path.dirname(start) and os.path.basename(start) != RELEASE
 
 
 def earlier_run_warning(save: str | None, load: str | None) -> str | None:
@@ -169,9 +171,10 @@ def earlier_run_warning(save: str | None, load: str | None) -> str | None:
         iterations = complete_iterations(Path(save))
     if not iterations:
         return None
+    start = Path(save, iteration_name(iterations[-1])) if read_tracker(Path(save)) == RELEASE else save
     return (
         f"--save {save} has checkpoints of an earlier run, the last of iteration {iterations[-1]}, which those of this "
-        f"run will replace as it reaches them; to continue that run: --load {save}, else name another directory"
+        f"run will replace as it reaches them; to continue that run: --load {start}, else name another directory"
     )
 
 

@@ -111,6 +111,15 @@ class Attributes(StrictModel):
     system: str | None = effective(None, "column with a system message; null: none")
     tools: str | None = effective(None, "column with the tools that a model may call; null: none")
 
+    @model_validator(mode="after")
+    def _check_columns(self) -> Attributes:
+        columns = {name: getattr(self, name) for name in ("messages", "images", "videos", "system", "tools")}
+        for name, column in columns.items():
+            others = [other for other in columns if other != name and columns[other] == column]
+            if column is not None and others:
+                raise ValueError(f"{name} and {others[0]} both name the column {column!r}; correct one")
+        return self
+
 
 class DatasetParam(StrictModel):
     """The data set."""

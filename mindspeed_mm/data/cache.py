@@ -1,23 +1,28 @@
 """A directory that one process builds while the rest waits.
 
-The finished directory appears by a rename, so a killed build leaves nothing that looks finished. The lock is the
-operating system's and is released when its process dies.
+The finished directory appears by a rename, so a killed build leaves nothing that looks finished. It records sizes and
+checksums of its files; one that is damaged is built again. The lock is the operating system's and is released when its
+process dies.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import reason
 
 logger = logging.getLogger(__name__)
 _PROCESS_START = time.time()
 _FINISHED = "finished"
+_BLOCK = 1 << 22
 
 
 def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool = False) -> Path:
@@ -75,7 +80,36 @@ def _is_current(target: Path, overwrite: bool) -> bool:
         built = (target / _FINISHED).stat().st_mtime
     except OSError:
         return False
-    return not overwrite or built > _PROCESS_START
+    if overwrite and built <= _PROCESS_START:
+        return False
+    damaged = _damage(target)
+    if damaged:
+        logger.warning("%s is damaged (%s) and is built again", target, damaged, extra={"all_ranks": False})
+    return not damaged
+
+
+def _damage(target: Path) -> str:
+    """What is wrong with the files of a finished directory; empty if nothing is."""
+    try:
+        recorded = json.loads((target / _FINISHED).read_bytes() or b"null")
+        if not isinstance(recorded, dict):
+            return f"{_FINISHED} names no files"
+        for name, (size, checksum) in recorded.items():
+            if (target / name).stat().st_size != size:
+                return f"{name} has another size"
+            if _checksum(target / name) != checksum:
+                return f"{name} has another checksum"
+    except (OSError, ValueError, TypeError) as error:
+        return reason(error)
+    return ""
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _build(target: Path, build: Callable[[Path], None]) -> None:
@@ -85,7 +119,9 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         build(temporary)
-        (temporary / _FINISHED).touch()
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        facts = {str(path.relative_to(temporary)): (path.stat().st_size, _checksum(path)) for path in files}
+        (temporary / _FINISHED).write_text(json.dumps(facts))
         if target.exists():
             old = target.with_name(f"{target.name}.building-old")
             target.rename(old)
@@ -95,9 +131,8 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
             temporary.rename(target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or " ".join(str(error).split())
         where = f"cache_dir {target.parent}"
-        raise UserError(f"{where} cannot be written: {reason}; free disk space or choose another") from error
+        raise UserError(f"{where} cannot be written: {reason(error)}; free disk space or choose another") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -117,6 +117,9 @@ def check_special_tokens(directory: Path, wanted: Mapping[str, tuple[str, int]],
         name = "tokenizer_config.json"
         decoder = read_json(directory / name, remedy=_DOWNLOAD).get("added_tokens_decoder")
         added = [{"id": number, **token} for number, token in decoder.items()] if _is_table(decoder) else None
+    if not added and not is_file(directory / "tokenizer.json"):
+        raise UserError(f"{directory} has no tokenizer.json, and no tokenizer_config.json with added_tokens_decoder: "
+                        f"the ids of control tokens would be guessed; {_DOWNLOAD}")
     # a token that is not in the list is missed when the tokenizer is loaded
     ids = {str(token.get("content")): str(token.get("id")) for token in added} if _is_list(added) else {}
     for field, (token, number) in wanted.items():
@@ -133,6 +136,40 @@ def check_special_tokens(directory: Path, wanted: Mapping[str, tuple[str, int]],
         if str(number) != given:
             raise UserError(f"{directory / name}: {shorten(token)} has the id {shorten(given)}, but would be loaded as "
                             f"{number}, because added_tokens has gaps or is not in order; {_DOWNLOAD}")
+
+
+def check_same_tokenizer(directory: Path, model: Path) -> None:
+    """Check that a tokenizer gives its tokens the ids that the tokenizer beside the model's weights gives them.
+
+    One has more tokens where the user has added some.
+
+    Args:
+        directory: of the tokenizer.
+        model: directory of the weights, which may be without a tokenizer.
+
+    Raises:
+        UserError: with the number of tokens that have other ids, and the first.
+    """
+    if os.path.realpath(directory) == os.path.realpath(model):
+        return
+    ours, theirs = _vocabulary(directory), _vocabulary(model)
+    other = [token for token, number in ours.items() if theirs.get(token, number) != number]
+    if other:
+        token = other[0]
+        raise UserError(
+            f"the tokenizer in {directory} (model_name_or_path) gives {len(other)} tokens other ids than that in "
+            f"{model} (init_from_hf_path), the first {shorten(token, 40)!r}: {ours[token]} instead of {theirs[token]}; "
+            "take model and tokenizer of one checkpoint"
+        )
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """Token -> id by ``tokenizer.json``; empty where it does not say."""
+    path = directory / "tokenizer.json"
+    content = read_json(path, remedy=_DOWNLOAD, limit=INDEX_BYTES) if is_file(path) else {}
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    return vocabulary if isinstance(vocabulary, dict) else {}
 
 
 def _is_list(value: Any) -> bool:

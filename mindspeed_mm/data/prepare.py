@@ -27,6 +27,7 @@ from mindspeed_mm.data.record_files import record_name
 from mindspeed_mm.data.records import RecordReader, SkippedRecords
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import reading
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.spec import ModelSpec
@@ -152,9 +153,13 @@ def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) ->
 def _load_rows(source: Source, target: Path) -> PreparedRows:
     import datasets
 
-    for line in (target / "summary.txt").read_text().splitlines():
-        logger.info("%s: %s", source.names, line)
-    return PreparedRows(datasets.load_from_disk(str(target / "rows")), source.files)
+    with reading(f"prepared data in {target}", "delete that directory: it is built again"):
+        for line in (target / "summary.txt").read_text().splitlines():
+            logger.info("%s: %s", source.names, line)
+        skipped = SkippedRecords(source.config)
+        skipped.messages = (target / "skipped.txt").read_text().splitlines()
+        skipped.check()  # against the present limit
+        return PreparedRows(datasets.load_from_disk(str(target / "rows")), source.files)
 
 
 def _build_records(source: Source, directory: Path) -> None:

@@ -297,27 +297,26 @@ class RecordFile:
         except UserError as error:
             raise RecordError(str(error)) from error
 
-    def _current_state(self) -> tuple[int, int]:
-        status = os.stat(self.path)
+    def _current_state(self, handle: int | None = None) -> tuple[int, int]:
+        status = os.stat(self.path) if handle is None else os.fstat(handle)
         return status.st_size, status.st_mtime_ns
 
     def _open(self) -> None:
-        if self._process == os.getpid():
-            return
-        if self._current_state() != self._state:  # other records would be at the offsets
-            raise UserError(f"{self.path} has changed since the run began; start it again, or restore the file")
-        self._groups: OrderedDict[int, list[Any]] = OrderedDict()
-        if self._parquet:
-            import pyarrow.parquet
-
-            self._handle: Any = pyarrow.parquet.ParquetFile(self.path)
-        else:
+        if self._process != os.getpid():
+            self._groups: OrderedDict[int, list[Any]] = OrderedDict()
             self._handle = os.open(self.path, os.O_RDONLY)
-        self._process = os.getpid()
+            if self._parquet:
+                import pyarrow.parquet
+
+                self._parquet_file: Any = pyarrow.parquet.ParquetFile(self.path)
+            self._process = os.getpid()
+        # another file of this name, or one that is written to: other records would be at the offsets
+        if self._current_state(self._handle) != self._state:
+            raise UserError(f"{self.path} has changed since the run began; start it again, or restore the file")
 
     def _group(self, group: int) -> list[Any]:
         if group not in self._groups:
-            self._groups[group] = self._handle.read_row_group(group).to_pylist()
+            self._groups[group] = self._parquet_file.read_row_group(group).to_pylist()
             if len(self._groups) > _ROW_GROUPS_KEPT:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)

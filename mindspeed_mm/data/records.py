@@ -185,6 +185,7 @@ class RecordReader:
                               self._attr.tools) if name
         )
         self._keys = frozenset((self._attr.role_tag, self._attr.content_tag))
+        self._never_seen = set(self._columns)
 
     @property
     def unread_note(self) -> str:
@@ -197,6 +198,10 @@ class RecordReader:
     def notes(self) -> dict[str, str]:
         """What the log has to say about the records that were read, by kind."""
         notes = {"unread": self.unread_note}
+        named = {field: getattr(self._attr, field) for field in ("system", "tools", "images", "videos")}
+        if absent := [f"{name!r} (attr.{field})" for field, name in named.items()
+                      if name in self._never_seen and field in self._attr.model_fields_set]:
+            notes["absent"] = f"no record has the column {', '.join(absent)}"
         notes |= {f.what[0]: str(f) for f in (self.empty_answers, self.control_tokens) if f.messages}
         return {kind: note for kind, note in notes.items() if note}
 
@@ -273,6 +278,8 @@ class RecordReader:
                 self.control_tokens.add(len(tokens), f"{tokens[0]} in {name}")
 
     def _count_unread(self, row: Mapping[str, Any]) -> None:
+        if self._never_seen:
+            self._never_seen -= row.keys()
         if not row.keys() <= self._columns:
             self.unread.update(name for name in row.keys() - self._columns if row[name] is not None)
         turns = row[self._attr.messages]
@@ -318,8 +325,9 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
     turns = row.get(attr.messages)
     if not isinstance(turns, list):
         what = f"is {kind_of(turns)}, not a list" if attr.messages in row else "is missing"
-        raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {', '.join(map(str, row))}; set attr "
-                         "to its columns and keys (docs/data.md)")
+        names = ", ".join(map(str, row))
+        raise ValueError(f"its column {attr.messages!r} (attr.messages) {what}; it has: {names}; set attr to its "
+                         "columns and keys (docs/data.md)")
     _refuse_unread(row, attr)
     roles = _roles(attr.user_tag, attr.assistant_tag, attr.observation_tag, attr.function_tag, attr.system_tag)
     messages = [_message(turn, place, attr, roles, spec) for place, turn in enumerate(turns)]
@@ -327,6 +335,8 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
     if system:
         if not isinstance(system, str):
             raise ValueError(f"its column {attr.system!r} (attr.system) is {kind_of(system)}, not a string")
+        if messages and messages[0].role == "system":
+            raise ValueError(f"it has a system message and a column {attr.system!r} (attr.system); remove one of them")
         messages.insert(0, Message("system", system))
     if tools := _tools(row, attr):
         first = messages.pop(0).text if messages and messages[0].role == "system" else None
@@ -363,7 +373,7 @@ def check_order(messages: Sequence[Message]) -> str | None:
     if not turns:
         return "the conversation is empty"
     if turns[0].role != "user":
-        return f"the conversation starts with the role {turns[0].role}, not with a question; add it, or remove the answer"
+        return f"the conversation starts with the role {turns[0].role}, not with a question; add it, or remove that"
     for place, (before, after) in enumerate(pairwise(turns), start=first):
         if after.role == "system":
             return f"message {place + 1} is a system message, which only the first may be; move or remove it"

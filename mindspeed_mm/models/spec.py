@@ -173,7 +173,7 @@ class ModelSpec(abc.ABC):
         self.check_chat_template(basic.template or self.chat_templates[0], enable_thinking=basic.enable_thinking)
         if collator is not None and collator not in self.collators:
             raise UserError(
-                f"dataloader_param.collate_param.model_name {collator!r} of the data file (--mm-data) is unknown for this model; choose "
+                f"--mm-data: dataloader_param.collate_param.model_name {collator!r} is unknown for this model; choose "
                 f"{' or '.join(self.collators)}"
             )
 
@@ -183,14 +183,15 @@ class ModelSpec(abc.ABC):
         Raises:
             UserError: naming the family's templates.
         """
-        place = "basic_parameters.{} of the data file (--mm-data)"
         if name not in self.chat_templates:
             choice = " or ".join(self.chat_templates)
-            raise UserError(f"{place.format('template')} {name!r} is unknown for this model; choose {choice}")
+            raise UserError(f"--mm-data: basic_parameters.template {name!r} is unknown for this model; choose {choice}")
         if enable_thinking and name not in self.thinking_templates:
             remedy = f"choose {' or '.join(self.thinking_templates)}" if self.thinking_templates else "set it to false"
-            field = place.format("enable_thinking")
-            raise UserError(f"{field} is true, but template {name} has no thinking part; {remedy}")
+            raise UserError(
+                f"--mm-data: basic_parameters.enable_thinking is true, but template {name} has no thinking part; "
+                f"{remedy}"
+            )
 
     @abc.abstractmethod
     def build_chat_template(self, tokenizer: Any, options: ChatTemplateOptions) -> ChatTemplate:

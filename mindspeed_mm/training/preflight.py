@@ -24,7 +24,7 @@ from mindspeed_mm.checkpoint.save_directory import (
     earlier_run_warning,
 )
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
-from mindspeed_mm.data.encoder import check_special_tokens
+from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
@@ -55,7 +55,7 @@ def preflight(job: JobConfig) -> None:
     job.check_model(spec.facts(model_config), world_size=world_size)
     settings = spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
     if job.args.load is not None:
-        check_start(job.args, spec, model_config, settings)
+        check_start(job.args, spec, model_config, settings, model_directory=job.model.init_from_hf_path)
     elif job.args.save_trainable_only:
         check_base_is_kept(job.args, Path(job.model.init_from_hf_path))
     if job.args.save is not None:
@@ -69,6 +69,7 @@ def preflight(job: JobConfig) -> None:
     check_data_files(job)
     tokenizer = Path(job.data.dataset_param.preprocess_parameters.model_name_or_path)
     check_special_tokens(tokenizer, spec.special_token_ids(model_config), model=Path(job.model.init_from_hf_path))
+    check_same_tokenizer(tokenizer, Path(job.model.init_from_hf_path))
     spec.read_media_settings(job.data, model_config)
     check_first_batch(job, records=validate_data(job.data, spec))
     run = Run(

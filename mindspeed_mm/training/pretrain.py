@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint.directory import MEDIA_KEY
+from mindspeed_mm.checkpoint.directory import MEDIA_KEY, MODEL_CONFIG_KEY
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run
 from mindspeed_mm.checkpoint.progress import Progress
@@ -165,7 +166,10 @@ def _run(
                 describe=loader.dataset.describe,
                 eval_loader=eval_loader,
                 split=split,
-                manager=_checkpoint_manager(job, model, optimizer, backend, settings, media, source),
+                manager=_checkpoint_manager(job, model, optimizer, backend, settings, {
+                    MODEL_CONFIG_KEY: dataclasses.asdict(model_config),
+                    **({MEDIA_KEY: dataclasses.asdict(media)} if media else {}),
+                }, source),
             ),
         )
         trainer.train()
@@ -242,15 +246,16 @@ def _load_balancing(job: JobConfig, model_config: ModelConfig) -> LoadBalancingL
 
 def _checkpoint_manager(
     job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend, settings: Settings,
-    media: MediaSettings | None, source: Path | None,
+    facts: Mapping[str, Any], source: Path | None,
 ) -> CheckpointManager | None:
-    """Writes the run's checkpoints, if ``--save`` names a directory; ``source``: what the run started from."""
+    """Writes the run's checkpoints, if ``--save`` names a directory.
+
+    ``facts``: of the model and its media, for the manifests; ``source``: what the run started from.
+    """
     args = job.args
     if args.save is None:
         return None
-    names, metadata = None, {**job.checkpoint_metadata(), RUN_KEY: run_identity()}
-    if media is not None:
-        metadata[MEDIA_KEY] = dataclasses.asdict(media)
+    names, metadata = None, {**job.checkpoint_metadata(), **facts, RUN_KEY: run_identity()}
     if args.save_trainable_only and source is not None:
         base, names = base_of_run(source, moved_to=args.load_base, option="--load-base")
         names |= {name for name, setting in settings.items() if setting.saved}

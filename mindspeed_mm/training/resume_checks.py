@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.contents import check_base_contents, check_contents
+from mindspeed_mm.checkpoint.contents import check_base_contents, check_contents, check_model_config
 from mindspeed_mm.checkpoint.directory import RELEASE, checkpoint_to_load
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, read_entries
 from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
@@ -41,7 +41,9 @@ _MOST_NAMED = 8
 _ABSENT = object()
 
 
-def check_start(args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, settings: Settings) -> None:
+def check_start(
+    args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, settings: Settings, *, model_directory: str
+) -> None:
     """Refuse what the ranks would refuse of ``--load``, as far as its small files tell.
 
     Args:
@@ -49,6 +51,7 @@ def check_start(args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, 
         spec: of the model.
         model_config: of the model.
         settings: of its parameters.
+        model_directory: of its ``config.json``.
 
     Raises:
         UserError: if the checkpoint is incomplete or of another model, or the run cannot continue from it.
@@ -63,6 +66,7 @@ def check_start(args: TrainingArgs, spec: ModelSpec, model_config: ModelConfig, 
     stored = read_entries(path, manifest)
     with_optimizer = not args.finetune and not args.no_load_optim
     check_contents(path, manifest, stored, parameters, trained=trained, with_optimizer=with_optimizer)
+    check_model_config(path, manifest, model_config, source=Path(model_directory, "config.json"))
     progress = Progress.read(path, None if plain else manifest)
     if base is not None and base.kind == "checkpoint":
         check_base_contents(base, parameters.keys() - stored.keys(), parameters, trained=trained)

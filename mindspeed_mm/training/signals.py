@@ -44,9 +44,9 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the former handlers."""
+        """Restore the former handlers; a rank that torchrun started, and that now ends, ignores the signals instead."""
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self._signal is not None:
@@ -69,8 +69,11 @@ def exit_status(*, stopped: bool) -> int:
     """
     if not stopped:
         return 0
-    end_launcher_with(STOPPED_STATUS)
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_STATUS
+    told = end_launcher_with(STOPPED_STATUS)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # which torchrun makes after failures
+    if "TORCHELASTIC_RUN_ID" in os.environ and (told or restarts or RUN_STATE not in os.environ):
+        return 0
+    return STOPPED_STATUS
 
 
 def status_after_error(line: str) -> int:
@@ -81,9 +84,9 @@ def status_after_error(line: str) -> int:
     Elsewhere rank 0 prints the line: torchrun ends the others while they wait here, unless the error is theirs alone.
     """
     line = with_variables(line, os.environ)
-    end_launcher_with(2, error=line)
+    told = end_launcher_with(2, error=line)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # which torchrun makes after failures only
-    if RUN_STATE in os.environ and not restarts and _all_ranks_arrive():
+    if told and not restarts and _all_ranks_arrive():
         return 0
     if RUN_STATE not in os.environ and os.environ.get("RANK", "0") != "0":
         time.sleep(_WAIT_SECONDS)
@@ -109,19 +112,29 @@ def _all_ranks_arrive() -> bool:
     return False
 
 
-def end_launcher_with(status: int | None, *, error: str = "") -> None:
+def end_launcher_with(status: int | None, *, error: str = "") -> bool:
     """Ask the launcher, if there is one, to end with ``status``, or with torchrun's for None.
 
     ``error`` is a line for it to print last, below torchrun's report of the failure.
+
+    Returns:
+        Whether there is a launcher and it was told.
     """
-    _report_to_launcher("status", "" if status is None else str(status))
-    _report_to_launcher("error", error)
+    return _report_to_launcher("status", "" if status is None else str(status)) and _report_to_launcher("error", error)
 
 
-def _report_to_launcher(name: str, content: str) -> None:
-    if directory := os.environ.get(RUN_STATE):
-        with contextlib.suppress(OSError):  # the launcher then ends with torchrun's status
-            (Path(directory) / name).write_text(content and f"{content}\n")
+def _report_to_launcher(name: str, content: str) -> bool:
+    directory = os.environ.get(RUN_STATE)
+    if not directory:
+        return False
+    try:
+        Path(directory).mkdir(exist_ok=True)  # old files in TMPDIR may have been removed
+        (Path(directory) / name).write_text(content and f"{content}\n")
+    except OSError as error:  # the launcher then ends with torchrun's status
+        where = f"TMPDIR {Path(directory).parent}"
+        _write(f" warning: the launcher cannot be told {name.partition('.')[0]}: {where}: {error.strerror}\n")
+        return False
+    return True
 
 
 def _write(message: str) -> None:

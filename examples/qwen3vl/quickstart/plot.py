@@ -42,9 +42,9 @@ def read_metrics(path: str | Path) -> list[Step]:
     for number, line in enumerate(read_text(path, limit=DATA_BYTES).splitlines(), start=1):
         try:
             values = json.loads(line)
-            loss = math.nan if values["loss"] is None else values["loss"]
-            steps.append(Step(values["iteration"], loss, values["learning_rate"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            loss = math.nan if values["loss"] is None else float(values["loss"])
+            steps.append(Step(int(float(values["iteration"])), loss, float(values["learning_rate"])))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, has no step ({error}); name a run's metrics.jsonl") from error
     if not steps:
         raise UserError(f"{path} has no step: training ended before the first one")
@@ -62,6 +62,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")  # files only: there may be no display
+    matplotlib.rcParams["text.parse_math"] = False  # a question's dollar signs are no formulas
     from matplotlib import pyplot
 
     return pyplot

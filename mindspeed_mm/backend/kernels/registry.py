@@ -59,7 +59,7 @@ def attention_kernel(name: str | None, *, device: str) -> attention.AttentionKer
         table["npu_fusion_attention"] = table["flash_attention_2"] = npu.npu_fusion_attention
     if name is None:
         name = next(best for best in ("flash_attention_2", "varlen", "math", "sdpa") if best in table)
-    return _select("attn_implementation of the model file (--mm-model)", name, table, device=device)
+    return _select("--mm-model: attn_implementation", name, table, device=device)
 
 
 @functools.cache

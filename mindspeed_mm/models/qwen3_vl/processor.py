@@ -56,6 +56,7 @@ _WITHOUT_EFFECT = frozenset("""
 _OLDER_NAMES = {"min_pixels": "size.shortest_edge", "max_pixels": "size.longest_edge"}
 _AREA, _AREA_OR_NONE = Field(int, high=1 << 40), Field(int, low=0, high=1 << 40)
 _TRAINED = dict.fromkeys(("min_pixels", "max_pixels", "patch_size", "merge_size"), _AREA)
+_TRAINED_NORM = ("image_mean", "image_std", "rescale_factor")
 _TRAINED_VIDEOS = {
     **dict.fromkeys(("max_pixels", "min_volume", "max_volume", "min_frames", "max_frames"), _AREA),
     "min_pixels": _AREA_OR_NONE,
@@ -287,9 +288,10 @@ def with_trained_limits(
     """
     check_section(trained, source=source, name="the record")
     check_fields({**dict.fromkeys(_TRAINED), **trained}, _TRAINED, source=source)
+    norm = _trained_norm(trained, source)
     wanted: list[tuple[str, str, dict[str, Any]]] = [
         ("preprocessor_config.json", _IMAGES,
-         {"size.shortest_edge": trained["min_pixels"], "size.longest_edge": trained["max_pixels"]})
+         {"size.shortest_edge": trained["min_pixels"], "size.longest_edge": trained["max_pixels"], **norm})
     ]
     if (videos := trained.get("videos")) is not None:
         check_section(videos, source=source, name="videos")
@@ -301,6 +303,7 @@ def with_trained_limits(
             **{name: videos[name] for name in ("fps", "min_frames", "max_frames")},
             "cap_pixels_per_frame": True,
             "max_video_tokens": max(1, tokens),
+            **norm,
         }
         wanted.append(("video_preprocessor_config.json", _VIDEOS, fields))
     files: dict[str, dict[str, Any]] = {}
@@ -313,14 +316,28 @@ def with_trained_limits(
             if not section:
                 continue
             check_section(section, source=str(path), name=key or "the file")
-            if found := _set_fields(section, fields):
+            defaults = {field: value for field, value in _DEFAULTS[part].items() if field in _TRAINED_NORM}
+            if found := _set_fields(section, fields, defaults):
                 files[file] = content
                 changes += [f"{file}: {change}" for change in found]
     return files, changes
 
 
-def _set_fields(section: dict[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Set dotted fields of a processor; returns ``field old -> new`` for each that was another."""
+def _trained_norm(trained: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Fields of the training's normalisation; none if it is not recorded."""
+    if (norm := trained.get("norm")) is None:
+        return {}
+    check_section(norm, source=source, name="norm")
+    fields = {name: norm.get(name.removeprefix("image_")) for name in _TRAINED_NORM}
+    check_fields(fields, {name: _FIELDS[name] for name in _TRAINED_NORM}, source=source, name="norm")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _set_fields(section: dict[str, Any], fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Set dotted fields of a processor; returns ``field old -> new`` for each that was another.
+
+    ``defaults``: what a field that is not there means.
+    """
     # older names, which transformers prefers where a file has them
     older = {name: fields[path] for name, path in _OLDER_NAMES.items() if section.get(name) is not None}
     changes = []
@@ -329,7 +346,7 @@ def _set_fields(section: dict[str, Any], fields: Mapping[str, Any]) -> list[str]
         if parent and not isinstance(section.get(parent), dict):
             section[parent] = {}
         holder = section[parent] if parent else section
-        if holder.get(name) != value:
+        if holder.get(name, defaults.get(name)) != value:
             changes.append(f"{path} {shown(holder.get(name))} -> {shown(value)}")
             holder[name] = value
     return changes

@@ -19,7 +19,7 @@ from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.dataset import ChatDataset, SkippedSample, build_datasets
-from mindspeed_mm.data.encoder import check_special_tokens, load_tokenizer
+from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens, load_tokenizer
 from mindspeed_mm.data.record_files import RecordError
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings
@@ -143,6 +143,7 @@ def show(options: argparse.Namespace) -> None:
     model_config = spec.read_config(model.init_from_hf_path)
     directory = data.dataset_param.preprocess_parameters.model_name_or_path
     check_special_tokens(Path(directory), spec.special_token_ids(model_config), model=Path(model.init_from_hf_path))
+    check_same_tokenizer(Path(directory), Path(model.init_from_hf_path))
     media = spec.read_media_settings(data, model_config)
     dataset, _ = build_datasets(data, spec=spec, media=media, seq_length=options.seq_length, seed=options.seed)
     tokenizer = load_tokenizer(directory)

@@ -56,16 +56,19 @@ class Evaluation(Callback):
     def evaluate(self) -> float | None:
         """Mean cross-entropy of the target tokens over at most ``--eval-iters`` global batches of held-out data.
 
-        None if a rank cannot load its data: the run then stops, after a save. None, too, if no held-out sample has a
-        target token: 0 would look like a loss.
+        None if a rank cannot load its data: the run then stops, after a save; if the run is asked to stop; or if no
+        held-out sample has a target token: 0 would look like a loss.
         """
         args, model = self._run.args, self._run.model
         device, layout = self._run.context.backend.device, self._run.context.layout
         micro_batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
         model.eval()
         sums, skipped, unfit, failures = torch.zeros(5, device=device), [], 0, set()
+        stop = _SharedFlag(device)
         with cached_compute_weights(model):
             for data in itertools.islice(self._loader, micro_batches):
+                if stop.exchange(self._run.context.stop_requested()):
+                    break
                 skipped += data.skipped.unusable
                 unfit += data.skipped.too_long + data.skipped.no_target
                 failures |= {data.failure} - {""}
@@ -78,6 +81,10 @@ class Evaluation(Callback):
         dist.all_reduce(sums)
         reshard(model)
         model.train()
+        if stop.is_set:
+            if layout.rank == 0:
+                logger.info("the evaluation is left: the run was asked to stop")
+            return None
         loss, count, skipped_count, failed, unfit_count = sums.tolist()
         if failed:
             self._run.stop_after_save(UserError(f"evaluation: {gather_messages(sorted(failures))[0]}"))
@@ -95,3 +102,23 @@ class Evaluation(Callback):
                 f"{', and no other is left: there is no validation loss' if all_of_them else ''}",
                 extra={"all_ranks": False},
             )
+
+
+class _SharedFlag:
+    """Whether any rank has raised a flag. All ranks learn of it in the same call, one call later, without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._former: tuple[torch.Tensor, dist.Work] | None = None
+        self.is_set = False
+
+    def exchange(self, raised: bool) -> bool:
+        """Send this rank's flag; whether any rank had raised it in the call before. Called by all ranks together."""
+        if self._former is not None:
+            flag, work = self._former
+            work.wait()
+            self.is_set = bool(flag.item())
+        if not self.is_set:
+            flag = torch.tensor(float(raised), device=self._device)
+            self._former = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        return self.is_set

@@ -185,7 +185,7 @@ def test_attention(kernel, lengths, causal, dtype):
 def test_attention_names_on_a_cpu():
     names = (None, "math", "products")  # products is an alias
     assert {registry.attention_kernel(name, device="cpu") for name in names} == {math_attention}
-    with pytest.raises(UserError, match="attn_implementation of .* 'varlen' is not available on cpu; choose one of eager, "):
+    with pytest.raises(UserError, match="attn_implementation 'varlen' is not available on cpu; choose one of eager, "):
         registry.attention_kernel("varlen", device="cpu")
 
 

@@ -63,7 +63,7 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (set_in(1, "messages", 1, "content", None), "'content' of message 1 is null"),
         (set_in(1, "messages", 1, "role", "gpt"), "role 'gpt'; attr names the roles user, assistant"),
         (set_in(4, "messages", []), "record 4: the conversation is empty"),
-        (lambda rows: rows[4]["messages"].pop(), "record 4: the last message is not an answer"),
+        (lambda rows: rows[4]["messages"].pop(), "record 4: the last message .* is not an answer, .*remove it"),
         (set_in(1, "images", ["a", "b"]), "record 1: it has 1 <image> tags in its questions, but 2 images"),
         (lambda rows: rows[1].pop("images"), r"missing column 'images' \(attr.images\)"),
         (set_in(1, "images", [3]), "not a list of paths"),

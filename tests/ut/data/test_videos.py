@@ -244,7 +244,7 @@ def test_video_column_keeps_files_frames_and_order(recipe: Path) -> None:
 
 def test_mistakes_are_found_before_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = str(recipe / "data.json")
-    with pytest.raises(UserError, match=r"2 <video> tags.*0 videos.*attr.videos"):
+    with pytest.raises(UserError, match="2 <video> tags.*attr.videos is null; set it"):
         validate_data(make_config(recipe, dataset=dataset), SPEC)
     config = make_config(recipe, dataset=dataset, attr={"videos": "videos"})
     monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)

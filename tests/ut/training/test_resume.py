@@ -157,7 +157,7 @@ def test_what_the_ranks_refuse_is_refused_before_they_start_with_the_same_line(t
     wanted = None if without else optimizer
     lines = []
     for start in (
-        lambda: check_start(args, SPEC, model_config, settings),
+        lambda: check_start(args, SPEC, model_config, settings, model_directory="hf"),
         lambda: load_checkpoint(path, model=model, optimizer=wanted, backend=backend, with_rng=False),
     ):
         try:
@@ -192,7 +192,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_its_ranks_start(tmp_path, mor
     options = ModelOptions(model_id="qwen3_vl_moe", init_from_hf_path="unused", image_encoder=switches)
     settings = SPEC.parameter_settings(model_config, compile_rules(args, options, parts=SPEC.parts))
     with contextlib.nullcontext() if reason is None else pytest.raises(UserError, match=reason):
-        check_start(args, SPEC, model_config, settings)
+        check_start(args, SPEC, model_config, settings, model_directory="hf")
 
 
 def test_groups_of_the_learning_rate_have_no_order(tmp_path):
