@@ -282,11 +282,13 @@ class RecordFile:
 
         Raises:
             RecordError: if it is not valid.
+            UserError: if the file has changed or is gone: no bad record, which could be skipped.
         """
         name = record_name(self.path, index)
+        with reading(f"dataset {self.path}"):
+            self._open()
         try:
             with reading(name):
-                self._open()
                 if self._parquet:
                     group = bisect.bisect_right(self._ends, index) - 1
                     return self._group(int(group))[index - int(self._ends[group])]

@@ -52,6 +52,26 @@ def test_a_fault_of_the_program_itself_stays_visible() -> None:
         report_errors(lambda: _fail(KeyError("x")))
 
 
+@pytest.mark.parametrize("end", [">&-", ">/dev/full"])
+def test_output_that_cannot_be_written(end: str) -> None:
+    code = ("import sys; from mindspeed_mm.errors import report_errors; "
+            "sys.exit(report_errors(lambda: print('x', sys.stdout.isatty())))")
+    result = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{code}" {end}'], capture_output=True, text=True, timeout=60
+    )
+    full = (2, "error: standard output cannot be written: No space left on device\n")
+    assert (result.returncode, result.stderr) == ((0, "") if end == ">&-" else full)
+
+
+def test_output_without_the_characters() -> None:
+    code = "from mindspeed_mm.errors import report_errors\nreport_errors(lambda: print('\u4e2d'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (result.stdout, result.stderr) == ("\\u4e2d\n", "")
+
+
 def test_ctrl_c() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from checkpoint.cli import main
 from mindspeed_mm.checkpoint import conversion, directory, lock
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
+from mindspeed_mm.checkpoint.directory import RELEASE, read_tracker, write_tracker
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.inspection import verify
+from mindspeed_mm.checkpoint.save_directory import earlier_run_warning
 from mindspeed_mm.checkpoint.state import load_hf_weights
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
+from tests.helpers.checkpoint_directory import commit_directory
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 
 NORM = "model.language_model.layers.0.input_layernorm.weight"
@@ -386,3 +390,32 @@ def test_assets_of_another_model(hf: Path, tmp_path: Path) -> None:
     write_hf_directory(tmp_path / "other", other)
     with pytest.raises(UserError, match=r"tensors unexpected.*of another shape.*--model_assets_dir"):
         dcp_to_hf(path, tmp_path / "out", tmp_path / "other")
+
+
+def test_assets_that_compute_something_else(hf: Path, tmp_path: Path) -> None:
+    """With the same shapes, which nothing but the recorded config tells apart."""
+    path = hf_to_dcp(hf, tmp_path / "dcp")
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 1e-3
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"{path} belongs to a model with another config.json: text.*0.001 in {other}"):
+        dcp_to_hf(path, tmp_path / "out", other)
+    config["text_config"]["rms_norm_eps"] = 1e-6
+    config["text_config"]["initializer_range"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    dcp_to_hf(path, tmp_path / "out", other)
+
+
+def test_a_runs_directory_is_no_target(hf: Path, tmp_path: Path) -> None:
+    """Its tracker file would name the converted weights."""
+    with commit_directory(tmp_path / "save/iter_0000300", {}):
+        pass
+    write_tracker(tmp_path / "save", 300)
+    with pytest.raises(UserError, match=r"--dcp_dir \S+ has checkpoints of a training run, the last of iteration 300"):
+        hf_to_dcp(hf, tmp_path / "save")
+    assert read_tracker(tmp_path / "save") == 300
+    hf_to_dcp(hf, tmp_path / "save", overwrite=True)
+    assert read_tracker(tmp_path / "save") == RELEASE
+    assert f"--load {tmp_path}/save/iter_0000300" in earlier_run_warning(str(tmp_path / "save"), str(tmp_path / "save"))

@@ -135,3 +135,24 @@ def test_a_damaged_record_is_refused_before_anything_is_written(tmp_path: Path, 
         dcp_to_hf(tmp_path / "dcp", tmp_path / "out", hf)
     assert str(tmp_path / "dcp/release" / MANIFEST) in str(caught.value)
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_normalisation_is_the_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    norm = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "rescale_factor": 1 / 255}
+    hf = convert(tmp_path, FILES[kind], {**TRAINED, "norm": norm})
+    out = dcp_to_hf(tmp_path / "dcp", tmp_path / "out", hf)
+    line = capsys.readouterr().out
+    assert line.count("image_mean [0.5, 0.5, 0.5] -> [0.1, 0.2, 0.3]") == 2
+    assert "image_std" not in line and "rescale_factor" not in line  # which the files leave to the default
+    for name in FILES[kind]:
+        content = json.loads((out / name).read_text())
+        for part in (content.get("image_processor", content), content.get("video_processor", content)):
+            assert part["image_mean"] == norm["mean"]
+
+
+@pytest.mark.parametrize("norm", [3, {"mean": "x"}, {"mean": [0.5]}, {"std": [0, 1, 1]}, {"rescale_factor": -1}])
+def test_a_damaged_normalisation(tmp_path: Path, norm: Any) -> None:
+    hf = convert(tmp_path, FILES["own files"], {**TRAINED, "norm": norm})
+    with pytest.raises(UserError, match="manifest.json: media"):
+        dcp_to_hf(tmp_path / "dcp", tmp_path / "out", hf)

@@ -131,9 +131,12 @@ def test_places_of_the_number_of_experts(hf: tuple[Path, Tensors], tmp_path: Pat
 
 
 @pytest.mark.parametrize("replaced", ["model.bool", "model.empty"])
-def test_a_tied_name_replaces_a_tensor(hf: tuple[Path, Tensors], tmp_path: Path, replaced: str) -> None:
+def test_a_tied_name_replaces_a_tensor(
+    hf: tuple[Path, Tensors], tmp_path: Path, replaced: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, tensors = hf
     assert to_dcp(path, tmp_path / "dcp", "--tie_weight_mapping", f"{replaced},logit_scale") == 0
+    assert f"note: {replaced} of {path} is replaced by logit_scale (--tie_weight_mapping)\n" in capsys.readouterr().out
     assert_same(stored(tmp_path / "dcp" / "release"), {**tensors, replaced: tensors["logit_scale"]})
 
 
@@ -307,3 +310,13 @@ def test_a_damaged_checkpoint_is_refused(
     assert to_hf(tmp_path / "dcp", tmp_path / "out", path) == 2
     assert "has another checksum than recorded" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_match_nothing_are_said(
+    hf: tuple[Path, Tensors], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert to_dcp(hf[0], tmp_path / "dcp", "--hf_prefix", "modle.", "--fused_linear_names", "experts,exprets") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [note.partition(str(hf[0]))[2] for note in notes] == [
+        " has exprets in its name (--fused_linear_names)", " begins with modle. (--hf_prefix)",
+    ]

@@ -365,3 +365,15 @@ def test_shutdown_ends_the_threads_of_the_saves_group(tmp_path: Path) -> None:
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
     assert result.stdout == "1\n"
+
+
+def test_a_removed_directory_is_made_again(tmp_path: Path, lines: list[str]) -> None:
+    """Else the rest of a run would be lost because its first part was removed."""
+    state, root = State(), tmp_path / "save"
+    manager = manager_of(state, root)
+    manager.start(SavedProgress(5))
+    shutil.rmtree(root)
+    manager.start(SavedProgress(6))
+    manager.finish()
+    assert_same(stored(directory.resolve_checkpoint(root)), state.everything())
+    assert any(f"--save {root} has been removed while the run was training; it is made again" in line for line in lines)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,36 @@ def test_killed_builder_leaves_nothing_that_looks_finished(tmp_path: Path) -> No
     cache.build_once(target, lambda directory: (directory / "whole").touch())
     assert sorted(path.name for path in target.iterdir()) == ["finished", "whole"]
     assert not list(target.parent.glob("entry.building-*"))
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_flip, lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+@pytest.mark.parametrize("name", ["rows/*.arrow", "rows/state.json", "summary.txt", "finished"])
+def test_a_damaged_entry_is_built_again(
+    root: Path, name: str, damage: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = answers(build(root)[0], root)
+    (path,) = (root / "cache").glob(f"tokenized-*/{name}")
+    damage(path)
+    assert answers(build(root)[0], root) == before
+    not_there = name == "finished" and damage is Path.unlink
+    assert not_there or ("is damaged" in caplog.text and "built again" in caplog.text)
+    caplog.clear()
+    assert answers(build(root)[0], root) == before and not caplog.text
+
+
+def test_a_lower_limit_of_unusable_records_counts_for_a_cached_entry(root: Path) -> None:
+    (root / "images/0001.png").write_bytes(b"damaged")
+    (root / "images/0002.png").write_bytes(b"damaged")
+    loader = {"on_bad_sample": "skip", "max_bad_samples": 2}
+    assert len(build(root, loader=loader)[0]) == 10
+    with pytest.raises(UserError, match=r"record 1: .*\(and 1 more such records\); .*max_bad_samples allows 1"):
+        build(root, loader={**loader, "max_bad_samples": 1})
 
 
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -145,10 +145,45 @@ def test_images_outside_the_root_are_refused(recipe: Path, name: str) -> None:
 
 def test_keys_that_are_lost_are_counted(recipe: Path) -> None:
     write(recipe, [{**GOOD, "source": "web", "note": None}, {**GOOD, "conversations": [
-        {**turn, "weight": 0} for turn in GOOD["conversations"]]}])
+        {**turn, "rating": 0} for turn in GOOD["conversations"]]}])
     done = call(recipe)
     assert done.returncode == 0 and len(output(recipe)) == 2
-    assert "not read, with the number of records: source (1), conversations.weight (1)\n" in done.stdout
+    assert "not read, with the number of records: source (1), conversations.rating (1)\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("record", "turn"),
+    [({"system": "Be brief."}, {}), ({"tools": [{}]}, {}), ({}, {"loss": False}), ({}, {"weight": 0}),
+     ({}, {"tool_calls": [1]})],
+)
+def test_keys_that_would_change_the_target_are_not_lost(recipe: Path, record: dict, turn: dict) -> None:
+    """The loader refuses them, and could not once they are gone."""
+    turns = [GOOD["conversations"][0], {**GOOD["conversations"][1], **turn}, *GOOD["conversations"][2:]]
+    harmless = [{**GOOD["conversations"][0], "loss": True, "weight": 1}, *GOOD["conversations"][1:]]
+    write(recipe, [GOOD, {**GOOD, **record, "conversations": turns},
+                   {**GOOD, "system": "", "tools": [], "conversations": harmless}])
+    done = call(recipe)
+    assert done.returncode == 1 and len(output(recipe)) == 2
+    key = next(iter({**record, **turn}))
+    assert "skipped 1 records with keys that would change what is trained on" in done.stdout
+    assert f"record 1: {key} is " in done.stdout
+
+
+def test_the_source_is_not_replaced(recipe: Path) -> None:
+    write(recipe, [GOOD])
+    source = recipe / "data/llava_instruct_150k.json"
+    before = source.read_bytes()
+    done = call(recipe, "--output", str(source), "--overwrite")
+    assert done.returncode == 2 and "is --input, which would be replaced" in done.stderr
+    assert source.read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_behind_the_output(recipe: Path) -> None:
+    write(recipe, [GOOD])
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(SCRIPT)], cwd=recipe, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: standard output cannot be written: No space left on device\n")
 
 
 def test_missing_steps_of_the_guide(tmp_path: Path) -> None:

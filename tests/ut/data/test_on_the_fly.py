@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +238,19 @@ def test_bad_records_while_streaming_travel_with_the_step(tmp_path: Path) -> Non
     assert "record 2: it has 0 <image> tags" in step.skipped.unusable[1]
     counts = [count for batch in step.batches for count in batch.target_tokens_per_sample]
     assert np.flatnonzero(np.array(counts) == 0).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["data.json", "b.jsonl", "c.parquet"])
+def test_a_streamed_file_that_is_written_to(root: Path, tmp_path: Path, name: str) -> None:
+    """Of the same size, after it was opened."""
+    path = tmp_path / name
+    path.write_bytes((root / name).read_bytes())
+    rows = RecordFile(str(path))
+    first = rows[0]
+    time.sleep(0.01)
+    with path.open("r+b") as file:
+        file.write(path.read_bytes()[:4])
+    with pytest.raises(UserError, match=f"{name} has changed since the run began") as raised:
+        rows[1]
+    assert type(raised.value) is UserError  # no bad record, which could be skipped
+    assert RecordFile(str(path))[0] == first

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mindspeed_mm.data.records import RecordReader
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -59,7 +60,8 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (lambda rows: rows[3].pop("messages"), r"record 3: its column 'messages' \(attr.messages\) is missing.*images"),
         (set_in(1, "messages", {}), r"record 1: its column 'messages' .* is an object, not a list"),
         (set_in(1, "messages", 0, "x"), "record 1: message 0 is a string"),
-        (lambda rows: rows[1]["messages"][0].pop("role"), "'role' of message 0 is missing"),
+        (lambda rows: rows[1]["messages"][0].pop("role"),
+         "'role' of message 0 is missing; it has: content; set attr.role_tag to its key"),
         (set_in(1, "messages", 1, "content", None), "'content' of message 1 is null"),
         (set_in(1, "messages", 1, "role", "gpt"), "role 'gpt'; attr names the roles user, assistant"),
         (set_in(4, "messages", []), "record 4: the conversation is empty"),
@@ -67,6 +69,12 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (set_in(1, "images", ["a", "b"]), "record 1: it has 1 <image> tags in its questions, but 2 images"),
         (lambda rows: rows[1].pop("images"), r"missing column 'images' \(attr.images\)"),
         (set_in(1, "images", [3]), "not a list of paths"),
+        (set_in(1, "images", ["."]), r"record 1: image \S+ is a directory; write the path of a file"),
+        (lambda rows: rows[1]["messages"].insert(1, {"role": "user", "content": "x"}),
+         r"messages 0 \(user\) and 1 \(user\) do not take turns; join them into one, or remove one"),
+        (lambda rows: rows[1]["messages"].pop(0), "not with a question; add it, or remove"),
+        (set_in(1, "messages", 1, "loss", False), "'loss' of message 1 is False.*remove it: all answers are trained"),
+        (set_in(1, "messages", 1, "tool_calls", [1]), "'tool_calls' of message 1.*write it into the message's text"),
         (set_in(1, "images", ["gone.png"]), "record 1: image gone.png does not exist; put"),
     ],
 )
@@ -167,3 +175,21 @@ def test_files_that_are_named_twice_are_said(tmp_path: Path, caplog: pytest.LogC
     assert f"dataset names {data} more than once: its records count as often" in caplog.messages
     assert f"{tmp_path}/link.json is trained on and evaluated on: its evaluation says nothing of other data" in \
         caplog.messages
+
+
+def test_columns_named_by_attr(root: Path, records: list, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="attr.*system and images|images and system both name the column 'images'"):
+        check(root, records, attr={"system": "images"})
+    with pytest.raises(UserError, match="its questions, but attr.images is null; set it to the column of their paths"):
+        check(root, records, attr={"images": None})
+    caplog.set_level("INFO")
+    (root / "data.json").write_text(json.dumps(records))
+    (root / "elsewhere").mkdir(exist_ok=True)
+    reader = RecordReader(make_config(root, dataset="x", attr={"system": "prompt"}), SPEC, [str(root / "data.json")],
+                          limit=None)
+    assert len(list(reader.read())) == 6 and reader.notes["absent"] == "no record has the column 'prompt' (attr.system)"
+    rows = [{**record, "prompt": "Be brief."} for record in records]
+    assert check(root, rows, attr={"system": "prompt"}) == 6
+    rows[2]["messages"] = [{"role": "system", "content": "Be long."}, *rows[2]["messages"]]
+    with pytest.raises(UserError, match="record 2: it has a system message and a column 'prompt' .*; remove one"):
+        check(root, rows, attr={"system": "prompt", "system_tag": "system"})

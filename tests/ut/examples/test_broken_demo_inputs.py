@@ -149,7 +149,7 @@ BROKEN_MODELS = {
     "processor: merging": (lambda d: _edit(d, "preprocessor_config.json", merge_size="x"), "merge_size"),
     "processor: mean": (lambda d: _edit(d, "preprocessor_config.json", image_mean="x"), "cannot be read"),
     "generation": (lambda d: _replace(d, "generation_config.json", b"["), "generation_config.json"),
-    "generation: end": (lambda d: _edit(d, "generation_config.json", num_beams="x"), "generation_config.json"),
+    "generation: end": (lambda d: _edit(d, "generation_config.json", repetition_penalty="x"), "generation_config.json"),
     "template: syntax": (lambda d: _edit(d, "tokenizer_config.json", chat_template="{% if %}"), "template"),
     "template: failure": (lambda d: _edit(d, "tokenizer_config.json", chat_template="{{ 1 // 0 }}"), "template"),
     "template: loop": (lambda d: _edit(d, "tokenizer_config.json", chat_template=_LOOP), "does not end within 2 s"),
@@ -242,6 +242,8 @@ GOOD = {"images": [], "messages": _messages(("user", "Hi"), ("assistant", "Hello
      (b'[{"messages": [{"role": ["user"], "content": "x"}]}]', "record 0"),
      (b'[{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}]', "no answer follows"),
      (b'[{"images": [3], "messages": [{"role": "user", "content": "x"}]}]', "record 0"),
+     (b'[{"images": {"a": 1}, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]',
+      "record 0"),
      (b'[{"conversations": [{"from": "human", "value": "\\ud800"}, {"from": "gpt", "value": "y"}]}]', "its text"),
      (b'[{"image": "a\\u0000", "conversations": [{"from": "human", "value": "<image>"}, '
       b'{"from": "gpt", "value": "y"}]}]', "does not exist")],
@@ -392,6 +394,28 @@ def test_unusable_predictions_are_one_line(tmp_path, capsys, predictions, png, p
     (tmp_path / "in.json").write_text(predictions)
     status = plot.main(["--predictions", str(tmp_path / "in.json"), "--samples-png", str(tmp_path / png)])
     assert_one_line((status, capsys.readouterr().err), piece)
+
+
+@pytest.mark.parametrize(
+    "step", [{"loss": "abc"}, {"loss": {}}, {"iteration": 10**400}, {"learning_rate": [1]}, {"iteration": None}]
+)
+def test_unusable_metrics_are_one_line(tmp_path, capsys, step):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"iteration": 1, "loss": 1.0, "learning_rate": 0.1} | step))
+    status = plot.main(["--metrics", str(tmp_path / "m.jsonl"), "--loss-png", str(tmp_path / "a.png")])
+    assert_one_line((status, capsys.readouterr().err), "m.jsonl, line 1", "has no step")
+
+
+def test_a_question_is_no_formula(tmp_path):
+    prediction = {"images": [], "text": "Is $x_{$ odd?", "answer": "$5^{", "reference": "$", "right": False}
+    result = {"predictions": [prediction], "right": 0, "total": 1, "accuracy": 0}
+    (tmp_path / "in.json").write_text(json.dumps(result))
+    assert plot.main(["--predictions", str(tmp_path / "in.json"), "--samples-png", str(tmp_path / "a.png")]) == 0
+
+
+def test_answers_are_greedy_whatever_the_model_says(model, picture, capsys):
+    """A beam search of 20,000 takes gigabytes."""
+    _edit(model, "generation_config.json", num_beams=20000, num_return_sequences=2)
+    assert demo(capsys, "--model", model, "--image", picture) == (0, "")
 
 
 def _convert(directory, *options, content=None, plain=False):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mindspeed_mm.data.encoder import check_special_tokens
+from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.qwen3_vl import processor
@@ -393,9 +393,24 @@ def test_tables_of_tokens_that_are_none(directory: Path, content: Any) -> None:
     wanted = spec_of(directory).special_token_ids(read_config(directory))
     (directory / "vocab.json").write_text("{}")
     (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": content}))
-    check_special_tokens(directory, wanted, model=directory)
+    refused(lambda: check_special_tokens(directory, wanted, model=directory), "has no tokenizer.json", "guessed")
     (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": content}))
     check_special_tokens(directory, wanted, model=directory)
+
+
+def test_a_tokenizer_of_another_model(directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    check_same_tokenizer(other, directory)  # neither says anything
+    for place, vocabulary in ((directory, {"a": 0, "b": 1}), (other, {"a": 1, "b": 0, "added": 2})):
+        (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    refused(lambda: check_same_tokenizer(other, directory), str(other), str(directory), "gives 2 tokens other ids",
+            "'a': 1 instead of 0")
+    (other / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "added": 2}}}))
+    check_same_tokenizer(other, directory)
+    for content in ([], {"model": []}, {"model": {"vocab": [["a", 0.5]]}}):
+        (directory / "tokenizer.json").write_text(json.dumps(content) if content != [] else "{}")
+        check_same_tokenizer(other, directory)
 
 
 @pytest.mark.parametrize("part", [[], None, "x", REMOVED])

@@ -500,16 +500,30 @@ def test_console(capsys):
     assert lines[0].startswith(" [   0.")
 
 
-def test_an_evaluation_without_a_target_token_has_no_loss(caplog):
-    """0 would look like a loss."""
-    found = StepBatches([], SkipReport(too_long=2, no_target=1))
-    callback = Evaluation([found], split=lambda batch: batch, skipped_samples=SkippedSamples(0))
+def evaluation_of(data, *, stop_requested=lambda: False):
+    callback = Evaluation(data, split=lambda batch: batch, skipped_samples=SkippedSamples(0))
     callback.on_run_start(SimpleNamespace(
-        args=SimpleNamespace(eval_iters=1, global_batch_size=4, micro_batch_size=4), model=nn.Linear(1, 1),
+        args=SimpleNamespace(eval_iters=100, global_batch_size=4, micro_batch_size=4), model=nn.Linear(1, 1),
         context=SimpleNamespace(
-            backend=SimpleNamespace(device=torch.device("cpu")), layout=SimpleNamespace(dp_size=1, context_size=1)
+            backend=SimpleNamespace(device=torch.device("cpu")), stop_requested=stop_requested,
+            layout=SimpleNamespace(dp_size=1, context_size=1, rank=0),
         ),
     ))
+    return callback
+
+
+def test_an_evaluation_is_left_when_the_run_is_asked_to_stop(caplog):
+    caplog.set_level("INFO")
+    taken, asked = [], iter([False] * 3 + [True] * 100)
+    data = (taken.append(place) or StepBatches([], SkipReport()) for place in range(100))
+    callback = evaluation_of(data, stop_requested=lambda: next(asked))
+    assert callback.evaluate() is None and len(taken) == 5  # asked at the fourth, left at the fifth
+    assert caplog.messages == ["the evaluation is left: the run was asked to stop"] and callback._run.model.training
+
+
+def test_an_evaluation_without_a_target_token_has_no_loss(caplog):
+    """0 would look like a loss."""
+    callback = evaluation_of([StepBatches([], SkipReport(too_long=2, no_target=1))])
     assert callback.evaluate() is None and callback.evaluate() is None
     (message,) = caplog.messages
     assert message.startswith("evaluation: 3 held-out samples are longer than --seq-length or have no target token")

@@ -76,6 +76,40 @@ def test_an_error_is_a_failure_without_the_launcher_and_where_torchrun_restarts(
     assert status_after_error("error: bad flag") == 2 and capsys.readouterr().err == "error: bad flag\n"
 
 
+def test_a_launcher_that_cannot_be_told(state, monkeypatch, tmp_path, capfd):
+    """As in a full TMPDIR: a failure must not look like success."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MM_RUN_STATE", str(tmp_path / "file/none"))
+    assert exit_status(stopped=True) == STOPPED_STATUS and exit_status(stopped=False) == 0
+    assert status_after_error("error: bad flag") == 2
+    error = capfd.readouterr().err
+    assert "error: bad flag\n" in error and f"the launcher cannot be told status: TMPDIR {tmp_path}/file: " in error
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert exit_status(stopped=True) == 0  # torchrun would start again
+
+
+def test_a_removed_directory_is_made_again(state, monkeypatch, tmp_path):
+    monkeypatch.setenv("MM_RUN_STATE", str(tmp_path / "removed"))
+    assert exit_status(stopped=True) == STOPPED_STATUS and (tmp_path / "removed/status").read_text() == "75\n"
+
+
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM", "SIGINT"])
+def test_a_rank_that_ends_ignores_signals(number):
+    """Its launcher would report a failure of a run that is finished and saved."""
+    result = run(f"""
+        import os, signal
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        from mindspeed_mm.training.signals import StopRequest
+        with StopRequest():
+            pass
+        os.kill(os.getpid(), signal.{number})
+        print("ended")
+    """)
+    assert (result.returncode, result.stdout) == (0, "ended\n"), result.stderr
+
+
 def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -2,9 +2,7 @@
 
 import json
 import os
-import pty
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -14,97 +12,19 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm.checkpoint.directory import write_tracker
-from mindspeed_mm.training.launch_environment import VARIABLES
 from tests.helpers.checkpoint_directory import commit_directory, parameter_shapes, write_metadata
 from tests.helpers.published import DIRECTORIES, published_config
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = "examples/qwen3vl/finetune_qwen3vl_30B.sh"
-
-
-@pytest.fixture
-def workplace(tmp_path):
-    """A copy of what the launcher reads, with weights, checkpoint and data in place, in a path with a space."""
-    root = tmp_path / "a copy"
-    (root / "examples").mkdir(parents=True)
-    (root / "mindspeed_mm").symlink_to(ROOT / "mindspeed_mm")
-    (root / "examples/qwen3vl").mkdir()
-    for source in (ROOT / "examples/qwen3vl").iterdir():
-        if source.suffix in (".sh", ".json", ".yaml"):
-            (root / "examples/qwen3vl" / source.name).write_bytes(source.read_bytes())
-    _write_model(root, "30B")
-    (root / "data").mkdir()
-    (root / "data/photo.jpg").write_bytes(b"")
-    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}]
-    records = [{"images": ["photo.jpg"], "messages": messages}] * 128  # a step of the largest model's
-    (root / "data/mllm_format_llava_instruct_data.json").write_text(json.dumps(records))
-    bin_directory = tmp_path / "bin"
-    bin_directory.mkdir()
-    _script(bin_directory / "python", f'exec "{sys.executable}" "$@"\n')
-    _script(
-        bin_directory / "torchrun",
-        'for word in "$@"; do echo "$word" >>"$TORCHRUN_WORDS"; done\n'
-        'env >"$TORCHRUN_WORDS.env"\n[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\n'
-        '[ -n "$FAKE_ERROR" ] && echo "$FAKE_ERROR" >"$MM_RUN_STATE/error"\nexit "${FAKE_STATUS:-0}"\n',
-    )
-    return root
-
-
-EDGES = {"shortest_edge": 65536, "longest_edge": 16777216}
-PROCESSOR = {"size": EDGES, "patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-
-
-def _write_model(root, model):
-    """Config, tokenizer and converted checkpoint of a published model, without its weights."""
-    directory = root / "ckpt/hf_path" / DIRECTORIES[model]
-    directory.mkdir(parents=True)
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    _write_config(directory / "config.json", model)
-    converted = root / f"ckpt/dcp_path/{DIRECTORIES[model]}-dcp"
-    converted.mkdir(parents=True)
-    with commit_directory(converted / "release", {}) as release:
-        (release / "__0_0.distcp").write_bytes(b"weights")
-        write_metadata(release, parameter_shapes(directory))
-    write_tracker(converted, "release")
-
-
-def _write_config(path, model="30B", **text):
-    config = published_config(model)
-    config["text_config"].update(text)
-    path.write_text(json.dumps(config))
-
-
-def _script(path, body):
-    path.write_text("#!/bin/bash\n" + body)
-    path.chmod(0o755)
-
-
-def _launch(root, *flags, launcher=LAUNCHER, **variables):
-    keep = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG")}
-    words = root.parent / "words"
-    environment = {
-        **keep,
-        "PATH": f"{root.parent / 'bin'}:/usr/bin:/bin",
-        "TORCHRUN_WORDS": str(words),
-        **{name: str(value) for name, value in variables.items()},
-    }
-    result = subprocess.run(
-        ["bash", launcher, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=60
-    )
-    result.words = words.read_text().splitlines() if words.exists() else []
-    return result
-
-
-def _value(words, flag):
-    """The value that holds: the last one given."""
-    return [words[index + 1] for index, word in enumerate(words) if word == flag][-1]
-
-
-def _free_port():
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return server.getsockname()[1]
+from tests.ut.launcher.conftest import (
+    LAUNCHER,
+    PROCESSOR,
+    ROOT,
+    free_port,
+    launch,
+    script,
+    value_of,
+    write_config,
+    write_model,
+)
 
 
 @pytest.fixture
@@ -117,7 +37,7 @@ def taken():
 
 
 def test_defaults_are_the_recipes(workplace):
-    result = _launch(workplace)
+    result = launch(workplace)
     assert result.returncode == 0, result.stderr
     expected = {
         "--nproc_per_node": "8", "--nnodes": "1", "--node_rank": "0", "--master_addr": "localhost",
@@ -125,7 +45,7 @@ def test_defaults_are_the_recipes(workplace):
         "--lr": "1.0e-5", "--train-iters": "10000", "--lr-warmup-fraction": "0.1", "--clip-grad": "0.0",
         "--seed": "42", "--save": "save_dir", "--save-interval": "10000", "--distributed-backend": "nccl",
     }
-    assert {flag: _value(result.words, flag) for flag in expected} == expected
+    assert {flag: value_of(result.words, flag) for flag in expected} == expected
     assert "--no-save-optim" in result.words
     assert len(list((workplace / "logs").glob("train_*.log"))) == 1
 
@@ -136,45 +56,45 @@ def test_defaults_are_the_recipes(workplace):
 )
 def test_launchers_of_the_other_models(workplace, model, processes, nodes, expert_size, recompute):
     """Their files agree with the published configs and with each other, and pass the checks before torchrun."""
-    _write_model(workplace, model)
-    launcher, port = f"examples/qwen3vl/finetune_qwen3vl_{model}.sh", _free_port()
-    result = _launch(workplace, launcher=launcher, MASTER_PORT=port)
+    write_model(workplace, model)
+    launcher, port = f"examples/qwen3vl/finetune_qwen3vl_{model}.sh", free_port()
+    result = launch(workplace, launcher=launcher, MASTER_PORT=port)
     assert result.returncode == 0, result.stderr
     expected = {
         "--nproc_per_node": str(processes), "--nnodes": str(nodes), "--global-batch-size": str(processes * nodes),
         "--expert-model-parallel-size": str(expert_size), "--load": f"ckpt/dcp_path/{DIRECTORIES[model]}-dcp",
         "--mm-data": f"./examples/qwen3vl/data_{model}.json", "--mm-model": f"./examples/qwen3vl/model_{model}.json",
     }
-    assert {flag: _value(result.words, flag) for flag in expected} == expected
+    assert {flag: value_of(result.words, flag) for flag in expected} == expected
     assert ("--recompute-granularity" in result.words) is recompute
     content = json.loads((workplace / expected["--mm-data"]).read_text())
     assert content["dataset_param"]["preprocess_parameters"]["model_name_or_path"].endswith(DIRECTORIES[model])
     # another model's sizes are noticed, so the files were compared
-    _write_config(workplace / "ckpt/hf_path" / DIRECTORIES[model] / "config.json", model, num_hidden_layers=40)
-    result = _launch(workplace, launcher=launcher, MASTER_PORT=port)
+    write_config(workplace / "ckpt/hf_path" / DIRECTORIES[model] / "config.json", model, num_hidden_layers=40)
+    result = launch(workplace, launcher=launcher, MASTER_PORT=port)
     assert result.returncode == 2 and "contradicts text_config.num_hidden_layers 40" in result.stderr
 
 
 def test_variables_from_the_environment_and_flags_at_the_end(workplace):
-    result = _launch(
+    result = launch(
         workplace, "--seed", "7", NPUS_PER_NODE=2, NNODES=2, NODE_RANK=1, MASTER_ADDR="10.0.0.1", MASTER_PORT=7001,
         MBS=2, GRAD_ACC_STEP=3, CKPT_ARGS="", SAVE_PATH="out dir",
     )
     assert result.returncode == 0, result.stderr
-    assert _value(result.words, "--global-batch-size") == "24"
-    assert _value(result.words, "--master_port") == "7001"
-    assert _value(result.words, "--seed") == "7"
-    assert _value(result.words, "--save") == "out dir"
+    assert value_of(result.words, "--global-batch-size") == "24"
+    assert value_of(result.words, "--master_port") == "7001"
+    assert value_of(result.words, "--seed") == "7"
+    assert value_of(result.words, "--save") == "out dir"
     assert "--no-save-optim" not in result.words
 
 
 def test_npu_variables_only_where_there_is_an_npu(workplace):
-    _launch(workplace)
+    launch(workplace)
     environment = (workplace.parent / "words.env").read_text()
     assert "TASK_QUEUE_ENABLE" not in environment and "TOKENIZERS_PARALLELISM=false" in environment
-    _script(workplace.parent / "bin/npu-smi", "exit 0\n")
+    script(workplace.parent / "bin/npu-smi", "exit 0\n")
     (workplace.parent / "set_env.sh").write_text("export FROM_TOOLKIT=yes\n")
-    _launch(workplace, SET_ENV=workplace.parent / "set_env.sh", TASK_QUEUE_ENABLE=1)
+    launch(workplace, SET_ENV=workplace.parent / "set_env.sh", TASK_QUEUE_ENABLE=1)
     environment = (workplace.parent / "words.env").read_text()
     assert "TASK_QUEUE_ENABLE=1" in environment
     assert "FROM_TOOLKIT=yes" in environment
@@ -190,16 +110,16 @@ def _exports(function):
 def test_every_npu_variable_is_set_there_alone_and_yields_to_the_users(workplace):
     names = _exports("setup_npu")
     assert len(names) == 13
-    _launch(workplace)
+    launch(workplace)
     environment = (workplace.parent / "words.env").read_text().splitlines()
     assert not [line for line in environment if line.split("=")[0] in names]
-    _script(workplace.parent / "bin/npu-smi", "exit 0\n")
-    _launch(workplace)
+    script(workplace.parent / "bin/npu-smi", "exit 0\n")
+    launch(workplace)
     environment = (workplace.parent / "words.env").read_text().splitlines()
     assert {f"{name}={value}" for name, value in names.items()} <= set(environment)
     assert not [line for line in environment if line.startswith("OMP_NUM_THREADS=")]
     mine = dict.fromkeys(names, "7") | {"OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "true"}
-    _launch(workplace, **mine)
+    launch(workplace, **mine)
     environment = (workplace.parent / "words.env").read_text().splitlines()
     assert {f"{name}={value}" for name, value in mine.items()} <= set(environment)
 
@@ -222,27 +142,27 @@ def _warnings(result, word: str) -> list[str]:
 
 
 def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
-    assert not _warnings(_launch(workplace), "does not fit")  # not known to be an accelerator
-    result = _launch(workplace, MM_DEVICE_MEMORY_GB=64)
+    assert not _warnings(launch(workplace), "does not fit")  # not known to be an accelerator
+    result = launch(workplace, MM_DEVICE_MEMORY_GB=64)
     assert result.returncode == 0 and "--global-batch-size" in result.words
     (line,) = _warnings(result, "does not fit")
     assert "of 64 GiB" in line and "EP=8 (58.9 GiB); NPUS_PER_NODE x NNODES = 16 devices (35.0 GiB" in line
     for offered in ({"EP": 8}, {"NPUS_PER_NODE": 16}):
-        assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=64, **offered), "does not fit")
-    assert not _warnings(_launch(workplace, MM_DEVICE_MEMORY_GB=""), "does not fit")
+        assert not _warnings(launch(workplace, MM_DEVICE_MEMORY_GB=64, **offered), "does not fit")
+    assert not _warnings(launch(workplace, MM_DEVICE_MEMORY_GB=""), "does not fit")
 
 
 def test_checkpoints_that_will_not_fit_are_warned_of(workplace):
-    result = _launch(workplace, SAVE_INTERVAL=1)  # ten thousand of 124 GB each
+    result = launch(workplace, SAVE_INTERVAL=1)  # ten thousand of 124 GB each
     (line,) = _warnings(result, "--save save_dir has")
     assert result.returncode == 0 and "a checkpoint of this run takes about 124.3 GB" in line
 
 
 def test_fields_of_the_model_directory_without_effect_are_listed(workplace):
     config = workplace / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json"
-    assert not _warnings(_launch(workplace), "no effect")
-    _write_config(config, rms_norm_epss=1e-3)
-    result = _launch(workplace)
+    assert not _warnings(launch(workplace), "no effect")
+    write_config(config, rms_norm_epss=1e-3)
+    result = launch(workplace)
     (line,) = _warnings(result, "these fields have no effect")
     assert result.returncode == 0 and line.endswith("config.json: these fields have no effect: "
                                                     "text_config.rms_norm_epss (rms_norm_eps?)")
@@ -262,7 +182,7 @@ def test_fields_of_the_model_directory_without_effect_are_listed(workplace):
 def test_says_in_one_line_which_step_is_missing(workplace, missing, step):
     (workplace / missing).unlink()
     started = time.monotonic()
-    result = _launch(workplace)
+    result = launch(workplace)
     assert time.monotonic() - started < 5
     assert result.returncode == 2
     assert result.stdout == "" and result.words == []
@@ -282,7 +202,7 @@ def test_says_in_one_line_which_step_is_missing(workplace, missing, step):
 def test_small_files_of_the_checkpoint_are_checked_before_torchrun(workplace, name, content, piece):
     path = workplace / "ckpt/hf_path" / DIRECTORIES["30B"] / name
     path.write_text(json.dumps(content))
-    result = _launch(workplace)
+    result = launch(workplace)
     assert result.returncode == 2 and not result.words
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert piece in result.stderr and str(path.relative_to(workplace)) in result.stderr
@@ -292,24 +212,24 @@ def test_a_cache_that_cannot_be_made_stops_before_torchrun(workplace):
     data = json.loads((workplace / "examples/qwen3vl/data_30B.json").read_text())
     data["dataset_param"]["basic_parameters"]["cache_dir"] = "data/photo.jpg/cache"
     (workplace / "examples/qwen3vl/data_30B.json").write_text(json.dumps(data))
-    result = _launch(workplace)
+    result = launch(workplace)
     assert result.returncode == 2 and not result.words
     assert re.fullmatch(r"error: cache_dir data/photo.jpg/cache: .*photo.jpg is not a directory; .*\n", result.stderr)
 
 
 def test_what_contradicts_the_weights_stops_before_torchrun(workplace):
     config = workplace / "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json"
-    _write_config(config, num_hidden_layers=47)
-    result = _launch(workplace)
+    write_config(config, num_hidden_layers=47)
+    result = launch(workplace)
     assert result.returncode == 2 and result.words == []
     assert "text_decoder.num_layers 48 contradicts text_config.num_hidden_layers 47" in result.stderr
-    _write_config(config)
-    result = _launch(workplace, EP=3, NPUS_PER_NODE=3)
+    write_config(config)
+    result = launch(workplace, EP=3, NPUS_PER_NODE=3)
     assert "expert_model_parallel_size 3 does not divide num_experts 128" in result.stderr
 
 
 def test_help(workplace):
-    result = _launch(workplace, "--help")
+    result = launch(workplace, "--help")
     assert result.returncode == 0 and result.words == [] and "--micro-batch-size" in result.stdout
 
 
@@ -320,7 +240,7 @@ def test_preflight_imports_no_torch():
 
 def test_without_torchrun_it_names_the_installer(workplace):
     (workplace.parent / "bin/torchrun").unlink()
-    result = _launch(workplace)
+    result = launch(workplace)
     assert result.returncode == 2 and "scripts/install.sh" in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -351,132 +271,51 @@ def test_started_elsewhere_it_names_the_root(workplace, tmp_path):
     ],
 )
 def test_bad_variables(workplace, name, value, message):
-    result = _launch(workplace, **{name: value})
+    result = launch(workplace, **{name: value})
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert result.words == [] and result.stdout == ""
 
 
 def test_one_machine_takes_a_free_port_and_a_chosen_one_must_be_free(workplace, taken):
-    result = _launch(workplace)
+    result = launch(workplace)
     assert result.returncode == 0, result.stderr
-    assert 0 < int(_value(result.words, "--master_port")) < 65536
-    result = _launch(workplace, MASTER_PORT=taken, NNODES=2, NODE_RANK=1)  # the port is another machine's
-    assert result.returncode == 0 and _value(result.words, "--master_port") == str(taken)
+    assert 0 < int(value_of(result.words, "--master_port")) < 65536
+    result = launch(workplace, MASTER_PORT=taken, NNODES=2, NODE_RANK=1)  # the port is another machine's
+    assert result.returncode == 0 and value_of(result.words, "--master_port") == str(taken)
     for nodes in (1, 2):
-        result = _launch(workplace, MASTER_PORT=taken, NNODES=nodes)
+        result = launch(workplace, MASTER_PORT=taken, NNODES=nodes)
         assert result.returncode == 2
         assert result.stderr == f"error: port {taken} is in use on this machine; set MASTER_PORT to another\n"
 
 
 @pytest.mark.parametrize(("rank", "awaited"), [(0, "the other machines (1 of NNODES=2)"), (1, "with NODE_RANK=0 at ")])
 def test_says_whom_torchrun_waits_for(workplace, rank, awaited):
-    script = workplace / "examples/qwen3vl/launch.sh"
-    script.write_text(script.read_text().replace("read -r -t 10", "read -r -t 1"))
+    launcher = workplace / "examples/qwen3vl/launch.sh"
+    launcher.write_text(launcher.read_text().replace("read -r -t 10", "read -r -t 1"))
     fake = workplace.parent / "bin/torchrun"
     wait = "import subprocess, time; time.sleep(2.5); subprocess.run(['sleep', '3'])"  # for the others; for its ranks
-    _script(fake, f'exec "{sys.executable}" -c "{wait}"\n')
-    result = _launch(workplace, NNODES=2, NODE_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    script(fake, f'exec "{sys.executable}" -c "{wait}"\n')
+    result = launch(workplace, NNODES=2, NODE_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     lines = [line for line in result.stderr.splitlines() if line.startswith("waiting for ")]
     assert result.returncode == 0, result.stderr
     assert 1 <= len(lines) <= 4 and awaited in lines[0] and "127.0.0.1:" in lines[0] and "gives up at" in lines[0]
+    assert "MASTER_ADDR=127.0.0.1 is this machine" in lines[0]
     assert len(lines) <= 2 or not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists()
-    _script(fake, "exec sleep 1.5\n")
-    assert "waiting for" not in _launch(workplace).stderr  # one machine
+    script(fake, "exec sleep 1.5\n")
+    assert "waiting for" not in launch(workplace).stderr  # one machine
 
 
 def test_help_of_the_test_script_installs_nothing(tmp_path):
     (tmp_path / "scripts").mkdir()
     for name in ("test.sh", "environment.sh"):
         (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
-    _script(tmp_path / "scripts/install.sh", f"touch '{tmp_path}/installed'\nexit 1\n")
+    script(tmp_path / "scripts/install.sh", f"touch '{tmp_path}/installed'\nexit 1\n")
     for flags in (["--help"], ["--stack", "npu", "-h"], ["tests/ut", "--help"]):
         result = subprocess.run(
             ["bash", "scripts/test.sh", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
         assert result.returncode == 0 and result.stdout.startswith("usage: bash scripts/test.sh"), result.stderr
     assert not (tmp_path / "installed").exists()
-
-
-def test_status_of_torchrun_is_kept(workplace):
-    assert _launch(workplace, FAKE_STATUS=7).returncode == 7
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [(-9, "was killed (SIGKILL), most often because the machine ran out of memory"), (-11, "crashed (SIGSEGV)"),
-     (1, "training failed; the report is above")],
-)
-@pytest.mark.parametrize("saved", [False, True])
-def test_a_rank_that_dies_without_a_word_is_explained_last(workplace, tmp_path, code, words, saved):
-    """Here torchrun's report is printed, of some 20 lines."""
-    report = tmp_path / "report"
-    report.write_text(f"Root Cause (first observed failure):\n  rank      : 1\n  exitcode  : {code} (pid: 7)\n=====\n")
-    save = workplace / "save"
-    save.mkdir()
-    (save / "latest_checkpointed_iteration.txt").write_text("5")
-    if saved:  # by this run, not an earlier one
-        later = time.time() + 60
-        os.utime(save / "latest_checkpointed_iteration.txt", (later, later))
-    result = _launch(workplace, FAKE_LOG=report, FAKE_STATUS=1, SAVE_PATH="save")
-    last = (result.stdout + result.stderr).splitlines()[-1]
-    (log,) = (workplace / "logs").glob("train_*.log")
-    assert result.returncode == 1 and last == log.read_text().splitlines()[-1]
-    assert last.startswith("error: ") and words in last and f"log: logs/{log.name}" in last
-    assert last.endswith("; to continue: LOAD_PATH=save") == saved
-
-
-def test_error_of_a_rank_is_printed_last(workplace, tmp_path):
-    log = tmp_path / "log"
-    log.write_text("error: one\na traceback of torchrun's\n")
-    result = _launch(workplace, FAKE_LOG=log, FAKE_ERROR="error: one", FAKE_STATUS=2)
-    assert result.returncode == 2 and result.stdout == log.read_text()
-    assert result.stderr.splitlines()[-1] == "error: one"
-    (kept,) = (workplace / "logs").glob("*.log")
-    assert kept.read_text() == _logged(result.stderr) + log.read_text() + "error: one\n"
-
-
-def test_log_is_printed_and_kept(workplace, tmp_path):
-    log = tmp_path / "log"
-    log.write_text("a line\nElapsed Time Per iteration: 200.0\n")
-    result = _launch(workplace, FAKE_LOG=log)
-    (kept,) = (workplace / "logs").glob("*.log")
-    assert result.stdout == log.read_text() and kept.read_text() == _logged(result.stderr) + log.read_text()
-
-
-def _logged(text):
-    """Of preflight's output, as they begin the log."""
-    return "".join(f" {line}\n" for line in text.splitlines() if line.startswith("warning: "))
-
-
-def test_warnings_before_the_first_rank_are_in_the_log(workplace):
-    result = _launch(workplace, NUM_WORKERS="1000")
-    assert "data workers on this machine may need" in result.stderr
-    (kept,) = (workplace / "logs").glob("*.log")
-    assert kept.read_text() == _logged(result.stderr) != ""
-
-
-def test_messages_name_the_variables_that_set_the_flags(workplace):
-    result = _launch(workplace, MIN_LR="1", LR="0.5")
-    assert result.stderr == (
-        "error: --min-lr 1.0 exceeds --lr 0.5; lower it (MIN_LR sets --min-lr, LR sets --lr)\n"
-    )
-
-
-def test_the_variables_of_the_flags():
-    """Each flag that the launcher gives from one variable is known by it to the messages, and to --help."""
-    text = (ROOT / "examples/qwen3vl/launch.sh").read_text()
-    given = {f"--{flag}": name for flag, name in re.findall(r'--([a-z0-9-]+) "\$([A-Z0-9_]+)"', text)}
-    ranks = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--max_restarts", "--master_port"}
-    given = {flag: name for flag, name in given.items() if flag not in ranks} | {"--load": "LOAD_PATH"}
-    assert given.pop("--global-batch-size") == "GBS" and len(given) > 25
-    assert given == {flag: name for flag, name in VARIABLES.items() if flag != "--global-batch-size"}
-    usage = text.partition("usage_of_variables() {")[2].partition("USAGE\n}")[0]
-    assert {*given.values(), "NPUS_PER_NODE", "GRAD_ACC_STEP", "CKPT_ARGS"} - {"TP", "PP"} <= set(usage.split())
-
-
-def test_help_lists_the_variables(workplace):
-    result = _launch(workplace, "--help")
-    assert result.returncode == 0 and "NPUS_PER_NODE NNODES" in result.stdout and "--train-iters" in result.stdout
 
 
 def test_the_example_files_are_what_the_models_expect():
@@ -530,68 +369,28 @@ def test_each_size_has_files_and_a_launcher_that_shares_the_body(workplace, size
     load_job_config([*files, *flags], world_size=processes)
     if size != "30B":
         launcher = f"examples/qwen3vl/finetune_qwen3vl_{size}.sh"
-        result = _launch(workplace, launcher=launcher, MASTER_PORT=_free_port())
+        result = launch(workplace, launcher=launcher, MASTER_PORT=free_port())
         assert result.returncode == 2 and f"ckpt/hf_path/{name}" in result.stderr and "step 2" in result.stderr
 
 
 def test_loss_and_recompute_words_by_default(workplace):
-    words = _launch(workplace).words
+    words = launch(workplace).words
     assert "--calculate-per-token-loss" in words and "--recompute-granularity" not in words
 
 
+def test_words_may_stand_on_several_lines(workplace):
+    """As the values of a YAML block do."""
+    recompute = "--recompute-granularity\n full\n"
+    words = launch(workplace, LOSS_ARGS="\n", RECOMPUTE_ARGS=recompute, CKPT_ARGS="--async-save").words
+    assert value_of(words, "--recompute-granularity") == "full" and "--async-save" in words
+
+
 def test_loss_and_recompute_words_from_the_environment(workplace):
-    words = _launch(
+    words = launch(
         workplace, LOSS_ARGS="", RECOMPUTE_ARGS="--recompute-granularity full --recompute-num-layers 2"
     ).words
     assert "--calculate-per-token-loss" not in words
-    assert _value(words, "--recompute-granularity") == "full" and _value(words, "--recompute-num-layers") == "2"
-
-
-LINE = (
-    " [2026-01-31 08:02:23] iteration       12/   10000 | consumed samples:           96 | elapsed time per iteration "
-    "(ms): 1137.2 | learning rate: 1.234567E-07 | global batch size:     8 | tokens per sample: 3.187500E+02 | loss: "
-    "1.785129E+00 | router aux loss: 1.234567E-02 | loss scale: 1.0 | grad norm: 11.854 | number of skipped iterations:"
-    "   0 | number of nan iterations:   1 | data wait: 0.1% | tokens/s per device: 1793.9 | target tokens/s per device:"
-    " 20.1 | TFLOP/s per device: 12.3 | MFU: 12.3% | peak memory (GiB): 50.72 | remaining time: 31:15:44 |"
-)
-SHORT = (
-    "[08:02:23] iteration 12/10000 | 1137.2 ms | lr: 1.234E-07 | loss: 1.785E+00 | router aux loss: 1.234E-02 | grad "
-    "norm: 11.854 | number of nan iterations:   1 | tokens/s: 1793.9 | MFU: 12.3% | 50.72 GiB | 31:15:44 left"
-)
-
-
-@pytest.mark.parametrize("full", ["", "1"])
-def test_a_terminal_gets_short_lines_and_the_file_whole_ones(workplace, tmp_path, full):
-    other = " [  12.3 s] saved checkpoint save_dir/iter_0000012 in 0.3 s"
-    (tmp_path / "log").write_text(f"{LINE}\n{other}\n")
-    ours, theirs = pty.openpty()
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TORCHRUN_WORDS": str(tmp_path / "words"),
-        "FAKE_LOG": str(tmp_path / "log"), "MM_FULL_LOG": full, "HOME": str(tmp_path),
-    }
-    result = subprocess.run(["bash", LAUNCHER], cwd=workplace, env=environment, stdout=theirs, timeout=60)
-    os.close(theirs)
-    printed = os.read(ours, 10_000).decode().splitlines()
-    os.close(ours)
-    assert result.returncode == 0 and printed == [LINE if full else SHORT, other]
-    (file,) = (workplace / "logs").iterdir()
-    assert file.read_text().splitlines()[-2:] == [LINE, other]
-
-
-def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace, tmp_path):
-    checking = tmp_path / "checking"
-    _script(tmp_path / "bin/python", f'touch "{checking}"\nexec "{sys.executable}" -c "while True: pass"\n')
-    process = subprocess.Popen(
-        ["bash", LAUNCHER], cwd=workplace, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind
-    )
-    while not checking.exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.communicate(timeout=10)[0] == b"stopped before the first step; there is nothing to save\n"
-    assert process.returncode == 130
+    assert value_of(words, "--recompute-granularity") == "full" and value_of(words, "--recompute-num-layers") == "2"
 
 
 @pytest.mark.parametrize(
@@ -616,7 +415,7 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workpl
         (directory / "progress.json").write_text(json.dumps(progress))
         write_metadata(directory, parameter_shapes(workplace / "ckpt/hf_path" / DIRECTORIES["30B"]))
     write_tracker(workplace / "save_dir", 5)
-    result = _launch(workplace, *flags, LOAD_PATH="save_dir", **variables)
+    result = launch(workplace, *flags, LOAD_PATH="save_dir", **variables)
     if piece is None:
         assert result.returncode == 0 and result.words, result.stderr
     else:
@@ -627,6 +426,6 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workpl
     "variables", [{"SHELLOPTS": "errexit"}, {"SHELLOPTS": "nounset"}, {"POSIXLY_CORRECT": "1"}, {"CDPATH": "."}]
 )
 def test_options_of_the_calling_shell_change_nothing(workplace, variables):
-    result = _launch(workplace, **variables)
+    result = launch(workplace, **variables)
     assert result.returncode == 0 and result.words, result.stderr
     assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
