@@ -91,7 +91,10 @@ ask_to_stop() {
 interrupt() {
     if ((++interrupts == 1)); then
         ask_to_stop 130
+    elif [ -s "$MM_RUN_STATE/status" ] && ((interrupts == 2)); then
+        return # training has ended, and everything is saved
     else
+        quit=1
         stopped_early=130
         find_ranks
         # with their process groups, since data workers notice only after seconds that their rank has gone
@@ -166,7 +169,7 @@ run_torchrun() {
         fi
     ) <"$MM_RUN_STATE/log" &
     local tee=$! answer
-    interrupts=0 stopped_early=0
+    interrupts=0 stopped_early=0 quit=0
     MM_PREFLIGHT_DONE=1 setsid torchrun "${DISTRIBUTED_ARGS[@]}" pretrain_transformers.py "${FLAGS[@]}" \
         >"$MM_RUN_STATE/log" 2>&1 &
     torchrun=$!
@@ -185,13 +188,15 @@ run_torchrun() {
     ((answer == 127)) || status=$answer # it may have ended while a signal was handled
     [ -n "$waiter" ] && kill "$waiter" 2>/dev/null
     wait "$tee"
-    [ -s "$MM_RUN_STATE/status" ] && status=$(<"$MM_RUN_STATE/status")
+    local reported=0 # by the ranks
+    [ -s "$MM_RUN_STATE/status" ] && reported=$(<"$MM_RUN_STATE/status")
+    ((reported)) && status=$reported
     if [ -s "$MM_RUN_STATE/error" ]; then
         tee -a "$1" <"$MM_RUN_STATE/error" >&2
-    elif ((status && !stopped_early)) && [ ! -s "$MM_RUN_STATE/status" ]; then
+    elif ((status && !stopped_early && !reported)); then
         explain_failure "$1" | tee -a "$1" >&2
     fi
-    ((interrupts > 1)) && echo "second Ctrl-C: stopped at once, without saving" | tee -a "$1" >&2
+    ((quit)) && echo "second Ctrl-C: stopped at once, without saving" | tee -a "$1" >&2
     ((stopped_early)) && status=$stopped_early
 }
 
@@ -199,7 +204,7 @@ run_torchrun() {
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 NNODES=${NNODES:-1}
-# on one machine another port is taken if 6000 is in use; several machines have to agree on it
+# on one machine a free port is taken; several machines have to agree on one
 [ "$NNODES" = 1 ] || MASTER_PORT=${MASTER_PORT:-6000}
 NODE_RANK=${NODE_RANK:-0}
 MAX_RESTARTS=${MAX_RESTARTS:-0}

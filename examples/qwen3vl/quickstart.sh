@@ -108,11 +108,6 @@ make_data() {
             --output "$OUT/data/mllm_format_digits_train.json"
 }
 
-# A free port: another job may use the recipe's fixed one.
-free_port() {
-    python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
-}
-
 # Two ranks with 16 samples each, or one with 32 if there is a single accelerator.
 choose_ranks() {
     local accelerators=0
@@ -145,9 +140,7 @@ condense_log() {
 
 finetune() {
     choose_ranks || return
-    local port
-    port=${MASTER_PORT:-$(free_port)} || return
-    MASTER_PORT=$port MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$ITERATIONS \
+    MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$ITERATIONS \
         LOAD_PATH=$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp SAVE_PATH=$OUT/save_dir SAVE_INTERVAL=$ITERATIONS \
         bash "$EXAMPLE/finetune_qwen3vl_tiny.sh" --device "$DEVICE" 2>&1 |
         (trap '' INT && tee "$OUT/train.log" | condense_log)

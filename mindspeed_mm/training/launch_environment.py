@@ -18,8 +18,6 @@ from pathlib import Path
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import available_memory
 
-FIRST_PORT = 6000
-"""The launcher's default of MASTER_PORT."""
 GIB = 1 << 30
 _RANK_BYTES = GIB // 2  # an imported torch and the model's code, without any weight
 _PREFETCHED_PER_WORKER = 4  # of data.loader, which imports torch
@@ -152,10 +150,8 @@ def why_unusable(port: int) -> str | None:
     return None
 
 
-def free_port(first: int = FIRST_PORT) -> int:
-    """``first`` if it is free, else a free port of the system's choice."""
-    if why_unusable(first) is None:
-        return first
+def free_port() -> int:
+    """A free port of the system's choice, and so another for each of several runs that start at once."""
     with socket.socket() as server:
         server.bind(("", 0))
         return int(server.getsockname()[1])

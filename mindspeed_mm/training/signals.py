@@ -68,6 +68,7 @@ def exit_status(*, stopped: bool) -> int:
     torchrun a stopped process ends with 0, and the launcher, which reads a file written here, with 75.
     """
     if not stopped:
+        end_launcher_with(0)
         return 0
     told = end_launcher_with(STOPPED_STATUS)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # which torchrun makes after failures
