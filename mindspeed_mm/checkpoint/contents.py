@@ -17,7 +17,9 @@ from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shown
 
-_UNUSED = "initializer_range"  # the field of a config that means nothing to weights
+# fields of a config that change nothing that is computed with given weights, or that their shapes tell; transformers
+# adds some when it saves a config
+_NOT_COMPARED = ("initializer_range", "router_aux_loss_coef", "max_position_embeddings", "intermediate_size")
 _NARROW = ("bfloat16", "float16")  # whose values float32 represents exactly
 
 
@@ -78,7 +80,7 @@ def check_model_config(path: Path, manifest: Mapping[str, Any], model_config: An
     recorded = _flat(manifest["metadata"].get(MODEL_CONFIG_KEY))
     now = _flat(json.loads(json.dumps(dataclasses.asdict(model_config))))
     differing = [f"{name} {shown(recorded[name])}, now {shown(now[name])}"
-                 for name in now if recorded.get(name, now[name]) != now[name] and not name.endswith(_UNUSED)]
+                 for name in now if recorded.get(name, now[name]) != now[name] and not name.endswith(_NOT_COMPARED)]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(

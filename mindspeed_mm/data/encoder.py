@@ -138,7 +138,7 @@ def check_special_tokens(directory: Path, wanted: Mapping[str, tuple[str, int]],
                             f"{number}, because added_tokens has gaps or is not in order; {_DOWNLOAD}")
 
 
-def check_same_tokenizer(directory: Path, model: Path) -> None:
+def check_same_tokenizer(directory: Path, model: Path) -> str | None:
     """Check that a tokenizer gives its tokens the ids that the tokenizer beside the model's weights gives them.
 
     One has more tokens where the user has added some.
@@ -147,12 +147,15 @@ def check_same_tokenizer(directory: Path, model: Path) -> None:
         directory: of the tokenizer.
         model: directory of the weights, which may be without a tokenizer.
 
+    Returns:
+        A warning if the two divide texts into tokens in other ways, else None.
+
     Raises:
         UserError: with the number of tokens that have other ids, and the first.
     """
     if os.path.realpath(directory) == os.path.realpath(model):
-        return
-    ours, theirs = _vocabulary(directory), _vocabulary(model)
+        return None
+    (ours, our_steps), (theirs, their_steps) = _tokenizer(directory), _tokenizer(model)
     other = [token for token, number in ours.items() if theirs.get(token, number) != number]
     if other:
         token = other[0]
@@ -163,13 +166,25 @@ def check_same_tokenizer(directory: Path, model: Path) -> None:
         )
 
 
-def _vocabulary(directory: Path) -> dict[str, int]:
-    """Token -> id by ``tokenizer.json``; empty where it does not say."""
-    path = directory / "tokenizer.json"
-    content = read_json(path, remedy=_DOWNLOAD, limit=INDEX_BYTES) if is_file(path) else {}
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    return vocabulary if isinstance(vocabulary, dict) else {}
+    different = [name for name in our_steps if name in their_steps and our_steps[name] != their_steps[name]]
+    if different:
+        return (f"the tokenizer in {directory} (model_name_or_path) divides texts in another way than that in {model} "
+                f"(init_from_hf_path): {', '.join(different)} differ")
+    return None
+
+
+def _tokenizer(directory: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Token -> id, and the steps by which a text becomes tokens, as far as a directory's files say."""
+    path, table = directory / "tokenizer.json", directory / "vocab.json"
+    if not is_file(path):
+        return (read_json(table, remedy=_DOWNLOAD, limit=INDEX_BYTES) if is_file(table) else {}), {}
+    content = read_json(path, remedy=_DOWNLOAD, limit=INDEX_BYTES)
+    model = content["model"] if isinstance(content.get("model"), dict) else {}
+    merges, vocabulary = model.get("merges"), model.get("vocab")
+    steps = {name: content.get(name) for name in ("normalizer", "pre_tokenizer")}
+    if isinstance(merges, list):  # older files have pairs as one text
+        steps["merges"] = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in merges]
+    return vocabulary if isinstance(vocabulary, dict) else {}, steps
 
 
 def _is_list(value: Any) -> bool:

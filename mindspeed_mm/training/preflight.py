@@ -29,9 +29,10 @@ from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_directory, shorten
+from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.parameter_rules import compile_rules
-from mindspeed_mm.models.spec import spec_of
+from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.tools.memory.advice import Device
 from mindspeed_mm.tools.memory.plan import Run, checkpoint_bytes
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, warning
@@ -69,14 +70,16 @@ def preflight(job: JobConfig) -> None:
     check_data_files(job)
     tokenizer = Path(job.data.dataset_param.preprocess_parameters.model_name_or_path)
     check_special_tokens(tokenizer, spec.special_token_ids(model_config), model=Path(job.model.init_from_hf_path))
-    check_same_tokenizer(tokenizer, Path(job.model.init_from_hf_path))
-    spec.read_media_settings(job.data, model_config)
+    other_tokenizer = check_same_tokenizer(tokenizer, Path(job.model.init_from_hf_path))
+    media = spec.read_media_settings(job.data, model_config)
     check_first_batch(job, records=validate_data(job.data, spec))
     run = Run(
         args=job.args, model=job.model, fsdp=job.fsdp, model_config=model_config, world_size=world_size,
         pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels,
     )
     for line in (
+        other_tokenizer,
+        other_normalisation(job, spec, model_config, media),
         *spec.ignored_settings(Path(job.model.init_from_hf_path), job.data),
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
@@ -92,6 +95,33 @@ def preflight(job: JobConfig) -> None:
     ):
         if line is not None:
             _warn(environment.with_variables(line, os.environ))
+
+
+def other_normalisation(
+    job: JobConfig, spec: ModelSpec, model_config: ModelConfig, media: MediaSettings | None
+) -> str | None:
+    """A line if the processor beside the model's weights normalises pixels in another way than the training's."""
+    preprocess = job.data.dataset_param.preprocess_parameters
+    source = job.model.init_from_hf_path
+    if media is None or os.path.realpath(source) == os.path.realpath(preprocess.model_name_or_path):
+        return None
+    beside = job.data.replace(dataset_param=job.data.dataset_param.replace(
+        preprocess_parameters=preprocess.replace(model_name_or_path=source)
+    ))
+    try:
+        theirs = spec.read_media_settings(beside, model_config)
+    except UserError:  # it has none, or one that the training does not read
+        return None
+    if theirs is None or theirs.norm == media.norm:
+        return None
+    return (
+        f"the image processor in {preprocess.model_name_or_path} (model_name_or_path) normalises pixels by "
+        f"{_described(media.norm)}, that in {source} (init_from_hf_path) by {_described(theirs.norm)}"
+    )
+
+
+def _described(norm: PixelNorm) -> str:
+    return f"mean {list(norm.mean)}, std {list(norm.std)}, factor {norm.rescale_factor:.6g}"
 
 
 def _warn(line: str) -> None:

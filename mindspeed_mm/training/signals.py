@@ -129,7 +129,7 @@ def _report_to_launcher(name: str, content: str) -> bool:
     if not directory:
         return False
     try:
-        Path(directory).mkdir(exist_ok=True)  # old files in TMPDIR may have been removed
+        Path(directory).mkdir(parents=True, exist_ok=True)  # old files in TMPDIR may have been removed
         (Path(directory) / name).write_text(content and f"{content}\n")
     except OSError as error:  # the launcher then ends with torchrun's status
         where = f"TMPDIR {Path(directory).parent}"

@@ -143,7 +143,8 @@ def show(options: argparse.Namespace) -> None:
     model_config = spec.read_config(model.init_from_hf_path)
     directory = data.dataset_param.preprocess_parameters.model_name_or_path
     check_special_tokens(Path(directory), spec.special_token_ids(model_config), model=Path(model.init_from_hf_path))
-    check_same_tokenizer(Path(directory), Path(model.init_from_hf_path))
+    if line := check_same_tokenizer(Path(directory), Path(model.init_from_hf_path)):
+        print(f"warning: {line}")
     media = spec.read_media_settings(data, model_config)
     dataset, _ = build_datasets(data, spec=spec, media=media, seq_length=options.seq_length, seed=options.seed)
     tokenizer = load_tokenizer(directory)

@@ -403,7 +403,7 @@ def test_assets_that_compute_something_else(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{path} belongs to a model with another config.json: text.*0.001 in {other}"):
         dcp_to_hf(path, tmp_path / "out", other)
     config["text_config"]["rms_norm_eps"] = 1e-6
-    config["text_config"]["initializer_range"] = 0.5
+    config["text_config"] |= {"initializer_range": 0.5, "router_aux_loss_coef": 0.5, "max_position_embeddings": 77}
     (other / "config.json").write_text(json.dumps(config))
     dcp_to_hf(path, tmp_path / "out", other)
 

@@ -408,6 +408,17 @@ def test_a_tokenizer_of_another_model(directory: Path, tmp_path: Path) -> None:
             "'a': 1 instead of 0")
     (other / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "added": 2}}}))
     check_same_tokenizer(other, directory)
+    steps = {"normalizer": {"type": "NFC"}, "model": {"vocab": {"a": 0}, "merges": ["a b", "b c"]}}
+    (directory / "tokenizer.json").write_text(json.dumps(steps))
+    same = {**steps, "model": {**steps["model"], "merges": [["a", "b"], ["b", "c"]]}}
+    (other / "tokenizer.json").write_text(json.dumps(same))
+    assert check_same_tokenizer(other, directory) is None
+    (other / "tokenizer.json").write_text(json.dumps({"normalizer": None, "model": {"vocab": {}, "merges": ["b c"]}}))
+    assert check_same_tokenizer(other, directory).endswith("(init_from_hf_path): normalizer, merges differ")
+    (other / "tokenizer.json").unlink()
+    (other / "vocab.json").write_text('{"a": 5}')
+    refused(lambda: check_same_tokenizer(other, directory), "gives 1 tokens other ids")
+    (other / "vocab.json").unlink()
     for content in ([], {"model": []}, {"model": {"vocab": [["a", 0.5]]}}):
         (directory / "tokenizer.json").write_text(json.dumps(content) if content != [] else "{}")
         check_same_tokenizer(other, directory)
