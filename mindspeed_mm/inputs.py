@@ -113,7 +113,7 @@ def open_regular(path: str | os.PathLike[str], *, limit: int) -> int:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        OSError: if it cannot be opened, is no regular file, or is too large; ``strerror`` says which.
+        OSError: if it cannot be opened, is not a regular file, or is too large; ``strerror`` says which.
     """
     try:
         # without O_NONBLOCK opening a FIFO waits for a writer

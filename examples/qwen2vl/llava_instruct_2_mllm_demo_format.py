@@ -308,7 +308,7 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> str:
                     f"{output} exists and differs from what would be written; give --overwrite or --output"
                 )
         elif output.exists():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         output.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
         try:

@@ -98,7 +98,7 @@ def read_questions(path: str | Path, image_root: str | None, limit: int | None) 
         UserError: naming the file and the record.
     """
     if not is_file(path):
-        raise UserError(f"--data {path} does not exist, or is no regular file; correct the path")
+        raise UserError(f"--data {path} does not exist, or is not a regular file; correct the path")
     questions, videos = [], 0
     try:
         records = read_rows(path, limit=limit)
@@ -129,10 +129,9 @@ def _first_question(record: Any, where: str, image_root: Path) -> Question:
     try:
         if "messages" in record:
             turns = [(_ROLES[turn["role"]], turn["content"]) for turn in record["messages"]]
-            images = record.get("images") or []
         else:
             turns = [(_ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
-            images = record.get("image") or []
+        images = record.get("images") or record.get("image") or []
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list):
             raise TypeError("its images are no list of names")
@@ -168,7 +167,7 @@ def checked(question: Question, where: str) -> Question:
     for image in question.images:
         if not is_file(image):
             raise UserError(
-                f"{where}: image {shorten(image)} does not exist, or is no regular file; correct the path, or "
+                f"{where}: image {shorten(image)} does not exist, or is not a regular file; correct the path, or "
                 "--image-root"
             )
     return question
@@ -396,7 +395,7 @@ def check_output(path: str, data: str) -> None:
             raise ValueError("it is a directory")
         if os.path.exists(path):
             if not is_file(path):
-                raise ValueError("it is no regular file")
+                raise ValueError("it is not a regular file")
             if os.path.samefile(path, data):
                 raise ValueError("it is the --data file")
         directory = Path(os.path.realpath(path)).parent

@@ -58,7 +58,7 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
     """Checksum of a file's content.
 
     Raises:
-        OSError: if it is missing, unreadable or no regular file.
+        OSError: if it is missing, unreadable or not a regular file.
     """
     with os.fdopen(open_regular(path, limit=1 << 62), "rb", buffering=0) as file:
         return format_checksum(section_checksum(file.fileno(), 0, os.fstat(file.fileno()).st_size))

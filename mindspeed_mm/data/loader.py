@@ -230,6 +230,7 @@ class BatchLoader:
         summary: str,
         num_workers: int,
         pin_memory: bool,
+        stop_at_bad_sample: bool = False,
     ) -> None:
         """Prepare to load; worker processes start with the iteration.
 
@@ -243,12 +244,14 @@ class BatchLoader:
             summary: see above.
             num_workers: processes that decode; 0 decodes in this process.
             pin_memory: copy batches into pinned memory if there is an accelerator.
+            stop_at_bad_sample: a step with an unusable sample cannot be loaded, and none after it.
         """
         self.dataset = dataset
         self.samples_per_epoch = samples_per_epoch
         self.summary = summary
         self._micro_batches = micro_batches
         self._steps_in_all = len(sampler) // micro_batches if isinstance(sampler, Sized) else None
+        self._stop_at_bad_sample = stop_at_bad_sample
         self._source = _MicroBatches(dataset, spec, model_config)
         self._loader = DataLoader(
             self._source,
@@ -289,10 +292,20 @@ class BatchLoader:
                     if not failure:
                         raise
                 failure = failure or next((part.failure for part in parts if part.failure), "")
+                if self._stop_at_bad_sample and not failure:
+                    failure = _first_of([message for part in parts for message in part.skipped.unusable])
             if failure:
                 parts = [_MicroBatch(self._source.stand_in())] * self._micro_batches
             skipped = sum((part.skipped for part in parts), SkipReport())
             yield StepBatches([part.batch for part in parts if part.batch is not None], skipped, failure=failure)
+
+
+def _first_of(messages: Sequence[str]) -> str:
+    """The first of the messages about unusable samples, with the number of the others; empty if there is none."""
+    if not messages:
+        return ""
+    more = f" (and {len(messages) - 1} more in this step)" if len(messages) > 1 else ""
+    return f'{messages[0]}{more}; mend it, or skip such samples with dataloader_param.on_bad_sample "skip"'
 
 
 class TrainLoader(BatchLoader):
@@ -385,6 +398,7 @@ def build_train_loader(
         summary=summary,
         num_workers=num_workers,
         pin_memory=options.pin_memory,
+        stop_at_bad_sample=not options.bad_sample_limit,
     )
 
 

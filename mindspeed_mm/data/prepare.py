@@ -155,7 +155,8 @@ def _load_rows(source: Source, target: Path) -> PreparedRows:
 
     with reading(f"prepared data in {target}", "delete that directory: it is built again"):
         for line in (target / "summary.txt").read_text().splitlines():
-            logger.info("%s: %s", source.names, line)
+            level = logging.WARNING if " skipped: " in line else logging.INFO
+            logger.log(level, "%s: %s", source.names, line, extra={"all_ranks": False})
         skipped = SkippedRecords(source.config)
         skipped.messages = (target / "skipped.txt").read_text().splitlines()
         skipped.check()  # against the present limit

@@ -38,7 +38,8 @@ from mindspeed_mm.inputs import (
     unique_keys,
 )
 
-_AGAIN = "create it again (step 3 of the guide)"
+_AGAIN = "correct it (docs/data.md), or create it again (step 3 of the guide)"
+_OTHER_FORMATS = (".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".txt", ".yaml", ".yml", ".xml")
 _NOT_TEXT = (  # how a file begins, what it then is, and the remedy
     (b"\xff\xfe", "UTF-16", "save it as UTF-8"), (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
     (b"\x1f\x8b", "compressed", "unpack it with gunzip"), (b"\x28\xb5\x2f\xfd", "compressed", "unpack it with unzstd"),
@@ -119,7 +120,7 @@ def require_file(path: Path) -> None:
         UserError: naming it and how to make it.
     """
     if not is_file(path):
-        kind = "is no regular file" if is_present(path) else "does not exist"
+        kind = "is not a regular file" if is_present(path) else "does not exist"
         raise UserError(
             f"dataset {path} {kind}; make it (step 3 of the guide: "
             "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
@@ -144,6 +145,9 @@ def require_text(path: Path) -> None:
     Raises:
         UserError: naming what it is instead, and the remedy.
     """
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise UserError(f"dataset {path} is a {path.suffix} file; data files are JSON lists, JSON lines (.jsonl) or "
+                        "Parquet (.parquet): convert it")
     with reading(f"dataset {path}", _AGAIN), os.fdopen(open_regular(path, limit=DATA_BYTES), "rb") as file:
         first = file.read(4)
     for start, kind, remedy in _NOT_TEXT:
@@ -295,7 +299,13 @@ class RecordFile:
                 start, end = self._places[index].tolist()
                 if self._blank_lines is not None:
                     name += f" (line {index + 1 + bisect.bisect_right(self._blank_lines, index)})"
-                return parse_json(os.pread(self._handle, end - start, start), name)
+                content = os.pread(self._handle, end - start, start)
+                try:
+                    return parse_json(content, name)
+                except UserError:
+                    if self._blank_lines is None:  # a JSON list, whose records may stand on several lines
+                        name += f" (which begins in line {1 + self._num_lines(start)} of the file)"
+                    return parse_json(content, name)
         except UserError as error:
             raise RecordError(str(error)) from error
 
@@ -315,6 +325,11 @@ class RecordFile:
         # another file of this name, or one that is written to: other records would be at the offsets
         if self._current_state(self._handle) != self._state:
             raise UserError(f"{self.path} has changed since the run began; start it again, or restore the file")
+
+    def _num_lines(self, end: int) -> int:
+        """Number of lines that end before the byte ``end``."""
+        return sum(os.pread(self._handle, min(_BLOCK, end - start), start).count(b"\n")
+                   for start in range(0, end, _BLOCK))
 
     def _group(self, group: int) -> list[Any]:
         if group not in self._groups:

@@ -357,8 +357,10 @@ def parse_record(row: Any, attr: Attributes, spec: ModelSpec) -> Record:
             found = f"it has {tags.count(tag)} {tag} tags in its questions, but "
             if column is None:
                 raise ValueError(f"{found}attr.{name} is null; set it to the column of their paths, or remove the tags")
-            where = f"column {column!r}" if column in row else f"missing column {column!r} (attr.{name})"
-            raise ValueError(f"{found}{len(media)} {name} in its {where}; write one tag for each")
+            if column not in row:
+                raise ValueError(f"{found}no column {column!r} (attr.{name}); it has: {', '.join(map(str, row))}; set "
+                                 f"attr.{name} to the column of their paths, or remove the tags")
+            raise ValueError(f"{found}{len(media)} {name} in its column {column!r}; write one tag for each")
     return Record(messages, images, videos)
 
 
@@ -379,7 +381,7 @@ def check_order(messages: Sequence[Message]) -> str | None:
             return f"message {place + 1} is a system message, which only the first may be; move or remove it"
         if (before.role == "assistant") == (after.role == "assistant") and {before.role, after.role} != {"tool"}:
             both = f"messages {place} ({before.role}) and {place + 1} ({after.role})"
-            return f"{both} do not take turns; join them into one, or remove one"
+            return f"{both} do not alternate; join them into one, or remove one"
     if turns[-1].role != "assistant":
         return f"the last message ({turns[-1].role}) is not an answer, so nothing is learned from it; remove it"
     return None

@@ -6,6 +6,7 @@ named none. Imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import math
 import os
@@ -37,6 +38,17 @@ VARIABLES = {
     "--log-interval": "LOG_INTERVAL",
 }
 """Flags -> the launchers' variables that they are set by."""
+_MORE_VARIABLES = (
+    "NPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "GRAD_ACC_STEP", "LOSS_ARGS",
+    "RECOMPUTE_ARGS", "CKPT_ARGS", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+)
+_OTHER_NAMES = {  # of other launchers
+    "MICRO_BATCH_SIZE": "MBS", "BATCH_SIZE": "MBS", "GLOBAL_BATCH_SIZE": "GRAD_ACC_STEP", "GBS": "GRAD_ACC_STEP",
+    "GRADIENT_ACCUMULATION_STEPS": "GRAD_ACC_STEP", "SAVE_DIR": "SAVE_PATH", "OUTPUT_DIR": "SAVE_PATH",
+    "LOAD_DIR": "LOAD_PATH", "CKPT_LOAD_DIR": "LOAD_PATH", "CKPT_SAVE_DIR": "SAVE_PATH", "SEQ_LENGTH": "SEQ_LEN",
+    "MAX_LENGTH": "SEQ_LEN", "LEARNING_RATE": "LR", "MAX_STEPS": "TRAIN_ITERS", "NPROC_PER_NODE": "NPUS_PER_NODE",
+    "GPUS_PER_NODE": "NPUS_PER_NODE",
+}
 _NAMES = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|[a-z]+(?:_[a-z]+)+)(?![\w-])")
 
 
@@ -48,6 +60,21 @@ def with_variables(message: str, environment: Mapping[str, str]) -> str:
     unsaid = [f"{VARIABLES[flag]} sets {flag}" for flag in named
               if flag in VARIABLES and not re.search(rf"\b{VARIABLES[flag].partition(' ')[0]}\b", message)]
     return f"{message} ({', '.join(unsaid)})" if unsaid else message
+
+
+def unread_variables(environment: Mapping[str, str]) -> list[str]:
+    """Lines about variables whose names resemble the launchers', and which nothing reads; none without a launcher."""
+    if RUN_STATE not in environment:
+        return []
+    known = [*(name for name in VARIABLES.values() if " " not in name), *_MORE_VARIABLES]
+    lines = []
+    for name in environment:
+        if name in known or not name.isupper():
+            continue
+        guess = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.86)), None)
+        if guess is not None and len(name) > 4:
+            lines.append(f"{name} is set, and not read; did you mean {guess}?")
+    return lines
 
 
 def check_numbers(variables: Mapping[str, str]) -> None:

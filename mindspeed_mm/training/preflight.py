@@ -24,6 +24,7 @@ from mindspeed_mm.checkpoint.save_directory import (
     earlier_run_warning,
 )
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
+from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
@@ -66,6 +67,8 @@ def preflight(job: JobConfig) -> None:
     basic = job.data.dataset_param.basic_parameters
     if basic.cache_dir and not basic.streaming:
         check_writable(Path(basic.cache_dir), name="cache_dir")
+    for field, path in tool_directories(job.tools).items():
+        check_writable(Path(path), name=f"--mm-tool: {field}")
     check_temporary_directory(job.args.num_workers)
     check_data_files(job)
     tokenizer = Path(job.data.dataset_param.preprocess_parameters.model_name_or_path)
@@ -80,6 +83,8 @@ def preflight(job: JobConfig) -> None:
     for line in (
         other_tokenizer,
         other_normalisation(job, spec, model_config, media),
+        *environment.unread_variables(os.environ),
+        *idle_tools(job, world_size=world_size),
         *spec.ignored_settings(Path(job.model.init_from_hf_path), job.data),
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
@@ -95,6 +100,36 @@ def preflight(job: JobConfig) -> None:
     ):
         if line is not None:
             _warn(environment.with_variables(line, os.environ))
+
+
+def tool_directories(tools: ToolsConfig) -> dict[str, str]:
+    """Field of tools.json -> directory that an enabled tool writes to."""
+    profile, memory = tools.profile, tools.memory_profile
+    directories = {}
+    if profile.enable and profile.profile_type == "static":
+        directories["profile.static_param.save_path"] = profile.static_param.save_path
+    elif profile.enable:
+        directories["profile.dynamic_param.config_path"] = profile.dynamic_param.config_path
+    if memory.enable:
+        directories["memory_profile.save_path"] = memory.save_path
+    return directories
+
+
+def idle_tools(job: JobConfig, *, world_size: int) -> list[str]:
+    """Lines about enabled tools that would record nothing: no such rank, or steps behind the run's end."""
+    profile, memory, steps = job.tools.profile, job.tools.memory_profile, job.args.train_iters
+    profiles = profile.enable and profile.profile_type == "static"
+    lines = []
+    for name, enabled, ranks, first in (
+        ("profile", profiles, profile.ranks, profile.static_param.start_step),
+        ("memory_profile", memory.enable, memory.dump_ranks, memory.start_step),
+    ):
+        nothing = f"--mm-tool: {name} records nothing"
+        if enabled and not any(rank == -1 or 0 <= rank < world_size for rank in ranks):
+            lines.append(f"{nothing}: its ranks are {ranks}, and the run's 0 to {world_size - 1}")
+        elif enabled and first > steps:
+            lines.append(f"{nothing}: its start_step is {first}, and the run's last {steps}")
+    return lines
 
 
 def other_normalisation(

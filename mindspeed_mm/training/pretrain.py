@@ -136,7 +136,8 @@ def _run(
     warn_of_sample_order(progress, seed=args.seed, samples_per_epoch=loader.samples_per_epoch, data=data)
     progress.seed, progress.samples_per_epoch, progress.data = args.seed, loader.samples_per_epoch, data
     _warn_of_partial_state(args)
-    logger.info(f"data: {loader.summary}; {_remaining_iterations(progress, args)}")
+    evaluated = f"; evaluation: {eval_loader.summary}" if eval_loader is not None else ""
+    logger.info(f"data: {loader.summary}{evaluated}; {_remaining_iterations(progress, args)}")
     with StopRequest() as stop_request:
         context = RunContext(
             layout=layout,

@@ -225,7 +225,8 @@ class Trainer:
             progress.consumed_samples -= samples
             self.schedule.step(increment=-samples)
         failures = gather_messages([record.details.failure] if record.details.failure else [])
-        self.stop_after_save(UserError(f"iteration {record.iteration}: {failures[0]}"))
+        others = f" (and {len(failures) - 1} more ranks without data)" if len(failures) > 1 else ""
+        self.stop_after_save(UserError(f"iteration {record.iteration}: {failures[0]}{others}"))
 
     def _end_run(self, *, failed: bool) -> None:
         """End every callback that has started, also after an error of another; raise that if the run had not failed."""

@@ -108,8 +108,8 @@ def _epoch(config: Any, dataset: ChatDataset) -> tuple[dict[Name, Any], list[str
     loader = tiny_loader(config, dataset=dataset, seq_length=512, seed=0, micro_batch_size=4,
                          global_batch_size=-(-len(dataset) // 4) * 4, dp_rank=0, dp_size=1)
     step = next(loader)
-    if step.skipped.unusable and not config.dataloader_param.bad_sample_limit:
-        raise UserError(step.skipped.unusable[0])
+    if step.failure:
+        raise UserError(step.failure)
     found = {}
     for batch in step.batches:
         labels = dict.fromkeys(range(len(batch.sample_ids)), ())

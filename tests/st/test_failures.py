@@ -88,14 +88,15 @@ def test_a_lost_data_worker_ends_the_run_with_nothing_lost(quick):
 
 
 def test_a_sample_that_cannot_be_used_ends_the_run_after_a_save(quick):
-    """Its header is whole, so that no check before training finds it; the steps up to it are kept."""
+    """Its header is whole, so that no check before training finds it; its step is taken back, the others are kept."""
     whole, ended = quick.steps("whole"), quick["bad sample"]
     met = next(step for step, facts in whole.items() for ids in facts["samples"] for own in ids if BAD_RECORD in own)
-    assert met > 1 and ended["status"] == 2 and sorted(map(int, ended["steps"])) == list(range(1, met + 1))
-    reason = rf"\S*damaged\.json, .*damaged\.png cannot be used.* \(saved first: iteration {met}\)"
+    assert met > 1 and ended["status"] == 2 and sorted(map(int, ended["steps"])) == list(range(1, met))
+    reason = rf"iteration {met}: \S*damaged\.json, .*damaged\.png cannot be used.* \(saved first: iteration {met - 1}\)"
     assert re.fullmatch(reason, ended["error"])
     assert all(ended["steps"][str(step)] == whole[step] for step in range(1, met))
-    assert {name.split(".")[0] for name in stored(quick.place / f"bad sample/iter_{met:07d}")} >= {"model", "optimizer"}
+    kept = stored(quick.place / f"bad sample/iter_{met - 1:07d}")
+    assert {name.split(".")[0] for name in kept} >= {"model", "optimizer"}
 
 
 def test_a_new_stage_has_the_weights_and_counts_from_the_start(quick):

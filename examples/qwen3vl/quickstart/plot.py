@@ -62,7 +62,6 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")  # files only: there may be no display
-    matplotlib.rcParams["text.parse_math"] = False  # a question's dollar signs are no formulas
     from matplotlib import pyplot
 
     return pyplot
@@ -121,10 +120,12 @@ def plot_samples(result: dict[str, Any], path: str | Path, *, count: int = 15, c
             with Image.open(sample["images"][0]) as image:
                 axis.imshow(image.convert("RGB"))
         question = " ".join(sample["text"].replace("<image>", " ").split())
-        axis.set_title("\n".join(textwrap.wrap(question, 32)), fontsize=9)
+        # a question's dollar signs are no formulas
+        axis.set_title("\n".join(textwrap.wrap(question, 32)), fontsize=9, parse_math=False)
         verdict = sample["answer"] if sample["right"] else f"{sample['answer']}\n(expected: {sample['reference']})"
         lines = [line for part in verdict.splitlines() for line in textwrap.wrap(part, 32)]
-        axis.set_xlabel("\n".join(lines), fontsize=10, color=_GREEN if sample["right"] else _RED, fontweight="bold")
+        axis.set_xlabel("\n".join(lines), fontsize=10, color=_GREEN if sample["right"] else _RED, fontweight="bold",
+                        parse_math=False)
     figure.suptitle(
         f"Held-out images: {result['right']} of {result['total']} answered correctly "
         f"({100 * result['accuracy']:.1f}%); wrong answers, in red, are shown last",

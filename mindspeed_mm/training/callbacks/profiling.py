@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,18 +90,24 @@ class Profiling(Callback):
 
     def on_step_start(self, iteration: int) -> None:
         """Start what begins with the step."""
-        for tool in self._tools:
-            tool.step_begin(iteration)
+        self._call(lambda tool: tool.step_begin(iteration))
 
     def on_step_queued(self, iteration: int) -> None:
         """Stop what ends with the step."""
-        for tool in self._tools:
-            tool.step_end(iteration)
+        self._call(lambda tool: tool.step_end(iteration))
 
     def on_run_end(self, *, failed: bool) -> None:
         """Write what is still being recorded."""
-        for tool in self._tools:
-            tool.close()
+        self._call(lambda tool: tool.close())
+
+    def _call(self, method: Callable[[_Tool], None]) -> None:
+        """Call a method of each tool; one that cannot write is left out from then on, and training continues."""
+        for tool in list(self._tools):
+            try:
+                method(tool)
+            except (UserError, OSError) as error:
+                self._tools.remove(tool)
+                logger.warning(f"{error}; nothing more is recorded")
 
 
 def _profiles(config: ProfileConfig, *, rank: int, profiler: Profiler) -> list[_Tool]:

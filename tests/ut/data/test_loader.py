@@ -119,7 +119,8 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damaged_image_travels_with_the_step(tmp_path: Path, num_workers: int) -> None:
     write_dataset(tmp_path, 4)
-    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader={"shuffle": False})
+    loader = {"shuffle": False, "on_bad_sample": "skip"}
+    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader=loader)
     loader = tiny_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
     (tmp_path / "images" / "0001.png").write_bytes(b"damaged")
     step = next(loader)
@@ -132,9 +133,28 @@ def test_damaged_image_travels_with_the_step(tmp_path: Path, num_workers: int) -
     loader.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_step_with_a_damaged_image_cannot_be_loaded_under_stop(tmp_path: Path, num_workers: int) -> None:
+    """Nor any after it: all are taken back, and a resumed run begins with it."""
+    write_dataset(tmp_path, 8)
+    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), loader={"shuffle": False})
+    loader = tiny_loader(config, **loader_options(tmp_path, global_batch_size=2, num_workers=num_workers))
+    for number in (4, 5):
+        (tmp_path / "images" / f"000{number}.png").write_bytes(b"damaged")
+    steps = [next(loader) for _ in range(4)]
+    assert [bool(step.failure) for step in steps] == [False, False, True, True]
+    reason = r"^\S+data.json, record 4: image \S+ cannot be used.* \(and 1 more in this step\); mend it, or skip"
+    assert re.search(reason, steps[2].failure)
+    assert steps[2].failure == steps[3].failure and "\n" not in steps[2].failure
+    assert all(step.skipped == SkipReport() for step in steps)
+    assert not any(sum(batch.target_tokens_per_sample) for step in steps[2:] for batch in step.batches)
+    loader.close()
+
+
 def test_placeholders_without_images_travel_with_the_step(root: Path) -> None:
     """As from a cache entry that was tampered with: the sample is skipped, its neighbours are not."""
-    config = make_config(root, dataset=str(root / "data.json"), loader={"shuffle": False})
+    skip = {"shuffle": False, "on_bad_sample": "skip"}
+    config = make_config(root, dataset=str(root / "data.json"), loader=skip)
     loader = tiny_loader(config, **loader_options(root, global_batch_size=4, micro_batch_size=4))
     (whole,) = next(loader).batches
     read = loader.dataset.__class__.__getitem__

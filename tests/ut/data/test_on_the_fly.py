@@ -191,7 +191,7 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
     bad.write_text(" [ ]\n")
     assert len(RecordFile(str(bad))) == 0
     bad.write_text('[{"a": x}]')
-    with pytest.raises(UserError, match="bad.json, record 0 is not valid JSON"):
+    with pytest.raises(UserError, match=r"bad.json, record 0 \(which begins in line 1 .*\) is not valid JSON"):
         RecordFile(str(bad))[0]
     with pytest.raises(UserError, match="step 3"):
         RecordFile(str(tmp_path / "absent.jsonl"))
@@ -225,9 +225,8 @@ def test_bad_records_while_streaming_travel_with_the_step(tmp_path: Path) -> Non
     records[2]["messages"][0]["content"] = "no tag"
     (tmp_path / "data.json").write_text(json.dumps(records))
     (tmp_path / "images" / "0001.png").unlink()
-    config = make_config(
-        tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True}, loader={"shuffle": False}
-    )
+    skip = {"shuffle": False, "on_bad_sample": "skip"}
+    config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True}, loader=skip)
     loader = tiny_loader(
         config, seq_length=512, micro_batch_size=3,
         global_batch_size=6, dp_rank=0, dp_size=1, seed=5,
@@ -254,3 +253,18 @@ def test_a_streamed_file_that_is_written_to(root: Path, tmp_path: Path, name: st
         rows[1]
     assert type(raised.value) is UserError  # no bad record, which could be skipped
     assert RecordFile(str(path))[0] == first
+
+
+def test_the_line_of_the_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[\n {"a": 1},\n\n {"a":\n  2 "b": 3}\n]\n')
+    with pytest.raises(UserError, match=r"record 1 \(which begins in line 4 of the file\) is not valid JSON"):
+        read_rows(path)[1]
+    assert read_rows(path)[0] == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.XLSX", "data.txt"])
+def test_other_formats(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a,b\n")
+    with pytest.raises(UserError, match=rf"{name} is a \.\w+ file; data files are JSON lists, .*: convert it"):
+        read_rows(tmp_path / name)

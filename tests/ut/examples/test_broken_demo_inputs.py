@@ -405,6 +405,15 @@ def test_unusable_metrics_are_one_line(tmp_path, capsys, step):
     assert_one_line((status, capsys.readouterr().err), "m.jsonl, line 1", "has no step")
 
 
+def test_images_are_read_from_either_column(tmp_path, picture):
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "y"}]
+    messages = _messages(("user", "<image>?"), ("assistant", "y"))
+    rows = [{"conversations": turns, "images": [str(picture)], "image": "none.png"},
+            {"conversations": turns, "image": str(picture)}, {"messages": messages, "image": str(picture)}]
+    questions = inference_demo.read_questions(_write_data(tmp_path, *rows), None, None)
+    assert [question.images for question in questions] == [(str(picture),)] * 3
+
+
 def test_a_question_is_no_formula(tmp_path):
     prediction = {"images": [], "text": "Is $x_{$ odd?", "answer": "$5^{", "reference": "$", "right": False}
     result = {"predictions": [prediction], "right": 0, "total": 1, "accuracy": 0}

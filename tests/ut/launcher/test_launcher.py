@@ -208,6 +208,24 @@ def test_small_files_of_the_checkpoint_are_checked_before_torchrun(workplace, na
     assert piece in result.stderr and str(path.relative_to(workplace)) in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [({"profile": {"enable": True, "static_param": {"save_path": "file/x"}}}, "error: --mm-tool: profile.static_param."),
+     ({"memory_profile": {"enable": True, "save_path": "/proc/x"}}, "error: --mm-tool: memory_profile.save_path /proc/x"),
+     ({"profile": {"enable": True, "profile_type": "dynamic", "dynamic_param": {"config_path": "file"}}},
+      "error: --mm-tool: profile.dynamic_param.config_path file"),
+     ({"profile": {"enable": True, "ranks": [9]}}, "warning: --mm-tool: profile records nothing: its ranks are [9], and"),
+     ({"profile": {"enable": True, "static_param": {"start_step": 20000, "end_step": 20001}}},
+      "warning: --mm-tool: profile records nothing: its start_step is 20000, and the run's last 10000")],
+)
+def test_tools_that_cannot_record_are_said_before_torchrun(workplace, tools, words):
+    (workplace / "file").write_text("")
+    (workplace / "tools.json").write_text(json.dumps(tools))
+    result = launch(workplace, MM_TOOL="tools.json")
+    assert any(line.startswith(words) for line in result.stderr.splitlines()), result.stderr
+    assert result.returncode == (2 if words.startswith("error") else 0)
+
+
 def test_a_cache_that_cannot_be_made_stops_before_torchrun(workplace):
     data = json.loads((workplace / "examples/qwen3vl/data_30B.json").read_text())
     data["dataset_param"]["basic_parameters"]["cache_dir"] = "data/photo.jpg/cache"

@@ -20,12 +20,14 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import available_memory
 from mindspeed_mm.training import launch_environment, package_check, preflight
 from mindspeed_mm.training.launch_environment import (
+    VARIABLES,
     check_address,
     check_numbers,
     check_rendezvous,
     free_port,
     host_memory_warning,
     shared_memory_warning,
+    unread_variables,
     why_unusable,
 )
 
@@ -188,3 +190,17 @@ def test_imports_no_torch_and_prints_a_port() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert 0 < int(result.stdout) < 65536
     assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+
+
+def test_variables_that_nothing_reads() -> None:
+    state = {"MM_RUN_STATE": "x"}
+    given = {"SAVE_DIR": "a", "MICRO_BATCH_SIZE": "4", "TRAIN_ITER": "3", "GRAD_ACC_STEPS": "2", "LR": "1", "PATH": "p",
+             "SAVE_PATH": "b", "HOME": "h", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", "lr": "1"}
+    assert unread_variables(given) == []  # without a launcher
+    assert unread_variables(state | given) == [
+        "SAVE_DIR is set, and not read; did you mean SAVE_PATH?",
+        "MICRO_BATCH_SIZE is set, and not read; did you mean MBS?",
+        "TRAIN_ITER is set, and not read; did you mean TRAIN_ITERS?",
+        "GRAD_ACC_STEPS is set, and not read; did you mean GRAD_ACC_STEP?",
+    ]
+    assert unread_variables(state | dict.fromkeys(VARIABLES.values(), "1")) == []
