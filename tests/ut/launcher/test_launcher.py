@@ -209,18 +209,21 @@ def test_small_files_of_the_checkpoint_are_checked_before_torchrun(workplace, na
 
 
 @pytest.mark.parametrize(
-    ("tools", "words"),
-    [({"profile": {"enable": True, "static_param": {"save_path": "file/x"}}}, "error: --mm-tool: profile.static_param."),
-     ({"memory_profile": {"enable": True, "save_path": "/proc/x"}}, "error: --mm-tool: memory_profile.save_path /proc/x"),
-     ({"profile": {"enable": True, "profile_type": "dynamic", "dynamic_param": {"config_path": "file"}}},
-      "error: --mm-tool: profile.dynamic_param.config_path file"),
-     ({"profile": {"enable": True, "ranks": [9]}}, "warning: --mm-tool: profile records nothing: its ranks are [9], and"),
-     ({"profile": {"enable": True, "static_param": {"start_step": 20000, "end_step": 20001}}},
-      "warning: --mm-tool: profile records nothing: its start_step is 20000, and the run's last 10000")],
+    ("section", "words"),
+    [
+        ({"profile": {"static_param": {"save_path": "file/x"}}}, "error: --mm-tool: profile.static_param.save_path file"),
+        ({"memory_profile": {"save_path": "/proc/x"}}, "error: --mm-tool: memory_profile.save_path /proc/x"),
+        ({"profile": {"profile_type": "dynamic", "dynamic_param": {"config_path": "file"}}},
+         "error: --mm-tool: profile.dynamic_param.config_path file"),
+        ({"profile": {"ranks": [9]}}, "warning: --mm-tool: profile records nothing: its ranks are [9], and the run's"),
+        ({"profile": {"static_param": {"start_step": 20000, "end_step": 20001}}},
+         "warning: --mm-tool: profile records nothing: its start_step is 20000, and the run's last 10000"),
+    ],
 )
-def test_tools_that_cannot_record_are_said_before_torchrun(workplace, tools, words):
+def test_tools_that_cannot_record_are_said_before_torchrun(workplace, section, words):
     (workplace / "file").write_text("")
-    (workplace / "tools.json").write_text(json.dumps(tools))
+    ((name, fields),) = section.items()
+    (workplace / "tools.json").write_text(json.dumps({name: {"enable": True, **fields}}))
     result = launch(workplace, MM_TOOL="tools.json")
     assert any(line.startswith(words) for line in result.stderr.splitlines()), result.stderr
     assert result.returncode == (2 if words.startswith("error") else 0)
