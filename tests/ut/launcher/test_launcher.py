@@ -211,7 +211,7 @@ def test_small_files_of_the_checkpoint_are_checked_before_torchrun(workplace, na
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"profile": {"static_param": {"save_path": "file/x"}}}, "error: --mm-tool: profile.static_param.save_path file"),
+        ({"profile": {"static_param": {"save_path": "file/x"}}}, "error: --mm-tool: profile.static_param.save_path"),
         ({"memory_profile": {"save_path": "/proc/x"}}, "error: --mm-tool: memory_profile.save_path /proc/x"),
         ({"profile": {"profile_type": "dynamic", "dynamic_param": {"config_path": "file"}}},
          "error: --mm-tool: profile.dynamic_param.config_path file"),
