@@ -6,8 +6,8 @@
 
 [ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # started with sh
 
-MM_DATA=${MM_DATA:-./examples/qwen3vl/data_235B.json}
-MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_235B.json}
+MM_DATA=${MM_DATA-./examples/qwen3vl/data_235B.json}
+MM_MODEL=${MM_MODEL-./examples/qwen3vl/model_235B.json}
 LOAD_PATH=${LOAD_PATH-ckpt/dcp_path/Qwen3-VL-235B-A22B-Instruct-dcp}
 
 # sixteen machines; NODE_RANK and MASTER_ADDR say which is which

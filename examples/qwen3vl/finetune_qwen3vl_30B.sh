@@ -14,8 +14,8 @@
 
 [ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # started with sh
 
-MM_DATA=${MM_DATA:-./examples/qwen3vl/data_30B.json}
-MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_30B.json}
+MM_DATA=${MM_DATA-./examples/qwen3vl/data_30B.json}
+MM_MODEL=${MM_MODEL-./examples/qwen3vl/model_30B.json}
 # The directory that mm-convert wrote (step 2 of the guide), or SAVE_PATH to continue a run
 LOAD_PATH=${LOAD_PATH-ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp}
 

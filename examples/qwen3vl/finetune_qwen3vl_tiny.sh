@@ -8,8 +8,8 @@
 
 NPUS_PER_NODE=${NPUS_PER_NODE:-2}
 
-MM_DATA=${MM_DATA:-./examples/qwen3vl/data_tiny.json}
-MM_MODEL=${MM_MODEL:-./examples/qwen3vl/model_tiny.json}
+MM_DATA=${MM_DATA-./examples/qwen3vl/data_tiny.json}
+MM_MODEL=${MM_MODEL-./examples/qwen3vl/model_tiny.json}
 FSDP2_PATH=${FSDP2_PATH:-./examples/qwen3vl/fsdp2_tiny.yaml}
 LOAD_PATH=${LOAD_PATH-./quickstart_run/ckpt/dcp_path/Qwen3-VL-tiny-dcp}
 SAVE_PATH=${SAVE_PATH:-./quickstart_run/save_dir}

@@ -167,8 +167,8 @@ def checked(question: Question, where: str) -> Question:
     for image in question.images:
         if not is_file(image):
             raise UserError(
-                f"{where}: image {shorten(image)} does not exist, or is not a regular file; correct the path, or "
-                "--image-root"
+                f"{where}: image {shorten(image)} does not exist, or is not a regular file; correct the path"
+                f"{', or --image-root' * where.startswith('--data')}"
             )
     return question
 

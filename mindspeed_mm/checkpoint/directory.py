@@ -132,16 +132,18 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"checkpoint directory {root} does not exist; convert the weights first (step 2: mm-convert)")
+        raise UserError(f"checkpoint directory {root} does not exist; correct --load, convert the weights (step 2: "
+                        "mm-convert), or leave --load out to start from init_from_hf_path of the model file")
     value = read_tracker(root)
     if value is None and is_file(root / MANIFEST):
         return root  # a checkpoint itself, such as .../iter_0000010
     if value is None and is_huggingface(root):
-        raise UserError(f"{root} is a Hugging Face directory; name a checkpoint that mm-convert makes of it (step 2)")
+        raise UserError(f"{root} is a Hugging Face directory; name a checkpoint that mm-convert makes of it (step 2), "
+                        "or leave --load out to load the weights of init_from_hf_path as they are")
     if value is None:
         raise UserError(
-            f"{root} has no {TRACKER}, so it has no finished checkpoint; convert the weights first "
-            "(step 2: mm-convert) or wait for training to save one"
+            f"{root} has no {TRACKER}, so it has no finished checkpoint; correct --load, convert the weights (step 2: "
+            "mm-convert), or wait for training to save one"
         )
     path = root / checkpoint_name(value)
     if not path.is_dir() and replaced_name(path).is_dir():

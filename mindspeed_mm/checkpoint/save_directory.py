@@ -135,7 +135,7 @@ def check_writable(root: Path, *, name: str = "--save") -> Path:
     try:  # rights are not enough: in /proc, for one, nothing can be made
         os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=existing))
     except OSError as error:
-        why = f"no directory can be made in {existing} ({error.strerror})"
+        why = f"a directory cannot be created in {existing} ({error.strerror})"
         raise UserError(f"{what}: {why}; {remedy}") from error
     return existing
 

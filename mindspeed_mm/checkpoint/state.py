@@ -219,11 +219,11 @@ def _held(
         if wanted and not has
     ]
     if lacking and dist.get_rank() == 0:
-        line = f"{path} has no {', and no '.join(lacking)}"
+        what = ", and no ".join(lacking)
         if training:
-            logger.warning(f"the resume is not exact: {line}")
-        else:  # converted weights: as it has to be
-            logger.info(line)
+            logger.warning(f"the resume is not exact: {path} has no {what}")
+        else:
+            logger.info(f"{path} holds weights alone, as converted checkpoints do: it has no {what}")
     return optimizer if has_moments else None, with_rng and has_rng
 
 

@@ -71,6 +71,9 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError("--save-trainable-only needs loaded weights as a base, which --random-init skips; drop one")
     if args.load_base is not None and args.load is None:
         raise UserError(f"--load-base {args.load_base} is the base of what --load names; add --load DIR")
+    if args.finetune and args.load is None:
+        raise UserError("--finetune starts from the weights that --load names; add --load DIR, or leave --finetune out "
+                        "to start from init_from_hf_path of the model file")
     for name in ("save_trainable_only", "async_save", "keep_last", "keep_every"):
         if getattr(args, name) and args.save is None:
             raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")

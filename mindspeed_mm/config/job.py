@@ -67,6 +67,9 @@ class JobConfig(StrictModel):
                     groups.setdefault((parent, str(use.info.description)), []).append(name)
             for (parent, reason), names in groups.items():
                 sentences.append(f"{path}, {f'in {parent}, ' if parent else ''}{', '.join(names)}: {reason}")
+        basic = self.data.dataset_param.basic_parameters
+        if basic.val_max_samples is not None and not (basic.val_dataset or basic.val_rate):
+            sentences.append(f"{self.args.mm_data}, val_max_samples: there is neither val_dataset nor val_rate")
         return [f"accepted without effect: {sentence}" for sentence in sentences]
 
     def checkpoint_metadata(self) -> dict[str, Any]:
@@ -153,6 +156,8 @@ def check_data_files(job: JobConfig) -> None:
             if Path(name).is_dir():
                 raise UserError(f"{name} ({field} in {job.args.mm_data}) is a directory; name its data files")
             if not Path(name).is_file():
-                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist; {step}")
+                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist in {os.getcwd()}; {step}"
+                                if not os.path.isabs(name) else
+                                f"{name} ({field} in {job.args.mm_data}) does not exist; {step}")
     if not Path(basic.dataset_dir).is_dir():
         raise UserError(f"{basic.dataset_dir} (dataset_dir in {job.args.mm_data}) does not exist; {step}")

@@ -64,6 +64,8 @@ def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool =
     try:
         os.listdir(target.parent)  # refreshes a network file system's cache, which may not have the target yet
         if not _is_current(target, overwrite):
+            if (target / _FINISHED).exists() and (damage := _damage(target)):
+                logger.warning("%s is damaged (%s) and is built again", target, damage)
             _build(target, build)
     finally:
         lock.release()
@@ -80,12 +82,7 @@ def _is_current(target: Path, overwrite: bool) -> bool:
         built = (target / _FINISHED).stat().st_mtime
     except OSError:
         return False
-    if overwrite and built <= _PROCESS_START:
-        return False
-    damaged = _damage(target)
-    if damaged:
-        logger.warning("%s is damaged (%s) and is built again", target, damaged, extra={"all_ranks": False})
-    return not damaged
+    return not (overwrite and built <= _PROCESS_START) and not _damage(target)
 
 
 def _damage(target: Path) -> str:
@@ -99,8 +96,10 @@ def _damage(target: Path) -> str:
                 return f"{name} has another size"
             if _checksum(target / name) != checksum:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, TypeError) as error:
-        return reason(error)
+    except OSError as error:
+        return f"{error.filename}: {reason(error)}"
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"{_FINISHED}: {reason(error)}"
     return ""
 
 
@@ -112,9 +111,17 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
+def _remove(path: Path) -> None:
+    """Remove a directory, or what has taken its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _build(target: Path, build: Callable[[Path], None]) -> None:
     for leftover in target.parent.glob(f"{target.name}.building-*"):  # of processes that died; we hold the lock
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     temporary = target.with_name(f"{target.name}.building-{os.getpid()}")
     try:
         temporary.mkdir()
@@ -126,7 +133,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
             old = target.with_name(f"{target.name}.building-old")
             target.rename(old)
             temporary.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             temporary.rename(target)
     except OSError as error:

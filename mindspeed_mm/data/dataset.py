@@ -244,7 +244,7 @@ class ChatDataset:
         """
         files = [os.path.normpath(file) for file in self._rows.files]
         if os.path.normpath(path) not in files:
-            raise UserError(f"{path} is no data file of this data set; choose {' or '.join(self._rows.files)}")
+            raise UserError(f"{path} is not one of the data files; choose {' or '.join(self._rows.files)}")
         place = self._rows.find(files.index(os.path.normpath(path)), record)
         found = [] if place is None else [place]
         if found and self._chosen is not None:
@@ -319,7 +319,7 @@ def build_datasets(
     held_out = round(len(train) * (basic.val_rate or 0))
     if not held_out:
         if basic.val_rate:
-            none = "val_rate %s of %d samples is none: nothing is evaluated"
+            none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
             logger.warning(none, basic.val_rate, len(train), extra=_SAID_BY_RANK_0)
         return train, None
     order = permutation(len(train), seed=seed, epoch=None)

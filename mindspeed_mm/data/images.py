@@ -224,7 +224,7 @@ def warn_once(kind: str, message: str) -> None:
     """Log a warning, the first of its kind in this process."""
     if kind not in _warned:
         _warned.add(kind)
-        logger.warning("%s (said once)", message)
+        logger.warning("%s (said once by each process)", message)
 
 
 def is_plain_jpeg(content: bytes) -> bool:
@@ -271,7 +271,7 @@ def _unusable(path: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         why = "it is missing"
     elif isinstance(error, Image.UnidentifiedImageError):
-        why = f"it is no image in a format that is read ({', '.join(_formats())})"
+        why = f"it is not an image in a supported format ({', '.join(_formats())})"
     else:
         why = reason(error)
     return UserError(

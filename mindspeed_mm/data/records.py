@@ -170,7 +170,7 @@ class RecordReader:
         """
         self.skipped = SkippedRecords(config)
         self.unread: Counter[str] = Counter()
-        self.empty_answers = Finding(("answer", "without text, from which at most the end of the turn is learned"))
+        self.empty_answers = Finding(("answer", "without text, which teach at most the end of a turn"))
         self.control_tokens = Finding(
             ("message", "in which control tokens of the chat format are written out, encoded as plain text")
         )
@@ -518,9 +518,10 @@ def _found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[V
         if place is None and (directory := finder.find_directory(path)):
             raise ValueError(f"{kind} {shorten(directory)} is a directory; write the path of a file")
         if place is None:
+            places = " and ".join(map(shorten, finder.places(path)))
             raise ValueError(
-                f"{kind} {shorten(path)} does not exist; put it there (step 3 of the guide), correct "
-                "basic_parameters.dataset_dir, or convert the data again to skip such records"
+                f"{kind} {shorten(path)} does not exist (looked for {places}); put it there, correct the path or "
+                'basic_parameters.dataset_dir, or set dataloader_param.on_bad_sample to "skip"'
             )
         return place
 
@@ -550,13 +551,14 @@ class MediaFinder:
 
     def find(self, path: str) -> str | None:
         """Path of the file, or None if there is no such file."""
-        return next((place for place in self._candidates(path) if self._exists(place)), None)
+        return next((place for place in self.places(path) if self._exists(place)), None)
 
     def find_directory(self, path: str) -> str | None:
         """Path of a directory of this name, or None."""
-        return next((place for place in self._candidates(path) if is_directory(place)), None)
+        return next((place for place in self.places(path) if is_directory(place)), None)
 
-    def _candidates(self, path: str) -> list[str]:
+    def places(self, path: str) -> list[str]:
+        """Where a path may lead, in order."""
         return [path] if os.path.isabs(path) else [os.path.join(self._root, path), path]
 
     def _exists(self, path: str) -> bool:

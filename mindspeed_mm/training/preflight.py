@@ -89,7 +89,7 @@ def preflight(job: JobConfig) -> None:
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
         earlier_run_warning(job.args.save, job.args.load),
-        changed_settings_warning(job),
+        changed_settings_warning(job, {"template": spec.chat_templates[0]}),
         environment.host_memory_warning(launched_local_ranks()),
         environment.shared_memory_warning(
             local_ranks=launched_local_ranks(),

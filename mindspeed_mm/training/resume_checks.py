@@ -29,14 +29,21 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _COMPARED_FLAGS = (
     *OptimizerArgs.model_fields, "micro_batch_size", "global_batch_size", "seq_length", "frozen_param_dtype"
 )
-# Fields of the files that decide where something is, or how and where it is computed, but not what
+# Fields of the files that decide where something is, or how and where it is computed, but not what; that repeat what
+# config.json says; or that are another name of one
 _NOT_COMPARED = frozenset(
     """dataset dataset_dir cache_dir overwrite_cache preprocessing_batch_size preprocessing_num_workers streaming
     preprocess_on_fly val_dataset val_max_samples pin_memory model_name_or_path init_from_hf_path attn_implementation
     use_npu_fused_moe synchronize_per_layer activation_offload chunk_size compute_mode sharding_size
     reshard_after_forward num_to_forward_prefetch num_to_backward_prefetch offload_to_cpu align_fsdp_param_groups
-    expert_parallel_size""".split()
+    expert_parallel_size sampler_type dataloader_mode neat_packing num_layers hidden_size num_attention_heads
+    max_position_embeddings model_id""".split()
 )
+_SCHEDULE_FLAGS = {  # fields of Megatron's schedule -> what sets them
+    "max_lr": "--lr", "min_lr": "--min-lr", "lr_warmup_steps": "warm-up (--lr-warmup-fraction, --lr-warmup-iters)",
+    "lr_decay_steps": "decay (--train-iters, --lr-decay-iters)", "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--weight-decay", "end_wd": "--weight-decay",
+}
 _MOST_NAMED = 8
 _ABSENT = object()
 
@@ -77,10 +84,14 @@ def check_start(
         check_base_is_kept(args, path if base is None else Path(base.path))
 
 
-def changed_settings_warning(job: JobConfig) -> str | None:
+def changed_settings_warning(job: JobConfig, defaults: Mapping[str, Any]) -> str | None:
     """A line with the settings that are not those under which the checkpoint of ``--load`` was written, else None.
 
     Only settings that change what is learned, of a run that continues, and as far as the checkpoint records them.
+
+    Args:
+        job: the run.
+        defaults: what null means in fields of the files whose default is the model family's.
     """
     if job.args.load is None or job.args.finetune:
         return None
@@ -101,7 +112,10 @@ def changed_settings_warning(job: JobConfig) -> str | None:
         for use in walk(config):
             *_, name = use.path.split(".")
             if use.role == EFFECTIVE and name not in _NOT_COMPARED:
-                before, now = _field(saved.get(key), use.path), _field(fields, use.path)
+                before, now = (
+                    defaults.get(name) if value is None else value
+                    for value in (_field(saved.get(key), use.path), _field(fields, use.path))
+                )
                 if before is not _ABSENT and before != now:
                     changed.append(f"{name} in {file} was {shown(before)} and is {shown(now)}")
     if not changed:
@@ -203,7 +217,7 @@ def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str,
     """
     saved = {"lr_scales": {}, **(progress.schedule or {})}
     differing = [
-        f"{key} {value!r} became {current[key]!r}"
+        _in_flags(key, value, current[key], args)
         for key, value in saved.items()
         if progress.schedule and key in current and key not in _MOVING
         and (current[key] != value if key != "lr_scales" else _without_order(current[key]) != _without_order(value))
@@ -215,11 +229,19 @@ def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str,
                 "learning-rate schedule counts samples; pass the first run's --global-batch-size, or "
                 "--override-opt-param-scheduler to continue under the new schedule"
             )
+        changes = "; ".join(dict.fromkeys(differing))
         raise UserError(
-            f"the learning-rate schedule of {args.load} differs from the flags' ({'; '.join(differing)}; "
-            "steps in samples); pass the first run's --lr, --min-lr, --train-iters and so on, or "
-            "--override-opt-param-scheduler to continue under the new schedule"
+            f"the learning-rate schedule of {args.load} differs from the flags' ({changes}); "
+            "pass the first run's, or --override-opt-param-scheduler to continue under the new schedule"
         )
+
+
+def _in_flags(key: str, before: Any, now: Any, args: TrainingArgs) -> str:
+    """A field of the schedule's state that has changed, by the flags that set it, and in steps instead of samples."""
+    flag = _SCHEDULE_FLAGS.get(key, key)
+    if key in ("lr_warmup_steps", "lr_decay_steps") and isinstance(before, (int, float)) and args.global_batch_size:
+        return f"{flag} {before / args.global_batch_size:g} became {now / args.global_batch_size:g} steps"
+    return f"{flag} {before!r} became {now!r}"
 
 
 def _former_batch_size(args: TrainingArgs, saved: Mapping[str, Any], current: Mapping[str, Any]) -> int | None:

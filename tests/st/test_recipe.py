@@ -249,8 +249,9 @@ def test_export_is_the_trained_model(place, whole_run):
 
 
 def test_device_backend_is_said(place, whole_run):
-    output = train(place, "one", TRAIN_ITERS="1")
-    assert "--distributed-backend nccl: cpu always uses its own collective library, gloo" in output
+    output = train(place, "one", "--distributed-backend", "mpi", TRAIN_ITERS="1")
+    assert "world size 1 on cpu (gloo)" in output
+    assert "--distributed-backend mpi: cpu always uses its own collective library, gloo" in output
 
 
 def edited(place: Path, name: str, change) -> str:

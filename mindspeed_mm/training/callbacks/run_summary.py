@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from mindspeed_mm.training.callbacks.base import Callback, Run
+from mindspeed_mm.training.launch_environment import RUN_STATE
 from mindspeed_mm.training.logging_setup import RAW
 from mindspeed_mm.training.metrics import StepRecord
 
@@ -54,10 +56,11 @@ class RunSummary(Callback):
     def _log_end(self, reason: str) -> None:
         args, context = self._run.args, self._run.context
         iteration, peak = context.progress.iteration, context.backend.peak_memory_bytes() / 2**30
-        how = f"stopped, {reason}," if reason else "finished"
+        how = f"stopped {reason}" if reason else "finished"
         logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")
         if reason and args.save and iteration:
-            logger.info(f"to continue: --load {args.save}")
+            option = "LOAD_PATH=" if RUN_STATE in os.environ else "--load "
+            logger.info(f"to continue: {option}{args.save}")
         elif reason:
             logger.info("nothing was saved" if args.save else "nothing was saved: there is no --save")
 

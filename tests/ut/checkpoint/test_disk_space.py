@@ -43,7 +43,7 @@ def test_place_is_there_or_can_be_made(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="(loop|nowhere) is not a directory"):
             check_writable(tmp_path / name)
     if Path("/proc/self").exists():
-        with pytest.raises(UserError, match="no directory can be made in /proc"):
+        with pytest.raises(UserError, match="a directory cannot be created in /proc"):
             check_writable(Path("/proc/save"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "nowhere"]
 

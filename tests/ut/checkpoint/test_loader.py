@@ -135,7 +135,8 @@ def test_weights_alone_start_the_rest_afresh_in_one_line(tmp_path: Path) -> None
     assert progress.iteration == 0 and not optimizer.state
     (line,) = lines
     assert line.endswith(
-        f"{path} has no AdamW's moments, which start from zero, and no RNG states, which start from --seed"
+        f"{path} holds weights alone, as converted checkpoints do: it has no AdamW's moments, which start from zero, "
+        "and no RNG states, which start from --seed"
     )
 
 

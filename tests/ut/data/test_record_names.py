@@ -157,7 +157,7 @@ def test_samples_and_records_find_each_other(files: Files, basic: dict) -> None:
         dataset.find(path, int(record))
     with pytest.raises(UserError, match="c.parquet, record 5 is not in the data set"):
         dataset.find(str(files.root / "c.parquet"), 5)
-    with pytest.raises(UserError, match="d.json is no data file of this data set; choose .*a.json or"):
+    with pytest.raises(UserError, match="d.json is not one of the data files; choose .*a.json or"):
         dataset.find("d.json", 0)
 
 

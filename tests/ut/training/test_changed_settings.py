@@ -42,29 +42,38 @@ def job(tmp_path: Path) -> Callable[..., JobConfig]:
     return build
 
 
+def warning(job: JobConfig) -> str | None:
+    return changed_settings_warning(job, {"template": "qwen3_vl_nothink"})
+
+
 @pytest.mark.parametrize(
     "flags",
     [[], ["--num-workers", "0"], ["--train-iters", "20"], ["--save", "elsewhere"], ["--log-interval", "7"]],
 )
 def test_what_changes_nothing_that_is_learned(job: Callable[..., JobConfig], flags: list[str]) -> None:
-    assert changed_settings_warning(job(*flags)) is None
-    elsewhere = {"dataset_param.basic_parameters.cache_dir": "elsewhere"}
-    assert changed_settings_warning(job(*flags, data=elsewhere)) is None
+    assert warning(job(*flags)) is None
+    same = {"dataset_param.basic_parameters.cache_dir": "elsewhere", "dataset_param.basic_parameters.template": None,
+            "dataloader_param.sampler_type": "stateful_distributed_sampler"}
+    assert warning(job(*flags, data=same, model={"text_decoder.num_layers": None})) is None
+    other = {"dataset_param.basic_parameters.template": "qwen3_vl", "dataloader_param.shuffle": False}
+    line = str(warning(job(*flags, data=other)))
+    assert "template in" in line and 'was "qwen3_vl_nothink" and is "qwen3_vl"' in line
+    assert "shuffle in" in line and "was true and is false" in line
 
 
 def test_flags(job: Callable[..., JobConfig], tmp_path: Path) -> None:
-    line = changed_settings_warning(job("--clip-grad", "0.5", "--adam-beta2", "0.95", "--seq-length", "64"))
+    line = warning(job("--clip-grad", "0.5", "--adam-beta2", "0.95", "--seq-length", "64"))
     assert line == (
         f"the run continues {tmp_path}/save/iter_0000005 with other settings: --adam-beta2 was 0.999 and is 0.95; "
         "--clip-grad was 1.0 and is 0.5; --seq-length was 128 and is 64"
     )
-    assert "--clip-grad was 1.0" in str(changed_settings_warning(job("--clip-grad", "0")))
+    assert "--clip-grad was 1.0" in str(warning(job("--clip-grad", "0")))
 
 
 def test_files(job: Callable[..., JobConfig], tmp_path: Path) -> None:
     changed = job(data={"dataset_param.basic_parameters.mask_history": True},
                   model={"loss_cfg": {"router_aux_loss_coef": 0.5}})
-    line = changed_settings_warning(changed)
+    line = warning(changed)
     assert line is not None and line.endswith(
         f"mask_history in {tmp_path}/data.json was false and is true; "
         f"router_aux_loss_coef in {tmp_path}/model.json was null and is 0.5"
@@ -72,10 +81,10 @@ def test_files(job: Callable[..., JobConfig], tmp_path: Path) -> None:
 
 
 def test_a_new_stage_and_a_converted_checkpoint_have_none(job: Callable[..., JobConfig], tmp_path: Path) -> None:
-    assert changed_settings_warning(job("--clip-grad", "0.5", "--finetune")) is None
+    assert warning(job("--clip-grad", "0.5", "--finetune")) is None
     with commit_directory(tmp_path / "release", {"flags": {"--clip-grad": 7.0}}):
         pass
-    assert changed_settings_warning(job("--clip-grad", "0.5", "--load", str(tmp_path / "release"))) is None
+    assert warning(job("--clip-grad", "0.5", "--load", str(tmp_path / "release"))) is None
 
 
 @pytest.mark.parametrize(
@@ -84,4 +93,4 @@ def test_a_new_stage_and_a_converted_checkpoint_have_none(job: Callable[..., Job
 def test_a_manifest_of_another_version(job: Callable[..., JobConfig], tmp_path: Path, metadata: dict) -> None:
     path = tmp_path / "save/iter_0000005/manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
-    changed_settings_warning(job("--clip-grad", "0.5"))
+    warning(job("--clip-grad", "0.5"))

@@ -171,10 +171,12 @@ def test_what_the_ranks_refuse_is_refused_before_they_start_with_the_same_line(t
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ([], "the learning-rate schedule .*max_lr 1.0 became 2.0"),
+        ([], "the learning-rate schedule .*--lr 1.0 became 2.0"),
         (["--train-iters", "1"], "has done iteration 1, and --train-iters is 1"),
         (["--override-opt-param-scheduler"], None),
         (["--finetune"], None),
+        (["--lr", "1", "--train-iters", "8"], r"decay \(--train-iters, --lr-decay-iters\) 4 became 8 steps"),
+        (["--lr", "1", "--weight-decay", "0.5"], "--weight-decay 0.01 became 0.5.*; pass the first run's"),
         (["--vision-lr", "1", "--override-opt-param-scheduler"], None),
         (["--lr", "1", "--vision-lr", "0.5"], "lr_scales {} became {'vision_encoder': 0.5}"),
         (["--finetune", "--save-trainable-only", "--keep-last", "2"], "--keep-last 2 would delete .*iter_0000001"),
