@@ -353,5 +353,6 @@ DISTRIBUTED_ARGS+=(--master_port "$MASTER_PORT")
 logfile=logs/train_$(date +%Y%m%d_%H%M%S).log
 [ -e "$logfile" ] && logfile=${logfile%.log}_$$.log # another launcher was started in the same second
 mkdir -p logs
+echo "log: $logfile" >&2
 run_torchrun "$logfile"
 exit "$status"

@@ -56,7 +56,9 @@ class BasicParameters(StrictModel):
     max_samples: int | None = effective(None, "records to use of each file, from its start; null: all", ge=1)
     tool_format: str | None = refused(None, "the chat template formats tool calls")
     val_dataset: str | None = effective(None, "data file or files to evaluate on, separated by commas; null: none")
-    val_max_samples: int | None = effective(None, "records to use of val_dataset, from its start; null: all", ge=1)
+    val_max_samples: int | None = effective(
+        None, "most samples to evaluate on: of each file of val_dataset, or of what val_rate holds out; null: all", ge=1
+    )
     val_rate: float | None = effective(None, "fraction of the training data held out for evaluation", ge=0, lt=1)
     streaming: bool = effective(
         False, "read each record from its file when needed; no data set is built or kept in memory"

@@ -75,7 +75,8 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (lambda rows: rows[1]["messages"].pop(0), "not with a question; add it, or remove"),
         (set_in(1, "messages", 1, "loss", False), "'loss' of message 1 is False.*remove it: all answers are trained"),
         (set_in(1, "messages", 1, "tool_calls", [1]), "'tool_calls' of message 1.*write it into the message's text"),
-        (set_in(1, "images", ["gone.png"]), r"image gone.png does not exist \(looked for \S+/gone.png and gone.png\); put"),
+        (set_in(1, "images", ["gone.png"]),
+         r"image gone.png does not exist \(looked for \S+/gone.png and gone.png\); put"),
     ],
 )
 def test_bad_record(root: Path, records: list, change: Callable[[list], Any], complaint: str) -> None:

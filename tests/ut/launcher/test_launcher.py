@@ -449,4 +449,4 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_torchrun(workpl
 def test_options_of_the_calling_shell_change_nothing(workplace, variables):
     result = launch(workplace, **variables)
     assert result.returncode == 0 and result.words, result.stderr
-    assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
+    assert all(line.startswith(("warning: ", "log: logs/train_")) for line in result.stderr.splitlines())
