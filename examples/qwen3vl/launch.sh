@@ -74,9 +74,13 @@ find_ranks() {
 # Save after the current step and stop; $1: status if training has not begun, so that there is nothing to save.
 # shellcheck disable=SC2329 # called by traps
 ask_to_stop() {
+    local rank reached=0
     find_ranks
-    # ranks that cannot be reached have just ended, and torchrun will
-    ((${#ranks[@]})) && { kill -USR1 "${ranks[@]}" 2>/dev/null || :; } && return
+    for rank in "${ranks[@]}"; do
+        kill -USR1 "$rank" 2>/dev/null && reached=1
+    done
+    # without any rank: training has ended, and torchrun will, or it has not begun, or not again
+    ((reached)) || [ -s "$MM_RUN_STATE/status" ] && return
     stopped_early=$1
     echo "$NOTHING_TO_SAVE" >&2
     # asked politely it would print a traceback; the ranks are in sessions of their own

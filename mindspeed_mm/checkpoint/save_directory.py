@@ -146,7 +146,11 @@ def check_new_stage(save: str, load: str | None) -> None:
     Raises:
         UserError: if ``--save`` has them.
     """
-    if load is not None and is_directory(save) and _continues(save, load) and complete_iterations(Path(save)):
+    if load is None or not is_directory(save) or not _continues(save, load):
+        return
+    with reading(f"--save {save}", "name another directory"):
+        iterations = complete_iterations(Path(save))
+    if iterations:
         raise UserError(
             f"--finetune starts a new stage from --load {load}, and its checkpoints would replace those of the "
             f"first in --save {save}; save to another directory, or leave --finetune out to continue the run"

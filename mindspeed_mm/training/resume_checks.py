@@ -27,7 +27,8 @@ from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 _MOVING = ("num_steps", "wd_incr_steps")  # the position; and the length of a constant weight decay
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _COMPARED_FLAGS = (
-    *OptimizerArgs.model_fields, "micro_batch_size", "global_batch_size", "seq_length", "frozen_param_dtype"
+    *(name for name in OptimizerArgs.model_fields if name != "override_opt_param_scheduler"),
+    "micro_batch_size", "global_batch_size", "seq_length", "frozen_param_dtype",
 )
 # Fields of the files that decide where something is, or how and where it is computed, but not what; that repeat what
 # config.json says; or that are another name of one
@@ -100,7 +101,8 @@ def changed_settings_warning(job: JobConfig, defaults: Mapping[str, Any]) -> str
     if not Progress.is_training(path) or not isinstance(saved.get("flags"), dict):
         return None
     changed = []
-    for name in _COMPARED_FLAGS:
+    # without this flag the length of the schedule is compared by check_schedule
+    for name in (*_COMPARED_FLAGS, *["train_iters"] * job.args.override_opt_param_scheduler):
         now = getattr(job.args, name)
         before = saved["flags"].get(option_name(name), TrainingArgs.model_fields[name].default)
         if before != now and not (name == "global_batch_size" and before is None):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -236,6 +237,23 @@ def test_a_cache_that_cannot_be_made_stops_before_torchrun(workplace):
     result = launch(workplace)
     assert result.returncode == 2 and not result.words
     assert re.fullmatch(r"error: cache_dir data/photo.jpg/cache: .*photo.jpg is not a directory; .*\n", result.stderr)
+
+
+def test_a_processor_and_a_tokenizer_of_another_model_are_said(workplace):
+    """In model_name_or_path, where they contradict no other file."""
+    weights, other = workplace / "ckpt/hf_path" / DIRECTORIES["30B"], workplace / "other"
+    shutil.copytree(weights, other)
+    (other / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "image_mean": [0.48, 0.46, 0.41]}))
+    (weights / "tokenizer.json").write_text(json.dumps({"normalizer": {"type": "NFC"}}))
+    (other / "tokenizer.json").write_text(json.dumps({"normalizer": None}))
+    data = json.loads((workplace / "examples/qwen3vl/data_30B.json").read_text())
+    data["dataset_param"]["preprocess_parameters"]["model_name_or_path"] = "other"
+    (workplace / "data.json").write_text(json.dumps(data))
+    result = launch(workplace, MM_DATA="data.json")
+    assert result.returncode == 0, result.stderr
+    assert "warning: the tokenizer in other (model_name_or_path) divides texts in another way" in result.stderr
+    assert "warning: the image processor in other (model_name_or_path) normalises pixels by mean [0.48" in result.stderr
+    assert "another way" not in (plain := launch(workplace).stderr) and "normalises" not in plain
 
 
 def test_what_contradicts_the_weights_stops_before_torchrun(workplace):

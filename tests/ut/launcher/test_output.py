@@ -141,3 +141,44 @@ def test_ctrl_c_while_the_configuration_is_checked_prints_no_traceback(workplace
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.communicate(timeout=10)[0] == b"stopped before the first step; there is nothing to save\n"
     assert process.returncode == 130
+
+
+ENDED = 'echo 999999 >"$MM_RUN_STATE/pid.0"\necho 0 >"$MM_RUN_STATE/status"\n'
+CRASHED = 'echo 999999 >"$MM_RUN_STATE/pid.0"\n'
+# a rank that could not write its process id
+UNTOLD = """
+import os, signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", '''
+import os, signal
+def stop(*_):
+    open(os.environ["MM_RUN_STATE"] + "/status", "w").write("75")
+    os._exit(0)
+signal.signal(signal.SIGUSR1, stop)
+open(os.environ["READY"], "w")
+signal.pause()'''])
+rank.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "status", "said"), [(ENDED, 0, False), (CRASHED, 143, True), (UNTOLD, 75, False)],
+    ids=["ended", "crashed", "untold"],
+)
+def test_a_stop_request_reaches_whom_it_can(workplace, tmp_path, torchrun, status, said):
+    """After the last step there is nothing to stop; ranks that cannot say who they are are found all the same."""
+    ready = tmp_path / "ready"
+    if torchrun is UNTOLD:
+        (tmp_path / "fake.py").write_text(UNTOLD)
+        script(tmp_path / "bin/torchrun", f'exec "{sys.executable}" "{tmp_path}/fake.py"\n')
+    else:
+        script(tmp_path / "bin/torchrun", f'{torchrun}touch "{ready}"\nsleep 3\n')
+    process = subprocess.Popen(
+        ["bash", LAUNCHER], cwd=workplace, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "READY": str(ready)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    while not ready.exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, "stopped before the first step" in output) == (status, said), output

@@ -70,6 +70,11 @@ def test_flags(job: Callable[..., JobConfig], tmp_path: Path) -> None:
     assert "--clip-grad was 1.0" in str(warning(job("--clip-grad", "0")))
 
 
+def test_another_schedule_that_was_asked_for(job: Callable[..., JobConfig]) -> None:
+    line = warning(job("--train-iters", "20", "--override-opt-param-scheduler"))
+    assert line is not None and line.endswith("other settings: --train-iters was 10 and is 20")
+
+
 def test_files(job: Callable[..., JobConfig], tmp_path: Path) -> None:
     changed = job(data={"dataset_param.basic_parameters.mask_history": True},
                   model={"loss_cfg": {"router_aux_loss_coef": 0.5}})
