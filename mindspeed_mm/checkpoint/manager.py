@@ -227,7 +227,7 @@ class CheckpointManager:
         """On rank 0: clean up after earlier saves, check the disk space, and make the directory to write into."""
         save.nbytes, root = nbytes, self._options.root
         if not is_directory(root):
-            self._log(logging.WARNING, f"--save {root} has been removed while the run was training; it is made again")
+            self._log(logging.WARNING, f"--save {root} was removed during training and is recreated")
             make_directory(root)
         remove_leftovers(root)
         needed = int(nbytes * (1 + _OVERHEAD)) + _SPARE_BYTES

@@ -156,8 +156,7 @@ def check_data_files(job: JobConfig) -> None:
             if Path(name).is_dir():
                 raise UserError(f"{name} ({field} in {job.args.mm_data}) is a directory; name its data files")
             if not Path(name).is_file():
-                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist in {os.getcwd()}; {step}"
-                                if not os.path.isabs(name) else
-                                f"{name} ({field} in {job.args.mm_data}) does not exist; {step}")
+                place = "" if os.path.isabs(name) else f" in {os.getcwd()}"
+                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist{place}; {step}")
     if not Path(basic.dataset_dir).is_dir():
         raise UserError(f"{basic.dataset_dir} (dataset_dir in {job.args.mm_data}) does not exist; {step}")

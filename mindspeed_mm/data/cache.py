@@ -65,7 +65,7 @@ def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool =
         os.listdir(target.parent)  # refreshes a network file system's cache, which may not have the target yet
         if not _is_current(target, overwrite):
             if (target / _FINISHED).exists() and (damage := _damage(target)):
-                logger.warning("%s is damaged (%s) and is built again", target, damage)
+                logger.warning("%s is damaged (%s) and is rebuilt", target, damage)
             _build(target, build)
     finally:
         lock.release()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SAID_BY_RANK_0 = {"all_ranks": False}  # of training.logging_setup
+_RANK_0_ONLY = {"all_ranks": False}  # as training.logging_setup's, which imports this package
 
 
 class SkippedSample(Exception):
@@ -306,7 +306,7 @@ def build_datasets(
     """
     basic = config.dataset_param.basic_parameters
     for line in _repeated_files(basic.dataset_files, basic.val_dataset_files):
-        logger.warning(line, extra=_SAID_BY_RANK_0)
+        logger.warning(line, extra=_RANK_0_ONLY)
     compiled_resampling()  # here once, instead of in every worker process
 
     def load(files: list[str], limit: int | None) -> ChatDataset:
@@ -320,7 +320,7 @@ def build_datasets(
     if not held_out:
         if basic.val_rate:
             none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
-            logger.warning(none, basic.val_rate, len(train), extra=_SAID_BY_RANK_0)
+            logger.warning(none, basic.val_rate, len(train), extra=_RANK_0_ONLY)
         return train, None
     order = permutation(len(train), seed=seed, epoch=None)
     held, kept = np.sort(order[:held_out]), np.sort(order[held_out:])

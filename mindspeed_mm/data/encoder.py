@@ -168,7 +168,7 @@ def check_same_tokenizer(directory: Path, model: Path) -> str | None:
 
     different = [name for name in our_steps if name in their_steps and our_steps[name] != their_steps[name]]
     if different:
-        return (f"the tokenizer in {directory} (model_name_or_path) divides texts in another way than that in {model} "
+        return (f"the tokenizer in {directory} (model_name_or_path) tokenizes differently from the one in {model} "
                 f"(init_from_hf_path): {', '.join(different)} differ")
     return None
 

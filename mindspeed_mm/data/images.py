@@ -224,7 +224,7 @@ def warn_once(kind: str, message: str) -> None:
     """Log a warning, the first of its kind in this process."""
     if kind not in _warned:
         _warned.add(kind)
-        logger.warning("%s (said once by each process)", message)
+        logger.warning("%s (logged once per process)", message)
 
 
 def is_plain_jpeg(content: bytes) -> bool:

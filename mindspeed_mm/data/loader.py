@@ -305,7 +305,7 @@ def _first_of(messages: Sequence[str]) -> str:
     if not messages:
         return ""
     more = f" (and {len(messages) - 1} more in this step)" if len(messages) > 1 else ""
-    return f'{messages[0]}{more}; mend it, or skip such samples with dataloader_param.on_bad_sample "skip"'
+    return f'{messages[0]}{more}; fix it, or skip such samples with dataloader_param.on_bad_sample "skip"'
 
 
 class TrainLoader(BatchLoader):

@@ -153,7 +153,7 @@ def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) ->
 def _load_rows(source: Source, target: Path) -> PreparedRows:
     import datasets
 
-    with reading(f"prepared data in {target}", "delete that directory: it is built again"):
+    with reading(f"prepared data in {target}", "delete that directory; it is rebuilt"):
         for line in (target / "summary.txt").read_text().splitlines():
             level = logging.WARNING if " skipped: " in line else logging.INFO
             logger.log(level, "%s: %s", source.names, line, extra={"all_ranks": False})

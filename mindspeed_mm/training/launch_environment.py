@@ -62,7 +62,7 @@ def with_variables(message: str, environment: Mapping[str, str]) -> str:
     return f"{message} ({', '.join(unsaid)})" if unsaid else message
 
 
-def unread_variables(environment: Mapping[str, str]) -> list[str]:
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Lines about variables whose names resemble the launchers', and which nothing reads; none without a launcher."""
     if RUN_STATE not in environment:
         return []
@@ -73,7 +73,7 @@ def unread_variables(environment: Mapping[str, str]) -> list[str]:
             continue
         guess = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.86)), None)
         if guess is not None and len(name) > 4:
-            lines.append(f"{name} is set, and not read; did you mean {guess}?")
+            lines.append(f"{name} is set but not read; did you mean {guess}?")
     return lines
 
 

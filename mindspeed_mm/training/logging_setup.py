@@ -13,10 +13,10 @@ RAW = {"raw": True}
 
 
 ALL_RANKS = {"all_ranks": True}
-"""``extra`` of a record that other ranks print, too, though it is not a warning.
+"""``extra`` of a record that other ranks print, too, though it is not a warning."""
 
-``{"all_ranks": False}`` is that of a warning that all ranks find alike, so that only rank 0 prints it.
-"""
+RANK_0_ONLY = {"all_ranks": False}
+"""``extra`` of a warning that is the same on all ranks."""
 
 
 class _ConsoleHandler(logging.Handler):

@@ -83,8 +83,8 @@ def preflight(job: JobConfig) -> None:
     for line in (
         other_tokenizer,
         other_normalisation(job, spec, model_config, media),
-        *environment.unread_variables(os.environ),
-        *idle_tools(job, world_size=world_size),
+        *environment.unknown_variables(os.environ),
+        *tools_without_effect(job, world_size=world_size),
         *spec.ignored_settings(Path(job.model.init_from_hf_path), job.data),
         memory_warning(run, os.environ.get("MM_DEVICE_MEMORY_GB", "")),
         checkpoint_warning(job, run.plan),
@@ -115,7 +115,7 @@ def tool_directories(tools: ToolsConfig) -> dict[str, str]:
     return directories
 
 
-def idle_tools(job: JobConfig, *, world_size: int) -> list[str]:
+def tools_without_effect(job: JobConfig, *, world_size: int) -> list[str]:
     """Lines about enabled tools that would record nothing: no such rank, or steps behind the run's end."""
     profile, memory, steps = job.tools.profile, job.tools.memory_profile, job.args.train_iters
     profiles = profile.enable and profile.profile_type == "static"
@@ -150,7 +150,7 @@ def other_normalisation(
     if theirs is None or theirs.norm == media.norm:
         return None
     return (
-        f"the image processor in {preprocess.model_name_or_path} (model_name_or_path) normalises pixels by "
+        f"the image processor in {preprocess.model_name_or_path} (model_name_or_path) normalizes pixels with "
         f"{_described(media.norm)}, that in {source} (init_from_hf_path) by {_described(theirs.norm)}"
     )
 

@@ -25,6 +25,7 @@ from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 from mindspeed_mm.training.initialization import initialize
+from mindspeed_mm.training.logging_setup import RANK_0_ONLY
 from mindspeed_mm.training.optimizer import schedule_state
 from mindspeed_mm.training.resume_checks import check_schedule
 
@@ -183,7 +184,7 @@ def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: in
     if progress.data not in (None, data) and progress.samples_per_epoch == samples_per_epoch:
         logger.warning(
             "the data files are not those of the first run: the samples, or their order, differ",
-            extra={"all_ranks": False},
+            extra=RANK_0_ONLY,
         )
     for name, saved, current in (
         ("--seed", progress.seed, seed),
@@ -193,5 +194,5 @@ def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: in
             logger.warning(
                 f"{name} was {saved} when the checkpoint was written and is {current} now: the order of the samples "
                 "differs from the first run's",
-                extra={"all_ranks": False},
+                extra=RANK_0_ONLY,
             )

@@ -123,7 +123,7 @@ def changed_settings_warning(job: JobConfig, defaults: Mapping[str, Any]) -> str
     if not changed:
         return None
     more = f"; and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
-    return f"the run continues {path} with other settings: {'; '.join(changed[:_MOST_NAMED])}{more}"
+    return f"resuming {path} with changed settings: {'; '.join(changed[:_MOST_NAMED])}{more}"
 
 
 def _field(content: Any, path: str) -> Any:

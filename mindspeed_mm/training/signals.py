@@ -133,7 +133,7 @@ def _report_to_launcher(name: str, content: str) -> bool:
         (Path(directory) / name).write_text(content and f"{content}\n")
     except OSError as error:  # the launcher then ends with torchrun's status
         where = f"TMPDIR {Path(directory).parent}"
-        _write(f" warning: the launcher cannot be told {name.partition('.')[0]}: {where}: {error.strerror}\n")
+        _write(f" warning: cannot report {name.partition('.')[0]} to the launcher: {where}: {error.strerror}\n")
         return False
     return True
 

@@ -16,6 +16,7 @@ from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.logging_setup import RANK_0_ONLY
 from mindspeed_mm.training.metrics import gather_messages
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Evaluation(Callback):
         model.train()
         if stop.is_set:
             if layout.rank == 0:
-                logger.info("the evaluation is left: the run was asked to stop")
+                logger.info("evaluation aborted: the run was asked to stop")
             return None
         loss, count, skipped_count, failed, unfit_count = sums.tolist()
         if failed:
@@ -100,7 +101,7 @@ class Evaluation(Callback):
             logger.warning(
                 f"evaluation: {unfit} held-out samples are longer than --seq-length or have no target token"
                 f"{', and no other is left: there is no validation loss' if all_of_them else ''}",
-                extra={"all_ranks": False},
+                extra=RANK_0_ONLY,
             )
 
 

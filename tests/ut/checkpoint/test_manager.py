@@ -376,4 +376,4 @@ def test_a_removed_directory_is_made_again(tmp_path: Path, lines: list[str]) -> 
     manager.start(SavedProgress(6))
     manager.finish()
     assert_same(stored(directory.resolve_checkpoint(root)), state.everything())
-    assert any(f"--save {root} has been removed while the run was training; it is made again" in line for line in lines)
+    assert any(f"--save {root} was removed during training and is recreated" in line for line in lines)

@@ -160,7 +160,7 @@ def test_what_conversion_to_rgb_loses_is_said_once(tmp_path, caplog):
                 load_pixels(str(tmp_path / name))
     words = ("more than 8 bits", "transparent", "several frames")
     assert [[word in one for word in words] for one in caplog.messages] == np.eye(3, dtype=bool).tolist()
-    remedy = 'set preprocess_parameters.transparent_background to "white" (said once by each process)'
+    remedy = 'set preprocess_parameters.transparent_background to "white" (logged once per process)'
     assert remedy in caplog.messages[1]
     _warned.clear()
     with caplog.at_level(logging.WARNING, "mindspeed_mm"):

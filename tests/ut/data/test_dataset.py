@@ -154,7 +154,7 @@ def test_a_damaged_entry_is_built_again(
     (path,) = (root / "cache").glob(f"tokenized-*/{name}")
     damage(path)
     assert answers(build(root)[0], root) == before
-    messages = [message for message in caplog.messages if "is damaged" in message and "built again" in message]
+    messages = [message for message in caplog.messages if "is damaged" in message and "is rebuilt" in message]
     assert len(messages) == (0 if name == "finished" and damage is Path.unlink else 1)
     assert not messages or path.name in messages[0] or name == "finished"
     caplog.clear()

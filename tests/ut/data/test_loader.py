@@ -143,7 +143,7 @@ def test_a_step_with_a_damaged_image_cannot_be_loaded_under_stop(tmp_path: Path,
         (tmp_path / "images" / f"000{number}.png").write_bytes(b"damaged")
     steps = [next(loader) for _ in range(4)]
     assert [bool(step.failure) for step in steps] == [False, False, True, True]
-    reason = r"^\S+data.json, record 4: image \S+ cannot be used.* \(and 1 more in this step\); mend it, or skip"
+    reason = r"^\S+data.json, record 4: image \S+ cannot be used.* \(and 1 more in this step\); fix it, or skip"
     assert re.search(reason, steps[2].failure)
     assert steps[2].failure == steps[3].failure and "\n" not in steps[2].failure
     assert all(step.skipped == SkipReport() for step in steps)

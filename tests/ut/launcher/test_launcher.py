@@ -251,9 +251,9 @@ def test_a_processor_and_a_tokenizer_of_another_model_are_said(workplace):
     (workplace / "data.json").write_text(json.dumps(data))
     result = launch(workplace, MM_DATA="data.json")
     assert result.returncode == 0, result.stderr
-    assert "warning: the tokenizer in other (model_name_or_path) divides texts in another way" in result.stderr
-    assert "warning: the image processor in other (model_name_or_path) normalises pixels by mean [0.48" in result.stderr
-    assert "another way" not in (plain := launch(workplace).stderr) and "normalises" not in plain
+    assert "warning: the tokenizer in other (model_name_or_path) tokenizes differently" in result.stderr
+    assert "the image processor in other (model_name_or_path) normalizes pixels with mean [0.48" in result.stderr
+    assert "tokenizes" not in (plain := launch(workplace).stderr) and "normalizes" not in plain
 
 
 def test_what_contradicts_the_weights_stops_before_torchrun(workplace):

@@ -518,7 +518,7 @@ def test_an_evaluation_is_left_when_the_run_is_asked_to_stop(caplog):
     data = (taken.append(place) or StepBatches([], SkipReport()) for place in range(100))
     callback = evaluation_of(data, stop_requested=lambda: next(asked))
     assert callback.evaluate() is None and len(taken) == 5  # asked at the fourth, left at the fifth
-    assert caplog.messages == ["the evaluation is left: the run was asked to stop"] and callback._run.model.training
+    assert caplog.messages == ["evaluation aborted: the run was asked to stop"] and callback._run.model.training
 
 
 def test_an_evaluation_without_a_target_token_has_no_loss(caplog):

@@ -64,7 +64,7 @@ def test_what_changes_nothing_that_is_learned(job: Callable[..., JobConfig], fla
 def test_flags(job: Callable[..., JobConfig], tmp_path: Path) -> None:
     line = warning(job("--clip-grad", "0.5", "--adam-beta2", "0.95", "--seq-length", "64"))
     assert line == (
-        f"the run continues {tmp_path}/save/iter_0000005 with other settings: --adam-beta2 was 0.999 and is 0.95; "
+        f"resuming {tmp_path}/save/iter_0000005 with changed settings: --adam-beta2 was 0.999 and is 0.95; "
         "--clip-grad was 1.0 and is 0.5; --seq-length was 128 and is 64"
     )
     assert "--clip-grad was 1.0" in str(warning(job("--clip-grad", "0")))
@@ -72,7 +72,7 @@ def test_flags(job: Callable[..., JobConfig], tmp_path: Path) -> None:
 
 def test_another_schedule_that_was_asked_for(job: Callable[..., JobConfig]) -> None:
     line = warning(job("--train-iters", "20", "--override-opt-param-scheduler"))
-    assert line is not None and line.endswith("other settings: --train-iters was 10 and is 20")
+    assert line is not None and line.endswith("changed settings: --train-iters was 10 and is 20")
 
 
 def test_files(job: Callable[..., JobConfig], tmp_path: Path) -> None:

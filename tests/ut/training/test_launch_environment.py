@@ -27,7 +27,7 @@ from mindspeed_mm.training.launch_environment import (
     free_port,
     host_memory_warning,
     shared_memory_warning,
-    unread_variables,
+    unknown_variables,
     why_unusable,
 )
 
@@ -192,15 +192,15 @@ def test_imports_no_torch_and_prints_a_port() -> None:
     assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
 
 
-def test_variables_that_nothing_reads() -> None:
+def test_unknown_variables() -> None:
     state = {"MM_RUN_STATE": "x"}
     given = {"SAVE_DIR": "a", "MICRO_BATCH_SIZE": "4", "TRAIN_ITER": "3", "GRAD_ACC_STEPS": "2", "LR": "1", "PATH": "p",
              "SAVE_PATH": "b", "HOME": "h", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", "lr": "1"}
-    assert unread_variables(given) == []  # without a launcher
-    assert unread_variables(state | given) == [
-        "SAVE_DIR is set, and not read; did you mean SAVE_PATH?",
-        "MICRO_BATCH_SIZE is set, and not read; did you mean MBS?",
-        "TRAIN_ITER is set, and not read; did you mean TRAIN_ITERS?",
-        "GRAD_ACC_STEPS is set, and not read; did you mean GRAD_ACC_STEP?",
+    assert unknown_variables(given) == []  # without a launcher
+    assert unknown_variables(state | given) == [
+        "SAVE_DIR is set but not read; did you mean SAVE_PATH?",
+        "MICRO_BATCH_SIZE is set but not read; did you mean MBS?",
+        "TRAIN_ITER is set but not read; did you mean TRAIN_ITERS?",
+        "GRAD_ACC_STEPS is set but not read; did you mean GRAD_ACC_STEP?",
     ]
-    assert unread_variables(state | dict.fromkeys(VARIABLES.values(), "1")) == []
+    assert unknown_variables(state | dict.fromkeys(VARIABLES.values(), "1")) == []

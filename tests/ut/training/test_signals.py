@@ -85,7 +85,7 @@ def test_a_launcher_that_cannot_be_told(state, monkeypatch, tmp_path, capfd):
     assert exit_status(stopped=True) == STOPPED_STATUS and exit_status(stopped=False) == 0
     assert status_after_error("error: bad flag") == 2
     error = capfd.readouterr().err
-    assert "error: bad flag\n" in error and f"the launcher cannot be told status: TMPDIR {tmp_path}/file: " in error
+    assert "error: bad flag\n" in error and f"cannot report status to the launcher: TMPDIR {tmp_path}/file: " in error
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert exit_status(stopped=True) == 0  # torchrun would start again
 
