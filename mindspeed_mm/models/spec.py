@@ -18,6 +18,7 @@ from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.layers.config import read_config_json
+from mindspeed_mm.models.lora import Adapter, Groups, LoraOptions, plan_adapters
 from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class ModelSpec(abc.ABC):
         data_modules: modules that decide how records become tokens; a data cache is rebuilt when one of them changes.
         media_kinds: media that the family takes, of ``image`` and ``video``.
         parts: name of a part of the model that can be frozen by itself -> globs of its parameters' names.
+        adapter_groups: name of a group of weights that LoRA can adapt -> globs of their Hugging Face names.
         weight_map_version: rises whenever a name, a shape or the order of rows of a parameter changes.
     """
 
@@ -149,6 +151,7 @@ class ModelSpec(abc.ABC):
     data_modules: ClassVar[tuple[str, ...]]
     media_kinds: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[Mapping[str, Sequence[str]]]
+    adapter_groups: ClassVar[Groups] = {}
     weight_map_version: ClassVar[int] = 1
 
     @abc.abstractmethod
@@ -346,6 +349,13 @@ class ModelSpec(abc.ABC):
     @abc.abstractmethod
     def weight_rules(self, model_config: Any, *, expert_layout: ExpertLayout) -> list[WeightRule]:
         """The map between Hugging Face tensors and the model's parameters, each of which occurs exactly once."""
+
+    def adapters(
+        self, model_config: Any, options: LoraOptions, *, frozen: Collection[str] = ()
+    ) -> tuple[Adapter, ...]:
+        """The adapters of a LoRA run; see :func:`~mindspeed_mm.models.lora.plan_adapters`."""
+        rules = self.weight_rules(model_config, expert_layout="hub")
+        return plan_adapters(options, rules, self.adapter_groups, frozen=frozen)
 
     def parameter_settings(self, model_config: Any, rules: Sequence[ParameterRule] = ()) -> Settings:
         """How each parameter is trained, kept and saved.

@@ -40,6 +40,13 @@ class Qwen3VLSpec(ModelSpec):
         "vision_projector": ("image_encoder.vision_projector.*",),
         "text_decoder": ("text_decoder.*",),
     }
+    adapter_groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "attention": ("model.language_model.layers.*.self_attn.[qkvo]_proj.weight",),
+        "mlp": tuple(f"model.language_model.layers.*.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+        "experts": ("model.language_model.layers.*.mlp.experts.*_proj",),
+        "vision": ("model.visual.blocks.*.attn.*.weight", "model.visual.blocks.*.mlp.*.weight"),
+        "merger": ("model.visual.merger.linear_fc?.weight", "model.visual.deepstack_merger_list.*.linear_fc?.weight"),
+    }
 
     def read_config(self, directory: str | Path) -> Qwen3VLConfig:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
