@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mindspeed_mm.config.flags import TrainingArgs, option_name
+from mindspeed_mm.config.flags import LoraArgs, TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import LossMode, ModelOptions
+from mindspeed_mm.config.schema import EFFECTIVE, role_of
 from mindspeed_mm.errors import UserError
 
 
@@ -223,6 +224,49 @@ def join_expert_sizes(args: TrainingArgs, fsdp: FSDPConfig) -> TrainingArgs:
             f"{args.expert_model_parallel_size}; leave it out of the file"
         )
     return args.replace(expert_model_parallel_size=size)
+
+
+def resolve_lora(args: TrainingArgs, model: ModelOptions, fsdp: FSDPConfig) -> TrainingArgs:
+    """The flags with ``lora_args`` of the model file, and with what LoRA implies for others.
+
+    The frozen base is kept in the compute type, which computes the same to the bit; checkpoints hold what trains; and
+    ``--load-base-model`` is ``--load``, weights alone, or where that is given ``--load-base``.
+
+    Raises:
+        UserError: if flags and file differ, or flags do not go together.
+    """
+    of_file = {name: getattr(model.lora_args, name) for name in model.lora_args.model_fields_set}
+    for name, value in of_file.items():
+        if name in args.given and getattr(args, name) != value:
+            raise UserError(
+                f"{args.mm_model}: lora_args.{name} {value} contradicts {option_name(name)} {getattr(args, name)}; "
+                "keep one of the two"
+            )
+    args = args.replace(**of_file)
+    lora = {name: getattr(args, name) for name in (*LoraArgs.model_fields, "load_base_model")}
+    given = [name for name in lora if name in args.given or name in of_file]
+    if not args.lora:
+        effective = [name for name in given if role_of(TrainingArgs.model_fields[name]) == EFFECTIVE]
+        if effective:
+            raise UserError(
+                f"{option_name(effective[0])} has no effect without LoRA; add --lora-target-modules, for example "
+                "all, or leave it out"
+            )
+        return args
+    if args.lora_mixed_training != (args.lora_apply_modules is not None):
+        raise UserError("--lora-mixed-training and --lora-apply-modules belong together; add the other, or drop both")
+    if args.load_base_model is not None and args.load_base is not None:
+        raise UserError("--load-base-model and --load-base name the same directory; keep one")
+    if args.random_init and args.save is not None:
+        raise UserError("--random-init has no base that checkpoints of adapters could name; leave out --save or it")
+    implied: dict[str, Any] = {"save_trainable_only": args.save is not None}
+    if args.load_base_model is not None:
+        implied |= {"load_base": args.load_base_model} if args.load is not None else {
+            "load": args.load_base_model, "finetune": True
+        }
+    if "frozen_param_dtype" not in args.given:
+        implied["frozen_param_dtype"] = fsdp.param_dtype
+    return args.replace(**implied)
 
 
 def loss_mode(args: TrainingArgs, model: ModelOptions) -> LossMode:

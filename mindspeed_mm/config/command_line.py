@@ -65,6 +65,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     if unknown:
         raise UserError(_explain_unknown(unknown))
     for name, value in vars(namespace).items():
+        if isinstance(value, list):
+            vars(namespace)[name] = value = ",".join(value)
         if not value.strip():
             raise UserError(f"{option_name(name)} is empty; give it a value or leave it out")
         if _UNPRINTABLE.search(value):  # a path with a line break, from a file that was not split at its lines
@@ -96,7 +98,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Raise argparse's complaint as a UserError, in this project's words where those are clearer."""
         message = message.removeprefix("argument ")
         name, _, complaint = message.partition(": ")
-        if complaint.startswith("expected one argument"):
+        if complaint.startswith(("expected one argument", "expected at least one argument")):
             raise UserError(f"{name} needs a value")
         if complaint.startswith("ignored explicit argument"):
             given = shorten(complaint.partition("argument ")[2], _SHOWN)
@@ -116,7 +118,8 @@ def _add_flag(group: argparse._ArgumentGroup, option: str, info: FieldInfo) -> N
         text += f" (default: {info.default})"
     extra = typing.cast("dict[str, Any]", info.json_schema_extra)
     metavar = extra.get("metavar") or _placeholder(info.annotation)
-    group.add_argument(option, metavar=metavar, help=text.replace("%", "%%"))
+    many: dict[str, Any] = {"nargs": "+"} if extra.get("many") else {}
+    group.add_argument(option, metavar=metavar, help=text.replace("%", "%%"), **many)
 
 
 def _placeholder(annotation: Any) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused
+from mindspeed_mm.config.schema import REQUIRED, StrictModel, Words, effective, no_effect, refused
 
 _INSTEAD = (
     "FSDP2 shards the parameters over all ranks; to split further use --expert-model-parallel-size or "
@@ -136,12 +136,50 @@ class OptimizerArgs(StrictModel):
     )
 
 
+class LoraArgs(StrictModel):
+    """LoRA (docs/lora.md)"""
+
+    lora_target_modules: Words | None = effective(
+        None, "train adapters on these weights and freeze the rest: attention, mlp, experts, vision, merger, all, or "
+        "names or globs of modules of the mcore or the Hugging Face model (default: full fine-tuning)",
+        metavar="NAME", many=True,
+    )
+    lora_target_parameters: Words | None = effective(
+        None, "the same for the experts' parameters: mlp.experts.gate_up_proj and mlp.experts.down_proj, both",
+        metavar="NAME", many=True,
+    )
+    lora_r: int = effective(8, "rank of the adapters", ge=1, le=4096, metavar="RANK")
+    lora_alpha: float = effective(16, "scale of the adapters: alpha / rank", gt=0)
+    lora_expert_r: int | None = effective(
+        None, "rank of each expert's adapters (default: --lora-r)", ge=1, le=4096, metavar="RANK"
+    )
+    lora_use_rslora: bool = effective(False, "rank-stabilized scale: alpha / sqrt(rank)")
+    lora_lr_ratio: float = effective(1.0, "learning rate of the adapters' B relative to A's (LoRA+)", gt=0)
+    lora_init_from: str | None = effective(
+        None, "start from the adapters in this PEFT directory instead of new ones", metavar="DIR"
+    )
+    lora_mixed_training: bool = effective(
+        False, "adapt the parts that --lora-apply-modules names; the others train in full unless they are frozen"
+    )
+    lora_apply_modules: Words | None = effective(
+        None, "with --lora-mixed-training, the parts that are adapted: text_decoder, vision_encoder, vision_projector",
+        metavar="PART", many=True,
+    )
+    lora_dropout: float = refused(
+        0.0, "PEFT has no dropout on experts, and recomputation here draws no random numbers", ge=0, le=1
+    )
+    lora_use_dora: bool = refused(False, "PEFT has no DoRA on experts, and vLLM and SGLang refuse it")
+    lora_register_forward_hook: Words | None = no_effect(
+        None, "recomputation needs no hook on frozen embeddings", many=True
+    )
+
+
 class MemoryArgs(StrictModel):
     """Memory"""
 
     frozen_param_dtype: Literal["fp32", "bf16"] = effective(
         "fp32", "dtype in which parameters that do not train are kept; bf16 needs param_dtype bf16 in the FSDP2 file, "
-        "and then computes the same to the bit"
+        "and then computes the same to the bit; with LoRA it is param_dtype unless given"
     )
     recompute_granularity: Literal["full", "selective"] | None = effective(
         None, "recompute activations in backward; full: whole layers; selective: attention and experts alone "
@@ -163,6 +201,10 @@ class CheckpointArgs(StrictModel):
     load_base: str | None = effective(
         None, "where the base of a partial checkpoint is now (default: where it was when the checkpoint was saved)",
         metavar="DIR",
+    )
+    load_base_model: str | None = effective(
+        None, "with LoRA, checkpoint that holds the base weights (default: --load, else init_from_hf_path of the model "
+        "file); --load then names a checkpoint of adapters", metavar="DIR",
     )
     random_init: bool = effective(
         False, "start from random weights instead of loading any: they depend on --seed and the parameters' names only"
@@ -274,8 +316,8 @@ class CompatibilityArgs(StrictModel):
 
 
 class TrainingArgs(
-    CompatibilityArgs, ReliabilityArgs, LogArgs, CheckpointArgs, MemoryArgs, OptimizerArgs, BatchArgs, ParallelArgs,
-    FileArgs,
+    CompatibilityArgs, ReliabilityArgs, LogArgs, CheckpointArgs, MemoryArgs, LoraArgs, OptimizerArgs, BatchArgs,
+    ParallelArgs, FileArgs,
 ):
     """All flags."""
 
@@ -283,6 +325,11 @@ class TrainingArgs(
     def given(self) -> frozenset[str]:
         """Field names of the flags that the command line had."""
         return frozenset(self.model_fields_set)
+
+    @property
+    def lora(self) -> bool:
+        """Whether adapters are trained instead of the weights that they adapt."""
+        return self.lora_target_modules is not None or self.lora_target_parameters is not None
 
     @property
     def decay_samples(self) -> int:

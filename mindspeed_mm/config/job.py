@@ -15,6 +15,7 @@ from mindspeed_mm.config.checks import (
     check_parallel,
     join_expert_sizes,
     loss_mode,
+    resolve_lora,
     router_aux_loss_coef,
 )
 from mindspeed_mm.config.command_line import parse_args
@@ -100,13 +101,15 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
     if args.mm_tool is not None:
         tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
+    model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
+    args = resolve_lora(args, model, fsdp)
     check_frozen_dtype(args, fsdp)
     args = join_expert_sizes(args, fsdp)
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
     job = JobConfig(
         args=args,
         data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
-        model=load_config(args.mm_model, ModelOptions, flag="--mm-model"),
+        model=model,
         fsdp=fsdp,
         tools=tools,
     )

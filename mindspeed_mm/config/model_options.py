@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from mindspeed_mm.config.flags import LoraArgs
 from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused, renamed
 
 LossType = Literal["default", "per_sample_loss", "per_token_loss", "square_loss"]
@@ -124,6 +125,7 @@ class ModelOptions(StrictModel):
     text_decoder: TextDecoderConfig = TextDecoderConfig()
     freeze: list[str] = effective([], f"parameters that do not train, besides frozen parts; each entry: {_NAMES}")
     lr_scaling_plan: list[LearningRateScale] = effective([], "factors on the learning rate; a later entry wins")
+    lora_args: LoraArgs = LoraArgs()
     loss_cfg: LossConfig = LossConfig()
     patch: PatchConfig = PatchConfig()
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -39,21 +39,25 @@ class StrictModel(BaseModel):
         return self.model_construct(_fields_set=set(self.model_fields_set), **{**dict(self), **values})
 
 
-def effective(default: Any, text: str, *, metavar: str | None = None, **limits: Any) -> Any:
+def effective(
+    default: Any, text: str, *, metavar: str | None = None, many: bool = False, **limits: Any
+) -> Any:
     """An option that acts.
 
     Args:
         default: value where it is not given; ``REQUIRED`` if it must be.
         text: help, which states the effect and the unit.
         metavar: placeholder of the value in ``--help``.
+        many: whether a flag takes several words, which are joined by commas.
         limits: pydantic's (ge, gt, le, lt).
     """
-    return Field(default, description=text, json_schema_extra={"role": EFFECTIVE, "metavar": metavar}, **limits)
+    extra: dict[str, Any] = {"role": EFFECTIVE, "metavar": metavar, "many": many}
+    return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
-def no_effect(default: Any, reason: str, **limits: Any) -> Any:
+def no_effect(default: Any, reason: str, *, many: bool = False, **limits: Any) -> Any:
     """An option of Megatron's or MindSpeed-MM's that is checked and changes nothing, because of ``reason``."""
-    return Field(default, description=reason, json_schema_extra={"role": NO_EFFECT}, **limits)
+    return Field(default, description=reason, json_schema_extra={"role": NO_EFFECT, "many": many}, **limits)
 
 
 def refused(default: Any, reason: str, **limits: Any) -> Any:
@@ -64,6 +68,19 @@ def refused(default: Any, reason: str, **limits: Any) -> Any:
 def renamed(**new_values: str) -> BeforeValidator:
     """Annotation of a type some of whose values were renamed: ``renamed(old="new")`` accepts the old spelling."""
     return BeforeValidator(lambda value: new_values.get(value, value) if isinstance(value, str) else value)
+
+
+Words = Annotated[str, BeforeValidator(lambda value: ",".join(value) if _is_words(value) else value)]
+"""Several words: text with commas, or in a file a list too."""
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def split_words(text: str | None) -> tuple[str, ...]:
+    """The words between the commas and spaces of a :data:`Words`."""
+    return tuple(dict.fromkeys((text or "").replace(",", " ").split()))
 
 
 def role_of(info: FieldInfo) -> str:

@@ -17,7 +17,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.schema import split_words
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Parts, Settings, resolve
 from mindspeed_mm.models.state_dict import NamedShape, Shape, WeightRule
 
 LORA_KEY = "lora"
@@ -41,7 +44,7 @@ class LoraOptions:
         expert_r: rank of each expert's adapters.
         use_rslora: divide alpha by the root of the rank instead of by the rank.
         lr_ratio: learning rate of B relative to A's (LoRA+, https://arxiv.org/abs/2402.12354).
-        full_parts: parts of the model that train in full where they are not frozen.
+        parts: parts of the model that are adapted; the others train in full unless frozen. None for all.
     """
 
     targets: tuple[str, ...]
@@ -50,7 +53,22 @@ class LoraOptions:
     expert_r: int
     use_rslora: bool = False
     lr_ratio: float = 1.0
-    full_parts: tuple[str, ...] = ()
+    parts: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_args(cls, args: TrainingArgs) -> LoraOptions | None:
+        """The options of the flags; None for full fine-tuning."""
+        if not args.lora:
+            return None
+        return cls(
+            targets=(*split_words(args.lora_target_modules), *split_words(args.lora_target_parameters)),
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            expert_r=args.lora_expert_r or args.lora_r,
+            use_rslora=args.lora_use_rslora,
+            lr_ratio=args.lora_lr_ratio,
+            parts=split_words(args.lora_apply_modules) if args.lora_mixed_training else None,
+        )
 
     def scale(self, rank: int) -> float:
         """Factor on the product of an adapter of this rank."""
@@ -168,9 +186,37 @@ def plan_adapters(
     return adapters
 
 
-def describe(
-    adapters: Sequence[Adapter], rules: Sequence[WeightRule], groups: Groups, options: LoraOptions
-) -> list[str]:
+def lora_settings(
+    options: LoraOptions,
+    adapters: Sequence[Adapter],
+    rules: Sequence[ParameterRule],
+    parameters: Sequence[ParameterInfo],
+    *,
+    parts: Parts,
+) -> Settings:
+    """How a LoRA run trains, keeps and saves each parameter: the model's are frozen, its adapters train.
+
+    Args:
+        options: of the run.
+        adapters: of the model.
+        rules: of the user; learning rates of a part are those of its adapters.
+        parameters: of the model without adapters.
+        parts: of the model.
+
+    Raises:
+        UserError: as :func:`~mindspeed_mm.models.parameter_rules.resolve`.
+    """
+    in_full = [glob for part in parts if part not in (options.parts or parts) for glob in parts[part]]
+    frozen = {info.name for info in parameters if not any(fnmatch.fnmatchcase(info.name, glob) for glob in in_full)}
+    factors = [ParameterInfo(name, shape) for adapter in adapters for name, shape in adapter.shapes.items()]
+    settings = dict(resolve(rules, [*parameters, *factors], parts=parts, frozen=frozen))
+    for adapter in adapters:
+        _, name = adapter.names
+        settings[name] = dataclasses.replace(settings[name], lr_scale=settings[name].lr_scale * options.lr_ratio)
+    return settings
+
+
+def describe(adapters: Sequence[Adapter], rules: Sequence[WeightRule], groups: Groups) -> list[str]:
     """Start-up lines: for each group what is adapted, or that it is not."""
     sizes = {name: [a for a in adapters if a.group == name] for name in groups}
     present = {c.group for c in _candidates(rules, groups)}
@@ -179,8 +225,7 @@ def describe(
         if group not in present:
             continue
         if not found:
-            lines.append(f"LoRA: {group}: NOT adapted, and does not train" if group not in options.full_parts
-                         else f"LoRA: {group}: not adapted")
+            lines.append(f"LoRA: {group}: NOT adapted")
             continue
         rank, scale = found[0].rank, found[0].scale
         modules = ", ".join(dict.fromkeys(a.key for a in found))
@@ -256,13 +301,12 @@ def _explain_no_match(
     words = f"choose of {', '.join((*present, ALL))}, or names such as {', '.join(_short_names(candidates))}"
     if target in groups:
         return f"{_FLAG} {target} matches nothing: this model has no such weights; {words}"
+    if "experts" in present and target.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj", "gate_up_proj"):
+        return f"{_FLAG} {target} matches nothing: the feed-forward layers are routed experts; use the word experts"
     names = [name for rule in rules for name in (rule.target, *(source for source, _ in rule.sources))]
     others = [name for name in names if f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target)]
     if others:
-        hint = "; for the experts' use the word experts" if ".experts." in others[0] else ""
-        return f"{_FLAG} {target} matches {others[0]}, which is not a linear layer that can be adapted{hint}; {words}"
-    if "experts" in present and target in ("gate_proj", "up_proj"):
-        return f"{_FLAG} {target} matches nothing: the feed-forward layers are routed experts; use the word experts"
+        return f"{_FLAG} {target} matches {others[0]}, which is not a linear layer that can be adapted; {words}"
     near = difflib.get_close_matches(target, [*present, ALL, *_short_names(candidates)], n=1, cutoff=0.6)
     return f"{_FLAG} {target} matches nothing in this model; " + (f"did you mean {near[0]}?" if near else words)
 

@@ -13,7 +13,7 @@ import fnmatch
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mindspeed_mm.config.flags import TrainingArgs
@@ -79,16 +79,21 @@ class ParameterSettings:
 
     Attributes:
         part: of the model, as :attr:`ModelSpec.parts` names it.
-        size: number of elements before sharding.
+        shape: before sharding.
     """
 
     part: str
-    size: int
+    shape: tuple[int, ...]
     trainable: bool = True
     lr_scale: float = 1.0
     decay_scale: float = 1.0
     dtype: Dtype = "fp32"
     saved: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of elements before sharding."""
+        return math.prod(self.shape)
 
 
 _ATTRIBUTES = ("trainable", "lr_scale", "decay_scale", "dtype", "saved")
@@ -132,13 +137,16 @@ def compile_rules(args: TrainingArgs, options: ModelOptions, *, parts: Parts) ->
     return rules
 
 
-def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo], *, parts: Parts) -> Settings:
-    """Apply ``rules`` in order. Before them everything trains, and vectors (norms and biases) have no weight decay.
+def resolve(
+    rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo], *, parts: Parts, frozen: Collection[str] = ()
+) -> Settings:
+    """Apply ``rules`` in order. Before them vectors (norms and biases) have no weight decay.
 
     Args:
         rules: the list.
         parameters: all parameters of the model.
         parts: of the model; every parameter is in one of them.
+        frozen: names of the parameters that do not train, whatever the rules say.
 
     Raises:
         UserError: if a rule matches nothing, or some of the tensors that are fused into one parameter; if it sets the
@@ -148,7 +156,8 @@ def resolve(rules: Sequence[ParameterRule], parameters: Iterable[ParameterInfo],
     settings = {
         info.name: ParameterSettings(
             part=_part_of(info.name, parts),
-            size=math.prod(info.shape),
+            shape=info.shape,
+            trainable=info.name not in frozen,
             decay_scale=float(len(info.shape) > 1),
         )
         for info in parameters

@@ -18,7 +18,7 @@ from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.layers.config import read_config_json
-from mindspeed_mm.models.lora import Adapter, Groups, LoraOptions, plan_adapters
+from mindspeed_mm.models.lora import Adapter, Groups, LoraOptions, lora_settings, plan_adapters
 from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve
 
 if TYPE_CHECKING:
@@ -351,27 +351,48 @@ class ModelSpec(abc.ABC):
         """The map between Hugging Face tensors and the model's parameters, each of which occurs exactly once."""
 
     def adapters(
-        self, model_config: Any, options: LoraOptions, *, frozen: Collection[str] = ()
+        self, model_config: Any, options: LoraOptions, rules: Sequence[ParameterRule] = ()
     ) -> tuple[Adapter, ...]:
-        """The adapters of a LoRA run; see :func:`~mindspeed_mm.models.lora.plan_adapters`."""
-        rules = self.weight_rules(model_config, expert_layout="hub")
-        return plan_adapters(options, rules, self.adapter_groups, frozen=frozen)
+        """The adapters of a LoRA run.
 
-    def parameter_settings(self, model_config: Any, rules: Sequence[ParameterRule] = ()) -> Settings:
+        Args:
+            model_config: of the model.
+            options: what is adapted.
+            rules: of the user; what they freeze gets no adapters.
+
+        Raises:
+            UserError: see :func:`~mindspeed_mm.models.lora.plan_adapters`.
+        """
+        if unknown := set(options.parts or ()) - self.parts.keys():
+            raise UserError(f"--lora-apply-modules {min(unknown)} is unknown; choose of {', '.join(self.parts)}")
+        weights = self.weight_rules(model_config, expert_layout="hub")
+        freezing = [rule for rule in rules if rule.trainable is False]
+        settings = resolve(freezing, _infos(weights), parts=self.parts)
+        unadapted = {
+            name for name, setting in settings.items()
+            if not setting.trainable or (options.parts is not None and setting.part not in options.parts)
+        }
+        return plan_adapters(options, weights, self.adapter_groups, frozen=unadapted)
+
+    def parameter_settings(
+        self, model_config: Any, rules: Sequence[ParameterRule] = (), *, lora: LoraOptions | None = None
+    ) -> Settings:
         """How each parameter is trained, kept and saved.
 
         Args:
             model_config: of the model.
             rules: see :func:`~mindspeed_mm.models.parameter_rules.compile_rules`; without any, everything trains.
+            lora: train adapters instead of the weights that they adapt.
 
         Raises:
             UserError: if a rule does not fit the model.
         """
-        parameters = [
-            ParameterInfo(rule.target, rule.target_shape, tuple(name for name, _ in rule.sources))
-            for rule in self.weight_rules(model_config, expert_layout="hub")
-        ]
-        return resolve(rules, parameters, parts=self.parts)
+        parameters = _infos(self.weight_rules(model_config, expert_layout="hub"))
+        if lora is None:
+            return resolve(rules, parameters, parts=self.parts)
+        return lora_settings(
+            lora, self.adapters(model_config, lora, rules), rules, parameters, parts=self.parts
+        )
 
     def initial_distribution(self, model_config: Any, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         """Mean and standard deviation of a parameter's random initial values; constant where the deviation is 0.
@@ -415,6 +436,11 @@ class ModelSpec(abc.ABC):
     def merge_unit(self, model_config: Any) -> int:
         """Vision patches that become one token; 1 for a family that takes text only."""
         return 1
+
+
+def _infos(rules: Sequence[WeightRule]) -> list[ParameterInfo]:
+    """Parameters of the model, without adapters."""
+    return [ParameterInfo(rule.target, rule.target_shape, tuple(name for name, _ in rule.sources)) for rule in rules]
 
 
 def register(spec: ModelSpec) -> ModelSpec:
