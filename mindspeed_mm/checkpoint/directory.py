@@ -63,6 +63,8 @@ MEDIA_KEY = "media"
 """Entry of a training checkpoint's metadata: the run's ``MediaSettings``, of a family that takes images or videos."""
 MODEL_CONFIG_KEY = "model_config"
 """Entry of a checkpoint's metadata: what its weights compute, from the model's ``config.json``."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""By which a directory of LoRA adapters is known, in the form of PEFT."""
 _PLAN = "plan.json"
 _HF_CONFIG = "config.json"
 _HASH_THREADS = 4
@@ -482,6 +484,11 @@ def is_huggingface(path: Path) -> bool:
     return (path / _HF_CONFIG).is_file() and not (path / METADATA).exists()
 
 
+def is_adapter_directory(path: Path) -> bool:
+    """Whether a directory holds LoRA adapters in the form of PEFT, and no model beside them."""
+    return is_present(path / ADAPTER_CONFIG) and not is_present(path / _HF_CONFIG)
+
+
 def find_checkpoint(path: Path, option: str) -> Path:
     """The checkpoint directory that ``path`` is, or that its tracker file points to.
 
@@ -498,6 +505,9 @@ def find_checkpoint(path: Path, option: str) -> Path:
         raise UserError(f"{option} {path} is a file; name the checkpoint's directory")
     if is_present(path / TRACKER):
         return resolve_checkpoint(path)
+    if is_adapter_directory(path):
+        raise UserError(f"{option} {path} holds LoRA adapters and not a checkpoint; lora_hf_to_dcp of mm-convert makes "
+                        "one of them, merge_lora a whole model")
     if is_huggingface(path):
         raise UserError(f"{option} {path} is a Hugging Face directory; name a distributed checkpoint")
     if not any((path / name).exists() for name in (MANIFEST, METADATA)):
@@ -511,10 +521,13 @@ def find_checkpoint(path: Path, option: str) -> Path:
 
 
 def check_huggingface(path: Path, option: str) -> None:
-    """Refuse a distributed checkpoint where a Hugging Face directory is expected.
+    """Refuse a distributed checkpoint, or LoRA adapters alone, where a Hugging Face directory is expected.
 
     Raises:
-        UserError: if ``path`` is a distributed checkpoint.
+        UserError: if ``path`` is one of these.
     """
+    if is_adapter_directory(path):
+        raise UserError(f"{option} {path} holds LoRA adapters and not a model; lora_hf_to_dcp of mm-convert takes "
+                        "them, and merge_lora adds them to a model")
     if not (path / _HF_CONFIG).exists() and any((path / name).exists() for name in (TRACKER, METADATA)):
         raise UserError(f"{option} {path} is a distributed checkpoint; name a Hugging Face directory")

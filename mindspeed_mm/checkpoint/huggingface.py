@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from mindspeed_mm.checkpoint.directory import MANIFEST
+from mindspeed_mm.checkpoint.directory import ADAPTER_CONFIG, MANIFEST
 from mindspeed_mm.checkpoint.files import combine, crc32, file_checksum, format_checksum, run_all
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.safetensors_io import (
@@ -56,7 +56,6 @@ from mindspeed_mm.models.state_dict import ExpertLayout, TransposeExperts, Weigh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_ADAPTER = "adapter_config.json"
 LAYOUT_KEY = "expert_layout"
 """Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
@@ -374,9 +373,9 @@ class HFReader(SafetensorsReader):
         path = Path(directory)
         self.spec = spec_of(path)
         self.model_config: ModelConfig = self.spec.read_config(path)
-        if is_present(path / _ADAPTER):
-            raise UserError(f"{path} has {_ADAPTER}, and transformers would add that adapter to the weights; merge it, "
-                            "or move it elsewhere")
+        if is_present(path / ADAPTER_CONFIG):
+            raise UserError(f"{path} has {ADAPTER_CONFIG}, and transformers would add that adapter to the weights; "
+                            "merge it, or move it elsewhere")
         headers = read_headers(path)
         found = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
         self.layout = _decide_layout(path, headers, self.spec, self.model_config, expert_layout)

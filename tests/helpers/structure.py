@@ -23,7 +23,8 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.config": ("errors", "inputs", "backend"),
     "mindspeed_mm.models": ("errors", "inputs", "backend", "config", "interfaces"),
     "mindspeed_mm.models.layers": (
-        "errors", "inputs", "backend", "config", "interfaces", "models.memory", "models.model", "models.spec",
+        "errors", "inputs", "backend", "config", "interfaces", "models.lora", "models.memory", "models.model",
+        "models.spec", "models.state_dict",
     ),
     "mindspeed_mm.models.layers.config": ("errors", "inputs"),
     "mindspeed_mm.models.qwen3_vl.config": ("errors", "inputs", "models.layers.config"),
@@ -35,10 +36,10 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
         "errors", "inputs", "config", "models.memory", "models.parameter_rules", "models.spec",
     ),
     "mindspeed_mm.tools.show_data": ("errors", "inputs", "config", "data", "interfaces", "models.spec"),
-    "mindspeed_mm.checkpoint": ("errors", "inputs", "backend", "models.spec", "models.state_dict"),
+    "mindspeed_mm.checkpoint": ("errors", "inputs", "backend", "models.lora", "models.spec", "models.state_dict"),
     "mindspeed_mm.training": (
-        "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.memory", "models.model",
-        "models.parameter_rules", "models.spec", "parallel", "tools", "checkpoint",
+        "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora", "models.memory",
+        "models.model", "models.parameter_rules", "models.spec", "parallel", "tools", "checkpoint",
     ),
     "checkpoint": ("errors", "inputs", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
