@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from mindspeed_mm.models.lora import Adapter
 
 BYTES = {"bf16": 2, "fp32": 4}
 MASTER_BYTES = 4
@@ -56,6 +59,18 @@ FUSED = KernelTraits(
 """An accelerator's own kernels; its attention keeps the softmax's maximum and sum, eight fp32 copies of each."""
 
 
+class LowRank(NamedTuple):
+    """The adapters of one parameter together.
+
+    Attributes:
+        rank: sum of their ranks; 0 without adapters.
+        size: numbers in their factors, before sharding.
+    """
+
+    rank: int = 0
+    size: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """One rank of a run.
@@ -77,8 +92,10 @@ class Plan:
         num_to_backward_prefetch: wrap units gathered ahead in backward.
         align_fsdp_param_groups: whether decoder layers' norms and routers are gathered once per step.
         offload_to_cpu: whether parameters, gradients and optimizer state are in the host's memory.
-        frozen: names of the parts that do not train; see :attr:`~mindspeed_mm.models.spec.ModelSpec.parts`.
+        frozen: names of the parts of which no weight trains, whether or not they have adapters; see
+            :attr:`~mindspeed_mm.models.spec.ModelSpec.parts`.
         frozen_names: names of all parameters that do not train.
+        adapters: of a LoRA run.
         frozen_param_bytes: of a number in a parameter that does not train, outside forward and backward.
         recompute_granularity: see the flags; None for no recomputation.
         recompute_method: see the flags.
@@ -107,6 +124,7 @@ class Plan:
     offload_to_cpu: bool = False
     frozen: Collection[str] = ()
     frozen_names: Collection[str] = ()
+    adapters: Sequence[Adapter] = ()
     frozen_param_bytes: int = MASTER_BYTES
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
@@ -117,8 +135,26 @@ class Plan:
     kernels: KernelTraits = FUSED
 
     def trains(self, *parts: str) -> bool:
-        """Whether any of these parts of the model trains."""
+        """Whether weights of any of these parts of the model train."""
         return any(part not in self.frozen for part in parts)
+
+    def adapts(self, prefix: str) -> bool:
+        """Whether a parameter whose name begins so has adapters."""
+        return any(base.startswith(prefix) for base in self._low_rank)
+
+    def low_rank(self, base: str) -> LowRank:
+        """The adapters of a parameter."""
+        return self._low_rank.get(base, LowRank())
+
+    @functools.cached_property
+    def _low_rank(self) -> Mapping[str, LowRank]:
+        by_base: dict[str, list[Adapter]] = defaultdict(list)
+        for adapter in self.adapters:
+            by_base[adapter.base].append(adapter)
+        return {
+            base: LowRank(sum(one.rank for one in found), sum(one.size for one in found))
+            for base, found in by_base.items()
+        }
 
     @property
     def local_tokens(self) -> int:
@@ -178,6 +214,10 @@ class Activations:
     def times(self, count: int) -> Activations:
         """Those of ``count`` tokens or patches, from those of one."""
         return Activations(*(getattr(self, field.name) * count for field in dataclasses.fields(self)))
+
+    def plus(self, **more: int) -> Activations:
+        """With more bytes in some attributes."""
+        return dataclasses.replace(self, **{name: getattr(self, name) + value for name, value in more.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -408,12 +408,15 @@ class ModelSpec(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def flop_counter(self, model_config: Any, *, frozen: Collection[str]) -> Callable[[Batch], float]:
+    def flop_counter(
+        self, model_config: Any, *, frozen: Collection[str], adapters: Sequence[Adapter] = ()
+    ) -> Callable[[Batch], float]:
         """Counts floating-point operations of a micro-batch's forward and backward pass, in 10^12.
 
         Args:
             model_config: of this family.
-            frozen: names of the parts that do not train.
+            frozen: names of the parts of which no weight trains, whether or not they have adapters.
+            adapters: of a LoRA run.
         """
 
     @abc.abstractmethod

@@ -33,7 +33,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.parallel": ("errors", "inputs", "backend", "config", "interfaces", "models.layers", "models.model"),
     "mindspeed_mm.tools": ("errors", "inputs", "backend", "config"),
     "mindspeed_mm.tools.memory": (
-        "errors", "inputs", "config", "models.memory", "models.parameter_rules", "models.spec",
+        "errors", "inputs", "config", "models.lora", "models.memory", "models.parameter_rules", "models.spec",
     ),
     "mindspeed_mm.tools.show_data": ("errors", "inputs", "config", "data", "interfaces", "models.spec"),
     "mindspeed_mm.checkpoint": ("errors", "inputs", "backend", "models.lora", "models.spec", "models.state_dict"),

@@ -10,7 +10,20 @@ import dataclasses
 from collections.abc import Iterator
 
 from mindspeed_mm.models.layers.config import DecoderConfig
-from mindspeed_mm.models.memory import Activations, Parameter, Plan, Shapes, Unit, others, parameters, passes
+from mindspeed_mm.models.memory import (
+    Activations,
+    LowRank,
+    Parameter,
+    Plan,
+    Shapes,
+    Unit,
+    others,
+    parameters,
+    passes,
+)
+
+_ALIGNMENT = 16
+"""Bytes to which experts' kernels pad the ranks of adapters."""
 
 
 def linear_shapes(name: str, inputs: int, outputs: int, *, bias: bool) -> Shapes:
@@ -21,6 +34,11 @@ def linear_shapes(name: str, inputs: int, outputs: int, *, bias: bool) -> Shapes
 def layer_norm_shapes(name: str, width: int) -> Shapes:
     """Parameters of a LayerNorm."""
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def kept_by_adapters(plan: Plan, count: int, *adapted: LowRank) -> int:
+    """Bytes kept by the adapters of linear layers that take ``count`` tokens: x A, and the joined factors."""
+    return plan.compute_bytes * sum(count * one.rank + one.size for one in adapted)
 
 
 def attention_exchange(
@@ -77,8 +95,8 @@ class DecoderMemory:
             embedding = self._parameters(".embedding", self._embedding())
             yield Unit(name="embedding", kind="embedding", parameters=embedding, shards=shards,
                        runs_backward=self.trains)  # fmt: skip
-        kinds = {config.is_moe_layer(index) for index in range(config.num_layers)}
-        activations = {sparse: self.layer_activations(sparse=sparse) for sparse in kinds}
+        kinds = [(config.is_moe_layer(index), *self._adapted(index)) for index in range(config.num_layers)]
+        activations = {kind: self.layer_activations(*kind) for kind in set(kinds)}
         for index in range(config.num_layers):
             prefix, shapes = f".layers.{index}", self._layer(index)
             if plan.align_fsdp_param_groups:
@@ -95,7 +113,7 @@ class DecoderMemory:
             yield Unit(
                 name=f"decoder layer {index}", kind="layer", index=index, shards=shards, experts=expert_unit,
                 parameters=self._parameters(prefix, {**shapes, **experts}),
-                activations=activations[config.is_moe_layer(index)], runs_backward=self.runs_backward,
+                activations=activations[kinds[index]], runs_backward=self.runs_backward,
                 offloaded=plan.activation_offload,
             )  # fmt: skip
             if expert_unit is not None:
@@ -122,8 +140,18 @@ class DecoderMemory:
             "context_all_to_all": attention,
         }
 
-    def layer_activations(self, *, sparse: bool) -> Activations:
-        """Of a layer with experts or with an MLP. Where it does not train, products need not keep their inputs."""
+    def layer_activations(
+        self, sparse: bool, qkv: LowRank, proj: LowRank, first: LowRank, second: LowRank
+    ) -> Activations:
+        """Of a layer with experts or with an MLP. Products keep their inputs where the weight trains or has adapters.
+
+        Args:
+            sparse: whether it has experts.
+            qkv: adapters of the joint projection.
+            proj: of the projection behind attention.
+            first: of the first weight of the experts or the MLP.
+            second: of the second.
+        """
         plan, config, c, kernels = self.plan, self.config, self.plan.compute_bytes, self.plan.kernels
         width = config.hidden_size
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -131,8 +159,8 @@ class DecoderMemory:
         core = c * query + config.num_heads * kernels.softmax_bytes // (plan.context_size if split else 1)
         # joined segments, and what comes back from the other ranks, are tensors of their own
         separate = kernels.joins_segments or split or plan.recompute_granularity == "selective"
-        context = c * query if separate and self.trains else 0
-        entering = c * width if self.trains else 0
+        context = c * query if separate and (self.trains or proj.rank) else 0
+        entering = c * width if self.trains or qkv.rank else 0
         # the values are views of the joint projection, which therefore stays as a whole
         joint = c * (query + 2 * max(key, plan.context_size * config.head_dim if split else 0))
         rotated = 0 if split else c * (query + key)
@@ -141,10 +169,13 @@ class DecoderMemory:
         if config.qk_layernorm:
             attention += self._norm(query, count=config.num_heads) + self._norm(key, count=config.num_kv_heads)
         working_numbers = 3 * query + 4 * key + 2 * width
-        mlp, experts, forward, backward_mlp = self._expert_activations() if sparse else self._mlp_activations()
+        of_mlp = self._expert_activations if sparse else self._mlp_activations
+        mlp, experts, forward, backward_mlp = of_mlp(first, second)
+        # what enters the router is kept for its weight's gradient; the experts keep the permuted tokens
+        into_mlp = c * width if self.trains or (first.rank and not sparse) else 0
         per_token = Activations(
             attention=attention,
-            mlp=self._norm(width) + entering + mlp,
+            mlp=self._norm(width) + into_mlp + mlp,
             experts=experts,
             core=core,
             # the order of the permuted tokens stays with the graph, whatever is computed again
@@ -153,7 +184,10 @@ class DecoderMemory:
             backward_mlp=backward_mlp,
             backward_attention=c * working_numbers + (0 if kernels.fused_norm else 8 * max(width, query)),
         )
-        return per_token.times(plan.local_tokens)
+        factors = self._expert_factors(first, second) if sparse else kept_by_adapters(plan, 0, first, second)
+        return per_token.times(plan.local_tokens).plus(
+            attention=kept_by_adapters(plan, plan.local_tokens, qkv, proj), mlp=factors, experts=factors
+        )
 
     def head_activations(self) -> Activations:
         """Of the final norm, logits and cross-entropy, whose gradients are made in forward, a chunk at a time."""
@@ -178,14 +212,33 @@ class DecoderMemory:
         written_out = 8 if self.trains else 4
         return (self.plan.compute_bytes if self.plan.kernels.fused_norm else written_out) * width + 4 * count
 
-    def _expert_activations(self) -> tuple[int, int, int, int]:
+    def _adapted(self, index: int) -> tuple[LowRank, ...]:
+        """Adapters of a layer: of attention's two weights, and of the two of its experts or its MLP."""
+        moe = self.config.is_moe_layer(index)
+        mlp = ("experts.gate_up_proj", "experts.down_proj") if moe else ("linear_fc1.weight", "linear_fc2.weight")
+        names = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", *(f"mlp.{m}" for m in mlp)
+        return tuple(self.plan.low_rank(f"{self.prefix}.layers.{index}.{name}") for name in names)
+
+    def _padded(self, rank: int) -> int:
+        """The rank with which experts' adapters are computed."""
+        multiple = _ALIGNMENT // self.plan.compute_bytes
+        return -(-rank // multiple) * multiple
+
+    def _expert_factors(self, *adapted: LowRank) -> int:
+        """Bytes of the padded factors of the experts' adapters, which are copies."""
+        copies = [one for one in adapted if one.rank != self._padded(one.rank)]
+        numbers = sum(one.size // one.rank * self._padded(one.rank) for one in copies)
+        return self.plan.compute_bytes * numbers // self.plan.expert_size
+
+    def _expert_activations(self, *adapted: LowRank) -> tuple[int, int, int, int]:
         """(kept behind the norm, of that by the experts, needed in forward, needed in backward), per token."""
         plan, config, c, kernels = self.plan, self.config, self.plan.compute_bytes, self.plan.kernels
         chosen, width, inner = config.num_experts_per_token, config.hidden_size, config.moe_intermediate_size
         here = chosen * (plan.imbalance if plan.expert_size > 1 else 1.0)
         routing = 4 * config.num_experts + (8 + 4 + c + 16) * chosen
         after_swiglu = 0 if kernels.inner_again else inner + (0 if kernels.fused_swiglu else inner)
-        inside = c * here * (2 * inner + after_swiglu)
+        low_rank = sum(self._padded(one.rank) for one in adapted)
+        inside = c * here * (2 * inner + after_swiglu + low_rank)
         kept = routing + c * here * width + inside + c * chosen * width
         exchanged = c * here * width if plan.expert_size > 1 else 0
         forward = c * chosen * width + exchanged
@@ -193,11 +246,12 @@ class DecoderMemory:
         backward = 2 * c * chosen * width + max(fp32_copies, exchanged + c * here * 2 * inner)
         return round(kept), round(inside), round(forward), round(backward)
 
-    def _mlp_activations(self) -> tuple[int, int, int, int]:
+    def _mlp_activations(self, first: LowRank, second: LowRank) -> tuple[int, int, int, int]:
         """As :meth:`_expert_activations`, for a dense gated MLP."""
         c, inner = self.plan.compute_bytes, self.config.intermediate_size
         fused = self.plan.kernels.fused_swiglu
-        inside = c * (2 * inner + (inner if self.trains else 0) + (0 if fused else inner))
+        entering_second = inner if self.trains or second.rank else 0
+        inside = c * (2 * inner + entering_second + (0 if fused else inner) + first.rank + second.rank)
         return inside, inside, c * inner, c * 4 * inner
 
     def _parameters(self, suffix: str, shapes: Shapes, *, expert_size: int = 1) -> tuple[Parameter, ...]:

@@ -1,30 +1,37 @@
 """Floating-point operations of a micro-batch's forward and backward pass: what TFLOP/s and MFU are computed from.
 
 What counts is said in :mod:`mindspeed_mm.models.layers.flops`; attention is causal in text and full within images.
-
-Legend: N patches, M merged patches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from mindspeed_mm.interfaces.batch import Batch
-from mindspeed_mm.models.layers.flops import decoder_flops, product_flops, segment_lengths
+from mindspeed_mm.models.layers.flops import (
+    AdaptedWeights,
+    FlopSum,
+    adapted_weights,
+    decoder_flops,
+    segment_lengths,
+)
+from mindspeed_mm.models.lora import Adapter
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlopCount:
-    """Counts for one model, of which some parts may be frozen.
+    """Counts for one model, of which some parts may be frozen or have adapters.
 
     Attributes:
         model_config: of the model.
-        train_vision: whether the vision encoder trains.
-        train_projector: whether the mergers train.
-        train_text: whether the text decoder trains.
-        train_experts: whether its experts do, if the decoder trains.
+        train_vision: whether the vision encoder's weights train.
+        train_projector: whether the mergers' do.
+        train_text: whether the text decoder's do.
+        train_experts: whether its experts' do, if the decoder's do.
+        adapters: of a LoRA run.
     """
 
     model_config: Qwen3VLConfig
@@ -32,6 +39,7 @@ class FlopCount:
     train_projector: bool = True
     train_text: bool = True
     train_experts: bool = True
+    adapters: Sequence[Adapter] = ()
 
     def __call__(self, batch: Batch) -> float:
         """Operations of a whole micro-batch, in 10^12."""
@@ -44,30 +52,36 @@ class FlopCount:
 
     def of_lengths(self, tokens: Sequence[int], *, patches: Sequence[int], target_tokens: int) -> float:
         """Likewise, of the tokens of each sample, the patches of each image, and the number of target tokens."""
-        return (self._vision(patches) + self._text(tokens, target_tokens)) / 1e12
-
-    def _vision(self, patches: Sequence[int]) -> float:
-        vision, count = self.model_config.vision, sum(patches)
-        width, trains = vision.hidden_size, self.train_vision
-        block = count * (4 * width**2 + 2 * width * vision.intermediate_size)
-        attention = 2 * width * sum(length**2 for length in patches)
-        wide = width * vision.merge_unit
-        mergers = (1 + len(vision.deepstack_visual_indexes)) * (count // vision.merge_unit)
-        return (
-            product_flops(count * vision.patch_dim * width, inputs=False, weights=trains)
-            + vision.depth * (product_flops(block, inputs=trains, weights=trains)
-                              + product_flops(attention, inputs=trains, weights=trains))
-            # a merger's first product follows its own norm
-            + product_flops(mergers * wide * (wide + vision.out_hidden_size), inputs=trains or self.train_projector,
-                            weights=self.train_projector)
+        flops = FlopSum(self._adapted)
+        self._add_vision(flops, patches)
+        decoder_flops(
+            flops, self.model_config.text, tokens, prefix="text_decoder", target_tokens=target_tokens,
+            trains=self.train_text, train_experts=self.train_experts,
         )  # fmt: skip
+        return flops.total / 1e12
 
-    def _text(self, tokens: Sequence[int], target_tokens: int) -> float:
-        return decoder_flops(
-            self.model_config.text,
-            tokens,
-            target_tokens=target_tokens,
-            trains=self.train_text,
-            runs_backward=self.train_text or self.train_projector or self.train_vision,
-            train_experts=self.train_experts,
-        )
+    @functools.cached_property
+    def _adapted(self) -> AdaptedWeights:
+        return adapted_weights(self.adapters)
+
+    def _add_vision(self, flops: FlopSum, patches: Sequence[int]) -> None:
+        vision, count, trains = self.model_config.vision, sum(patches), self.train_vision
+        width, inner = vision.hidden_size, vision.intermediate_size
+        encoder, projector = "image_encoder.vision_encoder", "image_encoder.vision_projector"
+        pairs = sum(length**2 for length in patches)
+        flops.product(f"{encoder}.patch_embed.proj.weight", count, vision.patch_dim, width, trains=trains)
+        for index in range(vision.depth):
+            block = f"{encoder}.layers.{index}"
+            flops.product(f"{block}.self_attention.linear_qkv.weight", count, width, 3 * width, trains=trains)
+            flops.attention(2 * width * pairs)
+            flops.product(f"{block}.self_attention.linear_proj.weight", count, width, width, trains=trains)
+            flops.product(f"{block}.mlp.linear_fc1.weight", count, width, inner, trains=trains)
+            flops.product(f"{block}.mlp.linear_fc2.weight", count, inner, width, trains=trains)
+        merged, wide, before = count // vision.merge_unit, width * vision.merge_unit, flops.reached
+        deepstack = (f"deepstack_mergers.{index}" for index in range(len(vision.deepstack_visual_indexes)))
+        for name in ("merger", *deepstack):
+            flops.reached = before or self.train_projector  # its first product follows its own norm
+            for linear, outputs in (("linear_fc1", wide), ("linear_fc2", vision.out_hidden_size)):
+                weight = f"{projector}.{name}.{linear}.weight"
+                flops.product(weight, merged, wide, outputs, trains=self.train_projector)
+        flops.reached |= before or any(base.startswith(projector) for base in self._adapted)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, MediaPatches, MediaSettings
+    from mindspeed_mm.models.lora import Adapter
     from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
@@ -212,7 +213,9 @@ class Qwen3VLSpec(ModelSpec):
         tied = model_config.tie_word_embeddings
         return {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
 
-    def flop_counter(self, model_config: Qwen3VLConfig, *, frozen: Collection[str]) -> Callable[[Batch], float]:
+    def flop_counter(
+        self, model_config: Qwen3VLConfig, *, frozen: Collection[str], adapters: Sequence[Adapter] = ()
+    ) -> Callable[[Batch], float]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
         from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 
@@ -221,6 +224,7 @@ class Qwen3VLSpec(ModelSpec):
             train_vision="vision_encoder" not in frozen,
             train_projector="vision_projector" not in frozen,
             train_text="text_decoder" not in frozen,
+            adapters=adapters,
         )
 
     def memory_units(self, plan: Plan) -> list[Unit]:

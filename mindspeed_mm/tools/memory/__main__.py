@@ -12,7 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.config.checks import check_flags, check_model, check_parallel, join_expert_sizes
+from mindspeed_mm.config.checks import (
+    check_flags,
+    check_frozen_dtype,
+    check_model,
+    check_parallel,
+    join_expert_sizes,
+    resolve_lora,
+)
 from mindspeed_mm.config.command_line import OneLineParser, parse_args
 from mindspeed_mm.config.data_config import DataConfig, PreprocessParameters
 from mindspeed_mm.config.files import load_config
@@ -97,6 +104,8 @@ def read_run(argv: Sequence[str] | None) -> tuple[Run, Device, bool]:
     fsdp = FSDPConfig()
     if args.fsdp2_config_path is not None:
         fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
+    args = resolve_lora(args, model, fsdp)
+    check_frozen_dtype(args, fsdp)
     args = join_expert_sizes(args, fsdp)
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc))
     if options.hf_config is not None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mindspeed_mm.config.checks import ModelFacts, check_flags, check_frozen_dtype, check_model, check_parallel
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
-from mindspeed_mm.models.memory import BYTES, MASTER_BYTES, Plan, Unit
+from mindspeed_mm.models.lora import Adapter, LoraOptions
+from mindspeed_mm.models.memory import BYTES, MASTER_BYTES, Parameter, Plan, Unit
 from mindspeed_mm.models.parameter_rules import Settings, compile_rules, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, get_spec
 
@@ -44,13 +46,13 @@ def plan_run(
     world_size: int,
     load: Load,
     imbalance: float = 1.0,
-    settings: Settings | None = None,
+    trained: Trained | None = None,
 ) -> Plan:
     """The plan of a run that the flags and files describe, already checked against each other.
 
-    ``settings`` are the :func:`parameter_settings` of the flags and the model file, where they are known.
+    ``trained`` is what :func:`trained_by` finds for the flags and the model file, where it is known.
     """
-    settings = parameter_settings(args, model, model_config) if settings is None else settings
+    trained = trained_by(args, model, model_config) if trained is None else trained
     samples_at_once = args.micro_batch_size * (world_size // args.context_parallel_size)
     return Plan(
         model_config=model_config,
@@ -69,8 +71,9 @@ def plan_run(
         num_to_backward_prefetch=fsdp.num_to_backward_prefetch,
         align_fsdp_param_groups=fsdp.align_fsdp_param_groups,
         offload_to_cpu=fsdp.offload_to_cpu,
-        frozen=frozen_parts(settings),
-        frozen_names=frozenset(name for name, setting in settings.items() if not setting.trainable),
+        frozen=frozen_parts(trained.weights),
+        frozen_names=frozenset(name for name, setting in trained.weights.items() if not setting.trainable),
+        adapters=trained.adapters,
         frozen_param_bytes=BYTES[args.frozen_param_dtype],
         recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
@@ -81,10 +84,27 @@ def plan_run(
     )
 
 
-def parameter_settings(args: TrainingArgs, model: ModelOptions, model_config: ModelConfig) -> Settings:
-    """Which parameters train, by the flags and the model file."""
-    spec = get_spec(model_config.model_type)
-    return spec.parameter_settings(model_config, compile_rules(args, model, parts=spec.parts))
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run trains.
+
+    Attributes:
+        weights: settings of the model's parameters, without adapters.
+        adapters: of a LoRA run.
+    """
+
+    weights: Settings
+    adapters: Sequence[Adapter]
+
+
+def trained_by(args: TrainingArgs, model: ModelOptions, model_config: ModelConfig) -> Trained:
+    """What trains by the flags and the model file."""
+    spec, lora = get_spec(model_config.model_type), LoraOptions.from_args(args)
+    rules = compile_rules(args, model, parts=spec.parts)
+    settings = spec.parameter_settings(model_config, rules, lora=lora)
+    adapters = () if lora is None else spec.adapters(model_config, lora, rules)
+    factors = {name for adapter in adapters for name in adapter.names}
+    return Trained({name: setting for name, setting in settings.items() if name not in factors}, adapters)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +137,9 @@ class Run:
         return get_spec(self.model_config.model_type).facts(self.model_config)
 
     @functools.cached_property
-    def settings(self) -> Settings:
-        """Which parameters train."""
-        return parameter_settings(self.args, self.model, self.model_config)
+    def trained(self) -> Trained:
+        """What trains."""
+        return trained_by(self.args, self.model, self.model_config)
 
     @property
     def load(self) -> Load:
@@ -135,7 +155,7 @@ class Run:
         """The plan of the run."""
         plan = plan_run(
             self.args, self.model, self.fsdp, model_config=self.model_config, world_size=self.world_size,
-            load=self.load, settings=self.settings,
+            load=self.load, trained=self.trained,
         )
         return dataclasses.replace(plan, **self.overrides)
 
@@ -143,7 +163,7 @@ class Run:
         self, *, args: Mapping[str, Any], fsdp: Mapping[str, Any], overrides: Mapping[str, Any], world_size: int,
         samples: int,
     ) -> Run:
-        """The run with some options changed, which do not decide what trains.
+        """The run with some options changed.
 
         Args:
             args: fields of the flags.
@@ -166,7 +186,9 @@ class Run:
             self, args=changed_args, fsdp=changed_fsdp, world_size=world_size,
             overrides={**self.overrides, **overrides},
         )
-        vars(run).update(facts=self.facts, settings=self.settings)  # which take longer than an estimate
+        same = LoraOptions.from_args(changed_args) == LoraOptions.from_args(self.args)
+        # which take longer than an estimate; no other change decides what trains
+        vars(run).update(facts=self.facts, trained=self.trained if same else run.trained)
         return run
 
 
@@ -175,12 +197,40 @@ def units_of(plan: Plan) -> list[Unit]:
     units = get_spec(plan.model_config.model_type).memory_units(plan)
     if not plan.frozen_names:
         return units
-    frozen = {id(unit): _freeze(unit, plan.frozen_names) for unit in units}
+    changed = {id(unit): _freeze(unit, plan.frozen_names) for unit in units}
+    if plan.adapters:
+        changed = _adapt(changed, plan.adapters)
     return [
-        frozen[id(unit)] if unit.experts is None or frozen[id(unit.experts)] is unit.experts
-        else dataclasses.replace(frozen[id(unit)], experts=frozen[id(unit.experts)])
+        changed[id(unit)] if unit.experts is None or changed[id(unit.experts)] is unit.experts
+        else dataclasses.replace(changed[id(unit)], experts=changed[id(unit.experts)])
         for unit in units
     ]
+
+
+def _adapt(units: Mapping[int, Unit], adapters: Sequence[Adapter]) -> dict[int, Unit]:
+    """Units with the adapters of their parameters. Backward runs through what has some, and what comes after it."""
+    by_base: dict[str, list[Adapter]] = defaultdict(list)
+    for adapter in adapters:
+        by_base[adapter.base].append(adapter)
+
+    def learns(unit: Unit) -> bool:
+        return any(base.trains or base.name in by_base for base in unit.parameters)
+
+    adapted, reached = {}, False
+    for key, unit in units.items():
+        if unit.kind in ("root", "embedding"):  # the root has parameters of modules that run last
+            reached |= unit.runs_backward
+        else:
+            reached |= learns(unit) or (unit.experts is not None and learns(unit.experts))
+            unit = dataclasses.replace(unit, runs_backward=reached)
+        factors = tuple(
+            # of experts, those that a rank computes with, as of their weights
+            Parameter(name, (base.shape[0], *shape[1:]) if adapter.is_experts else shape, trains=True)
+            for base in unit.parameters for adapter in by_base.get(base.name, ())
+            for name, shape in adapter.shapes.items()
+        )
+        adapted[key] = dataclasses.replace(unit, parameters=unit.parameters + factors)
+    return adapted
 
 
 def _freeze(unit: Unit, names: Collection[str]) -> Unit:
@@ -198,11 +248,13 @@ def checkpoint_bytes(plan: Plan, *, moments: bool, trainable_only: bool = False)
         plan: of the run.
         moments: AdamW's two as well, of the trainable parameters.
         trainable_only: no frozen parameters (``--save-trainable-only``).
+
+    Checkpoints of a LoRA run also hold the adapters as a PEFT directory, in fp32.
     """
     of_trainable = MASTER_BYTES * (3 if moments else 1)
     of_frozen = 0 if trainable_only else plan.frozen_param_bytes
     unsharded = dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1, context_size=1)
-    return sum(
+    return BYTES["fp32"] * sum(adapter.size for adapter in plan.adapters) + sum(
         math.prod(parameter.shape) * (of_trainable if parameter.trains else of_frozen)
         for unit in units_of(unsharded)
         for parameter in unit.parameters

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.interfaces.batch import Batch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import MediaSettings
+    from mindspeed_mm.models.lora import Adapter
     from mindspeed_mm.models.model import Model
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
 
@@ -75,16 +76,19 @@ class TinyTextSpec(ModelSpec):
 
         return list(weight_rules(model_config))
 
-    def flop_counter(self, model_config: TinyTextConfig, *, frozen: Collection[str]) -> Callable[[Batch], float]:
+    def flop_counter(
+        self, model_config: TinyTextConfig, *, frozen: Collection[str], adapters: Sequence[Adapter] = ()
+    ) -> Callable[[Batch], float]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
-        from mindspeed_mm.models.layers.flops import decoder_flops, segment_lengths
+        from mindspeed_mm.models.layers.flops import FlopSum, adapted_weights, decoder_flops, segment_lengths
 
         def count(batch: Batch) -> float:
-            lengths = segment_lengths(batch.cu_seqlens_host)
-            target_tokens = batch.num_target_tokens
-            return decoder_flops(
-                model_config, lengths, target_tokens=target_tokens, trains=True, runs_backward=True
-            ) / 1e12  # fmt: skip
+            flops, lengths = FlopSum(adapted_weights(adapters)), segment_lengths(batch.cu_seqlens_host)
+            decoder_flops(
+                flops, model_config, lengths, prefix="decoder", target_tokens=batch.num_target_tokens,
+                trains="text_decoder" not in frozen,
+            )  # fmt: skip
+            return flops.total / 1e12
 
         return count
 
