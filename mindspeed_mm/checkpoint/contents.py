@@ -15,7 +15,8 @@ from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, OPTIMIZER_PREFIX
 from mindspeed_mm.checkpoint.partial import BASE_KEY, Base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import shown
+from mindspeed_mm.inputs import shorten, shown
+from mindspeed_mm.models.lora import LORA_KEY, is_adapter
 
 # fields of a config that change nothing that is computed with given weights, or that their shapes tell; transformers
 # adds some when it saves a config
@@ -63,6 +64,55 @@ def check_contents(
         expected |= {f"{begin}.{moment}": parameters[name] for moment in ("exp_avg", "exp_avg_sq")}
         expected[f"{begin}.step"] = ((), "float32")
     compare(path, expected, moments)
+
+
+def check_adapters(
+    path: Path, manifest: Mapping[str, Any], names: Collection[str], stored: Collection[str], *,
+    lora: Mapping[str, Any] | None, new_stage: bool,
+) -> bool:
+    """Whether a checkpoint holds the adapters of this run; otherwise it has weights, over which new ones are trained.
+
+    Args:
+        path: of the checkpoint, for the message.
+        manifest: of the checkpoint.
+        names: of the run's adapters, in a checkpoint.
+        stored: names of the checkpoint's tensors.
+        lora: what the run records of its adapters; None for full fine-tuning.
+        new_stage: whether the run counts from 0 (``--finetune``).
+
+    Raises:
+        UserError: if it holds adapters that are not this run's, or is of a run of full fine-tuning that would go on.
+    """
+    recorded = manifest["metadata"].get(LORA_KEY)
+    if lora is None and recorded is None:
+        return False
+    if lora is None:
+        raise UserError(
+            f"{path} holds LoRA adapters; continue with that run's --lora flags, or merge them into the weights first "
+            "(mm-convert: merge_lora)"
+        )
+    if recorded is None:
+        if Progress.is_training(path) and not new_stage:
+            raise UserError(
+                f"{path} is of a run of full fine-tuning; add --finetune to train adapters over its weights"
+            )
+        return False
+    if not isinstance(recorded, Mapping):
+        raise UserError(f"{path}: manifest.json: {LORA_KEY} must be an object; restore the checkpoint")
+    flags = {"r": "--lora-r", "alpha": "--lora-alpha", "expert_r": "--lora-expert-r", "use_rslora": "--lora-use-rslora"}
+    differing = [f"{flag} {shown(recorded.get(name))}, now {shown(lora[name])}" for name, flag in flags.items()
+                 if recorded.get(name) != lora[name]]
+    adapted = {name for name in stored if name.startswith(MODEL_PREFIX) and is_adapter(name)}
+    if not differing and adapted != set(names):
+        targets = recorded.get("targets")
+        words = " ".join(map(str, targets)) if isinstance(targets, list) else shown(targets)
+        differing = [f"--lora-target-modules {shorten(words, 200)}, now {' '.join(lora['targets'])}"]
+    if differing:
+        raise UserError(
+            f"{path} has other adapters: {'; '.join(differing)}; pass that run's flags, or merge its adapters into the "
+            "weights first (mm-convert: merge_lora)"
+        )
+    return True
 
 
 def check_model_config(path: Path, manifest: Mapping[str, Any], model_config: Any, *, source: Path) -> None:

@@ -18,7 +18,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,8 @@ class SaveOptions:
         keep_every: ``--keep-every``; None for no further ones.
         failure_limit: ``--save-failure-limit``: failed saves in a row that end the run.
         timeout_minutes: time without progress on any rank after which waiting for a save fails.
+        complete: adds files to the directory of a checkpoint, on rank 0, once its tensors are on disk.
+        complete_bytes: size of these files.
     """
 
     root: Path
@@ -75,6 +77,8 @@ class SaveOptions:
     keep_every: int | None = None
     failure_limit: int = 3
     timeout_minutes: float = 30
+    complete: Callable[[Path], None] | None = None
+    complete_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -230,7 +234,7 @@ class CheckpointManager:
             self._log(logging.WARNING, f"--save {root} was removed during training and is recreated")
             make_directory(root)
         remove_leftovers(root)
-        needed = int(nbytes * (1 + _OVERHEAD)) + _SPARE_BYTES
+        needed = int(nbytes * (1 + _OVERHEAD)) + self._options.complete_bytes + _SPARE_BYTES
         free = shutil.disk_usage(root).free
         if free < needed:
             raise UserError(
@@ -245,6 +249,8 @@ class CheckpointManager:
         """On rank 0: complete the checkpoint, point the tracker to it, and delete old ones."""
         with new_file(save.directory.partial / directory.PROGRESS_FILE) as output:
             output.write(json.dumps(progress, indent=1).encode())
+        if self._options.complete is not None:
+            self._options.complete(save.directory.partial)
         save.directory.commit(self._metadata, files)
         root, options = self._options.root, self._options
         directory.write_tracker(root, save.iteration)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
-from mindspeed_mm.checkpoint.contents import check_contents, compare
+from mindspeed_mm.checkpoint.contents import check_adapters, check_contents, compare
 from mindspeed_mm.checkpoint.directory import verify_directory
 from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, OPTIMIZER_PREFIX, RNG_PREFIX, Entry
@@ -25,6 +26,7 @@ from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.shards import Shard, total_bytes
 from mindspeed_mm.checkpoint.storage import Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.lora import is_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +157,8 @@ def load_checkpoint(
     check: Check = "read",
     load_base: str | None = None,
     expert_layout: str = "auto",
+    lora: Mapping[str, Any] | None = None,
+    new_stage: bool = False,
 ) -> Progress:
     """Load a checkpoint directory into the model, in place. Called by all ranks.
 
@@ -167,6 +171,9 @@ def load_checkpoint(
         check: which checksums to compare (``--check-load``).
         load_base: directory of a partial checkpoint's base, if it is not where it was (``--load-base``).
         expert_layout: of a base that is a Hugging Face directory.
+        lora: what the run records of its adapters; None without. Adapters that the checkpoint lacks are left as they
+            are.
+        new_stage: whether the run counts from 0 (``--finetune``).
 
     Raises:
         UserError: on all ranks, if the checkpoint or its base is incomplete, damaged, or of another model.
@@ -177,6 +184,10 @@ def load_checkpoint(
         base = find_base(manifest, path, moved_to=load_base, option="--load-base")
         optimizer, with_rng = _held(reader, optimizer, with_rng)
         stored, state = entries_of(reader.tensors), model_state(model)
+        adapters = {name for name in state if is_adapter(name)}
+        has_adapters = check_adapters(path, manifest, adapters, stored, lora=lora, new_stage=new_stage)
+        if not has_adapters:
+            state = {name: tensor for name, tensor in state.items() if name not in adapters}
         parameters, frozen = entries_of(state), _frozen(model)
         check_contents(
             path, manifest, stored, parameters, trained=state.keys() - frozen, with_optimizer=optimizer is not None
@@ -275,7 +286,7 @@ def load_hf_weights(
     """
     with raise_on_all_ranks():
         reader = HFReader(directory, expert_layout=expert_layout)
-        if unknown := model_state(model).keys() - reader.tensors.keys():
+        if unknown := model_state(model, names).keys() - reader.tensors.keys():
             raise AssertionError(f"the weight map does not know {sorted(unknown)[:3]}")
         if dist.get_rank() == 0:
             reader.read_unused()

@@ -31,6 +31,7 @@ from mindspeed_mm.data.validate import validate_data
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_directory, shorten
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
+from mindspeed_mm.models.lora import LoraOptions
 from mindspeed_mm.models.memory import Plan
 from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
@@ -55,7 +56,8 @@ def preflight(job: JobConfig) -> None:
     model_config = spec.read_config(job.model.init_from_hf_path)
     world_size = launched_world_size()
     job.check_model(spec.facts(model_config), world_size=world_size)
-    settings = spec.parameter_settings(model_config, compile_rules(job.args, job.model, parts=spec.parts))
+    rules = compile_rules(job.args, job.model, parts=spec.parts)
+    settings = spec.parameter_settings(model_config, rules, lora=LoraOptions.from_args(job.args))
     if job.args.load is not None:
         check_start(job.args, spec, model_config, settings, model_directory=job.model.init_from_hf_path)
     elif job.args.save_trainable_only:

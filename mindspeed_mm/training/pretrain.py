@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.data.record_files import fingerprint
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
+from mindspeed_mm.models.lora import LORA_KEY, is_adapter
 from mindspeed_mm.models.model import Model
 from mindspeed_mm.models.parameter_rules import Settings, apply_settings, compile_rules, describe, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
@@ -46,6 +48,7 @@ from mindspeed_mm.training.context import ForwardStep, Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
+from mindspeed_mm.training.lora import LoraRun
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_base_is_kept, check_steps_remain
@@ -120,21 +123,23 @@ def _run(
     media = spec.read_media_settings(job.data, model_config)
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
         model = model_provider(job, spec, model_config, media, backend)
-    settings = spec.parameter_settings(model_config, compile_rules(args, job.model, parts=spec.parts))
+    rules = compile_rules(args, job.model, parts=spec.parts)
+    lora = LoraRun.of(args, spec, model_config, rules)
+    if lora is not None:
+        lora.attach(model)
+    settings = spec.parameter_settings(model_config, rules, lora=None if lora is None else lora.options)
     apply_settings(model, settings)
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args, settings)
     schedule = build_schedule(optimizer, args)
     for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
         logger.info(line)
-    progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config)
+    progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config, lora=lora)
     check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)
 
     loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
-    data = fingerprint(job.data.dataset_param.basic_parameters.dataset_files)
-    warn_of_sample_order(progress, seed=args.seed, samples_per_epoch=loader.samples_per_epoch, data=data)
-    progress.seed, progress.samples_per_epoch, progress.data = args.seed, loader.samples_per_epoch, data
+    _record_data(job, loader, progress)
     _warn_of_partial_state(args)
     evaluated = f"; evaluation: {eval_loader.summary}" if eval_loader is not None else ""
     logger.info(f"data: {loader.summary}{evaluated}; {_remaining_iterations(progress, args)}")
@@ -157,7 +162,7 @@ def _run(
                 forward_step=forward_step,
                 loss_mode=job.loss_mode,
                 load_balancing=_load_balancing(job, model_config),
-                flop_count=spec.flop_counter(model_config, frozen=frozen_parts(settings)),
+                flop_count=_flop_counter(spec, model_config, settings, lora),
             ),
             context=context,
             callbacks=_callbacks(
@@ -167,14 +172,35 @@ def _run(
                 describe=loader.dataset.describe,
                 eval_loader=eval_loader,
                 split=split,
-                manager=_checkpoint_manager(job, model, optimizer, backend, settings, {
-                    MODEL_CONFIG_KEY: dataclasses.asdict(model_config),
-                    **({MEDIA_KEY: dataclasses.asdict(media)} if media else {}),
-                }, source),
+                manager=_checkpoint_manager(
+                    job, model, optimizer, backend, settings, _facts(model_config, media), source, lora
+                ),
             ),
         )
         trainer.train()
     return trainer.stopped and progress.iteration < args.train_iters
+
+
+def _facts(model_config: ModelConfig, media: MediaSettings | None) -> dict[str, Any]:
+    """What checkpoints record of the model and its images and videos."""
+    of_media = {} if media is None else {MEDIA_KEY: dataclasses.asdict(media)}
+    return {MODEL_CONFIG_KEY: dataclasses.asdict(model_config), **of_media}
+
+
+def _record_data(job: JobConfig, loader: TrainLoader, progress: Progress) -> None:
+    """Note in ``progress`` what decides the order of the samples; warn where the first run had it otherwise."""
+    seed, data = job.args.seed, fingerprint(job.data.dataset_param.basic_parameters.dataset_files)
+    warn_of_sample_order(progress, seed=seed, samples_per_epoch=loader.samples_per_epoch, data=data)
+    progress.seed, progress.samples_per_epoch, progress.data = seed, loader.samples_per_epoch, data
+
+
+def _flop_counter(
+    spec: ModelSpec, model_config: ModelConfig, settings: Settings, lora: LoraRun | None
+) -> Callable[[Batch], float]:
+    weights = {name: setting for name, setting in settings.items() if not is_adapter(name)}
+    return spec.flop_counter(
+        model_config, frozen=frozen_parts(weights), adapters=() if lora is None else lora.adapters
+    )
 
 
 def _log_environment(job: JobConfig, layout: Layout, backend: Backend) -> None:
@@ -247,7 +273,7 @@ def _load_balancing(job: JobConfig, model_config: ModelConfig) -> LoadBalancingL
 
 def _checkpoint_manager(
     job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend, settings: Settings,
-    facts: Mapping[str, Any], source: Path | None,
+    facts: Mapping[str, Any], source: Path | None, lora: LoraRun | None,
 ) -> CheckpointManager | None:
     """Writes the run's checkpoints, if ``--save`` names a directory.
 
@@ -262,6 +288,13 @@ def _checkpoint_manager(
         names |= {name for name, setting in settings.items() if setting.saved}
         check_base_is_kept(args, Path(base.path))
         metadata[BASE_KEY] = dataclasses.asdict(base)
+    export: dict[str, Any] = {}
+    if lora is not None:
+        metadata[LORA_KEY] = lora.recorded()
+        export = {
+            "complete": functools.partial(lora.export, base=job.model.init_from_hf_path),
+            "complete_bytes": lora.export_bytes,
+        }
     optimizer_to_save = None if args.no_save_optim else optimizer
     return CheckpointManager(
         TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng, names=names),
@@ -272,6 +305,7 @@ def _checkpoint_manager(
             keep_every=args.keep_every,
             failure_limit=args.save_failure_limit,
             timeout_minutes=args.distributed_timeout_minutes,
+            **export,
         ),
         backend=backend,
         metadata=metadata,

@@ -16,16 +16,19 @@ import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.checkpoint.directory import checkpoint_to_load, read_manifest, resolve_checkpoint
+from mindspeed_mm.checkpoint.directory import MANIFEST, checkpoint_to_load, read_manifest, resolve_checkpoint
 from mindspeed_mm.checkpoint.partial import check_expert_layout
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.state import load_checkpoint, load_hf_weights
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import is_file
+from mindspeed_mm.models.lora import LORA_KEY, is_adapter
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 from mindspeed_mm.training.initialization import initialize
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
+from mindspeed_mm.training.lora import LoraRun
 from mindspeed_mm.training.optimizer import schedule_state
 from mindspeed_mm.training.resume_checks import check_schedule
 
@@ -129,8 +132,9 @@ def load_start(
     *,
     spec: ModelSpec,
     model_config: ModelConfig,
+    lora: LoraRun | None = None,
 ) -> tuple[Progress, Path | None]:
-    """Load or initialise the parameters and what else the run starts with.
+    """Load or initialise the parameters, adapters included, and what else the run starts with.
 
     Returns:
         The run's progress, and the directory that the weights are from.
@@ -140,13 +144,17 @@ def load_start(
     """
     start = choose_start(job.args)
     path = start.path
+    weights = {name for name, _ in model.named_parameters() if not is_adapter(name)}
+    if lora is not None and not (path is not None and _has_adapters(path)):
+        lora.initialize(model, seed=job.args.seed, init_from=job.args.lora_init_from)
     if path is None and job.args.random_init:
-        initialize(model, functools.partial(spec.initial_distribution, model_config), seed=job.args.seed)
+        distribution = functools.partial(spec.initial_distribution, model_config)
+        initialize(model, distribution, seed=job.args.seed, names=weights)
         logger.info(f"initialized all parameters at random (--random-init, --seed {job.args.seed})")
         return Progress(), None
     if path is None:
         directory = job.model.init_from_hf_path
-        load_hf_weights(model, directory, expert_layout=job.args.expert_layout)
+        load_hf_weights(model, directory, expert_layout=job.args.expert_layout, names=weights)
         logger.info(f"loaded the weights of {directory}; no --load was given")
         return Progress(), Path(directory)
     progress = load_checkpoint(
@@ -158,6 +166,8 @@ def load_start(
         check=job.args.check_load,
         load_base=start.load_base,
         expert_layout=job.args.expert_layout,
+        lora=None if lora is None else lora.recorded(),
+        new_stage=start.new_stage,
     )
     if start.new_stage:
         logger.info(f"--finetune: a new stage starts from the weights of iteration {progress.iteration}")
@@ -165,6 +175,10 @@ def load_start(
     checked = {"read": "checksums of what was read agree", "all": "all checksums agree"}
     logger.info(f"loaded {path}; {checked.get(job.args.check_load, 'checksums not compared')}")
     return progress, path
+
+
+def _has_adapters(checkpoint: Path) -> bool:
+    return is_file(checkpoint / MANIFEST) and LORA_KEY in read_manifest(checkpoint)["metadata"]
 
 
 def restore_schedule(job: JobConfig, schedule: Any, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.contents import check_base_contents, check_contents, check_model_config
+from mindspeed_mm.checkpoint.contents import check_adapters, check_base_contents, check_contents, check_model_config
 from mindspeed_mm.checkpoint.directory import RELEASE, checkpoint_to_load
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, read_entries
 from mindspeed_mm.checkpoint.partial import check_expert_layout, find_base
@@ -21,6 +21,7 @@ from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.config.schema import EFFECTIVE, walk
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten, shown
+from mindspeed_mm.models.lora import LoraOptions, is_adapter
 from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 
@@ -68,10 +69,19 @@ def check_start(
     path, manifest = checkpoint_to_load(args.load, plain=plain)
     check_expert_layout(args.expert_layout, manifest, path)
     base = find_base(manifest, path, moved_to=args.load_base, option="--load-base")
-    shapes = {rule.target: rule.target_shape for rule in spec.weight_rules(model_config, expert_layout="hub")}
-    parameters = {MODEL_PREFIX + name: (shapes[name], _DTYPES[settings[name].dtype]) for name in settings}
-    trained = {MODEL_PREFIX + name for name, setting in settings.items() if setting.trainable}
     stored = read_entries(path, manifest)
+    adapters = {MODEL_PREFIX + name for name in settings if is_adapter(name)}
+    options = LoraOptions.from_args(args)
+    recorded = None if options is None else options.recorded()
+    if check_adapters(path, manifest, adapters, stored, lora=recorded, new_stage=args.finetune):
+        if args.lora_init_from is not None:
+            raise UserError(
+                f"--lora-init-from {args.lora_init_from} would replace the adapters that {path} holds; leave it out"
+            )
+    else:
+        settings = {name: setting for name, setting in settings.items() if not is_adapter(name)}
+    parameters = {MODEL_PREFIX + name: (s.shape, _DTYPES[s.dtype]) for name, s in settings.items()}
+    trained = {MODEL_PREFIX + name for name, setting in settings.items() if setting.trainable}
     with_optimizer = not args.finetune and not args.no_load_optim
     check_contents(path, manifest, stored, parameters, trained=trained, with_optimizer=with_optimizer)
     check_model_config(path, manifest, model_config, source=Path(model_directory, "config.json"))

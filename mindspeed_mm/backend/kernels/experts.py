@@ -5,8 +5,8 @@ Legend: N permuted tokens (sorted by expert), E experts, H hidden width, I inter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,64 +15,193 @@ from torch import Tensor
 from mindspeed_mm.backend.kernels.elementwise import EAGER_SWIGLU, SwigluKernel, torch_swiglu
 
 
+class ExpertAdapters(NamedTuple):
+    """LoRA factors of all experts, and the factor on their products: ``W + scale * A B^T`` for each expert.
+
+    Attributes:
+        gate_up_a: [E, H, r].
+        gate_up_b: [E, 2I, r].
+        down_a: [E, I, r].
+        down_b: [E, H, r].
+        scale: factor.
+    """
+
+    gate_up_a: Tensor
+    gate_up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+    scale: float
+
+    def padded(self, multiple: int) -> ExpertAdapters:
+        """The same products with a rank that is a multiple of ``multiple``: columns of zeros are appended."""
+        missing = -self.gate_up_a.shape[-1] % multiple
+        if not missing:
+            return self
+        factors = (F.pad(factor, (0, missing)) for factor in self[:-1])
+        return ExpertAdapters(*factors, self.scale)
+
+
 class ExpertKernel(Protocol):
     """permuted [N, H], gate_up [E, H, 2I], down [E, I, H], tokens_per_expert int [E] on the device -> [N, H].
 
-    A kernel that weighs rows takes ``weights`` [N] too, and returns each row times its weight.
+    A kernel that weighs rows takes ``weights`` [N] too, and returns each row times its weight. With ``adapters`` the
+    products of their factors are added to those of the weights, which then do not train.
     """
 
-    def __call__(self, permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def __call__(
+        self, permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *,
+        adapters: ExpertAdapters | None = None,
+    ) -> Tensor:
         """``(silu(x @ gate) * (x @ up)) @ down`` with each token's own expert."""
 
 
-def reference_experts(permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def reference_experts(
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *,
+    adapters: ExpertAdapters | None = None,
+) -> Tensor:
     """The reference: a loop over the experts that have tokens. Synchronises with the device to read the counts."""
     # unbind, since indexing would make backward fill a zero tensor of all experts for each of them
-    parts = zip(permuted.split(tokens_per_expert.tolist()), gate_up.unbind(0), down.unbind(0), strict=True)
-    outputs = [torch_swiglu(part @ first) @ second for part, first, second in parts if part.shape[0] > 0]
+    tensors = [gate_up, down] if adapters is None else [gate_up, down, *adapters[:-1]]
+    parts = zip(permuted.split(tokens_per_expert.tolist()), *(tensor.unbind(0) for tensor in tensors), strict=True)
+    outputs = [_one_expert(*part, adapters=adapters) for part in parts if part[0].shape[0] > 0]
     if outputs:
         return torch.cat(outputs)
     # A rank may get no token at all; its experts still take part in backward, with zero gradients.
-    return permuted + (gate_up.sum() + down.sum()) * 0
+    return permuted + sum(tensor.sum() for tensor in tensors) * 0
 
 
-class _GroupedExperts(torch.autograd.Function):
-    """One grouped matrix product for each of the two projections and for each of their gradients.
+def _one_expert(
+    rows: Tensor, gate_up: Tensor, down: Tensor, *factors: Tensor, adapters: ExpertAdapters | None
+) -> Tensor:
+    if adapters is None:
+        return torch_swiglu(rows @ gate_up) @ down
+    first_a, first_b, second_a, second_b = factors
+    inner = torch_swiglu(rows @ gate_up + adapters.scale * (rows @ first_a) @ first_b.t())
+    return inner @ down + adapters.scale * (inner @ second_a) @ second_b.t()
 
-    Keeps its input and the first projection's output [N, 2I]; SwiGLU is recomputed in backward.
+
+class ExpertProducts(Protocol):
+    """Matrix products with each token's own expert, without autograd."""
+
+    def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """rows [N, A], matrices [E, A, B] -> [N, B]."""
+
+    def outer(self, left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
+        """left [N, A], right [N, B] -> [E, A, B], ``left^T right``; ``scratch``, one of the two, may be overwritten."""
+
+
+class RowSwiglu(NamedTuple):
+    """As :class:`~mindspeed_mm.backend.kernels.elementwise.SwigluKernel`, with an optional weight of each row.
+
+    Attributes:
+        forward: (gate_up [N, 2I], weights [N] or None) -> [N, I].
+        backward: (gate_up, weights, gradient [N, I]) -> (the result once more, the gradient of gate_up, that of the
+            weights or None).
+    """
+
+    forward: Callable[[Tensor, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+    @classmethod
+    def of(cls, swiglu: SwigluKernel) -> RowSwiglu:
+        """Without weights."""
+        return cls(
+            lambda gate_up, weights: swiglu.forward(gate_up),
+            lambda gate_up, weights, grad: (*swiglu.backward(gate_up, grad), None),
+        )
+
+
+class Experts(torch.autograd.Function):
+    """Both projections and their gradients by an :class:`ExpertProducts`.
+
+    Keeps its input and the first projection's output [N, 2I]; SwiGLU is recomputed in backward. With adapters it also
+    keeps ``u = scale * x A`` [N, r] of each projection, and no gradient of the weights is computed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, permuted: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, swiglu: SwigluKernel
+        ctx: Any, products: ExpertProducts, swiglu: RowSwiglu, permuted: Tensor, gate_up: Tensor, down: Tensor,
+        weights: Tensor | None, scale: float, *factors: Tensor,
     ) -> Tensor:
-        hidden = F.grouped_mm(permuted, gate_up, offs=ends)
-        ctx.save_for_backward(permuted, gate_up, down, ends, hidden)
-        ctx.swiglu = swiglu
-        return F.grouped_mm(swiglu.forward(hidden), down, offs=ends)
+        ctx.products, ctx.swiglu, ctx.scale = products, swiglu, scale
+        hidden = products.multiply(permuted, gate_up)
+        if not factors:
+            ctx.save_for_backward(permuted, gate_up, down, weights, hidden)
+            return products.multiply(swiglu.forward(hidden, weights), down)
+        first_a, first_b, second_a, second_b = factors
+        first_u = products.multiply(permuted, first_a).mul_(scale)
+        hidden.add_(products.multiply(first_u, first_b.transpose(1, 2)))
+        inner = swiglu.forward(hidden, weights)
+        second_u = products.multiply(inner, second_a).mul_(scale)
+        ctx.save_for_backward(permuted, gate_up, down, weights, hidden, *factors, first_u, second_u)
+        return products.multiply(inner, down).add_(products.multiply(second_u, second_b.transpose(1, 2)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        permuted, gate_up, down, ends, hidden = ctx.saved_tensors
-        # grouped_mm refuses strides of zero, which an expanded gradient such as sum()'s has
-        grad = grad.contiguous()
-        grad_inner = F.grouped_mm(grad, down.transpose(1, 2), offs=ends)
-        inner, grad_hidden = ctx.swiglu.backward(hidden, grad_inner)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        permuted, gate_up, down, weights, hidden, *of_adapters = ctx.saved_tensors
+        products, grad = ctx.products, grad.contiguous()  # grouped_mm refuses the zero strides of an expanded gradient
+        grad_inner = products.multiply(grad, down.transpose(1, 2))
+        if of_adapters:
+            first_a, first_b, second_a, second_b, first_u, second_u = of_adapters
+            grad_u = products.multiply(grad, second_b).mul_(ctx.scale)
+            grad_inner.add_(products.multiply(grad_u, second_a.transpose(1, 2)))
+        inner, grad_hidden, grad_weights = ctx.swiglu.backward(hidden, weights, grad_inner)
         grad_permuted = grad_gate_up = grad_down = None
+        grad_factors: tuple[Tensor, ...] = ()
+        if of_adapters:
+            grad_second = _thin(products, inner, grad_u), _thin(products, grad, second_u)
+            grad_u = products.multiply(grad_hidden, first_b).mul_(ctx.scale)
+            grad_factors = (_thin(products, permuted, grad_u), _thin(products, grad_hidden, first_u), *grad_second)
+        if ctx.needs_input_grad[4]:
+            grad_down = products.outer(inner, grad, scratch=inner)
         if ctx.needs_input_grad[2]:
-            grad_down = F.grouped_mm(inner.t(), grad, offs=ends)
-        if ctx.needs_input_grad[0]:
-            grad_permuted = F.grouped_mm(grad_hidden, gate_up.transpose(1, 2), offs=ends)
-        if ctx.needs_input_grad[1]:
-            grad_gate_up = F.grouped_mm(permuted.t(), grad_hidden, offs=ends)
-        return grad_permuted, grad_gate_up, grad_down, None, None
+            grad_permuted = products.multiply(grad_hidden, gate_up.transpose(1, 2))
+            if of_adapters:
+                grad_permuted.add_(products.multiply(grad_u, first_a.transpose(1, 2)))
+        if ctx.needs_input_grad[3]:
+            grad_gate_up = products.outer(permuted, grad_hidden, scratch=grad_hidden)
+        grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
+        return None, None, grad_permuted, grad_gate_up, grad_down, grad_weights, None, *grad_factors
+
+
+def _thin(products: ExpertProducts, left: Tensor, right: Tensor) -> Tensor:
+    """left [N, A], right [N, r] -> [E, A, r]; a copy of ``right`` is small, and both are needed again."""
+    right = right.clone()
+    return products.outer(left, right, scratch=right)
+
+
+class GroupedProducts(NamedTuple):
+    """``torch.nn.functional.grouped_mm``; ``ends``: int32 [E], where each expert's tokens end."""
+
+    ends: Tensor
+
+    def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """See :class:`ExpertProducts`."""
+        return F.grouped_mm(rows, matrices, offs=self.ends)
+
+    def outer(self, left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
+        """See :class:`ExpertProducts`."""
+        return F.grouped_mm(left.t(), right, offs=self.ends)
 
 
 def grouped_experts(
-    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *,
+    swiglu: SwigluKernel = EAGER_SWIGLU, adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """``torch.nn.functional.grouped_mm``: the token counts stay on the device."""
-    return _GroupedExperts.apply(permuted, gate_up, down, tokens_per_expert.cumsum(0).to(torch.int32), swiglu)
+    products = GroupedProducts(tokens_per_expert.cumsum(0).to(torch.int32))
+    return run_experts(products, RowSwiglu.of(swiglu), permuted, gate_up, down, None, adapters)
+
+
+def run_experts(
+    products: ExpertProducts, swiglu: RowSwiglu, permuted: Tensor, gate_up: Tensor, down: Tensor,
+    weights: Tensor | None, adapters: ExpertAdapters | None,
+) -> Tensor:
+    """Experts by ``products``, whose rows must be aligned to 16 bytes; see :class:`ExpertKernel`."""
+    if adapters is None:
+        return Experts.apply(products, swiglu, permuted, gate_up, down, weights, 1.0)
+    factors = adapters.padded(16 // permuted.itemsize)
+    return Experts.apply(products, swiglu, permuted, gate_up, down, weights, factors.scale, *factors[:-1])
 
 
 _Span = tuple[int, int, int]
@@ -94,66 +223,41 @@ def _spans(counts: Sequence[int]) -> list[_Span]:
     return spans
 
 
-def _multiply(permuted: Tensor, matrices: Tensor, spans: Sequence[_Span]) -> Tensor:
-    """tokens [N, A], matrices [E, A, B] -> [N, B], each token by its expert's matrix."""
-    output = permuted.new_empty(permuted.shape[0], matrices.shape[2])
-    # last to first: what a span writes into the tokens before its own is overwritten by their expert's product
-    for (begin, start, end), matrix in zip(reversed(spans), reversed(matrices.unbind(0)), strict=True):
-        if end > start:
-            torch.mm(permuted[begin:end], matrix, out=output[begin:end])
-    return output
-
-
-def _outer(left: Tensor, right: Tensor, spans: Sequence[_Span], *, clear: Tensor) -> Tensor:
-    """left [N, A], right [N, B] -> [E, A, B], ``left^T right`` over each expert's tokens.
-
-    ``clear`` is one of the two and is overwritten: the tokens before an expert's own are set to zero.
-    """
-    output = left.new_empty(len(spans), left.shape[1], right.shape[1])
-    for (begin, start, end), matrix in zip(spans, output.unbind(0), strict=True):
-        if end > start:
-            clear[begin:start].zero_()
-            torch.mm(left[begin:end].t(), right[begin:end], out=matrix)
-        else:
-            matrix.zero_()
-    return output
-
-
-class _PaddedBucketExperts(torch.autograd.Function):
-    """One expert after another, in few product sizes; keeps the same tensors as :class:`_GroupedExperts`.
+class PaddedBuckets(NamedTuple):
+    """One expert after another, in few product sizes.
 
     On a CPU in bf16, oneDNN prepares a product anew for every number of tokens, which takes longer than the product
     itself, in ``grouped_mm`` as in a plain loop. So an expert's token count is rounded up to a bucket size: its span
     begins among the tokens of the experts before it.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, swiglu: SwigluKernel
-    ) -> Tensor:
-        ctx.swiglu = swiglu
-        ctx.spans = _spans(tokens_per_expert.tolist())
-        hidden = _multiply(permuted, gate_up, ctx.spans)
-        ctx.save_for_backward(permuted, gate_up, down, hidden)
-        return _multiply(swiglu.forward(hidden), down, ctx.spans)
+    spans: list[_Span]
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        permuted, gate_up, down, hidden = ctx.saved_tensors
-        spans, grad = ctx.spans, grad.contiguous()
-        inner, grad_hidden = ctx.swiglu.backward(hidden, _multiply(grad, down.transpose(1, 2), spans))
-        grad_permuted = grad_gate_up = grad_down = None
-        if ctx.needs_input_grad[2]:
-            grad_down = _outer(inner, grad, spans, clear=inner)
-        if ctx.needs_input_grad[0]:
-            grad_permuted = _multiply(grad_hidden, gate_up.transpose(1, 2), spans)
-        if ctx.needs_input_grad[1]:
-            grad_gate_up = _outer(permuted, grad_hidden, spans, clear=grad_hidden)
-        return grad_permuted, grad_gate_up, grad_down, None, None
+    def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """See :class:`ExpertProducts`."""
+        output = rows.new_empty(rows.shape[0], matrices.shape[2])
+        # last to first: what a span writes into the tokens before its own is overwritten by their expert's product
+        for (begin, start, end), matrix in zip(reversed(self.spans), reversed(matrices.unbind(0)), strict=True):
+            if end > start:
+                torch.mm(rows[begin:end], matrix, out=output[begin:end])
+        return output
+
+    def outer(self, left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
+        """See :class:`ExpertProducts`; in ``scratch`` the tokens before an expert's own are set to zero."""
+        output = left.new_empty(len(self.spans), left.shape[1], right.shape[1])
+        for (begin, start, end), matrix in zip(self.spans, output.unbind(0), strict=True):
+            if end > start:
+                scratch[begin:start].zero_()
+                torch.mm(left[begin:end].t(), right[begin:end], out=matrix)
+            else:
+                matrix.zero_()
+        return output
 
 
 def padded_bucket_experts(
-    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *, swiglu: SwigluKernel = EAGER_SWIGLU
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *,
+    swiglu: SwigluKernel = EAGER_SWIGLU, adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """An :class:`ExpertKernel` for the CPU, where reading the token counts is not a synchronisation."""
-    return _PaddedBucketExperts.apply(permuted, gate_up, down, tokens_per_expert, swiglu)
+    products = PaddedBuckets(_spans(tokens_per_expert.tolist()))
+    return run_experts(products, RowSwiglu.of(swiglu), permuted, gate_up, down, None, adapters)

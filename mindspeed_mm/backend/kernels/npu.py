@@ -10,12 +10,14 @@ Hq query heads, Hkv key/value heads, D head width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mindspeed_mm.backend.kernels.attention import Segments
+from mindspeed_mm.backend.kernels.experts import ExpertAdapters
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 
 MAX_SEGMENTS = 1024  # sequences of one attention call in the packed layout
@@ -124,14 +126,27 @@ class _GroupedMatmul(torch.autograd.Function):
         return grad_permuted, grad_weight, None
 
 
-def npu_grouped_experts(permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def npu_grouped_experts(
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, *,
+    adapters: ExpertAdapters | None = None,
+) -> Tensor:
     """See :class:`mindspeed_mm.backend.kernels.experts.ExpertKernel`; the token counts stay on the device."""
     if permuted.shape[0] == 0:
         # The operators need at least one token. The experts still take part in backward, with zero gradients.
-        return permuted + (gate_up[:0].sum() + down[:0].sum()).to(permuted.dtype)
+        tensors = (gate_up, down, *(adapters or ())[:-1])
+        return permuted + sum(tensor[:0].sum() for tensor in tensors).to(permuted.dtype)
     ends = tokens_per_expert.cumsum(0)
-    inner = npu_swiglu(_GroupedMatmul.apply(permuted, gate_up, ends))
-    return _GroupedMatmul.apply(inner, down, ends)
+
+    def project(rows: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        output = _GroupedMatmul.apply(rows, weight, ends)
+        if not factors:
+            return output
+        lora_a, lora_b = factors
+        thin = _GroupedMatmul.apply(rows, lora_a, ends)
+        return torch.add(output, _GroupedMatmul.apply(thin, lora_b.transpose(1, 2), ends), alpha=adapters.scale)
+
+    first, second = ((), ()) if adapters is None else (adapters[:2], adapters[2:4])
+    return project(npu_swiglu(project(permuted, gate_up, first)), down, second)
 
 
 class _SortedIndices(NamedTuple):

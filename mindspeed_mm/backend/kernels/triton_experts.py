@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindspeed_mm.backend.kernels.experts import ExpertAdapters, GroupedProducts, RowSwiglu, run_experts
 from mindspeed_mm.backend.kernels.triton_grouped import add_weight_gradient
 from mindspeed_mm.backend.kernels.triton_moe import weighted_swiglu, weighted_swiglu_backward
+
+_SWIGLU = RowSwiglu(weighted_swiglu, weighted_swiglu_backward)
 
 
 class _WeightedExperts(torch.autograd.Function):
@@ -59,7 +62,8 @@ def _grouped_weight_gradient(left: Tensor, right: Tensor, ends: Tensor, gradient
 
 
 def weighted_experts(
-    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, weights: Tensor | None = None
+    permuted: Tensor, gate_up: Tensor, down: Tensor, tokens_per_expert: Tensor, weights: Tensor | None = None, *,
+    adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """An :class:`~mindspeed_mm.backend.kernels.experts.ExpertKernel` that weighs rows.
 
@@ -68,7 +72,9 @@ def weighted_experts(
     """
     if permuted.shape[0] == 0:
         # The experts of a rank without tokens take part in backward all the same, with zero gradients.
-        return permuted + (gate_up.sum() + down.sum()) * 0
-    sums = tuple(getattr(weight, "gradient_sum", None) for weight in (gate_up, down))
+        return permuted + sum(tensor.sum() for tensor in (gate_up, down, *(adapters or ())[:-1])) * 0
     ends = tokens_per_expert.cumsum(0).to(torch.int32)
+    if adapters is not None:
+        return run_experts(GroupedProducts(ends), _SWIGLU, permuted, gate_up, down, weights, adapters)
+    sums = tuple(getattr(weight, "gradient_sum", None) for weight in (gate_up, down))
     return _WeightedExperts.apply(permuted, gate_up, down, ends, weights, sums)

@@ -16,9 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mindspeed_mm.backend.kernels.elementwise import RouterKernel
-from mindspeed_mm.backend.kernels.experts import ExpertKernel
+from mindspeed_mm.backend.kernels.experts import ExpertAdapters, ExpertKernel
 from mindspeed_mm.backend.kernels.permutation import TokenPermuter
 from mindspeed_mm.models.layers.token_dispatcher import Dispatcher, LocalDispatcher
+from mindspeed_mm.models.lora import FACTORS, Adapter
 
 
 class RouterLoad(NamedTuple):
@@ -85,7 +86,10 @@ class Experts(nn.Module):
     Attributes:
         as_local: turns a parameter into the tensor to compute with; the identity unless experts are sharded over
             ranks.
+        adapter_scale: factor on the products of the adapters; None without adapters.
     """
+
+    adapter_scale: float | None = None
 
     def __init__(
         self, config: TransformerConfig, *, num_experts: int, intermediate_size: int, kernel: ExpertKernel
@@ -103,7 +107,22 @@ class Experts(nn.Module):
         ``weights``: nothing, or for a kernel that weighs rows the factor of each, [N].
         """
         gate_up, down = self.as_local(self.gate_up_proj), self.as_local(self.down_proj)
-        return self.kernel(permuted, gate_up, down, tokens_per_expert, *weights)
+        if self.adapter_scale is None:
+            return self.kernel(permuted, gate_up, down, tokens_per_expert, *weights)
+        factors = (self.as_local(getattr(self, name)) for name in _FACTORS)
+        adapters = ExpertAdapters(*factors, self.adapter_scale)
+        return self.kernel(permuted, gate_up, down, tokens_per_expert, *weights, adapters=adapters)
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Add the factors of one of the two weights, uninitialised; both need one before the next forward pass."""
+        device = self.gate_up_proj.device
+        for name, shape in adapter.shapes.items():
+            factor = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+            self.register_parameter(name.rpartition(".")[2], factor)
+        self.adapter_scale = adapter.scale
+
+
+_FACTORS = tuple(f"{weight}_{factor}" for weight in ("gate_up_proj", "down_proj") for factor in FACTORS)
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mindspeed_mm.interfaces.batch import VisionBatch
 from mindspeed_mm.interfaces.media import PixelNorm
 from mindspeed_mm.models.layers.activation_checkpoint import ActivationCheckpointPolicy, run_layers
 from mindspeed_mm.models.layers.attention import PackedSequence, RotaryAngles
+from mindspeed_mm.models.layers.linear import AdaptableLinear
 from mindspeed_mm.models.layers.norm import LayerNorm
 from mindspeed_mm.models.layers.rotary import VisionRotary
 from mindspeed_mm.models.layers.specs import Kernels, activation, attention_spec, common_options, mlp_spec
@@ -155,8 +156,8 @@ class PatchMerger(nn.Module):
         self.norm_after_merge = norm_after_merge
         norm_size = self.merged_size if norm_after_merge else model_config.hidden_size
         self.norm = LayerNorm(config, norm_size, model_config.layernorm_epsilon)
-        self.linear_fc1 = nn.Linear(self.merged_size, self.merged_size, dtype=config.params_dtype)
-        self.linear_fc2 = nn.Linear(self.merged_size, model_config.out_hidden_size, dtype=config.params_dtype)
+        self.linear_fc1 = AdaptableLinear(self.merged_size, self.merged_size, dtype=config.params_dtype)
+        self.linear_fc2 = AdaptableLinear(self.merged_size, model_config.out_hidden_size, dtype=config.params_dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [M, O]."""
