@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ def _run(
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args, settings)
     schedule = build_schedule(optimizer, args)
-    for line in describe(settings, lr=args.lr, weight_decay=args.weight_decay):
-        logger.info(line)
+    _log_lines(describe(settings, lr=args.lr, weight_decay=args.weight_decay))
     progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config, lora=lora)
     check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)
@@ -208,7 +207,11 @@ def _log_environment(job: JobConfig, layout: Layout, backend: Backend) -> None:
     logger.info(f"world size {layout.world_size} on {device}, torch {torch.__version__}")
     if note := communication_note(backend, job.args.distributed_backend):
         logger.info(note)
-    for line in job.describe_ignored():
+    _log_lines(job.describe_ignored())
+
+
+def _log_lines(lines: Sequence[str]) -> None:
+    for line in lines:
         logger.info(line)
 
 

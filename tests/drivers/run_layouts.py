@@ -27,6 +27,7 @@ from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.models.lora import LoraOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.parallel.collectives import scale_gradient
@@ -45,6 +46,7 @@ from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
 from tests.helpers.hf_model import step_samples, tiny_model
 from tests.helpers.host_reads import HostReads
+from tests.helpers.lora import adapted_at_random
 from tests.helpers.mcore_model import model_like, part_settings
 
 load = load_checkpoint
@@ -154,11 +156,15 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     # fp32, which are the accelerators' own
     compute_dtype = DTYPES["fp32" if case.get("host_reads") else config.param_dtype]
     hf_model = tiny_model(**case.get("model", {}))
-    model, model_config = model_like(
-        hf_model, ModelBuildOptions(**options), device=backend.name, compute_dtype=compute_dtype, frozen=frozen
-    )
+    keywords = {"choices": ModelBuildOptions(**options), "device": backend.name, "compute_dtype": compute_dtype}
+    if "lora" in case:
+        model, settings = adapted_at_random(hf_model, LoraOptions(**case["lora"]), dtype=config.param_dtype, **keywords)
+    else:
+        model, model_config = model_like(hf_model, **keywords, frozen=frozen)
+        settings = part_settings(model_config, frozen)
+    model_config = model.model_config
     parallelize(model, layout=layout, config=config)
-    optimizer = build_optimizer(model, args, part_settings(model_config, frozen))
+    optimizer = build_optimizer(model, args, settings)
     progress = Progress()
     if "load" in case:
         progress = load(

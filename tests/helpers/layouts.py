@@ -34,6 +34,7 @@ def case(
     fsdp: dict[str, Any] | None = None,
     model: dict[str, bool] | None = None,
     flags: Sequence[str] = (),
+    lora: dict[str, Any] | None = None,
     **layout: int,
 ) -> dict[str, Any]:
     """A layout, in fp32 unless ``fsdp`` says otherwise, of the sparse model unless ``model`` does; see run_layouts.py.
@@ -44,6 +45,7 @@ def case(
         fsdp: fields of the FSDP2 file.
         model: of :func:`tiny_model`.
         flags: further ones.
+        lora: of :class:`LoraOptions`; None to train the weights themselves.
         layout: ``expert_size`` and ``context_size``.
     """
     return {
@@ -52,6 +54,7 @@ def case(
         "layout": layout,
         "choices": choices or {},
         "model": model or {},
+        **({"lora": lora} if lora else {}),
     }
 
 
@@ -210,7 +213,7 @@ def one_process(cases: Sequence[dict[str, Any]], directory: Path) -> Callable[[d
 
     def alone(of: dict[str, Any]) -> dict[str, Any]:
         types = {name: of["fsdp"][name] for name in ("param_dtype", "reduce_dtype")}
-        return {**case(8, fsdp=types, model=of["model"]), "flags": of["flags"]}
+        return {**case(8, fsdp=types, model=of["model"], lora=of.get("lora")), "flags": of["flags"]}
 
     outcomes = run_layouts(1, {json.dumps(alone(of)): alone(of) for of in cases}, directory)
     return lambda of: outcomes[json.dumps(alone(of))]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mindspeed_mm.models.layers.lora import attach_adapters
 from mindspeed_mm.models.lora import Adapter, LoraOptions
-from mindspeed_mm.models.parameter_rules import apply_settings
+from mindspeed_mm.models.parameter_rules import ParameterRule, Settings, apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -80,6 +80,23 @@ def gradients_of(model: Any, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """Their gradients."""
     parameters = {name.replace(".default", ""): parameter for name, parameter in model.named_parameters()}
     return of_peft(adapters, lambda name: parameters[name].grad)
+
+
+def adapted_at_random(
+    hf_model: Any, options: LoraOptions, *, dtype: str, spread: float = 0.2, **keywords: Any
+) -> tuple[Qwen3VLModel, Settings]:
+    """Our model with random factors, none of them zero, and a base that is kept in ``dtype``."""
+    model_config = Qwen3VLConfig.from_config(hf_model.config.to_dict())
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        name: torch.randn(shape, generator=generator) * spread
+        for adapter in SPEC.adapters(model_config, options) for name, shape in adapter.shapes.items()
+    }
+    model, _ = adapted_like(hf_model, factors, options, **keywords)
+    rules = [ParameterRule(pattern="*", source="test", frozen_only=True, dtype=dtype)]
+    settings = SPEC.parameter_settings(model_config, rules, lora=options)
+    apply_settings(model, settings)
+    return model, settings
 
 
 def adapted_like(

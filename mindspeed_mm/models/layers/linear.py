@@ -73,7 +73,8 @@ class AdaptableLinear(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         rows = hidden.flatten(0, -2)
         output = self.adapters(rows, F.linear(rows, self.weight, self.bias))
-        return output.view(*hidden.shape[:-1], -1)
+        # no view where none is needed: FSDP2 warns of modules that return one
+        return output if hidden.dim() == 2 else output.view(*hidden.shape[:-1], -1)
 
 
 class Linear(AdaptableLinear):
