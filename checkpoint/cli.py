@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
     def _refuse_unknown(self, arguments: Sequence[str], origin: str = "") -> None:
         """Report a misspelt option before argparse reports the correct one as missing; ``origin``: a file's name."""
         hidden = ("help", "config", "print_config") if origin else ()
-        known = [f"--{action.dest}" for action in self._actions if action.dest not in hidden]
+        known = [name for action in self._actions if action.dest not in hidden for name in action.option_strings]
         for argument in arguments:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in known:
@@ -71,6 +71,13 @@ class _Parser(argparse.ArgumentParser):
         if found.to_bf16 and found.dtype != "bf16":
             self.error(f"--to_bf16 contradicts --dtype {found.dtype}; leave one of them out")
         return found
+
+
+class _NoEffect(argparse.Action):
+    """An option of the original's whose value is read from the checkpoint."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        print(f"note: {option_string} has no effect: scale and targets are read from the adapters")
 
 
 class _ToBf16(argparse.Action):
@@ -176,12 +183,36 @@ def directory(text: str) -> str:
 _DIR: dict[str, Any] = {"type": directory, "required": True, "metavar": "DIR"}
 _FLAG: dict[str, Any] = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
 _SHOWN = 20  # differing tensors
+_ADAPTERS = "directory with adapter_config.json in any form, .../iter_XXXXXXX, or the directory of the tracker file"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "hf_dir": {**_DIR, "help": "Hugging Face directory to read"},
     "dcp_dir": {**_DIR, "help": "directory to write release/ and the tracker file to"},
     "dcp_dir of verify": {**_DIR, "help": "checkpoint to compare, or the directory of the tracker file"},
     "load_dir": {**_DIR, "help": "checkpoint: .../release, .../iter_XXXXXXX, or the directory of the tracker file"},
     "save_dir": {**_DIR, "help": "directory to write"},
+    "hf_dir of lora_to_hf": {
+        **_DIR, "required": False, "help": "Hugging Face directory of the base model (default: as recorded)"
+    },
+    "hf_dir of lora": {**_DIR, "help": "Hugging Face directory of the base model"},
+    "hf_dir|base_hf_dir of merge_lora": {**_DIR, "help": "Hugging Face directory of the base model"},
+    "lora_dir": {**_DIR, "help": "directory with adapter_config.json, in any form"},
+    "lora_dir|lora_dcp_dir of merge_lora": {**_DIR, "help": _ADAPTERS},
+    "lora_dir of verify_lora": {**_DIR, "help": _ADAPTERS},
+    "other_dir": {**_DIR, "help": "adapters to compare with, likewise"},
+    "load_dir of lora_to_hf": {**_DIR, "help": _ADAPTERS},
+    "save_dir|save_merged_hf_dir of merge_lora": {**_DIR, "help": "directory to write"},
+    "lora_target_modules": {"action": _NoEffect, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS},
+    "scaling": {"action": _NoEffect, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS},
+    "format": {
+        "choices": ("peft", "peft-transformers4", "vllm", "sglang", "per-expert"), "default": "peft",
+        "help": "form of the files: of PEFT from 0.19.1 with transformers 5, with transformers 4, of vLLM, of SGLang, "
+        "or a tensor for each expert (default: peft)",
+    },
+    "base_dir of lora": {
+        **_DIR, "required": False,
+        "help": "checkpoint with the base weights, if a run loads that (default: the weights of --hf_dir, or what a "
+        "checkpoint of adapters records)",
+    },
     "model_assets_dir": {**_DIR, "help": "original Hugging Face directory, with config, tokenizer and processor files"},
     "dir": {**_DIR, "help": "directory of either format"},
     "expert_layout": {
@@ -225,6 +256,11 @@ _TO_HF = (
     "load_dir", "save_dir", "model_assets_dir", "to_bf16", "max_shard_size", "overwrite", "skip_check", "base_dir",
     "workers",
 )
+_MERGE = (
+    "hf_dir|base_hf_dir of merge_lora", "lora_dir|lora_dcp_dir of merge_lora",
+    "save_dir|save_merged_hf_dir of merge_lora", "dtype", "to_bf16", "expert_layout", "base_dir of lora",
+    "max_shard_size", "overwrite", "workers", "lora_target_modules", "scaling",
+)
 _PREFIXES = ("hf_prefix", "dcp_prefix", "fused_linear_names")
 
 
@@ -248,11 +284,28 @@ def _verify(options: argparse.Namespace) -> int:
 
     comparison = verify(**vars(options))
     differing = comparison.differing
-    shown = differing[:_SHOWN] + [f"and {len(differing) - _SHOWN} more"] * (len(differing) > _SHOWN)
-    print(*shown, sep="\n", end="\n" * bool(shown))
+    _print_differing(differing)
     count = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
     print(count if differing else "equal, bit for bit", *[comparison.how] * bool(comparison.how), sep=", ")
     return 1 if differing else 0
+
+
+def _print_differing(lines: Sequence[str]) -> None:
+    shown = [*lines[:_SHOWN], *[f"and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)]
+    print(*shown, sep="\n", end="\n" * bool(shown))
+
+
+def _verify_lora(options: argparse.Namespace) -> int:
+    from mindspeed_mm.checkpoint.adapter_commands import verify_lora
+
+    comparison = verify_lora(**vars(options))
+    _print_differing(comparison.differing)
+    parts = [f"{comparison.equal} equal bit for bit"] * bool(comparison.equal)
+    if comparison.close:
+        parts.append(f"{comparison.close} with equal deltas up to rounding ({comparison.error:.1e} at most)")
+    parts += [f"{len(comparison.differing)} different"] * bool(comparison.differing)
+    print(f"adapted weights: {', '.join(parts)}")
+    return 1 if comparison.differing else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -272,6 +325,12 @@ class Command:
     example: str
 
 
+_MERGE_LORA = Command(
+    _MERGE,
+    _converts("adapter_commands.merge_lora"),
+    "base weights + LoRA adapters -> Hugging Face weights, each sum computed in fp32 and rounded once",
+    "--hf_dir ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct --lora_dir save_dir/iter_0001000 --save_dir ckpt/merged",
+)
 _HF, _DCP = "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct", "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp"
 CONVERTERS: dict[str, tuple[str, dict[str, Command]]] = {
     "Qwen3VLConverter": (
@@ -294,6 +353,28 @@ CONVERTERS: dict[str, tuple[str, dict[str, Command]]] = {
                 _verify,
                 "compare a checkpoint with Hugging Face weights, bit for bit; exit status 1 if they differ",
                 f"--dcp_dir {_DCP} --hf_dir {_HF}",
+            ),
+            "lora_to_hf": Command(
+                ("load_dir of lora_to_hf", "save_dir", "format", "hf_dir of lora_to_hf", "overwrite"),
+                _converts("adapter_commands.lora_to_hf"),
+                "LoRA adapters -> directory for PEFT, vLLM or SGLang",
+                "--load_dir save_dir/iter_0001000 --save_dir ckpt/adapter",
+            ),
+            "lora_hf_to_dcp": Command(
+                ("lora_dir", "hf_dir of lora", "dcp_dir", "base_dir of lora", "overwrite", "workers"),
+                _converts("adapter_commands.lora_hf_to_dcp"),
+                "directory of LoRA adapters -> checkpoint that a LoRA run starts from",
+                f"--lora_dir ckpt/adapter --hf_dir {_HF} --dcp_dir ckpt/adapter-dcp",
+            ),
+            "merge_lora": _MERGE_LORA,
+            "merge_mm_lora_dcp_weight_to_base_hf": dataclasses.replace(
+                _MERGE_LORA, description="the same as merge_lora, under MindSpeed-MM's name"
+            ),
+            "verify_lora": Command(
+                ("lora_dir of verify_lora", "other_dir", "hf_dir of lora_to_hf"),
+                _verify_lora,
+                "compare the deltas of LoRA adapters in any two forms; exit status 1 if they differ",
+                "--lora_dir save_dir/iter_0001000 --other_dir ckpt/adapter",
             ),
             "inspect": Command(
                 ("dir", "all"), _inspect, "table of what a directory of either format holds", f"--dir {_HF}"
@@ -380,7 +461,7 @@ def run(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     for key in (*command.options, "config", "print_config"):
-        parser.add_argument(f"--{key.partition(' ')[0]}", **_OPTIONS[key])
+        parser.add_argument(*(f"--{name}" for name in key.partition(" ")[0].split("|")), **_OPTIONS[key])
     options = parser.parse(arguments[2:])
     return 0 if options is None else command.run(options)
 

@@ -318,7 +318,8 @@ def _short_names(adapters: Sequence[Adapter], weights: Mapping[str, Shape] | Non
         for count in range(fewest, adapter.module.count(".") + 2):
             name = _last(adapter.module, count)
             if name not in found:
-                found[name] = "" if any(f".{other}".endswith(f".{name}") for other in others) else name
+                ambiguous = name[0].isdigit() or any(f".{other}".endswith(f".{name}") for other in others)
+                found[name] = "" if ambiguous else name
             if found[name]:
                 break
         yield name

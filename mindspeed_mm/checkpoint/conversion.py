@@ -73,7 +73,8 @@ def read_ahead(
 
 
 def open_reader(
-    checkpoint: Path, manifest: Mapping[str, Any], *, base_dir: str | Path | None, check: bool = True
+    checkpoint: Path, manifest: Mapping[str, Any], *, base_dir: str | Path | None, check: bool = True,
+    expert_layout: str = "auto",
 ) -> Any:
     """The tensors of a checkpoint, and for a partial one those of its base.
 
@@ -82,6 +83,7 @@ def open_reader(
         manifest: its manifest.
         base_dir: where the base is now; None for where it was.
         check: compare checksums.
+        expert_layout: of a base that is a Hugging Face directory.
 
     Raises:
         UserError: if the checkpoint or its base is damaged, or the base is missing or another one.
@@ -93,20 +95,25 @@ def open_reader(
     if base is None:
         return reader
     path = Path(base.path)
-    over = HFReader(path) if base.kind == "huggingface" else CheckpointReader(path, verify_directory(path), check=mode)
-    return _PartialReader(reader, over)
+    if base.kind == "huggingface":
+        return PartialReader(reader, HFReader(path, expert_layout=expert_layout))
+    return PartialReader(reader, CheckpointReader(path, verify_directory(path), check=mode))
 
 
-class _PartialReader:
-    """A checkpoint's tensors, and from its base the parameters that it does not hold."""
+class PartialReader:
+    """A checkpoint's tensors, and from its base the parameters that it does not hold.
+
+    Attributes:
+        base: reader of the base.
+    """
 
     def __init__(self, own: CheckpointReader, base: CheckpointReader | HFReader) -> None:
-        self._own, self._base, self.path = own, base, own.path
+        self._own, self.base, self.path = own, base, own.path
         parameters = {name: entry for name, entry in base.tensors.items() if name.startswith(MODEL_PREFIX)}
         self.tensors = {**parameters, **own.tensors}
 
     def _of(self, name: str) -> Any:
-        return self._own if name in self._own.tensors else self._base
+        return self._own if name in self._own.tensors else self.base
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """See ``CheckpointReader``."""
@@ -117,11 +124,10 @@ class _PartialReader:
         return self._of(name).ranges(name)
 
     def verify_whole_files(self, names: Iterable[str], announce: Callable[[str], None]) -> None:
-        """See ``CheckpointReader``; nothing records checksums of a Hugging Face directory."""
+        """See ``CheckpointReader``."""
         names = set(names)
         self._own.verify_whole_files(names & self._own.tensors.keys(), announce)
-        if isinstance(self._base, CheckpointReader):
-            self._base.verify_whole_files(names - self._own.tensors.keys(), announce)
+        self.base.verify_whole_files(names - self._own.tensors.keys(), announce)
 
 
 class ProgressBar:

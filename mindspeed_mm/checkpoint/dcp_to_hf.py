@@ -53,6 +53,7 @@ from mindspeed_mm.checkpoint.huggingface import (
     missing_assets,
 )
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
+from mindspeed_mm.checkpoint.partial import refuse_lora
 from mindspeed_mm.checkpoint.safetensors_io import build_header, listed, tensor_bytes
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.errors import UserError
@@ -100,6 +101,7 @@ def dcp_to_hf(
     checkpoint = find_checkpoint(load, "--load_dir")
     check_huggingface(assets, "--model_assets_dir")
     manifest = verify_directory(checkpoint, plain=not check)
+    refuse_lora(manifest, checkpoint)
     spec = spec_of(assets)
     model_config = spec.read_config(assets)
     reader = open_reader(checkpoint, manifest, base_dir=base_dir, check=check)
@@ -116,11 +118,25 @@ def dcp_to_hf(
         LAYOUT_KEY: "hub",
         "source": {"checkpoint": str(checkpoint), METADATA: manifest["files"].get(METADATA)},
     }
-    processors, changes = _trained_processors(manifest, checkpoint, assets, spec)
+    processors, changes = trained_processors(manifest, checkpoint, assets, spec)
     write_safetensors(
         outputs, save, checkpoint=checkpoint, assets=assets, facts=facts, max_shard_size=max_shard_size,
         workers=workers, overwrite=overwrite, replaced=processors,
     )
+    print_notes(save, assets, spec, model_config, changes)
+    return save
+
+
+def print_notes(save: Path, assets: Path, spec: ModelSpec, model_config: Any, changes: Sequence[str]) -> None:
+    """Print what a user of a written directory should know.
+
+    Args:
+        save: the directory.
+        assets: that its other files are from.
+        spec: of the model.
+        model_config: likewise.
+        changes: from :func:`trained_processors`.
+    """
     if changes:
         print(f"processor settings are the training's: {', '.join(changes)}")
     if model_config.num_experts and layout_by_shapes({}, spec, model_config) is None:
@@ -133,7 +149,6 @@ def dcp_to_hf(
             f"warning: {assets} has no {', no '.join(missing)}, so neither has {save}, which transformers cannot use "
             "with texts and images; copy the files from the original model directory"
         )
-    return save
 
 
 def write_safetensors(
@@ -147,6 +162,7 @@ def write_safetensors(
     workers: int | None,
     overwrite: bool,
     replaced: Mapping[str, Mapping[str, Any]] | None = None,
+    title: str = "dcp_to_hf",
 ) -> None:
     """Write a directory of safetensors files from the parameters of a checkpoint.
 
@@ -160,6 +176,7 @@ def write_safetensors(
         workers: threads; None for the default.
         overwrite: replace ``save``.
         replaced: name -> content of those JSON files that take the place of the ones in ``assets``.
+        title: of the progress bar.
     """
     if save.name in ("", ".."):
         raise UserError(f"--save_dir {save} cannot be replaced by the result; name the directory itself")
@@ -181,7 +198,7 @@ def write_safetensors(
             outputs[0].reader.verify_whole_files([output.name for output in outputs], print)
             with resumable(directory, plan) as finished:
                 header = {"format": "pt", **{key: facts[key] for key in (LAYOUT_KEY,) if key in facts}}
-                written = _write_files(directory, files, header, finished, workers or default_workers())
+                written = _write_files(directory, files, header, finished, workers or default_workers(), title)
                 _write_index(directory.partial, files)
                 types = {output.dtype for output in outputs}
                 copy_assets(assets, directory.partial, dtype=types.pop() if len(types) == 1 else None)
@@ -221,7 +238,7 @@ def _check(reader: Any, rules: Sequence[WeightRule], checkpoint: Path, assets: P
         )
 
 
-def _trained_processors(
+def trained_processors(
     manifest: Mapping[str, Any], checkpoint: Path, assets: Path, spec: ModelSpec
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Files and changes of :meth:`ModelSpec.with_trained_limits`; none if the checkpoint records no limits."""
@@ -269,7 +286,18 @@ class Output:
     def _convert(self, rows: Rows) -> list[tuple[bool, Tensor]]:
         values = self.reader.read(self.name, rows)
         tensors = self.rule.to_hf(values) if values.dim() else (values,)
-        return [(not self.rule.row_wise or rows[0] == 0, tensor.to(self.dtype).contiguous()) for tensor in tensors]
+        return [
+            (not self.rule.row_wise or rows[0] == 0, self._rounded(name, tensor, rows).contiguous())
+            for (name, _), tensor in zip(self.sources, tensors, strict=True)
+        ]
+
+    def _rounded(self, name: str, tensor: Tensor, rows: Rows) -> Tensor:
+        """The values to write of a Hugging Face tensor, or of its rows if the rule is row-wise."""
+        return tensor.to(self.dtype)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What else the manifest records of a tensor, once it is written."""
+        return {}
 
 
 def plan_files(outputs: Sequence[Output], max_shard_size: int) -> dict[str, list[Output]]:
@@ -298,10 +326,11 @@ def _write_files(
     header: Mapping[str, str],
     finished: Mapping[str, WrittenFile],
     workers: int,
+    title: str,
 ) -> dict[str, WrittenFile]:
     """Write the files that are not finished; returns all."""
     total = sum(output.nbytes for outputs in files.values() for output in outputs)
-    progress = ProgressBar("dcp_to_hf")
+    progress = ProgressBar(title)
     progress.begin(remaining(directory, total, finished))
     lanes = max(1, workers // _WORKERS_PER_FILE)
     written = dict(finished)
@@ -330,10 +359,10 @@ def _write_file(
     advance: Callable[[int], None],
 ) -> WrittenFile:
     """Write one safetensors file, flush it to disk and return its checksum and those of its tensors."""
-    entries = [(name, output.dtype, shape) for output in outputs for name, shape in output.sources]
+    sources = [(output, name, shape) for output in outputs for name, shape in output.sources]
     starts: list[int] = []
     with new_file(path, advance) as file:
-        file.write(build_header(entries, header))
+        file.write(build_header([(name, output.dtype, shape) for output, name, shape in sources], header))
         for tensors in read_ahead((job for output in outputs for job in output.jobs()), pool, limit):
             for is_new, tensor in tensors:
                 if is_new:
@@ -344,10 +373,11 @@ def _write_file(
     facts = {
         name: {
             "shape": list(shape),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(output.dtype).removeprefix("torch."),
             "checksum": format_checksum(file.sections[start][1] if end > start else 0),
+            **output.facts(name),
         }
-        for (name, dtype, shape), start, end in zip(entries, starts, ends, strict=True)
+        for (output, name, shape), start, end in zip(sources, starts, ends, strict=True)
     }
     return WrittenFile(size, format_checksum(file.crc), facts={"tensors": facts})
 

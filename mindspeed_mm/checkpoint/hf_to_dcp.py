@@ -42,7 +42,7 @@ from mindspeed_mm.checkpoint.directory import (
     write_tracker,
 )
 from mindspeed_mm.checkpoint.files import combine, crc32, format_checksum
-from mindspeed_mm.checkpoint.huggingface import HFReader, ReadRange, SafetensorsReader, config_dtype
+from mindspeed_mm.checkpoint.huggingface import HFReader, ReadRange, config_dtype
 from mindspeed_mm.checkpoint.safetensors_io import split_rows, tensor_bytes
 from mindspeed_mm.checkpoint.save_directory import complete_iterations
 from mindspeed_mm.checkpoint.shards import write_items
@@ -95,23 +95,25 @@ def hf_to_dcp(
 
 
 def write_checkpoint(
-    reader: SafetensorsReader,
+    reader: Any,
     dcp_dir: str | Path,
     *,
     dtype: str,
     facts: Mapping[str, Any],
     workers: int | None,
     overwrite: bool,
+    title: str = "hf_to_dcp",
 ) -> Path:
     """Write all parameters of a reader to ``dcp_dir/release``, and the tracker; returns the checkpoint's path.
 
     Args:
-        reader: of the source.
+        reader: of the source; a ``SafetensorsReader``, or what has its attributes and methods.
         dcp_dir: created if needed.
         dtype: ``keep``, ``bf16`` or ``fp32``.
         facts: for the manifest.
         workers: threads; None for the default.
         overwrite: replace an existing ``release``.
+        title: of the progress bar.
     """
     root, target = Path(dcp_dir), Path(dcp_dir) / RELEASE
     if root.exists() and not root.is_dir():
@@ -151,7 +153,7 @@ def write_checkpoint(
         if not committed:
             with resumable(directory, plan) as finished:
                 unused += reader.read_unused()  # first, as it may refuse the source
-                _save(tensors, directory, finished, workers or default_workers(), commit)
+                _save(tensors, directory, finished, workers or default_workers(), commit, title)
         write_tracker(root, RELEASE)
     directory.clean_up()  # after the lock file is gone, so that the same command completes this after a kill
     return target
@@ -163,9 +165,10 @@ def _save(
     finished: Mapping[str, WrittenFile],
     workers: int,
     commit: Callable[[Mapping[str, WrittenFile]], None],
+    title: str,
 ) -> None:
     """Let torch write the tensors into the partial directory and commit it."""
-    progress = ProgressBar("hf_to_dcp")
+    progress = ProgressBar(title)
     writer = CheckpointWriter(
         directory.partial,
         prepare=lambda nbytes: progress.begin(remaining(directory, nbytes, finished)),
@@ -188,7 +191,7 @@ def _save(
 class _ConvertedTensor:
     """A parameter that is read and converted chunk by chunk, while torch's writer writes it."""
 
-    def __init__(self, reader: SafetensorsReader, name: str, dtype: torch.dtype | None) -> None:
+    def __init__(self, reader: Any, name: str, dtype: torch.dtype | None) -> None:
         self._reader, self._name = reader, name
         self.shape, stored = reader.tensors[name]
         self.dtype = dtype if dtype is not None and stored.is_floating_point else stored

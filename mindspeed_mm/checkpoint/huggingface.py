@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def check_replaceable(target: Path, *, overwrite: bool, keep: Sequence[Path]) ->
         return
     if not overwrite:
         raise UserError(f"--save_dir {target} exists; pass --overwrite to replace it, or name another directory")
-    if not any((target / name).is_file() for name in ("config.json", INDEX, SINGLE)):
+    if not any((target / name).is_file() for name in ("config.json", INDEX, SINGLE, ADAPTER_CONFIG)):
         raise UserError(f"--save_dir {target} is not a model directory, so it is not replaced; name another directory")
 
 
@@ -238,6 +238,9 @@ class SafetensorsReader(FileSystemReader):
         if reads is not None:
             reads.append(ReadRange(stored.file.name, start, tensor.nbytes, crc32(tensor_bytes(tensor))))
         return tensor
+
+    def verify_whole_files(self, names: Iterable[str], announce: Callable[[str], None]) -> None:
+        """Nothing, since nothing records checksums of the files; see ``CheckpointReader``."""
 
     def read_unused(self) -> list[ReadRange]:
         """Read the stored tensors that no parameter is made of; returns what was read."""

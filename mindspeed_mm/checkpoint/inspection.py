@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mindspeed_mm.checkpoint.adapter_formats import ORIENTATION_KEY
+from mindspeed_mm.checkpoint.adapters import AdapterConfig, read_weights_header, recorded_options
 from mindspeed_mm.checkpoint.conversion import (
     HELD_BYTES,
     ProgressBar,
@@ -28,6 +30,7 @@ from mindspeed_mm.checkpoint.directory import (
     MODEL_CONFIG_KEY,
     check_huggingface,
     find_checkpoint,
+    is_adapter_directory,
     is_huggingface,
     read_manifest,
     read_tracker,
@@ -35,10 +38,11 @@ from mindspeed_mm.checkpoint.directory import (
 )
 from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, layout_by_shapes, read_headers
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
-from mindspeed_mm.checkpoint.partial import Base
+from mindspeed_mm.checkpoint.partial import Base, refuse_lora
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import CheckpointReader
-from mindspeed_mm.inputs import is_present, reading, shorten
+from mindspeed_mm.inputs import is_present, reading, shorten, shown
+from mindspeed_mm.models.lora import LORA_KEY
 from mindspeed_mm.models.spec import spec_of
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -79,6 +83,7 @@ def verify(
     checkpoint = find_checkpoint(Path(dcp_dir), "--dcp_dir")
     check_huggingface(Path(hf_dir), "--hf_dir")
     manifest = verify_directory(checkpoint)
+    refuse_lora(manifest, checkpoint)
     source = HFReader(hf_dir, expert_layout=expert_layout)
     reader = open_reader(checkpoint, manifest, base_dir=base_dir)
     imported = manifest["metadata"].get("dtype", "keep") != "keep"
@@ -165,7 +170,9 @@ def inspect(directory: str | Path, *, every_tensor: bool = False) -> str:
         UserError: if the directory has neither format or is incomplete.
     """
     path = Path(directory)
-    if is_huggingface(path):
+    if is_adapter_directory(path):
+        facts, entries = _describe_adapters(path)
+    elif is_huggingface(path):
         facts, entries = _describe_hf(path)
     else:
         facts, entries = _describe_dcp(find_checkpoint(path, "--dir"))
@@ -195,6 +202,21 @@ def _describe_hf(path: Path) -> tuple[dict[str, str], Entries]:
     return facts | spec.describe(model_config), entries
 
 
+def _describe_adapters(path: Path) -> tuple[dict[str, str], Entries]:
+    config, header = AdapterConfig(path), read_weights_header(path)
+    orientation = header.metadata.get(ORIENTATION_KEY)
+    facts = {
+        "directory": str(path),
+        "format": "LoRA adapters" + (f", experts' factors {orientation}" if orientation else ""),
+        "base": config.base or "not recorded",
+        "LoRA": f"rank {config.r}, alpha {config.alpha:g}",
+    }
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "target_parameters"):
+        if value := config.content.get(name):
+            facts[name] = shown(value)
+    return facts, {name: (tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
+
+
 def _describe_dcp(path: Path) -> tuple[dict[str, str], Entries]:
     manifest = verify_directory(path)
     with reading(f"the metadata in {path / MANIFEST}", "create the checkpoint again"):
@@ -219,6 +241,12 @@ def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     base = Base.recorded(manifest)
     if base is not None:
         facts["holds"] = f"a part of the model, over the base {base.path}"
+    if LORA_KEY in metadata:
+        options = recorded_options(path, manifest)
+        scale = "alpha / sqrt(rank)" if options.use_rslora else "alpha / rank"
+        targets = metadata[LORA_KEY].get("targets", ())
+        facts["LoRA"] = f"rank {options.r}, of experts {options.expert_r}, alpha {options.alpha:g}, scale {scale}"
+        facts["LoRA targets"] = shorten(" ".join(map(str, targets)))
     model_config = metadata.get(MODEL_CONFIG_KEY, metadata.get("geometry"))  # the second in older checkpoints
     if isinstance(model_config, Mapping):
         text = model_config.get("text", model_config)

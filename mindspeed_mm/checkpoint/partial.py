@@ -21,6 +21,7 @@ from mindspeed_mm.checkpoint.directory import (
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, read_entries
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import INDEX_BYTES, is_directory, open_regular, read_bytes, reading, shorten
+from mindspeed_mm.models.lora import LORA_KEY
 
 BASE_KEY = "base"
 """Key of the manifest's metadata; only partial checkpoints have it."""
@@ -112,6 +113,17 @@ def find_base(manifest: Mapping[str, Any], checkpoint: Path, *, moved_to: str | 
             f"one by {option} DIR"
         )
     return found
+
+
+def refuse_lora(manifest: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint of a LoRA run where one of a whole model is expected.
+
+    Raises:
+        UserError: naming the commands for it.
+    """
+    if LORA_KEY in manifest["metadata"]:
+        raise UserError(f"{checkpoint} holds LoRA adapters; merge_lora of mm-convert adds them to the base model, "
+                        "lora_to_hf writes them for PEFT, vLLM and SGLang, and verify_lora compares them")
 
 
 def check_expert_layout(layout: str, manifest: Mapping[str, Any], checkpoint: Path) -> None:
