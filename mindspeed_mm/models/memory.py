@@ -32,7 +32,7 @@ class KernelTraits:
         rotary_keeps_input: the rotary embedding keeps its inputs, query and key.
         softmax_bytes: statistics of the softmax per token and head.
         joins_segments: attention runs segment by segment and joins the results, which then exist twice.
-        reduction_copies: the collective library reduces a copy of its input.
+        collective_copies: the collective library reduces a copy of its input, and gathers into a copy of its output.
         fp32_weighting: the gradient of the experts' weights is computed from fp32 copies of all permuted tokens.
         inner_again: grouped experts keep what enters SwiGLU, and compute what leaves it again.
     """
@@ -44,17 +44,17 @@ class KernelTraits:
     joins_segments: bool
     fp32_weighting: bool
     inner_again: bool
-    reduction_copies: bool
+    collective_copies: bool
 
 
 WRITTEN_OUT = KernelTraits(
     fused_norm=True, fused_swiglu=False, rotary_keeps_input=False, softmax_bytes=4, joins_segments=True,
-    fp32_weighting=False, inner_again=True, reduction_copies=True,
+    fp32_weighting=False, inner_again=True, collective_copies=True,
 )
 """PyTorch's operations, as on a CPU."""
 FUSED = KernelTraits(
     fused_norm=True, fused_swiglu=True, rotary_keeps_input=True, softmax_bytes=64, joins_segments=False,
-    fp32_weighting=False, inner_again=False, reduction_copies=False,
+    fp32_weighting=False, inner_again=False, collective_copies=False,
 )
 """An accelerator's own kernels; its attention keeps the softmax's maximum and sum, eight fp32 copies of each."""
 

@@ -120,11 +120,12 @@ def advise(run: Run, device: Device) -> Advice:
     """Estimate a run, and with changed options.
 
     Settings that fit are the single changes that do; if there are none, several changes together; and besides these the
-    smallest multiple of the ranks, and offload to the host, each with other changes as far as they are needed.
+    smallest multiple of the ranks, offload to the host, and LoRA, each with other changes as far as they are needed.
     """
     search = _Search(run, device)
     offload = [] if run.fsdp.offload_to_cpu else [_offload(run)]
-    tried = [(change, search.setting([change])) for change in (*search.changes, _more_ranks(run, 2), *offload)]
+    others = [*offload, *_lora(run)]
+    tried = [(change, search.setting([change])) for change in (*search.changes, _more_ranks(run, 2), *others)]
     single = _found(*(setting for _, setting in tried))
     if device.fits(search.before):
         return Advice(search.before, single, [])
@@ -136,8 +137,8 @@ def advise(run: Run, device: Device) -> Advice:
     if not fitting:
         fitting += _found(search.combined())
     # more ranks or the host are no help to what fits without
-    others = _found(search.more_ranks(), *(search.combined(change) for change in offload))
-    fitting += [other for other in others if not any(other.has_all_of(setting) for setting in fitting)]
+    found = _found(search.more_ranks(), *(search.combined(change) for change in others))
+    fitting += [other for other in found if not any(other.has_all_of(setting) for setting in fitting)]
     return Advice(search.before, single, fitting)
 
 
@@ -201,7 +202,7 @@ class _Search:
     def has_room(self, changes: Sequence[Change]) -> bool:
         """Whether the device can hold the parameters and the optimizer state, which other changes do not make fewer."""
         plan = self.run.plan
-        if plan.offload_to_cpu or any(change.topic == "offload" for change in changes):
+        if plan.offload_to_cpu or any(change.topic in ("offload", "lora") for change in changes):
             return True
         whole = (self.before.parameters + self.before.optimizer) * plan.sharding_size
         return whole <= self.device.free * plan.world_size * math.prod(change.times for change in changes)
@@ -305,6 +306,17 @@ def _divided(size: int) -> Iterator[int]:
     while size > 1:
         size //= next((number for number in range(2, math.isqrt(size) + 1) if size % number == 0), size)
         yield size
+
+
+def _lora(run: Run) -> Iterator[Change]:
+    """Adapters instead of full fine-tuning."""
+    if not run.args.lora:
+        kept = {} if "frozen_param_dtype" in run.args.given else {"frozen_param_dtype": run.fsdp.param_dtype}
+        yield Change(
+            topic="lora", field="the flags --lora-target-modules all --lora-r 16 --lora-alpha 32 --lr 1e-4",
+            args={"lora_target_modules": "all", "lora_r": 16, "lora_alpha": 32.0, **kept},
+            note="LoRA: trains adapters instead of the weights",
+        )  # fmt: skip
 
 
 def _last_resorts(run: Run) -> Iterator[Change]:

@@ -25,9 +25,11 @@ def volumes(plan: Plan) -> dict[str, int]:
 
 def _sharding(plan: Plan) -> dict[str, float]:
     result = {"all_gather": 0.0, "reduce_scatter": 0.0, "all_reduce": 0.0}
+    reached = False
     for unit in units_of(plan):
-        # embeddings too: they are gathered ahead in backward, though nothing happens to frozen ones
-        again = unit.kind == "embedding" or (unit.runs_backward and unit.kind not in ("root", "head"))
+        # behind what trains, frozen embeddings too: they are gathered ahead in backward, though nothing happens to them
+        reached |= unit.runs_backward
+        again = reached and unit.kind not in ("root", "head")
         times = 2 if plan.reshard_after_forward and again else 1
         if unit.kind == "experts" and plan.recompute_granularity == "full":
             times += int(plan.reshard_after_forward)  # FSDP2 frees them again behind the recomputed forward pass

@@ -148,9 +148,12 @@ class _Step:
         for position, unit in enumerate(units):
             own = 0 if unit.experts is None else 1
             ahead = units[position + 1 + own : position + 1 + own + plan.num_to_forward_prefetch]
+            held = {"gathered": self.gathered(unit, forward=True), "prefetched": self.buffers(ahead)}
+            if plan.kernels.collective_copies:
+                copied = {"prefetched": self.buffers(ahead[-1:])}
+                yield self.moment(f"all-gather before {unit.name}", **_add(held, copied))
             running = {
-                "gathered": self.gathered(unit, forward=True),
-                "prefetched": self.buffers(ahead),
+                **held,
                 "head" if unit.kind == "head" else "working": unit.activations.forward,
             }
             inside = 0 if unit.kind == "head" else self._kept_while_running(unit.activations)
@@ -169,12 +172,13 @@ class _Step:
         """All moments of backward; kept activations shrink, gradients grow."""
         plan = self.plan
         units = self.units[1:]
-        for position in reversed(range(len(units))):
+        first = next((position for position, unit in enumerate(units) if unit.runs_backward), len(units))
+        for position in reversed(range(first, len(units))):
             unit = units[position]
             if not unit.runs_backward:
                 continue
             ahead = max(1, plan.num_to_backward_prefetch)  # for 0 FSDP2 gathers one ahead by itself
-            yield from self._backward_of(unit, units[max(0, position - ahead) : position])
+            yield from self._backward_of(unit, units[max(first, position - ahead) : position])
         yield self._reduce(self.units[0], "backward, what is gathered once per step")
 
     def _backward_of(self, unit: Unit, ahead: Sequence[Unit]) -> Iterator[Snapshot]:
@@ -215,7 +219,7 @@ class _Step:
         whole, shard = unit.gathered(training_only=True), unit.shard(training_only=True)
         self.reducing = 0 if plan.is_single_device else plan.reduce_bytes * whole
         copies = 2 if unit.axis else 1
-        copied = plan.reduce_bytes * whole if plan.kernels.reduction_copies and unit.shards > 1 else 0
+        copied = plan.reduce_bytes * whole if plan.kernels.collective_copies and unit.shards > 1 else 0
         result = plan.reduce_bytes * shard if plan.micro_batches > 1 or plan.offload_to_cpu else 0
         if plan.micro_batches == 1 and not plan.offload_to_cpu:
             self.static["gradients"] += MASTER_BYTES * shard

@@ -120,6 +120,7 @@ class Run:
         pixels: of the image in a sample of the full length.
         sizes: of a micro-batch, fields of :class:`Load` that are known; the others are the largest possible.
         overrides: fields of the plan that have other values than flags and files give.
+        known: what trains with and without LoRA, shared with changed runs: finding it takes longer than an estimate.
     """
 
     args: TrainingArgs
@@ -130,16 +131,20 @@ class Run:
     pixels: int
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    known: dict[LoraOptions | None, Trained] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def facts(self) -> ModelFacts:
         """What the rules between options and model read."""
         return get_spec(self.model_config.model_type).facts(self.model_config)
 
-    @functools.cached_property
+    @property
     def trained(self) -> Trained:
         """What trains."""
-        return trained_by(self.args, self.model, self.model_config)
+        lora = LoraOptions.from_args(self.args)
+        if lora not in self.known:
+            self.known[lora] = trained_by(self.args, self.model, self.model_config)
+        return self.known[lora]
 
     @property
     def load(self) -> Load:
@@ -163,7 +168,7 @@ class Run:
         self, *, args: Mapping[str, Any], fsdp: Mapping[str, Any], overrides: Mapping[str, Any], world_size: int,
         samples: int,
     ) -> Run:
-        """The run with some options changed.
+        """The run with some options changed, of which none but LoRA's decide what trains.
 
         Args:
             args: fields of the flags.
@@ -186,9 +191,8 @@ class Run:
             self, args=changed_args, fsdp=changed_fsdp, world_size=world_size,
             overrides={**self.overrides, **overrides},
         )
-        same = LoraOptions.from_args(changed_args) == LoraOptions.from_args(self.args)
-        # which take longer than an estimate; no other change decides what trains
-        vars(run).update(facts=self.facts, trained=self.trained if same else run.trained)
+        vars(run).update(facts=self.facts)
+        _ = run.trained  # raises here what does not fit the model
         return run
 
 
