@@ -11,7 +11,7 @@ import torch_npu
 from mindspeed_mm.backend.kernels import npu
 from mindspeed_mm.backend.kernels.attention import Segments, eager_attention
 from mindspeed_mm.backend.kernels.elementwise import torch_rms_norm, torch_rotary
-from mindspeed_mm.backend.kernels.experts import reference_experts
+from mindspeed_mm.backend.kernels.experts import ExpertAdapters, reference_experts
 from mindspeed_mm.backend.kernels.registry import (
     attention_kernel,
     expert_kernel,
@@ -111,6 +111,24 @@ def test_grouped_experts(counts):
     ours = expert_kernel(name, device="npu")(*device, torch.tensor(counts).npu())
     (ours * weight.npu()).sum().backward()
     assert host_synchronisations() == before  # the counts stay on the device
+    (theirs * weight).sum().backward()
+    check(ours, theirs)
+    check_gradients(device, host)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0]], ids=str)
+def test_grouped_experts_with_adapters(counts):
+    torch.manual_seed(2)
+    experts, hidden, inner, rank = len(counts), 8, 12, 3
+    widths = [(hidden, 2 * inner), (inner, hidden), (hidden, rank), (2 * inner, rank), (inner, rank), (hidden, rank)]
+    host, device = pairs(torch.randn(sum(counts), hidden), *(torch.randn(experts, *shape) for shape in widths))
+    weight = torch.randn(sum(counts), hidden)
+    theirs = reference_experts(*host[:3], torch.tensor(counts), adapters=ExpertAdapters(*host[3:], 0.5))
+    before = host_synchronisations()
+    kernel = expert_kernel("npu_grouped_matmul", device="npu")
+    ours = kernel(*device[:3], torch.tensor(counts).npu(), adapters=ExpertAdapters(*device[3:], 0.5))
+    (ours * weight.npu()).sum().backward()
+    assert host_synchronisations() == before
     (theirs * weight).sum().backward()
     check(ours, theirs)
     check_gradients(device, host)

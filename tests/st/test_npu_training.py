@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.layouts import GRADIENT, LOSS, PARAMETER, case, errors, reference, run_layouts
+from tests.helpers.layouts import GRADIENT, LOSS, PARAMETER, case, errors, one_process, reference, run_layouts
 from tests.helpers.mcore_model import relative
 from tests.helpers.npu_environment import HAS_COMPILER, SIMULATED_NPU, npu_environment
 from tests.st.test_recipe import EXAMPLE, place, stored, train  # noqa: F401  place is a fixture
@@ -25,6 +25,7 @@ pytestmark = [
 ]
 OPERATORS = SIMULATED_NPU / "torch_npu/operators.txt"
 BF16 = {"param_dtype": "bf16"}
+LORA = {"targets": ["all"], "r": 4, "alpha": 8, "expert_r": 3}
 CASES = {
     "FSDP2": case(4),
     "EP2": case(4, expert_size=2),
@@ -34,6 +35,27 @@ CASES = {
     "FSDP2, bf16": case(4, fsdp=BF16),
     "EP2, bf16": case(4, fsdp=BF16, expert_size=2),
 }
+
+
+ADAPTED = {
+    "FSDP2": case(4, lora=LORA),
+    "EP2": case(4, lora=LORA, expert_size=2),
+    "EP2, bf16": case(4, lora=LORA, fsdp=BF16, expert_size=2),
+}
+
+
+def test_adapters_equal_one_process_on_the_host(tmp_path):
+    theirs = one_process(list(ADAPTED.values()), tmp_path)
+    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu", "MM_TEST_OPERATORS": str(tmp_path / "operators")}
+    for name, outcome in run_layouts(2, ADAPTED, tmp_path, environment).items():
+        found = errors(outcome, theirs(ADAPTED[name]))
+        if "bf16" in name:
+            assert found["losses"] < 0.01 and found["norms"] < 0.1, (name, found)
+            continue
+        assert found["losses"] <= LOSS and found["norms"] <= GRADIENT, (name, found)
+        assert found["gradients"] <= GRADIENT and found["parameters"] <= PARAMETER, (name, found)
+    used = {name for name in (tmp_path / "operators").read_text().split() if not name.startswith("fsdp::")}
+    assert "npu::npu_grouped_matmul" in used and used <= set(OPERATORS.read_text().split())
 
 
 def test_layouts_equal_hugging_face(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -20,13 +21,29 @@ from mindspeed_mm.models.layers import specs  # noqa: E402
 from mindspeed_mm.models.layers.attention import PackedSelfAttention  # noqa: E402
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher  # noqa: E402
 from mindspeed_mm.models.spec import ModelBuildOptions  # noqa: E402
+from tests.helpers.hf_model import mixed_samples, tiny_model  # noqa: E402
+from tests.helpers.lora import adapted_by_peft  # noqa: E402
+from tests.ut.models.test_lora_parity import equals_peft, options_of, run_peft  # noqa: E402
 from tests.ut.models.test_parity import equals_hf, reference  # noqa: E402, F401  the latter a fixture
 
 
-def test_packed_batch_equals_hf(reference, monkeypatch):  # noqa: F811
+@pytest.fixture
+def with_triton(monkeypatch):
     for module in (registry, specs):
         monkeypatch.setattr(module, "use_triton", lambda device: True)
     monkeypatch.setattr(specs, "expert_kernel_name", lambda **_: "triton_grouped_mm")
+
+
+def test_adapters_equal_peft(with_triton):
+    base, options = tiny_model(), options_of("all", r=3, expert_r=4)
+    peft_model = adapted_by_peft(copy.deepcopy(base), options)
+    loss, logits = run_peft(peft_model, mixed_samples())
+    choices = ModelBuildOptions(text_attn_implementation="sdpa")
+    model = equals_peft(base, peft_model, options, mixed_samples(), loss, logits, choices)
+    assert {layer.experts.kernel for layer in model.text_decoder.moe_layers()} == {weighted_experts}
+
+
+def test_packed_batch_equals_hf(reference, with_triton):  # noqa: F811
     model, _ = equals_hf(reference, ModelBuildOptions(text_attn_implementation="sdpa"))
     attention = [module for module in model.modules() if isinstance(module, PackedSelfAttention)]
     assert {module.split_kernel for module in attention} == {norm_rotary_split}
