@@ -22,6 +22,7 @@ variables of the launchers (VARIABLE=value bash examples/qwen3vl/finetune_...sh;
   parallelism  EP CP RECOMPUTE_ARGS
   batch        MBS GRAD_ACC_STEP SEQ_LEN NUM_WORKERS SEED
   training     TRAIN_ITERS LR MIN_LR LR_WARMUP_FRACTION WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 LOSS_ARGS
+  LoRA         LORA_TARGETS LORA_R LORA_ALPHA LORA_EXPERT_R
   checkpoints  SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL CKPT_ARGS
 USAGE
 }
@@ -223,6 +224,15 @@ MBS=${MBS:-1}
 GRAD_ACC_STEP=${GRAD_ACC_STEP:-1}
 SEQ_LEN=${SEQ_LEN:-1024}
 TRAIN_ITERS=${TRAIN_ITERS:-10000}
+# LoRA (docs/lora.md); empty targets: full fine-tuning, or lora_args of the model file
+LORA_TARGETS=${LORA_TARGETS-}
+LORA_R=${LORA_R-}
+LORA_ALPHA=${LORA_ALPHA-}
+LORA_EXPERT_R=${LORA_EXPERT_R-}
+if [ -n "$LORA_TARGETS" ]; then # adapters take a larger learning rate, and checkpoints of them are small
+    LR=${LR:-1.0e-4}
+    CKPT_ARGS=${CKPT_ARGS-}
+fi
 LR=${LR:-1.0e-5}
 MIN_LR=${MIN_LR:-0.0}
 LR_WARMUP_FRACTION=${LR_WARMUP_FRACTION:-0.1}
@@ -314,6 +324,11 @@ GPT_ARGS=(
 )
 # Without a converted checkpoint the weights of init_from_hf_path are loaded.
 [ -n "$LOAD_PATH" ] && GPT_ARGS+=(--load "$LOAD_PATH")
+read -r -d '' -a TARGET_WORDS <<<"$LORA_TARGETS"
+((${#TARGET_WORDS[@]})) && GPT_ARGS+=(--lora-target-modules "${TARGET_WORDS[@]}")
+[ -n "$LORA_R" ] && GPT_ARGS+=(--lora-r "$LORA_R")
+[ -n "$LORA_ALPHA" ] && GPT_ARGS+=(--lora-alpha "$LORA_ALPHA")
+[ -n "$LORA_EXPERT_R" ] && GPT_ARGS+=(--lora-expert-r "$LORA_EXPERT_R")
 read -r -d '' -a MODE_WORDS <<<"$LOSS_ARGS $RECOMPUTE_ARGS $CKPT_ARGS" # to the end, not of the first line
 
 MM_ARGS=(

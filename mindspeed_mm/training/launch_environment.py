@@ -35,7 +35,8 @@ VARIABLES = {
     "--pipeline-model-parallel-size": "PP", "--mm-data": "MM_DATA", "--mm-model": "MM_MODEL", "--mm-tool": "MM_TOOL",
     "--fsdp2-config-path": "FSDP2_PATH", "--load": "LOAD_PATH", "--save": "SAVE_PATH",
     "--save-interval": "SAVE_INTERVAL", "--eval-interval": "EVAL_INTERVAL", "--eval-iters": "EVAL_ITERS",
-    "--log-interval": "LOG_INTERVAL",
+    "--log-interval": "LOG_INTERVAL", "--lora-target-modules": "LORA_TARGETS", "--lora-r": "LORA_R",
+    "--lora-alpha": "LORA_ALPHA", "--lora-expert-r": "LORA_EXPERT_R",
 }
 """Flags -> the launchers' variables that they are set by."""
 _MORE_VARIABLES = (
@@ -47,7 +48,7 @@ _OTHER_NAMES = {  # of other launchers
     "GRADIENT_ACCUMULATION_STEPS": "GRAD_ACC_STEP", "SAVE_DIR": "SAVE_PATH", "OUTPUT_DIR": "SAVE_PATH",
     "LOAD_DIR": "LOAD_PATH", "CKPT_LOAD_DIR": "LOAD_PATH", "CKPT_SAVE_DIR": "SAVE_PATH", "SEQ_LENGTH": "SEQ_LEN",
     "MAX_LENGTH": "SEQ_LEN", "LEARNING_RATE": "LR", "MAX_STEPS": "TRAIN_ITERS", "NPROC_PER_NODE": "NPUS_PER_NODE",
-    "GPUS_PER_NODE": "NPUS_PER_NODE",
+    "GPUS_PER_NODE": "NPUS_PER_NODE", "LORA_RANK": "LORA_R", "LORA_TARGET_MODULES": "LORA_TARGETS",
 }
 _NAMES = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|[a-z]+(?:_[a-z]+)+)(?![\w-])")
 
