@@ -72,8 +72,8 @@ def published_form(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"text_config": text}
 
 
-def make_environment(place: Path, version: str) -> Path:
-    """An environment above this one with another version of transformers; returns its interpreter."""
+def make_environment(place: Path, *packages: str) -> Path:
+    """An environment above this one with other versions of packages; returns its interpreter."""
     venv.create(place, with_pip=True, symlinks=True)
     python = place / "bin" / "python"
     lookup = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -81,11 +81,15 @@ def make_environment(place: Path, version: str) -> Path:
     # Everything else, torch above all, comes from here. What is on sys.path includes environments below this one.
     below = [path for path in sys.path if path.endswith("site-packages")] or [sysconfig.get_path("purelib")]
     (site / "below.pth").write_text("\n".join(below) + "\n")
-    install = [str(python), "-m", "pip", "install", "-q", f"transformers=={version}.*"]
-    result = subprocess.run(install, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"error: transformers {version} cannot be installed: {result.stderr.strip()[-500:]}")
+    install(python, *packages)
     return python
+
+
+def install(python: Path, *arguments: str) -> None:
+    """Install packages in an environment."""
+    result = subprocess.run([str(python), "-m", "pip", "install", "-q", *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"error: {' '.join(arguments)} cannot be installed: {result.stderr.strip()[-500:]}")
 
 
 def make_models(root: Path) -> list[tuple[str, Path, Path]]:
@@ -153,7 +157,7 @@ def main() -> None:
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        other = options.python or make_environment(root / "environment", options.other)
+        other = options.python or make_environment(root / "environment", f"transformers=={options.other}.*")
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # torch: saving in a single process, as intended
             cases = make_models(root)

@@ -24,7 +24,6 @@ from mindspeed_mm.models.spec import get_spec
 from mindspeed_mm.models.state_dict import hf_shapes
 from tests.helpers.checkpoint_directory import commit_directory
 
-
 PEFT_FORMS = ("peft", "peft-transformers4") if transformers.__version__ >= "5" else ("peft-transformers4", "peft")
 """The form that PEFT reads with the installed transformers, and the other one."""
 
