@@ -313,9 +313,9 @@ def _lora(run: Run) -> Iterator[Change]:
     if not run.args.lora:
         kept = {} if "frozen_param_dtype" in run.args.given else {"frozen_param_dtype": run.fsdp.param_dtype}
         yield Change(
-            topic="lora", field="the flags --lora-target-modules all --lora-r 16 --lora-alpha 32 --lr 1e-4",
+            topic="lora", variables={"LORA_TARGETS": "all", "LORA_R": 16, "LORA_ALPHA": 32},
             args={"lora_target_modules": "all", "lora_r": 16, "lora_alpha": 32.0, **kept},
-            note="LoRA: trains adapters instead of the weights",
+            note="trains adapters alone",
         )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ class Run:
 def units_of(plan: Plan) -> list[Unit]:
     """All wrap units in the order in which forward runs them, the root first: it is gathered once per step."""
     units = get_spec(plan.model_config.model_type).memory_units(plan)
-    if not plan.frozen_names:
+    if not plan.frozen_names and not plan.adapters:
         return units
     changed = {id(unit): _freeze(unit, plan.frozen_names) for unit in units}
     if plan.adapters:

@@ -20,10 +20,11 @@ from tests.helpers.published import published_config
 
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = {"EP": "--expert-model-parallel-size", "CP": "--context-parallel-size", "MBS": "--micro-batch-size",
-         "SEQ_LEN": "--seq-length"}  # fmt: skip
-LORA = "--lora-target-modules all --lora-r 16 --lora-alpha 32 --lr 1e-4"
+         "SEQ_LEN": "--seq-length", "LORA_TARGETS": "--lora-target-modules", "LORA_R": "--lora-r",
+         "LORA_ALPHA": "--lora-alpha"}  # fmt: skip
+LORA = "LORA_TARGETS=all LORA_R=16 LORA_ALPHA=32"
 LAUNCHER = {"NPROC": "8", "EP": "1", "CP": "1", "MBS": "1", "SEQ_LEN": "1024", "GRAD_ACC_STEP": "1",
-            "RECOMPUTE_ARGS": ""}  # fmt: skip
+            "RECOMPUTE_ARGS": "", "LORA_TARGETS": "", "LORA_R": "", "LORA_ALPHA": ""}  # fmt: skip
 
 
 class Place:
@@ -32,7 +33,6 @@ class Place:
     def __init__(self, directory: Path, model: str, *, config: dict | None = None, fsdp: dict | None = None,
                  **variables: object) -> None:  # fmt: skip
         self.directory, self.variables = directory, LAUNCHER | {name: str(v) for name, v in variables.items()}
-        self.flags: list[str] = []
         content = published_config(model)
         content["text_config"].update(config or {})
         (directory / "config.json").write_text(json.dumps(content))
@@ -47,7 +47,7 @@ class Place:
         values = self.variables
         samples = int(values["MBS"]) * int(values["GRAD_ACC_STEP"]) * (int(values["NPROC"]) // int(values["CP"]))
         words = ["--nproc", values["NPROC"], "--mm-model", str(self.model), "--fsdp2-config-path", str(self.fsdp),
-                 "--global-batch-size", str(samples), *shlex.split(values["RECOMPUTE_ARGS"]), *self.flags]  # fmt: skip
+                 "--global-batch-size", str(samples), *shlex.split(values["RECOMPUTE_ARGS"])]  # fmt: skip
         return words + [word for name, flag in FLAGS.items() if values[name] for word in (flag, values[name])]
 
     def run(self) -> Run:
@@ -56,9 +56,7 @@ class Place:
     def follow(self, text: str) -> None:
         """Set variables and edit files as an offer says, refusing whatever it cannot mean."""
         for part in text.split(", "):
-            if flags := re.fullmatch(r"the flags (--.*)", part):
-                self.flags += shlex.split(flags[1])
-            elif ranks := re.fullmatch(r"NPUS_PER_NODE x NNODES = (\d+) devices", part):
+            if ranks := re.fullmatch(r"NPUS_PER_NODE x NNODES = (\d+) devices", part):
                 self.variables["NPROC"] = ranks[1]
             elif fields := re.fullmatch(r"(.*: .*) in (\S+)", part):
                 for field in fields[1].split(" and "):
@@ -136,7 +134,7 @@ def offers(tmp_path, **arguments) -> list[str]:
 def test_offers_for_the_guides_recipe(tmp_path):
     place = Place(tmp_path, "30B")
     assert offers(tmp_path) == [
-        "EP=8", "NPUS_PER_NODE x NNODES = 16 devices", f"offload_to_cpu: true in {place.fsdp}", f"the flags {LORA}",
+        "EP=8", "NPUS_PER_NODE x NNODES = 16 devices", f"offload_to_cpu: true in {place.fsdp}", LORA,
     ]
 
 
