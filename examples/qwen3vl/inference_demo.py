@@ -5,6 +5,9 @@ The model is any Qwen3-VL directory in Hugging Face format: the published one, o
 
     python examples/qwen3vl/inference_demo.py --model DIR --image photo.jpg --question "What is in the image?"
     python examples/qwen3vl/inference_demo.py --model DIR --data FILE.json --image-root DIR --output predictions.json
+    python examples/qwen3vl/inference_demo.py --model DIR --adapter save_dir/iter_0001000/adapter --image photo.jpg
+
+``--adapter`` adds LoRA adapters to the model by PEFT.
 
 With ``--data``, records in LLaVA-Instruct or converted format (a JSON list, JSON lines or Parquet), the first question
 of each record is asked and the answers are compared with the file's. Whatever is wrong with a file or an option is one
@@ -27,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapter_loading import add_adapter, check_adapter
 from PIL import Image
 
 from mindspeed_mm.config.command_line import OneLineParser
@@ -230,11 +234,12 @@ def load_tokenizer(directory: str) -> Any:
 class Answerer:
     """A model with its tokenizer and image processor."""
 
-    def __init__(self, directory: str, *, device_map: str, dtype: str) -> None:
+    def __init__(self, directory: str, *, device_map: str, dtype: str, adapter: str | None = None) -> None:
         """Load everything.
 
         Args:
             directory: Hugging Face directory of the model.
+            adapter: PEFT directory of LoRA adapters to add to the model.
             device_map: "auto" (accelerate distributes the model over the available devices) or a device such as "cpu".
             dtype: "auto" (as stored), "bfloat16" or "float32".
 
@@ -256,6 +261,8 @@ class Answerer:
         if is_file(Path(directory) / "generation_config.json"):  # transformers would ignore a damaged one
             read_json(Path(directory) / "generation_config.json", remedy=_REMEDY)
         check_device(device_map)
+        if adapter is not None:
+            check_adapter(adapter, directory)
         self.directory = directory
         self.tokenizer = load_tokenizer(directory)
         with reading(f"preprocessor_config.json in --model {directory}", _REMEDY):
@@ -271,6 +278,8 @@ class Answerer:
         if wrong:
             raise UserError(f"--model {directory}: its weights do not fit its config.json, first {shorten(wrong[0])}")
         self._check_agreement()
+        if adapter is not None:
+            add_adapter(self.model, adapter)
         self.model.eval()
 
     def _check_agreement(self) -> None:
@@ -448,6 +457,7 @@ def evaluate(answerer: Answerer, questions: Sequence[Question], args: argparse.N
         print(f"  {len(predictions)}/{len(questions)} questions, {right} right, {seconds:.1f} s", flush=True)
     return {
         "model": args.model,
+        "adapter": args.adapter,
         "data": args.data,
         "accuracy": right / len(predictions),
         "right": right,
@@ -464,6 +474,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory of the model")
+    parser.add_argument("--adapter", help="PEFT directory of LoRA adapters to add to the model")
     parser.add_argument("--data", help="file with questions and answers")
     parser.add_argument("--image", action="append", default=[], help="image to ask about; may be given several times")
     parser.add_argument("--question", help="with --image, or alone for a question without images "
@@ -502,7 +513,7 @@ def _run(args: argparse.Namespace) -> None:
         text = args.question or "Describe this image."
         text = text if _IMAGE_TAG in text else _IMAGE_TAG * len(args.image) + text
         questions = [checked(Question(text, tuple(args.image)), "--image and --question")]
-    answerer = Answerer(args.model, device_map=args.device_map, dtype=args.dtype)
+    answerer = Answerer(args.model, device_map=args.device_map, dtype=args.dtype, adapter=args.adapter)
     if not args.data:
         print(answerer.answer(questions, max_new_tokens=args.max_new_tokens)[0])
         return

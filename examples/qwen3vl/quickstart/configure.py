@@ -14,17 +14,18 @@ from typing import Any
 EXAMPLE = Path(__file__).resolve().parent.parent
 
 
-def fill_in(run_dir: str) -> dict[str, dict[str, Any]]:
+def fill_in(run_dir: str, model_dir: str | None = None) -> dict[str, dict[str, Any]]:
     """``data_tiny.json`` and ``model_tiny.json`` with the fields set that the guide tells users to edit.
 
     Args:
         run_dir: absolute, or relative to the repository's root.
+        model_dir: Hugging Face directory of the model; None: the untrained one.
 
     Returns:
         File name -> content.
     """
     files = {name: json.loads((EXAMPLE / name).read_text(encoding="utf-8")) for name in DATA_AND_MODEL}
-    model_dir = f"{run_dir}/ckpt/hf_path/Qwen3-VL-tiny"
+    model_dir = model_dir or f"{run_dir}/ckpt/hf_path/Qwen3-VL-tiny"
     data, model = (files[name] for name in DATA_AND_MODEL)
     data["dataset_param"]["preprocess_parameters"]["model_name_or_path"] = model_dir
     data["dataset_param"]["basic_parameters"].update(
@@ -43,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--run-dir", default="./quickstart_run", help="run directory (default: %(default)s)")
+    parser.add_argument("--model-dir", help="Hugging Face directory of the model (default: the untrained one)")
     args = parser.parse_args(argv)
-    for name, content in fill_in(args.run_dir).items():
+    for name, content in fill_in(args.run_dir, args.model_dir).items():
         path = Path(args.run_dir) / name
         path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
         print(path)
