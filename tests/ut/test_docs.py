@@ -25,13 +25,21 @@ HELP_COMMANDS = (
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "dcp_to_hf", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "verify", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "inspect", "--help"),
+    ("-m", "checkpoint.cli", "Qwen3VLConverter", "lora_to_hf", "--help"),
+    ("-m", "checkpoint.cli", "Qwen3VLConverter", "lora_hf_to_dcp", "--help"),
+    ("-m", "checkpoint.cli", "Qwen3VLConverter", "merge_lora", "--help"),
+    ("-m", "checkpoint.cli", "Qwen3VLConverter", "verify_lora", "--help"),
     ("-m", "checkpoint.cli", "GenericDCPConverter", "hf_to_dcp", "--help"),
     ("-m", "checkpoint.cli", "GenericDCPConverter", "dcp_to_hf", "--help"),
     ("-m", "mindspeed_mm.tools.memory", "--help"),
 )
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",
            "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py", "tests/st/*.py")
-FOREIGN_FLAGS = {"--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal"}  # pytest, pip, ...
+FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM
+    "--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal",
+    "--enable-lora", "--max-lora-rank", "--lora-modules", "--enable-tower-connector-lora",
+    "--model-path", "--lora-paths", "--is_lora_base",
+}
 WRITTEN_BY_COMMANDS = {"docs/performance_gpu.md"}
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 _PATH = re.compile(r"(?<![\w./-])(?:tests|mindspeed_mm|benchmarks|examples|scripts|checkpoint|docs)/[\w*/.-]*[\w*/]")
