@@ -45,6 +45,7 @@ from mindspeed_mm.backend.kernels.registry import attention_kernel
 from mindspeed_mm.backend.process_group import init_distributed, shutdown_distributed
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.models.layers.flops import segment_lengths
+from mindspeed_mm.models.lora import LoraOptions
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.flops import FlopCount
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -54,6 +55,7 @@ GAP_MICROSECONDS = 50
 LISTED_GAPS = 20
 LISTED_KERNELS = 40
 MICRO_BATCHES = 8
+LORA = LoraOptions(targets=("attention", "experts"), r=16, alpha=32, expert_r=16)
 
 
 @dataclasses.dataclass
@@ -144,6 +146,7 @@ def _timed(bench: Bench, runner: Any, steps: Steps, *, repeats: int = 3) -> dict
 def ours(
     bench: Bench, *, layers: int = 0, budget: int = 8192, micro_batches: int = MICRO_BATCHES, balanced: bool = True,
     frozen_experts: bool = False, recompute: str | None = None, compiled: bool = False, profiled: bool = False,
+    lora: LoraOptions | None = None,
 ) -> dict[str, Any]:
     """This project's trainer on packed samples."""
     layers = layers or bench.layers
@@ -153,12 +156,13 @@ def ours(
     steps = _steps(bench, model_config, budget=budget, micro_batches=micro_batches)
     runner = OurRunner(
         model_config, steps, backend=bench.backend, precision="bf16", frozen_experts=frozen_experts,
-        frozen_vision=True, balanced=balanced,
+        frozen_vision=True, balanced=balanced, lora=lora,
         choices=ModelBuildOptions(recompute_granularity=recompute, compile_small_operators=compiled))
     try:
         result = _timed(bench, runner, steps)
-        count = FlopCount(model_config=model_config, train_vision=False, train_projector=False,
-                          train_experts=not frozen_experts)
+        adapters = () if lora is None else SPEC.adapters(model_config, lora)
+        count = FlopCount(model_config=model_config, train_vision=False, train_projector=False, train_text=lora is None,
+                          train_experts=not frozen_experts, adapters=adapters)
         batches = [collate(batch, SPEC, model_config) for batch in steps[0]]
         teraflop = sum(map(count, batches))
         rate = teraflop / (result["ms per step"] / 1000)
@@ -181,6 +185,7 @@ def _patches(batch: Any) -> list[int]:
 def theirs(
     bench: Bench, *, layers: int = 0, mode: str = "bf16", experts: str = "grouped_mm", attention: str = "sdpa",
     liger: bool = False, balanced: bool = True, frozen_experts: bool = False, micro_batch: int = 8,
+    lora: LoraOptions | None = None,
 ) -> dict[str, Any]:
     """Hugging Face's model on the samples of our step, sorted by length so that little is padded."""
     if liger and (bench.module() is None or importlib.util.find_spec("liger_kernel") is None):
@@ -193,7 +198,7 @@ def theirs(
     steps = [_by_length([sample for batch in packed[0] for sample in batch], micro_batch)]
     runner = HuggingFaceRunner(
         config, model_config, steps, device=bench.backend.device, mode=mode, experts=experts, attention=attention,
-        frozen_experts=frozen_experts, frozen_vision=True, balanced=balanced, liger=liger)
+        frozen_experts=frozen_experts, frozen_vision=True, balanced=balanced, liger=liger, lora=lora)
     try:
         return {"layers": layers, "mode": mode, "experts": experts, "attention": attention, "Liger": liger,
                 "micro-batch": micro_batch, **_timed(bench, runner, steps)}
@@ -299,6 +304,8 @@ PARTS: dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]] = {
         bench, layers=max(3, bench.layers // 2), mode="autocast", experts="eager", micro_batch=16)),
     "experts frozen, ours": (60, functools.partial(ours, frozen_experts=True)),
     "experts frozen, Hugging Face": (60, functools.partial(theirs, frozen_experts=True, micro_batch=16)),
+    "LoRA, ours": (60, functools.partial(ours, lora=LORA)),
+    "LoRA, Hugging Face with PEFT": (60, functools.partial(theirs, lora=LORA, micro_batch=16)),
     "grouped experts of one layer": (60, grouped_experts),
     "small operators": (120, small_operators),
 }

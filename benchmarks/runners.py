@@ -19,6 +19,9 @@ from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.models.layers.lora import attach_adapters
+from mindspeed_mm.models.lora import LoraOptions
+from mindspeed_mm.models.parameter_rules import ParameterRule, apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -75,8 +78,9 @@ class OurRunner:
         frozen_experts: bool = False,
         frozen_vision: bool = False,
         balanced: bool = False,
+        lora: LoraOptions | None = None,
     ) -> None:
-        """Trains on ``steps`` in a cycle; ``balanced``: see :mod:`benchmarks.balance`."""
+        """Trains on ``steps`` in a cycle; ``balanced``: see :mod:`benchmarks.balance`; ``lora``: adapters only."""
         micro, accumulation = len(steps[0][0]), len(steps[0])
         layout = build_layout(device_type=backend.device.type)
         args = parse_args(
@@ -90,7 +94,17 @@ class OurRunner:
                 compute_dtype=DTYPES[precision],
                 **({"dtype": torch.bfloat16} if frozen_experts else {}),
             )
-        _freeze(self.model, frozen_experts and ".experts.", frozen_vision and "image_encoder.")
+        frozen = ["image_encoder.*"] * frozen_vision
+        rules = [ParameterRule(pattern=glob, source="benchmark", trainable=False) for glob in frozen]
+        if lora is None:
+            _freeze(self.model, frozen_experts and ".experts.", frozen_vision and "image_encoder.")
+            settings = SPEC.parameter_settings(model_config)
+        else:
+            adapters = SPEC.adapters(model_config, lora, rules)
+            attach_adapters(self.model, adapters, SPEC.weight_rules(model_config, expert_layout="hub"))
+            in_bf16 = ParameterRule(pattern="*", source="benchmark", frozen_only=True, dtype=precision)
+            settings = SPEC.parameter_settings(model_config, [*rules, in_bf16], lora=lora)
+            apply_settings(self.model, settings)
         if balanced:
             balance(self.model)
         config = FSDPConfig.model_construct(
@@ -100,7 +114,7 @@ class OurRunner:
         self.model.to_empty(device=backend.device)
         self.model.reset_buffers()
         initialise(self.model)
-        optimizer = build_optimizer(self.model, args, SPEC.parameter_settings(model_config))
+        optimizer = build_optimizer(self.model, args, settings)
         self.trainer = Trainer(
             args=args, model=self.model, optimizer=optimizer, schedule=build_schedule(optimizer, args),
             loader=DevicePrefetcher(
@@ -152,11 +166,13 @@ class HuggingFaceRunner:
         frozen_vision: bool = False,
         balanced: bool = False,
         liger: bool = False,
+        lora: LoraOptions | None = None,
     ) -> None:
         """``mode``: ``fp32``; ``autocast``: fp32 parameters, bf16 compute; ``bf16``: everything in bf16.
 
         ``liger``: with Liger's rotary embedding, RMSNorm, and output layer with cross-entropy; its experts read the
-        token counts on the host and are left out. It changes transformers' classes for the whole process.
+        token counts on the host and are left out. It changes transformers' classes for the whole process. ``lora``:
+        PEFT's adapters only.
         """
         from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
@@ -178,7 +194,10 @@ class HuggingFaceRunner:
         self.model = model.to_empty(device=device).train()
         _reset_rotary(self.model, device)
         initialise(self.model)
-        _freeze(self.model, frozen_experts and ".experts.", frozen_vision and ".visual.")
+        if lora is not None:
+            self.model = _adapt(self.model, model_config, lora, frozen_vision=frozen_vision)
+        else:
+            _freeze(self.model, frozen_experts and ".experts.", frozen_vision and ".visual.")
         if balanced:
             balance(self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -218,6 +237,18 @@ class HuggingFaceRunner:
     def close(self) -> None:
         """Free the model."""
         del self.model, self.optimizer, self.trainable
+
+
+def _adapt(model: nn.Module, model_config: Qwen3VLConfig, lora: LoraOptions, *, frozen_vision: bool) -> nn.Module:
+    """The model within PEFT."""
+    import peft
+
+    adapters = [a for a in SPEC.adapters(model_config, lora) if not (frozen_vision and ".visual." in a.module)]
+    experts = [a.module for a in adapters if a.is_experts]
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=[a.module for a in adapters if not a.is_experts],
+        target_parameters=experts or None, rank_pattern=dict.fromkeys(experts, lora.expert_r),
+    ))
 
 
 def _reset_rotary(model: nn.Module, device: torch.device) -> None:

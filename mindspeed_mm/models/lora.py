@@ -210,9 +210,9 @@ def lora_settings(
     frozen = {info.name for info in parameters if not any(fnmatch.fnmatchcase(info.name, glob) for glob in in_full)}
     factors = [ParameterInfo(name, shape) for adapter in adapters for name, shape in adapter.shapes.items()]
     settings = dict(resolve(rules, [*parameters, *factors], parts=parts, frozen=frozen))
-    for adapter in adapters:
-        _, name = adapter.names
-        settings[name] = dataclasses.replace(settings[name], lr_scale=settings[name].lr_scale * options.lr_ratio)
+    for name, lr_ratio in ((n, r) for a in adapters for n, r in zip(a.names, (1.0, options.lr_ratio), strict=True)):
+        setting = settings[name]
+        settings[name] = dataclasses.replace(setting, adapter=True, lr_scale=setting.lr_scale * lr_ratio)
     return settings
 
 

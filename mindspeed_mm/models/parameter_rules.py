@@ -80,10 +80,12 @@ class ParameterSettings:
     Attributes:
         part: of the model, as :attr:`ModelSpec.parts` names it.
         shape: before sharding.
+        adapter: whether it is a factor of an adapter, not a weight of the model.
     """
 
     part: str
     shape: tuple[int, ...]
+    adapter: bool = False
     trainable: bool = True
     lr_scale: float = 1.0
     decay_scale: float = 1.0
@@ -198,9 +200,9 @@ def apply_settings(model: nn.Module, settings: Settings) -> None:
 
 
 def frozen_parts(settings: Settings) -> frozenset[str]:
-    """Names of the parts of which nothing trains."""
-    parts = {setting.part for setting in settings.values()}
-    return frozenset(parts - {setting.part for setting in settings.values() if setting.trainable})
+    """Names of the parts of which no weight trains, whether or not they have adapters."""
+    weights = [setting for setting in settings.values() if not setting.adapter]
+    return frozenset({setting.part for setting in weights} - {s.part for s in weights if s.trainable})
 
 
 def describe(settings: Settings, *, lr: float, weight_decay: float) -> list[str]:
@@ -215,7 +217,8 @@ def describe(settings: Settings, *, lr: float, weight_decay: float) -> list[str]
     for setting in settings.values():
         rate, decay = f"{lr * setting.lr_scale:g}", f"{weight_decay * setting.decay_scale:g}"
         of_training = ("yes", rate, decay) if setting.trainable else ("no", "-", "-")
-        row = (setting.part, *of_training, setting.dtype, "yes" if setting.saved else "no")
+        part, saved = setting.part + ", adapters" * setting.adapter, "yes" if setting.saved else "no"
+        row = (part, *of_training, setting.dtype, saved)
         groups.setdefault(row, []).append(setting.size)
     rows = [("part", "tensors", "parameters", "trainable", "peak lr", "weight decay", "dtype", "saved")]
     rows += [(row[0], f"{len(sizes):,}", f"{sum(sizes):,}", *row[1:]) for row, sizes in groups.items()]

@@ -27,7 +27,7 @@ from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.data.record_files import fingerprint
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
-from mindspeed_mm.models.lora import LORA_KEY, is_adapter
+from mindspeed_mm.models.lora import LORA_KEY
 from mindspeed_mm.models.model import Model
 from mindspeed_mm.models.parameter_rules import Settings, apply_settings, compile_rules, describe, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
@@ -157,12 +157,7 @@ def _run(
             optimizer=optimizer,
             schedule=schedule,
             loader=DevicePrefetcher(loader, backend, split),
-            objective=Objective(
-                forward_step=forward_step,
-                loss_mode=job.loss_mode,
-                load_balancing=_load_balancing(job, model_config),
-                flop_count=_flop_counter(spec, model_config, settings, lora),
-            ),
+            objective=_objective(job, spec, model_config, settings, lora, forward_step),
             context=context,
             callbacks=_callbacks(
                 job,
@@ -186,20 +181,24 @@ def _facts(model_config: ModelConfig, media: MediaSettings | None) -> dict[str, 
     return {MODEL_CONFIG_KEY: dataclasses.asdict(model_config), **of_media}
 
 
+def _objective(
+    job: JobConfig, spec: ModelSpec, model_config: ModelConfig, settings: Settings, lora: LoraRun | None,
+    forward_step: ForwardStep,
+) -> Objective:
+    adapters = () if lora is None else lora.adapters
+    return Objective(
+        forward_step=forward_step,
+        loss_mode=job.loss_mode,
+        load_balancing=_load_balancing(job, model_config),
+        flop_count=spec.flop_counter(model_config, frozen=frozen_parts(settings), adapters=adapters),
+    )
+
+
 def _record_data(job: JobConfig, loader: TrainLoader, progress: Progress) -> None:
     """Note in ``progress`` what decides the order of the samples; warn where the first run had it otherwise."""
     seed, data = job.args.seed, fingerprint(job.data.dataset_param.basic_parameters.dataset_files)
     warn_of_sample_order(progress, seed=seed, samples_per_epoch=loader.samples_per_epoch, data=data)
     progress.seed, progress.samples_per_epoch, progress.data = seed, loader.samples_per_epoch, data
-
-
-def _flop_counter(
-    spec: ModelSpec, model_config: ModelConfig, settings: Settings, lora: LoraRun | None
-) -> Callable[[Batch], float]:
-    weights = {name: setting for name, setting in settings.items() if not is_adapter(name)}
-    return spec.flop_counter(
-        model_config, frozen=frozen_parts(weights), adapters=() if lora is None else lora.adapters
-    )
 
 
 def _log_environment(job: JobConfig, layout: Layout, backend: Backend) -> None:
