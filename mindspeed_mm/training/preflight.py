@@ -58,6 +58,10 @@ def preflight(job: JobConfig) -> None:
     job.check_model(spec.facts(model_config), world_size=world_size)
     rules = compile_rules(job.args, job.model, parts=spec.parts)
     settings = spec.parameter_settings(model_config, rules, lora=LoraOptions.from_args(job.args))
+    if job.args.lora_init_from is not None:
+        from mindspeed_mm.training.lora import LoraRun  # imports torch
+
+        LoraRun.of(job.args, spec, model_config, rules).open(job.args.lora_init_from)
     if job.args.load is not None:
         check_start(job.args, spec, model_config, settings, model_directory=job.model.init_from_hf_path)
     elif job.args.save_trainable_only:

@@ -242,3 +242,56 @@ def test_recompute_method_belongs_to_full(place, flag, granularity):
         load_job_config(_words(place, *words))
     args = load_job_config(_words(place, *flag.split(), "--recompute-granularity", "full")).args
     assert (args.recompute_method, args.recompute_num_layers) in (("block", 1), ("uniform", 2))
+
+
+LORA = ("--lora-target-modules", "attention", "experts")
+
+
+def test_lora_decides_what_is_kept_and_saved(place):
+    args = load_job_config(_words(place, *LORA, "--save", str(place / "out")), world_size=1).args
+    assert (args.lora_target_modules, args.save_trainable_only, args.frozen_param_dtype) == (
+        "attention,experts", True, "bf16"
+    )
+    args = load_job_config(_words(place, *LORA, "--frozen-param-dtype", "fp32"), world_size=1).args
+    assert (args.save_trainable_only, args.frozen_param_dtype) == (False, "fp32")
+
+
+def test_lora_section_of_the_model_file(place):
+    """With MindSpeed's names; a list, or text with commas."""
+    section = {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"],
+               "lora_register_forward_hook": "embed_tokens"}
+    _edit(place, "model.json", "lora_args", **section)
+    job = load_job_config(_words(place), world_size=1)
+    assert (job.args.lora_r, job.args.lora_target_modules) == (4, "q_proj,v_proj")
+    assert [line for line in job.describe_ignored() if "lora_register_forward_hook" in line]
+    assert load_job_config(_words(place, "--lora-r", "4"), world_size=1).args.lora_r == 4
+    with pytest.raises(UserError, match="model.json: lora_args.lora_r 4 contradicts --lora-r 8; keep one"):
+        load_job_config(_words(place, "--lora-r", "8"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora-r", "8"], "--lora-r has no effect without LoRA; add --lora-target-modules, for example all"),
+        (["--load-base-model", "x"], "--load-base-model has no effect without LoRA"),
+        ([*LORA, "--lora-dropout", "0.05"], "--lora-dropout 0.05 is not supported: PEFT has no dropout on experts"),
+        ([*LORA, "--lora-use-dora"], "--lora-use-dora True is not supported: PEFT has no DoRA on experts"),
+        ([*LORA, "--lora-r", "0"], "--lora-r is 0; it must be at least 1"),
+        ([*LORA, "--lora-mixed-training"], "--lora-mixed-training and --lora-apply-modules belong together"),
+        ([*LORA, "--load-base-model", "x", "--load-base", "y"], "name the same directory; keep one"),
+        (["--lora-target-modules"], "--lora-target-modules needs a value"),
+    ],
+    ids=str,
+)
+def test_lora_flags_that_do_not_go_together(place, words, message):
+    with pytest.raises(UserError, match=message):
+        load_job_config(_words(place, *words), world_size=1)
+
+
+def test_base_model_of_mindspeed(place):
+    """Without --load it is the weights that the run starts from, with --load the base of its adapters."""
+    words = [word for word in _words(place, *LORA) if word not in ("--load", str(place / "dcp"))]
+    args = load_job_config([*words, "--load-base-model", "base"], world_size=1).args
+    assert (args.load, args.finetune, args.load_base) == ("base", True, None)
+    args = load_job_config(_words(place, *LORA, "--load-base-model", "base"), world_size=1).args
+    assert (args.load, args.finetune, args.load_base) == (str(place / "dcp"), False, "base")
