@@ -27,7 +27,9 @@ from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.interfaces.media import MediaPatches
-from mindspeed_mm.models.parameter_rules import apply_settings
+from mindspeed_mm.models.layers.lora import attach_adapters
+from mindspeed_mm.models.lora import LoraOptions
+from mindspeed_mm.models.parameter_rules import ParameterRule, Settings, apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -132,6 +134,22 @@ class Traffic:
         return run
 
 
+def prepare(model: torch.nn.Module, case: dict[str, Any], model_config: Qwen3VLConfig, args: Any) -> Settings:
+    """Freeze parts of the model, or all of it and add adapters; returns the settings of its parameters."""
+    lora, frozen = LoraOptions.from_args(args), case["frozen"]
+    if lora is None:
+        settings = part_settings(model_config, frozen)
+    else:
+        rules = [
+            ParameterRule(pattern=glob, source="test", trainable=False) for part in frozen for glob in SPEC.parts[part]
+        ] + [ParameterRule(pattern="*", source="test", frozen_only=True, dtype=args.frozen_param_dtype)]
+        weights = SPEC.weight_rules(model_config, expert_layout="hub")
+        attach_adapters(model, SPEC.adapters(model_config, lora, rules), weights)
+        settings = SPEC.parameter_settings(model_config, rules, lora=lora)
+    apply_settings(model, settings)
+    return settings
+
+
 def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> dict[str, Any]:
     """Bytes on this rank: its state, the peak of its second step, and received traffic."""
     args = parse_args(case["flags"])
@@ -148,8 +166,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     )
     with torch.device("meta"):
         model = build_model(model_config, choices, pixel_norm=PIXEL_NORM, device="cpu")
-    settings = part_settings(model_config, case["frozen"])
-    apply_settings(model, settings)
+    settings = prepare(model, case, model_config, args)
     parallelize(model, layout=layout, config=config)
     model.to_empty(device="cpu")
     model.reset_buffers()
@@ -200,7 +217,7 @@ def run_case(case: dict[str, Any], backend: Any, out: str, traffic: Traffic) -> 
     state = (value for values in optimizer.state.values() for value in values.values())
     # a single rank keeps its compute-weight cache from the first step on
     copied = layout.world_size == 1 and config.param_dtype == "bf16"
-    copies = 2 * sum(parameter.numel() for parameter in model.parameters()) if copied else 0
+    copies = 2 * sum(p.numel() for p in model.parameters() if p.dtype is torch.float32) if copied else 0
     return {
         "parameters": storage_bytes(model.parameters()),
         "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),

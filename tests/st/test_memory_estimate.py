@@ -91,10 +91,16 @@ def case(
 
 FULL = ("--recompute-granularity", "full")
 EP2, CP2 = ("--expert-model-parallel-size", "2"), ("--context-parallel-size", "2")
+ATTENTION, LORA, ALL = (
+    ("--lora-target-modules", *groups, "--lora-r", "16", "--frozen-param-dtype", "bf16")
+    for groups in (["attention"], ["attention", "experts"], ["all"])
+)
+RANK4 = ("--lora-expert-r", "4")
 LARGE = {"layers": 6, "hidden": 384, "experts": 32, "inner": 192, "vocabulary": 8192}
 QUICK = {
     "FSDP, packed": case(PACKED, processes=2),
     "EP 2, full recompute, vision trains": case(EVEN, *EP2, *FULL, processes=2, trains="vision projector text"),
+    "LoRA, FSDP, full recompute": case(EVEN, *LORA, *FULL, processes=2),
 }
 CASES = {
     "one process": case(),
@@ -118,6 +124,19 @@ CASES = {
     "two copies (HSDP), 2 micro-batches": case(processes=2, micro_batches=2, fsdp={"sharding_size": 1}),
     "EP 2": case(EVEN, *EP2, processes=2),
     "CP 2, packed, selective": case(PACKED, *CP2, "--recompute-granularity", "selective", processes=2),
+    "LoRA, attention, one process": case(EVEN, *ATTENTION),
+    "LoRA, one process": case(EVEN, *LORA),
+    "LoRA, one process, full recompute": case(EVEN, *LORA, *FULL),
+    "LoRA, one process, packed, vision too": case(PACKED, *ALL, trains="vision projector text"),
+    "LoRA, one process, selective, rank 4": case(EVEN, *LORA, *RANK4, "--recompute-granularity", "selective"),
+    "LoRA, one process, dense": case(PACKED, *ALL, dense=True),
+    "LoRA, attention, FSDP": case(EVEN, *ATTENTION, processes=2),
+    "LoRA, FSDP": case(EVEN, *LORA, processes=2),
+    "LoRA, FSDP, much weight": case(SHORT, *LORA, processes=2, **LARGE),
+    "LoRA, FSDP, aligned, 2 micro-batches": case(
+        EVEN, *LORA, *FULL, processes=2, micro_batches=2, fsdp={"align_fsdp_param_groups": True}),
+    "LoRA, EP 2": case(EVEN, *LORA, *EP2, processes=2),
+    "LoRA, EP 2, much weight, full recompute": case(SHORT, *LORA, *EP2, *FULL, processes=2, **LARGE),
 }  # fmt: skip
 
 
