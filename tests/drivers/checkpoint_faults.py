@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory, shards
+from mindspeed_mm.checkpoint.files import new_file
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.state import TrainingState, initialize_optimizer_state, load_checkpoint
@@ -90,7 +91,9 @@ class Run:
         switch.phase = "start"
         manager = CheckpointManager(
             TrainingState(self.model, self.optimizer, self.backend, with_rng=True),
-            SaveOptions(self.root, asynchronous=self.case.asynchronous, keep_last=1, failure_limit=3),
+            SaveOptions(
+                self.root, asynchronous=self.case.asynchronous, keep_last=1, failure_limit=3, complete=add_directory
+            ),
             backend=self.backend,
         )
         switch.phase, switch.before_saving = "save", switch.count
@@ -101,6 +104,13 @@ class Run:
             self.set_state(-1)  # what is trained while it is written must not be saved
         with contextlib.suppress(UserError) if not self.case.ends_the_run else contextlib.nullcontext():
             manager.finish()
+
+
+def add_directory(checkpoint: Path) -> None:
+    """Files beside the tensors, as the adapters of a LoRA run."""
+    (checkpoint / "adapter").mkdir()
+    with new_file(checkpoint / "adapter" / "weights") as file:
+        file.write(bytes(1000))
 
 
 def child(rank: int, case: Case, root: Path, store: dist.Store, pipe: int) -> None:

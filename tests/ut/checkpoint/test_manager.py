@@ -321,6 +321,30 @@ def test_space_is_looked_at_first(tmp_path: Path, monkeypatch, lines: list[str])
     assert os.listdir(tmp_path) == []
 
 
+def test_files_beside_the_tensors_are_part_of_a_checkpoint(tmp_path: Path, lines: list[str]) -> None:
+    """Written once the tensors can be read, recorded in the manifest; an error in it is an error of the save."""
+    state, full = State(), []
+
+    def complete(checkpoint: Path) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(checkpoint / "adapter"))
+        (checkpoint / "adapter").mkdir()
+        torch.save(CheckpointReader(checkpoint).read("model.a"), checkpoint / "adapter" / "a.pt")
+
+    manager = manager_of(state, tmp_path, complete=complete, complete_bytes=1000)
+    manager.start(SavedProgress(1))
+    first = tmp_path / "iter_0000001"
+    assert torch.equal(torch.load(first / "adapter/a.pt"), state.tensors["model.a"])
+    assert "adapter/a.pt" in directory.verify_directory(first)["files"]
+    full.append(True)
+    manager.start(SavedProgress(2))
+    assert manager.failures == 1 and directory.read_tracker(tmp_path) == 1 and not (tmp_path / "iter_0000002").exists()
+    assert "could not be written: No space left on device" in lines[-1]
+    full.clear()
+    manager.start(SavedProgress(3))
+    assert manager.failures == 0 and (tmp_path / "iter_0000003/adapter/a.pt").is_file()
+
+
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--save .*cannot be written"):
