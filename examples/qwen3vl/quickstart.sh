@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe at small scale: installs what is missing, takes a tiny Qwen3-VL-MoE and 1,797 images of handwritten
-# digits through the guide's five steps, exports the result and evaluates it with plain transformers.
+# digits through the guide's five steps, exports the result and evaluates it with plain transformers. With --lora most of
+# the training is LoRA, over a base that full training has begun.
 set -uo pipefail
 exec </dev/null # no command may wait for input
 CALLER_DIR=$PWD
@@ -11,6 +12,7 @@ source scripts/environment.sh
 STEPS=8
 REQUIRED_ACCURACY=94 # percent of the held-out images
 ITERATIONS=300
+BASE_ITERATIONS=60 # of them in full, with --lora
 EXAMPLE=examples/qwen3vl
 
 usage() {
@@ -18,12 +20,13 @@ usage() {
 usage: bash examples/qwen3vl/quickstart.sh [options]
 
   --out DIR        run directory (default: quickstart_run in the repository); a second run replaces the first's files
+  --lora           train all parameters for 60 iterations only, then LoRA adapters, and evaluate these with PEFT
   --fresh          empty the run directory first, the cache of prepared data included
   --device DEVICE  auto, npu, cuda or cpu (default: auto)
   --skip-install   take the active environment as it is
   --help           print this
 
-Environment: the variables of finetune_qwen3vl_tiny.sh (NPUS_PER_NODE, MASTER_PORT, LR, SEED, ...).
+Environment: the variables of finetune_qwen3vl_tiny.sh (NPUS_PER_NODE, MASTER_PORT, LR, LORA_R, SEED, ...).
 USAGE
 }
 
@@ -33,7 +36,7 @@ fail() {
 }
 
 parse_options() {
-    OUT=./quickstart_run FRESH=0 DEVICE=auto INSTALL=1
+    OUT=./quickstart_run FRESH=0 DEVICE=auto INSTALL=1 LORA=0
     while (($#)); do
         case $1 in
             --out | --device) [[ $# -ge 2 && -n $2 && $2 != --* ]] || fail 2 "$1 needs a value; see --help" ;;&
@@ -43,6 +46,7 @@ parse_options() {
                 ;;
             --device) DEVICE=$2 ;;
             --fresh) FRESH=1 ;;
+            --lora) LORA=1 ;;
             --skip-install) INSTALL=0 ;;
             -h | --help) usage && exit 0 ;;
             *) fail 2 "unknown option $1; see --help" ;;
@@ -138,23 +142,51 @@ condense_log() {
     done
 }
 
-finetune() {
-    choose_ranks || return
-    MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$ITERATIONS \
-        LOAD_PATH=$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp SAVE_PATH=$OUT/save_dir SAVE_INTERVAL=$ITERATIONS \
-        bash "$EXAMPLE/finetune_qwen3vl_tiny.sh" --device "$DEVICE" 2>&1 |
-        (trap '' INT && tee "$OUT/train.log" | condense_log)
+# train ITERATIONS LOAD_PATH SAVE_PATH LOG
+train() {
+    MM_DATA=$OUT/data_tiny.json MM_MODEL=$OUT/model_tiny.json TRAIN_ITERS=$1 LOAD_PATH=$2 SAVE_PATH=$3 \
+        SAVE_INTERVAL=$1 bash "$EXAMPLE/finetune_qwen3vl_tiny.sh" --device "$DEVICE" 2>&1 |
+        (trap '' INT && tee "$4" | condense_log)
 }
 
+finetune() {
+    choose_ranks && train "$ITERATIONS" "$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp" "$OUT/save_dir" "$OUT/train.log"
+}
+
+# With its own learning rate; LR and the LoRA variables of the caller are for the adapters
+train_base() {
+    choose_ranks || return
+    LR='' LORA_TARGETS='' LORA_R='' LORA_ALPHA='' LORA_EXPERT_R='' \
+        train "$BASE_ITERATIONS" "$OUT/ckpt/dcp_path/Qwen3-VL-tiny-dcp" "$OUT/ckpt/base" "$OUT/ckpt/base.log"
+}
+
+finetune_lora() {
+    export LORA_TARGETS=${LORA_TARGETS:-all} LORA_R=${LORA_R:-16} LORA_ALPHA=${LORA_ALPHA:-32} LR=${LR:-4.0e-3}
+    train $((ITERATIONS - BASE_ITERATIONS)) '' "$OUT/save_dir" "$OUT/train.log"
+}
+
+# export_model SAVE_PATH ITERATION DIR
 export_model() {
     local checkpoint
-    printf -v checkpoint '%s/save_dir/iter_%07d' "$OUT" "$ITERATIONS"
-    mm-convert Qwen3VLConverter dcp_to_hf --load_dir "$checkpoint" --save_dir "$OUT/export" --model_assets_dir "$HF_DIR"
+    printf -v checkpoint '%s/iter_%07d' "$1" "$2"
+    mm-convert Qwen3VLConverter dcp_to_hf --load_dir "$checkpoint" --save_dir "$3" --model_assets_dir "$HF_DIR"
 }
 
+# The base, which the configuration files then name
+export_base() {
+    export_model "$OUT/ckpt/base" "$BASE_ITERATIONS" "$BASE_DIR" &&
+        python "$EXAMPLE/quickstart/configure.py" --run-dir "$OUT" --model-dir "$BASE_DIR"
+}
+
+# evaluate MODEL PREDICTIONS [options of inference_demo.py]
 evaluate() {
-    python "$EXAMPLE/inference_demo.py" --model "$OUT/export" --data "$OUT/data/digits_heldout.json" \
-        --image-root "$OUT/data/images" --output "$OUT/predictions.json" --batch 99 --max-new-tokens 16
+    python "$EXAMPLE/inference_demo.py" --model "$1" --data "$OUT/data/digits_heldout.json" \
+        --image-root "$OUT/data/images" --output "$2" --batch 99 --max-new-tokens 16 "${@:3}"
+}
+
+evaluate_adapters() {
+    evaluate "$BASE_DIR" "$OUT/ckpt/base_predictions.json" &&
+        evaluate "$BASE_DIR" "$OUT/predictions.json" --adapter "$ADAPTER"
 }
 
 draw() {
@@ -162,17 +194,28 @@ draw() {
         --predictions "$OUT/predictions.json" --samples-png "$OUT/samples.png"
 }
 
-report() {
-    local right total
+# accuracy PREDICTIONS: sets the numbers right and total, and the text share
+accuracy() {
     read -r right total < <(python -c '
 import json, sys
 result = json.load(open(sys.argv[1], encoding="utf-8"))
-print(result["right"], result["total"])' "$OUT/predictions.json") || fail 1 "$OUT/predictions.json cannot be read"
-    printf '\nheld-out accuracy: %d of %d images' "$right" "$total"
+print(result["right"], result["total"])' "$1") || fail 1 "$1 cannot be read"
     local tenths=$(((right * 2000 + total) / (2 * total))) # of a percent, rounded
-    printf ' (%d.%d%%)\n' $((tenths / 10)) $((tenths % 10))
+    share="$right of $total images ($((tenths / 10)).$((tenths % 10))%)"
+}
+
+report() {
+    local right total share trained=$OUT/export
+    printf '\n'
+    if ((LORA)); then
+        accuracy "$OUT/ckpt/base_predictions.json"
+        printf 'without adapters:  %s\n' "$share"
+        trained="$ADAPTER (adapters of $BASE_DIR)"
+    fi
+    accuracy "$OUT/predictions.json"
+    printf 'held-out accuracy: %s\n' "$share"
     printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
-        "$OUT/loss.png" "$OUT/samples.png" "$OUT/export"
+        "$OUT/loss.png" "$OUT/samples.png" "$trained"
     printf 'time:              %d s' $((SECONDS - RUN_STARTED))
     ((!INSTALL)) || printf ', %d s of it after the installation' $((SECONDS - INSTALLED))
     printf '\n'
@@ -184,6 +227,9 @@ main() {
     parse_options "$@"
     claim_run_directory
     HF_DIR=$OUT/ckpt/hf_path/Qwen3-VL-tiny
+    BASE_DIR=$HF_DIR-base
+    printf -v ADAPTER '%s/save_dir/iter_%07d/adapter' "$OUT" $((ITERATIONS - BASE_ITERATIONS))
+    ((!LORA)) || ((STEPS++))
     STEP=0 RUN_STARTED=$SECONDS INTERRUPTED=0
     trap 'INTERRUPTED=1' INT # once the step has ended: training may save first
     # all files are local: no downloads
@@ -202,9 +248,16 @@ main() {
     step "Weights and conversion (step 2)" make_model
     step "Data and conversion (step 3)" make_data
     step "Configuration (step 4)" python "$EXAMPLE/quickstart/configure.py" --run-dir "$OUT"
-    step "Fine-tuning, $ITERATIONS iterations (step 5)" finetune
-    step "Export to Hugging Face format" export_model
-    step "Evaluation on the held-out images with plain transformers" evaluate
+    if ((LORA)); then
+        step "Full training of the base, $BASE_ITERATIONS iterations" train_base
+        step "Export of the base to Hugging Face format" export_base
+        step "LoRA fine-tuning, $((ITERATIONS - BASE_ITERATIONS)) iterations (step 5)" finetune_lora
+        step "Evaluation on the held-out images with transformers and PEFT" evaluate_adapters
+    else
+        step "Fine-tuning, $ITERATIONS iterations (step 5)" finetune
+        step "Export to Hugging Face format" export_model "$OUT/save_dir" "$ITERATIONS" "$OUT/export"
+        step "Evaluation on the held-out images with plain transformers" evaluate "$OUT/export" "$OUT/predictions.json"
+    fi
     step "Loss curve and sample sheet" draw
     report
 }
