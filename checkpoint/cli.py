@@ -325,13 +325,13 @@ class Command:
     example: str
 
 
+_HF, _DCP = "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct", "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp"
 _MERGE_LORA = Command(
     _MERGE,
     _converts("adapter_commands.merge_lora"),
     "base weights + LoRA adapters -> Hugging Face weights, each sum computed in fp32 and rounded once",
-    "--hf_dir ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct --lora_dir save_dir/iter_0001000 --save_dir ckpt/merged",
+    f"--hf_dir {_HF} --lora_dir save_dir/iter_0001000 --save_dir ckpt/merged",
 )
-_HF, _DCP = "ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct", "ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp"
 CONVERTERS: dict[str, tuple[str, dict[str, Command]]] = {
     "Qwen3VLConverter": (
         "Qwen3-VL, mixture-of-experts and dense",

@@ -406,7 +406,7 @@ class _MergedOutput(Output):
         super().__init__(rule, reader, dtype)
         self._adapters = {name: adapters[name] for name, _ in rule.sources if name in adapters}
         self._factor = factor
-        self._squares: dict[str, list[tuple[float, float]]] = {name: [] for name in self._adapters}
+        self._squares: dict[str, list[tuple[float, ...]]] = {name: [] for name in self._adapters}
 
     def describe(self) -> Iterator[Any]:
         """See :class:`~mindspeed_mm.checkpoint.dcp_to_hf.Output`."""
@@ -433,17 +433,15 @@ class _MergedOutput(Output):
         lora_a, lora_b = map(self._factor, adapter.names)
         part = slice(*rows) if self.rule.row_wise else slice(None)
         if adapter.is_experts:
-            delta = torch.bmm(lora_a[part], lora_b[part].transpose(1, 2)) * adapter.scale
+            delta = torch.bmm(lora_a[part], lora_b[part].transpose(1, 2)).mul_(adapter.scale)
         else:
-            delta = lora_b[part] @ lora_a * adapter.scale
-        merged = (tensor.to(torch.float32) + delta).to(self.dtype)
-        lost = merged.to(torch.float32) - super()._rounded(name, tensor, rows).to(torch.float32) - delta
-        self._squares[name].append((_square(delta), _square(lost)))
+            delta = (lora_b[part] @ lora_a).mul_(adapter.scale)
+        base = tensor.to(torch.float32)
+        merged = (base + delta).to(self.dtype)
+        rounded = base if tensor.dtype == self.dtype else tensor.to(self.dtype).to(torch.float32)
+        lost = merged.to(torch.float32, copy=True).sub_(rounded).sub_(delta)
+        self._squares[name].append(tuple(float(torch.linalg.vector_norm(values)) ** 2 for values in (delta, lost)))
         return merged
-
-
-def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _print_lost(save: Path, types: set[str], count: int) -> None:
