@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ class LoraRun:
             )
         for module, adapter in ours.items():
             other = theirs[module]
-            if (other.rank, other.scale) != (adapter.rank, adapter.scale):
+            # an rsLoRA scale is written as alpha, whose root of the rank may come back with another last bit
+            if other.rank != adapter.rank or not math.isclose(other.scale, adapter.scale, rel_tol=1e-9):
                 raise UserError(
                     f"--lora-init-from {directory}: {module} has rank {other.rank} and scale {other.scale:g}, and the "
                     f"flags give rank {adapter.rank} and scale {adapter.scale:g}; set --lora-r, --lora-expert-r, "

@@ -144,7 +144,9 @@ def load_start(
     """
     start = choose_start(job.args)
     path = start.path
-    weights = {name for name, _ in model.named_parameters() if not is_adapter(name)}
+    weights = None  # all parameters
+    if lora is not None:
+        weights = {name for name, _ in model.named_parameters() if not is_adapter(name)}
     if lora is not None and not (path is not None and _has_adapters(path)):
         lora.initialize(model, seed=job.args.seed, init_from=job.args.lora_init_from)
     if path is None and job.args.random_init:
