@@ -173,4 +173,4 @@ def test_the_trainer_passes_the_layout_on():
         mock.patch.object(resume, "load_hf_weights") as load,
     ):
         resume.load_start(job, None, None, None, spec=None, model_config=None)
-    load.assert_called_once_with(None, "somewhere", expert_layout="v5")
+    load.assert_called_once_with(None, "somewhere", expert_layout="v5", names=None)
