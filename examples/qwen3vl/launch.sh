@@ -324,8 +324,7 @@ GPT_ARGS=(
 )
 # Without a converted checkpoint the weights of init_from_hf_path are loaded.
 [ -n "$LOAD_PATH" ] && GPT_ARGS+=(--load "$LOAD_PATH")
-read -r -d '' -a TARGET_WORDS <<<"$LORA_TARGETS"
-((${#TARGET_WORDS[@]})) && GPT_ARGS+=(--lora-target-modules "${TARGET_WORDS[@]}")
+[ -n "$LORA_TARGETS" ] && GPT_ARGS+=(--lora-target-modules "$LORA_TARGETS")
 [ -n "$LORA_R" ] && GPT_ARGS+=(--lora-r "$LORA_R")
 [ -n "$LORA_ALPHA" ] && GPT_ARGS+=(--lora-alpha "$LORA_ALPHA")
 [ -n "$LORA_EXPERT_R" ] && GPT_ARGS+=(--lora-expert-r "$LORA_EXPERT_R")

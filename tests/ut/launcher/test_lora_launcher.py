@@ -20,7 +20,7 @@ def test_defaults_of_the_lora_launcher(workplace):
     result = launch(workplace, launcher=LORA_LAUNCHER)
     assert result.returncode == 0, result.stderr
     assert lora_flags(result.words) == [
-        "--lora-target-modules", "attention", "experts", "--lora-r", "16", "--lora-alpha", "32",
+        "--lora-target-modules", "attention experts", "--lora-r", "16", "--lora-alpha", "32",
     ]
     expected = {
         "--nproc_per_node": "8", "--lr": "1.0e-4", "--save": "save_dir_lora", "--save-interval": "1000",
@@ -46,7 +46,7 @@ def test_variables_and_further_flags(workplace):
     )
     assert result.returncode == 0, result.stderr
     assert lora_flags(result.words) == [
-        "--lora-target-modules", "q_proj,*.self_attn.o_proj", "experts", "--lora-r", "8", "--lora-alpha", "16",
+        "--lora-target-modules", "q_proj,*.self_attn.o_proj  experts", "--lora-r", "8", "--lora-alpha", "16",
         "--lora-expert-r", "4",
     ]
     assert "--lora-use-rslora" in result.words and value_of(result.words, "--lr") == "2e-4"
@@ -59,7 +59,7 @@ def test_targets_make_any_launcher_one_of_lora(workplace):
         MASTER_PORT=free_port(),
     )
     assert result.returncode == 0, result.stderr
-    assert lora_flags(result.words) == ["--lora-target-modules", "attention", "mlp", "--lora-r", "16"]
+    assert lora_flags(result.words) == ["--lora-target-modules", "attention mlp", "--lora-r", "16"]
     assert value_of(result.words, "--lr") == "1.0e-4" and "--no-save-optim" not in result.words
 
 
