@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.checkpoint.adapters import AdapterDirectory
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_file, reading
 from mindspeed_mm.models.spec import spec_of
@@ -36,6 +35,8 @@ def check_adapter(adapter: str, model: str) -> None:
             f"--adapter {adapter} has no adapter_config.json; name a PEFT directory, such as "
             "save_dir_lora/iter_0001000/adapter"
         )
+    from mindspeed_mm.checkpoint.adapters import AdapterDirectory  # imports torch
+
     spec = spec_of(model)
     experts = AdapterDirectory(Path(adapter), spec, spec.read_config(model)).experts
     versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers")}

@@ -115,13 +115,22 @@ def open_adapters(path: Path, option: str, hf_dir: str | Path | None) -> OpenAda
     checkpoint = find_checkpoint(path, option)
     manifest = verify_directory(checkpoint)
     recorded_options(checkpoint, manifest)  # first, as what is missing of another checkpoint does not matter
-    base = Base.recorded(manifest)
-    config_dir = _config_dir(checkpoint, hf_dir, "" if base is None else base.path)
+    config_dir = _config_dir(checkpoint, hf_dir, _recorded_model(manifest))
     spec = spec_of(config_dir)
     model_config = spec.read_config(config_dir)
     check_model_config(checkpoint, manifest, model_config, source=config_dir / "config.json")
     source = AdapterCheckpoint(checkpoint, manifest, spec, model_config)
     return OpenAdapters(source, spec, model_config, config_dir, manifest)
+
+
+def _recorded_model(manifest: Mapping[str, Any]) -> str:
+    """The Hugging Face directory of a run's model: its base, or with a checkpoint as base that of its model file."""
+    base = Base.recorded(manifest)
+    model = manifest["metadata"].get("model")
+    named = model.get("init_from_hf_path") if isinstance(model, Mapping) else None
+    if base is not None and base.kind != "huggingface" and isinstance(named, str) and is_huggingface(Path(named)):
+        return named
+    return "" if base is None else base.path
 
 
 def _config_dir(path: Path, hf_dir: str | Path | None, recorded: str) -> Path:
@@ -162,8 +171,7 @@ def lora_to_hf(
         raise UserError(f"{source.path} also has {counted(len(source.others), 'parameter')} that trained in full, such "
                         f"as {source.others[0]}, which no adapter can hold; make a whole model with merge_lora")
     notes = form_notes(adapters, format)
-    recorded = None if opened.manifest is None else Base.recorded(opened.manifest)
-    base = getattr(source, "base", "") if recorded is None else recorded.path
+    base = getattr(source, "base", "") or str(opened.config_dir)
     plan = digest([str(source.path.resolve()), source.fingerprint(), format])
     directory = AtomicDirectory(save, overwrite=overwrite or save.is_dir())
     if not directory.is_committed(plan):
@@ -172,7 +180,7 @@ def lora_to_hf(
         with writing(save), locked(save), resumable(directory, plan), contextlib.closing(progress):
             progress.begin(remaining(directory, adapter_bytes(adapters, format), {}))
             written = write_adapter(
-                directory.partial, adapters, source.read, form=format, base=base or str(opened.config_dir),
+                directory.partial, adapters, source.read, form=format, base=base,
                 weights=opened.weights, advance=progress.advance,
             )
             progress.print_totals()
@@ -455,11 +463,15 @@ def _print_lost(save: Path, types: set[str], count: int) -> None:
     name, (most_update, most_lost) = max(norms.items(), key=lambda item: item[1][1] / (item[1][0] or math.inf))
     share = lost / update
     print(f"merged {counted(count, 'adapted weight')}; rounding to {' and '.join(sorted(types))} loses "
-          f"{100 * share:.2g} % of the update (|R(W + D) - R(W) - D| / |D|), most in {name} "
-          f"({100 * most_lost / (most_update or math.inf):.2g} %)")
+          f"{_percent(share)} of the update (|R(W + D) - R(W) - D| / |D|), most in {name} "
+          f"({_percent(most_lost / (most_update or math.inf))})")
     if share > _WARN_LOST:
         print(f"warning: rounding loses more than {100 * _WARN_LOST:.0f} % of the update, which is small against the "
               "weights; keep it with --dtype fp32, or serve the adapters without merging them")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 1 else f"{100 * share:.2g} %"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.lora import attach_adapters
 from mindspeed_mm.models.lora import Adapter, LoraOptions, describe
-from mindspeed_mm.models.parameter_rules import ParameterRule
+from mindspeed_mm.models.parameter_rules import ParameterRule, Settings
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 from mindspeed_mm.training.initialization import copy_adapters, initialize_adapters
 
@@ -104,6 +104,16 @@ class LoraRun:
                     "--lora-alpha and --lora-use-rslora so that they agree (scale = alpha / rank)"
                 )
         return source
+
+    def is_all_that_trains(self, settings: Settings) -> bool:
+        """Whether a PEFT directory has all of a checkpoint's changes to the model; says so if it has not."""
+        in_full = sum(setting.trainable and not setting.adapter for setting in settings.values())
+        if in_full:
+            logger.warning(
+                f"checkpoints get no {ADAPTER} directory for PEFT, which could not hold the {in_full} parameters that "
+                "train in full (--lora-mixed-training); make a whole model of a checkpoint with mm-convert merge_lora"
+            )
+        return not in_full
 
     def export(self, checkpoint: Path, *, base: str | None) -> None:
         """Write the PEFT directory into a checkpoint whose tensors are on disk."""

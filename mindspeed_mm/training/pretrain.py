@@ -293,6 +293,7 @@ def _checkpoint_manager(
     export: dict[str, Any] = {}
     if lora is not None:
         metadata[LORA_KEY] = lora.recorded()
+    if lora is not None and lora.is_all_that_trains(settings):
         export = {
             "complete": functools.partial(lora.export, base=job.model.init_from_hf_path),
             "complete_bytes": lora.export_bytes,
