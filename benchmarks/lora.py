@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,7 @@ def main() -> None:
         sys.stdout.flush()
         shutdown_distributed()
         return
+    warnings.filterwarnings("ignore", message=".*rank_pattern")  # which PEFT honours for experts all the same
     print(f"{options.model}, {options.precision}, {photographs()[1]}")
     memory = {name: memory_of(name, options) for name in VARIANTS}
     runners = {name: runner_of(name, options, backend)() for name in VARIANTS}
