@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,13 @@ from mindspeed_mm.checkpoint.conversion import (
     resumable,
     writing,
 )
-from mindspeed_mm.checkpoint.dcp_to_hf import Output, print_notes, trained_processors, write_safetensors
+from mindspeed_mm.checkpoint.dcp_to_hf import (
+    Output,
+    check_parameters,
+    print_notes,
+    trained_processors,
+    write_safetensors,
+)
 from mindspeed_mm.checkpoint.directory import (
     ADAPTER_CONFIG,
     MODEL_CONFIG_KEY,
@@ -56,11 +63,11 @@ from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.hf_to_dcp import write_checkpoint
 from mindspeed_mm.checkpoint.huggingface import LAYOUT_KEY, HFReader, check_replaceable
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
-from mindspeed_mm.checkpoint.partial import BASE_KEY, Base
+from mindspeed_mm.checkpoint.partial import BASE_KEY, Base, model_of_base
 from mindspeed_mm.checkpoint.shards import Rows
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import is_present
+from mindspeed_mm.inputs import is_present, shorten
 from mindspeed_mm.models.lora import ALL, LORA_KEY, Adapter, LoraOptions
 from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import WeightRule, hf_shapes
@@ -108,7 +115,10 @@ def open_adapters(path: Path, option: str, hf_dir: str | Path | None) -> OpenAda
         UserError: if the adapters are damaged or do not fit the base model, or its config is nowhere.
     """
     if is_present(path / ADAPTER_CONFIG):
-        config_dir = _config_dir(path, hf_dir, AdapterConfig(path).base)
+        named = AdapterConfig(path).base
+        config_dir = _config_dir(path, hf_dir, named)
+        if is_huggingface(Path(named)) and not os.path.samefile(named, config_dir):
+            print(f"note: {path} names another base model, {named}; its weights are not compared with {config_dir}")
         spec = spec_of(config_dir)
         model_config = spec.read_config(config_dir)
         return OpenAdapters(AdapterDirectory(path, spec, model_config), spec, model_config, config_dir, None)
@@ -124,13 +134,10 @@ def open_adapters(path: Path, option: str, hf_dir: str | Path | None) -> OpenAda
 
 
 def _recorded_model(manifest: Mapping[str, Any]) -> str:
-    """The Hugging Face directory of a run's model: its base, or with a checkpoint as base that of its model file."""
-    base = Base.recorded(manifest)
+    """What the adapters of a run are for: a Hugging Face directory, if that can be known."""
     model = manifest["metadata"].get("model")
     named = model.get("init_from_hf_path") if isinstance(model, Mapping) else None
-    if base is not None and base.kind != "huggingface" and isinstance(named, str) and is_huggingface(Path(named)):
-        return named
-    return "" if base is None else base.path
+    return model_of_base(Base.recorded(manifest), named if isinstance(named, str) else "")
 
 
 def _config_dir(path: Path, hf_dir: str | Path | None, recorded: str) -> Path:
@@ -140,8 +147,9 @@ def _config_dir(path: Path, hf_dir: str | Path | None, recorded: str) -> Path:
         return Path(hf_dir)
     if recorded and is_huggingface(Path(recorded)):
         return Path(recorded)
-    where = f"its base model {recorded} is no Hugging Face directory here" if recorded else "it names no base model"
-    raise UserError(f"{path}: {where}; name the base model's directory by --hf_dir DIR")
+    where = f"its base {shorten(recorded)} is no Hugging Face directory here" if recorded else "it names no base model"
+    raise UserError(f"{path}: {where}; name the base model's directory by --hf_dir DIR (dcp_to_hf makes one of a "
+                    "training checkpoint)")
 
 
 def lora_to_hf(
@@ -176,6 +184,9 @@ def lora_to_hf(
     directory = AtomicDirectory(save, overwrite=overwrite or save.is_dir())
     if not directory.is_committed(plan):
         check_replaceable(save, overwrite=overwrite, keep=(source.path, opened.config_dir))
+        for kept in (source.path, opened.config_dir):
+            if save.resolve().is_relative_to(kept.resolve()):
+                raise UserError(f"--save_dir {save} is inside {kept}, which is read from; name another directory")
         progress = ProgressBar("lora_to_hf")
         with writing(save), locked(save), resumable(directory, plan), contextlib.closing(progress):
             progress.begin(remaining(directory, adapter_bytes(adapters, format), {}))
@@ -218,6 +229,7 @@ def lora_hf_to_dcp(
     opened = open_adapters(Path(lora_dir), "--lora_dir", hf_dir)
     adapters, options = _uniform(opened)
     base = Base.of(hf_dir, "--hf_dir") if base_dir is None else Base.of(base_dir, "--base_dir")
+    _check_base(_reader_of(base, "auto"), opened)
     facts = {
         "weight_map_version": opened.spec.weight_map_version,
         "source": {"adapters": str(lora_dir)},
@@ -384,12 +396,26 @@ def _base_reader(opened: OpenAdapters, base_dir: str | Path | None, layout: str)
         return reader, reader.base, Base(recorded.kind, str(reader.base.path), recorded.digest)
     path = opened.config_dir if base_dir is None else Path(base_dir)
     base = Base.of(path, "--hf_dir" if base_dir is None else "--base_dir")
-    path = Path(base.path)
-    reader = (
-        HFReader(path, expert_layout=layout) if base.kind == "huggingface"
-        else CheckpointReader(path, verify_directory(path))
-    )
+    reader = _reader_of(base, layout)
+    _check_base(reader, opened)
     return reader, reader, base
+
+
+def _reader_of(base: Base, layout: str) -> HFReader | CheckpointReader:
+    path = Path(base.path)
+    if base.kind == "huggingface":
+        return HFReader(path, expert_layout=layout)
+    return CheckpointReader(path, verify_directory(path))
+
+
+def _check_base(reader: HFReader | CheckpointReader, opened: OpenAdapters) -> None:
+    """Refuse a base that is not the whole model of the config.
+
+    Raises:
+        UserError: naming what it lacks.
+    """
+    rules = opened.spec.weight_rules(opened.model_config, expert_layout="hub")
+    check_parameters(reader, rules, Path(reader.path), opened.config_dir, remedy="name the base of these adapters")
 
 
 class _MergedOutput(Output):

@@ -117,21 +117,24 @@ def form_notes(adapters: Sequence[Adapter], form: str) -> list[str]:
         UserError: if the reader would refuse the adapters.
     """
     vision = [adapter for adapter in adapters if _VISION in adapter.module]
+    ignored = ([f"PEFT ignores the experts' adapters of the form {form} without a message; load the form peft with it"]
+               if form in _ONE_RANK and any(adapter.is_experts for adapter in adapters) else [])
     rank = max(adapter.rank for adapter in adapters)
     if form == "sglang":
         if len(vision) == len(adapters):
             raise UserError("--format sglang: all adapters are of the vision tower, which SGLang does not adapt; "
                             "merge them with merge_lora")
-        return [f"{len(vision)} adapters of the vision tower are left out: SGLang does not adapt it; merge_lora keeps "
-                "them"] if vision else []
+        left_out = [f"{len(vision)} adapters of vision blocks and mergers are left out: SGLang does not adapt them; "
+                    "merge_lora keeps them"] if vision else []
+        return [*left_out, *ignored]
     if form != "vllm":
-        return []
+        return ignored
     if rank > _VLLM_RANKS[-1]:
         raise UserError(f"--format vllm: vLLM takes a rank of at most {_VLLM_RANKS[-1]}, and the adapters' is {rank}; "
                         "merge them with merge_lora")
     notes = [f"vLLM needs --enable-lora --max-lora-rank {next(allowed for allowed in _VLLM_RANKS if rank <= allowed)}"]
     if vision:
-        notes.append(f"vLLM ignores the {len(vision)} adapters of the vision tower unless it is started with "
+        notes.append(f"vLLM ignores the {len(vision)} adapters of vision blocks and mergers unless it is started with "
                      "--enable-tower-connector-lora; merge_lora keeps them")
     return notes
 

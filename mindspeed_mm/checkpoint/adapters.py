@@ -28,13 +28,13 @@ from mindspeed_mm.checkpoint.adapter_formats import (
     unflatten_a,
     unflatten_b,
 )
-from mindspeed_mm.checkpoint.directory import ADAPTER_CONFIG, MANIFEST
+from mindspeed_mm.checkpoint.directory import ADAPTER, ADAPTER_CONFIG, MANIFEST
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.safetensors_io import Header, StoredTensor, listed, read_header, read_tensor
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_present, kind_of, read_json, shorten, shown
-from mindspeed_mm.models.lora import ALL, LORA_KEY, Adapter, LoraOptions
+from mindspeed_mm.models.lora import ALL, LARGEST, LORA_KEY, Adapter, LoraOptions
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.models.state_dict import hf_shapes, mcore_shapes
 
@@ -54,6 +54,7 @@ _REFUSED = {
 _REMEDY = "save the adapters again"
 _ELSEWHERE = "merge these adapters with the program that trained them"
 _OTHER_BASE = "name the base model of these adapters"
+_NESTED = re.compile(r"\)[*+{]")
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -116,11 +117,23 @@ class AdapterCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """See :class:`AdapterSource`."""
-        return self._reader.read(MODEL_PREFIX + name).to(torch.float32)
+        return _finite(self._reader.read(MODEL_PREFIX + name).to(torch.float32), name, self.path)
 
     def fingerprint(self) -> list[list[Any]]:
         """See :class:`AdapterSource`."""
         return [[name, facts["size"], facts["checksum"]] for name, facts in sorted(self._manifest["files"].items())]
+
+
+def _finite(factor: Tensor, name: str, source: Path) -> Tensor:
+    """The factor.
+
+    Raises:
+        UserError: if a number of it is none.
+    """
+    if not torch.isfinite(factor).all():
+        raise UserError(f"{source}: {name} has values that are NaN or infinite; take an earlier checkpoint, or train "
+                        "the adapters again")
+    return factor
 
 
 def recorded_options(path: Path, manifest: Mapping[str, Any]) -> LoraOptions:
@@ -134,7 +147,7 @@ def recorded_options(path: Path, manifest: Mapping[str, Any]) -> LoraOptions:
         raise UserError(f"{path} holds no LoRA adapters; dcp_to_hf converts a checkpoint of full fine-tuning")
     fields = {"r": int, "expert_r": int, "alpha": (int, float), "use_rslora": bool}
     if not isinstance(recorded, Mapping) or any(
-        not isinstance(value := recorded.get(name), kind) or (name != "use_rslora" and not 0 < value < math.inf)
+        not isinstance(value := recorded.get(name), kind) or (name != "use_rslora" and not 0 < value <= LARGEST)
         for name, kind in fields.items()
     ):
         raise UserError(f"{path / MANIFEST}: {LORA_KEY} must have {', '.join(fields)} of a LoRA run and is "
@@ -196,7 +209,7 @@ class AdapterDirectory:
 
     def read(self, name: str) -> Tensor:
         """See :class:`AdapterSource`."""
-        return self._factors[name]().contiguous()
+        return _finite(self._factors[name]().contiguous(), name, self._file)
 
     def fingerprint(self) -> list[list[Any]]:
         """See :class:`AdapterSource`."""
@@ -399,6 +412,10 @@ class AdapterConfig:
             UserError: if it is damaged, not of LoRA, or of a kind that adds more than products of factors.
         """
         self._file = path / ADAPTER_CONFIG
+        if not is_present(self._file):
+            inside = path / ADAPTER
+            there = f"; name {inside}" if is_present(inside / ADAPTER_CONFIG) else ", so it is no directory of adapters"
+            raise UserError(f"{path} has no {ADAPTER_CONFIG}{there}")
         self.content = read_json(self._file, remedy=_REMEDY)
         kind = self.content.get("peft_type")
         if kind != "LORA":
@@ -413,11 +430,14 @@ class AdapterConfig:
         if isinstance(initial, str) and initial.lower().startswith(_ALTERS_BASE):
             raise UserError(f"{self._file}: init_lora_weights is {shown(initial)}, which changes the base weights; "
                             "save the adapters again with PEFT's path_initial_model_for_weight_conversion")
+        if not isinstance(self.content.get("use_rslora") or False, bool):
+            raise UserError(f"{self._file}: use_rslora is {shown(self.content['use_rslora'])} and must be true or "
+                            f"false; {_REMEDY}")
         self.r, self.alpha = self._positive("r", self.content.get("r")), self.content.get("lora_alpha")
         self._ranks, self._alphas = (self._patterns(f"{name}_pattern") for name in ("rank", "alpha"))
         self._positive("lora_alpha", self.alpha)
         base = self.content.get("base_model_name_or_path")
-        self.base = base if isinstance(base, str) else ""
+        self.base = base if isinstance(base, str) and base.isprintable() else ""
 
     def scale(self, module: str, rank: int, weights: Path) -> float:
         """Factor on the product of the factors of a module.
@@ -438,8 +458,9 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
     def _positive(self, name: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise UserError(f"{self._file}: {name} is {shown(value)} and must be a number above 0; {_REMEDY}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
+            raise UserError(f"{self._file}: {name} is {shown(value)} and must be a number above 0, at most "
+                            f"{LARGEST:g}; {_REMEDY}")
         return value
 
     def _patterns(self, name: str) -> list[tuple[re.Pattern[str], Any]]:
@@ -450,7 +471,9 @@ class AdapterConfig:
         for key, value in content.items():
             try:
                 compiled.append((re.compile(rf"(.*\.)?({key})"), self._positive(f"{name} {shorten(key)}", value)))
-            except re.error as error:
+                if _NESTED.search(key):
+                    raise ValueError("a repeated group can take for ever")
+            except (re.error, ValueError, OverflowError, RecursionError) as error:
                 raise UserError(f"{self._file}: {name} has {shorten(key)}, which is no regular expression: {error}; "
                                 "correct it") from error
         return compiled

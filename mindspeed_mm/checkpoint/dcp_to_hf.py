@@ -106,7 +106,9 @@ def dcp_to_hf(
     model_config = spec.read_config(assets)
     reader = open_reader(checkpoint, manifest, base_dir=base_dir, check=check)
     rules = spec.weight_rules(model_config, expert_layout="hub")
-    _check(reader, rules, checkpoint, assets)
+    check_parameters(
+        reader, rules, checkpoint, assets, remedy="pass the --model_assets_dir of the model that was trained"
+    )
     check_model_config(checkpoint, manifest, model_config, source=assets / "config.json")
     if dtype == "auto":
         target = None if manifest["metadata"].get("kind") == "converted" else config_dtype(assets)
@@ -215,8 +217,14 @@ def write_safetensors(
     directory.clean_up()  # after the lock file is gone, so that the same command completes this after a kill
 
 
-def _check(reader: Any, rules: Sequence[WeightRule], checkpoint: Path, assets: Path) -> None:
-    """Refuse a checkpoint whose parameters differ from the config's in name or shape, or have no weight dtype."""
+def check_parameters(
+    reader: Any, rules: Sequence[WeightRule], checkpoint: Path, assets: Path, *, remedy: str
+) -> None:
+    """Refuse a checkpoint whose parameters differ from the config's in name or shape, or have no weight dtype.
+
+    Raises:
+        UserError: ending with ``remedy``.
+    """
     expected = {MODEL_PREFIX + rule.target: rule.target_shape for rule in rules}
     found = {name: entry for name, entry in reader.tensors.items() if name.startswith(MODEL_PREFIX)}
     wrong = [
@@ -232,10 +240,7 @@ def _check(reader: Any, rules: Sequence[WeightRule], checkpoint: Path, assets: P
         *listed("of a type that no weight has", [name for name, (_, kind) in found.items() if kind not in allowed]),
     ]
     if problems:
-        raise UserError(
-            f"{checkpoint} does not fit {assets / 'config.json'}: {'; '.join(problems)}; "
-            "pass the --model_assets_dir of the model that was trained"
-        )
+        raise UserError(f"{checkpoint} does not fit {assets / 'config.json'}: {'; '.join(problems)}; {remedy}")
 
 
 def trained_processors(

@@ -63,6 +63,8 @@ MEDIA_KEY = "media"
 """Entry of a training checkpoint's metadata: the run's ``MediaSettings``, of a family that takes images or videos."""
 MODEL_CONFIG_KEY = "model_config"
 """Entry of a checkpoint's metadata: what its weights compute, from the model's ``config.json``."""
+ADAPTER = "adapter"
+"""Directory in each checkpoint of a LoRA run, which PEFT loads as it is."""
 ADAPTER_CONFIG = "adapter_config.json"
 """By which a directory of LoRA adapters is known, in the form of PEFT."""
 _PLAN = "plan.json"
@@ -139,6 +141,9 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     value = read_tracker(root)
     if value is None and is_file(root / MANIFEST):
         return root  # a checkpoint itself, such as .../iter_0000010
+    if value is None and is_adapter_directory(root):
+        raise UserError(f"{root} holds LoRA adapters for PEFT; start from them with --lora-init-from, or name the "
+                        f"checkpoint that holds {root.name} to resume its run")
     if value is None and is_huggingface(root):
         raise UserError(f"{root} is a Hugging Face directory; name a checkpoint that mm-convert makes of it (step 2), "
                         "or leave --load out to load the weights of init_from_hf_path as they are")

@@ -104,13 +104,14 @@ def find_base(manifest: Mapping[str, Any], checkpoint: Path, *, moved_to: str | 
     path = Path(moved_to or recorded.path)
     if not is_directory(path):
         raise UserError(
-            f"{checkpoint} holds a part of the model, and its base {path} does not exist; name the base by {option} DIR"
+            f"{checkpoint} holds a part of the model, and its base {shorten(path)} does not exist; name the base by "
+            f"{option} DIR"
         )
     found = Base.of(path, option)
     if (found.kind, found.digest) != (recorded.kind, recorded.digest):
         raise UserError(
-            f"{path} is not the base of {checkpoint}, {_KINDS[recorded.kind]}, or has changed since; name the right "
-            f"one by {option} DIR"
+            f"{path} is not the base of {checkpoint}, or has changed since; the base was {_KINDS[recorded.kind]}, "
+            f"{shorten(recorded.path)}; name that by {option} DIR"
         )
     return found
 
@@ -124,6 +125,22 @@ def refuse_lora(manifest: Mapping[str, Any], checkpoint: Path) -> None:
     if LORA_KEY in manifest["metadata"]:
         raise UserError(f"{checkpoint} holds LoRA adapters; merge_lora of mm-convert adds them to the base model, "
                         "lora_to_hf writes them for PEFT, vLLM and SGLang, and verify_lora compares them")
+
+
+def model_of_base(base: Base | None, named: str) -> str:
+    """The directory whose weights a partial checkpoint is laid over: a Hugging Face directory, if that can be known.
+
+    Args:
+        base: of the checkpoint; None for one of the whole model.
+        named: Hugging Face directory of the run, from which a converted checkpoint is taken to be made.
+    """
+    if base is None or base.kind == "huggingface":
+        return named if base is None else base.path
+    try:
+        converted = read_manifest(base.path)["metadata"].get("kind") == "converted"
+    except (UserError, AttributeError):  # it has moved
+        return named
+    return named if converted else base.path
 
 
 def check_expert_layout(layout: str, manifest: Mapping[str, Any], checkpoint: Path) -> None:

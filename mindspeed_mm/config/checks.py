@@ -12,7 +12,7 @@ from typing import Any, cast
 from mindspeed_mm.config.flags import LoraArgs, TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import LossMode, ModelOptions
-from mindspeed_mm.config.schema import EFFECTIVE, role_of
+from mindspeed_mm.config.schema import EFFECTIVE, role_of, split_words
 from mindspeed_mm.errors import UserError
 
 
@@ -253,10 +253,14 @@ def resolve_lora(args: TrainingArgs, model: ModelOptions, fsdp: FSDPConfig) -> T
                 "all, or leave it out"
             )
         return args
+    if not split_words(args.lora_target_modules) + split_words(args.lora_target_parameters):
+        raise UserError(f"{args.mm_model}: lora_args.lora_target_modules is empty; name what to adapt, for example all")
     if args.lora_mixed_training != (args.lora_apply_modules is not None):
         raise UserError("--lora-mixed-training and --lora-apply-modules belong together; add the other, or drop both")
     if args.load_base_model is not None and args.load_base is not None:
         raise UserError("--load-base-model and --load-base name the same directory; keep one")
+    if args.random_init and args.load_base_model is not None:
+        raise UserError(f"--random-init and --load-base-model {args.load_base_model} exclude each other; keep one")
     if args.random_init and args.save is not None:
         raise UserError("--random-init has no base that checkpoints of adapters could name; leave out --save or it")
     implied: dict[str, Any] = {"save_trainable_only": args.save is not None}

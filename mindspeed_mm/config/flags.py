@@ -149,12 +149,12 @@ class LoraArgs(StrictModel):
         metavar="NAME", many=True,
     )
     lora_r: int = effective(8, "rank of the adapters", ge=1, le=4096, metavar="RANK")
-    lora_alpha: float = effective(16, "scale of the adapters: alpha / rank", gt=0)
+    lora_alpha: float = effective(16, "scale of the adapters: alpha / rank", gt=0, le=1e6)
     lora_expert_r: int | None = effective(
         None, "rank of each expert's adapters (default: --lora-r)", ge=1, le=4096, metavar="RANK"
     )
     lora_use_rslora: bool = effective(False, "rank-stabilized scale: alpha / sqrt(rank)")
-    lora_lr_ratio: float = effective(1.0, "learning rate of the adapters' B relative to A's (LoRA+)", gt=0)
+    lora_lr_ratio: float = effective(1.0, "learning rate of the adapters' B relative to A's (LoRA+)", gt=0, le=1e4)
     lora_init_from: str | None = effective(
         None, "start from the adapters in this PEFT directory instead of new ones", metavar="DIR"
     )

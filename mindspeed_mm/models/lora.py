@@ -26,6 +26,8 @@ from mindspeed_mm.models.state_dict import NamedShape, Shape, WeightRule
 LORA_KEY = "lora"
 """Entry of a checkpoint's metadata: :meth:`LoraOptions.recorded` of the run."""
 ALL = "all"
+LARGEST = 1e6
+"""Of ranks and alpha, beyond any use; products of larger ones overflow."""
 FACTORS = ("lora_A", "lora_B")
 Groups = Mapping[str, Sequence[str]]
 """Name of a group of weights that can be adapted -> globs of their Hugging Face names."""
@@ -172,13 +174,13 @@ def plan_adapters(
     candidates = list(_candidates(rules, groups))
     chosen: set[str] = set()
     for target in options.targets:
-        matched = [c for c in candidates if _matches(target, c)]
+        matched = [c for c in candidates if _matches(target, c, groups)]
         if not matched:
             raise UserError(_explain_no_match(target, rules, groups, candidates))
         if all(c.rule.target in frozen for c in matched):
             raise UserError(
-                f"{_FLAG} {target} matches weights that the model file freezes, such as {matched[0].rule.target}, and "
-                "what is frozen is not adapted; set that part's freeze to false, or leave the target out"
+                f"{_FLAG} {target} matches only weights that the model file freezes or --lora-apply-modules leaves "
+                f"out, such as {matched[0].rule.target}; set that part's freeze to false, or leave the target out"
             )
         chosen |= {c.source[0] for c in matched if c.rule.target not in frozen}
     adapters = tuple(c.adapter(options) for c in candidates if c.source[0] in chosen)
@@ -204,8 +206,11 @@ def lora_settings(
         parts: of the model.
 
     Raises:
-        UserError: as :func:`~mindspeed_mm.models.parameter_rules.resolve`.
+        UserError: as :func:`~mindspeed_mm.models.parameter_rules.resolve`, or if the rank of experts has no effect.
     """
+    if options.expert_r != options.r and not any(adapter.is_experts for adapter in adapters):
+        raise UserError(f"--lora-expert-r {options.expert_r} has no effect: no experts are adapted; leave it out, or "
+                        f"add {_FLAG} experts")
     in_full = [glob for part in parts if part not in (options.parts or parts) for glob in parts[part]]
     frozen = {info.name for info in parameters if not any(fnmatch.fnmatchcase(info.name, glob) for glob in in_full)}
     factors = [ParameterInfo(name, shape) for adapter in adapters for name, shape in adapter.shapes.items()]
@@ -266,16 +271,16 @@ def _candidates(rules: Sequence[WeightRule], groups: Groups) -> Iterator[_Candid
                 yield _Candidate(group, rule, source)
 
 
-def _matches(target: str, candidate: _Candidate) -> bool:
-    if target in (ALL, candidate.group):
-        return True
+def _matches(target: str, candidate: _Candidate, groups: Groups) -> bool:
+    if target == ALL or target in groups:
+        return target in (ALL, candidate.group)
     names = candidate.module, candidate.rule.target.removesuffix(_WEIGHT)
     if any(character in target for character in "*?["):
         return any(fnmatch.fnmatchcase(name, target) for name in names)
-    # PEFT adapts a module of this name; the experts' parameters are no modules, and are meant where they are named
-    if len(candidate.source[1]) == 3 and "experts" not in target:
-        return any(name.startswith(f"{target}.") for name in names)
-    return any(name == target or name.endswith(f".{target}") or name.startswith(f"{target}.") for name in names)
+    # down_proj is a dense layer's module, too, which PEFT adapts and its parameter of the experts does not
+    if len(candidate.source[1]) == 3 and target == "down_proj":
+        return False
+    return any(f".{target}." in f".{name}." for name in names)
 
 
 def _check_experts(adapters: Sequence[Adapter], candidates: Sequence[_Candidate]) -> None:
@@ -299,10 +304,13 @@ def _explain_no_match(
 ) -> str:
     present = list(dict.fromkeys(c.group for c in candidates))
     words = f"choose of {', '.join((*present, ALL))}, or names such as {', '.join(_short_names(candidates))}"
+    if "experts" in present and target.rpartition(".")[2] in ("mlp", "gate_proj", "up_proj", "down_proj"):
+        return (f"{_FLAG} {target} matches nothing: the feed-forward layers of this model are routed experts; use the "
+                "word experts in place of mlp, gate_proj, up_proj and down_proj")
+    if target == "all-linear":
+        return f"{_FLAG} {target} is PEFT's word; use {ALL}, which adapts the experts, too"
     if target in groups:
         return f"{_FLAG} {target} matches nothing: this model has no such weights; {words}"
-    if "experts" in present and target.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj", "gate_up_proj"):
-        return f"{_FLAG} {target} matches nothing: the feed-forward layers are routed experts; use the word experts"
     names = [name for rule in rules for name in (rule.target, *(source for source, _ in rule.sources))]
     others = [name for name in names if f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target)]
     if others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,18 @@ from torch import nn
 
 from mindspeed_mm.checkpoint.adapter_formats import adapter_bytes, write_adapter
 from mindspeed_mm.checkpoint.adapters import AdapterDirectory
+from mindspeed_mm.checkpoint.directory import ADAPTER
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.layers.lora import attach_adapters
-from mindspeed_mm.models.lora import Adapter, LoraOptions, describe
-from mindspeed_mm.models.parameter_rules import ParameterRule, Settings
+from mindspeed_mm.models.lora import Adapter, LoraOptions, describe, is_adapter
+from mindspeed_mm.models.parameter_rules import ParameterRule
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 from mindspeed_mm.training.initialization import copy_adapters, initialize_adapters
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"
-"""Directory in each checkpoint of a LoRA run, which PEFT loads as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,18 +103,22 @@ class LoraRun:
                 )
         return source
 
-    def is_all_that_trains(self, settings: Settings) -> bool:
-        """Whether a PEFT directory has all of a checkpoint's changes to the model; says so if it has not."""
-        in_full = sum(setting.trainable and not setting.adapter for setting in settings.values())
+    def is_all_that_is_saved(self, names: Collection[str]) -> bool:
+        """Whether a PEFT directory has all that checkpoints hold over their base; says so if it has not.
+
+        Args:
+            names: of the parameters in the checkpoints.
+        """
+        in_full = sum(not is_adapter(name) for name in names)
         if in_full:
             logger.warning(
                 f"checkpoints get no {ADAPTER} directory for PEFT, which could not hold the {in_full} parameters that "
-                "train in full (--lora-mixed-training); make a whole model of a checkpoint with mm-convert merge_lora"
+                "were trained in full; make a whole model of a checkpoint with mm-convert merge_lora"
             )
         return not in_full
 
-    def export(self, checkpoint: Path, *, base: str | None) -> None:
-        """Write the PEFT directory into a checkpoint whose tensors are on disk."""
+    def export(self, checkpoint: Path, *, base: str) -> None:
+        """Write the PEFT directory into a checkpoint whose tensors are on disk; ``base``: what it is laid over."""
         reader = CheckpointReader(checkpoint)
         directory = checkpoint / ADAPTER
         directory.mkdir()

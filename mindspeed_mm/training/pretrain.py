@@ -18,7 +18,7 @@ from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
 from mindspeed_mm.checkpoint.directory import MEDIA_KEY, MODEL_CONFIG_KEY
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
-from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run
+from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run, model_of_base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.state import TrainingState
 from mindspeed_mm.config.flags import TrainingArgs
@@ -284,7 +284,7 @@ def _checkpoint_manager(
     args = job.args
     if args.save is None:
         return None
-    names, metadata = None, {**job.checkpoint_metadata(), **facts, RUN_KEY: run_identity()}
+    base, names, metadata = None, None, {**job.checkpoint_metadata(), **facts, RUN_KEY: run_identity()}
     if args.save_trainable_only and source is not None:
         base, names = base_of_run(source, moved_to=args.load_base, option="--load-base")
         names |= {name for name, setting in settings.items() if setting.saved}
@@ -293,11 +293,9 @@ def _checkpoint_manager(
     export: dict[str, Any] = {}
     if lora is not None:
         metadata[LORA_KEY] = lora.recorded()
-    if lora is not None and lora.is_all_that_trains(settings):
-        export = {
-            "complete": functools.partial(lora.export, base=job.model.init_from_hf_path),
-            "complete_bytes": lora.export_bytes,
-        }
+    if lora is not None and lora.is_all_that_is_saved(names or ()):
+        model = model_of_base(base, job.model.init_from_hf_path)
+        export = {"complete": functools.partial(lora.export, base=model), "complete_bytes": lora.export_bytes}
     optimizer_to_save = None if args.no_save_optim else optimizer
     return CheckpointManager(
         TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng, names=names),

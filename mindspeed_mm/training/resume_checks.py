@@ -44,6 +44,7 @@ _NOT_COMPARED = frozenset(
 _SCHEDULE_FLAGS = {  # fields of Megatron's schedule -> what sets them
     "max_lr": "--lr", "min_lr": "--min-lr", "lr_warmup_steps": "warm-up (--lr-warmup-fraction, --lr-warmup-iters)",
     "lr_decay_steps": "decay (--train-iters, --lr-decay-iters)", "lr_decay_style": "--lr-decay-style",
+    "lr_scales": "learning-rate factors (--vision-lr, --projector-lr, --lora-lr-ratio, lr_scaling_plan)",
     "start_wd": "--weight-decay", "end_wd": "--weight-decay",
 }
 _MOST_NAMED = 8
@@ -74,6 +75,8 @@ def check_start(
     options = LoraOptions.from_args(args)
     recorded = None if options is None else options.recorded()
     if check_adapters(path, manifest, adapters, stored, lora=recorded, new_stage=args.finetune):
+        if args.load == args.load_base_model:
+            raise UserError(f"--load-base-model {args.load} holds LoRA adapters, not a base; name it by --load")
         if args.lora_init_from is not None:
             raise UserError(
                 f"--lora-init-from {args.lora_init_from} would replace the adapters that {path} holds; leave it out"

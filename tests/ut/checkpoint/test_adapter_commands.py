@@ -29,6 +29,7 @@ from mindspeed_mm.checkpoint.partial import BASE_KEY
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.lora import LORA_KEY
+from tests.helpers.checkpoint_directory import commit_directory as directory_of
 from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
 from tests.ut.checkpoint.tiny import random_config, write_hf_directory
 from tests.ut.checkpoint.tiny_adapters import PEFT_FORMS, TinyAdapters, edit_config, options
@@ -295,10 +296,60 @@ def test_another_base_is_refused(tmp_path):
 def test_a_moved_base_is_named(tmp_path):
     setting = Setting(tmp_path)
     shutil.move(setting.hf, tmp_path / "moved")
-    with pytest.raises(UserError, match="iter_0000007: its base model .*hf is no Hugging Face directory here; name"):
+    with pytest.raises(UserError, match="iter_0000007: its base .*hf is no Hugging Face directory here; name"):
         lora_to_hf(setting.saved, tmp_path / "adapter")
     lora_to_hf(setting.saved, tmp_path / "adapter", hf_dir=tmp_path / "moved")
     merge_lora(tmp_path / "moved", setting.saved, tmp_path / "merged")
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    setting = Setting(tmp_path)
+    name = next(name for name in setting.tiny.factors if name.endswith("down_proj_lora_B"))
+    for value in (float("nan"), float("inf")):
+        setting.tiny.factors[name][1, 2, 0] = value
+        adapter = setting.tiny.write(tmp_path / f"adapter {value}")
+        saved = setting.tiny.save(tmp_path / f"save {value}", setting.hf)
+        for source in (adapter, saved):
+            with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite; take an earlier"):
+                merge_lora(setting.hf, source, tmp_path / "merged")
+            with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite"):
+                lora_to_hf(source, tmp_path / "written", hf_dir=setting.hf)
+        with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite"):
+            lora_hf_to_dcp(adapter, setting.hf, tmp_path / "dcp")
+    assert not any((tmp_path / made).exists() for made in ("merged", "written", "dcp/release"))
+
+
+def test_a_base_that_is_not_the_whole_model_is_refused(tmp_path):
+    setting = Setting(tmp_path)
+    adapter = setting.tiny.write(tmp_path / "adapter")
+    write_hf_directory(tmp_path / "other", random_config(random.Random(4), moe=False, tie=False))
+    for base in (setting.saved, tmp_path / "other"):
+        with pytest.raises(UserError, match="does not fit .*config.json: .* missing: .*; name the base"):
+            merge_lora(setting.hf, adapter, tmp_path / "merged", base_dir=base)
+        with pytest.raises(UserError, match="does not fit .*config.json: .* missing: .*; name the base"):
+            lora_hf_to_dcp(adapter, setting.hf, tmp_path / "dcp", base_dir=base)
+
+
+def test_adapters_over_a_training_checkpoint_are_not_the_published_models(tmp_path):
+    """Whose weights are nowhere as a Hugging Face directory; those of a converted checkpoint are."""
+    setting = Setting(tmp_path)
+    hf_to_dcp(setting.hf, tmp_path / "dcp")
+    with directory_of(tmp_path / "tuned/iter_0000001", {"kind": "training"}) as partial:
+        shutil.copytree(tmp_path / "dcp/release", partial, dirs_exist_ok=True, ignore=lambda *_: {"manifest.json"})
+    recorded = {"model": {"init_from_hf_path": str(setting.hf)}}
+    over_converted = setting.tiny.save(tmp_path / "one", tmp_path / "dcp", metadata=recorded)
+    over_tuned = setting.tiny.save(tmp_path / "two", tmp_path / "tuned/iter_0000001", metadata=recorded)
+    config = json.loads((lora_to_hf(over_converted, tmp_path / "adapter") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(setting.hf)
+    with pytest.raises(UserError, match="its base .*tuned/iter_0000001 is no Hugging Face directory .*dcp_to_hf"):
+        lora_to_hf(over_tuned, tmp_path / "adapter2")
+
+
+def test_the_source_is_not_written_into(tmp_path):
+    setting = Setting(tmp_path)
+    for place in (setting.saved / "adapter", setting.hf / "adapter"):
+        with pytest.raises(UserError, match=f"--save_dir {place} is inside .*, which is read from; name another"):
+            lora_to_hf(setting.saved, place, overwrite=True)
 
 
 def test_verify_lora_finds_a_difference(tmp_path, capsys):

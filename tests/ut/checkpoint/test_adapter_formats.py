@@ -291,7 +291,13 @@ def q_proj(factor):
         ({"bias": "all"}, 'bias is "all", so biases were trained, too; merge these adapters with the program'),
         ({"modules_to_save": ["merger"]}, r'modules_to_save is \["merger"\], and modules that train in full have no'),
         ({"init_lora_weights": "pissa_niter_4"}, 'init_lora_weights is "pissa_niter_4", which changes the base'),
-        ({"r": "8"}, 'r is "8" and must be a number above 0; save the adapters again'),
+        ({"r": "8"}, 'r is "8" and must be a number above 0, at most 1e.06; save the adapters again'),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.* and must be a number above 0, at most 1e"),
+        ({"r": 10**400}, "r is 1000.* and must be a number above 0, at most 1e"),
+        ({"use_rslora": "false"}, 'use_rslora is "false" and must be true or false; save'),
+        ({"rank_pattern": {"a{99999999999999}": 3}}, "rank_pattern has a.9+., which is no regular expression"),
+        ({"rank_pattern": {"(([a-z_0-9.])+)+!": 3}}, "rank_pattern has .*, which is no regular expression: a repeated"),
+        ({"rank_pattern": {"(" * 3000 + ")" * 3000: 3}}, "rank_pattern has .*, which is no regular expression"),
         ({"lora_alpha": None}, "lora_alpha is null and must be a number above 0"),
         ({"rank_pattern": [1]}, "rank_pattern is a list and must be an object"),
         ({"rank_pattern": {"(": 1}}, r"rank_pattern has \(, which is no regular expression: .*; correct it"),
@@ -347,7 +353,7 @@ def test_refused_files(tmp_path):
     with pytest.raises(UserError, match="adapter_model.bin is a pickle, which can run code .*; convert it to"):
         read(tiny, directory)
     (directory / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="adapter_config.json does not exist; save the adapters again"):
+    with pytest.raises(UserError, match="adapter has no adapter_config.json, so it is no directory of adapters"):
         read(tiny, directory)
 
 
@@ -399,10 +405,12 @@ def test_scales_that_differ_within_one_weight_are_refused(tmp_path):
 def test_notes_and_refusals_of_forms():
     tiny = TinyAdapters(moe_config())
     assert form_notes(tiny.adapters, "peft") == []
+    (note,) = form_notes(tiny.adapters, "per-expert")
+    assert note.startswith("PEFT ignores the experts' adapters of the form per-expert without a message")
     notes = form_notes(tiny.adapters, "vllm")
     assert notes[0] == "vLLM needs --enable-lora --max-lora-rank 8"
     assert "ignores the" in notes[1] and "--enable-tower-connector-lora" in notes[1]
-    assert "are left out: SGLang does not adapt it" in form_notes(tiny.adapters, "sglang")[0]
+    assert "are left out: SGLang does not adapt them" in form_notes(tiny.adapters, "sglang")[0]
     vision = [a for a in tiny.adapters if ".visual." in a.module]
     with pytest.raises(UserError, match="--format sglang: all adapters are of the vision tower"):
         form_notes(vision, "sglang")

@@ -94,7 +94,7 @@ def test_weights_of_equal_shapes_and_other_values_are_another_base(bases, tmp_pa
 
 def test_a_base_of_another_kind_is_refused(bases, tmp_path):
     target, manifest = over(Base.of(bases["huggingface"], "--load"), tmp_path)
-    with pytest.raises(UserError, match="release is not the base of .*, a Hugging Face directory, or has changed"):
+    with pytest.raises(UserError, match="release is not the base of .*, or has changed since; the base was a Hugging"):
         found(target, manifest, str(bases["checkpoint"]))
 
 

@@ -58,11 +58,15 @@ class TinyAdapters:
         write_adapter(directory, self.adapters, self.factors.__getitem__, form=form, base=None, weights=self.weights)
         return directory
 
-    def save(self, root: Path, base: Path, *, others: Mapping[str, Tensor] | None = None) -> Path:
+    def save(
+        self, root: Path, base: Path, *, others: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Path:
         """A checkpoint of a LoRA run, with a tracker file; ``others``: parameters that trained in full."""
         target = root / iteration_name(7)
+        base_facts = dataclasses.asdict(Base.of(base, "--load"))
         metadata = {
-            "iteration": 7, BASE_KEY: dataclasses.asdict(Base.of(base, "--load")), LORA_KEY: self.options.recorded(),
+            **(metadata or {}), "iteration": 7, BASE_KEY: base_facts, LORA_KEY: self.options.recorded(),
             MODEL_CONFIG_KEY: dataclasses.asdict(self.model_config),
         }
         tensors = {MODEL_PREFIX + name: tensor for name, tensor in (self.factors | dict(others or {})).items()}

@@ -85,7 +85,7 @@ def equals_peft(base, peft_model, options, samples, peft_loss, peft_logits, choi
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_dense_model_equals_peft(tied):
-    options, base = options_of("all", r=3), tiny_model(dense=True, tied=tied)
+    options, base = options_of("all", r=3, expert_r=3), tiny_model(dense=True, tied=tied)
     model = adapted_by_peft(copy.deepcopy(base), options)
     loss, logits = run_peft(model, mixed_samples())
     equals_peft(base, model, options, mixed_samples(), loss, logits, ModelBuildOptions())

@@ -19,7 +19,8 @@ DENSE = Qwen3VLConfig.from_config(hf_model.tiny_config(dense=True).to_dict())
 
 
 def options_of(*targets: str, **more) -> LoraOptions:
-    return LoraOptions(**{"targets": targets, "r": 4, "alpha": 8, "expert_r": 2, **more})
+    experts = 2 if any(word in target for target in targets for word in ("all", "experts", ".layers.1.")) else 4
+    return LoraOptions(**{"targets": targets, "r": 4, "alpha": 8, "expert_r": experts, **more})
 
 
 def modules(*targets, config=MOE, rules=(), **more) -> list[str]:
@@ -66,10 +67,11 @@ def test_all_is_everything_but_router_embeddings_and_head():
 @pytest.mark.parametrize(
     ("targets", "config", "message"),
     [
-        (["mlp"], MOE, "--lora-target-modules mlp matches nothing: this model has no such weights; choose of"),
+        (["mlp"], MOE, "--lora-target-modules mlp matches nothing: the feed-forward layers of this model are routed"),
+        (["all-linear"], MOE, "all-linear is PEFT's word; use all, which adapts the experts, too"),
         (["experts"], DENSE, "experts matches nothing: this model has no such weights; choose of attention, mlp"),
-        (["gate_proj"], MOE, "gate_proj matches nothing: the feed-forward layers are routed experts; use the"),
-        (["down_proj"], MOE, "down_proj matches nothing: the feed-forward layers are routed experts"),
+        (["gate_proj"], MOE, "gate_proj matches nothing: .*; use the word experts in place of mlp, gate_proj, up_proj"),
+        (["down_proj"], MOE, "down_proj matches nothing: the feed-forward layers of this model are routed experts"),
         (["router"], MOE, "router matches text_decoder.layers.0.mlp.router.weight, which is not a linear layer"),
         (["lm_head"], MOE, "lm_head matches lm_head.weight, which is not a linear layer that can be adapted"),
         (["q_porj"], MOE, r"q_porj matches nothing in this model; did you mean q_proj\?"),
@@ -89,13 +91,18 @@ def test_what_is_frozen_is_not_adapted():
     ]
     adapted = modules("all", rules=rules)
     assert adapted and not [name for name in adapted if ".blocks." in name or ".layers.0." in name]
-    with pytest.raises(UserError, match="vision matches weights that the model file freezes, such as image_encoder.*; "
-                                        "set that part's freeze to false, or leave the target out"):
+    with pytest.raises(UserError, match="vision matches only weights that the model file freezes or .*, such as image_"
+                                        ".*; set that part's freeze to false, or leave the target out"):
         modules("vision", rules=rules)
 
 
+def test_a_rank_of_experts_without_experts_is_refused():
+    with pytest.raises(UserError, match="--lora-expert-r 3 has no effect: no experts are adapted; leave it out, or"):
+        SPEC.parameter_settings(MOE, lora=options_of("attention", expert_r=3))
+
+
 def test_names_and_shapes():
-    (adapter,) = SPEC.adapters(MOE, options_of("*.layers.1.self_attn.k_proj"))
+    (adapter,) = SPEC.adapters(MOE, options_of("*.layers.1.self_attn.k_proj", expert_r=4))
     base = "text_decoder.layers.1.self_attention.linear_qkv"
     assert adapter.base == f"{base}.weight"
     assert adapter.shapes == {f"{base}.adapters.k_proj.lora_A": (4, 48), f"{base}.adapters.k_proj.lora_B": (32, 4)}
