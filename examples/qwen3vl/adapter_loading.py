@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ def check_adapter(adapter: str, model: str) -> None:
     from mindspeed_mm.checkpoint.adapters import AdapterDirectory  # imports torch
 
     spec = spec_of(model)
-    experts = AdapterDirectory(Path(adapter), spec, spec.read_config(model)).experts
+    source = AdapterDirectory(Path(adapter), spec, spec.read_config(model))
+    experts = source.experts
+    if os.path.isdir(source.base) and not os.path.samefile(source.base, model):
+        print(f"note: --adapter {adapter} was trained over {source.base}, not over --model {model}", file=sys.stderr)
     versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers")}
     form = expert_form(**versions)
     if experts and experts != _EXPERT_LAYOUTS[form]:

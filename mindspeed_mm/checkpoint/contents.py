@@ -100,19 +100,25 @@ def check_adapters(
     if not isinstance(recorded, Mapping):
         raise UserError(f"{path}: manifest.json: {LORA_KEY} must be an object; restore the checkpoint")
     flags = {"r": "--lora-r", "alpha": "--lora-alpha", "expert_r": "--lora-expert-r", "use_rslora": "--lora-use-rslora"}
-    differing = [f"{flag} {shown(recorded.get(name))}, now {shown(lora[name])}" for name, flag in flags.items()
+    if all(one.get("expert_r") == one.get("r") for one in (recorded, lora)):
+        del flags["expert_r"]  # it follows --lora-r
+    differing = [f"{flag} {_number(recorded.get(name))}, now {_number(lora[name])}" for name, flag in flags.items()
                  if recorded.get(name) != lora[name]]
     adapted = {name for name in stored if name.startswith(MODEL_PREFIX) and is_adapter(name)}
-    if not differing and adapted != set(names):
+    if adapted != set(names):
         targets = recorded.get("targets")
         words = " ".join(map(str, targets)) if isinstance(targets, list) else shown(targets)
-        differing = [f"--lora-target-modules {shorten(words, 200)}, now {' '.join(lora['targets'])}"]
+        differing.append(f"--lora-target-modules {shorten(words, 200)}, now {' '.join(lora['targets'])}")
     if differing:
         raise UserError(
             f"{path} has other adapters: {'; '.join(differing)}; pass that run's flags, or merge its adapters into the "
             "weights first (mm-convert: merge_lora)"
         )
     return True
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else shown(value)
 
 
 def check_model_config(path: Path, manifest: Mapping[str, Any], model_config: Any, *, source: Path) -> None:

@@ -294,8 +294,8 @@ def _checkpoint_manager(
     if lora is not None:
         metadata[LORA_KEY] = lora.recorded()
     if lora is not None and lora.is_all_that_is_saved(names or ()):
-        model = model_of_base(base, job.model.init_from_hf_path)
-        export = {"complete": functools.partial(lora.export, base=model), "complete_bytes": lora.export_bytes}
+        laid_over = model_of_base(base, job.model.init_from_hf_path)
+        export = {"complete": functools.partial(lora.export, base=laid_over), "complete_bytes": lora.export_bytes}
     optimizer_to_save = None if args.no_save_optim else optimizer
     return CheckpointManager(
         TrainingState(model, optimizer_to_save, backend, with_rng=not args.no_save_rng, names=names),

@@ -48,6 +48,7 @@ def runs(recipe, tmp_path_factory) -> Runs:
     runs.add("in full", exit_interval=4)
     runs.add("over a checkpoint", load="in full", finetune=True, **LORA)
     runs.add("mixed", lora_mixed_training=True, lora_apply_modules="text_decoder", **LORA)
+    runs.add("after mixed", load="mixed", finetune=True, exit_interval=1, **LORA)
     runs.add("another rank", load="whole", **{**LORA, "lora_r": 8, "train_iters": 9})
     runs.add("another scale", load="whole", **{**LORA, "lora_alpha": 4, "train_iters": 9})
     runs.add("other targets", load="whole", **{**LORA, "lora_target_modules": "attention,experts", "train_iters": 9})
@@ -102,6 +103,8 @@ def test_adapters_are_where_the_next_run_begins(runs):
 def test_another_base(runs):
     base = json.loads((runs.place / "over a checkpoint" / LAST / "manifest.json").read_text())["metadata"]["base"]
     assert base["kind"] == "checkpoint" and base["path"].endswith("in full/iter_0000004")
+    config = json.loads((runs.place / "over a checkpoint" / LAST / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base["path"]  # not the model that the full run began with
     assert first_loss(runs, "over a checkpoint") < first_loss(runs, "whole")
 
 
@@ -115,7 +118,7 @@ def test_mixed_training(runs):
     ("name", "message"),
     [
         ("another rank", r"has other adapters: --lora-r 4, now 8; pass that run's flags"),
-        ("another scale", r"has other adapters: --lora-alpha 8.0, now 4.0; pass"),
+        ("another scale", r"has other adapters: --lora-alpha 8, now 4; pass"),
         ("other targets", r"has other adapters: --lora-target-modules all, now attention experts; pass"),
         ("no adapters", r"holds LoRA adapters; continue with that run's --lora flags, or merge them"),
         ("over a run", r"is of a run of full fine-tuning; add --finetune to train adapters over its weights"),
@@ -130,7 +133,8 @@ def test_peft_loads_every_adapter_directory(runs, recipe):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    assert not (runs.place / "mixed" / LAST / "adapter").exists()
+    for checkpoint in (runs.place / "mixed" / LAST, runs.place / "after mixed/iter_0000001"):
+        assert checkpoint.is_dir() and not (checkpoint / "adapter").exists()
     for name in ("whole", "expert parallel"):
         base = AutoModelForImageTextToText.from_pretrained(recipe / "checkpoint", dtype=torch.float32)
         model = PeftModel.from_pretrained(base, runs.place / name / LAST / "adapter")
