@@ -108,7 +108,9 @@ def check_adapters(
     if adapted != set(names):
         targets = recorded.get("targets")
         words = " ".join(map(str, targets)) if isinstance(targets, list) else shown(targets)
-        differing.append(f"--lora-target-modules {shorten(words, 200)}, now {' '.join(lora['targets'])}")
+        now = " ".join(lora["targets"])
+        same = " (the same, of other parts: see freeze and --lora-apply-modules)" if words == now else ""
+        differing.append(f"--lora-target-modules {shorten(words, 200)}, now {now}{same}")
     if differing:
         raise UserError(
             f"{path} has other adapters: {'; '.join(differing)}; pass that run's flags, or merge its adapters into the "

@@ -48,7 +48,9 @@ def runs(recipe, tmp_path_factory) -> Runs:
     runs.add("in full", exit_interval=4)
     runs.add("over a checkpoint", load="in full", finetune=True, **LORA)
     runs.add("mixed", lora_mixed_training=True, lora_apply_modules="text_decoder", **LORA)
-    runs.add("after mixed", load="mixed", finetune=True, exit_interval=1, **LORA)
+    text = {**LORA, "lora_target_modules": "attention,experts"}
+    runs.add("after mixed", load="mixed", finetune=True, exit_interval=1, **text)
+    runs.add("other parts", load="mixed", finetune=True, **LORA)
     runs.add("another rank", load="whole", **{**LORA, "lora_r": 8, "train_iters": 9})
     runs.add("another scale", load="whole", **{**LORA, "lora_alpha": 4, "train_iters": 9})
     runs.add("other targets", load="whole", **{**LORA, "lora_target_modules": "attention,experts", "train_iters": 9})
@@ -120,6 +122,7 @@ def test_mixed_training(runs):
         ("another rank", r"has other adapters: --lora-r 4, now 8; pass that run's flags"),
         ("another scale", r"has other adapters: --lora-alpha 8, now 4; pass"),
         ("other targets", r"has other adapters: --lora-target-modules all, now attention experts; pass"),
+        ("other parts", r"--lora-target-modules all, now all \(the same, of other parts: see freeze and --lora-apply"),
         ("no adapters", r"holds LoRA adapters; continue with that run's --lora flags, or merge them"),
         ("over a run", r"is of a run of full fine-tuning; add --finetune to train adapters over its weights"),
     ],
