@@ -44,7 +44,6 @@ _NOT_COMPARED = frozenset(
 _SCHEDULE_FLAGS = {  # fields of Megatron's schedule -> what sets them
     "max_lr": "--lr", "min_lr": "--min-lr", "lr_warmup_steps": "warm-up (--lr-warmup-fraction, --lr-warmup-iters)",
     "lr_decay_steps": "decay (--train-iters, --lr-decay-iters)", "lr_decay_style": "--lr-decay-style",
-    "lr_scales": "learning-rate factors (--vision-lr, --projector-lr, --lora-lr-ratio, lr_scaling_plan)",
     "start_wd": "--weight-decay", "end_wd": "--weight-decay",
 }
 _MOST_NAMED = 8

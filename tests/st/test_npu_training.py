@@ -55,7 +55,7 @@ def test_adapters_equal_one_process_on_the_host(tmp_path):
         # AdamW's first steps divide gradients by their own size: the adapters differ as those of the smallest ones do
         assert found["losses"] <= LOSS and found["norms"] <= GRADIENT and found["gradients"] <= GRADIENT, (name, found)
     used = {name for name in (tmp_path / "operators").read_text().split() if not name.startswith("fsdp::")}
-    assert "npu::npu_grouped_matmul" in used and used <= set(OPERATORS.read_text().split())
+    assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
 
 
 def test_layouts_equal_hugging_face(tmp_path):
