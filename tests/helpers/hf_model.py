@@ -132,6 +132,25 @@ def hf_inputs(sample: Sample, *, mean: float = 0.5, std: float = 0.5) -> dict[st
     return inputs
 
 
+def run_samples(model: Any, samples: Sequence[Sample]) -> tuple[float, torch.Tensor]:
+    """Backward of the token mean over the samples, each run by itself without padding.
+
+    Returns:
+        The loss, and the logits [S, V] that predict the target tokens.
+    """
+    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
+    loss, logits = torch.zeros(()), []
+    for sample in samples:
+        inputs = hf_inputs(sample)
+        labels = inputs.pop("labels")[0, 1:]
+        wanted = labels != -100
+        predicted = model(**inputs).logits[0, :-1][wanted]
+        logits.append(predicted.detach())
+        loss = loss + torch.nn.functional.cross_entropy(predicted, labels[wanted], reduction="sum") / count
+    loss.backward()
+    return float(loss.detach()), torch.cat(logits)
+
+
 def step_samples(step: int, count: int) -> list[Sample]:
     """The samples of an optimizer step: half of them text alone; one image, two, a video, a video with an image."""
     rng = np.random.default_rng(1000 + step)

@@ -1,4 +1,4 @@
-"""Log lines of the package, collected by a test."""
+"""Log lines of the package, collected by a test, and the one line of a user's error."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def log_lines(receive: Callable[[str], None], name: str = "mindspeed_mm.checkpoi
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def assert_one_line(outcome: tuple[int, str], *pieces: str) -> None:
+    """A command's status and standard error are those of a user's error, in one line that has these pieces."""
+    status, error = outcome
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    for piece in pieces:
+        assert piece in error

@@ -5,6 +5,8 @@ Legend: N permuted tokens (sorted by expert), E experts, H hidden width, I inter
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -80,14 +82,21 @@ def _one_expert(
     return inner @ down + adapters.scale * (inner @ second_a) @ second_b.t()
 
 
-class ExpertProducts(Protocol):
+class ExpertProducts(abc.ABC):
     """Matrix products with each token's own expert, without autograd."""
 
+    @abc.abstractmethod
     def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """rows [N, A], matrices [E, A, B] -> [N, B]."""
 
+    @abc.abstractmethod
     def outer(self, left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
         """left [N, A], right [N, B] -> [E, A, B], ``left^T right``; ``scratch``, one of the two, may be overwritten."""
+
+    def weight_gradient(self, index: int, left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor | None:
+        """:meth:`outer`, the gradient of gate_up (``index`` 0) or down (1); None if it is accumulated elsewhere."""
+        del index
+        return self.outer(left, right, scratch=scratch)
 
 
 class RowSwiglu(NamedTuple):
@@ -153,13 +162,13 @@ class Experts(torch.autograd.Function):
             grad_u = products.multiply(grad_hidden, first_b).mul_(ctx.scale)
             grad_factors = (_thin(products, permuted, grad_u), _thin(products, grad_hidden, first_u), *grad_second)
         if ctx.needs_input_grad[4]:
-            grad_down = products.outer(inner, grad, scratch=inner)
+            grad_down = products.weight_gradient(1, inner, grad, scratch=inner)
         if ctx.needs_input_grad[2]:
             grad_permuted = products.multiply(grad_hidden, gate_up.transpose(1, 2))
             if of_adapters:
                 grad_permuted.add_(products.multiply(grad_u, first_a.transpose(1, 2)))
         if ctx.needs_input_grad[3]:
-            grad_gate_up = products.outer(permuted, grad_hidden, scratch=grad_hidden)
+            grad_gate_up = products.weight_gradient(0, permuted, grad_hidden, scratch=grad_hidden)
         grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
         return None, None, grad_permuted, grad_gate_up, grad_down, grad_weights, None, *grad_factors
 
@@ -170,7 +179,8 @@ def _thin(products: ExpertProducts, left: Tensor, right: Tensor) -> Tensor:
     return products.outer(left, right, scratch=right)
 
 
-class GroupedProducts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class GroupedProducts(ExpertProducts):
     """``torch.nn.functional.grouped_mm``; ``ends``: int32 [E], where each expert's tokens end."""
 
     ends: Tensor
@@ -223,7 +233,8 @@ def _spans(counts: Sequence[int]) -> list[_Span]:
     return spans
 
 
-class PaddedBuckets(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PaddedBuckets(ExpertProducts):
     """One expert after another, in few product sizes.
 
     On a CPU in bf16, oneDNN prepares a product anew for every number of tokens, which takes longer than the product

@@ -14,6 +14,7 @@ import torch
 from mindspeed_mm.checkpoint.adapter_formats import write_adapter
 from mindspeed_mm.models.lora import LoraOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
+from tests.helpers.log_lines import assert_one_line
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "qwen3vl"
 sys.path[:0] = [str(EXAMPLE), str(EXAMPLE / "quickstart")]
@@ -62,13 +63,6 @@ def demo(capsys, model, adapter):
         ["--model", str(model), "--adapter", str(adapter), "--question", "?", "--device-map", "cpu"]
     )
     return status, capsys.readouterr().err
-
-
-def assert_one_line(outcome, *pieces):
-    status, error = outcome
-    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    for piece in pieces:
-        assert piece in error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data import chat_rendering
+from tests.helpers.log_lines import assert_one_line
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 sys.path[:0] = [str(EXAMPLES / "qwen3vl"), str(EXAMPLES / "qwen3vl" / "quickstart")]
@@ -65,13 +66,6 @@ def demo(capsys, *options, device="cpu"):
     """Status and error line of a call."""
     status = inference_demo.main([*map(str, options), "--device-map", device, "--max-new-tokens", "1"])
     return status, capsys.readouterr().err
-
-
-def assert_one_line(outcome, *pieces):
-    status, error = outcome
-    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    for piece in pieces:
-        assert piece in error
 
 
 def _edit(directory, name, **values):

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.lora import LoraOptions, is_adapter
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
 from mindspeed_mm.training.initialization import initialize_adapters
-from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
+from tests.helpers.hf_model import mixed_samples, run_samples, tiny_model
 from tests.helpers.lora import adapted_by_peft, adapted_like, factors_of, gradients_of
 from tests.helpers.mcore_model import model_like, relative
 
@@ -37,26 +36,11 @@ CASES = {
 }
 
 
-def run_peft(model, samples):
-    """Backward of the token mean over the samples, each run by itself without padding: loss and logits."""
-    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
-    loss, logits = 0.0, []
-    for sample in samples:
-        inputs = hf_inputs(sample)
-        labels = inputs.pop("labels")[0, 1:]
-        wanted = labels != -100
-        predicted = model(**inputs).logits[0, :-1][wanted]
-        logits.append(predicted.detach())
-        loss = loss + F.cross_entropy(predicted, labels[wanted], reduction="sum") / count
-    loss.backward()
-    return float(loss.detach()), torch.cat(logits)
-
-
 @pytest.fixture(scope="module", params=list(CASES))
 def reference(request):
     options, base, samples = CASES[request.param], tiny_model(), mixed_samples()
     model = adapted_by_peft(copy.deepcopy(base), options)
-    loss, logits = run_peft(model, samples)
+    loss, logits = run_samples(model, samples)
     return base, model, options, samples, loss, logits
 
 
@@ -87,7 +71,7 @@ def equals_peft(base, peft_model, options, samples, peft_loss, peft_logits, choi
 def test_dense_model_equals_peft(tied):
     options, base = options_of("all", r=3, expert_r=3), tiny_model(dense=True, tied=tied)
     model = adapted_by_peft(copy.deepcopy(base), options)
-    loss, logits = run_peft(model, mixed_samples())
+    loss, logits = run_samples(model, mixed_samples())
     equals_peft(base, model, options, mixed_samples(), loss, logits, ModelBuildOptions())
 
 

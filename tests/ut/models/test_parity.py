@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
-from tests.helpers.hf_model import hf_inputs, mixed_samples, tiny_model
+from tests.helpers.hf_model import mixed_samples, run_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
 LOSS, LOGITS, GRADIENT = 1e-6, 1e-5, 1e-5
@@ -21,17 +20,7 @@ LOSS, LOGITS, GRADIENT = 1e-6, 1e-5, 1e-5
 def reference():
     """HF model after backward of the token mean over the samples, each run by itself without padding."""
     model, samples = tiny_model(), mixed_samples()
-    count = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
-    loss, logits = 0.0, []
-    for sample in samples:
-        inputs = hf_inputs(sample)
-        labels = inputs.pop("labels")[0, 1:]
-        wanted = labels != -100
-        predicted = model(**inputs).logits[0, :-1][wanted]
-        logits.append(predicted.detach())
-        loss = loss + F.cross_entropy(predicted, labels[wanted], reduction="sum") / count
-    loss.backward()
-    return model, samples, float(loss.detach()), torch.cat(logits)
+    return model, samples, *run_samples(model, samples)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

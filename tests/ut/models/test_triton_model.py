@@ -21,9 +21,9 @@ from mindspeed_mm.models.layers import specs  # noqa: E402
 from mindspeed_mm.models.layers.attention import PackedSelfAttention  # noqa: E402
 from mindspeed_mm.models.layers.token_dispatcher import IndexPermuter, LocalDispatcher  # noqa: E402
 from mindspeed_mm.models.spec import ModelBuildOptions  # noqa: E402
-from tests.helpers.hf_model import mixed_samples, tiny_model  # noqa: E402
+from tests.helpers.hf_model import mixed_samples, run_samples, tiny_model  # noqa: E402
 from tests.helpers.lora import adapted_by_peft  # noqa: E402
-from tests.ut.models.test_lora_parity import equals_peft, options_of, run_peft  # noqa: E402
+from tests.ut.models.test_lora_parity import equals_peft, options_of  # noqa: E402
 from tests.ut.models.test_parity import equals_hf, reference  # noqa: E402, F401  the latter a fixture
 
 
@@ -37,7 +37,7 @@ def with_triton(monkeypatch):
 def test_adapters_equal_peft(with_triton):
     base, options = tiny_model(), options_of("all", r=3, expert_r=4)
     peft_model = adapted_by_peft(copy.deepcopy(base), options)
-    loss, logits = run_peft(peft_model, mixed_samples())
+    loss, logits = run_samples(peft_model, mixed_samples())
     choices = ModelBuildOptions(text_attn_implementation="sdpa")
     model = equals_peft(base, peft_model, options, mixed_samples(), loss, logits, choices)
     assert {layer.experts.kernel for layer in model.text_decoder.moe_layers()} == {weighted_experts}
