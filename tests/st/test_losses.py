@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from tests.drivers.run_layouts import in_order
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, tiny_model
-from tests.helpers.layouts import BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
+from tests.helpers.layouts import ADAM_EPS, BATCH, CLIP, GRADIENT, LOSS, LR, PARAMETER, case, errors, run_layouts
 from tests.helpers.mcore_model import to_mcore
 
 STEPS, COEFFICIENT, MICRO = 2, 0.3, 2
-# Adam divides a gradient by its own size: where one happens to cancel to 1e-9, that makes a step of rounding, unless
-# this term is larger.
-ADAM_EPS = 1e-6
 pytestmark = pytest.mark.st
 
 
@@ -71,7 +68,7 @@ def two_steps(micro_batch: int, **options: Any) -> dict[str, Any]:
     """A case of the layouts' matrix, shortened, with further options of its own."""
     own = {key: options.pop(key) for key in ("model", "loss_mode", "router_aux_loss_coef") if key in options}
     made = case(micro_batch, **options)
-    return {**made, **own, "flags": [*made["flags"], "--train-iters", str(STEPS), "--adam-eps", str(ADAM_EPS)]}
+    return {**made, **own, "flags": [*made["flags"], "--train-iters", str(STEPS)]}
 
 
 BALANCED = {"router_aux_loss_coef": COEFFICIENT}

@@ -61,21 +61,21 @@ def test_every_product_is_counted(case):
 
 
 LORA_CASES = {
-    "attention": (["attention"], [], {}),
-    "the last layer alone": (["*layers.1.self_attn.o_proj", "*layers.1.self_attn.v_proj"], [], {}),
-    "all": (["all"], [], {}),
-    "mergers, and text in full": (["merger"], ["text_decoder"], {}),
-    "dense": (["all"], [], {"dense": True}),
+    "attention": (["attention"], 4, [], {}),
+    "the last layer alone": (["*layers.1.self_attn.o_proj", "*layers.1.self_attn.v_proj"], 4, [], {}),
+    "all": (["all"], 3, [], {}),
+    "mergers, and text in full": (["merger"], 4, ["text_decoder"], {}),
+    "dense": (["all"], 4, [], {"dense": True}),
 }
 
 
 @pytest.mark.parametrize("case", LORA_CASES)
 def test_adapters_add_their_products_and_replace_weight_gradients(case):
-    targets, in_full, kind = LORA_CASES[case]
+    targets, expert_r, in_full, kind = LORA_CASES[case]
     plain = {"text_attn_implementation": "eager", "vision_attn_implementation": "eager", "fused_experts": False}
     model, model_config = model_like(tiny_model(**kind), ModelBuildOptions(**plain))
     parts = tuple(part for part in SPEC.parts if part not in in_full)
-    options = LoraOptions(targets=tuple(targets), r=4, alpha=8, expert_r=3, parts=parts)
+    options = LoraOptions(targets=tuple(targets), r=4, alpha=8, expert_r=expert_r, parts=parts)
     adapters, rules = SPEC.adapters(model_config, options), SPEC.weight_rules(model_config, expert_layout="hub")
     attach_adapters(model, adapters, rules)
     apply_settings(model, SPEC.parameter_settings(model_config, lora=options))

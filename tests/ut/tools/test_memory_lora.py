@@ -63,21 +63,21 @@ def test_parameters_gradients_and_moments_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("targets", "dense", "mixed"),
+    ("targets", "expert_r", "dense", "mixed"),
     [
-        (("attention",), False, False),
-        (("experts", "linear_fc2", "merger"), False, False),
-        (("all",), False, True),
-        (("all",), True, False),
+        (("attention",), 4, False, False),
+        (("experts", "linear_fc2", "merger"), 2, False, False),
+        (("all",), 4, False, True),
+        (("all",), 4, True, False),
     ],
 )
-def test_parameters_are_the_models(targets, dense, mixed):
+def test_parameters_are_the_models(targets, expert_r, dense, mixed):
     model_config = tiny_config()
     if dense:
         text = dataclasses.replace(model_config.text, num_experts=0)
         model_config = dataclasses.replace(model_config, model_type="qwen3_vl", text=text)
     parts = ("vision_encoder", "vision_projector") if mixed else None
-    options = LoraOptions(targets=targets, r=4, alpha=8, expert_r=2, parts=parts)
+    options = LoraOptions(targets=targets, r=4, alpha=8, expert_r=expert_r, parts=parts)
     adapters, settings = SPEC.adapters(model_config, options), SPEC.parameter_settings(model_config, lora=options)
     with torch.device("meta"):
         model = build_model(model_config, ModelBuildOptions(), pixel_norm=PIXEL_NORM, device="cpu")
@@ -186,7 +186,7 @@ def test_command_takes_flags_or_lora_args(model_file, capsys):
     ("flags", "message"),
     [
         (["--lora-r", "16"], "--lora-r has no effect without LoRA; add --lora-target-modules"),
-        (["--lora-target-modules", "vision"], "--lora-target-modules vision matches weights that the model file freez"),
+        (["--lora-target-modules", "vision"], "--lora-target-modules vision matches only weights that the model file freez"),
         (["--lora-target-modules", "mlp"], "--lora-target-modules mlp matches nothing"),
         (["--lora-target-modules", "all", "--lora-dropout", "0.1"], "--lora-dropout"),
     ],
