@@ -26,11 +26,10 @@ def seconds_of(*command: str) -> float:
 
 
 def test_help_is_instant():
-    assert min(seconds_of("pretrain_transformers.py", "--help") for _ in range(3)) < 0.5
-
-
-def test_a_heavy_import_would_be_noticed():
-    assert seconds_of("-c", "import torch") > 0.5
+    """In units of what importing torch takes on the same machine: half a second where that takes two."""
+    commands = [["pretrain_transformers.py", "--help"], ["-c", "import torch"]]
+    shown, torch = (min(seconds_of(*command) for _ in range(3)) for command in commands)
+    assert shown < torch / 4
 
 
 def test_training_loads_no_compiler():

@@ -186,7 +186,7 @@ def test_command_takes_flags_or_lora_args(model_file, capsys):
     ("flags", "message"),
     [
         (["--lora-r", "16"], "--lora-r has no effect without LoRA; add --lora-target-modules"),
-        (["--lora-target-modules", "vision"], "--lora-target-modules vision matches only weights that the model file freez"),
+        (["--lora-target-modules", "vision"], "--lora-target-modules vision matches only weights that the model file"),
         (["--lora-target-modules", "mlp"], "--lora-target-modules mlp matches nothing"),
         (["--lora-target-modules", "all", "--lora-dropout", "0.1"], "--lora-dropout"),
     ],
