@@ -98,8 +98,11 @@ class BasicParameters(StrictModel):
 
 
 class Attributes(StrictModel):
-    """Names of a record's columns, and of the roles within its messages."""
+    """Names of a record's columns, and of the roles within its messages. Left out: recognised by the first records."""
 
+    formatting: Literal["messages", "openai", "swift", "sharegpt", "llava", "alpaca", "qa"] | None = effective(
+        None, "format of the records (docs/data.md); null: recognised where the other fields are left out or do not fit"
+    )
     images: str | None = effective("images", "column with the list of image paths; null: none")
     videos: str | None = effective(None, "column with the list of video paths; null: none")
     messages: str = effective("messages", "column with the conversation")
@@ -112,6 +115,10 @@ class Attributes(StrictModel):
     system_tag: str | None = effective(None, "role of a system message; null: none")
     system: str | None = effective(None, "column with a system message; null: none")
     tools: str | None = effective(None, "column with the tools that a model may call; null: none")
+    prompt: str | None = effective(None, "alpaca and qa: column with the question; null: the format's")
+    query: str | None = effective(None, "alpaca: column with the input, which follows the question; null: the format's")
+    response: str | None = effective(None, "alpaca and qa: column with the answer; null: the format's")
+    history: str | None = effective(None, "alpaca and qa: column with earlier pairs of both; null: the format's")
 
     @model_validator(mode="after")
     def _check_columns(self) -> Attributes:

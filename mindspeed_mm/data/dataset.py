@@ -98,6 +98,8 @@ class Streamed:
             require_records(file.path, len(file))
         self._ends = np.cumsum([0, *(len(file) for file in self._opened)])
         self._reader = source.reader()
+        for number, file in enumerate(self._opened):
+            self._reader.recognise(number, file)
         first = source.reader()
         for _ in first.read(sample=True):
             pass

@@ -238,7 +238,7 @@ class Encoder:
         Raises:
             UserError: naming the image or video that cannot be used; the caller names the record.
         """
-        messages = [Message(role, text) for role, text in zip(record["roles"], record["texts"], strict=True)]
+        messages = [*map(Message, record["roles"], record["texts"], record["in_loss"])]
         are_videos = [tag == VIDEO_TAG for tag in media_tags(messages)] if record["images"] or record["videos"] else []
         media = in_order(are_videos, record["images"], record["videos"])
         measured = [measure_media(medium, self.media) for medium in media]

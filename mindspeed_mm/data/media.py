@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from mindspeed_mm.data.images import image_grid, image_patches, load_pixels
-from mindspeed_mm.data.records import Video
+from mindspeed_mm.data.parsing import Video
 from mindspeed_mm.data.videos import clip_layout, clip_patches
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import Clip

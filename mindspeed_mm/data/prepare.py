@@ -46,7 +46,7 @@ _OUTCOMES = {
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 # Modules that decide what a cache holds; the model family names its own.
 _MODULES = (*(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "record_files", "records",
-                                                    "images", "media", "videos")),
+                                                    "formats", "parsing", "media_files", "images", "media", "videos")),
             "mindspeed_mm.interfaces.conversation", "mindspeed_mm.interfaces.media")
 
 
@@ -254,7 +254,7 @@ def _build(source: Source, directory: Path) -> None:
         batched=True,
         batch_size=basic.preprocessing_batch_size,
         num_proc=processes if processes > 1 else None,
-        remove_columns=["roles", "texts"],
+        remove_columns=["roles", "texts", "in_loss"],
         features=_row_features(datasets),
         load_from_cache_file=False,
         keep_in_memory=processes <= 1,
@@ -319,7 +319,7 @@ def _media_features(datasets: Any) -> dict[str, Any]:
 
 def _record_features(datasets: Any) -> Any:
     value = datasets.Value
-    texts = {"roles": [value("string")], "texts": [value("string")]}
+    texts = {"roles": [value("string")], "texts": [value("string")], "in_loss": [value("bool")]}
     return datasets.Features({**texts, **_media_features(datasets)})
 
 

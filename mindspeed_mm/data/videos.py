@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mindspeed_mm.data.images import MAX_ASPECT_RATIO, cut_patches, load_pixels, upright_size, warn_once
-from mindspeed_mm.data.records import require_video_reader
+from mindspeed_mm.data.media_files import require_video_reader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import DATA_BYTES, open_regular, shorten
 from mindspeed_mm.inputs import reason as reason_of

@@ -15,10 +15,17 @@ MEDIA_TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
 
 
 class Message(NamedTuple):
-    """One message: its role, and its text, in which a question's ``<image>`` and ``<video>`` tags mark its media."""
+    """One message.
+
+    Attributes:
+        role: of its author.
+        text: in which a question's ``<image>`` and ``<video>`` tags mark its media.
+        in_loss: whether the loss counts it, an answer; None: as the options of the chat template say.
+    """
 
     role: Role
     text: str
+    in_loss: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,5 +102,5 @@ def media_tags(messages: Sequence[Message]) -> list[str]:
 
     Only questions hold images and videos; a tag in another message is plain text.
     """
-    questions = [text for role, text in messages if role == "user" and "<" in text]
+    questions = [message.text for message in messages if message.role == "user" and "<" in message.text]
     return [tag for text in questions for tag in MEDIA_TAG.findall(text)]

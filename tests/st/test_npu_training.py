@@ -98,7 +98,8 @@ def test_launcher_trains_as_on_the_host(place: Path, expert_size: str):  # noqa:
     heads = json.loads((place / "ckpt/hf_path/Qwen3-VL-tiny/config.json").read_text())["vision_config"]["num_heads"]
     for name in weights:
         theirs, ours = (with_gradient(name, tensors[name], heads=heads) for tensors in (first, second))
-        assert relative(ours, theirs) <= PARAMETER, (name, relative(ours, theirs))
+        # with the launcher's epsilon, AdamW makes steps of what rounding leaves of gradients that are zero
+        assert relative(ours, theirs) <= 1e-5, (name, relative(ours, theirs))
 
 
 @pytest.mark.slow

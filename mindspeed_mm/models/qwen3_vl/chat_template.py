@@ -202,7 +202,7 @@ class Qwen3VLChatTemplate:
                                             is_last=place == len(messages) - 1)
                 loss_mask = not (self._options.mask_history and place < len(messages) - 1) and not (
                     self._options.enable_thinking and place < last_question
-                )
+                ) if message.in_loss is None else message.in_loss
                 segments = self._turn(head, [_Segment(text=answer, loss_mask=loss_mask)])
                 segments[-2].loss_mask = loss_mask  # <|im_end|>; after it comes the line break
             elif message.role == "user":

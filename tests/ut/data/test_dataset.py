@@ -19,8 +19,8 @@ from PIL import Image
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.data.dataset import ChatDataset
+from mindspeed_mm.data.media_files import MediaFinder
 from mindspeed_mm.data.record_files import read_rows
-from mindspeed_mm.data.records import MediaFinder
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.tiny_data import (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_mm.data.records import check_order
+from mindspeed_mm.data.parsing import check_order
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions, Clip, Message, media_tags
 from mindspeed_mm.models.qwen3_vl.chat_template import tool_call_text

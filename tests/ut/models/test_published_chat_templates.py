@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_mm.data.records import parse_record
+from mindspeed_mm.data.formats import format_of
+from mindspeed_mm.data.parsing import parse_record
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
@@ -45,7 +46,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def our_ids(tokenizer: Any, row: dict, **options: Any) -> list[int]:
-    messages = parse_record(row, ATTR, SPEC).messages
+    messages = parse_record(row, format_of(ATTR), SPEC).messages
     template = SPEC.build_chat_template(tokenizer, ChatTemplateOptions(**options))
     encoded = template.encode(messages, media_of(row), max_length=9999)
     assert encoded is not None and encoded.dropped_messages == 0
@@ -150,8 +151,8 @@ def test_the_log_says_so_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("tools", ["[1", "3", [4], {"name": "f"}])
 def test_tools_that_are_none(tools: Any) -> None:
     with pytest.raises(ValueError, match=r"column 'tools' \(attr.tools\)"):
-        parse_record({**CASES[0], "tools": tools}, ATTR, SPEC)
-    assert parse_record({**CASES[0], "tools": ""}, ATTR, SPEC).messages[0].role == "user"
+        parse_record({**CASES[0], "tools": tools}, format_of(ATTR), SPEC)
+    assert parse_record({**CASES[0], "tools": ""}, format_of(ATTR), SPEC).messages[0].role == "user"
 
 
 @st.composite
