@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,15 @@ def test_the_log_names_the_format(root: Path, records: list[Row]) -> None:
     assert reader.notes["format"] == (
         "format, recognised by the first records: llava (column conversations, keys from and value)"
     )
+
+
+def test_the_guides_examples_are_read() -> None:
+    text = (Path(__file__).parents[3] / "docs/formats.md").read_text()
+    examples = re.findall(r"^`(\w+)`:\n```json\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in examples] == list(FORMATS)
+    for name, example in examples:
+        row = json.loads(example)
+        form = recognise(Attributes(), [row])
+        record = parse_record(row, form, SPEC)
+        assert form.name == name and record.messages[-1].text in ("A dog.", "Ein Hund.")
+        assert len(record.images) == (name != "alpaca")
