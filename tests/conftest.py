@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+# A busy machine takes longer for an example than hypothesis allows by default.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 # Read by Triton when it is imported: without a GPU its kernels are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidia0").exists() else "1")
 

@@ -200,9 +200,8 @@ def test_a_video_that_is_cut_off_is_said_once(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"loss": False}, "key 'loss' of message 1 is False"), ({"weight": 0}, "key 'weight' of message 1 is 0"),
-        ({"tool_calls": [{"name": "f"}]}, "key 'tool_calls' of message 1"),
-        ({"reasoning_content": "hm"}, "key 'reasoning_content' of message 1"),
+        ({"reasoning": "hm"}, "key 'reasoning' of message 1 is hm"), ({"objects": {"ref": ["a"]}}, "key 'objects' of mes"),
+        ({"weight": 0.3}, "'weight' of message 1 is 0.3; it must be"), ({"tool_calls": [{"name": "f"}]}, "a tool call must"),
     ],
 )
 def test_keys_of_a_message_that_change_the_target_are_refused(tmp_path, change, complaint):

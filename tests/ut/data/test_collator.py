@@ -52,7 +52,7 @@ def samples(draw: st.DrawFn) -> list[Sample]:
 
 
 @given(samples())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packing_keeps_every_sample_intact(packed: list[Sample]) -> None:
     batch = collate(packed, SPEC, MODEL_CONFIG)
     assert batch.num_tokens == sum(len(sample.input_ids) for sample in packed) == len(batch.input_ids)

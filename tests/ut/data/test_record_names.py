@@ -214,18 +214,14 @@ def test_streaming_says_the_first_beyond_those_that_are_read_ahead(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("media", ["content", "bytes", "struct", "structs", "videos"])
+@pytest.mark.parametrize("media", ["bytes", "struct", "structs", "videos"])
 def test_media_within_records_are_refused_with_a_remedy(tmp_path: Path, media: str, streamed: bool) -> None:
-    """Messages as lists of parts, and the content of files, as Parquet files of the hub have them."""
+    """The content of files, as Parquet files of the hub have it."""
     write_checkpoint(tmp_path / "checkpoint")
     (good,) = make_records(tmp_path, 2)[1:]
     row, attr = copy.deepcopy(good), {}
     held = {"bytes": b"\x89PNG", "path": None}
-    if media == "content":
-        for message in row["messages"]:
-            message["content"] = [{"type": "image", "image": "a.png"}, {"type": "text", "text": message["content"]}]
-        complaint, remedy = "'content' of message 0 is a list", "write its text as one string, with <image>"
-    elif media == "videos":
+    if media == "videos":
         row["videos"], attr = [held], {"videos": "videos"}
         complaint, remedy = "its column 'videos' (attr.videos)", "write each into a file of its own"
     else:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mindspeed_mm.data import collate, records, validate_data
+from mindspeed_mm.data import collate, media_files, validate_data
 from mindspeed_mm.data.media import Medium, load_media, measure_media
 from mindspeed_mm.data.videos import clip_layout, clip_patches, clip_shape, clip_size, frame_indices
 from mindspeed_mm.errors import UserError
@@ -247,7 +247,7 @@ def test_mistakes_are_found_before_training(recipe: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="2 <video> tags.*attr.videos is null; set it"):
         validate_data(make_config(recipe, dataset=dataset), SPEC)
     config = make_config(recipe, dataset=dataset, attr={"videos": "videos"})
-    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(media_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install av"):
         validate_data(config, SPEC)
     monkeypatch.undo()

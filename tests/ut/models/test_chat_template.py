@@ -197,7 +197,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[Message], list]:
 
 
 @given(conversations(), st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_conversation(tokenizer: Any, drawn: tuple, thinks: bool, mask_history: bool, on_prompt: bool) -> None:
     """Ids are the chat template's; masks cover answers and their ends, and no vision token."""
     messages, media = drawn
@@ -240,7 +240,7 @@ texts = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<|>"),
 
 
 @given(st.lists(st.tuples(texts, texts, st.integers(0, 2)), min_size=1, max_size=4), st.integers(0, 150), st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_masks_and_truncation(tokenizer: Any, turns: list, limit: int, mask_history: bool) -> None:
     messages, images = [], []
     for question, answer, count in turns:

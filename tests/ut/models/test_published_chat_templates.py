@@ -197,7 +197,7 @@ def records(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", sorted(TEMPLATES))
 @given(row=records())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_record_by_the_template_itself(tokenizer: Any, kind: str, row: dict) -> None:
     template = read_template(Path(TEMPLATES[kind]))
     assert our_ids(tokenizer, row, **OPTIONS[kind]) == their_ids(tokenizer, row, render(template, row))
