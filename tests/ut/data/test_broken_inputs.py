@@ -200,8 +200,8 @@ def test_a_video_that_is_cut_off_is_said_once(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"reasoning": "hm"}, "key 'reasoning' of message 1 is hm"), ({"objects": {"ref": ["a"]}}, "key 'objects' of mes"),
-        ({"weight": 0.3}, "'weight' of message 1 is 0.3; it must be"), ({"tool_calls": [{"name": "f"}]}, "a tool call must"),
+        ({"reasoning": "hm"}, "key 'reasoning' of message 1 is hm"), ({"objects": {"ref": ["a"]}}, "key 'objects' of"),
+        ({"weight": 0.3}, "'weight' of message 1 is 0.3; it must"), ({"tool_calls": [{"name": "f"}]}, "a tool call"),
     ],
 )
 def test_keys_of_a_message_that_change_the_target_are_refused(tmp_path, change, complaint):
