@@ -54,12 +54,10 @@ def test_bad_sample_stops_all_ranks_or_is_skipped(place, basic):  # noqa: F811
     layout = {"NPUS_PER_NODE": "2", "MBS": "6", "TRAIN_ITERS": "9"}  # 108 samples: more than an epoch
     stop = data_json(place, "stop", basic=basic)
     skip = data_json(place, "skip", basic=basic, loader={"on_bad_sample": "skip", "max_bad_samples": 5})
-    for file in (stop, skip):  # builds both data sets while the image is whole
-        train(place, "cached", MM_DATA=file, **{**layout, "TRAIN_ITERS": "1"})
     used = re.findall(r"[^\"]+\.\w+(?=\")", (place / "data/mllm_format_digits_train.json").read_text())
     image = Path(sorted(name for name in used if "images" in name)[0])
     shutil.copy(image, place / "kept")
-    image.write_bytes(b"damaged")
+    image.write_bytes(image.read_bytes()[:-40])  # its size can be read, its pixels cannot
     try:
         output = train(place, "bad", status=2, MM_DATA=stop, **layout)
         (line,) = {line for line in output.splitlines() if line.startswith("error: ")}  # all processes agree

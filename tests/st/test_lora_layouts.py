@@ -20,8 +20,6 @@ LAYOUTS = {
         "FSDP": case(4, lora=ALL),
         "FSDP, text, recompute": case(4, lora=TEXT, choices={"recompute_granularity": "full"}),
         "FSDP, bf16": case(4, lora=ALL, fsdp=BF16),
-        "FSDP, aligned groups, accumulation 2": case(2, lora=ALL, fsdp={"align_fsdp_param_groups": True}),
-        "HSDP": case(4, lora=ALL, fsdp={"sharding_size": 1}),
         "EP2": case(4, lora=ALL, expert_size=2),
         "EP2, text, bf16": case(4, lora=TEXT, expert_size=2, fsdp=BF16),
         "CP2": case(8, lora=ALL, context_size=2),
@@ -34,6 +32,8 @@ LAYOUTS = {
     },
 }
 SLOW = {
+    "HSDP": case(4, lora=ALL, fsdp={"sharding_size": 1}),
+    "FSDP, aligned groups, accumulation 2": case(2, lora=ALL, fsdp={"align_fsdp_param_groups": True}),
     "FSDP, text": case(4, lora=TEXT),
     "FSDP, attention": case(4, lora=NO_EXPERTS),
     "FSDP, dense": case(4, lora=ALL, model=DENSE),

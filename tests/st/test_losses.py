@@ -138,7 +138,7 @@ def references() -> dict[tuple[str, float, str], dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_equal_hugging_face(references, tmp_path, processes):
     outcomes = run_layouts(processes, numbered(processes), tmp_path)
     for key, by_processes in LOSSES.items():

@@ -35,42 +35,45 @@ CASES = {
     "FSDP2, bf16": case(4, fsdp=BF16),
     "EP2, bf16": case(4, fsdp=BF16, expert_size=2),
 }
-
-
 ADAPTED = {
-    "FSDP2": case(4, lora=LORA),
-    "EP2": case(4, lora=LORA, expert_size=2),
-    "EP2, bf16": case(4, lora=LORA, fsdp=BF16, expert_size=2),
+    "LoRA, FSDP2": case(4, lora=LORA),
+    "LoRA, EP2": case(4, lora=LORA, expert_size=2),
+    "LoRA, EP2, bf16": case(4, lora=LORA, fsdp=BF16, expert_size=2),
 }
 
 
-def test_adapters_equal_one_process_on_the_host(tmp_path):
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What came of all cases, with operators that torch_npu has, see test_npu_signatures."""
+    directory = tmp_path_factory.mktemp("npu")
+    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu", "MM_TEST_OPERATORS": str(directory / "operators")}
+    found = run_layouts(2, CASES | ADAPTED, directory, environment)
+    # FSDP2's own copies are operators too in torch 2.7; torch registers them for any device, made of the others
+    used = {name for name in (directory / "operators").read_text().split() if not name.startswith("fsdp::")}
+    assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
+    return found
+
+
+def test_adapters_equal_one_process_on_the_host(outcomes, tmp_path):
     theirs = one_process(list(ADAPTED.values()), tmp_path)
-    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu", "MM_TEST_OPERATORS": str(tmp_path / "operators")}
-    for name, outcome in run_layouts(2, ADAPTED, tmp_path, environment).items():
-        found = errors(outcome, theirs(ADAPTED[name]))
+    for name, of in ADAPTED.items():
+        found = errors(outcomes[name], theirs(of))
         if "bf16" in name:
             assert found["losses"] < 0.01 and found["norms"] < 0.1, (name, found)
             continue
         # AdamW's first steps divide gradients by their own size: the adapters differ as those of the smallest ones do
         assert found["losses"] <= LOSS and found["norms"] <= GRADIENT and found["gradients"] <= GRADIENT, (name, found)
-    used = {name for name in (tmp_path / "operators").read_text().split() if not name.startswith("fsdp::")}
-    assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
 
 
-def test_layouts_equal_hugging_face(tmp_path):
-    """By the tolerances of the host's own matrix; with operators that torch_npu has, see test_npu_signatures."""
-    environment = {**npu_environment(), "MM_TEST_DEVICE": "npu", "MM_TEST_OPERATORS": str(tmp_path / "operators")}
-    for name, outcome in run_layouts(2, CASES, tmp_path, environment).items():
-        found = errors(outcome, reference())
+def test_layouts_equal_hugging_face(outcomes):
+    """By the tolerances of the host's own matrix."""
+    for name in CASES:
+        found = errors(outcomes[name], reference())
         if "bf16" in name:
             assert found["losses"] < 0.01 and found["norms"] < 0.1, (name, found)
             continue
         assert found["losses"] <= LOSS and found["norms"] <= GRADIENT, (name, found)
         assert found["gradients"] <= GRADIENT and found["parameters"] <= PARAMETER, (name, found)
-    # FSDP2's own copies are operators too in torch 2.7; torch registers them for any device, made of the others
-    used = {name for name in (tmp_path / "operators").read_text().split() if not name.startswith("fsdp::")}
-    assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
 
 
 def numbers(output: str) -> dict[int, tuple[float, float]]:

@@ -155,7 +155,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["EP2", pytest.param("CP2", marks=pytest.mark.slow)])
 def test_checkpoint_of_one_layout_continues_in_another(place, whole_run, layout):
     """Three iterations spread over two processes, three more on one: the losses of the uninterrupted single process."""
     save = f"spread {layout}"
@@ -192,7 +192,9 @@ def test_loss_of_the_model_file_and_balanced_experts(place, whole_run):
     assert logged(output)[1] != whole_run[1]
 
 
-@pytest.mark.parametrize("variables", [{}, LAYOUTS["EP2"]], ids=["1 process", "EP2"])
+@pytest.mark.parametrize(
+    "variables", [pytest.param({}, id="1 process", marks=pytest.mark.slow), pytest.param(LAYOUTS["EP2"], id="EP2")]
+)
 def test_weights_straight_from_hugging_face(place, whole_run, variables):
     """Without a converted checkpoint each process reads its own rows of the Hugging Face files."""
     output = train(place, "direct", "--exit-interval", "3", LOAD_PATH="", **variables)

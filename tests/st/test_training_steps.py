@@ -31,7 +31,7 @@ def plain_loop():
     return hugging_face(STEPS, cosine_with_warmup)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ten_steps_equal_hugging_face(tmp_path, plain_loop, processes):
     share = BATCH // processes
     cases = {"at once": case(share, flags=FLAGS), "accumulation 2": case(share // 2, flags=FLAGS)}
