@@ -72,7 +72,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images-per-record", default="1", type=_range(0, 64), metavar="A-B", help=end)
     add("--videos-per-record", default="0", type=_range(0, 16), metavar="A-B", help=end)
     add("--image-size", default="448x448", type=_sizes, metavar="WxH[-WxH]", help=f"of images and video frames {end}")
-    add("--answer-words", default="4", type=_range(1, 10**5), metavar="A-B", help=f"1 to 3: the bare answer {end}")
+    add("--answer-words", default="4", type=_range(1, 10**5), metavar="A-B", help=f"1 to 3: one word {end}")
     add("--turns", default="1", type=_range(1, 1000), metavar="A-B", help=f"questions per record {end}")
     add("--objects", action="store_true", help="ask for the boxes of shapes (--format swift)")
     add("--file-type", default="json", choices=_FILE_TYPES, help=end)
