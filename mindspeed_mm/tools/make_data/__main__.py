@@ -233,7 +233,7 @@ def make_data(options: argparse.Namespace) -> None:
     print(f"{len(sizes) - len(files)} image and video files; {sum(sizes.values()) / 1e6:.1f} MB in all")
     print(f"{config}: for --mm-data")
     if options.model is None:
-        print(f"first: replace {_NO_MODEL} in this file by the tokenizer's directory (here: --model)")
+        print(f"first: replace {_NO_MODEL} in this file by the tokenizer's directory, or give --model")
     print(f"next: python -m mindspeed_mm.tools.show_data --mm-data {shlex.quote(str(config))} --mm-model "
           "examples/qwen3vl/model_30B.json --seq-length 1024")
 

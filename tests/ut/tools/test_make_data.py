@@ -211,6 +211,8 @@ def test_the_recipe_reads_it(tmp_path: Path, form: str, video_form: str) -> None
     (tmp_path / "checkpoint" / "video_preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     make(tmp_path / "out", form, "--images-per-record", "1-2", "--videos-per-record", "1", "--val-records", "2",
          "--video-form", video_form, "--model", str(tmp_path / "checkpoint"))
+    scenes = {path.read_bytes() for path in (tmp_path / "out" / "images").glob("*-000000[01]-0.jpg")}
+    assert len(scenes) == 4  # the two of val.json are not those of train.json
     config = load_config(tmp_path / "out" / "data.json", DataConfig, flag="--mm-data")
     train, val = build_tiny(config)
     assert (len(train), len(val)) == (6, 2)
