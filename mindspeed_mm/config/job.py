@@ -156,9 +156,7 @@ def check_data_files(job: JobConfig) -> None:
     step = "download and convert the data first (step 3 of the guide), or correct the path"
     for field, files in (("dataset", basic.dataset_files), ("val_dataset", basic.val_dataset_files)):
         for name in files:
-            if Path(name).is_dir():
-                raise UserError(f"{name} ({field} in {job.args.mm_data}) is a directory; name its data files")
-            if not Path(name).is_file():
+            if not Path(name).is_file() and not Path(name).is_dir():  # what a directory holds is checked by its reader
                 place = "" if os.path.isabs(name) else f" in {os.getcwd()}"
                 raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist{place}; {step}")
     if not Path(basic.dataset_dir).is_dir():

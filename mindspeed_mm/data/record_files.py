@@ -1,7 +1,7 @@
-"""Data files: JSON list, JSON lines (``.jsonl``) and Parquet (``.parquet``), read whole or one record at a time.
+"""Data files: JSON list, JSON lines (``.jsonl``), tables (``arrow_files``) and directories, by record or read whole.
 
 ``RecordFile`` gives random access without reading a file into memory, so that ``streaming`` keeps the order, the
-shuffling and the exact resume of a data set that was built beforehand. It scans a file once for the offsets of its
+shuffling and the exact resume of a data set that was built beforehand. It scans a JSON file once for the offsets of its
 records: 16 bytes of memory each.
 """
 
@@ -15,40 +15,47 @@ import json
 import mmap
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from mindspeed_mm.data.arrow_files import AGAIN, TableRows, is_table, open_table, struct_fields
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import (
     DATA_BYTES,
     DuplicateKey,
     available_memory,
+    inside,
+    is_directory,
     is_file,
     is_present,
     kind_of,
     open_regular,
     read_bytes,
+    read_json,
     reading,
     reason,
     shorten,
     unique_keys,
 )
 
-_AGAIN = "correct it (docs/data.md), or create it again (step 3 of the guide)"
-_OTHER_FORMATS = (".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".txt", ".yaml", ".yml", ".xml")
+_OTHER_FORMATS = (".xls", ".xlsx", ".txt", ".yaml", ".yml", ".xml")
 _NOT_TEXT = (  # how a file begins, what it then is, and the remedy
     (b"\xff\xfe", "UTF-16", "save it as UTF-8"), (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
     (b"\x1f\x8b", "compressed", "unpack it with gunzip"), (b"\x28\xb5\x2f\xfd", "compressed", "unpack it with unzstd"),
     (b"PK\x03\x04", "compressed", "unpack it with unzip"),
     (b"PAR1", "a Parquet file", "give it a name that ends in .parquet"),
+    (b"ARROW1", "an Arrow file", "give it a name that ends in .arrow"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "give it a name that ends in .arrow"),
 )
+_SHARD_SUFFIXES = (".parquet", ".arrow", ".jsonl")
+_SHARD = re.compile(r"(?P<split>.*)-\d{5}-of-(?P<count>\d{5})\b")  # as the Hugging Face hub and datasets name them
+_SPLIT = re.compile(r"(?P<split>train|test|validation|valid|val|dev|eval)(?![a-zA-Z])")
 _BLOCKS, _BLOCK = 16, 1 << 16  # of a fingerprint: number, and bytes of one
 _BOM = b"\xef\xbb\xbf"  # written by some editors; means nothing
-_ROW_GROUPS_KEPT = 4
+_PARTS_OPEN = 64  # files of a directory that a process has open at the same time
 # A string matches as a whole, so that brackets within it do not count.
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 
@@ -62,11 +69,73 @@ def record_name(path: str | Path, index: int) -> str:
     return f"{path}, record {index}"
 
 
+def data_parts(path: str | Path) -> list[str]:
+    """The files that a data file consists of, in the order of their records: itself, or those of a directory.
+
+    A directory is a data set that ``datasets`` has saved, or has files of one of the kinds Parquet, Arrow and JSON
+    lines and of one split, which are taken in the order of their names.
+
+    Raises:
+        UserError: if a directory is neither; naming what to write instead.
+    """
+    directory = Path(path)
+    if not is_directory(directory):
+        return [str(path)]
+    if is_present(directory / "dataset_dict.json"):
+        splits = [str(split) for split in read_json(directory / "dataset_dict.json").get("splits") or ["?"]]
+        raise UserError(f"dataset {path} holds the splits {shorten(', '.join(splits))}; name one of them: "
+                        f"{shorten(directory / splits[0])}")
+    if is_present(directory / "state.json"):
+        return _saved_parts(directory)
+    with reading(f"dataset {path}"):
+        names = sorted(name for name in os.listdir(directory) if name[0] not in "._")
+    kinds = {Path(name).suffix: name for name in names}
+    if len(kinds) != 1 or not kinds.keys() <= set(_SHARD_SUFFIXES):
+        found = f"holds {shorten(' and '.join(list(kinds.values())[:2]), 80)}" if kinds else "is empty"
+        raise UserError(
+            f"dataset {path} is a directory and {found}; name its data files, separated by commas, or a directory that "
+            f"datasets has saved (save_to_disk) or that has only {', only '.join(_SHARD_SUFFIXES)} files"
+        )
+    _check_shards(directory, names)
+    return [str(directory / name) for name in names]
+
+
+def _saved_parts(directory: Path) -> list[str]:
+    """The shards of a data set that ``Dataset.save_to_disk`` has written, in its order.
+
+    Raises:
+        UserError: if its rows are in another order than in the shards.
+    """
+    state = read_json(directory / "state.json", remedy="save the data set again")
+    if state.get("_indices_data_files"):
+        raise UserError(f"dataset {directory} has a table of indices, which is not read; save it again after "
+                        "dataset.flatten_indices()")
+    with reading(f"{directory / 'state.json'}", "save the data set again"):
+        return [str(inside(directory, shard["filename"])) for shard in state["_data_files"]]
+
+
+def _check_shards(directory: Path, names: Sequence[str]) -> None:
+    """Check that files belong to one split, and that no shard is missing.
+
+    Raises:
+        UserError: naming the splits, or the numbers of shards.
+    """
+    remedy = f"name the files to use, separated by commas: {shorten(directory / names[-1])},..."
+    found = [_SHARD.match(name) or _SPLIT.match(name) for name in names]
+    splits = {match["split"] if match else "" for match in found}
+    if len(splits) > 1:
+        named = shorten(", ".join(sorted(splits - {""})), 80)
+        raise UserError(f"dataset {directory} holds files of several splits ({named}); {remedy}")
+    count = found[0].groupdict().get("count") if found[0] else None
+    if count is not None and len(names) != int(count):
+        raise UserError(f"dataset {directory} holds {len(names)} of {int(count)} shards; add the others, or {remedy}")
+
+
 def fingerprint(paths: Sequence[str | Path]) -> str:
     """Digest of data files by their sizes and 16 blocks of each, so that it takes no time for a large one."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with reading(f"dataset {path}", _AGAIN), os.fdopen(open_regular(path, limit=DATA_BYTES), "rb") as file:
+    for path in itertools.chain.from_iterable(map(data_parts, paths)):
+        with reading(f"dataset {path}", AGAIN), os.fdopen(open_regular(path, limit=DATA_BYTES), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(size.to_bytes(8, "little"))
             for block in range(_BLOCKS):
@@ -76,22 +145,23 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
 
 
 def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any] | RecordFile:
-    """The rows of a JSON list, a JSON-lines file (``.jsonl``) or a Parquet file (``.parquet``).
+    """The rows of a data file: JSON list, JSON lines (``.jsonl``), a table, or a directory of such files.
 
     Args:
-        path: the file.
+        path: the file or directory.
         limit: most rows to read, from the first; None for all.
 
     Returns:
-        All rows; if one of them is not valid, a :class:`RecordFile`, which names it when it is reached.
+        All rows of a JSON file; if one of them is not valid, a :class:`RecordFile`, which names it when it is reached.
+        A RecordFile, too, for a table, whose images may not fit into memory, and for a directory.
 
     Raises:
         UserError: if the file is missing or has no list of records.
     """
+    if data_parts(path) != [str(path)] or is_table(path):
+        return RecordFile(str(path), limit=limit)
     path = Path(path)
     require_file(path)
-    if path.suffix == ".parquet":
-        return _read_parquet(path, limit)
     require_text(path)
     _require_memory(path, 3 * path.stat().st_size)
     with reading(f"dataset {path}"):
@@ -146,10 +216,10 @@ def require_text(path: Path) -> None:
         UserError: naming what it is instead, and the remedy.
     """
     if path.suffix.lower() in _OTHER_FORMATS:
-        raise UserError(f"dataset {path} is a {path.suffix} file; data files are JSON lists, JSON lines (.jsonl) or "
-                        "Parquet (.parquet): convert it")
-    with reading(f"dataset {path}", _AGAIN), os.fdopen(open_regular(path, limit=DATA_BYTES), "rb") as file:
-        first = file.read(4)
+        raise UserError(f"dataset {path} is a {path.suffix} file; data files are JSON lists, JSON lines (.jsonl), "
+                        "Parquet (.parquet), Arrow (.arrow), CSV (.csv) or TSV (.tsv): convert it")
+    with reading(f"dataset {path}", AGAIN), os.fdopen(open_regular(path, limit=DATA_BYTES), "rb") as file:
+        first = file.read(8)
     for start, kind, remedy in _NOT_TEXT:
         if first.startswith(start):
             raise UserError(f"{path} is {kind}, not a UTF-8 text; {remedy}")
@@ -180,7 +250,7 @@ def parse_json(content: bytes, source: str) -> Any:
     except DuplicateKey as error:
         raise UserError(f"{source}: {error}") from error
     except (ValueError, RecursionError) as error:
-        remedy = _AGAIN
+        remedy = AGAIN
         first, _, rest = content.partition(b"\n")
         if b"\r" in first.strip() and not rest.strip():
             remedy = "its lines end in carriage returns alone: end them with line feeds"
@@ -191,58 +261,99 @@ def parse_json(content: bytes, source: str) -> Any:
         raise UserError(f"{source} is not valid JSON ({reason(error)}); {remedy}") from error
 
 
-def _read_parquet(path: Path, limit: int | None) -> list[Any]:
-    import pyarrow.parquet
-
-    _parquet_schema(path)
-    _require_memory(path, 3 * _parquet_bytes(path))
-    with reading(f"Parquet file {path}", _AGAIN):
-        return pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
-
-
-def _parquet_schema(path: str | Path) -> Any:
-    """The schema of a Parquet file, in which no object has a key twice: of two, one would be read.
-
-    Raises:
-        UserError: if the file cannot be read, or a name occurs twice.
-    """
-    import pyarrow.parquet
-
-    def check(fields: Any) -> None:
-        names = [field.name for field in fields]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"Parquet file {path}: {shorten(name)} occurs twice in one object; remove one")
-        for field in fields:
-            check(_struct_fields(field.type))
-
-    with reading(f"Parquet file {path}", _AGAIN):
-        schema = pyarrow.parquet.read_schema(path)
-        check(schema)
-    return schema
-
-
-def _struct_fields(kind: Any) -> Any:
-    """Fields of an Arrow type that holds objects, or lists of these; nothing for another."""
-    import pyarrow.types as types
-
-    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        kind = kind.value_type
-    return list(kind) if types.is_struct(kind) else []
-
-
 def struct_columns(path: str | Path) -> frozenset[str]:
-    """Columns of a Parquet file that hold objects or lists of objects; none for another kind of file.
+    """Columns of a table that hold objects or lists of objects; none for another kind of file.
 
     Arrow gives all objects of a column the same keys: an object has the keys of every other one, as nulls.
 
     Raises:
         UserError: if the file cannot be read.
     """
-    if Path(path).suffix != ".parquet":
-        return frozenset()
-    require_file(Path(path))
-    return frozenset(field.name for field in _parquet_schema(path) if _struct_fields(field.type))
+    tables = [part for part in data_parts(path) if is_table(part)]
+    for part in tables:
+        require_file(Path(part))
+    return frozenset(field.name for part in tables for field in open_table(part).schema if struct_fields(field.type))
+
+
+class _Rows(Protocol):
+    """Random access to the rows of one regular file, once it is open."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, handle: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def read(self, index: int, name: str) -> Any: ...
+
+
+class _TextRows:
+    """The records of a JSON list or of a JSON-lines file."""
+
+    def __init__(self, path: str) -> None:
+        require_text(Path(path))
+        self._blank_lines: list[int] | None = None
+        if Path(path).suffix == ".jsonl":
+            self._places, self._blank_lines = _line_places(path)
+        else:
+            self._places = _element_places(path)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def open(self, handle: int) -> None:
+        self._handle = handle
+
+    def close(self) -> None:
+        pass
+
+    def read(self, index: int, name: str) -> Any:
+        start, end = self._places[index].tolist()
+        if self._blank_lines is not None:
+            name += f" (line {index + 1 + bisect.bisect_right(self._blank_lines, index)})"
+        content = os.pread(self._handle, end - start, start)
+        try:
+            return parse_json(content, name)
+        except UserError:
+            if self._blank_lines is None:  # a JSON list, whose records may stand on several lines
+                name += f" (which begins in line {1 + self._num_lines(start)} of the file)"
+            return parse_json(content, name)
+
+    def _num_lines(self, end: int) -> int:
+        """Number of lines that end before the byte ``end``."""
+        return sum(os.pread(self._handle, min(_BLOCK, end - start), start).count(b"\n")
+                   for start in range(0, end, _BLOCK))
+
+
+class _Part:
+    """One regular file of a data file. Each process opens it anew, and notices when it has changed."""
+
+    def __init__(self, path: str) -> None:
+        require_file(Path(path))
+        self.path = path
+        self._process = -1
+        self._state = self._current_state()
+        self.rows: _Rows = TableRows(path) if is_table(path) else _TextRows(path)
+
+    def _current_state(self, handle: int | None = None) -> tuple[int, int]:
+        status = os.stat(self.path) if handle is None else os.fstat(handle)
+        return status.st_size, status.st_mtime_ns
+
+    def open(self) -> None:
+        if self._process != os.getpid():
+            self.rows.close()  # what the process has that this one was forked from
+            self._handle = os.open(self.path, os.O_RDONLY)
+            self.rows.open(self._handle)
+            self._process = os.getpid()
+        # another file of this name, or one that is written to: other records would be at the offsets
+        if self._current_state(self._handle) != self._state:
+            raise UserError(f"{self.path} has changed since the run began; start it again, or restore the file")
+
+    def close(self) -> None:
+        self.rows.close()
+        if self._process == os.getpid():
+            os.close(self._handle)
+        self._process = -1
 
 
 class RecordFile:
@@ -252,30 +363,17 @@ class RecordFile:
         """Find the offsets of the records.
 
         Args:
-            path: the file.
+            path: the file, or a directory that :func:`data_parts` accepts.
             limit: most records to use, from the first; None for all.
 
         Raises:
             UserError: if the file is missing or no list of records.
         """
-        require_file(Path(path))
         self.path = path
-        self._process = -1
-        self._state = self._current_state()
-        self._parquet = Path(path).suffix == ".parquet"
-        if self._parquet:
-            _parquet_schema(path)
-            self._ends = np.cumsum([0, *_row_groups(path)])
-            count = int(self._ends[-1])
-        else:
-            require_text(Path(path))
-            self._blank_lines: list[int] | None = None
-            if Path(path).suffix == ".jsonl":
-                self._places, self._blank_lines = _line_places(path)
-            else:
-                self._places = _element_places(path)
-            count = len(self._places)
-        self._count = count if limit is None else min(count, limit)
+        self._parts = [_Part(part) for part in data_parts(path)]
+        self._ends = list(itertools.accumulate((len(part.rows) for part in self._parts), initial=0))
+        self._count = self._ends[-1] if limit is None else min(self._ends[-1], limit)
+        self._opened: list[_Part] = []
 
     def __len__(self) -> int:
         """Number of records."""
@@ -285,77 +383,29 @@ class RecordFile:
         """Read and parse one record.
 
         Raises:
+            IndexError: if there is none of this index.
             RecordError: if it is not valid.
             UserError: if the file has changed or is gone: no bad record, which could be skipped.
         """
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         name = record_name(self.path, index)
-        with reading(f"dataset {self.path}"):
-            self._open()
+        number = bisect.bisect_right(self._ends, index) - 1 if len(self._parts) > 1 else 0
+        part = self._parts[number]
+        with reading(f"dataset {part.path}"):
+            self._open(part)
         try:
             with reading(name):
-                if self._parquet:
-                    group = bisect.bisect_right(self._ends, index) - 1
-                    return self._group(int(group))[index - int(self._ends[group])]
-                start, end = self._places[index].tolist()
-                if self._blank_lines is not None:
-                    name += f" (line {index + 1 + bisect.bisect_right(self._blank_lines, index)})"
-                content = os.pread(self._handle, end - start, start)
-                try:
-                    return parse_json(content, name)
-                except UserError:
-                    if self._blank_lines is None:  # a JSON list, whose records may stand on several lines
-                        name += f" (which begins in line {1 + self._num_lines(start)} of the file)"
-                    return parse_json(content, name)
+                return part.rows.read(index - self._ends[number], name)
         except UserError as error:
             raise RecordError(str(error)) from error
 
-    def _current_state(self, handle: int | None = None) -> tuple[int, int]:
-        status = os.stat(self.path) if handle is None else os.fstat(handle)
-        return status.st_size, status.st_mtime_ns
-
-    def _open(self) -> None:
-        if self._process != os.getpid():
-            self._groups: OrderedDict[int, list[Any]] = OrderedDict()
-            self._handle = os.open(self.path, os.O_RDONLY)
-            if self._parquet:
-                import pyarrow.parquet
-
-                self._parquet_file: Any = pyarrow.parquet.ParquetFile(self.path)
-            self._process = os.getpid()
-        # another file of this name, or one that is written to: other records would be at the offsets
-        if self._current_state(self._handle) != self._state:
-            raise UserError(f"{self.path} has changed since the run began; start it again, or restore the file")
-
-    def _num_lines(self, end: int) -> int:
-        """Number of lines that end before the byte ``end``."""
-        return sum(os.pread(self._handle, min(_BLOCK, end - start), start).count(b"\n")
-                   for start in range(0, end, _BLOCK))
-
-    def _group(self, group: int) -> list[Any]:
-        if group not in self._groups:
-            self._groups[group] = self._parquet_file.read_row_group(group).to_pylist()
-            if len(self._groups) > _ROW_GROUPS_KEPT:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        return self._groups[group]
-
-
-def _row_groups(path: str) -> list[int]:
-    """Rows of each group of a Parquet file."""
-    import pyarrow.parquet
-
-    with reading(f"Parquet file {path}", _AGAIN):
-        metadata = pyarrow.parquet.ParquetFile(path).metadata
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-
-def _parquet_bytes(path: str | Path) -> int:
-    """Bytes of a Parquet file's values, which compression may hide."""
-    import pyarrow.parquet
-
-    with reading(f"Parquet file {path}", _AGAIN):
-        metadata = pyarrow.parquet.ParquetFile(path).metadata
-    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    def _open(self, part: _Part) -> None:
+        part.open()
+        if part not in self._opened:
+            self._opened.append(part)
+            if len(self._opened) > _PARTS_OPEN:
+                self._opened.pop(0).close()
 
 
 def _line_places(path: str) -> tuple[np.ndarray, list[int]]:
@@ -382,14 +432,14 @@ def _element_places(path: str) -> np.ndarray:
     depth, start = 0, 0
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            raise UserError(f"{path} is empty; {_AGAIN}")
+            raise UserError(f"{path} is empty; {AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for match in _BRACKETS.finditer(content):
                 mark = content[match.start()]
                 if mark in b"{[":
                     depth += 1
                     if depth == 1 and mark != ord("["):
-                        raise UserError(f"{path} holds an object, not a list of records; {_AGAIN}")
+                        raise UserError(f"{path} holds an object, not a list of records; {AGAIN}")
                     if depth == 2:
                         start = match.start()
                 elif mark in b"}]":
@@ -399,7 +449,7 @@ def _element_places(path: str) -> np.ndarray:
             if not depth and places:
                 _check_gaps(path, content, places)
     if depth or (not places and start == 0 and not _is_empty_list(path)):
-        raise UserError(f"{path} is not a valid JSON list of records; {_AGAIN}")
+        raise UserError(f"{path} is not a valid JSON list of records; {AGAIN}")
     return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 
