@@ -94,14 +94,28 @@ def _named(path: str) -> Iterator[None]:
 def _binary(source: str | BinaryIO) -> Iterator[BinaryIO]:
     if not isinstance(source, str):
         yield source
-    elif source.startswith(DATA_URI):
+    elif is_data_uri(source):
         head, _, content = source.partition(",")
-        if not head.endswith(";base64"):
-            raise ValueError("a data URI must be base64")
-        yield io.BytesIO(base64.b64decode(content, validate=True))
+        if not head.lower().endswith(";base64"):
+            raise ValueError("a data URI must be base64 (data:image/png;base64,...); percent-encoding is not read")
+        yield io.BytesIO(decode_base64(content))
     else:
         with os.fdopen(open_regular(source, limit=MEDIA_BYTES), "rb") as file:
             yield file
+
+
+def is_data_uri(source: str) -> bool:
+    """Whether an image's path is its content."""
+    return source[: len(DATA_URI)].lower() == DATA_URI
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of a base64 text, which may be broken into lines.
+
+    Raises:
+        ValueError: if it is not base64.
+    """
+    return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
 
 
 @cache
