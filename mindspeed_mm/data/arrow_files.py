@@ -21,7 +21,8 @@ AGAIN = "correct it (docs/data.md), or create it again (step 3 of the guide)"
 _ARROW_FILE, _STREAM_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 _COMPRESSED = 256 << 20  # bytes that a compressed Arrow stream may take, which is held unpacked
 _GROUPS_KEPT, _GROUPS_BYTES = 4, 256 << 20
-_AHEAD = 16  # rows converted together when they are read in order, which takes a quarter of the time of one by one
+# Rows that are read in order are converted together, in a fifth of the time of one by one: most rows, and most bytes.
+_AHEAD, _AHEAD_BYTES = 256, 8 << 20
 
 
 class Groups(Protocol):
@@ -190,7 +191,7 @@ class TableRows:
     def close(self) -> None:
         """Release the file, and the rows that are kept in memory."""
         self._table: Groups | None = None
-        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._groups: OrderedDict[int, tuple[Any, int]] = OrderedDict()
         self._rows: list[Any] = []
         self._start = 0
 
@@ -202,21 +203,24 @@ class TableRows:
         """
         if not self._start <= index < self._start + len(self._rows):
             group = bisect.bisect_right(self._ends, index) - 1
-            table, first = self._group(group), index - self._ends[group]
+            (table, ahead), first = self._group(group), index - self._ends[group]
             in_order = index == self._start + len(self._rows)
             try:
-                rows = table.slice(first, _AHEAD if in_order else 1).to_pylist()
+                rows = table.slice(first, ahead if in_order else 1).to_pylist()
             except Exception:  # of one of the rows, perhaps of a later one
                 rows = table.slice(first, 1).to_pylist()
             self._rows, self._start = rows, index
         return self._rows[index - self._start]
 
-    def _group(self, group: int) -> Any:
+    def _group(self, group: int) -> tuple[Any, int]:
+        """A group, and the number of its rows to convert together."""
         if group not in self._groups:
             assert self._table is not None
-            self._groups[group] = self._table.read(group)
+            table = self._table.read(group)
+            ahead = min(_AHEAD, 1 + _AHEAD_BYTES * table.num_rows // max(1, table.nbytes))
+            self._groups[group] = table, ahead
             while len(self._groups) > 1 and (
-                len(self._groups) > _GROUPS_KEPT or sum(one.nbytes for one in self._groups.values()) > _GROUPS_BYTES
+                len(self._groups) > _GROUPS_KEPT or sum(one.nbytes for one, _ in self._groups.values()) > _GROUPS_BYTES
             ):
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)

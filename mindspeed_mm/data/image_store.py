@@ -169,9 +169,10 @@ class ImageStore:
         if self._root is None:
             return f"data:image/{'jpeg' if suffix == 'jpg' else suffix};base64,{base64.b64encode(data).decode()}"
         path = self._path(data, suffix)
-        # a file of another size was cut off when the machine stopped
-        if not (os.path.exists(path) and os.path.getsize(path) == len(data)):
-            _write(path, data)
+        with contextlib.suppress(OSError):
+            if os.path.getsize(path) == len(data):  # else it was cut off when the machine stopped
+                return path
+        _write(path, data)
         return path
 
     def _path(self, key: bytes, suffix: str) -> str:

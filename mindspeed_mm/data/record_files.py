@@ -392,13 +392,19 @@ class RecordFile:
         name = record_name(self.path, index)
         number = bisect.bisect_right(self._ends, index) - 1 if len(self._parts) > 1 else 0
         part = self._parts[number]
-        with reading(f"dataset {part.path}"):
-            self._open(part)
         try:
-            with reading(name):
-                return part.rows.read(index - self._ends[number], name)
-        except UserError as error:
-            raise RecordError(str(error)) from error
+            self._open(part)
+        except Exception:
+            with reading(f"dataset {part.path}"):  # only now: entering it takes longer than reading most rows
+                raise
+        try:
+            return part.rows.read(index - self._ends[number], name)
+        except Exception:
+            try:
+                with reading(name):
+                    raise
+            except UserError as error:
+                raise RecordError(str(error)) from error
 
     def _open(self, part: _Part) -> None:
         part.open()
