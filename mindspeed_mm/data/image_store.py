@@ -11,10 +11,12 @@ import hashlib
 import http.client
 import io
 import os
+import ssl
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ _BASE64_LENGTH = 64  # shortest text that is taken for an image
 _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # stay as they are; spaces and letters beyond ASCII are encoded
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; mindspeed-mm)", "Accept": "image/*,*/*;q=0.5"}
 _WRAPPERS = ("url", "image", "image_url")
-_NO_MEANING = {"type": ("image", "image_url"), "detail": ("auto",)}  # keys of a wrapper whose values change nothing
+# Keys beside these, with the values that change nothing.
+_NO_MEANING = {"type": ("image", "image_url", "input_image"), "detail": ("auto",)}
 
 
 class _Temporary(Exception):
@@ -52,14 +55,17 @@ def _check_scheme(url: str) -> None:
         raise ValueError(f"{shorten(url)} is no http or https address")
 
 
+@cache
 def _opener() -> urllib.request.OpenerDirector:
     """An opener for http and https only; urllib's own also opens files and ftp addresses."""
+    certificates = ssl.create_default_context()  # once: loading them takes longer than many a download
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, _Redirect,
-        urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+        urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), _Redirect(),
+        urllib.request.HTTPSHandler(context=certificates), urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
     ):
-        opener.add_handler(handler())
+        opener.add_handler(handler)
     return opener
 
 

@@ -82,9 +82,10 @@ def data_parts(path: str | Path) -> list[str]:
     if not is_directory(directory):
         return [str(path)]
     if is_present(directory / "dataset_dict.json"):
-        splits = [str(split) for split in read_json(directory / "dataset_dict.json").get("splits") or ["?"]]
-        raise UserError(f"dataset {path} holds the splits {shorten(', '.join(splits))}; name one of them: "
-                        f"{shorten(directory / splits[0])}")
+        with reading(f"{directory / 'dataset_dict.json'}", "save the data set again, or name the directory of a split"):
+            splits = [str(split) for split in read_json(directory / "dataset_dict.json")["splits"]]
+            raise UserError(f"dataset {path} holds the splits {shorten(', '.join(splits))}; name one of them: "
+                            f"{shorten(directory / splits[0])}")
     if is_present(directory / "state.json"):
         return _saved_parts(directory)
     with reading(f"dataset {path}"):

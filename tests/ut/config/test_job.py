@@ -101,6 +101,13 @@ def test_missing_parts_name_their_step(place, missing, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_directory_may_be_a_data_file(place):
+    """Its reader checks what it holds."""
+    (place / "b.json").unlink()
+    (place / "b.json").mkdir()
+    check_data_files(load_job_config(_words(place)))
+
+
 def test_hf_weights_are_needed_only_without_a_checkpoint(place):
     (place / "hf/model-00001.safetensors").unlink()
     check_weights(load_job_config(_words(place)))

@@ -118,6 +118,7 @@ def files(*names: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("content", "message"), [
     ({"dataset_dict.json": '{"splits": ["train", "test"]}'}, "the splits train, test; name one of them: .*/d/train"),
+    ({"dataset_dict.json": '{"splits": []}'}, "dataset_dict.json cannot be read: .*; save the data set again, or name"),
     ({"state.json": '{"_data_files": [], "_indices_data_files": [{}]}'}, r"after dataset.flatten_indices\(\)"),
     ({"state.json": '{"_data_files": [{"filename": "../x.arrow"}]}'}, "leads out of the directory"),
     ({"state.json": "{}"}, "state.json cannot be read.*; save the data set again"),
