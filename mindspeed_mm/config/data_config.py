@@ -64,6 +64,9 @@ class BasicParameters(StrictModel):
         False, "read each record from its file when needed; no data set is built or kept in memory"
     )
     preprocess_on_fly: bool = effective(False, "tokenize while training; records are only checked beforehand")
+    download_images: bool = effective(
+        False, "fetch images that records name by an http(s) address, each once, into cache_dir"
+    )
     packing: bool = effective(False, "pack samples into micro-batches of --micro-batch-size x --seq-length tokens")
     neat_packing: bool = effective(False, "same as packing; attention never crosses samples in either")
 

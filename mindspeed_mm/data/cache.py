@@ -25,6 +25,15 @@ _FINISHED = "finished"
 _BLOCK = 1 << 22
 
 
+def image_directory(cache_dir: str | None) -> Path:
+    """Where images are kept that records hold themselves or name by a URL; imports nothing of ``datasets``."""
+    if cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+        home = Path(os.environ.get("HF_HOME", home))
+        cache_dir = os.path.join(os.environ.get("HF_DATASETS_CACHE", home / "datasets"), "mindspeed_mm")
+    return Path(cache_dir) / "images"
+
+
 def build_once(target: Path, build: Callable[[Path], None], *, overwrite: bool = False) -> Path:
     """Make sure that ``target`` exists, building it if it does not.
 

@@ -103,16 +103,25 @@ def _begins_like_image(text: str) -> bool:
 class ImageStore:
     """Keeps the images of records, under names made from their content. Several processes may share a directory."""
 
-    def __init__(self, directory: str | Path | None, *, allow_download: bool = False, timeout: float = 20.0) -> None:
+    def __init__(
+        self,
+        directory: str | Path | None,
+        *,
+        copies: bool = True,
+        allow_download: bool = False,
+        timeout: float = 20.0,
+    ) -> None:
         """Prepare a store; the directory is made when it is needed.
 
         Args:
             directory: where the files are kept; None to return data URIs instead.
+            copies: whether images that records hold are stored; false: only downloads are, the others become data URIs.
             allow_download: whether http(s) addresses are fetched.
             timeout: seconds in which a server has to answer, and to send more; a whole download may take ten times
                 as long.
         """
         self._root = None if directory is None else os.path.abspath(directory)
+        self._copies = copies
         self._allow_download = allow_download
         self._timeout = timeout
 
@@ -162,17 +171,20 @@ class ImageStore:
         return text
 
     def put(self, data: bytes) -> str:
-        """Store an image, unless it is there already.
+        """Store an image that a record holds, unless it is there already.
 
         Returns:
-            The path of its file, or a data URI if the store has no directory.
+            The path of its file, or a data URI if the store has no directory or takes no copies.
 
         Raises:
             ValueError: if the data do not begin like an image.
             UserError: if the file cannot be written.
         """
+        return self._put(data, as_file=self._copies)
+
+    def _put(self, data: bytes, *, as_file: bool) -> str:
         suffix = _required_suffix(data)
-        if self._root is None:
+        if self._root is None or not as_file:
             return f"data:image/{'jpeg' if suffix == 'jpg' else suffix};base64,{base64.b64encode(data).decode()}"
         path = self._path(data, suffix)
         with contextlib.suppress(OSError):
@@ -208,7 +220,7 @@ class ImageStore:
         try:
             data = self._download(url)
             _check_whole(data)
-            place = self.put(data)
+            place = self._put(data, as_file=True)
         except ValueError as error:
             raise ValueError(f"image URL {shorten(url)} cannot be fetched: {reason(error)}") from error
         if note is not None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from urllib.parse import unquote
 
+from mindspeed_mm.data.image_store import ImageStore
 from mindspeed_mm.data.parsing import Record, Video, is_text
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_directory, shorten
@@ -23,17 +24,17 @@ def require_video_reader() -> None:
 
 
 def found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[Video]]:
-    """A record's images and videos with their paths resolved.
+    """A record's images and videos with their paths resolved; images that it holds itself are stored as files.
 
     Raises:
-        ValueError: naming the first file that does not exist.
-        UserError: if there is a video file and nothing that reads it.
+        ValueError: naming the first file that does not exist, or what an image is instead.
+        UserError: if there is a video file and nothing that reads it, or the store cannot be written.
     """
 
     def found(path: str, kind: str) -> str:
         if not path:
             raise ValueError(f"the path of {'an' if kind == 'image' else 'a'} {kind} is empty; write it, or remove it")
-        if path.startswith("data:") and kind != "video":
+        if (path.startswith("data:") and kind != "video") or finder.store.owns(path):
             return path
         if path.startswith("file://"):
             path = unquote(path.removeprefix("file://").removeprefix("localhost"))
@@ -51,7 +52,7 @@ def found_media(record: Record, finder: MediaFinder) -> tuple[list[str], list[Vi
             )
         return place
 
-    images = [found(path, "image") for path in record.images]
+    images = [found(finder.store.resolve(image), "image") for image in record.images]
     videos = []
     for video in record.videos:
         if video["path"] is not None:
@@ -71,7 +72,14 @@ class MediaFinder:
     Each directory is listed once and cached, because 80,000 stat calls take minutes on shared storage.
     """
 
-    def __init__(self, dataset_dir: str | Path) -> None:
+    def __init__(self, dataset_dir: str | Path, store: ImageStore | None = None) -> None:
+        """Prepare to find files.
+
+        Args:
+            dataset_dir: where relative paths start.
+            store: of images that records hold themselves or name by a URL; None: data URIs, and no URLs.
+        """
+        self.store = store or ImageStore(None)
         self._root = str(dataset_dir)
         self._names: dict[str, frozenset[str]] = {}
 

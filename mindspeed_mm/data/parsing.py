@@ -48,14 +48,15 @@ class Record:
 
     Attributes:
         messages: the conversation.
-        images: paths of its images, in the order of their tags.
+        images: its images, in the order of their tags: paths or data URIs, and before they are looked for anything that
+            an :class:`~mindspeed_mm.data.image_store.ImageStore` takes.
         videos: its videos, in the order of their tags.
         file: number of its data file.
         record: its index in that file.
     """
 
     messages: list[Message]
-    images: list[str]
+    images: list[Any]
     videos: list[Video]
     file: int = -1
     record: int = -1
@@ -323,9 +324,9 @@ def _joined_parts(parts: Sequence[Any], place: int, role: Role, media: Mapping[s
 
 def _source(value: Any, kind: str, place: int) -> Any:
     """The image or video of a part, as the record's column would have it."""
-    if isinstance(value, dict) and isinstance(value.get("url"), str):
-        value = value["url"]
     if kind == "video":
+        if isinstance(value, dict) and isinstance(value.get("url"), str):
+            value = value["url"]
         return _video(value, f"a part of message {place}")
     return _image(value, f"a part of message {place}")
 
@@ -433,30 +434,25 @@ def _tools(row: Mapping[str, Any], form: RecordFormat) -> list[Any]:
     return tools
 
 
-def _images(row: Mapping[str, Any], form: RecordFormat) -> list[str]:
+def _images(row: Mapping[str, Any], form: RecordFormat) -> list[Any]:
     images, column = _column(row, form, "images")
-    images = [images] if isinstance(images, str) else images or []
+    images = [images] if isinstance(images, str | bytes | dict) else images or []
     where = f"its column {column!r} (attr.images)"
     if not isinstance(images, list):
-        raise ValueError(f"{where} is not a list of paths{_remedy(images)}")
+        raise ValueError(f"{where} is not a list of images")
     return [_image(image, where) for image in images]
 
 
-def _image(image: Any, where: str) -> str:
-    if not isinstance(image, str):
-        raise ValueError(f"{where} is not a list of paths{_remedy(image)}")
+def _image(image: Any, where: str) -> Any:
+    if not isinstance(image, str | bytes | dict):
+        raise ValueError(f"{where} is not a list of images: one is {kind_of(image)}; write paths (docs/media.md)")
     return image
 
 
-_NO_BYTES = (
-    "; it holds image or video data: write each into a file of its own and its path into the column (or an image as a "
-    "data URI: data:image/png;base64,...)"
-)
-
-
 def _remedy(media: Any) -> str:
-    """What to do about a value that is no path: files of the Hugging Face hub hold the content of files."""
-    return _NO_BYTES if isinstance(media, bytes) or (isinstance(media, dict) and "bytes" in media) else ""
+    """What to do about the content of a video, which files of the Hugging Face hub may hold."""
+    held = isinstance(media, bytes) or (isinstance(media, dict) and "bytes" in media)
+    return "; it holds video data: write each into a file of its own and its path into the column" if held else ""
 
 
 def _videos(row: Mapping[str, Any], form: RecordFormat) -> list[Video]:

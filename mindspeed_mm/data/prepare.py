@@ -23,7 +23,7 @@ import numpy as np
 
 from mindspeed_mm.data import cache
 from mindspeed_mm.data.encoder import TOKENIZER_FILES, Encoder, Outcome, load_tokenizer
-from mindspeed_mm.data.record_files import record_name
+from mindspeed_mm.data.record_files import data_parts, record_name
 from mindspeed_mm.data.records import RecordReader, SkippedRecords
 from mindspeed_mm.data.template_check import compare_with_checkpoint
 from mindspeed_mm.errors import UserError
@@ -45,8 +45,9 @@ _OUTCOMES = {
 }
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 # Modules that decide what a cache holds; the model family names its own.
-_MODULES = (*(f"{__package__}.{name}" for name in ("prepare", "encoder", "template_check", "record_files", "records",
-                                                    "formats", "parsing", "media_files", "images", "media", "videos")),
+_MODULES = (*(f"{__package__}.{name}" for name in (
+    "prepare", "encoder", "template_check", "record_files", "arrow_files", "records", "formats", "parsing",
+    "media_files", "images", "image_store", "media", "videos")),
             "mindspeed_mm.interfaces.conversation", "mindspeed_mm.interfaces.media")
 
 
@@ -179,7 +180,7 @@ def cache_key(source: Source) -> str:
     basic = parameters.basic_parameters
     root = Path(parameters.preprocess_parameters.model_name_or_path)
     settings = {
-        "files": [(path, _digest(Path(path))) for path in source.files],  # messages name them
+        "files": [(path, [_digest(Path(part)) for part in data_parts(path)]) for path in source.files],
         "limit": source.limit,
         "media": None if source.media is None else dataclasses.asdict(source.media),
         "seq_length": source.seq_length,

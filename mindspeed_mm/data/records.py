@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_mm.data.cache import image_directory
 from mindspeed_mm.data.formats import RecordFormat, format_of, recognise
+from mindspeed_mm.data.image_store import ImageStore
 from mindspeed_mm.data.media_files import MediaFinder, found_media
 from mindspeed_mm.data.parsing import MESSAGE_KEYS, PART_KEYS, Record, parse_record
 from mindspeed_mm.data.record_files import RecordError, RecordFile, read_rows, record_name, struct_columns
@@ -121,7 +123,9 @@ class RecordReader:
         self._attr = config.dataset_param.attr
         self._spec = spec
         basic = config.dataset_param.basic_parameters
-        self._finder = MediaFinder(basic.dataset_dir)
+        store = ImageStore(image_directory(basic.cache_dir), copies=not basic.streaming,
+                           allow_download=basic.download_images)
+        self._finder = MediaFinder(basic.dataset_dir, store)
         template = basic.template or spec.chat_templates[0]
         self._thoughts = template in spec.thinking_templates
         self._formats: dict[int, RecordFormat] = {}

@@ -234,7 +234,8 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("image", "complaint"),
     [
-        ("http://host/a.png", "is a URL, and nothing is fetched"), ("x" * 5000, r"\(5000 characters\)"),
+        ("http://host/a.png", "nothing is fetched unless basic_parameters.download_images"),
+        ("x" * 5000, r"\(5000 characters\)"),
         ("a\0b", "does not exist"), ("\ud800.png", "does not exist"), ("", "the path of an image is empty"),
     ],
 )

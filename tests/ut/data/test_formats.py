@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import re
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from mindspeed_mm.config.data_config import Attributes
@@ -209,8 +211,8 @@ QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "cont
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "1 <image> tags .* no column"),
         ({"messages": [QUESTION, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]},
          "has an image; only questions may have one"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"x": 1}}]}, ANSWER]},
-         "a part of message 0 is not a list of paths"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": 1}]}, ANSWER]},
+         "a part of message 0 is not a list of images: one is a number"),
         ({"messages": [{**QUESTION, "tool_calls": [{"name": "f", "arguments": {}}]}, ANSWER]}, "only answers may"),
         ({"messages": [QUESTION, {**ANSWER, "loss": True, "train": False}]}, "loss and train of message 1 contradict"),
         ({"messages": [QUESTION, {**ANSWER, "reasoning_content": 1}]}, "reasoning_content of message 1 is a number"),
@@ -259,3 +261,33 @@ def test_the_guides_examples_are_read() -> None:
         record = parse_record(row, form, SPEC)
         assert form.name == name and record.messages[-1].text in ("A dog.", "Ein Hund.")
         assert len(record.images) == (name != "alpaca")
+
+
+IMAGES: dict[str, Callable[[bytes], Any]] = {
+    "struct": lambda data: {"bytes": data, "path": None}, "bytes": lambda data: data,
+    "base64": lambda data: base64.b64encode(data).decode(), "part": lambda data: data,
+}
+
+
+@pytest.mark.parametrize("mode", ["built", "on the fly", "streaming"])
+@pytest.mark.parametrize("form", IMAGES)
+def test_images_within_records(root: Path, records: list[Row], expected: list[Any], form: str, mode: str) -> None:
+    """As Parquet files of the Hugging Face hub hold them, or as parts of a message with base64."""
+    rows = []
+    for row in records:
+        held = [IMAGES[form](Path(path).read_bytes()) for path in row["images"]]
+        rows.append({**row, "images": held})
+        if form == "part":
+            uris = [f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in held]
+            parts = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
+            text = {"type": "text", "text": row["messages"][0]["content"].replace("<image>", "")}
+            first = {"role": "user", "content": [*parts, text]}
+            rows[-1] = {"messages": [first, *row["messages"][1:]]}
+    if form in ("part", "base64"):
+        config = config_of(root, f"held {form}", rows, **MODES[mode])
+    else:
+        path = root / f"held {form}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        config = make_config(root, dataset=str(path), basic=MODES[mode])
+    assert samples_of(config) == expected
+    assert len(list((root / "cache/images").rglob("*.png"))) in (0, 6)  # each image once
