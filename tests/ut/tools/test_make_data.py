@@ -21,7 +21,10 @@ from PIL import Image
 
 from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.data.record_files import read_rows
+from mindspeed_mm.data.records import RecordReader
+from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.tools.make_data.__main__ import main
 from mindspeed_mm.tools.make_data.formats import FORMATS
 from mindspeed_mm.tools.make_data.scenes import COLOURS, Picture, SceneOptions, make_scene
@@ -218,6 +221,26 @@ def test_the_recipe_reads_it(tmp_path: Path, form: str, video_form: str) -> None
     assert (len(train), len(val)) == (6, 2)
     for sample in (train[0], val[1]):
         assert sample.loss_mask.sum() > 2 and {medium.grid_thw[0] > 1 for medium in sample.media} == {False, True}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by data.json", "recognised"])
+@pytest.mark.parametrize("file_type", ["jsonl", "parquet", "arrow"])
+def test_every_format_is_read_alike(tmp_path: Path, file_type: str, named: bool) -> None:
+    found = {}
+    for form in FORMATS:
+        out = tmp_path / form
+        make(out, form, "--file-type", file_type, "--images-per-record", "0-1")
+        content = json.loads((out / "data.json").read_text())
+        if not named:
+            del content["dataset_param"]["attr"]
+        config = validate_config(content, DataConfig, source="data.json")
+        reader = RecordReader(config, SPEC, config.dataset_param.basic_parameters.dataset_files, limit=None)
+        found[form] = [
+            ([(role, re.sub(r"<image>|\s", "", text)) for role, text, _ in record.messages], len(record.images))
+            for record in reader.read()
+        ]
+        assert len(found[form]) == 6 and not reader.skipped.messages
+    assert all(records == found["messages"] for records in found.values())
 
 
 def test_video_files_show_the_frames(tmp_path: Path) -> None:
