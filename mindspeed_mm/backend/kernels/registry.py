@@ -41,7 +41,8 @@ def attention_kernel(name: str | None, *, device: str) -> attention.AttentionKer
 
     Every device has ``eager`` and ``sdpa``; a CPU ``math`` (``products`` is an alias); CUDA ``flash_attention_2`` where
     the flash-attn package is installed, and ``varlen`` where torch's own kernel for packed sequences works; an NPU
-    ``npu_fusion_attention``, with ``flash_attention_2`` as an alias, which is the spelling in the recipe's files.
+    ``npu_fusion_attention``, with ``flash_attention_2`` as an alias. That is the spelling in the recipe's files, where
+    it means exact attention over packed sequences: without it, the device's fastest is selected and logged.
 
     Raises:
         UserError: if the device does not have the kernel.
@@ -57,9 +58,12 @@ def attention_kernel(name: str | None, *, device: str) -> attention.AttentionKer
         table["flash_attention_2"] = attention.flash_attention
     if device == "npu":
         table["npu_fusion_attention"] = table["flash_attention_2"] = npu.npu_fusion_attention
-    if name is None:
-        name = next(best for best in ("flash_attention_2", "varlen", "math", "sdpa") if best in table)
-    return _select("--mm-model: attn_implementation", name, table, device=device)
+    best = next(kernel for kernel in ("flash_attention_2", "varlen", "math", "sdpa") if kernel in table)
+    if name == "flash_attention_2" and name not in table:
+        logger.info("attn_implementation flash_attention_2: this %s has no such kernel; %s computes the same attention",
+                    device, best)
+        name = best
+    return _select("--mm-model: attn_implementation", name or best, table, device=device)
 
 
 @functools.cache

@@ -182,11 +182,14 @@ def test_attention(kernel, lengths, causal, dtype):
     agree(lambda *args: kernel(*args, **options), lambda *args: eager_attention(*args, **options), dtype, *inputs)
 
 
-def test_attention_names_on_a_cpu():
+def test_attention_names_on_a_cpu(caplog):
     names = (None, "math", "products")  # products is an alias
     assert {registry.attention_kernel(name, device="cpu") for name in names} == {math_attention}
     with pytest.raises(UserError, match="attn_implementation 'varlen' is not available on cpu; choose one of eager, "):
         registry.attention_kernel("varlen", device="cpu")
+    with caplog.at_level("INFO"):  # the recipe's name for exact attention over packed sequences
+        assert registry.attention_kernel("flash_attention_2", device="cpu") is math_attention
+    assert "attn_implementation flash_attention_2: this cpu has no such kernel, so math" in caplog.text
 
 
 def varlen_of(version):
