@@ -92,6 +92,7 @@ def forward_step(model: nn.Module, batch: Batch, loss_weight: Tensor) -> ModelOu
 
 def main() -> int:
     """Run the job that the command line configures; returns the exit status."""
+    job = None
     try:
         job = load_job_config(sys.argv[1:])  # prints --help and exits, before the slow imports below
         if "MM_PREFLIGHT_DONE" not in os.environ:  # the launcher has checked once for all ranks
@@ -106,7 +107,7 @@ def main() -> int:
 
         return pretrain(job, model_provider, data_provider, forward_step)
     except UserError as error:
-        return status_after_error(f"error: {error}")
+        return status_after_error(f"error: {error if job is None else job.explain(str(error))}")
 
 
 if __name__ == "__main__":

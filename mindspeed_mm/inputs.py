@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ MAX_DEPTH = 200
 MAX_NODES = 1_000_000
 """Most values in a YAML file, whose aliases repeat parts of it."""
 _QUOTED = 200
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 def shorten(value: Any, limit: int = _QUOTED) -> str:
@@ -269,6 +271,8 @@ def parse_yaml(text: str, what: str) -> Any:
             seen.add(key_node.value)
         return loader.construct_mapping(node, deep=True)
 
+    # 1e-5 is a number in YAML 1.2, and a string to PyYAML
+    UniqueLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
     UniqueLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique)
     try:
         value = yaml.load(text, Loader=UniqueLoader)

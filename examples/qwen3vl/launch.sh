@@ -18,7 +18,7 @@ usage_of_variables() {
 
 variables of the launchers (VARIABLE=value bash examples/qwen3vl/finetune_...sh; defaults: docs/environment.md):
   devices      NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS
-  files        MM_DATA MM_MODEL MM_TOOL FSDP2_PATH LOAD_PATH SAVE_PATH
+  files        MM_RECIPE, or MM_DATA MM_MODEL MM_TOOL FSDP2_PATH LOAD_PATH SAVE_PATH
   parallelism  EP CP RECOMPUTE_ARGS
   batch        MBS GRAD_ACC_STEP SEQ_LEN NUM_WORKERS SEED
   training     TRAIN_ITERS LR MIN_LR LR_WARMUP_FRACTION WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 LOSS_ARGS
@@ -55,6 +55,24 @@ setup_npu() {
     export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}  # less fragmentation
     export MM_DEVICE_MEMORY_GB=${MM_DEVICE_MEMORY_GB-64}                  # warn of a run that is unlikely to fit
     export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}      # share freed memory between streams
+}
+
+# With a recipe (docs/recipes.md) into FLAGS: the file, and what comes from the environment. What the launchers set is
+# not exported.
+flags_from_environment() {
+    local pair name exported
+    exported=" $(compgen -e | tr '\n' ' ') "
+    FLAGS=("$MM_RECIPE")
+    for pair in "${FLAG_OF_VARIABLE[@]}"; do
+        name=${pair%%:*}
+        [[ $exported == *" $name "* && -n ${!name} ]] && FLAGS+=("${pair#*:}" "${!name}")
+    done
+    for name in LOSS_ARGS RECOMPUTE_ARGS CKPT_ARGS; do
+        [[ $exported == *" $name "* ]] && read -r -d '' -a words <<<"${!name}" && FLAGS+=("${words[@]}")
+    done
+    [[ $exported == *" LOAD_PATH "* && -z $LOAD_PATH ]] && FLAGS+=(gpt_args.load=null)
+    [[ $exported == *" GRAD_ACC_STEP "* ]] &&
+        stop "GRAD_ACC_STEP has no effect with a recipe; set global_batch_size: gpt_args.global_batch_size=SAMPLES"
 }
 
 # Process ids of the ranks on this machine that have begun training, into the array ranks
@@ -205,6 +223,19 @@ run_torchrun() {
     ((stopped_early)) && status=$stopped_early
 }
 
+# A recipe file, which the first argument may name too: then the variables below act only if they are set from outside
+[[ $1 == *.y?(a)ml ]] && MM_RECIPE=$1 && shift
+MM_RECIPE=${MM_RECIPE-}
+FLAG_OF_VARIABLE=(
+    TP:--tensor-model-parallel-size PP:--pipeline-model-parallel-size CP:--context-parallel-size
+    EP:--expert-model-parallel-size MBS:--micro-batch-size SEQ_LEN:--seq-length TRAIN_ITERS:--train-iters
+    LR:--lr MIN_LR:--min-lr LR_WARMUP_FRACTION:--lr-warmup-fraction WEIGHT_DECAY:--weight-decay CLIP_GRAD:--clip-grad
+    ADAM_BETA1:--adam-beta1 ADAM_BETA2:--adam-beta2 SEED:--seed NUM_WORKERS:--num-workers LOAD_PATH:--load
+    SAVE_PATH:--save SAVE_INTERVAL:--save-interval EVAL_INTERVAL:--eval-interval EVAL_ITERS:--eval-iters
+    LOG_INTERVAL:--log-interval FSDP2_PATH:--fsdp2-config-path MM_DATA:--mm-data MM_MODEL:--mm-model MM_TOOL:--mm-tool
+    LORA_TARGETS:--lora-target-modules LORA_R:--lora-r LORA_ALPHA:--lora-alpha LORA_EXPERT_R:--lora-expert-r
+)
+
 # Defaults of all launchers; docs/environment.md describes the variables
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
@@ -344,7 +375,9 @@ OUTPUT_ARGS=(
     --save "$SAVE_PATH"
 )
 
-FLAGS=("${GPT_ARGS[@]}" "${MODE_WORDS[@]}" "${MM_ARGS[@]}" "${OUTPUT_ARGS[@]}" --distributed-backend nccl "$@")
+FLAGS=("${GPT_ARGS[@]}" "${MODE_WORDS[@]}" "${MM_ARGS[@]}" "${OUTPUT_ARGS[@]}")
+[ -n "$MM_RECIPE" ] && flags_from_environment
+FLAGS+=(--distributed-backend nccl "$@")
 
 command -v torchrun >/dev/null ||
     stop "torchrun is not on the PATH; activate the virtual environment, or install it: bash scripts/install.sh (step 1)"

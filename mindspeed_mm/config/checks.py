@@ -226,6 +226,25 @@ def join_expert_sizes(args: TrainingArgs, fsdp: FSDPConfig) -> TrainingArgs:
     return args.replace(expert_model_parallel_size=size)
 
 
+def join_recompute(args: TrainingArgs, model: ModelOptions, fsdp: FSDPConfig) -> TrainingArgs:
+    """The flags, with what model and FSDP2 file say of recomputation as ``--recompute-granularity``.
+
+    Raises:
+        UserError: if two of them differ.
+    """
+    said: dict[str, str | None] = {
+        **{f"{args.mm_model}: {path}": value for path, value in model.recompute_granularity.items()},
+        f"{args.fsdp2_config_path}: recompute_modules, which means": "full" if fsdp.recompute_modules else None,
+    }
+    if "recompute_granularity" in args.given:
+        said["--recompute-granularity"] = args.recompute_granularity
+    given = {place: value for place, value in said.items() if value is not None}
+    if len({*given.values()}) > 1:
+        (place, value), *_, (other, theirs) = given.items()
+        raise UserError(f"{place} {value} contradicts {other} {theirs}; give both the same value, or leave one out")
+    return args.replace(recompute_granularity=next(iter(given.values()), None))
+
+
 def resolve_lora(args: TrainingArgs, model: ModelOptions, fsdp: FSDPConfig) -> TrainingArgs:
     """The flags with ``lora_args`` of the model file, and with what LoRA implies for others.
 

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="pretrain_transformers.py",
         usage="torchrun ... %(prog)s --mm-data FILE --mm-model FILE --seq-length TOKENS --train-iters STEPS --lr X "
-        "[flags]",
+        "[flags], or torchrun ... %(prog)s RECIPE.yaml [section.key=value ...] [flags] (docs/recipes.md)",
         description="Fine-tune a Qwen3-VL model. Start it through torchrun; examples/qwen3vl has launchers.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -52,10 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
+def parse_args(argv: Sequence[str] | None = None, *, defaults: Mapping[str, str] | None = None) -> TrainingArgs:
     """Parse ``argv`` (default: the process's own), checking every value's type and range.
 
     ``--help`` prints and exits.
+
+    Args:
+        argv: the flags.
+        defaults: field name -> value of flags that count as given unless ``argv`` has another value.
 
     Raises:
         UserError: naming the flag, its value and what is allowed, or the nearest known flag.
@@ -64,9 +68,10 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
     namespace, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UserError(_explain_unknown(unknown))
-    for name, value in vars(namespace).items():
+    values = {**(defaults or {}), **vars(namespace)}
+    for name, value in values.items():
         if isinstance(value, list):
-            vars(namespace)[name] = value = ",".join(value)
+            values[name] = value = ",".join(value)
         if not value.strip():
             raise UserError(f"{option_name(name)} is empty; give it a value or leave it out")
         if _UNPRINTABLE.search(value):  # a path with a line break, from a file that was not split at its lines
@@ -75,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingArgs:
                 "that is not UTF-8; remove it"
             )
     try:
-        args = TrainingArgs.model_validate_strings(vars(namespace))
+        args = TrainingArgs.model_validate_strings(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     for use in walk(args):

@@ -293,7 +293,7 @@ class ReliabilityArgs(StrictModel):
 
 
 class CompatibilityArgs(StrictModel):
-    """Accepted without effect, so that launchers written for Megatron run unchanged"""
+    """Accepted without effect, or refused, so that launchers written for Megatron run unchanged"""
 
     use_mcore_models: bool = no_effect(False, "the model is always built from Megatron core's modules")
     tokenizer_type: str | None = no_effect(None, "the tokenizer of model_name_or_path in the data file is used")
@@ -309,6 +309,12 @@ class CompatibilityArgs(StrictModel):
         False, f"{_CONFIG_DECIDES} whether embedding and output share weights"
     )
     no_gradient_accumulation_fusion: bool = no_effect(False, "FSDP2 accumulates gradients without such a fusion")
+    use_txt_dynamic_batching: bool = refused(False, "packing in the data file packs samples, to a fixed length")
+    max_seq_len: int | None = no_effect(None, "it belongs to --use-txt-dynamic-batching, which is off", ge=1)
+    dynamic_batch_buffer_size: int | None = no_effect(
+        None, "it belongs to --use-txt-dynamic-batching, which is off", ge=1
+    )
+    use_pmcc_data: bool = refused(False, "the data files are those of dataset_param.basic_parameters")
     exit_signal_handler: bool = no_effect(False, "SIGTERM and SIGUSR1 always save and stop the run")
     use_cpu_initialization: bool = no_effect(
         False, "--random-init draws on the CPU in any case; without it initial values come from a checkpoint"

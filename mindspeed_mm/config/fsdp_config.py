@@ -40,7 +40,9 @@ class FSDPConfig(StrictModel):
     sub_modules_to_wrap: list[str] | None = no_effect(
         None, "the model family names its layers, each of which is one FSDP unit"
     )
-    recompute_modules: list[str] | None = refused(None, "--recompute-granularity chooses what is recomputed")
+    recompute_modules: list[str] | None = effective(
+        None, "layers to recompute in backward; any list: all layers, as with --recompute-granularity full"
+    )
     ignored_modules: list[str] | None = refused(
         None, "all parameters are sharded; the model file freezes them"
     )

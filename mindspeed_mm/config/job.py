@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mindspeed_mm.config.checks import (
     check_model,
     check_parallel,
     join_expert_sizes,
+    join_recompute,
     loss_mode,
     resolve_lora,
     router_aux_loss_coef,
@@ -24,7 +27,8 @@ from mindspeed_mm.config.files import load_config
 from mindspeed_mm.config.flags import TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import LossMode, ModelOptions
-from mindspeed_mm.config.schema import NO_EFFECT, StrictModel, walk
+from mindspeed_mm.config.recipe_file import read_recipe, split_command_line, unused_sections, with_keys
+from mindspeed_mm.config.schema import NO_EFFECT, Model, StrictModel, effective, walk
 from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
 
@@ -37,6 +41,7 @@ class JobConfig(StrictModel):
     model: ModelOptions
     fsdp: FSDPConfig = FSDPConfig()
     tools: ToolsConfig = ToolsConfig()
+    recipe_keys: dict[str, str] = effective({}, "flag's field name -> file and key of a recipe that sets it")
 
     @property
     def loss_mode(self) -> LossMode:
@@ -57,7 +62,7 @@ class JobConfig(StrictModel):
         files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
         sentences = [
-            f"{option_name(use.path)}: {use.info.description}"
+            f"{self.recipe_keys.get(use.path, option_name(use.path))}: {use.info.description}"
             for use in walk(self.args) if use.role == NO_EFFECT and use.given
         ]
         for path, config in files:
@@ -71,7 +76,12 @@ class JobConfig(StrictModel):
         basic = self.data.dataset_param.basic_parameters
         if basic.val_max_samples is not None and not (basic.val_dataset or basic.val_rate):
             sentences.append(f"{self.args.mm_data}, val_max_samples: there is neither val_dataset nor val_rate")
+        sentences += unused_sections(self.args, self.recipe_keys)
         return [f"accepted without effect: {sentence}" for sentence in sentences]
+
+    def explain(self, message: str) -> str:
+        """``message``, and which keys of a recipe set the flags that it names."""
+        return with_keys(message, self.recipe_keys)
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """What a checkpoint's manifest records of the run, as plain JSON values."""
@@ -83,38 +93,106 @@ class JobConfig(StrictModel):
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class JobFiles:
+    """Flags and files, but for the data file, which estimates do without.
+
+    Attributes:
+        args: the flags, with what the files imply for them.
+        model: the model file.
+        fsdp: the FSDP2 file.
+        tools: the tools file.
+        sections: value of a flag that names a file -> the section of a recipe that is meant.
+        keys: flag's field name -> file and key of a recipe that sets it.
+    """
+
+    args: TrainingArgs
+    model: ModelOptions
+    fsdp: FSDPConfig
+    tools: ToolsConfig
+    sections: Mapping[str, StrictModel]
+    keys: dict[str, str]
+
+    @property
+    def data(self) -> DataConfig:
+        """The data file.
+
+        Raises:
+            UserError: for the first mistake in it.
+        """
+        return _load(self.args, "mm_data", DataConfig, self.sections)
+
+
+def read_job_files(
+    argv: Sequence[str] | None = None, *, world_size: int, defaults: Mapping[str, str] | None = None
+) -> JobFiles:
+    """Parse ``argv``, read the files or the recipe, and check what needs neither data, model nor device.
+
+    Args:
+        argv: the flags (default: the process's own), and a recipe file with overrides (:mod:`recipe_file`).
+        world_size: number of ranks.
+        defaults: field name -> value of flags that neither gives.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    path, overrides, words = split_command_line(sys.argv[1:] if argv is None else argv)
+    if path is None or {"-h", "--help"} & {*words}:
+        return _read_files(words, world_size, defaults or {}, {}, {})
+    recipe = read_recipe(path, overrides)
+    keys = recipe.without(word.partition("=")[0] for word in words)
+    try:
+        return _read_files(words, world_size, {**(defaults or {}), **recipe.flags}, recipe.sections, keys)
+    except UserError as error:
+        raise UserError(with_keys(str(error), keys)) from None
+
+
+def _read_files(
+    words: Sequence[str], world_size: int, defaults: Mapping[str, str], sections: Mapping[str, StrictModel],
+    keys: dict[str, str],
+) -> JobFiles:
+    args = parse_args(words, defaults=defaults)
+    check_flags(args)
+    fsdp, tools = FSDPConfig(), ToolsConfig()
+    if args.fsdp2_config_path is not None:
+        fsdp = _load(args, "fsdp2_config_path", FSDPConfig, sections)
+    if args.mm_tool is not None:
+        tools = _load(args, "mm_tool", ToolsConfig, sections)
+    model = _load(args, "mm_model", ModelOptions, sections)
+    args = resolve_lora(args, model, fsdp)
+    check_frozen_dtype(args, fsdp)
+    args = join_recompute(join_expert_sizes(args, fsdp), model, fsdp)
+    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
+    return JobFiles(args, model, fsdp, tools, sections, keys)
+
+
+def _load(args: TrainingArgs, flag: str, model: type[Model], sections: Mapping[str, StrictModel]) -> Model:
+    """The file that a flag names, or the section of a recipe that takes its place."""
+    path = getattr(args, flag)
+    if isinstance(section := sections.get(path), model):
+        return section
+    return load_config(path, model, flag=option_name(flag), allow_empty=model is FSDPConfig)
+
+
 def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None = None) -> JobConfig:
     """Parse ``argv`` (default: the process's own), read the files, and check what needs neither model nor device.
 
     Args:
-        argv: the flags.
+        argv: the flags, and a recipe file with overrides.
         world_size: number of ranks; by default :func:`launched_world_size`.
 
     Raises:
         UserError: for the first mistake.
     """
-    args = parse_args(argv)
-    check_flags(args)
-    world_size = launched_world_size() if world_size is None else world_size
-    fsdp, tools = FSDPConfig(), ToolsConfig()
-    if args.fsdp2_config_path is not None:
-        fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
-    if args.mm_tool is not None:
-        tools = load_config(args.mm_tool, ToolsConfig, flag="--mm-tool")
-    model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
-    args = resolve_lora(args, model, fsdp)
-    check_frozen_dtype(args, fsdp)
-    args = join_expert_sizes(args, fsdp)
-    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
+    files = read_job_files(argv, world_size=launched_world_size() if world_size is None else world_size)
     job = JobConfig(
-        args=args,
-        data=load_config(args.mm_data, DataConfig, flag="--mm-data"),
-        model=model,
-        fsdp=fsdp,
-        tools=tools,
+        args=files.args, data=files.data, model=files.model, fsdp=files.fsdp, tools=files.tools,
+        recipe_keys=files.keys,
     )
-    # properties that join a flag with a field of a file: raise here where the two contradict each other
-    _ = job.loss_mode, job.router_aux_loss_coef
+    try:  # properties that join a flag with a field of a file: raise here where the two contradict each other
+        _ = job.loss_mode, job.router_aux_loss_coef
+    except UserError as error:
+        raise UserError(job.explain(str(error))) from None
     return job
 
 

@@ -19,12 +19,14 @@ _CONFIG_DECIDES = "the Hugging Face config decides the architecture"
 _ATTENTION = (
     "attention kernel: eager (written out, slow), sdpa (PyTorch's), math (a CPU's, faster in bf16), "
     "varlen (PyTorch's for packed sequences, on a GPU), flash_attention_2 (the device's fused kernel for packed "
-    "sequences: flash-attn on a GPU, npu_fusion_attention on an NPU), npu_fusion_attention; null: the device's best"
+    "sequences: flash-attn on a GPU, npu_fusion_attention on an NPU; without one the device's best, which the log "
+    "names), npu_fusion_attention; null: the device's best"
 )
 _LAYOUT = "micro-batches are packed, in the layout TND"
 _SYNCHRONIZE = (
     "synchronise with the device after each layer, so that the host does not allocate memory for later layers"
 )
+_RECOMPUTE = "recompute activations in backward, as --recompute-granularity, which applies to both encoder and decoder"
 _CHECKED = "checked against the Hugging Face config"
 _NAMES = (
     "a glob over parameter names, or the path of a module or parameter; names of the mcore or the Hugging Face model"
@@ -42,6 +44,9 @@ class VisionEncoderConfig(StrictModel):
     attn_implementation: AttentionName | None = effective(None, _ATTENTION)
     attn_layout: str = refused("TND", _LAYOUT)
     synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
+    recompute_granularity: Literal["full", "selective"] | None = effective(
+        None, f"{_RECOMPUTE}; not compared while freeze is true, since nothing is recomputed then"
+    )
 
 
 class VisionProjectorConfig(StrictModel):
@@ -82,6 +87,7 @@ class TextDecoderConfig(StrictModel):
         False, "keep the activations saved for backward in host memory; under full recompute the layer inputs only"
     )
     synchronize_per_layer: bool = effective(False, _SYNCHRONIZE)
+    recompute_granularity: Literal["full", "selective"] | None = effective(None, _RECOMPUTE)
 
 
 class LossConfig(StrictModel):
@@ -106,6 +112,7 @@ class PatchConfig(StrictModel):
     """Switches of MindSpeed-MM's patches."""
 
     clip_grad_async: bool = no_effect(False, "clipping never synchronises with the device")
+    bridge_patch: bool = refused(False, "checkpoints are converted by mm-convert, or read from init_from_hf_path")
     scale_grad: bool = no_effect(True, "gradients are always those of the loss over the global batch")
 
 
@@ -139,6 +146,15 @@ class ModelOptions(StrictModel):
             "text_decoder": self.text_decoder.freeze,
         }
         return {path.rpartition(".")[2]: f"{path}.freeze" for path, freeze in switches.items() if freeze}
+
+    @property
+    def recompute_granularity(self) -> dict[str, str | None]:
+        """Path of each switch of recomputation -> its value; frozen parts have nothing to recompute."""
+        vision = self.image_encoder.vision_encoder
+        found: dict[str, str | None] = {"text_decoder.recompute_granularity": self.text_decoder.recompute_granularity}
+        if not vision.freeze:
+            found["image_encoder.vision_encoder.recompute_granularity"] = vision.recompute_granularity
+        return found
 
     @property
     def activation_offload(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -19,6 +19,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten, shown
 
 REQUIRED: Any = ...
+_MOST_NAMES = 40  # that a message lists
 
 EFFECTIVE = "effective"
 NO_EFFECT = "accepted without effect"
@@ -201,7 +202,7 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
     path = shorten(".".join(names), 120) or "the file"
     kind = item["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(names, owner, model)
+        return unknown_key(names, owner, model)
     if kind == "missing":
         return f"{path} is missing; add it"
     if kind == "value_error":
@@ -220,7 +221,8 @@ def _resolve(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[l
     return [str(part) for part in location], owner
 
 
-def _unknown_key(names: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str:
+def unknown_key(names: Sequence[str], owner: type[BaseModel], root: type[BaseModel]) -> str:
+    """What to say of the key at the path ``names`` that ``owner``, a part of ``root``, does not have."""
     path, key = shorten(".".join(names), 120), names[-1]
     elsewhere = [other for other in _all_paths(root) if other.rsplit(".", 1)[-1] == key]
     if elsewhere:
@@ -228,6 +230,8 @@ def _unknown_key(names: list[str], owner: type[BaseModel], root: type[BaseModel]
     guess = nearest(key, list(owner.model_fields))
     if guess:
         return f"{path} is unknown; did you mean {'.'.join([*names[:-1], guess])}?"
+    if len(owner.model_fields) > _MOST_NAMES:  # all flags
+        return f"{path} is unknown; pretrain_transformers.py --help lists what is known"
     return f"{path} is unknown; known here: {', '.join(owner.model_fields)}"
 
 

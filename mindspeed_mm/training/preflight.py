@@ -246,6 +246,7 @@ def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
+    job = None
     try:
         environment.check_numbers(os.environ)
         job = load_job_config(argv)
@@ -257,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device_last:
             check_device(job.args.device, local_ranks=launched_local_ranks())
     except UserError as error:
-        print(f"error: {environment.with_variables(str(error), os.environ)}", file=sys.stderr)
+        message = str(error) if job is None else job.explain(str(error))
+        print(f"error: {environment.with_variables(message, os.environ)}", file=sys.stderr)
         return 2
     return 0
 

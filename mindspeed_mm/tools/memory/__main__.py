@@ -1,4 +1,6 @@
-"""``python -m mindspeed_mm.tools.memory --nproc N --mm-model FILE [flags]``: does a run fit, and what would help.
+"""``python -m mindspeed_mm.tools.memory --nproc N (--mm-model FILE | RECIPE.yaml) [flags]``: does a run fit.
+
+If not, it says what would help.
 
 Takes the flags of the launcher, of which only those that matter need to be given, and needs neither a device nor the
 weights: of the Hugging Face directory it reads config.json alone.
@@ -12,20 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_mm.config.checks import (
-    check_flags,
-    check_frozen_dtype,
-    check_model,
-    check_parallel,
-    join_expert_sizes,
-    resolve_lora,
-)
-from mindspeed_mm.config.command_line import OneLineParser, parse_args
-from mindspeed_mm.config.data_config import DataConfig, PreprocessParameters
-from mindspeed_mm.config.files import load_config
+from mindspeed_mm.config.checks import check_model
+from mindspeed_mm.config.command_line import OneLineParser
+from mindspeed_mm.config.data_config import PreprocessParameters
 from mindspeed_mm.config.flags import option_name
-from mindspeed_mm.config.fsdp_config import FSDPConfig
-from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.job import read_job_files
 from mindspeed_mm.errors import UserError, report_errors
 from mindspeed_mm.inputs import is_present, shorten
 from mindspeed_mm.models.memory import FUSED, WRITTEN_OUT
@@ -35,7 +28,8 @@ from mindspeed_mm.tools.memory.plan import Run
 from mindspeed_mm.tools.memory.report import GIB, RESERVE_GB, as_json, table
 
 # flags that the launcher's parser requires and the estimate does not depend on
-_REQUIRED = {"--mm-data": "unread", "--seq-length": "1024", "--train-iters": "1", "--lr": "1"}
+_UNREAD = "unread"
+_REQUIRED = {"mm_data": _UNREAD, "seq_length": "1024", "train_iters": "1", "lr": "1", "use_torch_fsdp2": "true"}
 _LIMITS: dict[str, tuple[float, float]] = {
     "nproc": (1, 10**6), "memory_gb": (0.001, 10**6), "imbalance": (1, 10**6), "tokens": (1, 10**12),
     "patches": (1, 10**12), "target_tokens": (1, 10**12),
@@ -46,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this command; every other word is a flag of the launcher."""
     parser = OneLineParser(
         prog="python -m mindspeed_mm.tools.memory",
-        usage="%(prog)s --nproc N --mm-model FILE [options] [flags of pretrain_transformers.py]",
+        usage="%(prog)s --nproc N (--mm-model FILE | RECIPE.yaml) [options] [flags of pretrain_transformers.py]",
         description="Estimate memory and communication of a run, and find settings with which it fits. Reads the "
         "configuration files and the model's config.json, no weights. Flags of the launcher are understood.",
         allow_abbrev=False,
@@ -97,17 +91,8 @@ def read_run(argv: Sequence[str] | None) -> tuple[Run, Device, bool]:
         raise UserError("--hf-config is empty; give it a value or leave it out")
     if not 0 <= options.reserve_gb <= options.memory_gb:
         raise UserError(f"--reserve-gb {options.reserve_gb} is out of range; it must be from 0 to --memory-gb")
-    defaults = [word for item in _REQUIRED.items() for word in item]  # first, since of two values the last counts
-    args = parse_args([*defaults, *words, "--use-torch-fsdp2"])
-    check_flags(args)
-    model = load_config(args.mm_model, ModelOptions, flag="--mm-model")
-    fsdp = FSDPConfig()
-    if args.fsdp2_config_path is not None:
-        fsdp = load_config(args.fsdp2_config_path, FSDPConfig, flag="--fsdp2-config-path", allow_empty=True)
-    args = resolve_lora(args, model, fsdp)
-    check_frozen_dtype(args, fsdp)
-    args = join_expert_sizes(args, fsdp)
-    args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=options.nproc))
+    files = read_job_files(words, world_size=options.nproc, defaults=_REQUIRED)
+    args, model, fsdp = files.args, files.model, files.fsdp
     if options.hf_config is not None:
         model = model.replace(init_from_hf_path=options.hf_config)
     path = Path(model.init_from_hf_path, "config.json")
@@ -120,9 +105,8 @@ def read_run(argv: Sequence[str] | None) -> tuple[Run, Device, bool]:
     model_config = spec.read_config(model.init_from_hf_path)
     check_model(args, fsdp, model, spec.facts(model_config), world_size=options.nproc)
     pixels = PreprocessParameters.model_fields["image_max_pixels"].default
-    if args.mm_data != _REQUIRED["--mm-data"]:
-        data = load_config(args.mm_data, DataConfig, flag="--mm-data")
-        pixels = data.dataset_param.preprocess_parameters.image_max_pixels
+    if args.mm_data != _UNREAD:
+        pixels = files.data.dataset_param.preprocess_parameters.image_max_pixels
     given = {name: getattr(options, name) for name in ("tokens", "patches", "target_tokens")}
     run = Run(
         args=args, model=model, fsdp=fsdp, model_config=model_config, world_size=options.nproc, pixels=pixels,

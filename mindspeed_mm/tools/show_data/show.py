@@ -134,8 +134,11 @@ def show(options: argparse.Namespace) -> None:
         UserError: for anything wrong in the files or options.
     """
     samples = _parse_samples(options.samples)
-    data = load_config(options.mm_data, DataConfig, flag="--mm-data")
-    model = load_config(options.mm_model, ModelOptions, flag="--mm-model")
+    data, model = options.data, options.model  # of a recipe, unless a flag names another file
+    if options.mm_data is not None:
+        data = load_config(options.mm_data, DataConfig, flag="--mm-data")
+    if options.mm_model is not None:
+        model = load_config(options.mm_model, ModelOptions, flag="--mm-model")
     if options.out is not None:
         _make_directory(options.out)
     spec = spec_of(model.init_from_hf_path)

@@ -147,7 +147,6 @@ def test_defaults_and_lists_of_files():
         (FSDPConfig, {}, "num_to_forward_prefetch", -1, "is -1; it must be at least 0"),
         (FSDPConfig, {}, "expert_parallel_size", 0, "is 0; it must be at least 1"),
         (FSDPConfig, {}, "reshard_local_experts", False, "experts are always sharded over the ranks that hold"),
-        (FSDPConfig, {}, "recompute_modules", ["text_decoder"], "--recompute-granularity chooses"),
         (FSDPConfig, {}, "ignored_modules", ["image_encoder"], "the model file freezes them"),
         (ToolsConfig, {"profile": {"enable": True}}, "profile.static_param", {"start_step": 11},
          "end_step 11 must be greater than start_step 11"),
@@ -230,7 +229,11 @@ def test_the_originals_disabled_tools_file_loads(tmp_path):
 
 
 def test_earlier_fsdp2_files_load(tmp_path):
-    config = _load(tmp_path, "early.yaml", "sharding_size: null\nsub_modules_to_wrap: [a.module.Layer, b.Block]\n")
+    config = _load(
+        tmp_path, "early.yaml",
+        "sharding_size: null\nsub_modules_to_wrap: &layers [transformers.models.qwen3_vl.modeling_qwen3_vl.Block]\n"
+        "recompute_modules: *layers\n",
+    )
     assert config.sharding_size == "auto"
     assert [use.path for use in walk(config) if use.given and use.role == NO_EFFECT] == ["sub_modules_to_wrap"]
 
