@@ -60,7 +60,7 @@ setup_npu() {
 # With a recipe (docs/recipes.md) into FLAGS: the file, and what comes from the environment. What the launchers set is
 # not exported.
 flags_from_environment() {
-    local pair name exported
+    local pair name exported words
     exported=" $(compgen -e | tr '\n' ' ') "
     FLAGS=("$MM_RECIPE")
     for pair in "${FLAG_OF_VARIABLE[@]}"; do
@@ -68,7 +68,9 @@ flags_from_environment() {
         [[ $exported == *" $name "* && -n ${!name} ]] && FLAGS+=("${pair#*:}" "${!name}")
     done
     for name in LOSS_ARGS RECOMPUTE_ARGS CKPT_ARGS; do
-        [[ $exported == *" $name "* ]] && read -r -d '' -a words <<<"${!name}" && FLAGS+=("${words[@]}")
+        [[ $exported == *" $name "* ]] || continue
+        read -r -d '' -a words <<<"${!name}" # returns 1 at the end
+        FLAGS+=("${words[@]}")
     done
     [[ $exported == *" LOAD_PATH "* && -z $LOAD_PATH ]] && FLAGS+=(gpt_args.load=null)
     [[ $exported == *" GRAD_ACC_STEP "* ]] &&
