@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,10 @@ def check_flags(args: TrainingArgs) -> None:
     """
     if not args.use_torch_fsdp2:
         raise UserError("--use-torch-fsdp2 is missing: sharding and compute types are FSDP2's; add it")
+    if args.train_epochs is not None and "train_iters" in args.given:
+        raise UserError(
+            f"--train-iters {args.train_iters} and --train-epochs {args.train_epochs:g} exclude each other; keep one"
+        )
     if args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr} exceeds --lr {args.lr}; lower it")
     if args.lr_warmup_init > args.lr:
@@ -59,10 +64,10 @@ def check_flags(args: TrainingArgs) -> None:
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
         raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
     decay_iters = args.lr_decay_iters or args.train_iters
-    if args.lr_warmup_iters >= decay_iters:
+    if decay_iters is not None and args.lr_warmup_iters >= decay_iters:  # None: checked when the data set is known
         raise UserError(
             f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay_iters} steps of the decay "
-            "(--lr-decay-iters, or --train-iters)"
+            "(--lr-decay-iters, --train-iters, or --train-epochs)"
         )
     if args.exit_on_hang and not args.hang_watch_factor:
         raise UserError("--exit-on-hang needs the watchdog that --hang-watch-factor 0 switches off; drop one of them")
@@ -82,6 +87,19 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(f"--keep-every {args.keep_every} has no effect without --keep-last; add --keep-last N")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
+
+
+def with_train_iters(args: TrainingArgs, *, samples_per_epoch: int) -> TrainingArgs:
+    """The flags with ``--train-epochs`` as ``--train-iters``.
+
+    Raises:
+        UserError: if the warm-up does not end within the run.
+    """
+    assert args.train_epochs is not None and args.global_batch_size is not None, "load_job_config fills it in"
+    samples = Fraction(str(args.train_epochs)) * samples_per_epoch  # exact: 0.1 of 30 samples are 3
+    args = args.replace(train_iters=math.ceil(samples / args.global_batch_size))
+    check_flags(args)
+    return args
 
 
 def check_frozen_dtype(args: TrainingArgs, fsdp: FSDPConfig) -> None:

@@ -82,7 +82,9 @@ def parse_args(argv: Sequence[str] | None = None, *, defaults: Mapping[str, str]
     try:
         args = TrainingArgs.model_validate_strings(values)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, values)) from None
+    if args.train_iters is None and args.train_epochs is None:
+        raise UserError(_missing(values))
     for use in walk(args):
         if type(use.value) is int and use.value > _LARGEST and use.path != "seed":  # which has 64 bits
             raise UserError(
@@ -148,12 +150,19 @@ def _attach_negative_numbers(words: Sequence[str]) -> list[str]:
     return attached
 
 
-def _explain(error: ValidationError) -> str:
+def _missing(values: Mapping[str, str]) -> str:
+    names = [name for name, info in TrainingArgs.model_fields.items() if info.is_required() or name == "train_iters"]
+    if "train_epochs" in values:
+        names.remove("train_iters")
+    return f"required and not given: {', '.join(option_name(name) for name in names if name not in values)}"
+
+
+def _explain(error: ValidationError, values: Mapping[str, str]) -> str:
     """The first wrong value, or all required flags that are missing."""
     items = error.errors()
     wrong = next((item for item in items if item["type"] != "missing"), None)
     if wrong is None:
-        return f"required and not given: {', '.join(option_name(str(item['loc'][0])) for item in items)}"
+        return _missing(values)
     name = str(wrong["loc"][0])
     allowed = allowed_values(wrong, TrainingArgs.model_fields[name])
     return f"{option_name(name)} is {shorten(wrong['input'], _SHOWN)}; {allowed}"

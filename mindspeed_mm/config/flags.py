@@ -82,8 +82,14 @@ class BatchArgs(StrictModel):
     seq_length: int = effective(
         REQUIRED, "longest sample in tokens; longer ones are truncated", ge=2, metavar="TOKENS"
     )
+    # None, with --train-epochs, only until the length of the data set is known
     train_iters: int = effective(
-        REQUIRED, "optimizer steps of the whole run, including those before a resume", ge=1, metavar="STEPS"
+        None, "optimizer steps of the whole run, including those before a resume; this or --train-epochs is required",
+        ge=1, metavar="STEPS",
+    )
+    train_epochs: float | None = effective(
+        None, "passes over the data set instead of --train-iters: steps = epochs x samples / global batch, rounded up",
+        gt=0, le=1e6,
     )
     exit_interval: int | None = effective(
         None, "save and stop at the next step that is a multiple of this", ge=1, metavar="STEPS"

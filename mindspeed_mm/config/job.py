@@ -137,14 +137,25 @@ def read_job_files(
         UserError: for the first mistake.
     """
     path, overrides, words = split_command_line(sys.argv[1:] if argv is None else argv)
-    if path is None or {"-h", "--help"} & {*words}:
-        return _read_files(words, world_size, defaults or {}, {}, {})
+    given = {word.partition("=")[0] for word in words}
+    if path is None or {"-h", "--help"} & given:
+        return _read_files(words, world_size, _of_one_length({}, defaults or {}, given), {}, {})
     recipe = read_recipe(path, overrides)
-    keys = recipe.without(word.partition("=")[0] for word in words)
+    keys = recipe.without(given)
     try:
-        return _read_files(words, world_size, {**(defaults or {}), **recipe.flags}, recipe.sections, keys)
+        flags = _of_one_length(recipe.flags, defaults or {}, given)
+        return _read_files(words, world_size, flags, recipe.sections, keys)
     except UserError as error:
         raise UserError(with_keys(str(error), keys)) from None
+
+
+def _of_one_length(file: Mapping[str, str], defaults: Mapping[str, str], given: set[str]) -> dict[str, str]:
+    """``defaults`` and ``file``, without a length of the run where one that wins over it counts in other units."""
+    flags = {**defaults, **file}
+    for one, other in (("train_iters", "train_epochs"), ("train_epochs", "train_iters")):
+        if option_name(one) in given or (one in file and other not in file):
+            flags.pop(other, None)
+    return flags
 
 
 def _read_files(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -32,8 +33,9 @@ _PARTS = {"mm_data": "data", "mm_model": "model", "fsdp2_config_path": "fsdp2", 
 
 
 def _optional(info: FieldInfo) -> Any:
-    """The declaration of a flag for pydantic's ``create_model``, as one that need not be given."""
-    kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    """The declaration of a flag for pydantic's ``create_model``, as one that need not be given; null is not given."""
+    kind: Any = typing.Union[info.annotation, None]  # noqa: UP007 - of a type that is known only now
+    kind = Annotated[(kind, *info.metadata)] if info.metadata else kind
     default = None if info.is_required() else info.default
     return kind, Field(default, description=info.description, json_schema_extra=info.json_schema_extra)
 

@@ -133,7 +133,7 @@ def tools_without_effect(job: JobConfig, *, world_size: int) -> list[str]:
         nothing = f"--mm-tool: {name} records nothing"
         if enabled and not any(rank == -1 or 0 <= rank < world_size for rank in ranks):
             lines.append(f"{nothing}: its ranks are {ranks}, and the run's 0 to {world_size - 1}")
-        elif enabled and first > steps:
+        elif enabled and steps is not None and first > steps:
             lines.append(f"{nothing}: its start_step is {first}, and the run's last {steps}")
     return lines
 
@@ -239,7 +239,7 @@ def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:
     return disk_space_warning(
         Path(args.save),
         nbytes=checkpoint_bytes(plan, moments=not args.no_save_optim, trainable_only=args.save_trainable_only),
-        count=1 if args.save_interval is None else -(-args.train_iters // args.save_interval),
+        count=-(-args.train_iters // args.save_interval) if args.train_iters and args.save_interval else 1,
         keep_last=args.keep_last,
     )
 

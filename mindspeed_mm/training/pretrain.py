@@ -21,6 +21,7 @@ from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, lock
 from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run, model_of_base
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.checkpoint.state import TrainingState
+from mindspeed_mm.config.checks import with_train_iters
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
@@ -121,6 +122,10 @@ def _run(
     model_config = spec.read_config(job.model.init_from_hf_path)
     job.check_model(spec.facts(model_config), world_size=layout.world_size)
     media = spec.read_media_settings(job.data, model_config)
+    if args.train_iters is None:
+        loader, _ = data_provider(job, spec, model_config, media, layout, Progress())
+        job = _count_iterations(job, loader.samples_per_epoch)
+        args = job.args
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
         model = model_provider(job, spec, model_config, media, backend)
     rules = compile_rules(args, job.model, parts=spec.parts)
@@ -173,6 +178,14 @@ def _run(
         )
         trainer.train()
     return trainer.stopped and progress.iteration < args.train_iters
+
+
+def _count_iterations(job: JobConfig, samples_per_epoch: int) -> JobConfig:
+    """The job with ``--train-epochs`` as iterations, on which the schedule depends."""
+    args = with_train_iters(job.args, samples_per_epoch=samples_per_epoch)
+    logger.info(f"--train-epochs {args.train_epochs:g}: {args.train_iters} iterations of {args.global_batch_size} "
+                f"samples, with {samples_per_epoch} samples per epoch")
+    return job.replace(args=args)
 
 
 def _facts(model_config: ModelConfig, media: MediaSettings | None) -> dict[str, Any]:

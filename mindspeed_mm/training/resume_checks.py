@@ -90,7 +90,7 @@ def check_start(
     progress = Progress.read(path, None if plain else manifest)
     if base is not None and base.kind == "checkpoint":
         check_base_contents(base, parameters.keys() - stored.keys(), parameters, trained=trained)
-    if not args.finetune:
+    if not args.finetune and args.train_iters is not None:  # with --train-epochs the ranks check, who know the data
         check_steps_remain(progress, args)
         check_schedule(args, progress, {**schedule_settings(args), "lr_scales": lr_scales(settings)})
     if args.save_trainable_only:

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from mindspeed_mm.config.checks import with_train_iters
 from mindspeed_mm.config.job import load_job_config
 from mindspeed_mm.config.recipe_file import split_command_line
 from mindspeed_mm.config.schema import NO_EFFECT, walk
@@ -234,3 +235,19 @@ def test_other_commands_take_the_recipe(place):
     options = _arguments(["r.yaml", "--samples", "3", "gpt_args.seed=7"])
     assert (options.seq_length, options.seed, options.samples) == (1024, 7, "3")
     assert options.data.dataset_param.basic_parameters.dataset == "./data.json"
+
+
+def test_epochs_instead_of_iterations(place):
+    """As flag or key; the one that wins replaces the other, and two of one place exclude each other."""
+    args = load("--train-epochs", "0.1").args
+    assert args.train_iters is None
+    assert with_train_iters(args, samples_per_epoch=480).train_iters == 3  # 480 x 0.1 / 16
+    assert with_train_iters(args, samples_per_epoch=481).train_iters == 4
+    with pytest.raises(UserError, match="--lr-warmup-iters 5 must be less than the 3 steps of the decay"):
+        with_train_iters(args.replace(lr_warmup_iters=5, lr_warmup_fraction=None), samples_per_epoch=480)
+    words = ["gpt_args.train_epochs=2", "gpt_args.train_iters=null"]
+    assert load(*words).args.train_epochs == 2.0 and load(*words).args.train_iters is None
+    args = load(*words, "--train-iters", "7").args
+    assert (args.train_iters, args.train_epochs) == (7, None)
+    assert "--train-iters 10000 and --train-epochs 2 exclude each other; keep one (r.yaml: gpt_" in fails(words[0])
+    assert "--train-epochs is 0; it must be greater than 0" in fails("--train-epochs", "0")
