@@ -54,6 +54,9 @@ class BasicParameters(StrictModel):
     preprocessing_batch_size: int = effective(1000, "records tokenized in one call", ge=1)
     preprocessing_num_workers: int | None = effective(16, "processes that tokenize; null: 1", ge=1)
     max_samples: int | None = effective(None, "records to use of each file, from its start; null: all", ge=1)
+    box_format: Literal["json", "special_tokens"] = effective(
+        "json", "how boxes of a column objects are written: [x1, y1, x2, y2], or with the special tokens for boxes"
+    )
     tool_format: str | None = refused(None, "the chat template formats tool calls")
     val_dataset: str | None = effective(None, "data file or files to evaluate on, separated by commas; null: none")
     val_max_samples: int | None = effective(

@@ -15,6 +15,7 @@ from mindspeed_mm.interfaces.conversation import Role
 if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes
 
+OBJECTS = "objects"  # column with boxes and points
 RoleField = Literal["user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
 _ROLE_OF: Mapping[RoleField, Role] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "assistant",
@@ -70,7 +71,7 @@ class RecordFormat:
     def read_columns(self) -> frozenset[str]:
         """All columns that are read."""
         named = {column for columns in self.columns.values() for column in columns}
-        return frozenset(named | ({self.messages} if self.messages else set()))
+        return frozenset({OBJECTS} | named | ({self.messages} if self.messages else set()))
 
     def __str__(self) -> str:
         if self.messages is None:

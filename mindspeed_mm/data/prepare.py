@@ -46,7 +46,7 @@ _OUTCOMES = {
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 # Modules that decide what a cache holds; the model family names its own.
 _MODULES = (*(f"{__package__}.{name}" for name in (
-    "prepare", "encoder", "template_check", "record_files", "arrow_files", "records", "formats", "parsing",
+    "prepare", "encoder", "template_check", "record_files", "arrow_files", "records", "formats", "parsing", "grounding",
     "media_files", "images", "image_store", "media", "videos")),
             "mindspeed_mm.interfaces.conversation", "mindspeed_mm.interfaces.media")
 
@@ -188,6 +188,7 @@ def cache_key(source: Source) -> str:
         "dataset_dir": os.path.abspath(basic.dataset_dir),
         "working_directory": os.getcwd(),
         "attr": dict(parameters.attr),
+        "boxes": basic.box_format,
         "tokenizer": {name: _digest(root / name) for name in TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.may_skip,
         "code": {name: _digest(_module_file(name)) for name in (*_MODULES, *source.spec.data_modules)},

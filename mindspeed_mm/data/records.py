@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.data.cache import image_directory
-from mindspeed_mm.data.formats import RecordFormat, format_of, recognise
+from mindspeed_mm.data.formats import OBJECTS, RecordFormat, format_of, recognise
+from mindspeed_mm.data.grounding import with_objects
 from mindspeed_mm.data.image_store import ImageStore
 from mindspeed_mm.data.media_files import MediaFinder, found_media
 from mindspeed_mm.data.parsing import MESSAGE_KEYS, PART_KEYS, Record, parse_record
@@ -126,6 +127,7 @@ class RecordReader:
         store = ImageStore(image_directory(basic.cache_dir), copies=not basic.streaming,
                            allow_download=basic.download_images)
         self._finder = MediaFinder(basic.dataset_dir, store)
+        self._box_tokens = basic.box_format == "special_tokens"
         template = basic.template or spec.chat_templates[0]
         self._thoughts = template in spec.thinking_templates
         self._formats: dict[int, RecordFormat] = {}
@@ -217,6 +219,9 @@ class RecordReader:
             form = self._formats[file]
             record = parse_record(row, form, self._spec, thoughts=self._thoughts)
             images, videos = found_media(record, self._finder) if record.images or record.videos else ([], [])
+            messages = record.messages
+            if objects := row.get(OBJECTS):
+                messages = with_objects(messages, objects, images, self._spec, special_tokens=self._box_tokens)
         except UserError:
             raise
         except ValueError as error:
@@ -224,7 +229,7 @@ class RecordReader:
         except Exception as error:  # nesting too deep for a parser, values that JSON does not have
             raise RecordError(f"{record_name(self._files[file], index)}: {reason(error)}") from error
         self._count_unread(row, form)
-        record = Record(record.messages, images, videos, file, index)
+        record = Record(messages, images, videos, file, index)
         self._examine(record)
         return record
 

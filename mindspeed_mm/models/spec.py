@@ -139,6 +139,7 @@ class ModelSpec(abc.ABC):
             they remove thoughts from answers; other templates leave them in.
         data_modules: modules that decide how records become tokens; a data cache is rebuilt when one of them changes.
         media_kinds: media that the family takes, of ``image`` and ``video``.
+        box_scale: what the width and the height of an image are in the coordinates of boxes; None if there are none.
         parts: name of a part of the model that can be frozen by itself -> globs of its parameters' names.
         adapter_groups: name of a group of weights that LoRA can adapt -> globs of their Hugging Face names.
         weight_map_version: rises whenever a name, a shape or the order of rows of a parameter changes.
@@ -150,6 +151,7 @@ class ModelSpec(abc.ABC):
     thinking_templates: ClassVar[tuple[str, ...]] = ()
     data_modules: ClassVar[tuple[str, ...]]
     media_kinds: ClassVar[tuple[str, ...]] = ()
+    box_scale: ClassVar[int | None] = None
     parts: ClassVar[Mapping[str, Sequence[str]]]
     adapter_groups: ClassVar[Groups] = {}
     weight_map_version: ClassVar[int] = 1
@@ -210,6 +212,18 @@ class ModelSpec(abc.ABC):
         None for a family whose templates do not encode such tokens as plain text.
         """
         return None
+
+    def box_text(self, box: Sequence[int], *, special_tokens: bool) -> str:
+        """A box ``[x1, y1, x2, y2]`` or a point ``[x, y]``, in units of ``box_scale``, as the model writes it."""
+        raise NotImplementedError
+
+    def ref_text(self, name: str, *, special_tokens: bool) -> str:
+        """The name of an object that a box belongs to, as the model writes it."""
+        raise NotImplementedError
+
+    def boxes_in(self, text: str) -> list[list[float]]:
+        """Boxes and points that a text holds, in units of ``box_scale``."""
+        return []
 
     def tool_call_text(self, content: str) -> str:
         """The answer that calls tools, from JSON: ``{"name": ..., "arguments": ...}`` or a list of these.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mindspeed_mm.config.checks import ModelFacts
 from mindspeed_mm.models.qwen3_vl.config import SUPPORTED_MODEL_TYPES, Qwen3VLConfig
+from mindspeed_mm.models.qwen3_vl.grounding import BOX_SCALE, box_text, boxes_in, ref_text
 from mindspeed_mm.models.spec import ModelBuildOptions, ModelSpec, register
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ class Qwen3VLSpec(ModelSpec):
     thinking_templates: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     data_modules: ClassVar[tuple[str, ...]] = (
         "mindspeed_mm.models.qwen3_vl.chat_template", "mindspeed_mm.models.qwen3_vl.processor",
+        "mindspeed_mm.models.qwen3_vl.grounding",
     )
     media_kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    box_scale: ClassVar[int | None] = BOX_SCALE
     parts: ClassVar[Mapping[str, Sequence[str]]] = {
         "vision_encoder": ("image_encoder.vision_encoder.*",),
         "vision_projector": ("image_encoder.vision_projector.*",),
@@ -91,6 +94,18 @@ class Qwen3VLSpec(ModelSpec):
         from mindspeed_mm.models.qwen3_vl.chat_template import find_control_token
 
         return find_control_token
+
+    def box_text(self, box: Sequence[int], *, special_tokens: bool) -> str:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        return box_text(box, special_tokens=special_tokens)
+
+    def ref_text(self, name: str, *, special_tokens: bool) -> str:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        return ref_text(name, special_tokens=special_tokens)
+
+    def boxes_in(self, text: str) -> list[list[float]]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        return boxes_in(text)
 
     def tool_call_text(self, content: str) -> str:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
-_BLUE, _ORANGE, _GREY = "#2a6f97", "#d9622b", "#666666"
+_BLUE, _ORANGE, _GREY, _GREEN = "#2a6f97", "#d9622b", "#666666", "#00c853"
 _SLICES_SHOWN = 12
 _BINS = 60
 
@@ -36,9 +37,24 @@ def _pyplot() -> Any:
 
 
 def draw_media(
-    path: Path, patches: np.ndarray, grid: GridTHW, settings: MediaSettings, *, title: str
+    path: Path,
+    patches: np.ndarray,
+    grid: GridTHW,
+    settings: MediaSettings,
+    *,
+    title: str,
+    boxes: Sequence[Sequence[float]] = (),
 ) -> None:
-    """One image, or the first frame of each slice of a video, with lines between patches and merge blocks."""
+    """One image, or the first frame of each slice of a video, with lines between patches and merge blocks.
+
+    Args:
+        path: PNG file.
+        patches: uint8 [t * rows * cols, patch_dim].
+        grid: slices, rows and columns of patches.
+        settings: patch sizes.
+        title: of the drawing.
+        boxes: ``[x1, y1, x2, y2]`` or ``[x, y]`` in fractions of width and height.
+    """
     pyplot = _pyplot()
     frames = frames_of(patches, grid, settings)[:: settings.temporal_patch_size]
     shown = frames[:_SLICES_SHOWN]
@@ -61,6 +77,10 @@ def draw_media(
         _lines(axis, height, width, settings.patch_size, colour="black", weight=1.2, strength=0.25)
         _lines(axis, height, width, settings.patch_size, colour="white", weight=0.5)
         _lines(axis, height, width, settings.factor, colour=_ORANGE, weight=0.9)
+        for box in boxes:
+            points = np.array(box).reshape(-1, 2) * (width, height)
+            corners = points[[0, 0, -1, -1, 0], 0], points[[0, -1, -1, 0, 0], 1]
+            axis.plot(*corners, color=_GREEN, linewidth=2.5, marker="o", markersize=5 if len(points) == 1 else 0)
         if len(frames) > 1:
             axis.set_title(f"slice {number + 1} of {len(frames)}", fontsize=9, color=_GREY)
     figure.suptitle(title, fontsize=10)

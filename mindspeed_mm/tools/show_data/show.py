@@ -23,7 +23,7 @@ from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens
 from mindspeed_mm.data.record_files import RecordError
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import MediaSettings
-from mindspeed_mm.models.spec import spec_of
+from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.tools.show_data.drawings import draw_costs, draw_media
 from mindspeed_mm.tools.show_data.text import STYLE, Piece, for_page, for_terminal, pieces
 
@@ -36,6 +36,7 @@ class _View:
     heading: str
     sample: Sample
     parts: list[Piece]
+    boxes: list[list[float]]  # that its text has of its one image, in fractions of width and height
 
 
 def _parse_samples(text: str) -> list[tuple[str, int]]:
@@ -59,7 +60,13 @@ def _index(path: str, number: int, dataset: ChatDataset) -> int:
 
 
 def _views(
-    dataset: ChatDataset, indices: Sequence[int], pads: Sequence[int], tokenizer: Any, *, may_skip: bool
+    dataset: ChatDataset,
+    indices: Sequence[int],
+    pads: Sequence[int],
+    tokenizer: Any,
+    spec: ModelSpec,
+    *,
+    may_skip: bool,
 ) -> list[_View]:
     views = []
     for index in indices:
@@ -80,7 +87,11 @@ def _views(
             f"{patches} patches"
         )
         parts = list(pieces(sample.input_ids, sample.loss_mask, pads=pads, tokenizer=tokenizer))
-        views.append(_View(index, heading, sample, parts))
+        boxes: list[list[float]] = []
+        if spec.box_scale and len(sample.media) == 1 and sample.media[0].grid_thw[0] == 1:
+            found = spec.boxes_in("".join(part.text for part in parts))
+            boxes = [[number / spec.box_scale for number in box] for box in found]
+        views.append(_View(index, heading, sample, parts, boxes))
     return views
 
 
@@ -101,7 +112,8 @@ def _write_page(
     body = [f"<p>{html.escape(summary)}</p>"] + (['<p><img src="costs.png" alt="distributions"></p>'] * has_costs)
     body.append('<p>Colours: <span class="target">target tokens</span>, context, <span class="vision">placeholders'
                 '</span>, <span class="written-out">control tokens written out in a message, encoded as text</span>. '
-                "Lines: white between patches, orange between merge blocks, each of which is one token.</p>")
+                "Lines: white between patches, orange between merge blocks, each of which is one token. Green: boxes "
+                "and points of the text, where a sample has one image.</p>")
     for view in views:
         body.append(f"<h2>{html.escape(view.heading)}</h2>{for_page(view.parts)}")
         for number, medium in enumerate(view.sample.media):
@@ -112,7 +124,7 @@ def _write_page(
             tokens = slices * rows * cols // settings.merge_size**2
             title = f"sample {view.index}, {number + 1} of {len(view.sample.media)}: {size}, "
             title += f"{slices} x {rows} x {cols} patches, {tokens} tokens"
-            draw_media(out / name, medium.patches, medium.grid_thw, settings, title=title)
+            draw_media(out / name, medium.patches, medium.grid_thw, settings, title=title, boxes=view.boxes)
             body.append(f'<p><img src="{name}" alt="{html.escape(title)}"></p>')
     page = f"<!doctype html><meta charset=utf-8><title>data</title><style>{STYLE}</style>{''.join(body)}\n"
     (out / "index.html").write_text(page, encoding="utf-8")
@@ -153,7 +165,7 @@ def show(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(directory)
     indices = [_index(path, number, dataset) for path, number in samples]
     pads = spec.placeholder_token_ids(model_config)
-    views = _views(dataset, indices, pads, tokenizer, may_skip=data.dataloader_param.bad_sample_limit > 0)
+    views = _views(dataset, indices, pads, tokenizer, spec, may_skip=data.dataloader_param.bad_sample_limit > 0)
     colour = options.colour == "always" or (
         options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )

@@ -77,7 +77,7 @@ def set_in(*path: Any) -> Callable[[list], None]:
         (set_in(1, "messages", 1, "weight", 0.5), "'weight' of message 1 is 0.5; it must be true or false, 1 or 0"),
         (set_in(1, "messages", 0, "loss", True), r"'loss' of message 0 \(user\) is true, and only answers are"),
         (set_in(1, "messages", 1, "tool_calls", [1]), "message 1 is not a tool call: it is a number, not an object"),
-        (set_in(1, "objects", {"bbox": [[0, 0, 1, 1]]}), "column 'objects' is .*, which would change what is trained"),
+        (set_in(1, "objects", {"bbox": [[0, 0, 1, 1]]}), "record 1: it has 0 <bbox> in its messages, but 1 in its"),
         (set_in(1, "images", ["gone.png"]),
          r"image gone.png does not exist \(looked for \S+/gone.png and gone.png\); put"),
     ],
