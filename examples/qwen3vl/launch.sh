@@ -21,7 +21,8 @@ variables of the launchers (VARIABLE=value bash examples/qwen3vl/finetune_...sh;
   files        MM_RECIPE, or MM_DATA MM_MODEL MM_TOOL FSDP2_PATH LOAD_PATH SAVE_PATH
   parallelism  EP CP RECOMPUTE_ARGS
   batch        MBS GRAD_ACC_STEP SEQ_LEN NUM_WORKERS SEED
-  training     TRAIN_ITERS LR MIN_LR LR_WARMUP_FRACTION WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 LOSS_ARGS
+  length       TRAIN_ITERS or TRAIN_EPOCHS
+  training     LR MIN_LR LR_WARMUP_FRACTION WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 LOSS_ARGS
   LoRA         LORA_TARGETS LORA_R LORA_ALPHA LORA_EXPERT_R
   checkpoints  SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL CKPT_ARGS
 USAGE
@@ -231,7 +232,8 @@ MM_RECIPE=${MM_RECIPE-}
 FLAG_OF_VARIABLE=(
     TP:--tensor-model-parallel-size PP:--pipeline-model-parallel-size CP:--context-parallel-size
     EP:--expert-model-parallel-size MBS:--micro-batch-size SEQ_LEN:--seq-length TRAIN_ITERS:--train-iters
-    LR:--lr MIN_LR:--min-lr LR_WARMUP_FRACTION:--lr-warmup-fraction WEIGHT_DECAY:--weight-decay CLIP_GRAD:--clip-grad
+    TRAIN_EPOCHS:--train-epochs LR:--lr MIN_LR:--min-lr LR_WARMUP_FRACTION:--lr-warmup-fraction
+    WEIGHT_DECAY:--weight-decay CLIP_GRAD:--clip-grad
     ADAM_BETA1:--adam-beta1 ADAM_BETA2:--adam-beta2 SEED:--seed NUM_WORKERS:--num-workers LOAD_PATH:--load
     SAVE_PATH:--save SAVE_INTERVAL:--save-interval EVAL_INTERVAL:--eval-interval EVAL_ITERS:--eval-iters
     LOG_INTERVAL:--log-interval FSDP2_PATH:--fsdp2-config-path MM_DATA:--mm-data MM_MODEL:--mm-model MM_TOOL:--mm-tool
@@ -257,6 +259,8 @@ MBS=${MBS:-1}
 GRAD_ACC_STEP=${GRAD_ACC_STEP:-1}
 SEQ_LEN=${SEQ_LEN:-1024}
 TRAIN_ITERS=${TRAIN_ITERS:-10000}
+# Passes over the data; empty: TRAIN_ITERS steps
+TRAIN_EPOCHS=${TRAIN_EPOCHS-}
 # LoRA (docs/lora.md); empty targets: full fine-tuning, or lora_args of the model file
 LORA_TARGETS=${LORA_TARGETS-}
 LORA_R=${LORA_R-}
@@ -345,7 +349,6 @@ GPT_ARGS=(
     --clip-grad "$CLIP_GRAD"
     --adam-beta1 "$ADAM_BETA1"
     --adam-beta2 "$ADAM_BETA2"
-    --train-iters "$TRAIN_ITERS"
     --seed "$SEED"
     --num-workers "$NUM_WORKERS"
     --use-torch-fsdp2
@@ -357,6 +360,11 @@ GPT_ARGS=(
 )
 # Without a converted checkpoint the weights of init_from_hf_path are loaded.
 [ -n "$LOAD_PATH" ] && GPT_ARGS+=(--load "$LOAD_PATH")
+if [ -n "$TRAIN_EPOCHS" ]; then
+    GPT_ARGS+=(--train-epochs "$TRAIN_EPOCHS")
+else
+    GPT_ARGS+=(--train-iters "$TRAIN_ITERS")
+fi
 [ -n "$LORA_TARGETS" ] && GPT_ARGS+=(--lora-target-modules "$LORA_TARGETS")
 [ -n "$LORA_R" ] && GPT_ARGS+=(--lora-r "$LORA_R")
 [ -n "$LORA_ALPHA" ] && GPT_ARGS+=(--lora-alpha "$LORA_ALPHA")

@@ -6,7 +6,7 @@ import pytest
 
 from mindspeed_mm.config.job import load_job_config
 from mindspeed_mm.training.launch_environment import VARIABLES
-from tests.ut.launcher.conftest import ROOT, launch, script
+from tests.ut.launcher.conftest import ROOT, launch, script, value_of
 
 RECIPE = "examples/qwen3vl/qwen3vl_full_sft_30B.yaml"
 # recipe, launcher, ranks
@@ -54,6 +54,11 @@ def test_only_the_environment_and_flags_override_the_file(unchecked):
         RECIPE, "--expert-model-parallel-size", "8", "--lr", "2e-5", "--save", "out dir", "--async-save",
         "gpt_args.load=null", "--distributed-backend", "nccl", "--seed", "7", "gpt_args.lr=1",
     ]
+
+
+def test_epochs_replace_iterations(unchecked):
+    words = flags(launch(unchecked, TRAIN_EPOCHS=2))
+    assert value_of(words, "--train-epochs") == "2" and "--train-iters" not in words
 
 
 def test_accumulation_is_the_files(unchecked):
