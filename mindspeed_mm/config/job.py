@@ -42,6 +42,7 @@ class JobConfig(StrictModel):
     fsdp: FSDPConfig = FSDPConfig()
     tools: ToolsConfig = ToolsConfig()
     recipe_keys: dict[str, str] = effective({}, "flag's field name -> file and key of a recipe that sets it")
+    recipe_notes: list[str] = effective([], "sentences on what the keys of a v1 recipe became")
 
     @property
     def loss_mode(self) -> LossMode:
@@ -58,7 +59,10 @@ class JobConfig(StrictModel):
         check_model(self.args, self.fsdp, self.model, facts, world_size=world_size)
 
     def describe_ignored(self) -> list[str]:
-        """One sentence for each flag or group of fields that was given and has no effect, with the reason."""
+        """One sentence for each flag or group of fields that was given and has no effect, with the reason.
+
+        Of a v1 recipe first what its keys became.
+        """
         files = [(self.args.mm_data, self.data), (self.args.mm_model, self.model)]
         files += [(self.args.fsdp2_config_path, self.fsdp), (self.args.mm_tool, self.tools)]
         sentences = [
@@ -77,7 +81,7 @@ class JobConfig(StrictModel):
         if basic.val_max_samples is not None and not (basic.val_dataset or basic.val_rate):
             sentences.append(f"{self.args.mm_data}, val_max_samples: there is neither val_dataset nor val_rate")
         sentences += unused_sections(self.args, self.recipe_keys)
-        return [f"accepted without effect: {sentence}" for sentence in sentences]
+        return self.recipe_notes + [f"accepted without effect: {sentence}" for sentence in sentences]
 
     def explain(self, message: str) -> str:
         """``message``, and which keys of a recipe set the flags that it names."""
@@ -104,6 +108,7 @@ class JobFiles:
         tools: the tools file.
         sections: value of a flag that names a file -> the section of a recipe that is meant.
         keys: flag's field name -> file and key of a recipe that sets it.
+        notes: sentences on what the keys of a v1 recipe became.
     """
 
     args: TrainingArgs
@@ -112,6 +117,7 @@ class JobFiles:
     tools: ToolsConfig
     sections: Mapping[str, StrictModel]
     keys: dict[str, str]
+    notes: list[str]
 
     @property
     def data(self) -> DataConfig:
@@ -139,12 +145,12 @@ def read_job_files(
     path, overrides, words = split_command_line(sys.argv[1:] if argv is None else argv)
     given = {word.partition("=")[0] for word in words}
     if path is None or {"-h", "--help"} & given:
-        return _read_files(words, world_size, _of_one_length({}, defaults or {}, given), {}, {})
-    recipe = read_recipe(path, overrides)
+        return _read_files(words, world_size, _of_one_length({}, defaults or {}, given), {}, {}, [])
+    recipe = read_recipe(path, overrides, world_size=world_size)
     keys = recipe.without(given)
     try:
         flags = _of_one_length(recipe.flags, defaults or {}, given)
-        return _read_files(words, world_size, flags, recipe.sections, keys)
+        return _read_files(words, world_size, flags, recipe.sections, keys, recipe.notes)
     except UserError as error:
         raise UserError(with_keys(str(error), keys)) from None
 
@@ -160,7 +166,7 @@ def _of_one_length(file: Mapping[str, str], defaults: Mapping[str, str], given: 
 
 def _read_files(
     words: Sequence[str], world_size: int, defaults: Mapping[str, str], sections: Mapping[str, StrictModel],
-    keys: dict[str, str],
+    keys: dict[str, str], notes: list[str],
 ) -> JobFiles:
     args = parse_args(words, defaults=defaults)
     check_flags(args)
@@ -174,7 +180,7 @@ def _read_files(
     check_frozen_dtype(args, fsdp)
     args = join_recompute(join_expert_sizes(args, fsdp), model, fsdp)
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
-    return JobFiles(args, model, fsdp, tools, sections, keys)
+    return JobFiles(args, model, fsdp, tools, sections, keys, notes)
 
 
 def _load(args: TrainingArgs, flag: str, model: type[Model], sections: Mapping[str, StrictModel]) -> Model:
@@ -198,7 +204,7 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
     files = read_job_files(argv, world_size=launched_world_size() if world_size is None else world_size)
     job = JobConfig(
         args=files.args, data=files.data, model=files.model, fsdp=files.fsdp, tools=files.tools,
-        recipe_keys=files.keys,
+        recipe_keys=files.keys, recipe_notes=files.notes,
     )
     try:  # properties that join a flag with a field of a file: raise here where the two contradict each other
         _ = job.loss_mode, job.router_aux_loss_coef

@@ -7,6 +7,7 @@ own holds otherwise. ``section.key=value`` on the command line replaces a value 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.flags import FileArgs, LoraArgs, TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
+from mindspeed_mm.config.recipe_v1 import V1_SECTIONS, is_v1, translate
 from mindspeed_mm.config.schema import StrictModel, effective, nested_model, unknown_key, validate_config
 from mindspeed_mm.config.tools_config import ToolsConfig
 from mindspeed_mm.errors import UserError
@@ -26,6 +28,7 @@ from mindspeed_mm.inputs import kind_of, parse_yaml, read_text, shorten
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=", re.ASCII)
 _NAMES = re.compile(r"(?<![\w.-])(--[a-z][a-z0-9-]*|[a-z]+(?:_[a-z]+)+)")
+_PATH = re.compile(r"[a-z]\w*(?:\.\w+)+")
 _SUFFIXES = (".yaml", ".yml")
 _SECTIONS_ONLY = ("mm_data", "mm_model")
 _PARTS = {"mm_data": "data", "mm_model": "model", "fsdp2_config_path": "fsdp2", "mm_tool": "tools"}
@@ -67,11 +70,13 @@ class Recipe:
         flags: flag's field name -> value as on a command line. Where a section takes a file's place, it is the
             section's name in messages.
         keys: flag's field name -> file and key that set it.
+        notes: of a v1 recipe, sentences on what its keys became.
     """
 
     content: RecipeFile
     flags: dict[str, str]
     keys: dict[str, str]
+    notes: list[str]
 
     @property
     def sections(self) -> dict[str, StrictModel]:
@@ -108,12 +113,13 @@ def split_command_line(argv: Sequence[str]) -> tuple[str | None, list[str], list
     return (recipe, overrides, words) if recipe is not None else (None, [], list(argv))
 
 
-def read_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file.
+def read_recipe(path: str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Recipe:
+    """Read a recipe file, also one of v1.
 
     Args:
         path: the file.
         overrides: ``section.key=value``, the value in YAML.
+        world_size: number of ranks, on which the global batch of v1 depends; None: it is not set.
 
     Raises:
         UserError: naming file and key, the value and what is allowed, or the nearest known key.
@@ -123,18 +129,30 @@ def read_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {kind_of(content)}; it must hold the sections gpt_args, data and model")
     known = RecipeFile.model_fields
-    variables = _anchored_keys(text) - known.keys()
+    v1 = is_v1(content)
+    variables = _anchored_keys(text) - (known.keys() | V1_SECTIONS if v1 else known.keys())
     content = {key: value for key, value in content.items() if key not in variables}
     for word in overrides:
         name, _, value = word.partition("=")
         names = name.split(".")
         if names[0] in variables:
             raise UserError(f"{shorten(word)}: {names[0]} holds an anchor of {path}; replace the keys that repeat it")
-        _check_path(names, word)
+        if not v1:  # whose keys are checked when they are translated
+            _check_path(names, word)
         content = _replaced(content, names, parse_yaml(value, word), word)
     source = f"{path} with {shorten(' '.join(overrides))}" if overrides else path
-    recipe = validate_config(content, RecipeFile, source=source)
-    return _as_flags(recipe, path)
+    moved: dict[str, str] = {}
+    notes: list[str] = []
+    if v1:
+        content, moved, ignored = translate(content, source=source, sections=frozenset(known), world_size=world_size)
+        notes = [f"{path}: {', '.join(f'{old} is {new}' for new, old in of_section)}"
+                 for _, of_section in itertools.groupby(moved.items(), lambda pair: pair[1].partition(".")[0])]
+        notes += [f"accepted without effect: {path}: {sentence}" for sentence in ignored]
+    try:
+        recipe = validate_config(content, RecipeFile, source=source)
+    except UserError as error:
+        raise UserError(_PATH.sub(lambda match: moved.get(match[0], match[0]), str(error))) from None
+    return _as_flags(recipe, path, moved, notes)
 
 
 def with_keys(message: str, keys: Mapping[str, str]) -> str:
@@ -184,7 +202,7 @@ def _replaced(content: Any, names: Sequence[str], value: Any, word: str) -> Any:
     return {**content, names[0]: _replaced(content.get(names[0]), names[1:], value, word)}
 
 
-def _as_flags(content: RecipeFile, path: str) -> Recipe:
+def _as_flags(content: RecipeFile, path: str, moved: Mapping[str, str], notes: list[str]) -> Recipe:
     flags: dict[str, str] = {}
     keys: dict[str, str] = {}
 
@@ -195,7 +213,7 @@ def _as_flags(content: RecipeFile, path: str) -> Recipe:
         if flags.setdefault(flag, text) != text:
             raise UserError(f"{path}: {key} {shorten(text)} contradicts {keys[flag].rpartition(' ')[2]} "
                             f"{shorten(flags[flag])}; keep one of the two")
-        keys.setdefault(flag, f"{path}: {key}")
+        keys.setdefault(flag, f"{path}: {moved.get(key, key)}")
 
     for section in ("gpt_args", "lora_args"):
         options = getattr(content, section)
@@ -209,7 +227,7 @@ def _as_flags(content: RecipeFile, path: str) -> Recipe:
                 raise UserError(f"{keys[flag]} {shorten(flags[flag])} and the section {section} exclude each other; "
                                 "keep one")
             flags[flag] = keys[flag] = f"{path}, section {section}"
-    return Recipe(content, flags, keys)
+    return Recipe(content, flags, keys, notes)
 
 
 def unused_sections(args: TrainingArgs, keys: Mapping[str, str]) -> list[str]:
