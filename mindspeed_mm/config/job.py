@@ -149,8 +149,11 @@ def read_job_files(
     recipe = read_recipe(path, overrides, world_size=world_size)
     keys = recipe.without(given)
     try:
-        flags = _of_one_length(recipe.flags, defaults or {}, given)
-        return _read_files(words, world_size, flags, recipe.sections, keys, recipe.notes)
+        flags, notes = _of_one_length(recipe.flags, defaults or {}, given), recipe.notes
+        # as in MindSpeed-MM's files of v1
+        if notes and "save" not in flags and "--save" not in given and flags.pop("save_interval", None):
+            notes = [*notes, f"accepted without effect: {keys['save_interval']}: there is no save"]
+        return _read_files(words, world_size, flags, recipe.sections, keys, notes)
     except UserError as error:
         raise UserError(with_keys(str(error), keys)) from None
 

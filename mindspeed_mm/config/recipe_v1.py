@@ -187,11 +187,11 @@ def translate(
             guess = nearest(path, known)
             raise UserError(f"{source}: {shorten(path)} is unknown" + (f"; did you mean {guess}?" if guess else
                             "; remove it, or correct the section that it is in"))
-    _adapt(values, moved, ignored, world_size)
+    _adapt(values, moved, world_size)
     return _nested({**_DEFAULTS, **values}), moved, ignored
 
 
-def _adapt(values: dict[str, Any], moved: Mapping[str, str], ignored: list[str], world_size: int | None) -> None:
+def _adapt(values: dict[str, Any], moved: Mapping[str, str], world_size: int | None) -> None:
     """What takes more than a new name, in place."""
     attention = values.get("model.text_decoder.attn_implementation", "flash_attention_2")
     values.setdefault("model.image_encoder.vision_encoder.attn_implementation", attention)
@@ -206,8 +206,6 @@ def _adapt(values: dict[str, Any], moved: Mapping[str, str], ignored: list[str],
             values["gpt_args.global_batch_size"] = steps * sizes[1] * max(1, world_size // sizes[2])
     if values.get("gpt_args.train_epochs") is not None:
         values["gpt_args.train_iters"] = None
-    if values.get("gpt_args.save") is None and values.pop("gpt_args.save_interval", None) is not None:
-        ignored.append("training.save_interval: there is no save")
     for name in ("fsdp2.ignored_modules", "model.loss_cfg.chunk_size", "gpt_args.recompute_granularity"):
         if not values.get(name, True):  # an empty list or null
             del values[name]

@@ -121,7 +121,7 @@ def test_what_each_key_became_is_listed(place):
         (["features.recompute=false"], "recompute_granularity", None),
         (["parallel.ulysses_parallel_size=2"], "global_batch_size", 8),
         (["model.recompute=false", "features={}"], "recompute_granularity", None),
-        (["training.save=x"], "save_interval", 10000),
+        (["training.save=x"], "save_interval", 10000), (["--save", "x"], "save_interval", 10000),
         (["training.lora={enable: true, rank: 4, alpha: 8, target_modules: [q_proj]}"], "lora_r", 4),
         (["training.lora={enable: false, rank: 4}"], "lora", False),
     ],
