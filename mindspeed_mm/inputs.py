@@ -32,6 +32,7 @@ MAX_DEPTH = 200
 MAX_NODES = 1_000_000
 """Most values in a YAML file, whose aliases repeat parts of it."""
 _QUOTED = 200
+_OLD_NUMBER = re.compile(r"[:_]|^[-+]?0[0-9]")  # 1:30 (90), 1_000, 010 (8): text or another number in YAML 1.2
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
@@ -261,19 +262,40 @@ def parse_yaml(text: str, what: str) -> Any:
         """PyYAML keeps the last of two equal keys and says nothing."""
 
     def unique(loader: UniqueLoader, node: yaml.MappingNode) -> dict[str, Any]:
-        seen = set()
-        for key_node, _ in node.value:
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{what}, line {line}: a key must be a word, not a list or an object")
-            if key_node.value in seen:
-                raise UserError(f"{what}, line {line}: {shorten(key_node.value)} occurs twice; remove one")
-            seen.add(key_node.value)
-        return loader.construct_mapping(node, deep=True)
+            value = loader.construct_object(value_node, deep=True)
+            if key_node.tag == "tag:yaml.org,2002:merge":  # PyYAML's own merges get nested ones wrong
+                for one in value if isinstance(value, list) else [value]:
+                    if not isinstance(one, dict):
+                        raise UserError(f"{what}, line {line}: << takes an object or a list of objects")
+                    merged = {**one, **merged}  # the first of several wins
+                continue
+            key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise UserError(f"{what}, line {line}: the key {shorten(key_node.value)} is {kind_of(key)}; write it in "
+                                "quotes, or correct it")
+            if key in own:
+                raise UserError(f"{what}, line {line}: {shorten(key)} occurs twice; remove one")
+            own[key] = value
+        return {**merged, **own}
+
+    def number(loader: UniqueLoader, node: yaml.ScalarNode) -> Any:
+        if _OLD_NUMBER.search(node.value):
+            raise UserError(f"{what}, line {node.start_mark.line + 1}: {shorten(node.value)} is a number of another value "
+                            "in YAML 1.1; write a decimal number, or quotes")
+        kind = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+        return kind(node)
 
     # 1e-5 is a number in YAML 1.2, and a string to PyYAML
     UniqueLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
     UniqueLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique)
+    for kind in ("int", "float"):
+        UniqueLoader.add_constructor(f"tag:yaml.org,2002:{kind}", number)
     try:
         value = yaml.load(text, Loader=UniqueLoader)
     except UserError:
