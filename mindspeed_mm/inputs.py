@@ -277,8 +277,8 @@ def parse_yaml(text: str, what: str) -> Any:
                 continue
             key = loader.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise UserError(f"{what}, line {line}: the key {shorten(key_node.value)} is {kind_of(key)}; write it in "
-                                "quotes, or correct it")
+                raise UserError(f"{what}, line {line}: the key {shorten(key_node.value)} is {kind_of(key)}; correct "
+                                "it, or write it in quotes")
             if key in own:
                 raise UserError(f"{what}, line {line}: {shorten(key)} occurs twice; remove one")
             own[key] = value
@@ -286,8 +286,9 @@ def parse_yaml(text: str, what: str) -> Any:
 
     def number(loader: UniqueLoader, node: yaml.ScalarNode) -> Any:
         if _OLD_NUMBER.search(node.value):
-            raise UserError(f"{what}, line {node.start_mark.line + 1}: {shorten(node.value)} is a number of another value "
-                            "in YAML 1.1; write a decimal number, or quotes")
+            line = node.start_mark.line + 1
+            raise UserError(f"{what}, line {line}: {shorten(node.value)} is another number in YAML 1.1; write a "
+                            "decimal number, or quotes")
         kind = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
         return kind(node)
 

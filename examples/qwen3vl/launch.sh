@@ -61,20 +61,23 @@ setup_npu() {
 # With a recipe (docs/recipes.md) into FLAGS: the file, and what comes from the environment. What the launchers set is
 # not exported.
 flags_from_environment() {
-    local pair name exported words
-    exported=" $(compgen -e | tr '\n' ' ') "
+    local pair name words
     FLAGS=("$MM_RECIPE")
     for pair in "${FLAG_OF_VARIABLE[@]}"; do
         name=${pair%%:*}
-        [[ $exported == *" $name "* && -n ${!name} ]] && FLAGS+=("${pair#*:}" "${!name}")
+        [[ $SET_OUTSIDE == *" $name "* ]] && FLAGS+=("${pair#*:}" "${!name}")
     done
     for name in LOSS_ARGS RECOMPUTE_ARGS CKPT_ARGS; do
-        [[ $exported == *" $name "* ]] || continue
+        [[ $SET_OUTSIDE == *" $name "* ]] || continue
         read -r -d '' -a words <<<"${!name}" # returns 1 at the end
         FLAGS+=("${words[@]}")
     done
-    [[ $exported == *" LOAD_PATH "* && -z $LOAD_PATH ]] && FLAGS+=(gpt_args.load=null)
-    [[ $exported == *" GRAD_ACC_STEP "* ]] &&
+    [[ $EMPTY_OUTSIDE == *" LOAD_PATH "* ]] && FLAGS+=(gpt_args.load=null)
+    [[ $EMPTY_OUTSIDE == *" CKPT_ARGS "* ]] &&
+        stop "an empty CKPT_ARGS has no effect with a recipe; add gpt_args.no_save_optim=null gpt_args.no_save_rng=null"
+    [[ $EMPTY_OUTSIDE == *" LORA_TARGETS "* ]] && grep -q lora_target "$MM_RECIPE" 2>/dev/null &&
+        stop "an empty LORA_TARGETS has no effect with a recipe; take one without lora_args"
+    [[ $SET_OUTSIDE == *" GRAD_ACC_STEP "* ]] &&
         stop "GRAD_ACC_STEP has no effect with a recipe; set global_batch_size: gpt_args.global_batch_size=SAMPLES"
 }
 
@@ -229,6 +232,16 @@ run_torchrun() {
 # A recipe file, which the first argument may name too: then the variables below act only if they are set from outside
 [[ $1 == *.y?(a)ml ]] && MM_RECIPE=$1 && shift
 MM_RECIPE=${MM_RECIPE-}
+previous=
+for word in "$@"; do
+    [[ -z $MM_RECIPE && $word == *.y?(a)ml && $word != --* && ($previous != --* || $previous == *=*) ]] &&
+        stop "$word comes after other words; a recipe is the first one, or MM_RECIPE"
+    previous=$word
+done
+SET_OUTSIDE=' ' EMPTY_OUTSIDE=' ' # names of exported variables
+for name in $(compgen -e); do
+    [ -n "${!name}" ] && SET_OUTSIDE+="$name " || EMPTY_OUTSIDE+="$name "
+done
 FLAG_OF_VARIABLE=(
     TP:--tensor-model-parallel-size PP:--pipeline-model-parallel-size CP:--context-parallel-size
     EP:--expert-model-parallel-size MBS:--micro-batch-size SEQ_LEN:--seq-length TRAIN_ITERS:--train-iters

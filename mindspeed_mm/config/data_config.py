@@ -126,6 +126,11 @@ class Attributes(StrictModel):
     response: str | None = effective(None, "alpaca and qa: column with the answer; null: the format's")
     history: str | None = effective(None, "alpaca and qa: column with earlier pairs of both; null: the format's")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether no column is named, so that the records decide."""
+        return not self.model_fields_set - {"formatting"}
+
     @model_validator(mode="after")
     def _check_columns(self) -> Attributes:
         columns = {name: getattr(self, name) for name in ("messages", "images", "videos", "system", "tools")}

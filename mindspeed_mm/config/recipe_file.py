@@ -168,15 +168,24 @@ def _takes_value(word: str) -> bool:
 
 
 def _anchored_keys(text: str) -> set[str]:
-    """Keys of the outermost mapping whose value has an anchor: they may hold what other keys repeat."""
+    """Keys of the outermost mapping whose value has an anchor: they need not be sections.
+
+    An object must be repeated by an alias: it may be a section whose name is misspelt.
+    """
     import yaml
 
-    depth, nodes = 0, []
+    depth, nodes, repeated = 0, [], set()
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.NodeEvent) and depth == 1:
-            nodes.append((getattr(event, "value", None), None if isinstance(event, yaml.AliasEvent) else event.anchor))
+            anchor = None if isinstance(event, yaml.AliasEvent) else event.anchor
+            nodes.append((getattr(event, "value", None), anchor, isinstance(event, yaml.ScalarEvent)))
+        if isinstance(event, yaml.AliasEvent):
+            repeated.add(event.anchor)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-    return {key for (key, _), (_, anchor) in zip(nodes[::2], nodes[1::2], strict=True) if anchor is not None}
+    return {
+        key for (key, _, _), (_, anchor, is_scalar) in zip(nodes[::2], nodes[1::2], strict=True)
+        if anchor is not None and (is_scalar or anchor in repeated)
+    }
 
 
 def _check_path(names: Sequence[str], word: str) -> None:

@@ -55,6 +55,7 @@ class RecordFormat:
         roles: name of a role in the file -> the field of ``attr`` for it, and the role.
         columns: what a record may have besides -> the columns that may hold it, of which a record has one.
         recognised: whether the file's first records decided.
+        others: columns of other formats, which a record may not have besides: it would be unclear which is meant.
         columnar: whether all objects of a column have each other's keys, as in Parquet.
     """
 
@@ -65,6 +66,7 @@ class RecordFormat:
     roles: Mapping[str, tuple[RoleField, Role]]
     columns: Mapping[str, tuple[str, ...]]
     recognised: bool = False
+    others: frozenset[str] = frozenset()
     columnar: bool = False
 
     @property
@@ -82,7 +84,7 @@ class RecordFormat:
 
 
 def format_of(
-    attr: Attributes, name: str | None = None, rows: Sequence[Any] = (), *, keep: bool = True
+    attr: Attributes, name: str | None = None, rows: Sequence[Any] = (), *, recognised: bool = False
 ) -> RecordFormat:
     """The format that ``attr`` describes, or the one of this name with what ``attr`` names itself.
 
@@ -90,11 +92,13 @@ def format_of(
         attr: of the data file.
         name: of the format; None: ``attr`` alone.
         rows: the file's first records, for names that differ between files of one format.
-        keep: whether fields of ``attr`` that are set replace the format's names.
+        recognised: whether the records have decided; then fields of ``attr`` replace the format's names only where
+            they differ from their defaults, which the recipe's data file spells out.
     """
-    given = attr.model_fields_set if keep else frozenset()
-    if name is None:
-        given = set(type(attr).model_fields)
+    fields = type(attr).model_fields
+    given = set(fields) if name is None else set(attr.model_fields_set)
+    if recognised:
+        given = {field for field in given if getattr(attr, field) != fields[field].default}
     roles: Mapping[RoleField, tuple[str, ...]] = _ROLES
     columns: dict[str, tuple[str, ...]] = dict(_COLUMNS)
     messages: str | None = "messages"
@@ -104,9 +108,10 @@ def format_of(
     if name in ("alpaca", "qa"):
         messages = None
         pair = next((pair for pair in _PAIRS if any(_has(row, *pair) for row in rows)), _PAIRS[0])
-        columns |= _ALPACA if name == "alpaca" else {
-            "prompt": pair[:1], "response": pair[1:], "history": ("history",)
-        }
+        qa = {"prompt": pair[:1], "response": pair[1:], "history": ("history",)}
+        if pair[0] == "instruction":  # of Dolly
+            qa["query"] = ("context",)
+        columns |= _ALPACA if name == "alpaca" else qa
     elif found := next(filter(None, (_conversation(row) for row in rows)), None):
         messages, keys = found
     for field in _COLUMNS:
@@ -114,11 +119,16 @@ def format_of(
             columns[field] = (getattr(attr, field),) if getattr(attr, field) else ()
     if messages is None:
         columns |= {field: (getattr(attr, field),) for field in _ALPACA if field in given and getattr(attr, field)}
-    if messages is not None and "messages" in given:
-        messages = attr.messages
+        others = {column for pair in _PAIRS for column in pair} if not given & {"prompt", "response"} else set()
+    else:
+        others = set(_CONVERSATIONS) if "messages" not in given else set()
+        messages = attr.messages if "messages" in given else messages
     named = {field: (getattr(attr, field),) if field in given else roles[field] for field in _ROLE_OF}
+    found_columns = {column for names in columns.values() for column in names} | {messages}
     return RecordFormat(
         name=name or "messages",
+        recognised=recognised,
+        others=frozenset(others - found_columns),
         messages=messages,
         role_tag=attr.role_tag if "role_tag" in given else keys[0],
         content_tag=attr.content_tag if "content_tag" in given else keys[1],
@@ -138,25 +148,25 @@ def recognise(attr: Attributes, rows: Sequence[Any]) -> RecordFormat:
         rows: the file's first records; some of them may be damaged.
     """
     rows = [row for row in rows if isinstance(row, dict)]
-    if attr.formatting is not None:
-        return format_of(attr, attr.formatting, rows)
-    named = bool(attr.model_fields_set - {"formatting"})
-    if named and any(attr.messages in row for row in rows):
+    name = attr.formatting or ("qa" if attr.prompt or attr.response else None)
+    if name is not None:
+        return format_of(attr, name, rows)
+    if not attr.is_open and any(attr.messages in row for row in rows):
         return format_of(attr)
     name = _name_of(rows)
     if name is None:
         return format_of(attr)
-    return dataclasses.replace(format_of(attr, name, rows, keep=False), recognised=True)
+    return format_of(attr, name, rows, recognised=True)
 
 
 def _name_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Name of the format that the records have; None if it is none of those known."""
     found = [(row, conversation) for row in rows if (conversation := _conversation(row))]
     if found:
-        column, keys = found[0][1]
+        _, keys = found[0][1]
         if keys == _KEYS[1]:
             return "llava" if any("image" in row or "video" in row for row, _ in found) else "sharegpt"
-        turns = [turn for row, _ in found for turn in row[column] if isinstance(turn, dict)]
+        turns = [turn for row, (column, _) in found for turn in row[column] if isinstance(turn, dict)]
         if any(isinstance(turn.get(keys[1]), list) or any(turn.get(key) for key in _OPENAI_KEYS) for turn in turns):
             return "openai"
         if any("objects" in row for row, _ in found) or any("loss" in turn for turn in turns):
@@ -179,7 +189,7 @@ def _conversation(row: Mapping[str, Any]) -> tuple[str, tuple[str, str]] | None:
 
 
 def _has(row: Mapping[str, Any], *columns: str) -> bool:
-    return all(isinstance(row.get(column), str) for column in columns)
+    return all(row.get(column) is not None for column in columns)
 
 
 FORMATS: tuple[str, ...] = ("messages", "openai", "swift", "sharegpt", "llava", "alpaca", "qa")

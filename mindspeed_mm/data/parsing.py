@@ -18,14 +18,24 @@ from mindspeed_mm.interfaces.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG
 from mindspeed_mm.models.spec import ModelSpec
 
 _KINDS = ("image", "video")
+_MEDIA_COLUMNS = ("image", "images", "video", "videos")
 _TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 # Keys of a message that are read besides its role and its text.
 MESSAGE_KEYS = frozenset({"loss", "weight", "train", "tool_calls", "function_call", "reasoning_content"})
 _SWITCHES = ("loss", "weight", "train")
 _IN_LOSS: Mapping[Any, bool] = {True: True, False: False}  # also 1 and 0, with or without a point
 # Keys by which other formats change what is trained on and that are not read; of records and of messages.
-_CHANGES_TARGET = ("objects", *_SWITCHES, "tool_calls", "function_call", "reasoning_content", "reasoning")
+_CHANGES_TARGET = (
+    "objects", *_SWITCHES, "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "loss_scale",
+    "training", "train_detail", "masked",
+)
+# Keys of an image or video part that change what the model sees, and that are not read.
+_CHANGES_MEDIA = (
+    "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width", "fps", "nframes", "min_frames",
+    "max_frames", "video_start", "video_end",
+)
 _NOT_EMPTY = ("tools", "system")  # columns that need their name in attr
+_PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 _PART_KEYS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # type of a part -> its kind, and keys of its content
     "text": ("text", ("text",)), "image": ("image", ("image", "url", "path", "base64")),
     "image_url": ("image", ("image_url",)), "video": ("video", ("video", "url", "path")),
@@ -96,6 +106,10 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
     """
     if not isinstance(row, dict):
         raise ValueError(f"it is {kind_of(row)}, not an object with columns")
+    others = form.others if form.messages is None or form.messages in row else ()
+    if other := next((column for column in others if row.get(column) not in (None, "", [])), None):
+        raise ValueError(f"it has a column {other!r} besides those of the format {form}, so that it is unclear "
+                         "which is meant; remove one, or name its columns in attr")
     media = {kind: _Media(kind) for kind in _KINDS}
     if form.messages is None:
         messages = _pair_messages(row, form)
@@ -105,7 +119,7 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
             what = f"is {kind_of(turns)}, not a list" if form.messages in row else "is missing"
             names = ", ".join(map(str, row))
             raise ValueError(f"its column {form.messages!r} (attr.messages) {what}; it has: {names}; set attr to its "
-                             "columns and keys, or leave it out for one of the usual formats (docs/data.md)")
+                             "columns and keys (docs/formats.md)")
         _refuse_unread(row, form, turns)
         messages = [_message(turn, place, form, spec, media, thoughts) for place, turn in enumerate(turns)]
     messages = _with_system(messages, row, form, spec)
@@ -116,7 +130,7 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
     if form.messages is None:
         messages = _with_tags(messages, listed)
     tags = media_tags(messages)
-    if not tags and not any(listed.values()):
+    if not tags and not any(listed.values()) and not any(row.get(column) for column in _MEDIA_COLUMNS):
         return Record(messages, [], [])
     found = {kind: _join(media[kind], tags.count(_TAGS[kind]), listed[kind], row, form, spec) for kind in _KINDS}
     return Record(messages, found["image"], found["video"])
@@ -163,10 +177,14 @@ def _join(
     if not spec.media_kinds:  # the tags are plain text
         return []
     wanted = sum(1 for source in sources if source is None)
+    columns = form.columns.get(f"{kind}s", ())
+    other = next((name for name in (kind, f"{kind}s") if name not in columns and row.get(name)), None)
+    if columns and not listed and other:
+        raise ValueError(f"its column {other!r} has content and is not read; name it in attr.{kind}s, or remove it")
     if wanted == len(listed):
         remaining = iter(listed)
         return [next(remaining) if source is None else source for source in sources]
-    columns, field = form.columns.get(f"{kind}s", ()), f"attr.{kind}s"
+    field = f"attr.{kind}s"
     found = f"it has {wanted} {_TAGS[kind]} tags in its questions, but "
     if not columns:
         raise ValueError(f"{found}{field} is null; set it to the column of their paths, or remove the tags")
@@ -185,7 +203,12 @@ def _refuse_unread(row: Mapping[str, Any], form: RecordFormat, turns: Sequence[A
     """
     for name in _NOT_EMPTY:
         if name not in form.read_columns and row.get(name):
-            raise ValueError(f"its column {name!r} has content and is not read; name it in attr.{name}, or remove it")
+            raise ValueError(f"its column {name!r} has content and is not read; name it in attr.{name}, leave attr out "
+                             "(docs/formats.md), or remove the column")
+    for name in _PREFERENCES:
+        if name not in form.read_columns and row.get(name) not in (None, "", [], {}):
+            raise ValueError(f"it has a column {name!r}, of preference data; answers alone are trained on: write each "
+                             "into messages of its own, and remove the column")
     places: list[tuple[str, str, Mapping[str, Any], Iterable[str]]] = [("column", "", row, form.read_columns)]
     places += [("key", f" of message {place}", turn, MESSAGE_KEYS) for place, turn in enumerate(turns)
                if isinstance(turn, dict) and len(turn) > 2]
@@ -234,9 +257,12 @@ def _message(
         raise ValueError(
             f"message {place} has the role {shorten(speaker, 40)!r}; attr names the roles "
             f"{', '.join(form.roles)}: {_missing_role(speaker)}"
+            f"{'' if form.recognised else ', or leave attr out (docs/formats.md)'}"
         )
     field, role = form.roles[speaker]
     calls = turn.get("tool_calls") or turn.get("function_call") if len(turn) > 2 else None
+    if calls and turn.get("tool_calls") and turn.get("function_call"):
+        raise ValueError(f"message {place} has tool_calls and function_call; remove one")
     if content is None and calls:
         content = ""
     if isinstance(content, list):
@@ -268,8 +294,9 @@ def _wrong_value(turn: Mapping[str, Any], place: int, key: str, field: str, want
 
 def _missing_role(role: str) -> str:
     fields: dict[str, RoleField] = {
-        "system": "system_tag", "tool": "observation_tag", "observation": "observation_tag",
-        "function_call": "function_tag", "function": "function_tag",
+        "system": "system_tag", "developer": "system_tag", "tool": "observation_tag", "function": "observation_tag",
+        "observation": "observation_tag", "tool_response": "observation_tag", "function_call": "function_tag",
+        "tool_call": "function_tag",
     }
     return f"set attr.{fields[role]} to {role!r}" if role in fields else "correct the role, or attr's names"
 
@@ -314,6 +341,9 @@ def _joined_parts(parts: Sequence[Any], place: int, role: Role, media: Mapping[s
         if role != "user":
             raise ValueError(f"message {place} ({role}) has {'an' if kind == 'image' else 'a'} {kind}; only questions "
                              "may have one")
+        if unread := next((key for key in _CHANGES_MEDIA if part.get(key) is not None), None):
+            raise ValueError(f"{'an' if kind == 'image' else 'a'} {kind} part of message {place} has {unread}, which "
+                             "is not read; remove it, and set preprocess_parameters for all (docs/media.md)")
         if len(values) > 1:
             raise ValueError(f"{'an' if kind == 'image' else 'a'} {kind} part of message {place} has more than one of "
                              f"{', '.join(keys)}; keep one")
@@ -349,12 +379,31 @@ def _with_calls(text: str, calls: Any, place: int, role: Role, spec: ModelSpec, 
         if not isinstance(function, dict):
             raise ValueError(f"message {place} is not a tool call: it is {kind_of(function)}, not an object")
         arguments = function.get("arguments")
-        if columnar and isinstance(arguments, dict) and None in arguments.values():
+        if columnar and _holds_none(arguments):
             raise ValueError(f"the arguments of a call in message {place} are an object, which has the keys of every "
                              "other one in such a file; store them as JSON text")
+        if isinstance(arguments, str):
+            _check_json(arguments, place)
         functions.append({key: value for key, value in function.items() if value is not None})
     rendered = _call_text(json.dumps(functions, ensure_ascii=False), place, spec)
     return f"{text}\n{rendered}" if text else rendered
+
+
+def _holds_none(value: Any) -> bool:
+    """Whether an object or a list holds null anywhere, or is an Arrow map, which comes as a list of pairs."""
+    if isinstance(value, dict):
+        return any(map(_holds_none, value.values()))
+    if isinstance(value, list):
+        return any(isinstance(one, tuple) or _holds_none(one) for one in value)
+    return value is None
+
+
+def _check_json(arguments: str, place: int) -> None:
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the arguments of a call in message {place} are not valid JSON: {reason(error)}; correct "
+                         "them ({} for none)") from error
 
 
 def _with_thought(text: str, thought: Any, place: int, role: Role) -> str:
@@ -436,7 +485,9 @@ def _tools(row: Mapping[str, Any], form: RecordFormat) -> list[Any]:
 
 def _images(row: Mapping[str, Any], form: RecordFormat) -> list[Any]:
     images, column = _column(row, form, "images")
-    images = [images] if isinstance(images, str | bytes | dict) else images or []
+    if isinstance(images, str | bytes | dict):
+        images = [images] if images else []
+    images = [] if images is None else images
     where = f"its column {column!r} (attr.images)"
     if not isinstance(images, list):
         raise ValueError(f"{where} is not a list of images")
@@ -458,7 +509,9 @@ def _remedy(media: Any) -> str:
 def _videos(row: Mapping[str, Any], form: RecordFormat) -> list[Video]:
     videos, column = _column(row, form, "videos")
     where = f"its column {column!r} (attr.videos)"
-    videos = [videos] if isinstance(videos, str) else videos or []
+    if isinstance(videos, str):
+        videos = [videos] if videos else []
+    videos = [] if videos is None else videos
     if not isinstance(videos, list):
         raise ValueError(f"{where} is not a list of paths or of lists of frame paths{_remedy(videos)}")
     return [_video(video, where) for video in videos]

@@ -187,7 +187,7 @@ def cache_key(source: Source) -> str:
         "template": dataclasses.asdict(template_options(source.config, source.spec)),
         "dataset_dir": os.path.abspath(basic.dataset_dir),
         "working_directory": os.getcwd(),
-        "attr": dict(parameters.attr),
+        "attr": [dict(parameters.attr), sorted(parameters.attr.model_fields_set)],
         "boxes": basic.box_format,
         "tokenizer": {name: _digest(root / name) for name in TOKENIZER_FILES if (root / name).is_file()},
         "skip": source.may_skip,

@@ -148,8 +148,11 @@ class RecordReader:
         if absent := [f"{name!r} (attr.{field})" for field, name in named.items()
                       if name in self._never_seen and field in self._attr.model_fields_set]:
             notes["absent"] = f"no record has the column {', '.join(absent)}"
-        if recognised := {str(form): None for form in self._formats.values() if form.recognised}:
-            notes["format"] = f"format, recognised by the first records: {' and '.join(recognised)}"
+        recognised = {self._files[file]: str(form) for file, form in self._formats.items() if form.recognised}
+        if recognised:
+            same = len(set(recognised.values())) == 1 and len(recognised) == len(self._files)
+            named = [form if same else f"{path}: {form}" for path, form in recognised.items()]
+            notes["format"] = f"format, recognised by the first records: {', '.join(dict.fromkeys(named))}"
         notes |= {f.what[0]: str(f) for f in (self.empty_answers, self.control_tokens) if f.messages}
         return {kind: note for kind, note in notes.items() if note}
 

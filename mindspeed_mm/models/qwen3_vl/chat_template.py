@@ -45,7 +45,7 @@ class _Segment:
     token: int = -1
     count: int = 1
     loss_mask: bool = False
-    is_vision: bool = False
+    is_excluded: bool = False  # from the loss, even with train_on_prompt
 
 
 def _is_question(message: Message) -> bool:
@@ -203,8 +203,10 @@ class Qwen3VLChatTemplate:
                 loss_mask = not (self._options.mask_history and place < len(messages) - 1) and not (
                     self._options.enable_thinking and place < last_question
                 ) if message.in_loss is None else message.in_loss
-                segments = self._turn(head, [_Segment(text=answer, loss_mask=loss_mask)])
+                excluded = message.in_loss is False
+                segments = self._turn(head, [_Segment(text=answer, loss_mask=loss_mask, is_excluded=excluded)])
                 segments[-2].loss_mask = loss_mask  # <|im_end|>; after it comes the line break
+                segments[-2].is_excluded = excluded
             elif message.role == "user":
                 segments = self._turn("user\n", self._question(message.text, remaining))
             elif message.role == "tool":
@@ -233,9 +235,9 @@ class Qwen3VLChatTemplate:
 
     def _vision(self, pad: str, count: int) -> list[_Segment]:
         return [
-            _Segment(token=self._ids[_VISION_START], is_vision=True),
-            _Segment(token=self._ids[pad], count=count, is_vision=True),
-            _Segment(token=self._ids[_VISION_END], is_vision=True),
+            _Segment(token=self._ids[_VISION_START], is_excluded=True),
+            _Segment(token=self._ids[pad], count=count, is_excluded=True),
+            _Segment(token=self._ids[_VISION_END], is_excluded=True),
         ]
 
     def _tool_result(self, text: str, messages: Sequence[Message], place: int) -> list[_Segment]:
@@ -266,17 +268,20 @@ class Qwen3VLChatTemplate:
         ids: list[int] = []
         flags: list[bool] = []
         given, produced = "", ""  # neighbouring text is one piece for the tokenizer, as in a rendered template
+        counts_given = self._options.train_on_prompt
 
         def flush() -> None:
-            nonlocal given, produced
+            nonlocal given, produced, counts_given
             if given or produced:
                 tokens, boundary = self._text_tokens(given, produced)
                 ids.extend(tokens)
-                flags.extend([self._options.train_on_prompt] * boundary + [True] * (len(tokens) - boundary))
+                flags.extend([counts_given] * boundary + [True] * (len(tokens) - boundary))
             given = produced = ""
+            counts_given = self._options.train_on_prompt
 
         for segment in segments:
             if segment.token < 0:
+                counts_given = counts_given and not segment.is_excluded
                 if segment.loss_mask:
                     produced += segment.text
                 else:
@@ -284,7 +289,7 @@ class Qwen3VLChatTemplate:
                 continue
             flush()
             ids.extend([segment.token] * segment.count)
-            counts = segment.loss_mask or (self._options.train_on_prompt and not segment.is_vision)
+            counts = segment.loss_mask or (self._options.train_on_prompt and not segment.is_excluded)
             flags.extend([counts] * segment.count)
         flush()
         return np.array(ids, dtype=np.int64), np.array(flags, dtype=bool)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mindspeed_mm.config.checks import ModelFacts
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import SUPPORTED_MODEL_TYPES, Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.grounding import BOX_SCALE, box_text, boxes_in, ref_text
 from mindspeed_mm.models.spec import ModelBuildOptions, ModelSpec, register
@@ -131,16 +132,22 @@ class Qwen3VLSpec(ModelSpec):
             vision=model_config.vision,
         )
         images = dataclasses.replace(images, transparent_background=preprocess.transparent_background)
-        if not config.dataset_param.attr.videos:
+        attr = config.dataset_param.attr
+        if not attr.videos and not attr.is_open:
             return images
-        videos = read_video_settings(
-            preprocess.model_name_or_path,
-            min_pixels=preprocess.video_min_pixels,
-            max_pixels=preprocess.video_max_pixels,
-            fps=preprocess.video_fps,
-            max_frames=preprocess.video_maxlen,
-            images=images,
-        )
+        try:
+            videos = read_video_settings(
+                preprocess.model_name_or_path,
+                min_pixels=preprocess.video_min_pixels,
+                max_pixels=preprocess.video_max_pixels,
+                fps=preprocess.video_fps,
+                max_frames=preprocess.video_maxlen,
+                images=images,
+            )
+        except UserError:
+            if attr.videos:
+                raise
+            return images  # the data may have no videos
         return dataclasses.replace(images, videos=videos)
 
     def ignored_settings(self, directory: Path, config: DataConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -290,3 +291,61 @@ def test_images_within_records(root: Path, records: list[Row], expected: list[An
         config = make_config(root, dataset=str(path), basic=MODES[mode])
     assert samples_of(config) == expected
     assert len(list((root / "cache/images").rglob("*.png"))) in (0, 6)  # each image once
+
+
+@pytest.mark.parametrize(
+    ("row", "attr", "expected"),
+    [  # fields that differ from their defaults count, whatever is recognised
+        ({"question": "q", "answer": "a", "long": "LONG"}, {"response": "long"}, ("q", "LONG", 0)),
+        ({"question": "q", "answer": "a", "pics": ["a.png"]}, {"images": "pics"}, ("<image>q", "a", 1)),
+        ({"conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]},
+         {"user_tag": "gpt", "assistant_tag": "human"}, ("q", "a", 0)),
+        ({"question": "q", "answer": "a", "images": ["a.png"]}, {"images": None}, ("q", "a", 0)),
+        ({"instruction": "q", "context": "c", "response": "a"}, {}, ("q\nc", "a", 0)),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "image": ""}, {},
+         ("q", "a", 0)),
+    ],
+)
+def test_names_of_attr_count(row: Row, attr: Row, expected: tuple[str, str, int]) -> None:
+    record = parsed(row, **attr)
+    assert (*(message.text for message in record.messages), len(record.images)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"question": "q", "answer": "a", "query": "r", "response": "b"}, "has a column '(query|response)' besides"),
+        ({"messages": [QUESTION, ANSWER], "conversations": [{"from": "human", "value": "q"}]}, "'conversations' bes"),
+        ({"messages": [QUESTION, {**ANSWER, "loss_scale": 0.0}]}, "key 'loss_scale' of message 1 is 0.0, which would"),
+        ({"messages": [QUESTION, ANSWER], "rejected_response": "b"}, "'rejected_response', of preference data"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "not valid JSON"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "max_pixels": 9}]}, ANSWER]},
+         "part of message 0 has max_pixels, which is not read"),
+    ],
+)
+def test_what_another_trainer_would_read_otherwise_is_refused(row: Row, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        parsed(row)
+
+
+def test_objects_of_tables_have_the_keys_of_others() -> None:
+    form = dataclasses.replace(recognise(Attributes(), [{"messages": [QUESTION, ANSWER]}]), columnar=True)
+    for arguments in ({"x": {"a": 1, "b": None}}, {"x": [("a", 1)]}):
+        call = {"tool_calls": [{"name": "f", "arguments": arguments}]}
+        with pytest.raises(ValueError, match="store them as JSON text"):
+            parse_record({"messages": [QUESTION, {**ANSWER, **call}]}, form, SPEC)
+
+
+def test_a_file_of_two_formats_is_refused_by_its_records() -> None:
+    rows = [{"messages": [QUESTION, ANSWER]}, {"conversations": [{"role": "user", "content": "q"}, ANSWER]}]
+    assert recognise(Attributes(), rows).name == "messages"
+    with pytest.raises(ValueError, match="'messages' .* is missing; it has: conversations"):
+        parse_record(rows[1], recognise(Attributes(), rows), SPEC)
+
+
+def test_train_on_prompt_leaves_out_answers_without_loss(root: Path) -> None:
+    turns = [QUESTION, {**ANSWER, "loss": False}, QUESTION, ANSWER]
+    (_, mask, _), = samples_of(config_of(root, "prompt", [{"messages": turns}], train_on_prompt=True))
+    plain = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    (_, every, _), = samples_of(config_of(root, "prompt", [{"messages": plain}], train_on_prompt=True))
+    assert all(every) and 0 < mask.count(False) < len(mask) / 2
