@@ -10,12 +10,12 @@ usage() {
     cat <<'USAGE'
 usage: bash scripts/test.sh [--stack npu] [pytest arguments]
 
-Installs missing packages, lints, and runs the tests that take seconds, on all cores.
+Installs missing packages, lints, and runs the tests that take seconds: on all cores, and then those of several ranks.
 
   -m "slow or not slow"   all tests
   -m st                   only tests that start launchers or several ranks
   tests/ut/data -k mask   a selection; all arguments go to pytest
-  -n 0                    one test at a time
+  -m "not st" -n 4        in 4 processes
   --stack npu             test in an environment like that of NPU users, .venv-npu-stack: Python 3.10, torch 2.7.1, and
                           the newest transformers and numpy that support them
   --help                  print this
@@ -45,10 +45,16 @@ fi
 PATH=$(cd "$directory" && pwd)/bin:$PATH
 export PATH
 
-# Each worker takes whole files, the long ones first; within a worker one core is all there is.
-jobs=$(nproc)
 status=0
+tests() { # -m and -n of the arguments win, being the last
+    python -m pytest -m "not slow" --durations 10 "$@" || status=$?
+}
 ruff check . || status=$?
-OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n "$((jobs < 8 ? jobs : 8))" --dist loadgroup --no-loadscope-reorder \
-    --durations 10 "$@" || status=$?
+if (($#)); then
+    tests "$@"
+else
+    jobs=$(nproc) # each worker takes whole files, and one core
+    OMP_NUM_THREADS=1 tests -m "not slow and not st" -n "$((jobs < 8 ? jobs : 8))" --dist loadfile
+    tests -m "st and not slow" # several ranks fill the cores by themselves
+fi
 exit "$status"

@@ -8,22 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
-SHARED = frozenset({"quick"})  # fixtures of the session that take minutes
-# A busy machine takes longer for an example than hypothesis allows by default.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
 # Read by Triton when it is imported: without a GPU its kernels are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidia0").exists() else "1")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist, a worker takes a whole file, or all files that share a fixture of the session."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            shared = SHARED.intersection(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group(min(shared, default=item.nodeid.partition("::")[0])))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ HELP_COMMANDS = (
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",
            "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py", "tests/st/*.py")
 FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM
-    "--pdb", "--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal",
+    "--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal",
     "--enable-lora", "--max-lora-rank", "--lora-modules", "--enable-tower-connector-lora",
     "--model-path", "--lora-paths", "--is_lora_base",
 }
