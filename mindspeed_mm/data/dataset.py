@@ -51,6 +51,10 @@ class Rows(Protocol):
 
     files: Sequence[str]
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether a row has a video; of streamed records, one of the first."""
+
     def __len__(self) -> int:
         """Number of rows."""
 
@@ -70,6 +74,7 @@ class TokenizedOnTheFly:
     def __init__(self, records: Rows, encoder: Encoder) -> None:
         """Take records as rows with the columns of :class:`~mindspeed_mm.data.records.Record`."""
         self.files = records.files
+        self.has_videos = records.has_videos
         self.origin, self.find = records.origin, records.find
         self._records = records
         self._encoder = encoder
@@ -101,8 +106,7 @@ class Streamed:
         for number, file in enumerate(self._opened):
             self._reader.recognise(number, file)
         first = source.reader()
-        for _ in first.read(sample=True):
-            pass
+        self.has_videos = max([bool(record.videos) for record in first.read(sample=True)], default=False)
         for note in first.notes.values():
             logger.info("%s: of the first records: %s", source.names, note)
         self._said = set(first.notes)
@@ -163,6 +167,11 @@ class ChatDataset:
         if chosen is None and vocab_size is not None and isinstance(rows, PreparedRows):
             column = rows.table.column("input_ids")
             self._check_tokens(max((chunk.flatten().to_numpy().max(initial=-1) for chunk in column.chunks), default=-1))
+
+    @property
+    def has_videos(self) -> bool:
+        """See :class:`Rows`."""
+        return self._rows.has_videos
 
     def __len__(self) -> int:
         """Number of samples."""

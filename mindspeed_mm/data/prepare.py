@@ -103,6 +103,14 @@ class PreparedRows:
     def table(self) -> Any:
         return self._dataset.data
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether a row has a video."""
+        import pyarrow.compute
+
+        lengths = pyarrow.compute.list_value_length(self.table.column("videos"))
+        return bool(pyarrow.compute.max(lengths).as_py())
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self._dataset)

@@ -172,7 +172,7 @@ def _run(
                 eval_loader=eval_loader,
                 split=split,
                 manager=_checkpoint_manager(
-                    job, model, optimizer, backend, settings, _facts(model_config, media), source, lora
+                    job, model, optimizer, backend, settings, _facts(model_config, media, loader, job), source, lora
                 ),
             ),
         )
@@ -188,8 +188,12 @@ def _count_iterations(job: JobConfig, samples_per_epoch: int) -> JobConfig:
     return job.replace(args=args)
 
 
-def _facts(model_config: ModelConfig, media: MediaSettings | None) -> dict[str, Any]:
-    """What checkpoints record of the model and its images and videos."""
+def _facts(
+    model_config: ModelConfig, media: MediaSettings | None, loader: TrainLoader, job: JobConfig
+) -> dict[str, Any]:
+    """What checkpoints record of the model and its images and videos; of videos only if there may be any."""
+    if media is not None and not job.data.dataset_param.attr.videos and not loader.dataset.has_videos:
+        media = dataclasses.replace(media, videos=None)
     of_media = {} if media is None else {MEDIA_KEY: dataclasses.asdict(media)}
     return {MODEL_CONFIG_KEY: dataclasses.asdict(model_config), **of_media}
 

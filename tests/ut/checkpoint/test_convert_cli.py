@@ -287,7 +287,7 @@ def test_lists_and_mappings_on_the_command_line(capsys: pytest.CaptureFixture[st
         ("hfdir: x", "options.yaml: unknown option --hfdir; did you mean --hf_dir?"),
         ("over_write: null", "options.yaml: unknown option --over_write; did you mean --overwrite?"),
         ("config: other.yaml", "options.yaml: unknown option --config; it has no such option"),
-        ("1: 2", "options.yaml: unknown option --1;"),
+        ("1: 2", "options.yaml, line 1: the key 1 is a number"),
         ("workers: 0", "at least 1"),
         ("workers: true", "at least 1"),
         ("overwrite: 3", "argument --overwrite"),

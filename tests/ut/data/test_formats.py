@@ -15,15 +15,24 @@ import pyarrow.parquet
 import pytest
 
 from mindspeed_mm.config.data_config import Attributes
+from mindspeed_mm.data import build_datasets
 from mindspeed_mm.data.dataset import SkippedSample
 from mindspeed_mm.data.formats import format_of, recognise
 from mindspeed_mm.data.parsing import Record, parse_record
 from mindspeed_mm.data.records import RecordReader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.conversation import Message
+from mindspeed_mm.interfaces.media import VideoSettings
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from tests.helpers.chat_reference import ATTR, CASES
-from tests.helpers.tiny_data import build_tiny, make_config, make_records, tiny_loader, write_checkpoint
+from tests.helpers.tiny_data import (
+    build_tiny,
+    checkpoint_config,
+    make_config,
+    make_records,
+    tiny_loader,
+    write_checkpoint,
+)
 
 Row = dict[str, Any]
 MODES: dict[str, dict[str, bool]] = {"built": {}, "on the fly": {"preprocess_on_fly": True},
@@ -349,3 +358,16 @@ def test_train_on_prompt_leaves_out_answers_without_loss(root: Path) -> None:
     plain = [{key: turn[key] for key in ("role", "content")} for turn in turns]
     (_, every, _), = samples_of(config_of(root, "prompt", [{"messages": plain}], train_on_prompt=True))
     assert all(every) and 0 < mask.count(False) < len(mask) / 2
+
+
+@pytest.mark.parametrize("mode", ["built", "on the fly", "streaming"])
+def test_whether_there_are_videos(root: Path, records: list[Row], mode: str) -> None:
+    """Only then do checkpoints record the limits of videos."""
+    frames = [path for row in records for path in row["images"]][:2]
+    video = {"messages": [{"role": "user", "content": "<video>"}, ANSWER], "videos": [frames]}
+    for name, rows, found in (("still", records, False), ("moving", [*records, video], True)):
+        config = config_of(root, name, rows, **MODES[mode])
+        media = SPEC.read_media_settings(config, checkpoint_config(root / "checkpoint"))
+        media = dataclasses.replace(media, videos=VideoSettings(0, 16384, 4096, 1 << 24, 2.0, 4, 64))
+        dataset, _ = build_datasets(config, spec=SPEC, media=media, seq_length=512, seed=0)
+        assert dataset.has_videos is found
