@@ -53,10 +53,10 @@ class RecordFormat:
         role_tag: key of a message's role.
         content_tag: key of a message's text.
         roles: name of a role in the file -> the field of ``attr`` for it, and the role.
-        columns: what a record may have besides -> the columns that may hold it, of which a record has one.
+        columns: field of ``attr`` -> candidate columns; a record may use one of them.
         recognised: whether the file's first records decided.
-        others: columns of other formats, which a record may not have besides: it would be unclear which is meant.
-        columnar: whether all objects of a column have each other's keys, as in Parquet.
+        others: columns of other formats; a record that has one as well is ambiguous and refused.
+        columnar: whether objects are stored as structs of one type, as in Parquet, so that missing keys are null.
     """
 
     name: str
@@ -86,14 +86,14 @@ class RecordFormat:
 def format_of(
     attr: Attributes, name: str | None = None, rows: Sequence[Any] = (), *, recognised: bool = False
 ) -> RecordFormat:
-    """The format that ``attr`` describes, or the one of this name with what ``attr`` names itself.
+    """The format described by ``attr``, or the named format with the overrides in ``attr``.
 
     Args:
         attr: of the data file.
         name: of the format; None: ``attr`` alone.
         rows: the file's first records, for names that differ between files of one format.
-        recognised: whether the records have decided; then fields of ``attr`` replace the format's names only where
-            they differ from their defaults, which the recipe's data file spells out.
+        recognised: whether the format was detected from the records; then only fields of ``attr`` that differ from
+            their defaults override it, because the recipe's data file spells the defaults out.
     """
     fields = type(attr).model_fields
     given = set(fields) if name is None else set(attr.model_fields_set)
@@ -138,10 +138,10 @@ def format_of(
 
 
 def recognise(attr: Attributes, rows: Sequence[Any]) -> RecordFormat:
-    """The format of a file.
+    """Select the format of a file.
 
-    ``attr.formatting`` decides if it is given; else ``attr``, if it names columns and the records have the one of the
-    conversation; else the records.
+    In order of precedence: ``attr.formatting``; ``attr``, if it names columns and the records have its ``messages``
+    column; detection from the records.
 
     Args:
         attr: of the data file.

@@ -1,4 +1,4 @@
-"""One row of a data file becomes a conversation and what its images and videos are, or a message of what is wrong.
+"""Parses one row of a data file into a :class:`Record`: messages, images and videos.
 
 Whatever the format, a message may hold text with ``<image>`` and ``<video>`` tags, or a list of parts as in OpenAI's
 API; calls of tools; a thought; and a switch that takes an answer out of the loss.
@@ -17,7 +17,8 @@ from mindspeed_mm.inputs import kind_of, reason, shorten, unique_keys
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
 
-_KINDS = ("image", "video")
+_Sources = Mapping[str, list[Any]]
+"""Image or video -> source of each tag, in order; None where the source is in the record's column."""
 _MEDIA_COLUMNS = ("image", "images", "video", "videos")
 _TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 # Keys of a message that are read besides its role and its text.
@@ -84,14 +85,6 @@ class Record:
         }
 
 
-@dataclasses.dataclass
-class _Media:
-    """Images or videos of one record: what its parts hold, one for each tag in order, None for a tag in a text."""
-
-    kind: str
-    sources: list[Any] = dataclasses.field(default_factory=list)
-
-
 def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: bool = True) -> Record:
     """One row as messages, images and videos, with paths as written.
 
@@ -110,7 +103,7 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
     if other := next((column for column in others if row.get(column) not in (None, "", [])), None):
         raise ValueError(f"it has a column {other!r} besides those of the format {form}, so that it is unclear "
                          "which is meant; remove one, or name its columns in attr")
-    media = {kind: _Media(kind) for kind in _KINDS}
+    sources: _Sources = {kind: [] for kind in _TAGS}
     if form.messages is None:
         messages = _pair_messages(row, form)
     else:
@@ -121,7 +114,7 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
             raise ValueError(f"its column {form.messages!r} (attr.messages) {what}; it has: {names}; set attr to its "
                              "columns and keys (docs/formats.md)")
         _refuse_unread(row, form, turns)
-        messages = [_message(turn, place, form, spec, media, thoughts) for place, turn in enumerate(turns)]
+        messages = [_message(turn, place, form, spec, sources, thoughts) for place, turn in enumerate(turns)]
     messages = _with_system(messages, row, form, spec)
     complaint = check_order(messages)
     if complaint:
@@ -132,7 +125,10 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
     tags = media_tags(messages)
     if not tags and not any(listed.values()) and not any(row.get(column) for column in _MEDIA_COLUMNS):
         return Record(messages, [], [])
-    found = {kind: _join(media[kind], tags.count(_TAGS[kind]), listed[kind], row, form, spec) for kind in _KINDS}
+    found = {
+        kind: _join(kind, sources[kind] or [None] * tags.count(tag), listed[kind], row, form, spec)
+        for kind, tag in _TAGS.items()
+    }
     return Record(messages, found["image"], found["video"])
 
 
@@ -152,7 +148,7 @@ def _with_system(messages: list[Message], row: Mapping[str, Any], form: RecordFo
 
 
 def _column(row: Mapping[str, Any], form: RecordFormat, field: str) -> tuple[Any, str]:
-    """What a record has of a field of ``attr``, and the column that has it."""
+    """Value of a field of ``attr`` in a record, and the column that it comes from."""
     columns = form.columns.get(field, ())
     found = [column for column in columns if row.get(column) not in (None, "", [])]
     if len(found) > 1:
@@ -163,15 +159,13 @@ def _column(row: Mapping[str, Any], form: RecordFormat, field: str) -> tuple[Any
 
 
 def _join(
-    media: _Media, count: int, listed: list[Any], row: Mapping[str, Any], form: RecordFormat, spec: ModelSpec
+    kind: str, sources: list[Any], listed: list[Any], row: Mapping[str, Any], form: RecordFormat, spec: ModelSpec
 ) -> list[Any]:
     """Images or videos in the order of their tags: from the parts of messages, and from the record's column.
 
     Raises:
         ValueError: if there are more tags, or fewer, or the model takes none.
     """
-    kind = media.kind
-    sources = media.sources or [None] * count
     if kind not in spec.media_kinds and (listed or any(source is not None for source in sources)):
         raise ValueError(f"it has {kind}s, which this model does not take; use other records or another model")
     if not spec.media_kinds:  # the tags are plain text
@@ -246,7 +240,7 @@ def check_order(messages: Sequence[Message]) -> str | None:
 
 
 def _message(
-    turn: Any, place: int, form: RecordFormat, spec: ModelSpec, media: Mapping[str, _Media], thoughts: bool
+    turn: Any, place: int, form: RecordFormat, spec: ModelSpec, sources: _Sources, thoughts: bool
 ) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"message {place} is {kind_of(turn)}, not an object")
@@ -266,12 +260,12 @@ def _message(
     if content is None and calls:
         content = ""
     if isinstance(content, list):
-        content = _joined_parts(content, place, role, media)
+        content = _joined_parts(content, place, role, sources)
     elif not isinstance(content, str):
         raise ValueError(_wrong_value(turn, place, form.content_tag, "content_tag", "a string or a list of parts"))
     elif role == "user" and "<" in content:
         for tag in MEDIA_TAG.findall(content):
-            media[tag[1:-1]].sources.append(None)
+            sources[tag[1:-1]].append(None)
     text = content
     if field == "function_tag":
         text = _call_text(text, place, spec)
@@ -319,8 +313,8 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _joined_parts(parts: Sequence[Any], place: int, role: Role, media: Mapping[str, _Media]) -> str:
-    """A list of parts as one text with tags; what the parts hold is added to ``media``."""
+def _joined_parts(parts: Sequence[Any], place: int, role: Role, sources: _Sources) -> str:
+    """A list of parts as one text with tags; what the parts hold is added to ``sources``."""
     texts = []
     for part in parts:
         if isinstance(part, str):
@@ -348,7 +342,7 @@ def _joined_parts(parts: Sequence[Any], place: int, role: Role, media: Mapping[s
             raise ValueError(f"{'an' if kind == 'image' else 'a'} {kind} part of message {place} has more than one of "
                              f"{', '.join(keys)}; keep one")
         texts.append(_TAGS[kind])
-        media[kind].sources.append(_source(values[0], kind, place) if values else None)
+        sources[kind].append(_source(values[0], kind, place) if values else None)
     return "".join(texts)
 
 
