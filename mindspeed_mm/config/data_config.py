@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
 
+from mindspeed_mm.config.datasets import Attributes, DatasetEntry, Datasets, check_mixture, files_of, has_weights
 from mindspeed_mm.config.schema import REQUIRED, StrictModel, effective, no_effect, refused
-
-
-def _comma_separated(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 class PreprocessParameters(StrictModel):
@@ -46,7 +45,13 @@ class BasicParameters(StrictModel):
     template: str | None = effective(None, "chat template, one of the model family's; null: its first")
     enable_thinking: bool = effective(False, "answers start with their thought; not with every template")
     dataset_dir: str = effective("./data", "directory that relative image and video paths start from")
-    dataset: str = effective(REQUIRED, "data file, or several separated by commas")
+    dataset: Datasets = effective(
+        REQUIRED, "data file, several separated by commas, or a mapping of names to data sets (docs/mixing.md)"
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = effective(
+        "first_exhausted", "end of an epoch of data sets with weights; first_exhausted: when the samples of one are "
+        "used up; all_exhausted: when those of all are"
+    )
     cache_dir: str | None = effective(None, "directory for the tokenized data set; null: Hugging Face's cache")
     overwrite_cache: bool = effective(False, "rebuild the data set even if a cached one fits")
     train_on_prompt: bool = effective(False, "also train on the questions")
@@ -58,7 +63,9 @@ class BasicParameters(StrictModel):
         "json", "how boxes of a column objects are written: [x1, y1, x2, y2], or with the special tokens for boxes"
     )
     tool_format: str | None = refused(None, "the chat template formats tool calls")
-    val_dataset: str | None = effective(None, "data file or files to evaluate on, separated by commas; null: none")
+    val_dataset: Datasets | None = effective(
+        None, "data files to evaluate on, as dataset; of a mapping each one has its own validation loss; null: none"
+    )
     val_max_samples: int | None = effective(
         None, "most samples to evaluate on: of each file of val_dataset, or of what val_rate holds out; null: all", ge=1
     )
@@ -75,13 +82,13 @@ class BasicParameters(StrictModel):
 
     @property
     def dataset_files(self) -> list[str]:
-        """``dataset`` as a list of paths."""
-        return _comma_separated(self.dataset)
+        """All files of ``dataset``."""
+        return files_of(self.dataset)
 
     @property
     def val_dataset_files(self) -> list[str]:
-        """``val_dataset`` as a list of paths, empty where there is none."""
-        return _comma_separated(self.val_dataset or "")
+        """All files of ``val_dataset``; none where there is none."""
+        return files_of(self.val_dataset)
 
     @model_validator(mode="before")
     @classmethod
@@ -94,50 +101,15 @@ class BasicParameters(StrictModel):
     def _names_a_file(self) -> BasicParameters:
         if not self.dataset_files:
             raise ValueError("dataset names no file")
+        check_mixture(self.dataset, self.val_dataset)
+        if "stopping_strategy" in self.model_fields_set and not has_weights(self.dataset):
+            raise ValueError("stopping_strategy is for data sets with weights, and none has one; leave it out")
         if self.val_dataset is not None and self.val_rate:
             raise ValueError("val_dataset and val_rate exclude each other; keep one")
         if self.packing and (self.streaming or self.preprocess_on_fly):
             name = "streaming" if self.streaming else "preprocess_on_fly"
             raise ValueError(f"packing needs the length of every sample beforehand, which {name} finds while training; "
                              "keep one of the two")
-        return self
-
-
-class Attributes(StrictModel):
-    """Names of a record's columns, and of the roles within its messages. Left out: recognised by the first records."""
-
-    formatting: Literal["messages", "openai", "swift", "sharegpt", "llava", "alpaca", "qa"] | None = effective(
-        None, "format of the records (docs/data.md); null: recognised where the other fields are left out or do not fit"
-    )
-    images: str | None = effective("images", "column with the list of image paths; null: none")
-    videos: str | None = effective(None, "column with the list of video paths; null: none")
-    messages: str = effective("messages", "column with the conversation")
-    role_tag: str = effective("role", "key of a message's role")
-    content_tag: str = effective("content", "key of a message's text")
-    user_tag: str = effective("user", "role of a question")
-    assistant_tag: str = effective("assistant", "role of an answer")
-    observation_tag: str | None = effective(None, "role of a tool's answer; null: none")
-    function_tag: str | None = effective(None, "role of a tool call; null: none")
-    system_tag: str | None = effective(None, "role of a system message; null: none")
-    system: str | None = effective(None, "column with a system message; null: none")
-    tools: str | None = effective(None, "column with the tools that a model may call; null: none")
-    prompt: str | None = effective(None, "alpaca and qa: column with the question; null: the format's")
-    query: str | None = effective(None, "alpaca: column with the input, which follows the question; null: the format's")
-    response: str | None = effective(None, "alpaca and qa: column with the answer; null: the format's")
-    history: str | None = effective(None, "alpaca and qa: column with earlier pairs of both; null: the format's")
-
-    @property
-    def is_open(self) -> bool:
-        """Whether no column is named, so that the records decide."""
-        return not self.model_fields_set - {"formatting"}
-
-    @model_validator(mode="after")
-    def _check_columns(self) -> Attributes:
-        columns = {name: getattr(self, name) for name in ("messages", "images", "videos", "system", "tools")}
-        for name, column in columns.items():
-            others = [other for other in columns if other != name and columns[other] == column]
-            if column is not None and others:
-                raise ValueError(f"{name} and {others[0]} both name the column {column!r}; correct one")
         return self
 
 
@@ -179,8 +151,68 @@ class DataloaderParam(StrictModel):
         return self.max_bad_samples if self.on_bad_sample == "skip" else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class NamedDataset:
+    """Data files that are read in the same way.
+
+    Attributes:
+        name: in the mixture; empty for files that have none.
+        files: data files, in order.
+        limit: records to use of each file, from its start; None for all.
+        config: the whole file, with what the data set has of its own.
+        weight: share of the mixture; None without weights.
+        repeat: times that each sample is used per epoch.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    limit: int | None
+    config: DataConfig
+    weight: float | None = None
+    repeat: float = 1.0
+
+
 class DataConfig(StrictModel):
     """The whole file."""
 
     dataset_param: DatasetParam
     dataloader_param: DataloaderParam = DataloaderParam()
+
+    @property
+    def train_datasets(self) -> list[NamedDataset]:
+        """Data sets to train on; files without a name are one."""
+        basic = self.dataset_param.basic_parameters
+        return self._named(basic.dataset, basic.max_samples)
+
+    @property
+    def val_datasets(self) -> list[NamedDataset]:
+        """Data sets to evaluate on; none where there is no ``val_dataset``."""
+        basic = self.dataset_param.basic_parameters
+        return self._named(basic.val_dataset or "", basic.val_max_samples)
+
+    @property
+    def attributes(self) -> list[Attributes]:
+        """Names of columns and roles, of each data set."""
+        return [dataset.config.dataset_param.attr for dataset in (*self.train_datasets, *self.val_datasets)]
+
+    def _named(self, datasets: str | Mapping[str, DatasetEntry], limit: int | None) -> list[NamedDataset]:
+        if isinstance(datasets, str):
+            files = tuple(files_of(datasets))
+            return [NamedDataset("", files, limit, self)] if files else []
+        return [
+            NamedDataset(
+                name, tuple(entry.files), entry.max_samples or limit, self._with(entry), entry.weight,
+                entry.repeat or 1.0,
+            )
+            for name, entry in datasets.items()
+        ]
+
+    def _with(self, entry: DatasetEntry) -> DataConfig:
+        """This file with what a data set has of its own."""
+        param = self.dataset_param
+        basic, attr = param.basic_parameters, entry.attr or param.attr
+        if entry.dataset_dir is not None:
+            basic = basic.replace(dataset_dir=entry.dataset_dir)
+        if entry.formatting is not None:  # the recipe's attr spells out its defaults, which mean nothing here
+            attr = Attributes(formatting=entry.formatting, **attr.changed)
+        return self.replace(dataset_param=param.replace(basic_parameters=basic, attr=attr))

@@ -257,5 +257,8 @@ def check_data_files(job: JobConfig) -> None:
             if not Path(name).is_file() and not Path(name).is_dir():  # what a directory holds is checked by its reader
                 place = "" if os.path.isabs(name) else f" in {os.getcwd()}"
                 raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist{place}; {step}")
-    if not Path(basic.dataset_dir).is_dir():
-        raise UserError(f"{basic.dataset_dir} (dataset_dir in {job.args.mm_data}) does not exist; {step}")
+    for dataset in (*job.data.train_datasets, *job.data.val_datasets):
+        directory = dataset.config.dataset_param.basic_parameters.dataset_dir
+        if not Path(directory).is_dir():
+            of_one = f" of {dataset.name}" if directory != basic.dataset_dir else ""
+            raise UserError(f"{directory} (dataset_dir{of_one} in {job.args.mm_data}) does not exist; {step}")

@@ -24,12 +24,14 @@ class Sample:
         loss_mask: bool [L], tokens that the loss counts. The first token has no predecessor and never counts.
         media: images and videos together, in the order of their placeholders.
         index: place of the sample in the dataset.
+        channel: number of its data set in a mixture, whose loss is logged by itself; None without a mixture.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     media: tuple[MediaPatches, ...]
     index: int
+    channel: int | None = None
 
 
 def collate(samples: Sequence[Sample], spec: ModelSpec, model_config: Any) -> Batch:
@@ -80,4 +82,12 @@ def collate(samples: Sequence[Sample], spec: ModelSpec, model_config: Any) -> Ba
             np.flatnonzero(np.concatenate(placeholders)).astype(np.int64),
             model_config,
         ),
+        sample_channel=_channels(samples),
     )
+
+
+def _channels(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """``Batch.sample_channel``; stand-ins, which have no target token, count as of the first channel."""
+    if all(sample.channel is None for sample in samples):
+        return None
+    return torch.tensor([sample.channel or 0 for sample in samples])

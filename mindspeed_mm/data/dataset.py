@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mindspeed_mm.data import mixture
 from mindspeed_mm.data.collator import Sample
 from mindspeed_mm.data.encoder import Encoder, Outcome
 from mindspeed_mm.data.images import compiled_resampling
 from mindspeed_mm.data.media import Medium, in_order, load_media
+from mindspeed_mm.data.mixture import ConcatenatedRows
 from mindspeed_mm.data.packing import Costs
-from mindspeed_mm.data.prepare import PreparedRows, Source, make_encoder, prepare_dataset, prepare_records
+from mindspeed_mm.data.prepare import Source, make_encoder, prepare_dataset, prepare_records
 from mindspeed_mm.data.record_files import RecordError, RecordFile, record_name
 from mindspeed_mm.data.records import require_records
 from mindspeed_mm.data.sampler import permutation
@@ -23,7 +25,7 @@ from mindspeed_mm.interfaces.media import MediaPatches, MediaSettings
 from mindspeed_mm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from mindspeed_mm.config.data_config import DataConfig
+    from mindspeed_mm.config.data_config import DataConfig, NamedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +138,12 @@ class Streamed:
 
 
 class ChatDataset:
-    """Conversations as samples; images and videos are decoded when a sample is read."""
+    """Conversations as samples; images and videos are decoded when a sample is read.
+
+    Attributes:
+        name: for messages.
+        epoch_sizes: samples of each epoch of a cycle, which follow each other; of most data sets one epoch.
+    """
 
     def __init__(
         self,
@@ -146,6 +153,8 @@ class ChatDataset:
         chosen: np.ndarray | None = None,
         *,
         vocab_size: int | None = None,
+        parts: Sequence[tuple[str, int]] = (),
+        epoch_sizes: tuple[int, ...] = (),
     ) -> None:
         """Wrap ``rows``.
 
@@ -155,6 +164,8 @@ class ChatDataset:
             name: of the data set, for messages.
             chosen: indices of the rows to use; None for all.
             vocab_size: rows of the word embeddings, which every token id must be below; None: not checked.
+            parts: name and number of rows of each data set of a mixture, in the order of their rows.
+            epoch_sizes: samples of each epoch of a cycle, in order; one epoch of all samples unless given.
 
         Raises:
             UserError: if a sample that is tokenized already has a token beyond ``vocab_size``.
@@ -163,10 +174,19 @@ class ChatDataset:
         self._settings = settings
         self._chosen = chosen
         self._vocab_size = vocab_size
+        self._parts = tuple(parts)
+        self._part_ends = np.cumsum([size for _, size in parts])
         self.name = name
-        if chosen is None and vocab_size is not None and isinstance(rows, PreparedRows):
-            column = rows.table.column("input_ids")
-            self._check_tokens(max((chunk.flatten().to_numpy().max(initial=-1) for chunk in column.chunks), default=-1))
+        self.epoch_sizes = epoch_sizes or (len(self),)
+        table = getattr(rows, "table", None)
+        if chosen is None and vocab_size is not None and table is not None:
+            chunks = table.column("input_ids").chunks
+            self._check_tokens(max((chunk.flatten().to_numpy().max(initial=-1) for chunk in chunks), default=-1))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the data sets of a mixture, which :attr:`Sample.channel` counts."""
+        return tuple(name for name, _ in self._parts)
 
     @property
     def has_videos(self) -> bool:
@@ -201,7 +221,8 @@ class ChatDataset:
         loss_mask = np.zeros(len(input_ids), dtype=bool)
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             loss_mask[start:end] = True
-        return Sample(input_ids, loss_mask, loaded, int(index))
+        channel = int(np.searchsorted(self._part_ends, self._place(index), side="right")) if self._parts else None
+        return Sample(input_ids, loss_mask, loaded, int(index), channel)
 
     def _check_tokens(self, largest: int) -> None:
         if self._vocab_size is not None and largest >= self._vocab_size:
@@ -209,6 +230,12 @@ class ChatDataset:
                 f"{self.name}: the tokenizer gives token {largest}, and the model has {self._vocab_size} embeddings; "
                 "take tokenizer and weights of one checkpoint, or resize the embeddings"
             )
+
+    def places(self) -> list[np.ndarray]:
+        """Indices of the samples of each data set of a mixture, or of all; of a data set that is no subset."""
+        assert self._chosen is None
+        ends = self._part_ends if self._parts else np.array([len(self)])
+        return [np.arange(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def costs(self) -> Costs:
         """Tokens and patches of every sample, without reading any of them.
@@ -265,15 +292,19 @@ class ChatDataset:
                             "skipped, or val_rate holds it out; choose another")
         return found[0]
 
-    def subset(self, indices: np.ndarray, name: str) -> ChatDataset:
-        """A data set of some of the samples, in the given order."""
+    def subset(self, indices: np.ndarray, name: str, *, epoch_sizes: tuple[int, ...] = ()) -> ChatDataset:
+        """A data set of some of the samples, in the given order; a sample may occur more than once."""
         chosen = indices if self._chosen is None else self._chosen[indices]
-        return ChatDataset(self._rows, self._settings, name, chosen, vocab_size=self._vocab_size)
+        return ChatDataset(
+            self._rows, self._settings, name, chosen, vocab_size=self._vocab_size, parts=self._parts,
+            epoch_sizes=epoch_sizes,
+        )
 
     def _table(self) -> Any:
-        if not isinstance(self._rows, PreparedRows):
+        table = getattr(self._rows, "table", None)
+        if table is None:
             raise TypeError("samples that are tokenized on the fly have no known cost")
-        return self._rows.table
+        return table
 
     def _place(self, index: int) -> int:
         return int(index) if self._chosen is None else int(self._chosen[index])
@@ -320,24 +351,64 @@ def build_datasets(
         logger.warning(line, extra=_RANK_0_ONLY)
     compiled_resampling()  # here once, instead of in every worker process
 
-    def load(files: list[str], limit: int | None) -> ChatDataset:
-        source = Source(config, tuple(files), limit, spec, media, seq_length)
-        return ChatDataset(_rows(source), media, source.names, vocab_size=vocab_size)
+    def load(datasets: Sequence[NamedDataset]) -> ChatDataset:
+        sources = [Source(one.config, one.files, one.limit, spec, media, seq_length) for one in datasets]
+        rows, name = [_rows(source) for source in sources], ", ".join(source.names for source in sources)
+        if not datasets[0].name:
+            return ChatDataset(rows[0], media, name, vocab_size=vocab_size)
+        parts = [(one.name, len(of_one)) for one, of_one in zip(datasets, rows, strict=True)]
+        return ChatDataset(ConcatenatedRows(rows), media, name, vocab_size=vocab_size, parts=parts)
 
-    train = load(basic.dataset_files, basic.max_samples)
+    train = load(config.train_datasets)
     if basic.val_dataset_files:
-        return train, load(basic.val_dataset_files, basic.val_max_samples)
-    held_out = round(len(train) * (basic.val_rate or 0))
-    if not held_out:
-        if basic.val_rate:
-            none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
-            logger.warning(none, basic.val_rate, len(train), extra=_RANK_0_ONLY)
-        return train, None
-    order = permutation(len(train), seed=seed, epoch=None)
-    held, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
-    if not len(kept):
+        return mix(train, config, train.places(), seed=seed), load(config.val_datasets)
+    kept, held_out = _hold_out(train, basic.val_rate or 0.0, seed=seed)
+    if basic.val_rate and not any(map(len, held_out)):
+        none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
+        logger.warning(none, basic.val_rate, len(train), extra=_RANK_0_ONLY)
+    if not all(map(len, kept)):
         raise UserError(f"val_rate {basic.val_rate} leaves nothing of {len(train)} samples to train on; lower it")
-    return train.subset(kept, train.name), train.subset(held[: basic.val_max_samples], f"val_rate of {train.name}")
+    held = np.concatenate([places[: basic.val_max_samples] for places in held_out])
+    evaluated = train.subset(held, f"val_rate of {train.name}") if len(held) else None
+    return mix(train, config, kept, seed=seed), evaluated
+
+
+def _hold_out(dataset: ChatDataset, rate: float, *, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of each data set the samples to train on, and those to evaluate on: a fraction ``rate`` of it, at random."""
+    kept, held_out = [], []
+    for name, places in zip(dataset.channels or ("",), dataset.places(), strict=True):
+        if name:
+            order = mixture.ordered(name, len(places), seed=seed, number=0)
+        else:
+            order = permutation(len(places), seed=seed, epoch=None)
+        count = round(len(places) * rate)
+        held_out.append(places[np.sort(order[:count])])
+        kept.append(places[np.sort(order[count:])])
+    return kept, held_out
+
+
+def mix(dataset: ChatDataset, config: DataConfig, places: Sequence[np.ndarray], *, seed: int) -> ChatDataset:
+    """The samples to train on, in the shares that the data file asks for.
+
+    Args:
+        dataset: all samples.
+        config: the data file.
+        places: of each data set, the samples to train on.
+        seed: decides which ones an epoch uses.
+
+    Raises:
+        UserError: if a data set's weight leaves nothing of it.
+    """
+    if not dataset.channels:
+        return dataset if len(places[0]) == len(dataset) else dataset.subset(places[0], dataset.name)
+    basic = config.dataset_param.basic_parameters
+    parts = mixture.parts_of(config, [len(of_one) for of_one in places])
+    counts = mixture.samples_per_epoch(parts, all_exhausted=basic.stopping_strategy == "all_exhausted")
+    epochs = mixture.epochs_of(parts, counts, seed=seed, shuffle=config.dataloader_param.shuffle)
+    for line in mixture.describe(parts, counts, epochs=len(epochs)):
+        logger.info(line, extra=_RANK_0_ONLY)
+    chosen = np.concatenate(places)[np.concatenate(epochs)]
+    return dataset.subset(chosen, dataset.name, epoch_sizes=tuple(map(len, epochs)))
 
 
 def _repeated_files(train: Sequence[str], held_out: Sequence[str]) -> list[str]:

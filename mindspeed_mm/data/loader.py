@@ -22,7 +22,7 @@ from mindspeed_mm.backend.worker_signals import ignore_group_signals
 from mindspeed_mm.data.collator import Sample, collate
 from mindspeed_mm.data.dataset import ChatDataset, SkippedSample
 from mindspeed_mm.data.encoder import Outcome
-from mindspeed_mm.data.packing import PackedSampler, pack
+from mindspeed_mm.data.packing import PackedSampler, pack_epochs
 from mindspeed_mm.data.sampler import RankSampler, SampleStream
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import reason, shorten
@@ -373,19 +373,19 @@ def build_train_loader(
     assert global_batch_size % per_round == 0, "config.checks refuses other sizes"
     if config.dataset_param.basic_parameters.packing:
         budget = micro_batch_size * seq_length
-        packs = pack(dataset.costs(), budget=budget, seed=seed)
+        costs = dataset.costs()
+        packs, sizes = pack_epochs(costs, dataset.epoch_sizes, budget=budget, seed=seed)
         summary = (
             f"{len(dataset)} samples in {len(packs)} packs of up to {budget} tokens, {packs.fill:.1%} full; "
             f"{len(dataset) / len(packs):.2f} samples per pack"
         )
         unit = micro_batch_size
-        stream = SampleStream(len(packs), global_batch_size // unit, seed, options.shuffle, options.drop_last, "packs")
-        sampler: Iterable[list[int]] = PackedSampler(
-            stream, packs, dataset.costs(), dp_rank, dp_size, consumed_samples // unit
-        )
+        stream = SampleStream(sizes, global_batch_size // unit, seed, options.shuffle, options.drop_last, "packs")
+        sampler: Iterable[list[int]] = PackedSampler(stream, packs, costs, dp_rank, dp_size, consumed_samples // unit)
     else:
         unit = 1
-        stream = SampleStream(len(dataset), global_batch_size, seed, options.shuffle, options.drop_last)
+        sizes = dataset.epoch_sizes
+        stream = SampleStream(sizes, global_batch_size, seed, options.shuffle, options.drop_last)
         sampler = RankSampler(stream, micro_batch_size, dp_rank, dp_size, consumed_samples)
         summary = f"{len(dataset)} samples, {stream.samples_per_epoch} per epoch"
     return TrainLoader(

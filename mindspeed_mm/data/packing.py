@@ -93,6 +93,32 @@ def pack(costs: Costs, *, budget: int, seed: int) -> Packs:
     return Packs(members, Costs(text, vision), budget)
 
 
+def pack_epochs(costs: Costs, sizes: Sequence[int], *, budget: int, seed: int) -> tuple[Packs, tuple[int, ...]]:
+    """Pack each epoch of a cycle by itself.
+
+    Args:
+        costs: of the samples of all epochs, one after the other.
+        sizes: samples of each epoch.
+        budget: most tokens of a pack.
+        seed: as of :func:`pack`.
+
+    Returns:
+        The packs of all epochs, one after the other, and the number of each epoch's.
+
+    Raises:
+        ValueError: if a sample is longer than the budget.
+    """
+    members: list[list[int]] = []
+    found: list[Packs] = []
+    start = 0
+    for size in sizes:
+        found.append(pack(costs.take(np.arange(start, start + size)), budget=budget, seed=seed))
+        members += [[start + sample for sample in chosen] for chosen in found[-1].members]
+        start += size
+    text, vision = (np.concatenate([getattr(packs.costs, kind) for packs in found]) for kind in ("text", "vision"))
+    return Packs(members, Costs(text, vision), budget), tuple(map(len, found))
+
+
 def _fill_gaps(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
     """Packs of samples in the given order, their gaps filled with the one or two samples that fit best."""
     remaining = _Remaining(lengths, order, budget)

@@ -101,7 +101,7 @@ class PreparedRows:
 
     @property
     def table(self) -> Any:
-        return self._dataset.data
+        return self._dataset.data.table
 
     @property
     def has_videos(self) -> bool:

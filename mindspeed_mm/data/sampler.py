@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -34,7 +36,8 @@ class SampleStream:
     samples are dropped (others in every epoch, when shuffled); without it a batch may hold samples of two epochs.
 
     Attributes:
-        size: samples in the data set.
+        sizes: samples of each epoch of a cycle, which lie one after the other in the data set: of most data sets one
+            epoch, all samples.
         global_batch_size: samples of an optimizer step.
         seed: decides the order.
         shuffle: whether each epoch has its own order; otherwise the data set's.
@@ -42,7 +45,7 @@ class SampleStream:
         things: name of the unit for messages: samples, or packs of samples.
     """
 
-    size: int
+    sizes: tuple[int, ...]
     global_batch_size: int
     seed: int
     shuffle: bool
@@ -55,26 +58,40 @@ class SampleStream:
         Raises:
             UserError: naming both sizes.
         """
-        if not self.samples_per_epoch:
+        shortest = min(self.sizes)
+        if not self._used(shortest):
             raise UserError(
-                f"the data set has {self.size} {self.things}, fewer than the {self.global_batch_size} of a step "
+                f"the data set has {shortest} {self.things}, fewer than the {self.global_batch_size} of a step "
                 "(--global-batch-size); lower it, or set drop_last to false"
             )
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples that one epoch contributes to the stream."""
-        if self.drop_last:
-            return self.size // self.global_batch_size * self.global_batch_size
-        return self.size
+        """Samples that one epoch contributes to the stream; the mean over a cycle."""
+        return self._ends[-1] // len(self.sizes)
 
     def __getitem__(self, place: int) -> int:
         """Data set index of the sample at ``place`` (from 0) of the stream."""
-        epoch, offset = divmod(place, self.samples_per_epoch)
-        return int(self._order(epoch)[offset]) if self.shuffle else offset
+        cycle, place = divmod(place, self._ends[-1])
+        number = bisect.bisect_right(self._ends, place) - 1
+        offset = place - self._ends[number]
+        if self.shuffle:
+            epoch = cycle * len(self.sizes) + number
+            offset = int(_cached_permutation(self.sizes[number], self.seed, epoch)[offset])
+        return self._starts[number] + offset
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return _cached_permutation(self.size, self.seed, epoch)
+    def _used(self, size: int) -> int:
+        return size // self.global_batch_size * self.global_batch_size if self.drop_last else size
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """0, and where each epoch of the first cycle ends in the stream."""
+        return [0, *itertools.accumulate(map(self._used, self.sizes))]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each epoch's samples begin in the data set."""
+        return [0, *itertools.accumulate(self.sizes)]
 
 
 @lru_cache(maxsize=2)

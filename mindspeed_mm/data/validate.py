@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
 
 
-def validate_data(config: DataConfig, spec: ModelSpec) -> int:
+def validate_data(config: DataConfig, spec: ModelSpec) -> list[int]:
     """Check every record of the data files, and that every image and video exists. Reads no image and no tokenizer.
 
     One process per shared directory is enough; it takes about 3 s for 150,000 records.
 
     Returns:
-        Number of records of ``dataset`` that can be used, before any is skipped for its length.
+        Of each data set of ``dataset``, the number of records that can be used, before any is skipped for its length.
 
     Raises:
         UserError: for the first mistake, naming file, record and remedy.
@@ -33,8 +33,8 @@ def validate_data(config: DataConfig, spec: ModelSpec) -> int:
             "path"
         )
     counts = []
-    for files, limit in ((basic.dataset_files, basic.max_samples), (basic.val_dataset_files, basic.val_max_samples)):
-        reader = RecordReader(config, spec, files, limit=limit)
+    for dataset in (*config.train_datasets, *config.val_datasets):
+        reader = RecordReader(dataset.config, spec, dataset.files, limit=dataset.limit)
         counts.append(sum(1 for _ in reader.read(sample=basic.streaming)))
-        reader.skipped.check(usable=counts[-1] if files else None)
-    return counts[0]
+        reader.skipped.check(usable=counts[-1])
+    return counts[: len(config.train_datasets)]

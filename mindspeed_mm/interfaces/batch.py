@@ -96,6 +96,7 @@ class Batch(_TensorFields):
         sample_ids: dataset index of each packed sample; length B.
         vision: the micro-batch's images and videos, or a dummy block, so that every rank calls the vision tower in
             every micro-batch; None for a family without vision.
+        sample_channel: int64 [B], number of each sample's data set in a mixture; None without a mixture.
         padding: tokens at the end that belong to no sample; none in a whole micro-batch, only in a part of one.
     """
 
@@ -110,6 +111,7 @@ class Batch(_TensorFields):
     target_tokens_per_sample: list[int]
     sample_ids: list[int]
     vision: VisionBatch | None
+    sample_channel: Tensor | None = None
     padding: int = 0
 
     @property

@@ -25,6 +25,7 @@ from mindspeed_mm.checkpoint.save_directory import (
 )
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.config.tools_config import ToolsConfig
+from mindspeed_mm.data import mixture
 from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
 from mindspeed_mm.data.validate import validate_data
@@ -179,26 +180,31 @@ def launched_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check_first_batch(job: JobConfig, *, records: int) -> None:
+def check_first_batch(job: JobConfig, *, records: Sequence[int]) -> None:
     """Check that the records fill a global batch, as far as it can be known before they are tokenized.
 
     Args:
         job: the run.
-        records: what :func:`validate_data` counts: of streamed files the first rows only.
+        records: of each data set, as :func:`validate_data` counts: of streamed files the first rows only.
 
     Raises:
-        UserError: as training would raise it, see :class:`SampleStream`.
+        UserError: as training would raise it, see :class:`SampleStream` and :mod:`mixture`.
     """
     basic, options = job.data.dataset_param.basic_parameters, job.data.dataloader_param
-    if basic.streaming or basic.packing:  # packing: a step holds packs, whose number only their lengths tell
+    if basic.streaming:
         return
-    held_out = round(records * (basic.val_rate or 0))
-    if held_out == records:
-        raise UserError(f"val_rate {basic.val_rate} leaves nothing of {records} samples to train on; lower it")
+    rate = basic.val_rate or 0.0
+    kept = [count - round(count * rate) for count in records]
+    if not all(kept):
+        raise UserError(f"val_rate {rate} leaves nothing of {min(records)} samples to train on; lower it")
+    if not isinstance(basic.dataset, str):
+        kept = mixture.samples_per_epoch(
+            mixture.parts_of(job.data, kept), all_exhausted=basic.stopping_strategy == "all_exhausted"
+        )
+    if basic.packing:  # a step holds packs, whose number only the lengths of the samples tell
+        return
     assert job.args.global_batch_size is not None, "load_job_config fills it in"
-    SampleStream(
-        records - held_out, job.args.global_batch_size, job.args.seed, options.shuffle, options.drop_last
-    )
+    SampleStream((sum(kept),), job.args.global_batch_size, job.args.seed, options.shuffle, options.drop_last)
 
 
 def check_temporary_directory(num_workers: int) -> None:

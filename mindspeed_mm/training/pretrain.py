@@ -25,7 +25,7 @@ from mindspeed_mm.config.checks import with_train_iters
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
-from mindspeed_mm.data.record_files import fingerprint
+from mindspeed_mm.data.mixture import data_fingerprint
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.lora import LORA_KEY
@@ -162,6 +162,7 @@ def _run(
             optimizer=optimizer,
             schedule=schedule,
             loader=DevicePrefetcher(loader, backend, split),
+            channels=loader.dataset.channels,
             objective=_objective(job, spec, model_config, settings, lora, forward_step),
             context=context,
             callbacks=_callbacks(
@@ -192,7 +193,7 @@ def _facts(
     model_config: ModelConfig, media: MediaSettings | None, loader: TrainLoader, job: JobConfig
 ) -> dict[str, Any]:
     """What checkpoints record of the model and its images and videos; of videos only if there may be any."""
-    if media is not None and not job.data.dataset_param.attr.videos and not loader.dataset.has_videos:
+    if media is not None and not any(attr.videos for attr in job.data.attributes) and not loader.dataset.has_videos:
         media = dataclasses.replace(media, videos=None)
     of_media = {} if media is None else {MEDIA_KEY: dataclasses.asdict(media)}
     return {MODEL_CONFIG_KEY: dataclasses.asdict(model_config), **of_media}
@@ -213,7 +214,7 @@ def _objective(
 
 def _record_data(job: JobConfig, loader: TrainLoader, progress: Progress) -> None:
     """Note in ``progress`` what decides the order of the samples; warn where the first run had it otherwise."""
-    seed, data = job.args.seed, fingerprint(job.data.dataset_param.basic_parameters.dataset_files)
+    seed, data = job.args.seed, data_fingerprint(job.data)
     warn_of_sample_order(progress, seed=seed, samples_per_epoch=loader.samples_per_epoch, data=data)
     progress.seed, progress.samples_per_epoch, progress.data = seed, loader.samples_per_epoch, data
 
@@ -259,7 +260,9 @@ def _callbacks(
         callbacks.append(MetricsFile(args.save))
     callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=describe)]
     if eval_loader is not None:
-        callbacks.append(Evaluation(eval_loader, split=split, skipped_samples=skipped_samples))
+        callbacks.append(Evaluation(
+            eval_loader, split=split, skipped_samples=skipped_samples, channels=eval_loader.dataset.channels,
+        ))
     if manager is not None:  # after the evaluation, whose metrics belong to the step that is saved
         callbacks.append(Checkpointing(manager))
     return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended

@@ -199,7 +199,8 @@ def warn_of_sample_order(progress: Progress, *, seed: int, samples_per_epoch: in
     """Warn if the resumed run will not see the samples in the order of the first."""
     if progress.data not in (None, data) and progress.samples_per_epoch == samples_per_epoch:
         logger.warning(
-            "the data files are not those of the first run: the samples, or their order, differ",
+            "the data files, or their shares in a mixture, are not those of the first run: the samples, or their "
+            "order, differ",
             extra=RANK_0_ONLY,
         )
     for name, saved, current in (

@@ -46,6 +46,7 @@ _SCHEDULE_FLAGS = {  # fields of Megatron's schedule -> what sets them
     "lr_decay_steps": "decay (--train-iters, --lr-decay-iters)", "lr_decay_style": "--lr-decay-style",
     "start_wd": "--weight-decay", "end_wd": "--weight-decay",
 }
+_DATASET = "dataset_param.basic_parameters.dataset"
 _MOST_NAMED = 8
 _ABSENT = object()
 
@@ -132,10 +133,28 @@ def changed_settings_warning(job: JobConfig, defaults: Mapping[str, Any]) -> str
                 )
                 if before is not _ABSENT and before != now:
                     changed.append(f"{name} in {file} was {shown(before)} and is {shown(now)}")
+    changed += _changed_mixture(_field(saved.get("data"), _DATASET), _field(job.data.model_dump(mode="json"), _DATASET))
     if not changed:
         return None
     more = f"; and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
     return f"resuming {path} with changed settings: {'; '.join(changed[:_MOST_NAMED])}{more}"
+
+
+def _changed_mixture(before: Any, now: Any) -> list[str]:
+    """What has changed in the shares of the data sets of a mixture; the names of files without one may change."""
+    former, current = ({} if not isinstance(entries, dict) else entries for entries in (before, now))
+    if before is _ABSENT or not (former or current):
+        return []
+    changed = [f"data set {name} was left out" for name in former if name not in current]
+    for name, entry in current.items():
+        if not isinstance(former.get(name), dict):
+            changed.append(f"data set {name} is new")
+            continue
+        changed += [
+            f"{field} of data set {name} was {shown(former[name].get(field))} and is {shown(entry[field])}"
+            for field in ("weight", "repeat", "max_samples", "formatting") if former[name].get(field) != entry[field]
+        ]
+    return changed
 
 
 def _field(content: Any, path: str) -> Any:

@@ -17,6 +17,7 @@ from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.models.layers.moe import RouterLoad
 from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.channels import ChannelLosses, with_means
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
 from mindspeed_mm.training.gradients import clip_factor, total_norm
@@ -56,8 +57,21 @@ class Trainer:
         objective: Objective,
         context: RunContext,
         callbacks: Sequence[Callback] = (),
+        channels: Sequence[str] = (),
     ) -> None:
-        """``schedule`` counts samples; ``loader`` gives this rank's steps; ``callbacks`` are called in their order."""
+        """Prepare to train.
+
+        Args:
+            args: the flags.
+            model: sharded.
+            optimizer: of its trainable parameters.
+            schedule: of the learning rate, in samples.
+            loader: gives this rank's steps.
+            objective: what is minimised.
+            context: where the run trains, and how far it is.
+            callbacks: called in their order.
+            channels: names of the data sets whose losses are reported by themselves.
+        """
         self.args = args
         self.model = model
         self.optimizer = optimizer
@@ -66,6 +80,7 @@ class Trainer:
         self.objective = objective
         self.context = context
         self.callbacks = callbacks
+        self.channels = tuple(channels)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stopping = self.stopped = False
         self.error: UserError | None = None
@@ -137,7 +152,7 @@ class Trainer:
         phases.enter("counting tokens")
         weights = step_loss_weights(batches, mode=objective.loss_mode, layout=layout, device=device)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = StepMetrics(device)
+        metrics, channels = StepMetrics(device), ChannelLosses(self.channels, device)
         samples = []
         with cached_compute_weights(self.model):
             if objective.load_balancing is not None:
@@ -146,6 +161,7 @@ class Trainer:
                 phases.enter("forward")
                 output = objective.forward_step(self.model, batch, weight)
                 samples.append(SampleLosses(batch.sample_ids, batch.label_sample, output.token_losses))
+                channels.add(batch, output.token_losses)
                 loss = output.loss
                 metrics.add("loss", loss)
                 if objective.load_balancing is not None:
@@ -157,6 +173,7 @@ class Trainer:
                 (loss * layout.world_size).backward()
         phases.enter("reduction")
         self._count(metrics, data)
+        channels.add_to(metrics)
         metrics.reduce()
         norm = total_norm(self.trainable)
         factor = clip_factor(self.args.clip_grad, norm.total) if self.args.clip_grad > 0 else None
@@ -209,6 +226,7 @@ class Trainer:
             if record.metrics.pop(_LOST):
                 self._take_back(record)
                 continue
+            with_means(record.metrics, self.channels)
             rates = rates_per_device(
                 record.metrics, devices=context.layout.world_size, peak_tflops=context.peak_tflops
             )

@@ -132,8 +132,8 @@ class Qwen3VLSpec(ModelSpec):
             vision=model_config.vision,
         )
         images = dataclasses.replace(images, transparent_background=preprocess.transparent_background)
-        attr = config.dataset_param.attr
-        if not attr.videos and not attr.is_open:
+        named = any(attr.videos for attr in config.attributes)
+        if not named and not any(attr.is_open for attr in config.attributes):
             return images
         try:
             videos = read_video_settings(
@@ -145,7 +145,7 @@ class Qwen3VLSpec(ModelSpec):
                 images=images,
             )
         except UserError:
-            if attr.videos:
+            if named:
                 raise
             return images  # the data may have no videos
         return dataclasses.replace(images, videos=videos)
@@ -156,7 +156,7 @@ class Qwen3VLSpec(ModelSpec):
         from mindspeed_mm.models.qwen3_vl.config import ignored_fields
 
         preprocess = config.dataset_param.preprocess_parameters
-        fps = preprocess.video_fps if config.dataset_param.attr.videos else None
+        fps = preprocess.video_fps if any(attr.videos for attr in config.attributes) else None
         return [*ignored_fields(directory), *processor.ignored_fields(preprocess.model_name_or_path, fps=fps)]
 
     def with_trained_limits(

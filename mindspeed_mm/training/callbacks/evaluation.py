@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.channels import ChannelLosses
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
 from mindspeed_mm.training.metrics import gather_messages
 
@@ -26,7 +27,8 @@ class Evaluation(Callback):
     """Evaluates every ``--eval-interval`` steps and after the last one."""
 
     def __init__(
-        self, loader: Iterable[StepBatches], *, split: Callable[[Batch], Batch], skipped_samples: SkippedSamples
+        self, loader: Iterable[StepBatches], *, split: Callable[[Batch], Batch], skipped_samples: SkippedSamples,
+        channels: Sequence[str] = (),
     ) -> None:
         """Evaluate nothing yet.
 
@@ -34,10 +36,12 @@ class Evaluation(Callback):
             loader: micro-batches of held-out data; each evaluation starts from the first.
             split: takes this rank's part of a micro-batch.
             skipped_samples: counts those of this data, too.
+            channels: names of the data sets whose losses are reported by themselves.
         """
         self._loader = loader
         self._split = split
         self._skipped_samples = skipped_samples
+        self._channels = tuple(channels)
         self._warned = False
 
     def on_run_start(self, run: Run) -> None:
@@ -49,23 +53,26 @@ class Evaluation(Callback):
         args = self._run.args
         if iteration % args.eval_interval == 0 or iteration == args.train_iters:
             with self._run.paused("evaluation"):
-                loss = self.evaluate() if self._run.error is None else None
-                if loss is not None:
-                    self._run.notify("on_evaluation", iteration, {"validation_loss": loss})
+                metrics = self.evaluate() if self._run.error is None else None
+                if metrics is not None:
+                    self._run.notify("on_evaluation", iteration, metrics)
 
     @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Mean cross-entropy of the target tokens over at most ``--eval-iters`` global batches of held-out data.
+    def evaluate(self) -> dict[str, float] | None:
+        """Evaluate on at most ``--eval-iters`` global batches of held-out data.
 
-        None if a rank cannot load its data: the run then stops, after a save; if the run is asked to stop; or if no
-        held-out sample has a target token: 0 would look like a loss.
+        Returns:
+            ``validation_loss``, the mean cross-entropy of the target tokens, and ``validation_loss/<name>``, that of
+            each data set of a mixture that has some.
+            None if a rank cannot load its data: the run then stops, after a save; if the run is asked to stop; or if
+            no held-out sample has a target token: 0 would look like a loss.
         """
         args, model = self._run.args, self._run.model
         device, layout = self._run.context.backend.device, self._run.context.layout
         micro_batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
         model.eval()
         sums, skipped, unfit, failures = torch.zeros(5, device=device), [], 0, set()
-        stop = _SharedFlag(device)
+        stop, channels = _SharedFlag(device), ChannelLosses(self._channels, device)
         with cached_compute_weights(model):
             for data in itertools.islice(self._loader, micro_batches):
                 if stop.exchange(self._run.context.stop_requested()):
@@ -76,9 +83,12 @@ class Evaluation(Callback):
                 for batch in data.batches:
                     batch = self._split(batch).to(device)
                     weight = torch.ones_like(batch.labels, dtype=torch.float32)
-                    sums[0] += self._run.objective.forward_step(model, batch, weight).loss
+                    output = self._run.objective.forward_step(model, batch, weight)
+                    channels.add(batch, output.token_losses)
+                    sums[0] += output.loss
                     sums[1] += weight.numel()
         sums[2], sums[3], sums[4] = len(skipped) / layout.context_size, len(failures), unfit / layout.context_size
+        sums = torch.cat([sums, *channels.sums])
         dist.all_reduce(sums)
         reshard(model)
         model.train()
@@ -86,13 +96,16 @@ class Evaluation(Callback):
             if layout.rank == 0:
                 logger.info("evaluation aborted: the run was asked to stop")
             return None
-        loss, count, skipped_count, failed, unfit_count = sums.tolist()
+        loss, count, skipped_count, failed, unfit_count, *of_channels = sums.tolist()
         if failed:
             self._run.stop_after_save(UserError(f"evaluation: {gather_messages(sorted(failures))[0]}"))
             return None
         self._skipped_samples.check(round(skipped_count), skipped)
         self._warn(round(unfit_count), all_of_them=not count)
-        return loss / count if count else None
+        size = len(self._channels)
+        pairs = zip(self._channels, of_channels[:size], of_channels[size:], strict=True)
+        means = {f"validation_loss/{name}": total / tokens for name, total, tokens in pairs if tokens}
+        return {"validation_loss": loss / count, **means} if count else None
 
     def _warn(self, unfit: int, *, all_of_them: bool) -> None:
         """Say once how many samples are too long or have no target, and whether there is nothing else."""

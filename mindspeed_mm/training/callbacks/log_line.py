@@ -14,6 +14,7 @@ from mindspeed_mm.training.metrics import StepRecord, rates_per_device
 
 logger = logging.getLogger(__name__)
 
+_LOSS = "loss/"  # of one data set of a mixture
 _RECENT = 50  # steps that the remaining time is estimated from
 
 
@@ -37,7 +38,9 @@ class LogLine(Callback):
         args = self._args
         self._steps += 1
         for name, value in record.metrics.items():
-            self._sums[name] += value
+            # a data set's mean is over its target tokens, of which steps have different numbers
+            count = record.metrics["target_tokens/" + name.removeprefix(_LOSS)] if name.startswith(_LOSS) else 1.0
+            self._sums[name] += value * count
         self._sums["nan"] += not math.isfinite(record.metrics["loss"])
         if self._first_step:
             self._recent.clear()
@@ -50,8 +53,9 @@ class LogLine(Callback):
 
     def on_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Log the validation loss."""
+        of_sets = [f" {loss_of}: {loss:.6E} |" for loss_of, loss in _channel_losses(metrics, "validation_loss/")]
         loss = metrics["validation_loss"]
-        logger.info(f" validation loss at iteration {iteration} | loss: {loss:.6E} |", extra=RAW)
+        logger.info(f" validation loss at iteration {iteration} | loss: {loss:.6E} |{''.join(of_sets)}", extra=RAW)
 
     def _line(self, last: StepRecord) -> str:
         """The interval's line. A loss that is not finite stays visible as the interval's loss."""
@@ -69,6 +73,9 @@ class LogLine(Callback):
         if args.log_tps:
             fields.append(f"tokens per sample: {sums['tokens'] / max(1, samples):.6E}")
         fields.append(f"loss: {sums['loss'] / steps:.6E}")
+        means = {name: total / sums["target_tokens/" + name.removeprefix(_LOSS)]
+                 for name, total in sums.items() if name.startswith(_LOSS)}
+        fields += [f"{loss_of}: {loss:.6E}" for loss_of, loss in _channel_losses(means, _LOSS)]
         if "router_aux_loss" in sums:
             fields.append(f"router aux loss: {sums['router_aux_loss'] / steps:.6E}")
         fields += [
@@ -96,3 +103,8 @@ class LogLine(Callback):
         """H:MM:SS, from the mean of recent steps."""
         seconds = round(steps * sum(self._recent) / len(self._recent))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _channel_losses(metrics: Mapping[str, float], prefix: str) -> list[tuple[str, float]]:
+    """``loss of <data set>`` and the loss, for each metric with the prefix."""
+    return [(f"loss of {name.removeprefix(prefix)}", metrics[name]) for name in metrics if name.startswith(prefix)]

@@ -37,7 +37,7 @@ def step_samples(stream: SampleStream, *, mbs: int, dp_size: int, steps: int, co
 
 @given(size=st.integers(8, 40), seed=st.integers(0, 2**40), drop_last=st.booleans(), shuffle=st.booleans())
 def test_order_does_not_depend_on_ranks(size: int, seed: int, drop_last: bool, shuffle: bool) -> None:
-    stream = SampleStream(size, 8, seed, shuffle, drop_last)
+    stream = SampleStream((size,), 8, seed, shuffle, drop_last)
     reference = step_samples(stream, mbs=8, dp_size=1, steps=12)
     for mbs, dp_size in ((1, 1), (2, 2), (1, 8), (4, 1)):
         assert step_samples(stream, mbs=mbs, dp_size=dp_size, steps=12) == reference
@@ -59,9 +59,9 @@ def test_permutations() -> None:
 
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="7 samples, fewer than the 8 of a step"):
-        SampleStream(7, 8, 0, True, True)
+        SampleStream((7,), 8, 0, True, True)
     with pytest.raises(AssertionError, match="config.checks"):
-        RankSampler(SampleStream(50, 8, 0, True, True), 2, 0, 3)
+        RankSampler(SampleStream((50,), 8, 0, True, True), 2, 0, 3)
 
 
 @pytest.fixture(scope="module")

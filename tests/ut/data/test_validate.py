@@ -37,8 +37,8 @@ def check(root: Path, rows: Any, **overrides: Any) -> int:
 
 
 def test_good_data(root: Path, records: list) -> None:
-    assert check(root, records) == 6
-    assert check(root, records, basic={"max_samples": 4}) == 4
+    assert check(root, records) == [6]
+    assert check(root, records, basic={"max_samples": 4}) == [4]
 
 
 def set_in(*path: Any) -> Callable[[list], None]:
@@ -93,7 +93,7 @@ def test_bad_record(root: Path, records: list, change: Callable[[list], Any], co
 def test_template_that_cannot_think(root: Path, records: list) -> None:
     with pytest.raises(UserError, match="no thinking part; choose qwen3_vl"):
         check(root, records, basic={"enable_thinking": True})
-    assert check(root, records, basic={"enable_thinking": True, "template": "qwen3_vl"}) == 6
+    assert check(root, records, basic={"enable_thinking": True, "template": "qwen3_vl"}) == [6]
 
 
 def test_imports_no_torch() -> None:
@@ -138,7 +138,7 @@ def test_other_names_and_roles(root: Path) -> None:
     }]
     attr = {"images": "photos", "messages": "chat", "role_tag": "from", "content_tag": "value", "user_tag": "human",
             "assistant_tag": "gpt", "system_tag": "sys", "function_tag": "call", "observation_tag": "result"}
-    assert check(root, rows, attr=attr) == 1
+    assert check(root, rows, attr=attr) == [1]
     rows[0]["chat"][2]["value"] = "now"
     with pytest.raises(UserError, match="message 2 is not a tool call"):
         check(root, rows, attr=attr)
@@ -193,7 +193,7 @@ def test_columns_named_by_attr(root: Path, records: list, caplog: pytest.LogCapt
                           limit=None)
     assert len(list(reader.read())) == 6 and reader.notes["absent"] == "no record has the column 'prompt' (attr.system)"
     rows = [{**record, "prompt": "Be brief."} for record in records]
-    assert check(root, rows, attr={"system": "prompt"}) == 6
+    assert check(root, rows, attr={"system": "prompt"}) == [6]
     rows[2]["messages"] = [{"role": "system", "content": "Be long."}, *rows[2]["messages"]]
     with pytest.raises(UserError, match="record 2: it has a system message and a column 'prompt' .*; remove one"):
         check(root, rows, attr={"system": "prompt", "system_tag": "system"})

@@ -1,0 +1,209 @@
+"""Mixtures of data sets: how often each one's samples are used per epoch, and which ones, as a function of the seed.
+
+A mixture is resolved once into a cycle of epochs, each a list of indices into the concatenated data sets. Shuffling,
+packing, streaming and resuming then work on indices as for a single data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mindspeed_mm.data.record_files import fingerprint
+from mindspeed_mm.errors import UserError
+
+if TYPE_CHECKING:
+    from mindspeed_mm.config.data_config import DataConfig
+
+_LONGEST_CYCLE = 2_000_000  # samples; they are packed when the run starts
+_MOST_SAMPLES = 200_000_000  # of an epoch: 8 bytes each, on every rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One data set of a mixture.
+
+    Attributes:
+        name: of the data set.
+        size: samples that it has for training.
+        weight: share of the mixture; None where no data set has one.
+        repeat: times that each sample is used per epoch, without weights.
+    """
+
+    name: str
+    size: int
+    weight: float | None = None
+    repeat: float = 1.0
+
+
+def parts_of(config: DataConfig, sizes: Sequence[int]) -> list[Part]:
+    """The data sets that a data file mixes, with the given numbers of samples."""
+    return [
+        Part(one.name, size, one.weight, one.repeat) for one, size in zip(config.train_datasets, sizes, strict=True)
+    ]
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """Digest of the data files, and of the shares in which a mixture takes their samples."""
+    basic = config.dataset_param.basic_parameters
+    of_files = fingerprint(basic.dataset_files)
+    if isinstance(basic.dataset, str):
+        return of_files
+    shares = [(one.name, one.weight, one.repeat, one.limit) for one in config.train_datasets]
+    text = json.dumps([shares, basic.stopping_strategy])
+    return f"{of_files}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def samples_per_epoch(parts: Sequence[Part], *, all_exhausted: bool = False) -> list[int]:
+    """Number of samples that each data set contributes to an epoch.
+
+    With weights, an epoch of N samples has ``N * weight / (sum of weights)`` of each. N is the largest for which no
+    data set repeats a sample, or with ``all_exhausted`` the smallest for which each data set is used as a whole.
+
+    Raises:
+        UserError: if a data set contributes nothing, or an epoch has too many samples.
+    """
+    if parts[0].weight is None:
+        counts = [round(part.size * part.repeat) for part in parts]
+    else:
+        rounds = [part.size / part.weight for part in parts]  # type: ignore[operator] - all have a weight
+        length = max(rounds) if all_exhausted else min(rounds)
+        counts = [round(length * part.weight) for part in parts]  # type: ignore[operator]
+    for part, count in zip(parts, counts, strict=True):
+        setting = f"repeat {part.repeat:g}" if part.weight is None else f"weight {part.weight:g}"
+        if not count:
+            raise UserError(f"dataset {part.name}: {setting} leaves an epoch none of its {part.size} samples; raise it")
+    if sum(counts) > _MOST_SAMPLES:
+        largest = max(zip(counts, parts, strict=True), key=lambda pair: pair[0] / pair[1].size)[1]
+        raise UserError(
+            f"an epoch of the mixture would have {sum(counts):,} samples, since {largest.name} is repeated "
+            f"{max(counts) // largest.size:,} times; set stopping_strategy to first_exhausted, or lower max_samples of "
+            "the data sets with small weights"
+        )
+    return counts
+
+
+def epochs_of(parts: Sequence[Part], counts: Sequence[int], *, seed: int, shuffle: bool) -> list[np.ndarray]:
+    """The cycle of epochs: for each the indices of its samples in the concatenated data sets.
+
+    A data set of which an epoch uses a fraction gives other samples to each epoch of the cycle: all passes over it are
+    laid end to end, each in its own order, and an epoch takes the next ``count``. The cycle has as many epochs as it
+    takes to use every sample, but no more than have ``_LONGEST_CYCLE`` samples together, or twice as many as there are.
+
+    Args:
+        parts: the data sets.
+        counts: what :func:`samples_per_epoch` gives.
+        seed: of the run.
+        shuffle: whether a pass over a data set has a random order. Without it an epoch is not shuffled later either:
+            data sets with weights are interleaved evenly, those without follow each other.
+    """
+    wanted = max(math.ceil(part.size / count) for part, count in zip(parts, counts, strict=True))
+    most = max(_LONGEST_CYCLE, 2 * sum(part.size for part in parts))
+    length = max(1, min(wanted, most // sum(counts)))
+    starts = np.cumsum([0, *(part.size for part in parts)])
+    drawn = [
+        start + _passes(part, count * length, seed=seed, shuffle=shuffle).reshape(length, count)
+        for part, count, start in zip(parts, counts, starts, strict=False)
+    ]
+    epochs = np.concatenate(drawn, axis=1)
+    if not shuffle and parts[0].weight is not None:
+        places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+        epochs = epochs[:, np.argsort(places, kind="stable")]
+    return list(epochs)
+
+
+def ordered(name: str, size: int, *, seed: int, number: int) -> np.ndarray:
+    """A random order of one data set's samples, which depends on no other data set: int64 [size].
+
+    Args:
+        name: of the data set.
+        size: its number of samples.
+        seed: of the run.
+        number: of the pass over the data set, from 1; 0 for the choice of held-out samples.
+    """
+    words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(name.encode()), number]
+    return np.random.RandomState(words).permutation(size).astype(np.int64)
+
+
+def _passes(part: Part, count: int, *, seed: int, shuffle: bool) -> np.ndarray:
+    """The first ``count`` samples of endless passes over a data set."""
+    numbers = range(math.ceil(count / part.size))
+    if shuffle:
+        passes = [ordered(part.name, part.size, seed=seed, number=number + 1) for number in numbers]
+    else:
+        passes = [np.arange(part.size) for _ in numbers]
+    return np.concatenate(passes)[:count]
+
+
+def describe(parts: Sequence[Part], counts: Sequence[int], *, epochs: int) -> list[str]:
+    """Lines for the log: each data set's samples, and what an epoch uses of them."""
+    total = sum(counts)
+    lines = [
+        f"data set {part.name}: {part.size} samples, {count} per epoch ({count / total:.1%} of it), each "
+        f"{count / part.size:.3g} times"
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    if epochs > 1:
+        lines.append(f"mixture: other samples in each of {epochs} epochs of {total}, then again from the first")
+    return lines
+
+
+class ConcatenatedRows:
+    """Rows of several data sets, one after the other; see ``dataset.Rows``.
+
+    Attributes:
+        files: data files of all.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        """Take the rows of each data set."""
+        self._parts = parts
+        self._ends = np.cumsum([0, *map(len, parts)])
+        self._file_ends = np.cumsum([0, *(len(part.files) for part in parts)])
+        self.files = [file for part in parts for file in part.files]
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether a row has a video."""
+        return any(part.has_videos for part in self._parts)
+
+    @cached_property
+    def table(self) -> Any:
+        """The tokenized columns of all, a ``pyarrow`` table; None if some are tokenized on the fly."""
+        import pyarrow
+
+        tables = [getattr(part, "table", None) for part in self._parts]
+        return None if None in tables else pyarrow.concat_tables([table.replace_schema_metadata() for table in tables])
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """One row."""
+        part, row = self._place(index)
+        return self._parts[part][row]
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Number of a row's data file, and its record's index in that file."""
+        part, row = self._place(index)
+        file, record = self._parts[part].origin(row)
+        return int(self._file_ends[part]) + file, record
+
+    def find(self, file: int, record: int) -> int | None:
+        """The row of a record; None if there is none."""
+        part = int(np.searchsorted(self._file_ends, file, side="right")) - 1
+        row = self._parts[part].find(file - int(self._file_ends[part]), record)
+        return None if row is None else int(self._ends[part]) + row
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, side="right")) - 1
+        return part, index - int(self._ends[part])
