@@ -26,7 +26,7 @@ LAST = f"iter_{STEPS:07d}"
 BAD_RECORD = 7  # of the first epoch's, with an image
 
 PLAIN: dict[str, Any] = {}
-EVERYTHING = {"packing": True, "num_workers": 2, "recompute_granularity": "full", "eval_interval": 2}
+EVERYTHING = {"packing": True, "mixture": True, "num_workers": 2, "recompute_granularity": "full", "eval_interval": 2}
 
 
 class Runs:
@@ -59,7 +59,7 @@ class Runs:
 
     def add(
         self, name: str, *, save: str | None = None, load: str | None = None, fault: dict[str, Any] | None = None,
-        packing: bool = False, **flags: Any,
+        packing: bool = False, mixture: bool = False, **flags: Any,
     ) -> None:
         """Add a run.
 
@@ -69,11 +69,15 @@ class Runs:
             load: the same, to resume from.
             fault: see ``resume_runs.py``.
             packing: pack samples.
+            mixture: of three data sets instead of one.
             flags: as of ``recipe_flags``.
         """
+        basic: dict[str, Any] = {"dataset": mixed_data(self._recipe)} if mixture else {}
         if packing:
             flags = {"seq_length": 96, **flags, "micro_batch_size": 1}
-            flags["mm_data"] = write_data_file(self._recipe, "packed.json", basic={"packing": True})
+            basic["packing"] = True
+        if basic:
+            flags["mm_data"] = write_data_file(self._recipe, f"{'-'.join(basic)}.json", basic=basic)
         source = None if load is None else self.place / load
         words = recipe_flags(self._recipe, save=self.place / (save or name), load=source, **flags)
         self._described[name] = {"flags": words, "fault": fault}
@@ -110,6 +114,15 @@ class Runs:
         assert result.returncode == 0, self.output
         self._found = dict(zip(self._described, json.loads(out.read_text()), strict=True))
         return self
+
+
+def mixed_data(recipe: Path) -> dict[str, dict[str, Any]]:
+    """The recipe's 26 samples as a mixture of three data sets, of which an epoch has 26: 6 + 12 + 8."""
+    records = json.loads((recipe / "data.json").read_text())
+    shares = {"half": (0, 12, 0.5), "twice": (12, 18, 2.0), "once": (18, 26, 1.0)}
+    for name, (start, end, _) in shares.items():
+        (recipe / f"{name}.json").write_text(json.dumps(records[start:end]))
+    return {name: {"path": str(recipe / f"{name}.json"), "repeat": repeat} for name, (*_, repeat) in shares.items()}
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,7 +157,9 @@ def test_flags_leave_out_what_they_say_and_no_more(quick):
 LAYOUTS: list[tuple[int, int, dict[str, int]]] = [
     (2, 2, {}), (4, 4, {"expert_model_parallel_size": 2}), (2, 6, {"context_parallel_size": 2}), (1, STEPS, {}),
 ]
-WAYS = {"padded": {"micro_batch_size": 1}, "packed": {"packing": True}}
+WAYS: dict[str, dict[str, Any]] = {
+    "padded": {"micro_batch_size": 1}, "packed": {"packing": True}, "mixed": {"packing": True, "mixture": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +179,23 @@ def moved(recipe, tmp_path_factory) -> dict[str, tuple[dict[int, Any], dict[int,
         for way in WAYS:
             whole.setdefault(way, {}).update({} if parts[way] else runs.steps(f"{way}, whole"))
             parts[way].update(runs.steps(way))
+    assert_close_channels(place / "mixed, whole", place / "mixed")
     return {way: (whole[way], parts[way]) for way in WAYS}
+
+
+def assert_close_channels(one: Path, other: Path) -> None:
+    """The losses of a mixture's data sets agree within 1e-5, over the same numbers of target tokens."""
+    ours, theirs = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (one, other)
+    )
+    names = {name for line in ours for name in line if name.startswith("loss/")}
+    assert names == {"loss/half", "loss/twice", "loss/once"}
+    for mine, other_line in zip(ours, theirs, strict=True):
+        assert mine["target_tokens"] == sum(mine[f"target_tokens/{name.removeprefix('loss/')}"] for name in names)
+        for name in names & mine.keys():
+            assert math.isclose(mine[name], other_line[name], rel_tol=1e-5), (mine["iteration"], name)
+        counts = [name for name in mine if name.startswith("target_tokens/")]
+        assert [mine[name] for name in counts] == [other_line[name] for name in counts]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_effective_fields_are_read_somewhere():
 
 
 def test_every_field_of_the_recipe_is_known():
-    known = {name for model in CONFIGS.values() for _, name, _ in _leaves(model)}
+    known = {name for model in CONFIGS.values() for path, _, _ in _leaves(model) for name in path.split(".")}
     recipe = """
         dataset_type model_name_or_path use_fast_tokenizer split_special_tokens image_max_pixels image_min_pixels
         video_max_pixels video_min_pixels video_fps video_maxlen template dataset_dir dataset cache_dir enable_thinking

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -147,9 +148,9 @@ def make(*callbacks, steps=5, iteration=0, lag=0, values=None, stop_at=(), lost_
     return trainer
 
 
-def evaluation(loss=0.5):
+def evaluation(loss=0.5, **of_sets):
     callback = Evaluation([], split=lambda batch: batch, skipped_samples=SkippedSamples(0))
-    callback.evaluate = lambda: loss
+    callback.evaluate = lambda: {"validation_loss": loss, **of_sets}
     return callback
 
 
@@ -332,6 +333,25 @@ def test_remaining_time_is_made_of_recent_steps(lines):
 def test_validation_loss_has_a_line(lines):
     make(LogLine(packed=False), evaluation(0.25), steps=1).train()
     assert lines()[-1] == " validation loss at iteration 1 | loss: 2.500000E-01 |"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_line_has_means_over_target_tokens(lines, lag):
+    """Steps count by their tokens: (2 * 1 + 6 * 4) / 7 for a; b occurs in one of the two steps."""
+    of_step = {1: {"cross_entropy/a": 2.0, "target_tokens/a": 1, "cross_entropy/b": 0.0, "target_tokens/b": 0},
+               2: {"cross_entropy/a": 24.0, "target_tokens/a": 6, "cross_entropy/b": 1.5, "target_tokens/b": 3}}
+    trainer = make(LogLine(packed=False), steps=2, lag=lag, values=of_step.__getitem__, log_interval=2)
+    trainer.channels = ("a", "b")
+    trainer.train()
+    (line,) = lines()
+    assert re.findall(r"(loss[^:|]*): ([^ ]+)", line)[:3] == [
+        ("loss", "1.500000E+00"), ("loss of a", "3.714286E+00"), ("loss of b", "5.000000E-01"),
+    ]
+
+
+def test_validation_line_has_the_data_sets(lines):
+    make(LogLine(packed=False), evaluation(0.25, **{"validation_loss/a": 0.5}), steps=1).train()
+    assert lines()[-1] == " validation loss at iteration 1 | loss: 2.500000E-01 | loss of a: 5.000000E-01 |"
 
 
 # the metrics file

@@ -99,3 +99,15 @@ def test_a_manifest_of_another_version(job: Callable[..., JobConfig], tmp_path: 
     path = tmp_path / "save/iter_0000005/manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
     warning(job("--clip-grad", "0.5"))
+
+
+def test_shares_of_a_mixture(tmp_path: Path, job: Callable[..., JobConfig]) -> None:
+    dataset = "dataset_param.basic_parameters.dataset"
+    mixture = {"a": {"path": "a.json", "repeat": 2.0}, "b": "b.json"}
+    assert "resuming" in str(warning(job(data={dataset: mixture})))  # which had no mixture
+    with commit_directory(tmp_path / "save/iter_0000006", job(data={dataset: mixture}).checkpoint_metadata()) as place:
+        (place / "progress.json").write_text(json.dumps({"iteration": 6, "consumed_samples": 12}))
+    write_tracker(tmp_path / "save", 6)
+    assert warning(job(data={dataset: mixture | {"b": {"path": "moved.json"}}})) is None
+    line = str(warning(job(data={dataset: {"a": {"path": "a.json", "repeat": 1.5}, "c": "c.json"}})))
+    assert line.endswith("data set b was left out; repeat of data set a was 2.0 and is 1.5; data set c is new")

@@ -165,7 +165,7 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _job(*, batch: int = 8, drop_last: bool = True, **basic: object) -> SimpleNamespace:
-    parameters = SimpleNamespace(**{"streaming": False, "packing": False, "val_rate": None, **basic})
+    parameters = SimpleNamespace(**{"streaming": False, "packing": False, "val_rate": None, "dataset": "a.json", **basic})
     data = SimpleNamespace(
         dataset_param=SimpleNamespace(basic_parameters=parameters),
         dataloader_param=SimpleNamespace(shuffle=True, drop_last=drop_last),
@@ -175,14 +175,14 @@ def _job(*, batch: int = 8, drop_last: bool = True, **basic: object) -> SimpleNa
 
 def test_records_that_fill_no_batch() -> None:
     with pytest.raises(UserError, match=r"has 7 samples, fewer than the 8 of a step .*set drop_last to false"):
-        preflight.check_first_batch(_job(), records=7)
+        preflight.check_first_batch(_job(), records=[7])
     with pytest.raises(UserError, match="has 7 samples, fewer"):
-        preflight.check_first_batch(_job(val_rate=0.3), records=10)
+        preflight.check_first_batch(_job(val_rate=0.3), records=[10])
     with pytest.raises(UserError, match="val_rate 0.9 leaves nothing of 1 samples"):
-        preflight.check_first_batch(_job(val_rate=0.9, drop_last=False), records=1)
-    preflight.check_first_batch(_job(), records=8)
+        preflight.check_first_batch(_job(val_rate=0.9, drop_last=False), records=[1])
+    preflight.check_first_batch(_job(), records=[8])
     for job in (_job(drop_last=False), _job(packing=True), _job(streaming=True)):
-        preflight.check_first_batch(job, records=7)
+        preflight.check_first_batch(job, records=[7])
 
 
 def test_imports_no_torch_and_prints_a_port() -> None:
