@@ -361,16 +361,21 @@ def build_datasets(
 
     train = load(config.train_datasets)
     if basic.val_dataset_files:
-        return mix(train, config, train.places(), seed=seed), load(config.val_datasets)
+        return mix(train, config, train.places(), seed=seed), _interleaved(load(config.val_datasets))
     kept, held_out = _hold_out(train, basic.val_rate or 0.0, seed=seed)
     if basic.val_rate and not any(map(len, held_out)):
         none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
         logger.warning(none, basic.val_rate, len(train), extra=_RANK_0_ONLY)
     if not all(map(len, kept)):
         raise UserError(f"val_rate {basic.val_rate} leaves nothing of {len(train)} samples to train on; lower it")
-    held = np.concatenate([places[: basic.val_max_samples] for places in held_out])
+    held = mixture.interleave([places[: basic.val_max_samples] for places in held_out])
     evaluated = train.subset(held, f"val_rate of {train.name}") if len(held) else None
     return mix(train, config, kept, seed=seed), evaluated
+
+
+def _interleaved(dataset: ChatDataset) -> ChatDataset:
+    """The data sets evenly mixed, so that a part of an evaluation has all of them in their shares."""
+    return dataset.subset(mixture.interleave(dataset.places()), dataset.name) if dataset.channels else dataset
 
 
 def _hold_out(dataset: ChatDataset, rate: float, *, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

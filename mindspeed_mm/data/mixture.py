@@ -115,9 +115,14 @@ def epochs_of(parts: Sequence[Part], counts: Sequence[int], *, seed: int, shuffl
     ]
     epochs = np.concatenate(drawn, axis=1)
     if not shuffle and parts[0].weight is not None:
-        places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-        epochs = epochs[:, np.argsort(places, kind="stable")]
+        return [interleave(np.split(epoch, np.cumsum(counts)[:-1])) for epoch in epochs]
     return list(epochs)
+
+
+def interleave(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One array of all, each part in its order and evenly spread over the whole."""
+    places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+    return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
 
 def ordered(name: str, size: int, *, seed: int, number: int) -> np.ndarray:

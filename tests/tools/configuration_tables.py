@@ -28,17 +28,24 @@ FILES = (
 )
 
 
-def fields(model: type[BaseModel], parent: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
-    """(path of the section, name, declaration) of every field, sections after a section's own fields."""
+def fields(
+    model: type[BaseModel], parent: str = "", seen: set[type[BaseModel]] | None = None
+) -> Iterator[tuple[str, str, FieldInfo]]:
+    """(path of the section, name, declaration) of every field, sections after a section's own fields.
+
+    A section that stands in several places is given once, in the first.
+    """
+    seen = set() if seen is None else seen
     sections = []
     for name, info in model.model_fields.items():
         inner = nested_model(info)
         if inner is not info.annotation:
             yield parent, name, info
-        if inner is not None:
+        if inner is not None and inner not in seen:
+            seen.add(inner)
             sections.append((name if inner is info.annotation else f"{name}[]", inner))
     for name, inner in sections:
-        yield from fields(inner, f"{parent}.{name}" if parent else name)
+        yield from fields(inner, f"{parent}.{name}" if parent else name, seen)
 
 
 def row(name: str, info: FieldInfo) -> str:
