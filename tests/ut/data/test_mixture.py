@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.schema import validate_config
 from mindspeed_mm.data import mixture
 from mindspeed_mm.data.loader import TrainLoader
 from mindspeed_mm.data.mixture import Part, data_fingerprint, epochs_of, samples_per_epoch
@@ -280,3 +283,18 @@ def test_description_says_what_an_epoch_uses() -> None:
         "data set b: 1000 samples, 120 per epoch (75.0% of it), each 0.12 times",
         "mixture: other samples in each of 6 epochs of 160, then again from the first",
     ]
+
+
+@pytest.mark.parametrize("page", ["mixing.md", "mixing_zh.md"])
+def test_examples_of_the_page(page: str) -> None:
+    text = Path(__file__).parents[3].joinpath("docs", page).read_text(encoding="utf-8")
+    blocks = {kind: re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S) for kind in ("json", "yaml")}
+    (of_json,), (of_yaml,) = blocks["json"], blocks["yaml"]
+    config = validate_config(json.loads(of_json), DataConfig, source="data.json")
+    assert [one.weight for one in config.train_datasets] == [6, 3, 1] and len(config.val_datasets) == 2
+    content = yaml.safe_load(of_yaml)["data"]
+    content["dataset_param"]["preprocess_parameters"] = {"model_name_or_path": "x"}
+    assert [one.repeat for one in validate_config(content, DataConfig, source="x").train_datasets] == [2, 0.5, 1]
+    parts = [Part("charts", 10_000, 9.0), Part("texts", 90_000, 1.0)]
+    assert samples_per_epoch(parts) == [10_000, 1_111]
+    assert samples_per_epoch(parts, all_exhausted=True) == [810_000, 90_000]

@@ -165,7 +165,8 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _job(*, batch: int = 8, drop_last: bool = True, **basic: object) -> SimpleNamespace:
-    parameters = SimpleNamespace(**{"streaming": False, "packing": False, "val_rate": None, "dataset": "a.json", **basic})
+    defaults = {"streaming": False, "packing": False, "val_rate": None, "dataset": "a.json"}
+    parameters = SimpleNamespace(**{**defaults, **basic})
     data = SimpleNamespace(
         dataset_param=SimpleNamespace(basic_parameters=parameters),
         dataloader_param=SimpleNamespace(shuffle=True, drop_last=drop_last),
