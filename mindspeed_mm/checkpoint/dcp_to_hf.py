@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +58,7 @@ from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.partial import refuse_lora
 from mindspeed_mm.checkpoint.safetensors_io import build_header, listed, tensor_bytes
 from mindspeed_mm.checkpoint.shards import Rows
-from mindspeed_mm.errors import UserError
+from mindspeed_mm.errors import UserError, report_errors
 from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import WeightRule
 
@@ -397,3 +399,16 @@ def _write_index(directory: Path, files: Mapping[str, list[Output]]) -> None:
     total = sum(output.nbytes for outputs in files.values() for output in outputs)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_of.items()))}
     (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main() -> int:
+    """``python -m mindspeed_mm.checkpoint.dcp_to_hf CHECKPOINT TARGET ASSETS BASE``: as a training run exports."""
+    checkpoint, target, assets, base = sys.argv[1:]
+    os.nice(10)  # the training beside it comes first
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    dcp_to_hf(checkpoint, target, assets, overwrite=True, base_dir=base or None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

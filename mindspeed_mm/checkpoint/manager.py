@@ -69,6 +69,7 @@ class SaveOptions:
         timeout_minutes: time without progress on any rank after which waiting for a save fails.
         complete: adds files to the directory of a checkpoint, on rank 0, once its tensors are on disk.
         complete_bytes: size of these files.
+        in_use: iterations that must not be deleted now; others change it.
     """
 
     root: Path
@@ -79,6 +80,7 @@ class SaveOptions:
     timeout_minutes: float = 30
     complete: Callable[[Path], None] | None = None
     complete_bytes: int = 0
+    in_use: set[int] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass
@@ -154,6 +156,11 @@ class CheckpointManager:
                 target=self._stager.reserve, args=(nbytes,), name="staging buffers", daemon=True
             )
             self._reserving.start()
+
+    @property
+    def in_use(self) -> set[int]:
+        """Iterations that retention leaves for later; whoever reads a checkpoint adds it."""
+        return self._options.in_use
 
     def start(self, progress: Any) -> None:
         """Save the present state; without ``--async-save`` it is saved on return.
@@ -257,7 +264,8 @@ class CheckpointManager:
         if options.keep_last is not None:
             try:
                 save.deleted = delete_old_checkpoints(
-                    root, newest=save.iteration, keep_last=options.keep_last, keep_every=options.keep_every
+                    root, newest=save.iteration, keep_last=options.keep_last, keep_every=options.keep_every,
+                    in_use=tuple(options.in_use),
                 )
             except (OSError, UserError) as error:
                 save.retention_error = str(error)

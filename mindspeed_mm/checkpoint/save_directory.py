@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mindspeed_mm.checkpoint.directory import (
@@ -67,7 +67,9 @@ def complete_iterations(root: Path) -> list[int]:
     )
 
 
-def delete_old_checkpoints(root: Path, *, newest: int, keep_last: int, keep_every: int | None) -> list[int]:
+def delete_old_checkpoints(
+    root: Path, *, newest: int, keep_last: int, keep_every: int | None, in_use: Collection[int] = ()
+) -> list[int]:
     """Delete old checkpoints of this run. Called by one rank, after the tracker points to the newest.
 
     Args:
@@ -76,6 +78,7 @@ def delete_old_checkpoints(root: Path, *, newest: int, keep_last: int, keep_ever
         keep_last: number of checkpoints to keep, including ``newest``.
         keep_every: also keep those whose iteration is a multiple of this. The bases of partial checkpoints that are
             kept are kept too.
+        in_use: iterations to leave for a later call.
 
     Returns:
         The deleted iterations.
@@ -86,6 +89,7 @@ def delete_old_checkpoints(root: Path, *, newest: int, keep_last: int, keep_ever
         iteration
         for iteration in old
         if iteration != tracked and tracked not in (None, RELEASE) and (not keep_every or iteration % keep_every)
+        and iteration not in in_use
     ]
     bases = _bases(root, [iteration for iteration in complete_iterations(root) if iteration not in deleted])
     deleted = [iteration for iteration in deleted if (root / iteration_name(iteration)).resolve() not in bases]

@@ -80,11 +80,19 @@ def check_flags(args: TrainingArgs) -> None:
     if args.finetune and args.load is None:
         raise UserError("--finetune starts from the weights that --load names; add --load DIR, or leave --finetune out "
                         "to start from init_from_hf_path of the model file")
-    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every"):
+    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every", "save_hf_interval"):
         if getattr(args, name) and args.save is None:
             raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")
     if args.keep_every is not None and args.keep_last is None:
         raise UserError(f"--keep-every {args.keep_every} has no effect without --keep-last; add --keep-last N")
+    if args.save_hf_interval is not None and args.save_interval and args.save_hf_interval % args.save_interval:
+        raise UserError(
+            f"--save-hf-interval {args.save_hf_interval} must be a multiple of --save-interval {args.save_interval}: "
+            "checkpoints are exported"
+        )
+    if args.save_hf_interval is not None and args.lora:
+        raise UserError("--save-hf-interval exports whole models, and with LoRA each checkpoint has a PEFT directory; "
+                        "leave it out, and make a whole model with mm-convert merge_lora")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 

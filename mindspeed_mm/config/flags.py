@@ -219,6 +219,11 @@ class CheckpointArgs(StrictModel):
     save_interval: int | None = effective(
         None, "optimizer steps between checkpoints; one more is written at the end", ge=1, metavar="STEPS"
     )
+    save_hf_interval: int | None = effective(
+        None, "optimizer steps between exports of the model as a Hugging Face directory, hf/iter_XXXXXXX in --save, "
+        "made from the checkpoint of that step while training continues; one more of the last step", ge=1,
+        metavar="STEPS",
+    )
     async_save: bool = effective(
         False, "write checkpoints in the background, from a copy in host memory as large as the rank's share"
     )

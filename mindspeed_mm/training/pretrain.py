@@ -39,6 +39,7 @@ from mindspeed_mm.training.callbacks.anomaly_detection import AnomalyDetector, r
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
 from mindspeed_mm.training.callbacks.evaluation import Evaluation
+from mindspeed_mm.training.callbacks.hf_weights import HFWeights
 from mindspeed_mm.training.callbacks.log_line import LogLine
 from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
 from mindspeed_mm.training.callbacks.profiling import Profiling
@@ -265,6 +266,11 @@ def _callbacks(
         ))
     if manager is not None:  # after the evaluation, whose metrics belong to the step that is saved
         callbacks.append(Checkpointing(manager))
+    if manager is not None and args.save_hf_interval is not None:
+        callbacks.append(HFWeights(
+            Path(args.save), job.model.init_from_hf_path, interval=args.save_hf_interval, in_use=manager.in_use,
+            load_base=args.load_base,
+        ))
     return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended
 
 

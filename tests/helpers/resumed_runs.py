@@ -179,6 +179,7 @@ def quick_runs(recipe: Path, place: Path) -> Runs:
     runs.add("no steps left", save="next stage", load="whole")
     runs.add("locked")
     runs.add("deterministic", deterministic_mode=True)
+    runs.add("exported", save_interval=2, keep_last=1, save_hf_interval=4)
     add_killed(runs, "backward")
     with locked(place / "locked"):
         return runs.go(restarts=1)

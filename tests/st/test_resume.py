@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from tests.helpers.resumed_runs import (
     EVERYTHING,
     LAST,
@@ -151,6 +152,20 @@ def test_flags_leave_out_what_they_say_and_no_more(quick):
     assert quick.steps("moments wanted") == quick.steps("generators wanted") == without_both
     assert "iter_0000003 has no AdamW's moments, which start from zero (saved with --no-save-optim)" in quick.output
     assert "iter_0000003 has no RNG states, which start from --seed (saved with --no-save-rng)" in quick.output
+
+
+def test_hugging_face_weights_are_written_while_training(quick, recipe, tmp_path):
+    """As mm-convert writes them from the same checkpoint; ``--keep-last 1`` waits for an export and counts it."""
+    place = quick.place / "exported"
+    quick.steps("exported")
+    assert quick.output.count(f"exported {place / 'hf'}") == 2
+    assert sorted(path.name for path in place.glob("iter_*")) == ["iter_0000008"]
+    assert sorted(path.name for path in (place / "hf").iterdir()) == ["iter_0000008"]
+    converted = dcp_to_hf(place / "iter_0000008", tmp_path / "converted", recipe / "checkpoint")
+    for path in converted.glob("*.safetensors"):
+        assert path.read_bytes() == (place / "hf/iter_0000008" / path.name).read_bytes()
+    names = [{path.name for path in directory.iterdir()} for directory in (converted, place / "hf/iter_0000008")]
+    assert names[0] == names[1] and "model.safetensors" in names[0]
 
 
 # (processes, until this step, layout)

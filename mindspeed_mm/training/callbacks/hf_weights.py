@@ -1,0 +1,177 @@
+"""Hugging Face weights while training: checkpoints are exported by a process of their own, beside the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from mindspeed_mm.checkpoint.directory import MANIFEST, iteration_name
+from mindspeed_mm.checkpoint.files import remove
+from mindspeed_mm.checkpoint.save_directory import complete_iterations, delete_old_checkpoints
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import is_file, shorten
+from mindspeed_mm.training.callbacks.base import Callback, Run
+
+logger = logging.getLogger(__name__)
+
+HF_DIRECTORY = "hf"
+"""In the ``--save`` directory; holds a directory in the published layout for each exported checkpoint."""
+_BY_HAND = "the checkpoint is complete, mm-convert (dcp_to_hf) exports it"
+_POLL_SECONDS, _REPORT_SECONDS = 0.2, 60.0
+
+
+class HFWeights(Callback):
+    """Exports the checkpoints of every ``--save-hf-interval``-th step, and of the last one, on rank 0.
+
+    The process reads the checkpoint's files, so that no rank gathers the model and the device does not take part. An
+    export that fails is warned of: the checkpoint has all that is needed to repeat it.
+    """
+
+    def __init__(
+        self, root: Path, assets: str, *, interval: int, in_use: set[int], load_base: str | None = None
+    ) -> None:
+        """Export nothing yet.
+
+        Args:
+            root: ``--save``.
+            assets: Hugging Face directory that gives config, tokenizer and processor files.
+            interval: in steps.
+            in_use: gets the iterations that are exported or wait for it, which retention must keep.
+            load_base: directory of a partial checkpoint's base, if it is not where it was.
+        """
+        self._root, self._assets, self._interval, self._base = root, assets, interval, load_base
+        self._in_use = in_use
+        self._due: list[int] = []
+        self._export: _Export | None = None
+
+    def on_run_start(self, run: Run) -> None:
+        """Keep the run."""
+        self._run = run
+        self._active = run.context.layout.is_main
+
+    def on_save(self, iteration: int) -> None:
+        """Note a checkpoint that is to be exported once it is on disk."""
+        if self._active and (iteration % self._interval == 0 or iteration == self._run.args.train_iters):
+            self._due.append(iteration)
+            self._in_use.add(iteration)
+
+    def on_step_queued(self, iteration: int) -> None:
+        """Conclude an export that has ended, and start the next; never blocks."""
+        if self._active:
+            self._advance()
+
+    def on_run_end(self, *, failed: bool) -> None:
+        """Finish all exports, unless the run has failed or is asked to stop: then it must end soon."""
+        reported = time.monotonic()
+        while self._active and (self._export is not None or self._due):
+            if failed or self._run.stopped or self._run.context.stop_requested():
+                self._leave()
+                return
+            self._advance(last=True)
+            if self._export is not None and time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                logger.info(f"waiting for the export of iteration {self._export.iteration} to {self._export.target}")
+            time.sleep(_POLL_SECONDS if self._export is not None else 0.0)
+        if self._active and not failed:
+            self._delete_old()
+
+    def _advance(self, *, last: bool = False) -> None:
+        """Conclude and start; with ``last`` a checkpoint that is not on disk by now has failed."""
+        if self._export is not None and self._export.process.poll() is not None:
+            self._conclude(self._export)
+        while self._export is None and self._due:
+            iteration = self._due[0]
+            source = self._root / iteration_name(iteration)
+            if is_file(source / MANIFEST):
+                self._export = _Export.start(
+                    iteration, source, self._target(iteration), self._assets, self._base
+                )
+            elif not last and len(self._due) == 1:
+                return  # it is being written
+            else:
+                self._in_use.discard(iteration)
+            del self._due[0]
+
+    def _conclude(self, export: _Export) -> None:
+        self._export = None
+        self._in_use.discard(export.iteration)
+        if export.process.returncode:
+            logger.warning(f"iteration {export.iteration} was not exported: {export.last_line()}; {_BY_HAND}")
+            return
+        logger.info(f"exported {export.target} in {time.monotonic() - export.began:.1f} s")
+
+    def _delete_old(self) -> None:
+        """At the end of a run, delete checkpoints that were kept for their export, and exports of deleted ones."""
+        args = self._run.args
+        if args.keep_last is None:
+            return
+        try:
+            delete_old_checkpoints(
+                self._root, newest=self._run.context.progress.iteration, keep_last=args.keep_last,
+                keep_every=args.keep_every,
+            )
+            kept = {iteration_name(iteration) for iteration in complete_iterations(self._root)}
+            for path in sorted((self._root / HF_DIRECTORY).glob("iter_*")):
+                if path.name not in kept:
+                    remove(path)
+                    logger.info(f"deleted {path} (--keep-last)")
+        except (OSError, UserError) as error:
+            logger.warning(f"an old checkpoint or export could not be deleted: {error}")
+
+    def _leave(self) -> None:
+        left = list(self._due)
+        if self._export is not None:
+            left.insert(0, self._export.iteration)
+            self._export.process.terminate()
+            self._export.process.wait()
+        names = ", ".join(map(iteration_name, left))
+        logger.warning(f"not exported, since the run ends: {names} in {self._root}; {_BY_HAND}")
+        self._export, self._due = None, []
+
+    def _target(self, iteration: int) -> Path:
+        return self._root / HF_DIRECTORY / iteration_name(iteration)
+
+
+@dataclasses.dataclass
+class _Export:
+    """An export in progress.
+
+    Attributes:
+        iteration: of the checkpoint.
+        target: directory that is written.
+        process: that writes it.
+        output: of the process.
+        began: by ``time.monotonic``.
+    """
+
+    iteration: int
+    target: Path
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    @staticmethod
+    def start(iteration: int, source: Path, target: Path, assets: str, base: str | None) -> _Export:
+        """Start a process, which outlives signals to the job's process group."""
+        output = tempfile.TemporaryFile()
+        command = [sys.executable, "-m", "mindspeed_mm.checkpoint.dcp_to_hf"]
+        # the process uses no accelerator: torch must not load its package
+        environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        process = subprocess.Popen(
+            [*command, str(source), str(target), assets, base or ""], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output, env=environment, start_new_session=True,
+        )
+        return _Export(iteration, target, process, output)
+
+    def last_line(self) -> str:
+        """What the process said last, or how it ended."""
+        self.output.seek(0)
+        lines = self.output.read().decode(errors="replace").strip().splitlines()
+        return shorten(lines[-1], 400) if lines else f"its process ended with status {self.process.returncode}"
