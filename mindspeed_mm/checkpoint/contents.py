@@ -17,6 +17,7 @@ from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten, shown
 from mindspeed_mm.models.lora import LORA_KEY, is_adapter
+from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 
 # fields of a config that change nothing that is computed with given weights, or that their shapes tell; transformers
 # adds some when it saves a config
@@ -31,9 +32,9 @@ def check_contents(
     parameters: Mapping[str, Entry],
     *,
     trained: Collection[str],
-    with_optimizer: bool,
+    optimizer: OptimizerStateLayout | None,
 ) -> None:
-    """Refuse a checkpoint that does not fit the model, or holds AdamW's moments of other parameters than now train.
+    """Refuse a checkpoint that does not fit the model, or holds another optimizer's state, or of other parameters.
 
     Args:
         path: of the checkpoint, for the message.
@@ -41,7 +42,7 @@ def check_contents(
         stored: all tensors of the checkpoint.
         parameters: all of the model, by their names in a checkpoint.
         trained: names of those that train.
-        with_optimizer: whether the moments are to be loaded, if the checkpoint has any.
+        optimizer: the state that is to be loaded, if the checkpoint has any; None for none.
 
     Raises:
         UserError: naming the first differences.
@@ -54,16 +55,16 @@ def check_contents(
     partial = BASE_KEY in manifest["metadata"]
     expected = {name: entry for name, entry in parameters.items() if not partial or name in stored}
     compare(path, expected, beginning_with(MODEL_PREFIX, stored), exact=exact, frozen=frozen)
-    moments = beginning_with(OPTIMIZER_PREFIX, stored)
-    if not with_optimizer or not moments:
+    state = beginning_with(OPTIMIZER_PREFIX, stored)
+    if optimizer is None or not state:
         return
-    _check_trained(path, {name.removeprefix(MODEL_PREFIX) for name in trained}, moments)
-    expected = {}
-    for name in trained:
-        begin = OPTIMIZER_PREFIX + name.removeprefix(MODEL_PREFIX)
-        expected |= {f"{begin}.{moment}": parameters[name] for moment in ("exp_avg", "exp_avg_sq")}
-        expected[f"{begin}.step"] = ((), "float32")
-    compare(path, expected, moments)
+    shapes = {name.removeprefix(MODEL_PREFIX): parameters[name][0] for name in trained}
+    _check_trained(path, shapes.keys(), state)
+    _check_optimizer(path, flags, optimizer)
+    compare(path, {
+        f"{OPTIMIZER_PREFIX}{name}.{key}": entry
+        for name, shape in shapes.items() for key, entry in optimizer.tensors(name, shape).items()
+    }, state)
 
 
 def check_adapters(
@@ -234,9 +235,28 @@ def _fits(stored: str, dtype: str, *, exact: bool) -> bool:
     return stored == dtype or (not exact and dtype == "float32" and stored in _NARROW)
 
 
-def _check_trained(path: Path, now: Collection[str], moments: Collection[str]) -> None:
-    """Refuse AdamW's moments of other parameters than those that train now."""
-    then = {name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] for name in moments}
+def _check_optimizer(path: Path, flags: Any, optimizer: OptimizerStateLayout) -> None:
+    """Refuse the state of an optimizer that the run's flags do not select.
+
+    ``flags``: what the manifest records of the run that wrote the state; flags that it did not give had their defaults.
+    """
+    recorded = flags if isinstance(flags, Mapping) else {}
+    differing = {
+        flag: (recorded.get(flag, default), now) for flag, (now, default) in optimizer.flags.items()
+        if recorded.get(flag, default) != now
+    }
+    if differing:
+        now = " ".join(f"{flag} {value}" for flag, (_, value) in differing.items())
+        then = " ".join(f"{flag} {shown(value)}" for flag, (value, _) in differing.items())
+        raise UserError(
+            f"{path} holds optimizer state of {then}, which a run of {now} cannot continue; pass {then}, or add "
+            "--no-load-optim to start the optimizer's state from zero"
+        )
+
+
+def _check_trained(path: Path, now: Collection[str], state: Collection[str]) -> None:
+    """Refuse optimizer state of other parameters than those that train now."""
+    then = {name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] for name in state}
     differences = [
         f"{', '.join(sorted(names)[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''} {what}"
         for names, what in ((set(now) - then, "did not train then"), (then - set(now), "did, and do not now")) if names
@@ -244,5 +264,5 @@ def _check_trained(path: Path, now: Collection[str], moments: Collection[str]) -
     if differences:
         raise UserError(
             f"{path} is of a run that trained other parameters: {'; '.join(differences)}. Freeze what that run froze, "
-            "or add --no-load-optim to start AdamW's moments from zero"
+            "or add --no-load-optim to start the optimizer's state from zero"
         )

@@ -118,11 +118,6 @@ class Shard:
             yield first, min(first + step, rows)
 
 
-def total_bytes(shards: Mapping[str, Shard]) -> int:
-    """Bytes of all values."""
-    return sum(shard.values.nbytes for shard in shards.values())
-
-
 class Stager:
     """Host memory for one copy of a rank's shards, reused from save to save.
 

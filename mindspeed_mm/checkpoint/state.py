@@ -1,4 +1,4 @@
-"""State in a training checkpoint: parameters, AdamW's moments, random generators, and progress of the run."""
+"""State in a training checkpoint: parameters, optimizer state, random generators, and progress of the run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,28 @@ from mindspeed_mm.checkpoint.huggingface import HFReader
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX, OPTIMIZER_PREFIX, RNG_PREFIX, Entry
 from mindspeed_mm.checkpoint.partial import Base, find_base
 from mindspeed_mm.checkpoint.progress import Progress
-from mindspeed_mm.checkpoint.shards import Shard, total_bytes
+from mindspeed_mm.checkpoint.shards import Shard
 from mindspeed_mm.checkpoint.storage import Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.lora import is_adapter
+from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 
 logger = logging.getLogger(__name__)
+
+
+class StatefulOptimizer(Protocol):
+    """What saving and loading need of an optimizer.
+
+    Attributes:
+        state: parameter -> key -> tensor, empty before the first step.
+        layout: of the state.
+    """
+
+    state: Any
+    layout: OptimizerStateLayout
+
+    def allocate_state(self) -> None:
+        """Allocate the state of all parameters, so that a checkpoint can be read into it."""
 
 
 def model_state(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -39,24 +55,13 @@ def model_state(model: nn.Module, names: Collection[str] | None = None) -> dict[
     }
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """``optimizer.<parameter name>.<exp_avg | exp_avg_sq | step>`` -> tensor."""
+def optimizer_state(model: nn.Module, optimizer: StatefulOptimizer) -> dict[str, Tensor]:
+    """``optimizer.<parameter name>.<key>`` -> tensor; of AdamW in fp32 ``exp_avg``, ``exp_avg_sq`` and ``step``."""
     return {
         f"{OPTIMIZER_PREFIX}{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def initialize_optimizer_state(optimizer: torch.optim.AdamW) -> None:
-    """Allocate the state that AdamW makes at its first step, so that a checkpoint can be read into it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
 
 
 def rng_state(backend: Backend, rank: int) -> dict[str, Tensor]:
@@ -70,7 +75,7 @@ class TrainingState:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: StatefulOptimizer | None,
         backend: Backend,
         *,
         with_rng: bool,
@@ -88,20 +93,21 @@ class TrainingState:
         self._names = names
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters, AdamW's state, and this rank's random generators."""
+        """Parameters, optimizer state, and this rank's random generators."""
         optimizer = {} if self._optimizer is None else optimizer_state(self._model, self._optimizer)
         generators = rng_state(self._backend, dist.get_rank()) if self._with_rng else {}
         return {**model_state(self._model, self._names), **optimizer, **generators}
 
     def expected_bytes(self) -> int:
-        """Bytes that this rank holds, also before AdamW has created its state."""
-        state: dict[str, Tensor] = {}
+        """Bytes that this rank holds, also before the optimizer has created its state."""
+        total = 0
         for name, parameter in self._model.named_parameters():
+            values = Shard.of(parameter).values
             if self._names is None or name in self._names:
-                state[name] = parameter.detach()
+                total += values.nbytes
             if self._optimizer is not None and parameter.requires_grad:
-                state.update({f"{name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")})
-        return total_bytes({name: Shard.of(tensor) for name, tensor in state.items()})
+                total += self._optimizer.layout.nbytes(name, tuple(parameter.shape), held=values.numel())
+        return total
 
 
 @torch.no_grad()
@@ -151,7 +157,7 @@ def load_checkpoint(
     path: Path,
     *,
     model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
+    optimizer: StatefulOptimizer | None,
     backend: Backend,
     with_rng: bool,
     check: Check = "read",
@@ -190,12 +196,13 @@ def load_checkpoint(
             state = {name: tensor for name, tensor in state.items() if name not in adapters}
         parameters, frozen = entries_of(state), _frozen(model)
         check_contents(
-            path, manifest, stored, parameters, trained=state.keys() - frozen, with_optimizer=optimizer is not None
+            path, manifest, stored, parameters, trained=state.keys() - frozen,
+            optimizer=None if optimizer is None else optimizer.layout,
         )
         _log_rounding(path, parameters, stored)
         tensors = {name: tensor for name, tensor in state.items() if name in stored}
         if optimizer is not None:
-            initialize_optimizer_state(optimizer)
+            optimizer.allocate_state()
             tensors |= optimizer_state(model, optimizer)
         if with_rng:
             # a rank or device type that the saving run did not have keeps the state from --seed
@@ -213,18 +220,18 @@ def load_checkpoint(
 
 
 def _held(
-    reader: CheckpointReader, optimizer: torch.optim.AdamW | None, with_rng: bool
-) -> tuple[torch.optim.AdamW | None, bool]:
+    reader: CheckpointReader, optimizer: StatefulOptimizer | None, with_rng: bool
+) -> tuple[StatefulOptimizer | None, bool]:
     """What of the requested state the checkpoint has; the log says what it lacks."""
     path = Path(reader.path)
     training = Progress.is_training(path)
-    has_moments, has_rng = (
+    has_state, has_rng = (
         any(name.startswith(prefix) for name in reader.tensors) for prefix in (OPTIMIZER_PREFIX, RNG_PREFIX)
     )
     lacking = [
         f"{what} (saved with {flag})" if training else what
         for wanted, has, what, flag in (
-            (optimizer is not None, has_moments, "AdamW's moments, which start from zero", "--no-save-optim"),
+            (optimizer is not None, has_state, "optimizer state, which starts from zero", "--no-save-optim"),
             (with_rng, has_rng, "RNG states, which start from --seed", "--no-save-rng"),
         )
         if wanted and not has
@@ -235,7 +242,7 @@ def _held(
             logger.warning(f"the resume is not exact: {path} has no {what}")
         else:
             logger.info(f"{path} holds weights alone, as converted checkpoints do: it has no {what}")
-    return optimizer if has_moments else None, with_rng and has_rng
+    return optimizer if has_state else None, with_rng and has_rng
 
 
 def _frozen(model: nn.Module) -> set[str]:

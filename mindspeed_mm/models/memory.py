@@ -13,10 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mindspeed_mm.models.lora import Adapter
+from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 
 BYTES = {"bf16": 2, "fp32": 4}
 MASTER_BYTES = 4
-"""Of a trainable parameter, its gradient and each of AdamW's two moments: fp32 whatever the compute types are."""
+"""Of a trainable parameter and its gradient: fp32 whatever the compute types are."""
+SCALAR_BYTES = 4
+"""Of a parameter's step count."""
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -97,6 +100,7 @@ class Plan:
         frozen_names: names of all parameters that do not train.
         adapters: of a LoRA run.
         frozen_param_bytes: of a number in a parameter that does not train, outside forward and backward.
+        optimizer_state: of the parameters that train.
         recompute_granularity: see the flags; None for no recomputation.
         recompute_method: see the flags.
         recompute_num_layers: see the flags.
@@ -126,6 +130,7 @@ class Plan:
     frozen_names: Collection[str] = ()
     adapters: Sequence[Adapter] = ()
     frozen_param_bytes: int = MASTER_BYTES
+    optimizer_state: OptimizerStateLayout = OptimizerStateLayout()
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
@@ -275,6 +280,13 @@ class Unit:
     def shard(self, *, training_only: bool = False) -> int:
         """Numbers that a rank holds."""
         return self._shards[training_only]
+
+    def optimizer_bytes(self, layout: OptimizerStateLayout) -> int:
+        """Bytes of the optimizer's state that a rank holds, a scalar per parameter included."""
+        return sum(
+            layout.nbytes(parameter.name, parameter.shape, held=self._part(parameter.shape)) + SCALAR_BYTES
+            for parameter in self.parameters if parameter.trains
+        )
 
     def gathered(self, *, training_only: bool = False) -> int:
         """Numbers in the gathered parameters, padding included."""

@@ -52,6 +52,7 @@ from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.lora import LoraRun
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
+from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_base_is_kept, check_steps_remain
 from mindspeed_mm.training.signals import StopRequest, exit_status
@@ -300,7 +301,7 @@ def _load_balancing(job: JobConfig, model_config: ModelConfig) -> LoadBalancingL
 
 
 def _checkpoint_manager(
-    job: JobConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backend: Backend, settings: Settings,
+    job: JobConfig, model: nn.Module, optimizer: ShardedOptimizer, backend: Backend, settings: Settings,
     facts: Mapping[str, Any], source: Path | None, lora: LoraRun | None,
 ) -> CheckpointManager | None:
     """Writes the run's checkpoints, if ``--save`` names a directory.
@@ -355,7 +356,7 @@ def _warn_of_partial_state(args: TrainingArgs) -> None:
     """Log what a run resumed from this run's checkpoints will lack."""
     missing = [
         what
-        for flag, what in ((args.no_save_optim, "AdamW's moments"), (args.no_save_rng, "RNG states"))
+        for flag, what in ((args.no_save_optim, "optimizer state"), (args.no_save_rng, "RNG states"))
         if flag
     ]
     if args.save is not None and missing:

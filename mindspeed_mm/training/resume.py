@@ -11,7 +11,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -30,6 +29,7 @@ from mindspeed_mm.training.initialization import initialize
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
 from mindspeed_mm.training.lora import LoraRun
 from mindspeed_mm.training.optimizer import schedule_state
+from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 from mindspeed_mm.training.resume_checks import check_schedule
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Start:
     Attributes:
         path: checkpoint directory; None for the Hugging Face weights.
         load_base: where the base of a partial checkpoint has moved to; None for where it was.
-        with_optimizer: whether AdamW's moments are read from it, if it has them.
+        with_optimizer: whether the optimizer's state is read from it, if it has some.
         with_rng: whether the RNG states are, if it has them.
         new_stage: whether the counters start at 0, whatever the checkpoint says (``--finetune``).
     """
@@ -127,7 +127,7 @@ def _own_checkpoint(args: TrainingArgs) -> Path | None:
 def load_start(
     job: JobConfig,
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: ShardedOptimizer,
     backend: Backend,
     *,
     spec: ModelSpec,

@@ -22,6 +22,7 @@ from mindspeed_mm.config.schema import EFFECTIVE, walk
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten, shown
 from mindspeed_mm.models.lora import LoraOptions, is_adapter
+from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 
@@ -85,8 +86,8 @@ def check_start(
         settings = {name: setting for name, setting in settings.items() if not is_adapter(name)}
     parameters = {MODEL_PREFIX + name: (s.shape, _DTYPES[s.dtype]) for name, s in settings.items()}
     trained = {MODEL_PREFIX + name for name, setting in settings.items() if setting.trainable}
-    with_optimizer = not args.finetune and not args.no_load_optim
-    check_contents(path, manifest, stored, parameters, trained=trained, with_optimizer=with_optimizer)
+    optimizer = None if args.finetune or args.no_load_optim else OptimizerStateLayout.of(args)
+    check_contents(path, manifest, stored, parameters, trained=trained, optimizer=optimizer)
     check_model_config(path, manifest, model_config, source=Path(model_directory, "config.json"))
     progress = Progress.read(path, None if plain else manifest)
     if base is not None and base.kind == "checkpoint":

@@ -32,7 +32,8 @@ from mindspeed_mm.training.metrics import (
     gather_messages,
     rates_per_device,
 )
-from mindspeed_mm.training.optimizer import AdamW, learning_rates
+from mindspeed_mm.training.optimizer import learning_rates
+from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 
 _LOST = "lost"  # ranks without data; steps that have any are not reported
 
@@ -51,7 +52,7 @@ class Trainer:
         *,
         args: TrainingArgs,
         model: nn.Module,
-        optimizer: AdamW,
+        optimizer: ShardedOptimizer,
         schedule: Any,
         loader: DevicePrefetcher,
         objective: Objective,

@@ -37,9 +37,10 @@ from mindspeed_mm.checkpoint import directory, shards
 from mindspeed_mm.checkpoint.files import new_file
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.progress import Progress
-from mindspeed_mm.checkpoint.state import TrainingState, initialize_optimizer_state, load_checkpoint
+from mindspeed_mm.checkpoint.state import TrainingState, load_checkpoint
 from mindspeed_mm.checkpoint.storage import CheckpointReader
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.optimizers.adamw import AdamW
 from tests.drivers.fault_injection import Case, Switch
 from tests.helpers.log_lines import log_lines
 
@@ -63,8 +64,8 @@ class Run:
         for layer in self.model:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
-        initialize_optimizer_state(self.optimizer)
+        self.optimizer = AdamW(self.model.parameters())
+        self.optimizer.allocate_state()
         self.root, self.case = root, case
 
     def tensors(self) -> dict[str, Tensor]:

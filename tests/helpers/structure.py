@@ -33,13 +33,17 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.parallel": ("errors", "inputs", "backend", "config", "interfaces", "models.layers", "models.model"),
     "mindspeed_mm.tools": ("errors", "inputs", "backend", "config"),
     "mindspeed_mm.tools.memory": (
-        "errors", "inputs", "config", "models.lora", "models.memory", "models.parameter_rules", "models.spec",
+        "errors", "inputs", "config", "models.lora", "models.memory", "models.optimizer_state",
+        "models.parameter_rules", "models.spec",
     ),
     "mindspeed_mm.tools.show_data": ("errors", "inputs", "config", "data", "interfaces", "models.spec"),
-    "mindspeed_mm.checkpoint": ("errors", "inputs", "backend", "models.lora", "models.spec", "models.state_dict"),
+    "mindspeed_mm.checkpoint": (
+        "errors", "inputs", "backend", "models.lora", "models.optimizer_state", "models.spec", "models.state_dict",
+    ),
     "mindspeed_mm.training": (
         "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora", "models.memory",
-        "models.model", "models.parameter_rules", "models.spec", "parallel", "tools", "checkpoint",
+        "models.model", "models.optimizer_state", "models.parameter_rules", "models.spec", "parallel", "tools",
+        "checkpoint",
     ),
     "checkpoint": ("errors", "inputs", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
@@ -58,6 +62,7 @@ FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.interfaces": ("torch.distributed",),
     "mindspeed_mm.tools.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.models.memory": ("torch", "transformers", "megatron"),
+    "mindspeed_mm.models.optimizer_state": ("torch", "transformers", "megatron"),
     "mindspeed_mm.models.layers.config": ("torch", "transformers", "megatron"),
     "mindspeed_mm.models.layers.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.models.qwen3_vl.memory": ("torch", "transformers", "megatron"),

@@ -133,7 +133,7 @@ def test_flags_leave_out_what_they_say_and_no_more(quick):
         save: {key.split(".")[0] for key in stored(quick.place / save / "iter_0000003")} for save in ("full", "bare")
     }
     assert names == {"full": {"model", "optimizer", "rng"}, "bare": {"model"}}
-    assert "will be saved without AdamW's moments and RNG states" in quick.output
+    assert "will be saved without optimizer state and RNG states" in quick.output
     without_moments, without_rng, without_both = (
         quick.steps(name) for name in ("without moments", "without generators", "without both")
     )
@@ -150,7 +150,7 @@ def test_flags_leave_out_what_they_say_and_no_more(quick):
     assert not all(torch.equal(value, theirs[name]) for name, value in ours.items() if name.startswith("rng"))
     # what the checkpoint does not have is not loaded, and the log says so
     assert quick.steps("moments wanted") == quick.steps("generators wanted") == without_both
-    assert "iter_0000003 has no AdamW's moments, which start from zero (saved with --no-save-optim)" in quick.output
+    assert "iter_0000003 has no optimizer state, which starts from zero (saved with --no-save-optim)" in quick.output
     assert "iter_0000003 has no RNG states, which start from --seed (saved with --no-save-rng)" in quick.output
 
 

@@ -19,7 +19,7 @@ Amounts = dict[str, int]
 TERMS = {
     "parameters": "parameters, this rank's shards",
     "gradients": "gradients, fp32, this rank's shards",
-    "optimizer": "AdamW's two moments, fp32, this rank's shards",
+    "optimizer": "optimizer state, this rank's shards",
     "text": "activations kept by decoder layers",
     "experts": "activations kept by experts and dense MLPs",
     "vision": "activations kept by vision blocks and mergers",
@@ -77,11 +77,10 @@ class _Step:
         trained, everything = (sum(unit.shard(training_only=only) for unit in self.units) for only in (True, False))
         self.trained = MASTER_BYTES * trained
         self.parameters = self.trained + plan.frozen_param_bytes * (everything - trained)
+        self.optimizer = sum(unit.optimizer_bytes(plan.optimizer_state) for unit in self.units)
         self.static: Amounts = {}
         if not plan.offload_to_cpu:
-            tensors = sum(p.trains for unit in self.units for p in unit.parameters)
-            optimizer = 2 * self.trained + 4 * tensors
-            self.static = {"parameters": self.parameters, "optimizer": optimizer}
+            self.static = {"parameters": self.parameters, "optimizer": self.optimizer}
             # gradients of earlier micro-batches are there from the start, those of this one come in backward
             self.static["gradients"] = self.trained if plan.micro_batches > 1 else 0
         self.kept: Amounts = {"text": 0, "experts": 0, "vision": 0, "head": 0}
@@ -238,14 +237,12 @@ def estimate(plan: Plan) -> Estimate:
     host = step.on_host
     backward = max(step.backward(), key=lambda moment: moment.total)
     trained = step.trained
-    tensors = sum(parameter.trains for unit in step.units for parameter in unit.parameters)
-    optimizer = 2 * trained + 4 * tensors
     if plan.offload_to_cpu:
-        host += step.parameters + trained + optimizer
+        host += step.parameters + trained + step.optimizer
     return Estimate(
         parameters=step.parameters,
         gradients=trained,
-        optimizer=optimizer,
+        optimizer=step.optimizer,
         after_forward=after,
         peak=max(forward, backward, key=lambda moment: moment.total),
         host=host,

@@ -15,6 +15,7 @@ from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.models.lora import Adapter, LoraOptions
 from mindspeed_mm.models.memory import BYTES, MASTER_BYTES, Parameter, Plan, Unit
+from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 from mindspeed_mm.models.parameter_rules import Settings, compile_rules, frozen_parts
 from mindspeed_mm.models.spec import ModelConfig, get_spec
 
@@ -75,6 +76,7 @@ def plan_run(
         frozen_names=frozenset(name for name, setting in trained.weights.items() if not setting.trainable),
         adapters=trained.adapters,
         frozen_param_bytes=BYTES[args.frozen_param_dtype],
+        optimizer_state=OptimizerStateLayout.of(args),
         recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
         recompute_num_layers=args.recompute_num_layers,
@@ -250,16 +252,17 @@ def checkpoint_bytes(plan: Plan, *, moments: bool, trainable_only: bool = False)
 
     Args:
         plan: of the run.
-        moments: AdamW's two as well, of the trainable parameters.
+        moments: the optimizer's state as well.
         trainable_only: no frozen parameters (``--save-trainable-only``).
 
     Checkpoints of a LoRA run also hold the adapters as a PEFT directory, in fp32.
     """
-    of_trainable = MASTER_BYTES * (3 if moments else 1)
     of_frozen = 0 if trainable_only else plan.frozen_param_bytes
     unsharded = dataclasses.replace(plan, world_size=1, sharding_size=1, expert_size=1, context_size=1)
-    return BYTES["fp32"] * sum(adapter.size for adapter in plan.adapters) + sum(
-        math.prod(parameter.shape) * (of_trainable if parameter.trains else of_frozen)
-        for unit in units_of(unsharded)
-        for parameter in unit.parameters
-    )
+    total = BYTES["fp32"] * sum(adapter.size for adapter in plan.adapters)
+    for unit in units_of(unsharded):
+        for parameter in unit.parameters:
+            total += math.prod(parameter.shape) * (MASTER_BYTES if parameter.trains else of_frozen)
+            if moments and parameter.trains:
+                total += plan.optimizer_state.nbytes(parameter.name, parameter.shape)
+    return total

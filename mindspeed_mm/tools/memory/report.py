@@ -25,7 +25,7 @@ def table(run: Run, device: Device) -> list[str]:
         "",
         *_held(plan, advice.estimate),
         "",
-        *_peak(advice.estimate, device),
+        *_peak(plan, advice.estimate, device),
         verdict(advice.estimate, device),
         "",
         *([] if device.fits(advice.estimate) else [*_offered(advice), ""]),
@@ -86,18 +86,24 @@ def _heading(plan: Plan) -> list[str]:
 
 def _held(plan: Plan, result: Estimate) -> list[str]:
     where = "in host memory" if plan.offload_to_cpu else "on the device"
+    terms = _terms(plan)
     lines = [f"{f'persistent memory of each rank, {where}':<72}{'GiB':>9}"]
     for name in ("parameters", "gradients", "optimizer"):
-        lines.append(_row(TERMS[name], getattr(result, name)))
+        lines.append(_row(terms[name], getattr(result, name)))
     if result.host and not plan.offload_to_cpu:
         lines.append(_row("activations in host memory", result.host))
     return lines
 
 
-def _peak(result: Estimate, device: Device) -> list[str]:
+def _terms(plan: Plan) -> dict[str, str]:
+    return {**TERMS, "optimizer": f"{plan.optimizer_state.description}, this rank's shards"}
+
+
+def _peak(plan: Plan, result: Estimate, device: Device) -> list[str]:
+    terms = _terms(plan)
     lines = [f"{f'peak ({result.peak.when})':<72}{'GiB':>9}"]
     amounts = sorted(result.peak.amounts.items(), key=lambda item: -item[1])
-    lines += [_row(TERMS[name], value) for name, value in amounts if value]
+    lines += [_row(terms[name], value) for name, value in amounts if value]
     lines.append(_row("total", result.peak.total))
     return lines
 

@@ -17,9 +17,10 @@ from mindspeed_mm.checkpoint.directory import METADATA
 from mindspeed_mm.checkpoint.files import file_checksum
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.progress import Progress
-from mindspeed_mm.checkpoint.state import TrainingState, initialize_optimizer_state, load_checkpoint
+from mindspeed_mm.checkpoint.state import TrainingState, load_checkpoint
 from mindspeed_mm.checkpoint.storage import read_metadata
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.optimizers.adamw import AdamW
 from tests.helpers.log_lines import log_lines
 
 BACKEND = select_backend("cpu")
@@ -32,8 +33,8 @@ def make(*, width: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32,
     """A small model and its optimizer, with moments."""
     torch.manual_seed(seed)
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters())
-    initialize_optimizer_state(optimizer)
+    optimizer = AdamW(model.parameters())
+    optimizer.allocate_state()
     for state in optimizer.state.values():
         for value in state.values():
             value.fill_(seed + 0.5)
@@ -135,7 +136,7 @@ def test_weights_alone_start_the_rest_afresh_in_one_line(tmp_path: Path) -> None
     assert progress.iteration == 0 and not optimizer.state
     (line,) = lines
     assert line.endswith(
-        f"{path} holds weights alone, as converted checkpoints do: it has no AdamW's moments, which start from zero, "
+        f"{path} holds weights alone, as converted checkpoints do: it has no optimizer state, which starts from zero, "
         "and no RNG states, which start from --seed"
     )
 
@@ -153,8 +154,8 @@ def test_moments_of_other_parameters_are_refused(tmp_path: Path, trained_then, t
         model, _ = make()
         for index, layer in enumerate(model):
             layer.requires_grad_(index in layers)
-        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-        initialize_optimizer_state(optimizer)
+        optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+        optimizer.allocate_state()
         return model, optimizer
 
     path = save(tmp_path, *training(trained_then))

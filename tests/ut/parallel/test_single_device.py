@@ -14,7 +14,7 @@ from mindspeed_mm.parallel.fsdp import shard_model
 from mindspeed_mm.parallel.mesh import build_layout
 from mindspeed_mm.parallel.single_device import apply_mixed_precision, cached_compute_weights
 from mindspeed_mm.training.gradients import local
-from mindspeed_mm.training.optimizer import AdamW
+from mindspeed_mm.training.optimizers.adamw import AdamW
 from tests.helpers.hf_model import mixed_samples, step_samples, tiny_model
 from tests.helpers.mcore_model import model_like, part_settings
 

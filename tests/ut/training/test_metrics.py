@@ -11,7 +11,7 @@ from torch import nn
 
 from mindspeed_mm.backend.transfer import DeviceEvent
 from mindspeed_mm.training.metrics import QueuedStep, StepDetails, StepMetrics, StepReader, rates_per_device
-from mindspeed_mm.training.optimizer import AdamW
+from mindspeed_mm.training.optimizers.adamw import AdamW
 
 
 def optimizer_of(parameter: nn.Parameter) -> AdamW:

@@ -13,13 +13,14 @@ from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint.directory import METADATA, iteration_name, write_tracker
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.progress import Progress
-from mindspeed_mm.checkpoint.state import TrainingState, initialize_optimizer_state, load_checkpoint
+from mindspeed_mm.checkpoint.state import TrainingState, load_checkpoint
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.training.optimizer import build_schedule
+from mindspeed_mm.training.optimizers.adamw import AdamW
 from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_schedule, check_start, check_steps_remain, schedule_settings
 from tests.helpers.checkpoint_directory import commit_directory
@@ -122,8 +123,8 @@ def test_factors_on_the_learning_rate_belong_to_the_schedule(tmp_path, saved, ov
 def run_of(*, frozen=(), dense=False):
     """The model of a run, AdamW with moments, and the settings of its parameters."""
     model, model_config = model_like(tiny_model(dense=dense), frozen=frozen)
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    initialize_optimizer_state(optimizer)
+    optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer.allocate_state()
     return model, model_config, optimizer, part_settings(model_config, frozen)
 
 
