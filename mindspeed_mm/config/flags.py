@@ -104,6 +104,10 @@ class OptimizerArgs(StrictModel):
     """Optimizer, learning rate and loss"""
 
     optimizer_selection: Literal["fused_torch_adamw"] = effective("fused_torch_adamw", "optimizer")
+    moment_dtype: Literal["fp32", "bf16", "int8"] = effective(
+        "fp32", "how AdamW's moments are stored: bf16 rounds stochastically, int8 has a scale per 256 neighbours; the "
+        "update is computed in fp32 (docs/optimizers.md)",
+    )
     lr: float = effective(REQUIRED, "peak learning rate", gt=0)
     vision_lr: float | None = effective(
         None, "peak learning rate of the vision encoder; its schedule is --lr's, scaled (default: --lr)", gt=0

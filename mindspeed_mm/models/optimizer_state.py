@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.flags import OptimizerArgs
 
 StateEntry = tuple[tuple[int, ...], str]
 """Shape of a whole tensor, before sharding, and its dtype."""
+MomentDtype = Literal["fp32", "bf16", "int8"]
 
+BLOCK = 256
+"""Neighbours on the last dimension that share a scale: int8 moments."""
+FEWEST_ELEMENTS = 4096
+"""Moments of smaller parameters are always fp32."""
 _BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 
 
@@ -22,22 +27,40 @@ class OptimizerStateLayout:
     """What the optimizer that the flags select keeps of each parameter.
 
     Tensors have the parameter's number of dimensions and are sharded as it is, but for scalars, which every rank holds.
+
+    Attributes:
+        moment_dtype: of AdamW's moments, where :meth:`dtype_of` does not keep fp32.
     """
+
+    moment_dtype: MomentDtype = "fp32"
 
     @classmethod
     def of(cls, args: OptimizerArgs) -> OptimizerStateLayout:
         """The layout of a run with these flags."""
-        return cls()
+        return cls(args.moment_dtype)
 
     @property
     def flags(self) -> dict[str, tuple[str, str]]:
         """Flags that decide the layout: flag -> value, default. A run with other values cannot load this state."""
-        return {"--optimizer-selection": ("fused_torch_adamw", "fused_torch_adamw")}
+        return {
+            "--optimizer-selection": ("fused_torch_adamw", "fused_torch_adamw"),
+            "--moment-dtype": (self.moment_dtype, "fp32"),
+        }
 
     @property
     def description(self) -> str:
         """What the state is, for reports."""
-        return "AdamW's two moments, fp32"
+        return f"AdamW's two moments, {self.moment_dtype}"
+
+    def dtype_of(self, shape: tuple[int, ...]) -> MomentDtype:
+        """How moments of a parameter are stored: fp32 if it is small or a vector, or for int8 where no blocks fit.
+
+        Decided by the whole parameter, so that it does not depend on the sharding. Vectors are sharded along the last
+        dimension, which blocks must not be.
+        """
+        if len(shape) < 2 or math.prod(shape) < FEWEST_ELEMENTS or (self.moment_dtype == "int8" and shape[-1] % BLOCK):
+            return "fp32"
+        return self.moment_dtype
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, StateEntry]:
         """Key -> whole tensor of a parameter's state.
@@ -46,7 +69,13 @@ class OptimizerStateLayout:
             name: of the parameter in the model.
             shape: of the whole parameter.
         """
-        return {"step": ((), "float32"), "exp_avg": (shape, "float32"), "exp_avg_sq": (shape, "float32")}
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "int8": "uint8"}[self.dtype_of(shape)]
+        moment: StateEntry = (shape, dtype)
+        tensors: dict[str, StateEntry] = {"step": ((), "float32"), "exp_avg": moment, "exp_avg_sq": moment}
+        if dtype == "uint8":
+            scales = (*shape[:-1], shape[-1] // BLOCK)
+            tensors |= {"exp_avg_scale": (scales, "float32"), "exp_avg_sq_scale": (scales, "float32")}
+        return tensors
 
     def nbytes(self, name: str, shape: tuple[int, ...], *, held: int | None = None) -> int:
         """Bytes of a parameter's state, without scalars.

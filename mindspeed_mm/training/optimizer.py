@@ -13,6 +13,7 @@ from mindspeed_mm.models.parameter_rules import Settings
 from mindspeed_mm.training.gradients import by_mesh
 from mindspeed_mm.training.optimizers.adamw import AdamW
 from mindspeed_mm.training.optimizers.base import ShardedOptimizer
+from mindspeed_mm.training.optimizers.low_precision import LowPrecisionAdamW
 from mindspeed_mm.training.resume_checks import names_of_scales, schedule_settings
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) ->
             {"params": parameters, "lr_mult": lr_scale, "wd_mult": decay_scale, "name": names[lr_scale]}
             for (lr_scale, decay_scale), parameters in by_factors.items()
         ]
-    optimizer = AdamW(
+    layout = OptimizerStateLayout.of(args)
+    optimizer = (AdamW if layout.moment_dtype == "fp32" else LowPrecisionAdamW)(
         groups,
         lr=args.lr,
         betas=(args.adam_beta1, args.adam_beta2),
@@ -42,7 +44,7 @@ def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) ->
         weight_decay=args.weight_decay,
         triton=not args.no_triton_kernels,
     )
-    optimizer.layout = OptimizerStateLayout.of(args)
+    optimizer.layout = layout
     optimizer.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return optimizer
 

@@ -41,8 +41,10 @@ class AdamW(ShardedOptimizer, torch.optim.AdamW):
             self._step_in_one_pass(finite, torch.ones_like(finite, dtype=torch.float32) if scale is None else scale)
             return
         if scale is not None:
-            gradients = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, scale)
+            parameters = (parameter for group in self.param_groups for parameter in self.fused_parameters(group))
+            gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
         if not self.skips_on_device:
             if finite.item():
                 self.step()
@@ -52,6 +54,10 @@ class AdamW(ShardedOptimizer, torch.optim.AdamW):
             self.step()
         finally:
             del self.found_inf
+
+    def fused_parameters(self, group: dict[str, Any]) -> list[nn.Parameter]:
+        """The parameters of a group that the fused kernels step."""
+        return group["params"]
 
     @torch.no_grad()
     def _step_in_one_pass(self, finite: Tensor, scale: Tensor) -> None:
@@ -68,7 +74,7 @@ class AdamW(ShardedOptimizer, torch.optim.AdamW):
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """A step's inputs as plain tensors: dispatching DTensors takes longer than small updates themselves."""
-        has_complex = super()._init_group(group, *lists)
+        has_complex = super()._init_group({**group, "params": self.fused_parameters(group)}, *lists)
         for tensors in lists:
             tensors[:] = [local(tensor) for tensor in tensors]
         return has_complex

@@ -60,6 +60,7 @@ def _zeros(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) 
     if not isinstance(parameter, DTensor):
         return zeros
     whole = torch.empty(shape, device="meta")
-    return DTensor.from_local(
+    zeros = DTensor.from_local(
         zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
+    return zeros.to(shard.device)  # offloaded shards are not on the mesh's device, to which from_local copies
