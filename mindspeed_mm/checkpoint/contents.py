@@ -238,19 +238,18 @@ def _fits(stored: str, dtype: str, *, exact: bool) -> bool:
 def _check_optimizer(path: Path, flags: Any, optimizer: OptimizerStateLayout) -> None:
     """Refuse the state of an optimizer that the run's flags do not select.
 
-    ``flags``: what the manifest records of the run that wrote the state; flags that it did not give had their defaults.
+    ``flags``: what the manifest records of the run that wrote the state, if it does; those not given had their default.
     """
-    recorded = flags if isinstance(flags, Mapping) else {}
-    differing = {
-        flag: (recorded.get(flag, default), now) for flag, (now, default) in optimizer.flags.items()
-        if recorded.get(flag, default) != now
-    }
+    if not isinstance(flags, Mapping):
+        return
+    then = {flag: shorten(flags.get(flag, default), 40) for flag, (_, default) in optimizer.flags.items()}
+    differing = [flag for flag, (now, _) in optimizer.flags.items() if then[flag] != now]
     if differing:
-        now = " ".join(f"{flag} {value}" for flag, (_, value) in differing.items())
-        then = " ".join(f"{flag} {shown(value)}" for flag, (value, _) in differing.items())
+        before = " ".join(f"{flag} {then[flag]}" for flag in differing)
         raise UserError(
-            f"{path} holds optimizer state of {then}, which a run of {now} cannot continue; pass {then}, or add "
-            "--no-load-optim to start the optimizer's state from zero"
+            f"{path} holds optimizer state of {before}, which a run with "
+            f"{' '.join(f'{flag} {optimizer.flags[flag][0]}' for flag in differing)} cannot continue; pass {before}, "
+            "or add --no-load-optim to start the optimizer's state from zero"
         )
 
 

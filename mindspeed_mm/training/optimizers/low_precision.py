@@ -23,8 +23,8 @@ from mindspeed_mm.training.optimizers.moments import (
 )
 
 CHUNK, HOST_CHUNK = 1 << 23, 1 << 18
-"""Elements that are updated at a time, on an accelerator and on the host: temporary memory is some 40 bytes for each, and
-the host's fit into a cache."""
+"""Elements that are updated at a time, on an accelerator and on the host, where they fit into a cache. Temporary memory
+is some 40 bytes for each."""
 _STEP_MULTIPLIER = 0x9E3779B1 - 2**32  # odd, so that no two steps have the same seed
 
 
@@ -64,7 +64,8 @@ class LowPrecisionAdamW(AdamW):
             if not self.state[parameter]:
                 self.state[parameter] = self.initial_state(parameter)
         states = [self.state[parameter] for parameter in parameters]
-        torch._foreach_add_([state["step"] for state in states], finite.float())
+        # one addend per step: a single scalar on the CPU would be read
+        torch._foreach_add_([state["step"] for state in states], [finite.float()] * len(states))
         steps = torch.stack([state["step"] for state in states])
         # in the range of fp32 no cancellation, and not beta**steps, for which torch copies beta to the device and waits
         logarithms = [math.log(beta) if beta > 0.0 else -math.inf for beta in group["betas"]]
