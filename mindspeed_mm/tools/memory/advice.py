@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from mindspeed_mm.config.checks import context_parallel_sizes, expert_parallel_sizes
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.optimizer_state import MomentDtype
 from mindspeed_mm.tools.memory.estimate import Estimate, estimate
-from mindspeed_mm.tools.memory.plan import Run
+from mindspeed_mm.tools.memory.plan import Run, units_of
 
 NODE = 8
 """Ranks between which an all-to-all is assumed to be fast."""
@@ -119,13 +120,16 @@ class Advice:
 def advise(run: Run, device: Device) -> Advice:
     """Estimate a run, and with changed options.
 
-    Settings that fit are the single changes that do; if there are none, several changes together; and besides these the
-    smallest multiple of the ranks, offload to the host, and LoRA, each with other changes as far as they are needed.
+    Settings that fit are the single changes that do; if there are none, several changes together; and besides these
+    moments in fewer bits, the smallest multiple of the ranks, offload to the host, and LoRA, each with other changes as
+    far as they are needed.
     """
     search = _Search(run, device)
-    offload = [] if run.fsdp.offload_to_cpu else [_offload(run)]
+    moments, offload = [], []
+    if not run.fsdp.offload_to_cpu:
+        moments, offload = list(_moments(run)), [_offload(run)]
     others = [*offload, *_lora(run)]
-    tried = [(change, search.setting([change])) for change in (*search.changes, _more_ranks(run, 2), *others)]
+    tried = [(change, search.setting([change])) for change in (*search.changes, _more_ranks(run, 2), *moments, *others)]
     single = _found(*(setting for _, setting in tried))
     if device.fits(search.before):
         return Advice(search.before, single, [])
@@ -136,8 +140,8 @@ def advise(run: Run, device: Device) -> Advice:
     fitting = list(first.values())
     if not fitting:
         fitting += _found(search.combined())
-    # more ranks or the host are no help to what fits without
-    found = _found(search.more_ranks(), *(search.combined(change) for change in others))
+    # moments in fewer bits, more ranks or the host are no help to what fits without
+    found = _found(search.first(moments), search.more_ranks(), *(search.combined(change) for change in others))
     fitting += [other for other in found if not any(other.has_all_of(setting) for setting in fitting)]
     return Advice(search.before, single, fitting)
 
@@ -204,15 +208,24 @@ class _Search:
         plan = self.run.plan
         if plan.offload_to_cpu or any(change.topic in ("offload", "lora") for change in changes):
             return True
-        whole = (self.before.parameters + self.before.optimizer) * plan.sharding_size
+        optimizer = self.before.optimizer
+        for change in changes:
+            if change.topic == "moments":
+                layout = dataclasses.replace(plan.optimizer_state, **change.args)
+                optimizer = sum(unit.optimizer_bytes(layout) for unit in units_of(plan))
+        whole = (self.before.parameters + optimizer) * plan.sharding_size
         return whole <= self.device.free * plan.world_size * math.prod(change.times for change in changes)
+
+    def first(self, changes: Sequence[Change]) -> Setting | None:
+        """The setting with the first of these changes with which the run fits."""
+        tried = (self.combined(change) for change in changes)
+        return next((setting for setting in tried if setting is not None), None)
 
     def more_ranks(self) -> Setting | None:
         """The smallest multiple of the ranks with which the run fits."""
         with_room = [more for more in (_more_ranks(self.run, times) for times in TIMES) if self.has_room([more])]
         # with four times the first of them, parameters and optimizer take a quarter at most: the rest is activations
-        tried = (self.combined(more) for more in with_room[:3])
-        return next((setting for setting in tried if setting is not None), None)
+        return self.first(with_room[:3])
 
 
 def _described(changes: Sequence[Change], run: Run, changed: Run) -> tuple[str, tuple[str, ...]]:
@@ -276,6 +289,14 @@ def _changes(run: Run) -> Iterator[Change]:
 
 def _more_ranks(run: Run, times: int) -> Change:
     return Change(topic="ranks", field=f"NPUS_PER_NODE x NNODES = {times * run.world_size} devices", times=times)
+
+
+def _moments(run: Run) -> Iterator[Change]:
+    """The optimizer's moments in fewer bits, which an exact resume does not allow to change."""
+    dtypes = list(get_args(MomentDtype))
+    for dtype in dtypes[dtypes.index(run.args.moment_dtype) + 1 :]:
+        yield Change(topic="moments", field=f"--moment-dtype {dtype}", args={"moment_dtype": dtype},
+                     note=f"moments rounded to {dtype}")  # fmt: skip
 
 
 def _offload(run: Run) -> Change:

@@ -13,7 +13,7 @@ from mindspeed_mm.tools.memory.plan import Run, units_of
 GIB = 2**30
 RESERVE_GB = 4.0
 """GiB of a device that the driver, buffers of the collective library and fragmentation are assumed to need."""
-MOST_OFFERS = 4
+MOST_OFFERS = 5
 """Settings in a warning."""
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mindspeed_mm.models.memory import Plan
+from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 from mindspeed_mm.models.parameter_rules import apply_settings
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.model import build_model
@@ -21,7 +22,7 @@ from mindspeed_mm.tools.memory.__main__ import main, read_run
 from mindspeed_mm.tools.memory.advice import Device
 from mindspeed_mm.tools.memory.communication import volumes
 from mindspeed_mm.tools.memory.estimate import estimate
-from mindspeed_mm.tools.memory.plan import units_of
+from mindspeed_mm.tools.memory.plan import checkpoint_bytes, units_of
 from mindspeed_mm.tools.memory.report import GIB, verdict
 from tests.helpers.mcore_model import PIXEL_NORM, part_settings
 from tests.helpers.published import config_30b, published_config
@@ -115,6 +116,27 @@ def test_frozen_parameters_in_bf16_save_half_of_their_bytes():
     assert (one["parameters"] - two["parameters"], one["gathered"] - two["gathered"]) == (2 * whole, 2 * whole)
 
 
+@pytest.mark.parametrize(("dtype", "nbytes"), [("fp32", 8), ("bf16", 4), ("int8", 2 * (1 + 4 / 256))])
+def test_moments_by_hand(dtype, nbytes):
+    """All but a thousandth of the parameters are matrices; vectors, and what has no whole blocks, keep fp32."""
+    plan = published(8, optimizer_state=OptimizerStateLayout(dtype))
+    result = estimate(plan)
+    trained = result.gradients / 4
+    assert result.optimizer == pytest.approx(nbytes * trained, rel=2e-3 if dtype != "fp32" else 1e-6)
+    assert result.optimizer == result.peak.amounts["optimizer"]
+    by_hand = 0
+    for unit in units_of(plan):
+        for parameter in unit.parameters:
+            is_fp32 = len(parameter.shape) < 2 or (dtype == "int8" and parameter.shape[-1] % 256)
+            by_hand += parameter.trains * unit._part(parameter.shape) * (8 if is_fp32 else nbytes)
+    assert result.optimizer == pytest.approx(by_hand, rel=1e-6)
+    offloaded = estimate(dataclasses.replace(plan, offload_to_cpu=True))
+    assert offloaded.host == result.parameters + result.gradients + result.optimizer
+    whole = dataclasses.replace(plan, world_size=1, sharding_size=1)
+    moments = checkpoint_bytes(whole, moments=True) - checkpoint_bytes(whole, moments=False)
+    assert moments == pytest.approx(8 * result.optimizer, rel=1e-3)
+
+
 def test_chunks_bound_the_logits():
     long = {"tokens": 16384, "target_tokens": 16000}
     whole, chunked = (
@@ -158,6 +180,11 @@ def test_command_takes_the_launchers_flags(files, capsys):
     text = capsys.readouterr().out
     assert "31.07 B parameters, 30.53 B of them trained" in text and "fits, " in text
     assert "all-to-all of tokens" in text and "with one change" in text
+
+
+def test_report_names_the_moments(files, capsys):
+    assert main(["--nproc", "8", "--mm-model", str(files / "model.json"), "--moment-dtype", "int8"]) == 0
+    assert "AdamW's two moments, int8, this rank's shards" in capsys.readouterr().out
 
 
 def test_either_spelling_of_a_value_and_the_former_name_of_an_option(files):

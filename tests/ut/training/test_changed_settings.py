@@ -68,6 +68,7 @@ def test_flags(job: Callable[..., JobConfig], tmp_path: Path) -> None:
         "--clip-grad was 1.0 and is 0.5; --seq-length was 128 and is 64"
     )
     assert "--clip-grad was 1.0" in str(warning(job("--clip-grad", "0")))
+    assert "--moment-dtype was fp32 and is int8" in str(warning(job("--moment-dtype", "int8", "--no-load-optim")))
 
 
 def test_another_schedule_that_was_asked_for(job: Callable[..., JobConfig]) -> None:

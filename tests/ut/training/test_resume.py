@@ -19,7 +19,7 @@ from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.parameter_rules import compile_rules
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
-from mindspeed_mm.training.optimizer import build_schedule
+from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.optimizers.adamw import AdamW
 from mindspeed_mm.training.resume import RUN_KEY, choose_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_schedule, check_start, check_steps_remain, schedule_settings
@@ -167,6 +167,45 @@ def test_what_the_ranks_refuse_is_refused_before_they_start_with_the_same_line(t
             lines.append(str(error))
     assert len(set(lines)) == (reason is not None) and len(lines) in (0, 2)
     assert reason is None or re.search(reason, lines[0])
+
+
+@pytest.mark.parametrize("then", [None, "fp32", "bf16", "int8"])
+@pytest.mark.parametrize("now", ["fp32", "bf16", "int8"])
+def test_state_of_other_moments_is_refused(tmp_path, then, now):
+    """None: a checkpoint of a run before there was a choice."""
+    backend, lines = select_backend("cpu"), []
+    model, model_config, _, settings = run_of()
+    optimizers = {}
+    for dtype in (then or "fp32", now):
+        args = flags(tmp_path, "--train-iters", "2", "--global-batch-size", "1", "--moment-dtype", dtype)
+        optimizers[dtype] = build_optimizer(model, args, settings)
+        optimizers[dtype].allocate_state()
+    recorded = {"--lr": 1.0} if then is None else {"--moment-dtype": then}
+    state = TrainingState(model, optimizers[then or "fp32"], backend, with_rng=False)
+    manager = CheckpointManager(
+        state, SaveOptions(tmp_path / "first"), backend=backend, metadata={"flags": recorded}
+    )
+    manager.start(Progress(iteration=1))
+    path = tmp_path / "first" / iteration_name(1)
+    given = ["--load", str(tmp_path / "first"), "--train-iters", "2", "--global-batch-size", "1"]
+    args = flags(tmp_path, *given, "--moment-dtype", now)
+    for start in (
+        lambda: check_start(args, SPEC, model_config, settings, model_directory="hf"),
+        lambda: load_checkpoint(path, model=model, optimizer=optimizers[now], backend=backend, with_rng=False),
+    ):
+        try:
+            start()
+        except UserError as error:
+            lines.append(str(error))
+    then = then or "fp32"
+    line = (
+        f"{path} holds optimizer state of --moment-dtype {then}, which a run with --moment-dtype {now} cannot "
+        f"continue; pass --moment-dtype {then}, or add --no-load-optim to start the optimizer's state from zero"
+    )
+    assert lines == [line, line] * (then != now)
+    for flag in ("--no-load-optim", "--finetune"):
+        args = flags(tmp_path, *given, "--moment-dtype", now, flag)
+        check_start(args, SPEC, model_config, settings, model_directory="hf")
 
 
 @pytest.mark.parametrize(
