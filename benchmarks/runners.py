@@ -79,14 +79,18 @@ class OurRunner:
         frozen_vision: bool = False,
         balanced: bool = False,
         lora: LoraOptions | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
-        """Trains on ``steps`` in a cycle; ``balanced``: see :mod:`benchmarks.balance`; ``lora``: adapters only."""
+        """Trains on ``steps`` in a cycle.
+
+        ``balanced``: see :mod:`benchmarks.balance`; ``lora``: adapters only; ``flags``: of the launcher, over its own.
+        """
         micro, accumulation = len(steps[0][0]), len(steps[0])
         layout = build_layout(device_type=backend.device.type)
         args = parse_args(
             f"--mm-data x --mm-model x --use-torch-fsdp2 --micro-batch-size {micro} --global-batch-size "
             f"{micro * accumulation * layout.dp_size} --seq-length 65536 --train-iters 1000000 --lr {LEARNING_RATE} "
-            f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP} --calculate-per-token-loss".split()
+            f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP} --calculate-per-token-loss".split() + list(flags)
         )
         with torch.device("meta"):
             self.model = build_model(

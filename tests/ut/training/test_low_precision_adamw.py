@@ -373,7 +373,7 @@ def test_int8_is_the_papers():
 
 
 def test_int8_equals_torchaos():
-    optim = pytest.importorskip("torchao.optim", reason="torchao, a development requirement, is not installed")
+    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed", exc_type=ImportError)
     start, gradients, ours = int8_run()
     theirs = nn.Parameter(start.clone())
     options = {**OPTIONS, "lr": torch.tensor(OPTIONS["lr"])}
