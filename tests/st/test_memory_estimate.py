@@ -101,6 +101,7 @@ QUICK = {
     "FSDP, packed": case(PACKED, processes=2),
     "EP 2, full recompute, vision trains": case(EVEN, *EP2, *FULL, processes=2, trains="vision projector text"),
     "LoRA, FSDP, full recompute": case(EVEN, *LORA, *FULL, processes=2),
+    "EP 2, int8 moments": case(EVEN, *EP2, "--moment-dtype", "int8", processes=2),
 }
 CASES = {
     "one process": case(),
@@ -120,6 +121,7 @@ CASES = {
     "FSDP, dense, tied": case(processes=2, dense=True, tied=True),
     "FSDP, much weight": case(SHORT, processes=2, **LARGE),
     "FSDP, much weight, 2 micro-batches, full": case(SHORT, *FULL, processes=2, micro_batches=2, **LARGE),
+    "FSDP, much weight, bf16 moments": case(SHORT, "--moment-dtype", "bf16", processes=2, **LARGE),
     "FSDP, prefetch 3": case(processes=2, fsdp={"num_to_forward_prefetch": 3, "num_to_backward_prefetch": 3}),
     "two copies (HSDP), 2 micro-batches": case(processes=2, micro_batches=2, fsdp={"sharding_size": 1}),
     "EP 2": case(EVEN, *EP2, processes=2),
