@@ -14,7 +14,7 @@ from mindspeed_mm.training.optimizers.adamw import AdamW
 from mindspeed_mm.training.optimizers.moments import (
     dequantize,
     halves,
-    hash_,
+    hash_in_place,
     name_constant,
     quantize,
     random_bits,
@@ -73,7 +73,7 @@ class LowPrecisionAdamW(AdamW):
         step_sizes, roots = group["lr"] / first, second.sqrt()
         counts = steps.to(torch.int32).mul_(_STEP_MULTIPLIER)
         for index, parameter in enumerate(parameters):
-            seed = hash_((counts[index] + name_constant(self.names.get(parameter, ""))).reshape(1))
+            seed = hash_in_place((counts[index] + name_constant(self.names.get(parameter, ""))).reshape(1))
             self._step_one(parameter, group, finite, scale, step_sizes[index], roots[index], seed)
 
     def _step_one(

@@ -28,7 +28,7 @@ def name_constant(name: str) -> int:
     return _int32(zlib.crc32(name.encode()))
 
 
-def hash_(values: Tensor) -> Tensor:
+def hash_in_place(values: Tensor) -> Tensor:
     """Hash int32 values in place: a bijection of 32 bits, whose halves are used as two random numbers."""
     low, high = values.view(torch.int16).unflatten(-1, (-1, 2)).unbind(-1)  # little-endian
     for _ in range(2):
@@ -64,7 +64,7 @@ def random_bits(rows: Tensor, length: int, seed: Tensor) -> Tensor:
         length: L.
         seed: int32 scalar.
     """
-    return hash_((rows + seed).unsqueeze(1) + torch.arange(length, dtype=torch.int32, device=rows.device))
+    return hash_in_place((rows + seed).unsqueeze(1) + torch.arange(length, dtype=torch.int32, device=rows.device))
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mindspeed_mm.training.optimizers.moments import (
     dequantize,
     dynamic_table,
     halves,
-    hash_,
+    hash_in_place,
     name_constant,
     quantize,
     random_bits,
@@ -255,8 +255,8 @@ def test_random_numbers_are_uniform_and_independent():
     count, rows = 1 << 18, torch.arange(1 << 10, dtype=torch.int32) * 256
 
     def drawn(step: int, name: str) -> list[Tensor]:
-        seed = hash_((torch.tensor(step, dtype=torch.int32) * low_precision._STEP_MULTIPLIER + name_constant(name))
-                     .to(torch.int32).reshape(1))  # fmt: skip
+        count = torch.tensor(step, dtype=torch.int32) * low_precision._STEP_MULTIPLIER
+        seed = hash_in_place((count + name_constant(name)).reshape(1))
         return [half.reshape(-1).double() / 65536 for half in halves(random_bits(rows, 256, seed))]
 
     streams = [half for step in (1, 2, 1000) for name in ("a.weight", "b.weight") for half in drawn(step, name)]
