@@ -16,6 +16,11 @@ from mindspeed_mm.config.model_options import LossMode, ModelOptions
 from mindspeed_mm.config.schema import EFFECTIVE, role_of, split_words
 from mindspeed_mm.errors import UserError
 
+_OF_DECAY_STYLE = {
+    "lr_wsd_decay_iters": "WSD", "lr_wsd_decay_style": "WSD", "lr_decay_power": "polynomial",
+    "lr_num_cycles": "cosine-with-restarts",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
@@ -49,10 +54,7 @@ def check_flags(args: TrainingArgs) -> None:
         raise UserError(
             f"--train-iters {args.train_iters} and --train-epochs {args.train_epochs:g} exclude each other; keep one"
         )
-    if args.min_lr > args.lr:
-        raise UserError(f"--min-lr {args.min_lr} exceeds --lr {args.lr}; lower it")
-    if args.lr_warmup_init > args.lr:
-        raise UserError(f"--lr-warmup-init {args.lr_warmup_init} exceeds --lr {args.lr}; lower it")
+    check_schedule_flags(args)
     if args.calculate_per_token_loss and args.calculate_per_sample_loss:
         raise UserError("--calculate-per-token-loss and --calculate-per-sample-loss exclude each other; keep one")
     for name in ("recompute_method", "recompute_num_layers"):
@@ -61,14 +63,6 @@ def check_flags(args: TrainingArgs) -> None:
                 f"{option_name(name)} {getattr(args, name)} belongs to --recompute-granularity full; "
                 f"add that, or leave {option_name(name)} out"
             )
-    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
-        raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
-    decay_iters = args.lr_decay_iters or args.train_iters
-    if decay_iters is not None and args.lr_warmup_iters >= decay_iters:  # None: checked when the data set is known
-        raise UserError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay_iters} steps of the decay "
-            "(--lr-decay-iters, --train-iters, or --train-epochs)"
-        )
     if args.exit_on_hang and not args.hang_watch_factor:
         raise UserError("--exit-on-hang needs the watchdog that --hang-watch-factor 0 switches off; drop one of them")
     if args.random_init and args.load is not None:
@@ -95,6 +89,67 @@ def check_flags(args: TrainingArgs) -> None:
                         "leave it out, and make a whole model with mm-convert merge_lora")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
+
+
+def check_schedule_flags(args: TrainingArgs) -> None:
+    """Rules among the flags of learning rate and weight decay.
+
+    Raises:
+        UserError: naming the flags and values that do not go together.
+    """
+    if args.min_lr > args.lr:
+        raise UserError(f"--min-lr {args.min_lr} exceeds --lr {args.lr}; lower it")
+    if args.lr_warmup_init > args.lr:
+        raise UserError(f"--lr-warmup-init {args.lr_warmup_init} exceeds --lr {args.lr}; lower it")
+    if args.lr_warmup_fraction and args.lr_warmup_iters:
+        raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
+    decay_iters = args.lr_decay_iters or args.train_iters
+    if decay_iters is not None and args.lr_warmup_iters >= decay_iters:  # None: checked when the data set is known
+        raise UserError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay_iters} steps of the decay "
+            "(--lr-decay-iters, --train-iters, or --train-epochs)"
+        )
+    for name, style in _OF_DECAY_STYLE.items():
+        if name in args.given and args.lr_decay_style != style:
+            raise UserError(
+                f"{option_name(name)} {getattr(args, name)} has no effect with --lr-decay-style {args.lr_decay_style}; "
+                f"leave it out, or set --lr-decay-style {style}"
+            )
+    if args.lr_decay_style == "inverse-square-root" and not (args.lr_warmup_fraction or args.lr_warmup_iters):
+        raise UserError("--lr-decay-style inverse-square-root decays with the length of the warm-up; add "
+                        "--lr-warmup-iters or --lr-warmup-fraction")
+    if args.lr_decay_style == "WSD":
+        _check_wsd(args, decay_iters)
+    _check_weight_decay(args)
+
+
+def _check_wsd(args: TrainingArgs, decay_iters: int | None) -> None:
+    """Warm-up and decay of WSD must fit into ``decay_iters``, the length of the schedule; None: not yet known."""
+    if args.lr_wsd_decay_iters is None:
+        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters, the steps of the decay at its end; add it")
+    if decay_iters is None:
+        return
+    warmup = args.lr_warmup_iters or math.ceil((args.lr_warmup_fraction or 0) * decay_iters)
+    if warmup + args.lr_wsd_decay_iters > decay_iters:
+        before = f" and the {warmup} steps of the warm-up exceed" if warmup else " exceeds"
+        raise UserError(
+            f"--lr-wsd-decay-iters {args.lr_wsd_decay_iters}{before} the {decay_iters} steps of the schedule "
+            "(--lr-decay-iters, --train-iters, or --train-epochs); lower --lr-wsd-decay-iters"
+        )
+
+
+def _check_weight_decay(args: TrainingArgs) -> None:
+    """The flags of a growing weight decay belong together."""
+    start, end, style = args.start_weight_decay, args.end_weight_decay, args.weight_decay_incr_style
+    for flag, value in (("--start-weight-decay", start), ("--end-weight-decay", end)):
+        if style == "constant" and value is not None:
+            raise UserError(f"{flag} {value} has no effect with --weight-decay-incr-style constant; leave it out, or "
+                            "set --weight-decay-incr-style linear or cosine")
+        if style != "constant" and value is None:
+            raise UserError(f"--weight-decay-incr-style {style} needs {flag}; add it")
+    if start is not None and end is not None and start > end:
+        raise UserError(f"--start-weight-decay {start} exceeds --end-weight-decay {end}, and weight decay can only "
+                        "grow; lower it")
 
 
 def with_train_iters(args: TrainingArgs, *, samples_per_epoch: int) -> TrainingArgs:

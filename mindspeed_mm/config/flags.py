@@ -114,9 +114,23 @@ class OptimizerArgs(StrictModel):
     )
     projector_lr: float | None = effective(None, "likewise of the vision projector (default: --lr)", gt=0)
     min_lr: float = effective(0.0, "learning rate at the end of the decay, and after it", ge=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = effective("cosine", "decay after the warm-up")
+    lr_decay_style: Literal[
+        "cosine", "linear", "constant", "inverse-square-root", "WSD", "polynomial", "cosine-with-restarts"
+    ] = effective("cosine", "decay after the warm-up; WSD: constant, then a decay of its own (docs/schedules.md)")
     lr_decay_iters: int | None = effective(
         None, "steps until --min-lr is reached (default: --train-iters)", ge=1, metavar="STEPS"
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = effective(
+        "exponential", "with --lr-decay-style WSD, the decay at its end"
+    )
+    lr_wsd_decay_iters: int | None = effective(
+        None, "with --lr-decay-style WSD, the last steps of the decay steps, in which the learning rate decays to "
+        "--min-lr", ge=1, metavar="STEPS",
+    )
+    lr_decay_power: float = effective(1.0, "with --lr-decay-style polynomial, its exponent; 1: linear", gt=0, le=100)
+    lr_num_cycles: int = effective(
+        1, "with --lr-decay-style cosine-with-restarts, the number of cosines, each from --lr to --min-lr", ge=1,
+        le=1_000_000, metavar="N",
     )
     lr_warmup_fraction: float | None = effective(
         None, "fraction of the decay steps over which the learning rate warms up to --lr", ge=0, lt=1
@@ -129,6 +143,13 @@ class OptimizerArgs(StrictModel):
         False, "on a resume, follow these flags where the checkpoint's schedule differs, instead of stopping"
     )
     weight_decay: float = effective(0.01, "AdamW's decoupled weight decay, per unit of learning rate", ge=0)
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = effective(
+        "constant", "how the weight decay grows over --train-iters; with linear and cosine --weight-decay has no effect"
+    )
+    start_weight_decay: float | None = effective(
+        None, "weight decay of the first step, with --weight-decay-incr-style linear or cosine", ge=0
+    )
+    end_weight_decay: float | None = effective(None, "likewise of the last step", ge=0)
     adam_beta1: float = effective(0.9, "decay of the gradient's running mean, per step", ge=0, lt=1)
     adam_beta2: float = effective(0.999, "decay of the squared gradient's running mean, per step", ge=0, lt=1)
     adam_eps: float = effective(1e-8, "term added to the root of the squared gradient's mean", gt=0)
@@ -360,9 +381,15 @@ class TrainingArgs(
     @property
     def warmup_samples(self) -> float:
         """Length of the warm-up in samples; fractions are kept, as in Megatron."""
-        if self.lr_warmup_fraction is not None:
+        if self.lr_warmup_fraction:
             return self.lr_warmup_fraction * self.decay_samples
         return float(self.lr_warmup_iters * self.global_batch_size)
+
+    @property
+    def weight_decay_range(self) -> tuple[float, float]:
+        """Weight decay at the start and at the end of the run; the same unless ``--weight-decay-incr-style`` grows."""
+        start, end = self.start_weight_decay, self.end_weight_decay
+        return (self.weight_decay, self.weight_decay) if start is None or end is None else (start, end)
 
 
 SECTIONS: tuple[type[StrictModel], ...] = TrainingArgs.__bases__[::-1]

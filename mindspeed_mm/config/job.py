@@ -69,6 +69,11 @@ class JobConfig(StrictModel):
             f"{self.recipe_keys.get(use.path, option_name(use.path))}: {use.info.description}"
             for use in walk(self.args) if use.role == NO_EFFECT and use.given
         ]
+        style = self.args.weight_decay_incr_style
+        if style != "constant" and "weight_decay" in self.args.given:
+            name = self.recipe_keys.get("weight_decay", "--weight-decay")
+            sentences.append(f"{name}: --weight-decay-incr-style {style} goes from --start-weight-decay to "
+                             "--end-weight-decay")
         for path, config in files:
             groups: dict[tuple[str, str], list[str]] = {}
             for use in walk(config):

@@ -57,9 +57,9 @@ def learning_rates(optimizer: torch.optim.Optimizer, schedule: OptimizerParamSch
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgs) -> OptimizerParamScheduler:
     """Megatron's schedule, counted in samples: iteration 1 runs at ``--lr-warmup-init``, 0 by default."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from mindspeed_mm.training.schedules import Schedule  # imports megatron-core
 
-    return OptimizerParamScheduler(optimizer, init_lr=args.lr_warmup_init, **schedule_settings(args))
+    return Schedule(optimizer, init_lr=args.lr_warmup_init, **schedule_settings(args))
 
 
 def schedule_state(schedule: OptimizerParamScheduler) -> dict[str, Any]:

@@ -139,7 +139,8 @@ def _run(
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args, settings)
     schedule = build_schedule(optimizer, args)
-    _log_lines(describe(settings, lr=args.lr, weight_decay=args.weight_decay))
+    start, end = args.weight_decay_range
+    _log_lines(describe(settings, lr=args.lr, weight_decay=start, final_weight_decay=end))
     progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config, lora=lora)
     check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)

@@ -26,7 +26,11 @@ from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
 from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.models.spec import ModelConfig, ModelSpec
 
-_MOVING = ("num_steps", "wd_incr_steps")  # the position; and the length of a constant weight decay
+_OF_STYLE = {  # fields of the schedule that only one decay style has
+    "WSD": ("wsd_decay_steps", "lr_wsd_decay_style"), "polynomial": ("lr_decay_power",),
+    "cosine-with-restarts": ("lr_num_cycles",),
+}
+_LENGTHS = ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps", "wsd_decay_steps")  # in samples
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _COMPARED_FLAGS = (
     *(name for name in OptimizerArgs.model_fields if name != "override_opt_param_scheduler"),
@@ -45,8 +49,12 @@ _NOT_COMPARED = frozenset(
 _SCHEDULE_FLAGS = {  # fields of Megatron's schedule -> what sets them
     "max_lr": "--lr", "min_lr": "--min-lr", "lr_warmup_steps": "warm-up (--lr-warmup-fraction, --lr-warmup-iters)",
     "lr_decay_steps": "decay (--train-iters, --lr-decay-iters)", "lr_decay_style": "--lr-decay-style",
-    "start_wd": "--weight-decay", "end_wd": "--weight-decay",
+    "start_wd": "--weight-decay", "end_wd": "--weight-decay", "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": "growth of the weight decay (--train-iters)", "wsd_decay_steps": "--lr-wsd-decay-iters",
+    "lr_wsd_decay_style": "--lr-wsd-decay-style", "lr_decay_power": "--lr-decay-power",
+    "lr_num_cycles": "--lr-num-cycles",
 }
+_GROWING_FLAGS = {"start_wd": "--start-weight-decay", "end_wd": "--end-weight-decay"}
 _DATASET = "dataset_param.basic_parameters.dataset"
 _MOST_NAMED = 8
 _ABSENT = object()
@@ -201,16 +209,24 @@ def check_steps_remain(progress: Progress, args: TrainingArgs) -> None:
 def schedule_settings(args: TrainingArgs) -> dict[str, Any]:
     """What the flags make of Megatron's learning-rate schedule, counted in samples, by the names of its state."""
     assert args.global_batch_size is not None, "load_job_config fills it in"
+    start_wd, end_wd = args.weight_decay_range
+    of_style = {
+        "wsd_decay_steps": (args.lr_wsd_decay_iters or 0) * args.global_batch_size,
+        "lr_wsd_decay_style": args.lr_wsd_decay_style,
+        "lr_decay_power": args.lr_decay_power,
+        "lr_num_cycles": args.lr_num_cycles,
+    }
     return {
         "max_lr": args.lr,
         "min_lr": args.min_lr,
         "lr_warmup_steps": args.warmup_samples,
         "lr_decay_steps": (args.lr_decay_iters or args.train_iters) * args.global_batch_size,
         "lr_decay_style": args.lr_decay_style,
-        "start_wd": args.weight_decay,
-        "end_wd": args.weight_decay,
+        "start_wd": start_wd,
+        "end_wd": end_wd,
         "wd_incr_steps": args.train_iters * args.global_batch_size,
-        "wd_incr_style": "constant",
+        "wd_incr_style": args.weight_decay_incr_style,
+        **{name: of_style[name] for name in _OF_STYLE.get(args.lr_decay_style, ())},
     }
 
 
@@ -253,7 +269,7 @@ def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str,
     differing = [
         _in_flags(key, value, current[key], args)
         for key, value in saved.items()
-        if progress.schedule and key in current and key not in _MOVING
+        if progress.schedule and key in current and key not in _not_compared(current)
         and (current[key] != value if key != "lr_scales" else _without_order(current[key]) != _without_order(value))
     ]
     if differing and not args.override_opt_param_scheduler:
@@ -270,22 +286,28 @@ def check_schedule(args: TrainingArgs, progress: Progress, current: Mapping[str,
         )
 
 
+def _not_compared(current: Mapping[str, Any]) -> tuple[str, ...]:
+    """The position, and the length over which a constant weight decay would grow."""
+    return ("num_steps", "wd_incr_steps") if current.get("wd_incr_style") == "constant" else ("num_steps",)
+
+
 def _in_flags(key: str, before: Any, now: Any, args: TrainingArgs) -> str:
     """A field of the schedule's state that has changed, by the flags that set it, and in steps instead of samples."""
-    flag = _SCHEDULE_FLAGS.get(key, key)
-    if key in ("lr_warmup_steps", "lr_decay_steps") and isinstance(before, (int, float)) and args.global_batch_size:
+    growing = _GROWING_FLAGS if args.weight_decay_incr_style != "constant" else {}
+    flag = growing.get(key) or _SCHEDULE_FLAGS.get(key, key)
+    if key in _LENGTHS and isinstance(before, (int, float)) and args.global_batch_size:
         return f"{flag} {before / args.global_batch_size:g} became {now / args.global_batch_size:g} steps"
     return f"{flag} {before!r} became {now!r}"
 
 
 def _former_batch_size(args: TrainingArgs, saved: Mapping[str, Any], current: Mapping[str, Any]) -> int | None:
     """The checkpoint's global batch size, if the schedule differs by nothing else."""
-    lengths = ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
+    lengths = [name for name in _LENGTHS if name in current]
     try:
         batch = saved["wd_incr_steps"] / args.train_iters
         scaled = all(math.isclose(saved[name] * args.global_batch_size, current[name] * batch) for name in lengths)
         same = all(saved[name] == current[name] for name in saved.keys() & current.keys()
-                   if name not in (*lengths, "lr_scales", *_MOVING))
+                   if name not in (*lengths, "lr_scales", "num_steps"))
     except (KeyError, TypeError):  # the checkpoint's schedule has other fields
         return None
     return int(batch) if batch == int(batch) != args.global_batch_size and scaled and same else None

@@ -97,7 +97,7 @@ def test_effective_flags_are_read_somewhere():
         ("--train-iters 0", "--train-iters is 0; it must be at least 1"),
         ("--train-iters 1.5", "--train-iters is 1.5; it must be a whole number"),
         ("--clip-grad=-1", "--clip-grad is -1; it must be at least 0"),
-        ("--lr-decay-style WSD", "--lr-decay-style is WSD; choose cosine, linear or constant"),
+        ("--lr-decay-style wsd", "--lr-decay-style is wsd; choose cosine, linear, constant, inverse-square-root"),
         ("--micro-batch-sise 3", "unknown flag --micro-batch-sise; did you mean --micro-batch-size?"),
         ("--use_flash_attn", "unknown flag --use_flash_attn; did you mean --use-flash-attn?"),
         ("--bf16", "unknown flag --bf16: the compute type is param_dtype in the --fsdp2-config-path file"),

@@ -191,6 +191,9 @@ def test_what_changes_nothing_is_listed_with_its_reason(place):
     _edit(place, "model.json", "patch", scale_grad=True)
     _edit(place, "model.json", "text_decoder", model_id="qwen3_lm")
     _edit(place, "data.json", "dataloader_param.collate_param", ignore_pad_token_for_loss=True)
+    grows = "--weight-decay 0.1 --weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1".split()
+    assert ("accepted without effect: --weight-decay: --weight-decay-incr-style linear goes from --start-weight-decay "
+            "to --end-weight-decay") in load_job_config(_words(place, *grows)).describe_ignored()
     lines = load_job_config(_words(place, "--swiglu", "--vocab-size", "152064")).describe_ignored()
     found = "\n".join(lines)
     parts = ("--swiglu: ", "--vocab-size:", "in patch, scale_grad: ", "in text_decoder, model_id: ", "ignore_pad_token")

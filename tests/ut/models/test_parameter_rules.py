@@ -164,6 +164,8 @@ def test_table():
         "text          1          64  yes        1e-05    0.1           fp32   yes",
         "text          1           4  yes        5e-06    0             fp32   yes",
     ]
+    grows = describe(resolve(rules, PARAMETERS, parts=PARTS), lr=1e-5, weight_decay=0.1, final_weight_decay=0.3)
+    assert "  0.1 to 0.3  " in grows[2] and "  0   " in grows[3]
 
 
 def job_settings(*words, **model):
