@@ -82,6 +82,8 @@ class JobConfig(StrictModel):
                     groups.setdefault((parent, str(use.info.description)), []).append(name)
             for (parent, reason), names in groups.items():
                 sentences.append(f"{path}, {f'in {parent}, ' if parent else ''}{', '.join(names)}: {reason}")
+        if self.model.weight_decay_scaling_plan and not any(self.args.weight_decay_range):
+            sentences.append(f"{self.args.mm_model}, weight_decay_scaling_plan: --weight-decay is 0")
         basic = self.data.dataset_param.basic_parameters
         if basic.val_max_samples is not None and not (basic.val_dataset or basic.val_rate):
             sentences.append(f"{self.args.mm_data}, val_max_samples: there is neither val_dataset nor val_rate")

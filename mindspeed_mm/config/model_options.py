@@ -29,7 +29,8 @@ _SYNCHRONIZE = (
 _RECOMPUTE = "recompute activations in backward, as --recompute-granularity, which applies to both encoder and decoder"
 _CHECKED = "checked against the Hugging Face config"
 _NAMES = (
-    "a glob over parameter names, or the path of a module or parameter; names of the mcore or the Hugging Face model"
+    "a glob over parameter names, or the path of a module or parameter; names of the mcore or the Hugging Face model; "
+    "or regex: and a regular expression for the beginning of Hugging Face names"
 )
 
 
@@ -123,6 +124,13 @@ class LearningRateScale(StrictModel):
     scale: float = effective(REQUIRED, "factor on the learning rate", gt=0)
 
 
+class WeightDecayScale(StrictModel):
+    """A factor on the weight decay of some parameters."""
+
+    match: str = effective(REQUIRED, f"the parameters: {_NAMES}")
+    scale: float = effective(REQUIRED, "factor on the weight decay; without one: 0 for vectors, 1 for the rest", ge=0)
+
+
 class ModelOptions(StrictModel):
     """The whole file."""
 
@@ -132,6 +140,9 @@ class ModelOptions(StrictModel):
     text_decoder: TextDecoderConfig = TextDecoderConfig()
     freeze: list[str] = effective([], f"parameters that do not train, besides frozen parts; each entry: {_NAMES}")
     lr_scaling_plan: list[LearningRateScale] = effective([], "factors on the learning rate; a later entry wins")
+    weight_decay_scaling_plan: list[WeightDecayScale] = effective(
+        [], "factors on the weight decay; a later entry wins"
+    )
     lora_args: LoraArgs = LoraArgs()
     loss_cfg: LossConfig = LossConfig()
     patch: PatchConfig = PatchConfig()

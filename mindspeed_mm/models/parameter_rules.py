@@ -1,8 +1,9 @@
 """Parameter rules: one ordered list that decides which parameters train, with which learning rate and weight decay, in
 which dtype they are kept, and which of them checkpoints hold.
 
-The recipe's ``freeze`` switches, MindSpeed's ``freeze`` and ``lr_scaling_plan``, and the flags compile into the list;
-nothing else reads them. Names and shapes are enough to resolve it, so that this module imports no torch.
+The recipe's ``freeze`` switches, MindSpeed's ``freeze`` and ``lr_scaling_plan``, ``weight_decay_scaling_plan`` and the
+flags compile into the list; nothing else reads them. Names and shapes are enough to resolve it, so that this module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Dtype = Literal["fp32", "bf16"]
+REGEX = "regex:"
 Parts = Mapping[str, Sequence[str]]
 """Name of a part of the model -> globs of its parameters' names, as :attr:`ModelSpec.parts`."""
 
@@ -49,7 +51,8 @@ class ParameterRule:
 
     Attributes:
         pattern: a glob over whole names, or without wildcards a parameter or the path of a module that contains it;
-            of the mcore model or of the Hugging Face one.
+            of the mcore model or of the Hugging Face one. After :data:`REGEX` a regular expression for the beginning of
+            the names of Hugging Face tensors.
         source: the flag or file and field that the rule comes from, for messages.
         frozen_only: skip parameters that earlier rules left trainable.
         trainable: whether the parameter trains.
@@ -124,6 +127,10 @@ def compile_rules(args: TrainingArgs, options: ModelOptions, *, parts: Parts) ->
         ParameterRule(pattern=entry.match, source=f"{file}: lr_scaling_plan", lr_scale=entry.scale)
         for entry in options.lr_scaling_plan
     ]
+    rules += [
+        ParameterRule(pattern=entry.match, source=f"{file}: weight_decay_scaling_plan", decay_scale=entry.scale)
+        for entry in options.weight_decay_scaling_plan
+    ]
     for flag, part, rate in (
         ("--vision-lr", "vision_encoder", args.vision_lr), ("--projector-lr", "vision_projector", args.projector_lr),
     ):
@@ -152,7 +159,8 @@ def resolve(
 
     Raises:
         UserError: if a rule matches nothing, or some of the tensors that are fused into one parameter; if it sets the
-            learning rate of frozen parameters only, or is for frozen ones and there are none; or if nothing trains.
+            learning rate or weight decay of frozen parameters only, or is for frozen ones and there are none; or if
+            nothing trains.
     """
     parameters = list(parameters)
     settings = {
@@ -165,8 +173,7 @@ def resolve(
         for info in parameters
     }
     for rule in rules:
-        matches = _matcher(rule.pattern)
-        matched = [info.name for info in parameters if any(map(matches, (info.name, *info.hf_names)))]
+        matched = [info.name for info in filter(_applies(rule), parameters)]
         if not matched:
             raise UserError(_explain_no_match(rule, parameters))
         if rule.frozen_only:
@@ -175,11 +182,13 @@ def resolve(
                 raise UserError(f"{rule.source} has no effect, since all parameters train; freeze some or leave it out")
         for name in matched:
             settings[name] = dataclasses.replace(settings[name], **rule.changes())
-        if rule.lr_scale is not None and not any(settings[name].trainable for name in matched):
-            raise UserError(
-                f"{rule.source}: {rule.pattern} is frozen, so its learning rate has no effect; unfreeze it or leave "
-                "this out"
-            )
+        scales = {"learning rate": rule.lr_scale, "weight decay": rule.decay_scale}
+        if not any(settings[name].trainable for name in matched):
+            for scaled in (name for name, scale in scales.items() if scale is not None):
+                raise UserError(
+                    f"{rule.source}: {rule.pattern} is frozen, so its {scaled} has no effect; unfreeze it or leave "
+                    "this out"
+                )
     _check_fused(rules, parameters)
     if not any(setting.trainable for setting in settings.values()):
         switches = dict.fromkeys(rule.source for rule in rules if rule.trainable is False)
@@ -246,7 +255,24 @@ def _part_of(name: str, parts: Parts) -> str:
     raise ValueError(f"parameter {name} is in none of the spec's parts {', '.join(parts)}; add a glob that matches it")
 
 
+def _applies(rule: ParameterRule) -> Callable[[ParameterInfo], bool]:
+    """Whether a rule is for a parameter: by any of its names, or by a regular expression for its tensors' alone.
+
+    Raises:
+        UserError: if the regular expression is not one.
+    """
+    try:
+        matches = _matcher(rule.pattern)
+    except re.error as error:
+        raise UserError(f"{rule.source}: {rule.pattern!r} is not a regular expression: {error}; correct it") from None
+    if rule.pattern.startswith(REGEX):
+        return lambda info: any(map(matches, info.hf_names))
+    return lambda info: any(map(matches, (info.name, *info.hf_names)))
+
+
 def _matcher(pattern: str) -> Callable[[str], object]:
+    if pattern.startswith(REGEX):
+        return re.compile(pattern.removeprefix(REGEX)).match
     if any(character in pattern for character in "*?["):
         return re.compile(fnmatch.translate(pattern)).match
     return lambda name: name == pattern or name.startswith(f"{pattern}.")
@@ -254,13 +280,16 @@ def _matcher(pattern: str) -> Callable[[str], object]:
 
 def _check_fused(rules: Sequence[ParameterRule], parameters: Sequence[ParameterInfo]) -> None:
     """Refuse rules that name q without k and v, say, where one parameter holds all three."""
-    groups: dict[tuple[object, ...], list[Callable[[str], object]]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[ParameterRule]] = defaultdict(list)
     for rule in rules:
-        groups[(rule.source, *rule.changes().items())].append(_matcher(rule.pattern))
-    for (source, *_), matchers in groups.items():
+        groups[(rule.source, *rule.changes().items())].append(rule)
+    for (source, *_), same in groups.items():
+        matchers = [_matcher(rule.pattern) for rule in same]
+        of_all_names = [_matcher(rule.pattern) for rule in same if not rule.pattern.startswith(REGEX)]
         for info in parameters:
             named = [name for name in info.hf_names if any(matches(name) for matches in matchers)]
-            if not named or len(named) == len(info.hf_names) or any(matches(info.name) for matches in matchers):
+            whole = any(matches(info.name) for matches in of_all_names)
+            if not named or len(named) == len(info.hf_names) or whole:
                 continue
             others = [name for name in info.hf_names if name not in named]
             raise UserError(
@@ -277,6 +306,8 @@ def _explain_no_match(rule: ParameterRule, parameters: Sequence[ParameterInfo]) 
     beginnings = sorted({".".join(words[:2]) for words in names})
     hint = f"did you mean {' or '.join(near)}?" if near else f"names begin with {', '.join(beginnings)}"
     inside = f"{rule.pattern}.*"
-    if any(map(_matcher(inside), (".".join(words) for words in names))):  # a glob over whole names, not over modules'
+    if rule.pattern.startswith(REGEX):
+        hint = f"it is compared with the beginning of Hugging Face names, such as {parameters[0].hf_names[0]}"
+    elif any(map(_matcher(inside), (".".join(words) for words in names))):  # a glob over whole names, not over modules'
         hint = f"did you mean {inside}?"
     return f"{rule.source}: {rule.pattern!r} matches no parameter; {hint}"

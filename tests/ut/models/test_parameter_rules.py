@@ -68,6 +68,9 @@ def test_a_parameter_outside_all_parts_is_named():
         ("model.visual.blocks.10", ["vision.layers.10.norm.weight"]),
         ("model.lm.*_proj.weight", ["text.layers.0.qkv.weight"]),
         ("model.lm.norm", ["text.norm.weight"]),
+        (r"regex:model\.visual\.blocks\.1", [info.name for info in PARAMETERS[1:3]]),  # the beginning of a name
+        (r"regex:model\.lm\.layers\.\d+\.[qkv]_proj", ["text.layers.0.qkv.weight"]),
+        (r"regex:(?!.*visual)", [info.name for info in PARAMETERS[3:]]),  # names of the mcore model do not count
     ],
 )
 def test_patterns_match_names_of_either_side(pattern, matched):
@@ -82,6 +85,7 @@ def test_patterns_match_names_of_either_side(pattern, matched):
         ("layers.1", ["matches no parameter"]),  # no substring
         ("*.layers.1", ["did you mean *.layers.1.*?"]),
         ("qwertyuiop", ["names begin with model.lm, model.visual, text.layers"]),
+        ("regex:visual", ["it is compared with the beginning of Hugging Face names, such as model.visual.blocks.0"]),
     ],
 )
 def test_rule_that_matches_nothing(pattern, words):
@@ -119,6 +123,27 @@ def test_learning_rate_of_what_is_frozen_is_refused():
     rules = [rule("vision", trainable=False), rule("vision.*", source="--vision-lr 1e-06", lr_scale=0.1)]
     with pytest.raises(UserError, match="--vision-lr 1e-06: vision.\\* is frozen, so its learning rate has no effect"):
         resolve(rules, PARAMETERS, parts=PARTS)
+
+
+def test_a_regular_expression_for_some_of_what_is_fused_is_refused():
+    with pytest.raises(UserError, match=r"freeze: .*q_proj.weight is kept in one parameter, text.*, with .*k_"):
+        frozen_by(r"regex:.*\.q_proj")
+    with pytest.raises(UserError, match=r"freeze: 'regex:\(' is not a regular expression: missing \), .*; correct it"):
+        frozen_by("regex:(")
+
+
+def test_weight_decay_by_rule():
+    settings = job_settings("--weight-decay 0.1", weight_decay_scaling_plan=[
+        {"match": "lm_head", "scale": 0}, {"match": "*.mlp.gate.*", "scale": 0.5},
+        {"match": "model.language_model.norm", "scale": 1},
+    ])
+    trained = {name: setting.decay_scale for name, setting in settings.items() if setting.trainable}
+    scales = {scale: {name for name, found in trained.items() if found == scale} for scale in (0, 0.5, 1)}
+    assert "text_decoder.output_layer.weight" in scales[0]
+    assert scales[0.5] == {name for name in settings if name.endswith(".mlp.router.weight")} and scales[0.5]
+    vectors = {name for name, setting in settings.items() if len(setting.shape) == 1}
+    assert scales[1] & vectors == {"text_decoder.final_layernorm.weight"}
+    assert "  0.05  " in "\n".join(describe(settings, lr=1e-4, weight_decay=0.1))
 
 
 def test_something_has_to_train():
@@ -234,6 +259,16 @@ def test_files_and_flags_compile_in_their_order():
             [],
             {"lr_scaling_plan": [{"match": "*", "scale": 0}]},
             "lr_scaling_plan.0.scale is 0; it must be greater than 0",
+        ),
+        (
+            [],
+            {"weight_decay_scaling_plan": [{"match": "model.visual.patch_embed", "scale": 0}]},
+            "m.json: weight_decay_scaling_plan: model.visual.patch_embed is frozen, so its weight decay has no effect",
+        ),
+        (
+            [],
+            {"weight_decay_scaling_plan": [{"match": "*", "scale": -1}]},
+            "weight_decay_scaling_plan.0.scale is -1; it must be at least 0",
         ),
     ],
 )

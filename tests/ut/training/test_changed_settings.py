@@ -76,6 +76,13 @@ def test_another_schedule_that_was_asked_for(job: Callable[..., JobConfig]) -> N
     assert line is not None and line.endswith("changed settings: --train-iters was 10 and is 20")
 
 
+def test_weight_decay_of_parameters(job: Callable[..., JobConfig], tmp_path: Path) -> None:
+    line = warning(job(model={"weight_decay_scaling_plan": [{"match": "lm_head", "scale": 0.0}]}))
+    assert line is not None and line.endswith(
+        f'weight_decay_scaling_plan in {tmp_path}/model.json was [] and is [{{"match": "lm_head", "scale": 0.0}}]'
+    )
+
+
 def test_files(job: Callable[..., JobConfig], tmp_path: Path) -> None:
     changed = job(data={"dataset_param.basic_parameters.mask_history": True},
                   model={"loss_cfg": {"router_aux_loss_coef": 0.5}})
