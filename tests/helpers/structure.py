@@ -45,6 +45,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
         "models.model", "models.optimizer_state", "models.parameter_rules", "models.spec", "parallel", "tools",
         "checkpoint",
     ),
+    "mindspeed_mm.fsdp": (),  # a name for pretrain_transformers.py
     "checkpoint": ("errors", "inputs", "checkpoint"),
     # entry points see everything, and benchmarks the converter that they time
     "pretrain_transformers": ("",),

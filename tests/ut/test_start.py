@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import resource
 import subprocess
 import sys
@@ -30,6 +31,21 @@ def test_help_is_instant():
     commands = [["pretrain_transformers.py", "--help"], ["-c", "import torch"]]
     shown, torch = (min(seconds_of(*command) for _ in range(3)) for command in commands)
     assert shown < torch / 4
+
+
+@pytest.mark.parametrize("words", [("--help",), ("missing.yaml", "training.lr=1"), ("v1.yaml", "training.lrr=1")])
+def test_the_name_of_another_engines_entry_point_starts_the_same_program(words, tmp_path):
+    (tmp_path / "v1.yaml").write_text("training: {lr: 1.0e-5}\n")
+    environment = {**os.environ, "NON_MEGATRON": "true"}
+    results = [
+        subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, capture_output=True, text=True,
+                       env=environment)
+        for script in ("mindspeed_mm/fsdp/train/trainer.py", "pretrain_transformers.py")
+    ]
+    (status, out, err), theirs = ((r.returncode, r.stdout, r.stderr) for r in results)
+    assert (status, out, err) == theirs
+    assert (status, err) == (0, "") if words == ("--help",) else (status, err.count("\n")) == (2, 1)
+    assert words[0] in err or "usage: " in out
 
 
 def test_training_loads_no_compiler():
