@@ -103,11 +103,13 @@ def check_schedule_flags(args: TrainingArgs) -> None:
         raise UserError(f"--lr-warmup-init {args.lr_warmup_init} exceeds --lr {args.lr}; lower it")
     if args.lr_warmup_fraction and args.lr_warmup_iters:
         raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other; keep one")
-    decay_iters = args.lr_decay_iters or args.train_iters
+    if args.lr_decay_iters is not None and args.lr_decay_fraction is not None:
+        raise UserError("--lr-decay-iters and --lr-decay-fraction exclude each other; keep one")
+    decay_iters = args.decay_iters
     if decay_iters is not None and args.lr_warmup_iters >= decay_iters:  # None: checked when the data set is known
         raise UserError(
             f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay_iters} steps of the decay "
-            "(--lr-decay-iters, --train-iters, or --train-epochs)"
+            "(--lr-decay-iters, --lr-decay-fraction, --train-iters, or --train-epochs)"
         )
     for name, style in _OF_DECAY_STYLE.items():
         if name in args.given and args.lr_decay_style != style:
@@ -134,7 +136,7 @@ def _check_wsd(args: TrainingArgs, decay_iters: int | None) -> None:
         before = f" and the {warmup} steps of the warm-up exceed" if warmup else " exceeds"
         raise UserError(
             f"--lr-wsd-decay-iters {args.lr_wsd_decay_iters}{before} the {decay_iters} steps of the schedule "
-            "(--lr-decay-iters, --train-iters, or --train-epochs); lower --lr-wsd-decay-iters"
+            "(--lr-decay-iters, --lr-decay-fraction, --train-iters, or --train-epochs); lower --lr-wsd-decay-iters"
         )
 
 

@@ -78,6 +78,7 @@ class BasicParameters(StrictModel):
         False, "fetch images that records name by an http(s) address, each once, into cache_dir"
     )
     packing: bool = effective(False, "pack samples into micro-batches of --micro-batch-size x --seq-length tokens")
+    use_pmcc_data: bool = refused(False, "encrypted data are not read")
     neat_packing: bool = effective(False, "same as packing; attention never crosses samples in either")
 
     @property
@@ -139,6 +140,7 @@ class DataloaderParam(StrictModel):
     drop_last: bool = effective(True, "drop the last samples of an epoch that do not fill a global batch")
     shuffle: bool = effective(True, "shuffle in each epoch, from --seed; false: the file's order")
     pin_memory: bool = effective(True, "use pinned host memory for transfers to an accelerator")
+    enable_preload: bool = no_effect(False, "the next step's batches are always copied to the device ahead")
     on_bad_sample: Literal["stop", "skip"] = effective(
         "stop", "what to do about a sample that cannot be used, such as a damaged image: stop the run, or skip it"
     )

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 from mindspeed_mm.config.schema import REQUIRED, StrictModel, Words, effective, no_effect, refused
@@ -119,6 +121,9 @@ class OptimizerArgs(StrictModel):
     ] = effective("cosine", "decay after the warm-up; WSD: constant, then a decay of its own (docs/schedules.md)")
     lr_decay_iters: int | None = effective(
         None, "steps until --min-lr is reached (default: --train-iters)", ge=1, metavar="STEPS"
+    )
+    lr_decay_fraction: float | None = effective(
+        None, "the same as a fraction of --train-iters, rounded down", gt=0, le=1e6
     )
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = effective(
         "exponential", "with --lr-decay-style WSD, the decay at its end"
@@ -374,9 +379,18 @@ class TrainingArgs(
         return self.lora_target_modules is not None or self.lora_target_parameters is not None
 
     @property
+    def decay_iters(self) -> int | None:
+        """Length of the learning-rate schedule in steps; None as long as the length of the run is not known."""
+        if self.lr_decay_iters is not None or self.train_iters is None:
+            return self.lr_decay_iters
+        fraction = 1 if self.lr_decay_fraction is None else Fraction(str(self.lr_decay_fraction))
+        return max(1, math.floor(self.train_iters * fraction))
+
+    @property
     def decay_samples(self) -> int:
         """Length of the learning-rate schedule in samples, Megatron's unit."""
-        return (self.lr_decay_iters or self.train_iters) * self.global_batch_size
+        assert self.decay_iters is not None, "--train-epochs has become --train-iters"
+        return self.decay_iters * self.global_batch_size
 
     @property
     def warmup_samples(self) -> float:

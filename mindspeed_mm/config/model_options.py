@@ -113,7 +113,7 @@ class PatchConfig(StrictModel):
     """Switches of MindSpeed-MM's patches."""
 
     clip_grad_async: bool = no_effect(False, "clipping never synchronises with the device")
-    bridge_patch: bool = refused(False, "checkpoints are converted by mm-convert, or read from init_from_hf_path")
+    bridge_patch: bool = no_effect(False, "without --load the weights of init_from_hf_path are read")
     scale_grad: bool = no_effect(True, "gradients are always those of the loss over the global batch")
 
 

@@ -151,8 +151,16 @@ def read_recipe(path: str, overrides: Sequence[str] = (), *, world_size: int | N
     try:
         recipe = validate_config(content, RecipeFile, source=source)
     except UserError as error:
-        raise UserError(_PATH.sub(lambda match: moved.get(match[0], match[0]), str(error))) from None
+        raise UserError(_PATH.sub(lambda match: _as_written(match[0], moved), str(error))) from None
     return _as_flags(recipe, path, moved, notes)
+
+
+def _as_written(path: str, moved: Mapping[str, str]) -> str:
+    """A key of this project, or of an entry of a list that it holds, as the file names it."""
+    for key, written in moved.items():
+        if path == key or path.startswith(f"{key}."):
+            return written + path[len(key):]
+    return path
 
 
 def with_keys(message: str, keys: Mapping[str, str]) -> str:

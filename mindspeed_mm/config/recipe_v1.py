@@ -7,9 +7,10 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from mindspeed_mm.config.recipe_v1_values import TRANSLATED, leaves_of, translate_values
 from mindspeed_mm.config.schema import nearest
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten, shown
@@ -40,6 +41,7 @@ _MOVED = {
     f"{_BASIC}.cutoff_len": "gpt_args.seq_length",
     f"{_BASIC}.chat_template": f"{_BASIC}.template",
     "data.dataloader_param.num_workers": "gpt_args.num_workers",
+    "data.dataloader_param.collate_param.collator_id": "data.dataloader_param.collate_param.model_name",
     "model.model_name_or_path": "model.init_from_hf_path",
     "model.attn_implementation": "model.text_decoder.attn_implementation",
     "features.loss_cfg.loss_type": "model.loss_cfg.loss_type",
@@ -78,7 +80,10 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallel.fsdp_plan.output_dtype": ((None,), "outputs have param_dtype"),
     "parallel.ep_plan.dispatcher": (("alltoall",), "tokens are exchanged by all-to-all"),
     f"{_BASIC}.stage": (("sft",), "this recipe is supervised fine-tuning"),
-    "data.val_dataset_param": ((None,), f"held-out data are val_dataset or val_rate in {_BASIC}"),
+    **{f"data.dataset_param.attr.{name}": ((None,), "this recipe is supervised fine-tuning")
+       for name in ("chosen", "rejected")},
+    "data.dataset_param.attr.ranking": ((False,), "this recipe is supervised fine-tuning"),
+    "data.dataset_param.attr.audios": ((None,), "records have images and videos"),
     "model.mtp_num_layers": ((0,), "the model predicts the next token only"),
     "model.dtype": ((None, "fp32"), "parameters are kept in fp32; param_dtype is the compute type"),
     "features.enable_dynamic_chunk_loss": ((False,), "enable_chunk_loss has a fixed chunk_size"),
@@ -86,17 +91,18 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "features.enable_ep_balance": ((False,), "router_aux_loss_coef balances the experts"),
     "features.recompute_plan.op_replay_scopes": (([],), "recomputation is by whole layers"),
     "training.optimizer": (("adamw",), "this recipe uses AdamW"),
-    "training.lr_decay_ratio": ((1.0,), "the decay ends with the run; gpt_args.lr_decay_iters sets another length"),
-    "training.no_decay_modules": (([],), "norms and biases never decay, all other parameters do"),
-    "training.no_decay_params": (([],), "norms and biases never decay, all other parameters do"),
-    "training.lr_scaling_plan": ((None, []), "its patterns are regular expressions; model.lr_scaling_plan takes globs"),
     "training.load_format": (("auto", "dcp"), "without load the weights of model_name_or_path are read"),
     "training.save_format": (("auto", "dcp"), "mm-convert exports checkpoints"),
     "training.quantization_plan": ((None,), "there is no fp8 training"),
     "training.max_steps": ((None,), "train_iters is the length of the run"),
+    "training.ckpt_manager": (("dcp",), "checkpoints are those of torch.distributed"),
+    "training.load_checkpoint_path": ((None,), "load names the checkpoint"),
+    "training.save_ckpt_dtype": ((None, "fp32"), "checkpoints keep fp32; mm-convert --to_bf16 exports bf16"),
     "training.lora.init_lora_weights": ((None, True), "A starts random and B with zeros"),
 }
 """Keys with the values that they may have, and why."""
+_WHOLE = frozenset((*_ONLY, "data.val_dataset_param"))
+"""Keys whose objects are one value."""
 _NO_EFFECT = {
     "parallel.fsdp_plan.pregather": "num_to_forward_prefetch gathers ahead",
     "parallel.fsdp_plan.hook_modules": "each layer is one FSDP unit",
@@ -106,6 +112,8 @@ _NO_EFFECT = {
     f"{_BASIC}.async_preprocess": "data workers prepare samples while training",
     f"{_BASIC}.async_preprocess_buffer_size": "data workers prepare samples while training",
     "data.dataloader_param.enable_preload": "the next step's batches are always copied to the device ahead",
+    "data.dataloader_param.collate_param.pad_to_multiple_of": "micro-batches hold no padding",
+    "model.mtp_loss_scaling_factor": "the model predicts the next token only",
     "model.trust_remote_code": "no code of the model directory is run",
     "features.recompute_plan": "recomputation is of all layers",
     "features.chunkloss_plan": "the output layer's logits are computed in chunks",
@@ -120,6 +128,9 @@ _NO_EFFECT = {
     "training.allow_hf32": "parameters and gradients are fp32, the compute type is param_dtype",
     "training.load_strict": "loading is always strict",
     "training.load_rank0_and_broadcast": "each rank reads its own shards",
+    "training.mem_fraction_static": "it belongs to optimizer adamw_swap",
+    "training.profile": "the profiler is tools.profile",
+    "training.save_steps": "save_interval is the number of steps between checkpoints",
     "training.manual_gc_interval": "garbage is collected between steps",
     "training.val_micro_batch_size": "evaluation uses micro_batch_size",
     **dict.fromkeys(
@@ -161,16 +172,10 @@ def translate(
     Raises:
         UserError: for a key that is unknown or cannot have its value.
     """
-    leaves = {_current(path): value for path, value in _leaves(content)}
-    lora = leaves.pop("training.lora.enable", False)
-    if not isinstance(lora, bool):
-        raise UserError(f"{source}: training.lora.enable is {shown(lora)}; it must be true or false")
+    leaves = {_current(path): value for path, value in leaves_of(content, _WHOLE)}
+    moved, ignored = translate_values(leaves, source)
     values: dict[str, Any] = {}
-    moved: dict[str, str] = {}
-    ignored: list[str] = []
     for path, value in leaves.items():
-        if path.startswith("training.lora.") and not lora:
-            continue
         if path in _ONLY:
             allowed, why = _ONLY[path]
             if value not in allowed:
@@ -183,7 +188,7 @@ def translate(
         elif path.partition(".")[0] in sections:
             values[path] = value
         else:
-            known = [*_MOVED, *_ONLY, *_NO_EFFECT, "training.lora.enable"]
+            known = [*_MOVED, *_ONLY, *_NO_EFFECT, *TRANSLATED]
             guess = nearest(path, known)
             raise UserError(f"{source}: {shorten(path)} is unknown" + (f"; did you mean {guess}?" if guess else
                             "; remove it, or correct the section that it is in"))
@@ -209,16 +214,6 @@ def _adapt(values: dict[str, Any], moved: Mapping[str, str], world_size: int | N
     for name in ("fsdp2.ignored_modules", "model.loss_cfg.chunk_size", "gpt_args.recompute_granularity"):
         if not values.get(name, True):  # an empty list or null
             del values[name]
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        path = f"{prefix}{name}"
-        whole = _current(path) in (*_ONLY, "training.quantization_plan")
-        if isinstance(value, dict) and not whole:
-            yield from _leaves(value, f"{path}.")
-        else:
-            yield path, value
 
 
 def _current(path: str) -> str:

@@ -48,7 +48,8 @@ _NOT_COMPARED = frozenset(
 )
 _SCHEDULE_FLAGS = {  # fields of Megatron's schedule -> what sets them
     "max_lr": "--lr", "min_lr": "--min-lr", "lr_warmup_steps": "warm-up (--lr-warmup-fraction, --lr-warmup-iters)",
-    "lr_decay_steps": "decay (--train-iters, --lr-decay-iters)", "lr_decay_style": "--lr-decay-style",
+    "lr_decay_steps": "decay (--train-iters, --lr-decay-iters, --lr-decay-fraction)",
+    "lr_decay_style": "--lr-decay-style",
     "start_wd": "--weight-decay", "end_wd": "--weight-decay", "wd_incr_style": "--weight-decay-incr-style",
     "wd_incr_steps": "growth of the weight decay (--train-iters)", "wsd_decay_steps": "--lr-wsd-decay-iters",
     "lr_wsd_decay_style": "--lr-wsd-decay-style", "lr_decay_power": "--lr-decay-power",
@@ -220,7 +221,7 @@ def schedule_settings(args: TrainingArgs) -> dict[str, Any]:
         "max_lr": args.lr,
         "min_lr": args.min_lr,
         "lr_warmup_steps": args.warmup_samples,
-        "lr_decay_steps": (args.lr_decay_iters or args.train_iters) * args.global_batch_size,
+        "lr_decay_steps": args.decay_samples,
         "lr_decay_style": args.lr_decay_style,
         "start_wd": start_wd,
         "end_wd": end_wd,

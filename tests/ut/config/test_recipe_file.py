@@ -44,8 +44,9 @@ data:
       video_min_pixels: 0, video_fps: 2.0, video_maxlen: 64}
     basic_parameters: {template: qwen3_vl_nothink, enable_thinking: false, train_on_prompt: false, mask_history: false,
       tool_format: null, dataset_dir: ./data, dataset: *DATASET_PATH, cache_dir: ./data/cache_dir,
-      overwrite_cache: false, preprocessing_batch_size: 1000, preprocessing_num_workers: 16, max_samples: null}
-  dataloader_param: {pin_memory: true, shuffle: true, dataloader_mode: sampler, drop_last: true,
+      overwrite_cache: false, preprocessing_batch_size: 1000, preprocessing_num_workers: 16, max_samples: null,
+      use_pmcc_data: false}
+  dataloader_param: {enable_preload: false, pin_memory: true, shuffle: true, dataloader_mode: sampler, drop_last: true,
     sampler_type: BaseRandomBatchSampler, collate_param: {model_name: qwen3vl, ignore_pad_token_for_loss: true}}
 model:
   model_id: qwen3_vl_moe
@@ -60,7 +61,7 @@ model:
     attn_layout: TND, is_causal: false, activation_offload: false, synchronize_per_layer: true,
     recompute_granularity: full}
   loss_cfg: {compute_mode: default, chunk_size: 1024, router_aux_loss_coef: 0.0, loss_type: default}
-  patch: {clip_grad_async: true, bridge_patch: false}
+  patch: {clip_grad_async: true, bridge_patch: true}
 """
 LORA_LINES = ORIGINAL[ORIGINAL.index("lora_args"): ORIGINAL.index("data:\n")]
 
@@ -110,6 +111,8 @@ def test_each_key_without_effect_is_listed_as_written(place):
     assert len(names) == 13 and all(f"r.yaml: gpt_args.{name}: " in found for name in names if "lora" not in name)
     assert "r.yaml: lora_args.lora_register_forward_hook: " in found
     assert "r.yaml, section model, in text_decoder, model_id: " in found and "is_causal: " in found
+    assert "in patch, bridge_patch: without --load the weights of init_from_hf_path are read" in found
+    assert "in dataloader_param, enable_preload: the next step's batches are always copied" in found
 
 
 def test_precedence_defaults_file_overrides_flags(place):
@@ -154,7 +157,7 @@ def test_words_of_a_command_line():
         (["lora_args.lora_dropout=0.1"], "lora_args.lora_dropout is 0.1, but PEFT has no dropout on experts"),
         (["gpt_args.context_parallel_algo=ring"], 'gpt_args.context_parallel_algo is "ring"; choose ulysses_cp_algo'),
         (["gpt_args.use_txt_dynamic_batching=true"], "use_txt_dynamic_batching is true, but packing in the data file"),
-        (["model.patch.bridge_patch=true"], "bridge_patch is true, but checkpoints are converted by mm-convert"),
+        (["data.dataset_param.basic_parameters.use_pmcc_data=true"], "use_pmcc_data is true, but encrypted data are"),
         (["fsdp2.param_dtype=fp32"], "r.yaml: gpt_args.fsdp2_config_path ./fsdp2.yaml and the section fsdp2 exclude"),
         (["gpt_args.mm_tool=x"], "MM_TOOL_PATH ./tools.json contradicts gpt_args.mm_tool x; keep one"),
         (["--calculate-per-token-loss"], "r.yaml, section model: loss_cfg.loss_type default contradicts --calculate"),

@@ -6,6 +6,7 @@ import yaml
 from mindspeed_mm.config import recipe_v1
 from mindspeed_mm.config.job import load_job_config
 from mindspeed_mm.config.recipe_file import RecipeFile
+from mindspeed_mm.config.recipe_v1_values import leaves_of
 from mindspeed_mm.config.schema import nested_model
 from mindspeed_mm.errors import UserError
 
@@ -107,7 +108,7 @@ def test_what_each_key_became_is_listed(place):
     assert "accepted without effect: v1.yaml: training.plugin: the model family is chosen by config.json" in found
     assert "v1.yaml: training.save_interval: there is no save" in found
     assert "v1.yaml, section fsdp2, sub_modules_to_wrap: " in found
-    paths = [path for path, _ in recipe_v1._leaves(yaml.safe_load(V1)) if path not in recipe_v1._ONLY]
+    paths = [path for path, _ in leaves_of(yaml.safe_load(V1)) if path not in recipe_v1._ONLY]
     said = [path for path in paths if path in found or path.split(".")[0] in ("data", "tools", "model")]
     assert set(paths) - set(said) == set() and len(paths) > 60
 
@@ -124,6 +125,14 @@ def test_what_each_key_became_is_listed(place):
         (["training.save=x"], "save_interval", 10000), (["--save", "x"], "save_interval", 10000),
         (["training.lora={enable: true, rank: 4, alpha: 8, target_modules: [q_proj]}"], "lora_r", 4),
         (["training.lora={enable: false, rank: 4}"], "lora", False),
+        (["training.lr_decay_ratio=0.5"], "decay_iters", 5000),
+        (["training.lr_decay_ratio=0.5"], "warmup_samples", 16 * 1000.0),
+        (["training.lr_decay_ratio=0.5", "--train-iters", "100"], "decay_iters", 50),
+        (["training.lr_decay_ratio=0.5", "training.train_epochs=1"], "decay_iters", None),
+        (["training.lr_decay_ratio=0.5", "training.lr_decay_style=constant"], "decay_iters", 10000),
+        (["training.lr_min=1e-6", "training.lr_start=1e-7"], "min_lr", 1e-6),
+        (["training.lr_min=1e-6", "training.lr_start=1e-7"], "lr_warmup_init", 1e-7),
+        (["training.val_interval=0"], "eval_iters", 0), (["training.val_interval=7"], "eval_interval", 7),
     ],
     ids=str,
 )
@@ -134,6 +143,7 @@ def test_overrides(place, words, read, value):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["data.dataset_param.attr.ranking=true"], "attr.ranking is true, but this recipe is supervised fine-tuning"),
         (["training.lrr=1"], "v1.yaml with training.lrr=1: training.lrr is unknown; did you mean training.lr?"),
         (["training.lr=-1"], "training.lr is -1; it must be greater than 0"),
         (["training.lr_min=1"], "exceeds --lr 1e-05; lower it (v1.yaml: training.lr_min sets --min-lr; v1.yaml: train"),
@@ -145,7 +155,15 @@ def test_overrides(place, words, read, value):
         (["features.enable_chunk_loss=1"], "features.enable_chunk_loss is 1; choose default or chunk"),
         (["training.lora.enable=1"], "training.lora.enable is 1; it must be true or false"),
         (["model.nothing=1"], "model.nothing is unknown"),
-        (["data.val_dataset_param={a: 1}"], "held-out data are val_dataset or val_rate"),
+        (["training.lr_decay_ratio=0"], "training.lr_decay_ratio is 0; it must be a number greater than 0"),
+        (["training.lr_decay_ratio=0.05"], "lr_warmup_ratio 0.1 is not less than training.lr_decay_ratio 0.05"),
+        (["training.lr_scaling_plan=1"], "training.lr_scaling_plan is 1; it must be a list of match and scale"),
+        (["training.lr_scaling_plan=[{scale: 1.0}]"], "training.lr_scaling_plan.0.match is missing; add it"),
+        (["training.lr_scaling_plan=[{match: a, scale: 0}]"], "training.lr_scaling_plan.0.scale is 0; it must be g"),
+        (["training.no_decay_modules=[Linear]"], 'has "Linear", a class of another implementation; put a part of its'),
+        (["training.no_decay_params=bias"], 'training.no_decay_params is "bias"; it must be a list of names'),
+        (["training.val_interval=5", "data.val_dataset_param={a: 1}"], "basic_parameters.dataset is missing; add it"),
+        (["training.val_interval=5", "data.val_dataset_param=1"], "it must hold what data.dataset_param holds"),
     ],
     ids=str,
 )
@@ -153,6 +171,95 @@ def test_mistakes(place, words, message):
     with pytest.raises(UserError) as caught:
         load(*words)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# As the original's documentation writes it
+WITH_VALIDATION = V1.replace("  dataset_param:\n", "  dataset_param: &TRAIN\n").replace(
+    "    basic_parameters: {cutoff", "    basic_parameters: &BASIC {cutoff"
+).replace("  dataloader_param:", """  val_dataset_param:
+    <<: *TRAIN
+    basic_parameters: {<<: *BASIC, dataset: ./val.json, cache_dir: ./cache_val, MORE}
+  dataloader_param:""").replace("training:\n", "training:\n  val_interval: 50\n  val_micro_batch_size: 1\n")
+
+
+def validated(place, more="max_samples: 9", words=()):
+    (place / "v1.yaml").write_text(WITH_VALIDATION.replace("MORE", more))
+    return load(*words)
+
+
+def test_validation_data(place):
+    job = validated(place)
+    basic = job.data.dataset_param.basic_parameters
+    assert (basic.val_dataset, basic.val_max_samples, basic.max_samples) == ("./val.json", 9, None)
+    assert (job.args.eval_interval, job.args.eval_iters) == (50, 1_000_000)  # all of it, as there
+    notes = "\n".join(job.describe_ignored())
+    assert "data.val_dataset_param.basic_parameters.cache_dir: that of data.dataset_param is used" in notes
+    assert "data.val_dataset_param.basic_parameters.dataset is data.dataset_param.basic_parameters.val_dataset" in notes
+    off = validated(place, words=["training.val_interval=0"])
+    assert off.data.dataset_param.basic_parameters.val_dataset is None and off.args.eval_iters == 0
+    assert "data.val_dataset_param: training.val_interval is 0" in "\n".join(off.describe_ignored())
+    several = validated(place, words=["data.val_dataset_param.basic_parameters.dataset=[a.json, b.json]"])
+    assert several.data.dataset_param.basic_parameters.val_dataset_files == ["a.json", "b.json"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("cutoff_len: 512", "cutoff_len is 512, but data.dataset_param.basic_parameters.cutoff_len is 1024; eval"),
+        ("mask_history: true", "mask_history is true, but data.dataset_param.basic_parameters.mask_history is false"),
+        ("dataset_dir: ./elsewhere", 'dataset_dir is "./elsewhere", but'),
+        ("packing: true", "packing is true, but data.dataset_param.basic_parameters.packing is false; evaluation"),
+        ("foo: 1", "basic_parameters.foo is 1, but data.dataset_param.basic_parameters.foo is left out"),
+    ],
+)
+def test_validation_data_with_other_settings_are_refused_by_field(place, more, message):
+    with pytest.raises(UserError) as caught:
+        validated(place, more)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_validation_data_may_leave_defaults_out(place):
+    """A field that is left out on one side and has its default on the other is no difference."""
+    job = load("training.val_interval=50", "data.val_dataset_param={preprocess_parameters: {model_name_or_path: ./hf}, "
+               "basic_parameters: {dataset: v.json, cutoff_len: 1024, template: qwen3_vl_nothink}}")
+    assert job.data.dataset_param.basic_parameters.val_dataset == "v.json"
+
+
+def test_two_kinds_of_held_out_data_exclude_each_other(place):
+    with pytest.raises(UserError, match="val_dataset_param, and val_dataset or val_rate in .* exclude each other"):
+        validated(place, words=["data.dataset_param.basic_parameters.val_rate=0.1"])
+
+
+def test_plans_become_rules(place):
+    """Regular expressions, of which the first that matches wins there and the last here; parts of names."""
+    job = load("training.lr_scaling_plan=[{match: 'model.visual.*', scale: 0.1}, {match: '.*mlp'}]",
+               "training.no_decay_params=[bias, embed_tokens, lm.head]", "training.no_decay_modules=[Qwen3RMSNorm]",
+               "training.weight_decay=0.1")
+    assert [(rule.match, rule.scale) for rule in job.model.lr_scaling_plan] == [
+        ("regex:.*mlp", 1.0), ("regex:model.visual.*", 0.1)
+    ]
+    assert [(rule.match, rule.scale) for rule in job.model.weight_decay_scaling_plan] == [
+        ("regex:.*embed_tokens", 0.0), (r"regex:.*lm\.head", 0.0)
+    ]
+    notes = "\n".join(job.describe_ignored())
+    assert "training.no_decay_params: bias: norms and biases have no weight decay" in notes
+    assert "training.no_decay_modules: Qwen3RMSNorm: norms and biases have no weight decay" in notes
+
+
+def test_keys_that_another_key_switches_off_are_listed(place):
+    notes = "\n".join(load(
+        "training.lora={enable: false, rank: 4, alpha: 8}", "training.lr_decay_style=linear",
+        "training.lr_decay_ratio=0.5", "training.quantization_plan={recipe_name: null, apply_modules: []}",
+    ).describe_ignored())
+    assert "accepted without effect: v1.yaml: training.lora.rank: training.lora.enable is false" in notes
+    assert "training.lora.alpha: training.lora.enable is false" in notes
+    assert "training.lr_decay_ratio: it belongs to lr_decay_style cosine, not linear" in notes
+    assert "training.quantization_plan: it names no recipe" in notes
+
+
+def test_the_collators_newer_name(place):
+    (place / "v1.yaml").write_text(V1.replace("model_name: qwen3vl", "collator_id: qwen3vl, pad_to_multiple_of: 8"))
+    assert load().data.dataloader_param.collate_param.model_name == "qwen3vl"
 
 
 def test_tables_name_keys_that_exist_and_say_one_thing_of_each():

@@ -215,7 +215,7 @@ def test_state_of_other_moments_is_refused(tmp_path, then, now):
         (["--train-iters", "1"], "has done iteration 1, and --train-iters is 1"),
         (["--override-opt-param-scheduler"], None),
         (["--finetune"], None),
-        (["--lr", "1", "--train-iters", "8"], r"decay \(--train-iters, --lr-decay-iters\) 4 became 8 steps"),
+        (["--lr", "1", "--train-iters", "8"], r"decay \(--train-iters, --lr-decay-.*-fraction\) 4 became 8 steps"),
         (["--lr", "1", "--weight-decay", "0.5"], "--weight-decay 0.01 became 0.5.*; pass the first run's"),
         (["--vision-lr", "1", "--override-opt-param-scheduler"], None),
         (["--lr", "1", "--vision-lr", "0.5"], "lr_scales {} became {'vision_encoder': 0.5}"),

@@ -217,6 +217,7 @@ def test_weight_decay_grows_over_the_run(style):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--lr-decay-iters 20 --lr-decay-fraction 0.5", "exclude each other; keep one"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 41", "--lr-wsd-decay-iters 41 exceeds the 40 steps"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 31 --lr-warmup-iters 10",
@@ -236,6 +237,13 @@ def test_flags_that_do_not_go_together(words, message):
     with pytest.raises(UserError) as refusal:
         flags(f"--train-iters {ITERS} {words}")
     assert message in str(refusal.value)
+
+
+def test_the_decay_as_a_fraction_of_the_run():
+    words = f"--min-lr {MIN} --lr-warmup-iters {WARMUP} --train-iters"
+    assert rates(flags(f"{words} {2 * ITERS} --lr-decay-fraction 0.5")) == rates(flags(f"{words} {ITERS}"))
+    args = with_train_iters(flags("--train-epochs 1 --lr-decay-fraction 0.3"), samples_per_epoch=40)
+    assert (args.train_iters, args.decay_iters, args.decay_samples) == (10, 3, 12)
 
 
 def test_wsd_with_epochs_is_checked_when_the_length_is_known():
