@@ -15,7 +15,8 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 class Attributes(StrictModel):
-    """Names of a record's columns, and of the roles within its messages. Left out: recognised by the first records."""
+    """Names of a record's columns, and of the roles within its messages. Left out or at their defaults: recognised by
+    the first records."""
 
     formatting: Formatting | None = effective(
         None, "format of the records (docs/data.md); null: recognised where the other fields are left out or do not fit"
@@ -39,14 +40,14 @@ class Attributes(StrictModel):
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The fields other than ``formatting`` that differ from their defaults."""
+        """The fields other than ``formatting`` that differ from their defaults, which the recipe's file spells out."""
         fields = type(self).model_fields
         return {name: value for name, value in self if name != "formatting" and value != fields[name].default}
 
     @property
     def is_open(self) -> bool:
-        """Whether no column is named, so that the records decide."""
-        return not self.model_fields_set - {"formatting"}
+        """Whether no column, key or role differs from its default, so that the records decide."""
+        return not self.changed
 
     @model_validator(mode="after")
     def _check_columns(self) -> Attributes:

@@ -22,7 +22,7 @@ def load_config(path: str | Path, model: type[Model], *, flag: str, allow_empty:
         UserError: naming the file, the place in it, the value and what is allowed.
     """
     path = Path(path)
-    text = read_text(path, name=flag, remedy="correct the path, or write the file (step 4 of the guide)")
+    text = read_text(path, name=flag, remedy="correct the path, or write the file (docs/configuration.md)")
     is_yaml = path.suffix in (".yaml", ".yml")
     content = parse_yaml(text, str(path)) if is_yaml else parse_json(text, str(path), strict=True)
     if content is None and allow_empty:

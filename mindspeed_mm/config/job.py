@@ -255,17 +255,17 @@ def check_data_files(job: JobConfig) -> None:
     """Check that the data files and their directory exist.
 
     Raises:
-        UserError: naming the missing file, the option that names it, and the step of the guide that makes it.
+        UserError: naming the missing file, the option that names it, and what to do.
     """
     basic = job.data.dataset_param.basic_parameters
-    step = "download and convert the data first (step 3 of the guide), or correct the path"
+    remedy = "correct the path, or put the data there (docs/own_data.md: your own; examples/qwen3vl/README.md: LLaVA's)"
     for field, files in (("dataset", basic.dataset_files), ("val_dataset", basic.val_dataset_files)):
         for name in files:
             if not Path(name).is_file() and not Path(name).is_dir():  # what a directory holds is checked by its reader
                 place = "" if os.path.isabs(name) else f" in {os.getcwd()}"
-                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist{place}; {step}")
+                raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist{place}; {remedy}")
     for dataset in (*job.data.train_datasets, *job.data.val_datasets):
         directory = dataset.config.dataset_param.basic_parameters.dataset_dir
         if not Path(directory).is_dir():
             of_one = f" of {dataset.name}" if directory != basic.dataset_dir else ""
-            raise UserError(f"{directory} (dataset_dir{of_one} in {job.args.mm_data}) does not exist; {step}")
+            raise UserError(f"{directory} (dataset_dir{of_one} in {job.args.mm_data}) does not exist; {remedy}")

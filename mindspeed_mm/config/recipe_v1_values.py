@@ -149,9 +149,9 @@ def _evaluation(leaves: dict[str, Any], source: str, moved: dict[str, str], igno
     if interval == 0:
         ignored.append(f"{_VALIDATION_DATA}: training.val_interval is 0")
         return
-    theirs = dict(leaves_of(data))
+    theirs = dict(leaves_of(data, frozenset(("basic_parameters.dataset",))))
     ours = {path.removeprefix(f"{_TRAINING_DATA}."): value for path, value in leaves.items()
-            if path.startswith(f"{_TRAINING_DATA}.")}
+            if path.startswith(f"{_TRAINING_DATA}.") and not f"{path}.".startswith(f"{_BASIC}.dataset.")}
     files = theirs.pop("basic_parameters.dataset", None)
     if not files:
         raise UserError(f"{source}: {_VALIDATION_DATA}.basic_parameters.dataset is missing; add it")
@@ -159,7 +159,7 @@ def _evaluation(leaves: dict[str, Any], source: str, moved: dict[str, str], igno
         raise UserError(f"{source}: {_VALIDATION_DATA}, and val_dataset or val_rate in {_BASIC} exclude each other; "
                         "keep one")
     most = theirs.pop("basic_parameters.max_samples", None)
-    for path in sorted((theirs.keys() | ours.keys()) - {"basic_parameters.dataset", "basic_parameters.max_samples"}):
+    for path in sorted((theirs.keys() | ours.keys()) - {"basic_parameters.max_samples"}):
         value, wanted = (found.get(path, _default(path)) for found in (theirs, ours))
         if value == wanted:
             continue

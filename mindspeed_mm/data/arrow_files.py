@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import available_memory, reading, shorten
 
-AGAIN = "correct it (docs/data.md), or create it again (step 3 of the guide)"
+AGAIN = "correct it (docs/data.md), or write it again"
 _ARROW_FILE, _STREAM_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 _COMPRESSED = 256 << 20  # bytes that a compressed Arrow stream may take, which is held unpacked
 _GROUPS_KEPT, _GROUPS_BYTES = 4, 256 << 20

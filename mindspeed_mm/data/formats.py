@@ -93,12 +93,15 @@ def format_of(
         name: of the format; None: ``attr`` alone.
         rows: the file's first records, for names that differ between files of one format.
         recognised: whether the format was detected from the records; then only fields of ``attr`` that differ from
-            their defaults override it, because the recipe's data file spells the defaults out.
+            their defaults override it, because the recipe's data file spells the defaults out. A column that it names
+            and the records have is still the only one that is read.
     """
-    fields = type(attr).model_fields
-    given = set(fields) if name is None else set(attr.model_fields_set)
+    given = set(type(attr).model_fields) if name is None else set(attr.model_fields_set)
     if recognised:
-        given = {field for field in given if getattr(attr, field) != fields[field].default}
+        present = {column for row in rows for column in row}
+        spelled_out = {field for field in (*_COLUMNS, "messages")
+                       if field in attr.model_fields_set and getattr(attr, field) in present}
+        given = set(attr.changed) | spelled_out
     roles: Mapping[RoleField, tuple[str, ...]] = _ROLES
     columns: dict[str, tuple[str, ...]] = dict(_COLUMNS)
     messages: str | None = "messages"
@@ -140,8 +143,8 @@ def format_of(
 def recognise(attr: Attributes, rows: Sequence[Any]) -> RecordFormat:
     """Select the format of a file.
 
-    In order of precedence: ``attr.formatting``; ``attr``, if it names columns and the records have its ``messages``
-    column; detection from the records.
+    In order of precedence: ``attr.formatting``; ``attr``, if it has other names than the default ones and the records
+    have its ``messages`` column; detection from the records.
 
     Args:
         attr: of the data file.

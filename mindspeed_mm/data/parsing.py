@@ -37,6 +37,7 @@ _CHANGES_MEDIA = (
 )
 _NOT_EMPTY = ("tools", "system")  # columns that need their name in attr
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
+_DESIRABLE = "label"  # column of preference data of single answers, true or false
 _PART_KEYS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # type of a part -> its kind, and keys of its content
     "text": ("text", ("text",)), "image": ("image", ("image", "url", "path", "base64")),
     "image_url": ("image", ("image_url",)), "video": ("video", ("video", "url", "path")),
@@ -203,6 +204,9 @@ def _refuse_unread(row: Mapping[str, Any], form: RecordFormat, turns: Sequence[A
         if name not in form.read_columns and row.get(name) not in (None, "", [], {}):
             raise ValueError(f"it has a column {name!r}, of preference data; answers alone are trained on: write each "
                              "into messages of its own, and remove the column")
+    if row.get(_DESIRABLE) is False and _DESIRABLE not in form.read_columns:
+        raise ValueError(f"its column {_DESIRABLE!r} is false, as that of a rejected answer in preference data, which "
+                         "would be trained on; remove the records with false, or rename the column")
     places: list[tuple[str, str, Mapping[str, Any], Iterable[str]]] = [("column", "", row, form.read_columns)]
     places += [("key", f" of message {place}", turn, MESSAGE_KEYS) for place, turn in enumerate(turns)
                if isinstance(turn, dict) and len(turn) > 2]

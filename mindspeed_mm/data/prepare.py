@@ -218,7 +218,7 @@ def _digest(path: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; make it (step 3 of the guide)") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; correct the path, or its permissions") from error
     return digest.hexdigest()
 
 

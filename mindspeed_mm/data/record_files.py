@@ -178,8 +178,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> list[Any] | Reco
         raise
     if not isinstance(rows, list):
         raise UserError(
-            f"{path} holds {kind_of(rows)}, not a list of records; create it again (step 3 of the guide), or name "
-            "another file"
+            f"{path} holds {kind_of(rows)}, not a list of records; write one (docs/formats.md), or name another file"
         )
     return rows[:limit]
 
@@ -193,8 +192,7 @@ def require_file(path: Path) -> None:
     if not is_file(path):
         kind = "is not a regular file" if is_present(path) else "does not exist"
         raise UserError(
-            f"dataset {path} {kind}; make it (step 3 of the guide: "
-            "python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py) or correct basic_parameters.dataset"
+            f"dataset {path} {kind}; correct basic_parameters.dataset, or put the data there (docs/own_data.md)"
         )
 
 
@@ -472,8 +470,8 @@ def _check_gaps(path: str, content: mmap.mmap, places: list[tuple[int, int]]) ->
         if gap != (b"[" if index == 0 else b"]" if index == len(places) else b","):
             found = shorten(gap.decode(errors="replace"), 40)
             raise UserError(
-                f"{path}: before record {index} there is {found!r}, which is not an object; create the file again "
-                "(step 3 of the guide), or remove it"
+                f"{path}: before record {index} there is {found!r}, which is not an object; remove it, or write the "
+                "file again"
             )
         end = following
 

@@ -36,7 +36,7 @@ def require_records(path: str, count: int) -> None:
         UserError: naming the file.
     """
     if not count:
-        raise UserError(f"dataset {path} has no records; create it again (step 3 of the guide), or leave it out")
+        raise UserError(f"dataset {path} has no records; write records into it (docs/formats.md), or leave it out")
 
 
 class SkippedRecords:

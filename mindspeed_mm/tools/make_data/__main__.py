@@ -32,7 +32,7 @@ from mindspeed_mm.tools.make_data.scenes import Picture, Range, SceneOptions, ma
 _FILE_TYPES = ("json", "jsonl", "parquet", "arrow")
 _MARK = "make_data.json"  # holds the options; --overwrite empties only a directory that has it
 _OUTPUTS = ("images", "videos", "cache", "data.json", *(f"{s}.{t}" for s in ("train", "val") for t in _FILE_TYPES))
-_NO_MODEL, _PROGRAM = "MODEL_DIRECTORY", "python -m mindspeed_mm.tools.make_data"
+_NO_MODEL, _NO_MODEL_FILE, _PROGRAM = "MODEL_DIRECTORY", "MODEL_FILE", "python -m mindspeed_mm.tools.make_data"
 
 
 def _range(low: int, high: int, *, single: bool = False) -> Callable[[str], Any]:
@@ -235,7 +235,9 @@ def make_data(options: argparse.Namespace) -> None:
     if options.model is None:
         print(f"first: replace {_NO_MODEL} in this file by the tokenizer's directory, or give --model")
     print(f"next: python -m mindspeed_mm.tools.show_data --mm-data {shlex.quote(str(config))} --mm-model "
-          "examples/qwen3vl/model_30B.json --seq-length 1024")
+          f"{_NO_MODEL_FILE} --seq-length 1024")
+    print(f"{_NO_MODEL_FILE}: your --mm-model file, whose init_from_hf_path names the model's directory; those of the "
+          "published sizes, and a tiny one, are in examples")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -244,7 +244,7 @@ def test_the_former_name_of_an_attention_kernel():
 
 
 def test_a_file_that_is_missing_or_unreadable(tmp_path):
-    with pytest.raises(UserError, match=r"--mm-data .*x.json does not exist; .*step 4"):
+    with pytest.raises(UserError, match=r"--mm-data .*x.json does not exist; .*docs/configuration.md"):
         load_config(tmp_path / "x.json", DataConfig, flag="--mm-data")
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path, DataConfig, flag="--mm-data")

@@ -87,7 +87,7 @@ def test_batch_size_is_filled_in_from_the_world(place, monkeypatch):
     [
         ("hf/config.json", "init_from_hf_path .* no config.json; download the model first .step 2"),
         ("hf/tokenizer_config.json", "model_name_or_path .*no tokenizer.*; .*step 2"),
-        ("b.json", r"b.json \(dataset in .*\) does not exist; .*step 3"),
+        ("b.json", r"b.json \(dataset in .*\) does not exist; .*put the data there .docs/own_data.md"),
     ],
 )
 def test_missing_parts_name_their_step(place, missing, message):

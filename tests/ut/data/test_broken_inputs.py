@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
 
+from mindspeed_mm.config.data_config import Attributes
 from mindspeed_mm.data.encoder import load_tokenizer
 from mindspeed_mm.data.images import image_grid, load_pixels, upright_size
 from mindspeed_mm.data.record_files import RecordError, RecordFile, read_rows
@@ -32,6 +33,7 @@ from tests.fuzz.kinds import KINDS, run_kinds
 from tests.helpers.tiny_data import make_config, write_checkpoint
 
 OPTIONS = ChatTemplateOptions(name="qwen3_vl_nothink")
+SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
 
 
@@ -215,9 +217,28 @@ def test_keys_of_a_message_that_change_the_target_are_refused(tmp_path, change, 
 @pytest.mark.parametrize("column", ["system", "tools", "objects"])
 def test_columns_that_change_the_prompt_are_refused_or_named(tmp_path, column):
     with pytest.raises(UserError, match=f"its column '{column}'"):
-        read(tmp_path, [{"messages": TURNS, column: "Be brief."}])
+        read(tmp_path, [{"messages": TURNS, column: "Be brief."}], user_tag="user", videos="films")
     if column == "system":
         assert read(tmp_path, [{"messages": TURNS, column: "Be brief."}], system="system")[0].messages[0].role == column
+
+
+def test_the_recipes_attr_is_as_none(tmp_path):
+    """Fields at their defaults, which the recipe's data file spells out: the records decide."""
+    spelled_out = dict(Attributes()) | {"formatting": None}
+    row = {"system": "Be brief.", "messages": TURNS}
+    assert read(tmp_path, [row], **spelled_out) == read(tmp_path, [{"messages": [SYSTEM, *TURNS]}], **spelled_out)
+    both = {"messages": TURNS, "conversations": TURNS[:1], "images": []}  # the column that it names is read
+    assert len(read(tmp_path, [both], **spelled_out)) == 1
+
+
+@pytest.mark.parametrize("value", [False, True, 0, "no"])
+def test_a_rejected_answer_is_refused(tmp_path, value):
+    rows = [{"messages": TURNS, "label": True}, {"messages": TURNS, "label": value}]
+    if value is not False:
+        assert len(read(tmp_path, rows)) == 2
+        return
+    with pytest.raises(UserError, match="record 1: its column 'label' is false, .* remove the records with false, or"):
+        read(tmp_path, rows)
 
 
 def test_columns_that_are_not_read_are_counted(tmp_path):
@@ -381,7 +402,7 @@ def test_half_a_character_refuses_its_record_only(tmp_path):
 
 def test_a_missing_role_names_its_field(tmp_path):
     with pytest.raises(UserError, match="set attr.system_tag to 'system'"):
-        read(tmp_path, [{"messages": [{"role": "system", "content": "x"}, *TURNS]}])
+        read(tmp_path, [{"messages": [SYSTEM, *TURNS]}], videos="videos")
 
 
 def test_tools_as_objects_in_parquet_are_refused(tmp_path):

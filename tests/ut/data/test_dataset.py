@@ -192,7 +192,8 @@ def test_truncation_drops_turns_then_samples(root: Path) -> None:
     limit = sorted(lengths)[5]
     short, _ = build(root, seq_length=limit)
     assert 0 < len(short) < 12 and max(len(short[index].input_ids) for index in range(len(short))) <= limit
-    (summary,) = {path.read_text() for path in (root / "cache").glob("*/summary.txt")} - {"12 records, 12 kept whole\n"}
+    summaries = {path.read_text() for path in (root / "cache").glob("*/summary.txt")}
+    (summary,) = (text for text in summaries if not text.startswith("12 records, 12 kept whole\n"))
     assert f"skipped: the first turn is too long (the first: {root}/data.json, record " in summary
     with pytest.raises(UserError, match="no record can be trained on"):
         build(root, seq_length=3)
@@ -282,7 +283,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         bad.write_text(content)
         with pytest.raises(UserError, match=complaint):
             read_rows(bad)
-    with pytest.raises(UserError, match="step 3"):
+    with pytest.raises(UserError, match="correct the path, or its permissions|docs/own_data.md"):
         read_rows(tmp_path / "absent.json")
     bad.write_text("[]")
     with pytest.raises(UserError, match="no record"):

@@ -149,7 +149,9 @@ def test_recognised_by_the_first_records(records: list[Row], name: str) -> None:
     assert form.name == name and form.recognised
     assert recognise(Attributes(formatting=name), rows).name == name
     ours = Attributes(messages="messages", images="images", system_tag=None)  # as the recipe's data file names them
-    assert recognise(ours, rows).recognised is ("messages" not in FORMATS[name](records[0]))
+    assert (recognise(ours, rows).name, recognise(ours, rows).recognised) == (name, True)
+    other = Attributes(messages="messages", videos="films")  # names of its own: no others, if it fits
+    assert recognise(other, rows).recognised is ("messages" not in FORMATS[name](records[0]))
 
 
 def parsed(row: Row, *, thoughts: bool = True, **attr: Any) -> Record:

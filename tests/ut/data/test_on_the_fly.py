@@ -196,7 +196,7 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
     bad.write_text('[{"a": x}]')
     with pytest.raises(UserError, match=r"bad.json, record 0 \(which begins in line 1 .*\) is not valid JSON"):
         RecordFile(str(bad))[0]
-    with pytest.raises(UserError, match="step 3"):
+    with pytest.raises(UserError, match="docs/own_data.md"):
         RecordFile(str(tmp_path / "absent.jsonl"))
 
 

@@ -123,6 +123,7 @@ def test_each_reason_has_its_counter(root: Path, tmp_path: Path) -> None:
     assert summary.read_text() == (
         f"4 records, 1 kept whole, 1 skipped: the first turn is too long ({tmp_path}/data.json, record 2), "
         f"1 skipped: no target token ({tmp_path}/data.json, record 1), 1 skipped: unusable\n"
+        "format, recognised by the first records: messages (column messages, keys role and content)\n"
         f"1 answer of 1 record without text, which teach at most the end of a turn; "
         f"the first: {tmp_path}/data.json, record 1\n"
     )

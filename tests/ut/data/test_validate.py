@@ -121,7 +121,7 @@ def test_no_list_no_file_no_model(root: Path, records: list, tmp_path: Path) -> 
         check(root, {"data": records})
     with pytest.raises(UserError, match="has no record"):
         check(root, [])
-    with pytest.raises(UserError, match="absent.json does not exist.*step 3"):
+    with pytest.raises(UserError, match="absent.json does not exist.*docs/own_data.md"):
         validate_data(make_config(root, dataset=str(root / "absent.json")), SPEC)
     with pytest.raises(UserError, match="model_name_or_path.*step 2"):
         validate_data(make_config(tmp_path, dataset=str(root / "data.json")), SPEC)
@@ -156,7 +156,7 @@ def test_a_file_without_records_beside_others_is_refused(tmp_path: Path, basic: 
         (tmp_path / name).write_text(content)
         config = make_config(tmp_path, dataset=f"{data},{tmp_path}/{name}", basic=basic)
         for read in (lambda config=config: validate_data(config, SPEC), lambda config=config: build_tiny(config)):
-            with pytest.raises(UserError, match=rf"{name} has no records; create it again .*, or leave it out"):
+            with pytest.raises(UserError, match=rf"{name} has no records; write records .*, or leave it out"):
                 read()
 
 

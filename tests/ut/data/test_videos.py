@@ -245,7 +245,7 @@ def test_video_column_keeps_files_frames_and_order(recipe: Path) -> None:
 def test_mistakes_are_found_before_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = str(recipe / "data.json")
     with pytest.raises(UserError, match="2 <video> tags.*attr.videos is null; set it"):
-        validate_data(make_config(recipe, dataset=dataset), SPEC)
+        validate_data(make_config(recipe, dataset=dataset, attr={"tools": "tools"}), SPEC)
     config = make_config(recipe, dataset=dataset, attr={"videos": "videos"})
     monkeypatch.setattr(media_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install av"):

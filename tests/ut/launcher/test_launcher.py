@@ -175,9 +175,9 @@ def test_fields_of_the_model_directory_without_effect_are_listed(workplace):
         ("ckpt/hf_path/Qwen3-VL-30B-A3B-Instruct/config.json", "step 2"),
         ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/release/__0_0.distcp", "is damaged"),
         ("ckpt/dcp_path/Qwen3-VL-30B-A3B-Instruct-dcp/latest_checkpointed_iteration.txt", "mm-convert"),
-        ("data/mllm_format_llava_instruct_data.json", "step 3"),
+        ("data/mllm_format_llava_instruct_data.json", "docs/own_data.md"),
         ("data/photo.jpg", "record 0: image photo.jpg does not exist"),
-        ("examples/qwen3vl/data_30B.json", "step 4"),
+        ("examples/qwen3vl/data_30B.json", "docs/configuration.md"),
     ],
 )
 def test_says_in_one_line_which_step_is_missing(workplace, missing, step):

@@ -142,7 +142,9 @@ def test_all_formats_hold_the_same_scenes(tmp_path: Path, capsys: pytest.Capture
     for (path,), (part,) in ((a, b) for a, b in zip(images, parts, strict=True) if a):
         content = base64.b64decode(part["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
         assert content == (tmp_path / "messages" / path).read_bytes()
-    assert "next: python -m mindspeed_mm.tools.show_data --mm-data" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next: python -m mindspeed_mm.tools.show_data --mm-data" in said and "--mm-model MODEL_FILE --seq" in said
+    assert "MODEL_FILE: your --mm-model file, whose init_from_hf_path names the model's directory" in said
 
 
 def test_turns_and_history(tmp_path: Path) -> None:
