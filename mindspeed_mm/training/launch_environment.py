@@ -55,12 +55,16 @@ _NAMES = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|[a-z]+(?:_[a-z]+)+)(?![\w-])"
 
 
 def with_variables(message: str, environment: Mapping[str, str]) -> str:
-    """``message``, and under a launcher which of its variables set the flags that the message names."""
+    """``message``, and under a launcher which of its variables set the flags that the message names.
+
+    Not of flags of which it already says what sets them: a recipe's keys.
+    """
     if RUN_STATE not in environment:
         return message
     named = dict.fromkeys("--" + name.removeprefix("--").replace("_", "-") for name in _NAMES.findall(message))
     unsaid = [f"{VARIABLES[flag]} sets {flag}" for flag in named
-              if flag in VARIABLES and not re.search(rf"\b{VARIABLES[flag].partition(' ')[0]}\b", message)]
+              if flag in VARIABLES and not re.search(rf" sets {flag}(?![\w-])", message)
+              and not re.search(rf"\b{VARIABLES[flag].partition(' ')[0]}\b", message)]
     return f"{message} ({', '.join(unsaid)})" if unsaid else message
 
 
@@ -222,7 +226,7 @@ def shared_memory_warning(
     return (
         f"{directory} has {free / 2**20:.0f} MiB free, and {local_ranks * num_workers} data workers on this machine "
         f"may need {need / 2**20:.0f} MiB there; enlarge it (docker run --shm-size={-(-2 * need // GIB)}g), or lower "
-        "--num-workers (NUM_WORKERS in the launcher)"
+        "--num-workers"
     )
 
 

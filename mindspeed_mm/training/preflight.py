@@ -106,7 +106,7 @@ def preflight(job: JobConfig) -> None:
         ),
     ):
         if line is not None:
-            _warn(environment.with_variables(line, os.environ))
+            _warn(environment.with_variables(job.explain(line), os.environ))
 
 
 def tool_directories(tools: ToolsConfig) -> dict[str, str]:

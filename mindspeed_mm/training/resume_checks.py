@@ -202,7 +202,7 @@ def check_steps_remain(progress: Progress, args: TrainingArgs) -> None:
     if progress.iteration >= args.train_iters and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         raise UserError(
             f"nothing to train: {args.load} has done iteration {progress.iteration}, and --train-iters is "
-            f"{args.train_iters}; raise it (TRAIN_ITERS) and add --override-opt-param-scheduler, or start a new stage "
+            f"{args.train_iters}; raise it and add --override-opt-param-scheduler, or start a new stage "
             "from these weights with --finetune"
         )
 

@@ -437,7 +437,7 @@ def test_loss_and_recompute_words_from_the_environment(workplace):
     [
         ([], {}, None),
         ([], {"LR": "2e-5"}, "--lr 1e-05 became 2e-05"),
-        ([], {"TRAIN_ITERS": "5"}, "has done iteration 5, and --train-iters is 5; raise it (TRAIN_ITERS) and add"),
+        ([], {"TRAIN_ITERS": "5"}, "has done iteration 5, and --train-iters is 5; raise it and add --override-opt"),
         (["--finetune"], {"LR": "2e-5", "SAVE_PATH": "stage_2"}, None),
         (["--finetune"], {"LR": "2e-5"}, "its checkpoints would replace those of the first in --save save_dir"),
         ([], {"GRAD_ACC_STEP": "2"}, "the global batch size was 8 samples in save_dir and is 16"),

@@ -81,3 +81,13 @@ def test_the_checks_before_torchrun_read_the_recipe(workplace):
     result = launch(workplace, RECIPE)
     assert result.returncode == 2
     assert f"(init_from_hf_path in {RECIPE}, section model) has no config.json" in result.stderr
+
+
+def test_errors_name_the_recipes_keys_or_the_variables_that_replace_them(workplace):
+    words = ["gpt_args.lr_warmup_iters=20000", "gpt_args.lr_warmup_fraction=null"]
+    result = launch(workplace, RECIPE, *words)
+    assert result.returncode == 2 and f"({RECIPE}: gpt_args.lr_warmup_iters sets --lr-warmup-iters" in result.stderr
+    assert f"{RECIPE}: gpt_args.train_iters sets --train-iters" in result.stderr and "TRAIN_ITERS" not in result.stderr
+    result = launch(workplace, RECIPE, *words, TRAIN_ITERS=500)
+    assert result.returncode == 2 and "TRAIN_ITERS sets --train-iters" in result.stderr
+    assert "gpt_args.train_iters" not in result.stderr

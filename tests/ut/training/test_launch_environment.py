@@ -154,7 +154,7 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     line = warning(64)
     assert line is not None and "/dev/shm has 64 MiB free" in line and "64 data workers" in line
-    assert "need 384 MiB" in line and "--shm-size=1g" in line and "NUM_WORKERS" in line
+    assert "need 384 MiB" in line and "--shm-size=1g" in line and "lower --num-workers" in line
     assert warning(384) is None and warning(383) is not None
     assert warning(384, micro_batch_size=2) is not None and warning(0, num_workers=0) is None
     monkeypatch.undo()
