@@ -124,9 +124,10 @@ def _run(
     model_config = spec.read_config(job.model.init_from_hf_path)
     job.check_model(spec.facts(model_config), world_size=layout.world_size)
     media = spec.read_media_settings(job.data, model_config)
+    loaders = None
     if args.train_iters is None:
-        loader, _ = data_provider(job, spec, model_config, media, layout, Progress())
-        job = _count_iterations(job, loader.samples_per_epoch)
+        loaders = data_provider(job, spec, model_config, media, layout, Progress())
+        job = _count_iterations(job, loaders[0].samples_per_epoch)
         args = job.args
     with torch.device("meta" if args.init_model_with_meta_device else "cpu"):
         model = model_provider(job, spec, model_config, media, backend)
@@ -145,7 +146,9 @@ def _run(
     check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)
 
-    loader, eval_loader = data_provider(job, spec, model_config, media, layout, progress)
+    if loaders is None or progress.consumed_samples:  # else those that counted the samples start where the run does
+        loaders = data_provider(job, spec, model_config, media, layout, progress)
+    loader, eval_loader = loaders
     _record_data(job, loader, progress)
     _warn_of_partial_state(args)
     evaluated = f"; evaluation: {eval_loader.summary}" if eval_loader is not None else ""
