@@ -104,6 +104,35 @@ def _leaves(content, prefix=""):
         yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
 
+# What MindSpeed-MM's files of each size have otherwise than ORIGINAL: (model_type, layers, width, heads) of the text,
+# global batch, and further keys
+SIZES = {
+    "30B": (("qwen3_vl_moe", 48, 2048, 32), 16, ["lora_args={}"]),
+    "8B": (("qwen3_vl", 36, 4096, 32), 8, ["lora_args={}"]),
+    "32B": (("qwen3_vl", 64, 5120, 64), 16, ["lora_args={}"]),
+    "235B": (("qwen3_vl_moe", 94, 4096, 64), 256, [
+        "lora_args={}", "gpt_args.seq_length=16384", "model.text_decoder.use_npu_fused_moe=true",
+        "model.text_decoder.activation_offload=true",
+    ]),
+    "30B with LoRA": (("qwen3_vl_moe", 48, 2048, 32), 8, ["model.patch.bridge_patch=false"]),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_originals_files_of_each_size_fit_the_published_models(place, size):
+    (model_type, layers, width, heads), batch, more = SIZES[size]
+    words = [f"model.model_id={model_type}", f"model.text_decoder.num_layers={layers}",
+             f"model.text_decoder.hidden_size={width}", f"model.text_decoder.num_attention_heads={heads}",
+             f"gpt_args.global_batch_size={batch}", *more]
+    (place / "hf").mkdir()
+    (place / "hf/config.json").write_text(json.dumps(published_config(size.split()[0])))
+    read_run(["--nproc", str(min(batch, 16)), "r.yaml", *words])  # compares the file with config.json
+    args = load(*words, world_size=batch).args
+    assert args.lora is ("LoRA" in size) and args.global_batch_size == batch
+    with pytest.raises(UserError, match="hidden_size 25600 contradicts text_config.hidden_size"):  # as its 32B file
+        read_run(["--nproc", "8", "r.yaml", *words, "model.text_decoder.hidden_size=25600"])
+
+
 def test_each_key_without_effect_is_listed_as_written(place):
     job = load()
     found = "\n".join(job.describe_ignored())
