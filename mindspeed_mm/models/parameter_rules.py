@@ -214,23 +214,20 @@ def frozen_parts(settings: Settings) -> frozenset[str]:
     return frozenset({setting.part for setting in weights} - {s.part for s in weights if s.trainable})
 
 
-def describe(
-    settings: Settings, *, lr: float, weight_decay: float, final_weight_decay: float | None = None
-) -> list[str]:
+def describe(settings: Settings, *, lr: float, weight_decay: tuple[float, float]) -> list[str]:
     """Lines of a table: each part's parameters by their settings.
 
     Args:
         settings: of all parameters.
         lr: peak learning rate where ``lr_scale`` is 1.
-        weight_decay: where ``decay_scale`` is 1, at the start of the run.
-        final_weight_decay: likewise at its end, if it grows.
+        weight_decay: where ``decay_scale`` is 1, at the start and at the end of the run.
     """
-    grows = final_weight_decay not in (None, weight_decay)
+    first, last = weight_decay
     groups: dict[tuple[str, ...], list[int]] = {}
     for setting in settings.values():
-        rate, decay = f"{lr * setting.lr_scale:g}", f"{weight_decay * setting.decay_scale:g}"
-        if grows and setting.decay_scale:
-            decay += f" to {final_weight_decay * setting.decay_scale:g}"
+        rate, decay = f"{lr * setting.lr_scale:g}", f"{first * setting.decay_scale:g}"
+        if first != last and setting.decay_scale:
+            decay += f" to {last * setting.decay_scale:g}"
         of_training = ("yes", rate, decay) if setting.trainable else ("no", "-", "-")
         part, saved = setting.part + ", adapters" * setting.adapter, "yes" if setting.saved else "no"
         row = (part, *of_training, setting.dtype, saved)

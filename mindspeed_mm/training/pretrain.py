@@ -140,19 +140,15 @@ def _run(
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args, settings)
     schedule = build_schedule(optimizer, args)
-    start, end = args.weight_decay_range
-    _log_lines(describe(settings, lr=args.lr, weight_decay=start, final_weight_decay=end))
+    _log_lines(describe(settings, lr=args.lr, weight_decay=args.weight_decay_range))
     progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config, lora=lora)
     check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)
-
     if loaders is None or progress.consumed_samples:  # else those that counted the samples start where the run does
         loaders = data_provider(job, spec, model_config, media, layout, progress)
     loader, eval_loader = loaders
     _record_data(job, loader, progress)
-    _warn_of_partial_state(args)
-    evaluated = f"; evaluation: {eval_loader.summary}" if eval_loader is not None else ""
-    logger.info(f"data: {loader.summary}{evaluated}; {_remaining_iterations(progress, args)}")
+    _log_start(loader, eval_loader, progress, args)
     with StopRequest() as stop_request:
         context = RunContext(
             layout=layout,
@@ -236,6 +232,12 @@ def _log_environment(job: JobConfig, layout: Layout, backend: Backend) -> None:
 def _log_lines(lines: Sequence[str]) -> None:
     for line in lines:
         logger.info(line)
+
+
+def _log_start(loader: TrainLoader, eval_loader: BatchLoader | None, progress: Progress, args: TrainingArgs) -> None:
+    _warn_of_partial_state(args)
+    evaluated = f"; evaluation: {eval_loader.summary}" if eval_loader is not None else ""
+    logger.info(f"data: {loader.summary}{evaluated}; {_remaining_iterations(progress, args)}")
 
 
 def _remaining_iterations(progress: Progress, args: TrainingArgs) -> str:

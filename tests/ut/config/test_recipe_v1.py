@@ -200,6 +200,9 @@ def test_validation_data(place):
     assert "data.val_dataset_param: training.val_interval is 0" in "\n".join(off.describe_ignored())
     several = validated(place, words=["data.val_dataset_param.basic_parameters.dataset=[a.json, b.json]"])
     assert several.data.dataset_param.basic_parameters.val_dataset_files == ["a.json", "b.json"]
+    named = validated(place, words=["data.val_dataset_param.basic_parameters.dataset={x: a.json, y: {path: b.json}}",
+                                    "data.dataset_param.basic_parameters.dataset={z: c.json}"])
+    assert [dataset.name for dataset in named.data.val_datasets] == ["x", "y"]
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_weight_decay_by_rule():
     assert scales[0.5] == {name for name in settings if name.endswith(".mlp.router.weight")} and scales[0.5]
     vectors = {name for name, setting in settings.items() if len(setting.shape) == 1}
     assert scales[1] & vectors == {"text_decoder.final_layernorm.weight"}
-    assert "  0.05  " in "\n".join(describe(settings, lr=1e-4, weight_decay=0.1))
+    assert "  0.05  " in "\n".join(describe(settings, lr=1e-4, weight_decay=(0.1, 0.1)))
 
 
 def test_something_has_to_train():
@@ -182,14 +182,14 @@ def test_settings_change_the_model(device):
 def test_table():
     rules = [rule("vision", trainable=False), rule("*", frozen_only=True, dtype="bf16")]
     rules.append(rule("text.norm", lr_scale=0.5))
-    lines = describe(resolve(rules, PARAMETERS, parts=PARTS), lr=1e-5, weight_decay=0.1)
+    lines = describe(resolve(rules, PARAMETERS, parts=PARTS), lr=1e-5, weight_decay=(0.1, 0.1))
     assert lines == [
         "part    tensors  parameters  trainable  peak lr  weight decay  dtype  saved",
         "vision        3         100  no         -        -             bf16   yes",
         "text          1          64  yes        1e-05    0.1           fp32   yes",
         "text          1           4  yes        5e-06    0             fp32   yes",
     ]
-    grows = describe(resolve(rules, PARAMETERS, parts=PARTS), lr=1e-5, weight_decay=0.1, final_weight_decay=0.3)
+    grows = describe(resolve(rules, PARAMETERS, parts=PARTS), lr=1e-5, weight_decay=(0.1, 0.3))
     assert "  0.1 to 0.3  " in grows[2] and "  0   " in grows[3]
 
 
