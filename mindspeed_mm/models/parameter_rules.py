@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.model_options import ModelOptions
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.matrices import Matrices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,11 +85,13 @@ class ParameterSettings:
         part: of the model, as :attr:`ModelSpec.parts` names it.
         shape: before sharding.
         adapter: whether it is a factor of an adapter, not a weight of the model.
+        matrices: that it holds, if Muon trains it; None for AdamW.
     """
 
     part: str
     shape: tuple[int, ...]
     adapter: bool = False
+    matrices: Matrices | None = None
     trainable: bool = True
     lr_scale: float = 1.0
     decay_scale: float = 1.0
@@ -196,6 +199,26 @@ def resolve(
     return settings
 
 
+def with_muon(settings: Settings, matrices: Mapping[str, Matrices]) -> Settings:
+    """The settings of a run with Muon.
+
+    Args:
+        settings: of all parameters.
+        matrices: of the parameters that it can train.
+
+    Raises:
+        UserError: if none of them trains.
+    """
+    chosen = {name for name, setting in settings.items() if setting.trainable and name in matrices}
+    if not chosen:
+        reason = "no weight matrix of a layer trains" if matrices else "this model's family names no matrices for it"
+        raise UserError(f"--optimizer-selection muon: {reason}; use fused_torch_adamw")
+    return {
+        name: dataclasses.replace(setting, matrices=matrices[name]) if name in chosen else setting
+        for name, setting in settings.items()
+    }
+
+
 def apply_settings(model: nn.Module, settings: Settings) -> None:
     """Freeze and convert the parameters of ``model``, in place. Call before sharding, on meta tensors or on real ones.
 
@@ -224,15 +247,18 @@ def describe(settings: Settings, *, lr: float, weight_decay: tuple[float, float]
     """
     first, last = weight_decay
     groups: dict[tuple[str, ...], list[int]] = {}
+    muon = any(setting.matrices is not None for setting in settings.values())
     for setting in settings.values():
         rate, decay = f"{lr * setting.lr_scale:g}", f"{first * setting.decay_scale:g}"
         if first != last and setting.decay_scale:
             decay += f" to {last * setting.decay_scale:g}"
         of_training = ("yes", rate, decay) if setting.trainable else ("no", "-", "-")
         part, saved = setting.part + ", adapters" * setting.adapter, "yes" if setting.saved else "no"
-        row = (part, *of_training, setting.dtype, saved)
+        optimizer = ("-" if not setting.trainable else "AdamW" if setting.matrices is None else "Muon",) if muon else ()
+        row = (part, *of_training, setting.dtype, saved, *optimizer)
         groups.setdefault(row, []).append(setting.size)
-    rows = [("part", "tensors", "parameters", "trainable", "peak lr", "weight decay", "dtype", "saved")]
+    titles = ("part", "tensors", "parameters", "trainable", "peak lr", "weight decay", "dtype", "saved")
+    rows = [(*titles, *["optimizer"] * muon)]
     rows += [(row[0], f"{len(sizes):,}", f"{sum(sizes):,}", *row[1:]) for row, sizes in groups.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_right = {1, 2}

@@ -19,7 +19,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.layers.config import read_config_json
 from mindspeed_mm.models.lora import Adapter, Groups, LoraOptions, lora_settings, plan_adapters
-from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve
+from mindspeed_mm.models.parameter_rules import ParameterInfo, ParameterRule, Settings, resolve, with_muon
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.interfaces.batch import Batch, VisionBatch
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, MediaPatches, MediaSettings
+    from mindspeed_mm.models.matrices import Matrices
     from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.model import Model
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
@@ -364,6 +365,15 @@ class ModelSpec(abc.ABC):
     def weight_rules(self, model_config: Any, *, expert_layout: ExpertLayout) -> list[WeightRule]:
         """The map between Hugging Face tensors and the model's parameters, each of which occurs exactly once."""
 
+    def layer_matrices(self, model_config: Any) -> Mapping[str, Matrices]:
+        """Parameters that Muon trains, which are the weight matrices of the layers -> the matrices that each holds.
+
+        AdamW trains all others, such as embeddings, the output layer, norms and biases. Without any the family cannot
+        be trained with Muon.
+        """
+        del model_config
+        return {}
+
     def adapters(
         self, model_config: Any, options: LoraOptions, rules: Sequence[ParameterRule] = ()
     ) -> tuple[Adapter, ...]:
@@ -389,7 +399,8 @@ class ModelSpec(abc.ABC):
         return plan_adapters(options, weights, self.adapter_groups, frozen=unadapted)
 
     def parameter_settings(
-        self, model_config: Any, rules: Sequence[ParameterRule] = (), *, lora: LoraOptions | None = None
+        self, model_config: Any, rules: Sequence[ParameterRule] = (), *, lora: LoraOptions | None = None,
+        muon: bool = False,
     ) -> Settings:
         """How each parameter is trained, kept and saved.
 
@@ -397,13 +408,15 @@ class ModelSpec(abc.ABC):
             model_config: of the model.
             rules: see :func:`~mindspeed_mm.models.parameter_rules.compile_rules`; without any, everything trains.
             lora: train adapters instead of the weights that they adapt.
+            muon: train the weight matrices of the layers with Muon; not with ``lora``.
 
         Raises:
             UserError: if a rule does not fit the model.
         """
         parameters = _infos(self.weight_rules(model_config, expert_layout="hub"))
         if lora is None:
-            return resolve(rules, parameters, parts=self.parts)
+            settings = resolve(rules, parameters, parts=self.parts)
+            return with_muon(settings, self.layer_matrices(model_config)) if muon else settings
         return lora_settings(
             lora, self.adapters(model_config, lora, rules), rules, parameters, parts=self.parts
         )

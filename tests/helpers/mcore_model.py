@@ -55,11 +55,13 @@ def model_like(
     return model.to(device), model_config
 
 
-def part_settings(model_config: Qwen3VLConfig, frozen: Sequence[str] = (), *, dtype: str = "fp32") -> Settings:
+def part_settings(
+    model_config: Qwen3VLConfig, frozen: Sequence[str] = (), *, dtype: str = "fp32", muon: bool = False
+) -> Settings:
     """Settings of all parameters where some parts do not train, and are kept in ``dtype``."""
     globs = [glob for part in frozen for glob in SPEC.parts[part]]
     rules = [ParameterRule(pattern=glob, source="test", trainable=False, dtype=dtype) for glob in globs]
-    return SPEC.parameter_settings(model_config, rules)
+    return SPEC.parameter_settings(model_config, rules, muon=muon)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.interfaces.conversation import ChatTemplate, ChatTemplateOptions
     from mindspeed_mm.interfaces.media import GridTHW, MediaPatches, MediaSettings
     from mindspeed_mm.models.lora import Adapter
+    from mindspeed_mm.models.matrices import Matrices
     from mindspeed_mm.models.memory import Plan, Unit
     from mindspeed_mm.models.qwen3_vl.model import Qwen3VLModel
     from mindspeed_mm.models.state_dict import ExpertLayout, WeightRule
@@ -229,6 +230,12 @@ class Qwen3VLSpec(ModelSpec):
         from mindspeed_mm.models.qwen3_vl.state_dict_adapter import weight_rules
 
         return weight_rules(model_config, expert_layout=expert_layout)
+
+    def layer_matrices(self, model_config: Qwen3VLConfig) -> Mapping[str, Matrices]:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.state_dict_adapter import layer_matrices
+
+        return layer_matrices(model_config)
 
     def repeated_tensors(self, model_config: Qwen3VLConfig) -> dict[str, str]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""

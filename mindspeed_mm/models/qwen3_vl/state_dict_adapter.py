@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from mindspeed_mm.models.matrices import Matrices
 from mindspeed_mm.models.qwen3_vl.config import Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from mindspeed_mm.models.state_dict import (
     ExpertLayout,
@@ -153,3 +154,37 @@ def _norm_rules(to: str, source: str, width: int) -> Iterator[WeightRule]:
 def _linear_rules(to: str, source: str, rows: int, columns: int) -> Iterator[WeightRule]:
     yield copy_rule(f"{to}.weight", f"{source}.weight", (rows, columns))
     yield copy_rule(f"{to}.bias", f"{source}.bias", (rows,))
+
+
+def layer_matrices(model_config: Qwen3VLConfig) -> dict[str, Matrices]:
+    """The weight matrices of all layers and mergers, routers included: name of the mcore parameter -> matrices in it.
+
+    q, k and v, gate and up, and all experts are matrices of their own, also where the Hugging Face model keeps them in
+    one tensor.
+    """
+    text, vision = model_config.text, model_config.vision
+    found: dict[str, Matrices] = {}
+    queries = text.num_heads // text.num_kv_heads * text.head_dim
+    for layer in range(text.num_layers):
+        to = f"text_decoder.layers.{layer}"
+        found[f"{to}.self_attention.linear_qkv.weight"] = Matrices(
+            (queries, text.head_dim, text.head_dim), groups=text.num_kv_heads
+        )
+        found[f"{to}.self_attention.linear_proj.weight"] = Matrices()
+        if text.is_moe_layer(layer):
+            inner = text.moe_intermediate_size
+            found[f"{to}.mlp.router.weight"] = Matrices()
+            found[f"{to}.mlp.experts.gate_up_proj"] = Matrices((inner, inner), by_columns=True, transposed=True)
+            found[f"{to}.mlp.experts.down_proj"] = Matrices(transposed=True)
+        else:
+            found[f"{to}.mlp.linear_fc1.weight"] = Matrices((text.intermediate_size,) * 2)
+            found[f"{to}.mlp.linear_fc2.weight"] = Matrices()
+    encoder, projector = "image_encoder.vision_encoder", "image_encoder.vision_projector"
+    for block in range(vision.depth):
+        to = f"{encoder}.layers.{block}"
+        found[f"{to}.self_attention.linear_qkv.weight"] = Matrices((vision.head_dim,) * 3, groups=vision.num_heads)
+        for name in ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+            found[f"{to}.{name}.weight"] = Matrices()
+    mergers = ["merger", *(f"deepstack_mergers.{index}" for index in range(len(vision.deepstack_visual_indexes)))]
+    found |= {f"{projector}.{merger}.linear_fc{index}.weight": Matrices() for merger in mergers for index in (1, 2)}
+    return found
