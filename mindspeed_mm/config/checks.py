@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
-from mindspeed_mm.config.flags import LoraArgs, TrainingArgs, option_name
+from mindspeed_mm.config.flags import LoraArgs, OptimizerArgs, TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import LossMode, ModelOptions
 from mindspeed_mm.config.schema import EFFECTIVE, role_of, split_words
@@ -177,6 +177,34 @@ def check_frozen_dtype(args: TrainingArgs, fsdp: FSDPConfig) -> None:
         raise UserError(
             f"--frozen-param-dtype bf16 would change the results with param_dtype {fsdp.param_dtype} in "
             f"{args.fsdp2_config_path}; set that to bf16, or leave the flag out"
+        )
+
+
+def check_muon(args: TrainingArgs, fsdp: FSDPConfig) -> None:
+    """Rules between Muon and other options.
+
+    Raises:
+        UserError: naming both.
+    """
+    given = [name for name in OptimizerArgs.model_fields if name.startswith("muon_") and name in args.given]
+    if given and not args.muon:
+        raise UserError(
+            f"{option_name(given[0])} has no effect without --optimizer-selection muon; add that, or leave it out"
+        )
+    if args.muon and args.lora:
+        raise UserError(
+            "--optimizer-selection muon does not go with LoRA: it orthogonalizes updates of weights, which the two "
+            "factors of an adapter are not; use fused_torch_adamw"
+        )
+    if args.muon and args.moment_dtype != "fp32":
+        raise UserError(
+            f"--moment-dtype {args.moment_dtype} is of AdamW's moments, and Muon's momentum is fp32; leave it out, or "
+            "use --optimizer-selection fused_torch_adamw"
+        )
+    if args.muon and fsdp.offload_to_cpu:
+        raise UserError(
+            f"{args.fsdp2_config_path}: offload_to_cpu true would orthogonalize Muon's updates on the host, which "
+            "takes far longer than a step; set it to false, or use --optimizer-selection fused_torch_adamw"
         )
 
 

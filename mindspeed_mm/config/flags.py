@@ -105,7 +105,18 @@ class BatchArgs(StrictModel):
 class OptimizerArgs(StrictModel):
     """Optimizer, learning rate and loss"""
 
-    optimizer_selection: Literal["fused_torch_adamw"] = effective("fused_torch_adamw", "optimizer")
+    optimizer_selection: Literal["fused_torch_adamw", "muon"] = effective(
+        "fused_torch_adamw", "optimizer; muon: Muon for the weight matrices of the layers, AdamW for all other "
+        "parameters (docs/optimizers.md)"
+    )
+    muon_momentum: float = effective(0.95, "with muon, decay of the gradient's running mean, per step", ge=0, lt=1)
+    muon_ns_steps: int = effective(
+        5, "with muon, Newton-Schulz iterations that orthogonalize an update", ge=1, le=20, metavar="ITERATIONS"
+    )
+    muon_adjust_lr: Literal["original", "match_rms_adamw"] = effective(
+        "match_rms_adamw", "with muon, factor on a matrix's learning rate; match_rms_adamw: 0.2 x sqrt(larger side), "
+        "so that --lr and --weight-decay mean what they do with AdamW; original: sqrt(outputs / inputs), at least 1"
+    )
     moment_dtype: Literal["fp32", "bf16", "int8"] = effective(
         "fp32", "how AdamW's moments are stored: bf16 rounds stochastically, int8 has a scale per 256 neighbours; the "
         "update is computed in fp32 (docs/optimizers.md)",
@@ -147,7 +158,7 @@ class OptimizerArgs(StrictModel):
     override_opt_param_scheduler: bool = effective(
         False, "on a resume, follow these flags where the checkpoint's schedule differs, instead of stopping"
     )
-    weight_decay: float = effective(0.01, "AdamW's decoupled weight decay, per unit of learning rate", ge=0)
+    weight_decay: float = effective(0.01, "decoupled weight decay, per unit of learning rate", ge=0)
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = effective(
         "constant", "how the weight decay grows over --train-iters; with linear and cosine --weight-decay has no effect"
     )
@@ -385,6 +396,11 @@ class TrainingArgs(
             return self.lr_decay_iters
         fraction = 1 if self.lr_decay_fraction is None else Fraction(str(self.lr_decay_fraction))
         return max(1, math.floor(self.train_iters * fraction))
+
+    @property
+    def muon(self) -> bool:
+        """Whether Muon trains the weight matrices of the layers."""
+        return self.optimizer_selection == "muon"
 
     @property
     def decay_samples(self) -> int:

@@ -14,6 +14,7 @@ from mindspeed_mm.config.checks import (
     check_flags,
     check_frozen_dtype,
     check_model,
+    check_muon,
     check_parallel,
     join_expert_sizes,
     join_recompute,
@@ -188,6 +189,7 @@ def _read_files(
     model = _load(args, "mm_model", ModelOptions, sections)
     args = resolve_lora(args, model, fsdp)
     check_frozen_dtype(args, fsdp)
+    check_muon(args, fsdp)
     args = join_recompute(join_expert_sizes(args, fsdp), model, fsdp)
     args = args.replace(global_batch_size=check_parallel(args, fsdp, world_size=world_size))
     return JobFiles(args, model, fsdp, tools, sections, keys, notes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mindspeed_mm.config.flags import OptimizerArgs
+    from mindspeed_mm.models.parameter_rules import Settings
 
 StateEntry = tuple[tuple[int, ...], str]
 """Shape of a whole tensor, before sharding, and its dtype."""
@@ -35,8 +36,11 @@ class OptimizerStateLayout:
     moment_dtype: MomentDtype = "fp32"
 
     @classmethod
-    def of(cls, args: OptimizerArgs) -> OptimizerStateLayout:
-        """The layout of a run with these flags."""
+    def of(cls, args: OptimizerArgs, settings: Settings) -> OptimizerStateLayout:
+        """The layout of a run with these flags and settings of its parameters."""
+        if args.optimizer_selection == "muon":
+            names = frozenset(name for name, setting in settings.items() if setting.matrices is not None)
+            return MuonStateLayout(names=names)
         return cls(args.moment_dtype)
 
     @property
@@ -89,3 +93,28 @@ class OptimizerStateLayout:
         held = size if held is None else held
         tensors = [(math.prod(shape), dtype) for shape, dtype in self.tensors(name, tuple(shape)).values() if shape]
         return sum(-(-numbers * held // max(1, size)) * _BYTES[dtype] for numbers, dtype in tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonStateLayout(OptimizerStateLayout):
+    """Muon's momentum of the parameters that it trains, and AdamW's moments of the others.
+
+    Attributes:
+        names: of the parameters that Muon trains.
+    """
+
+    names: frozenset[str] = frozenset()
+
+    @property
+    def flags(self) -> dict[str, tuple[str, str]]:
+        """See :class:`OptimizerStateLayout`."""
+        return {"--optimizer-selection": ("muon", "fused_torch_adamw"), "--moment-dtype": ("fp32", "fp32")}
+
+    @property
+    def description(self) -> str:
+        """See :class:`OptimizerStateLayout`."""
+        return "Muon's momentum, AdamW's moments of the rest, fp32"
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, StateEntry]:
+        """See :class:`OptimizerStateLayout`."""
+        return {"momentum_buffer": (shape, "float32")} if name in self.names else super().tensors(name, shape)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
-from mindspeed_mm.models.parameter_rules import Settings
+from mindspeed_mm.models.parameter_rules import ParameterSettings, Settings
 from mindspeed_mm.training.gradients import by_mesh
 from mindspeed_mm.training.optimizers.adamw import AdamW
 from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 from mindspeed_mm.training.optimizers.low_precision import LowPrecisionAdamW
+from mindspeed_mm.training.optimizers.muon import Muon
 from mindspeed_mm.training.resume_checks import names_of_scales, schedule_settings
 
 if TYPE_CHECKING:
@@ -25,7 +27,40 @@ if TYPE_CHECKING:
 def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) -> ShardedOptimizer:
     """The optimizer of the trainable parameters, in groups of equal learning rate and weight decay."""
     trainable = {p: settings[name] for name, p in model.named_parameters() if p.requires_grad}
-    names = names_of_scales(trainable.values())
+    layout = OptimizerStateLayout.of(args, settings)
+    matrices = {p: setting.matrices for p, setting in trainable.items() if setting.matrices is not None}
+    optimizer: ShardedOptimizer | None = None
+    if groups := _groups({p: setting for p, setting in trainable.items() if p not in matrices}, trainable.values()):
+        optimizer = (AdamW if layout.moment_dtype == "fp32" else LowPrecisionAdamW)(
+            groups,
+            lr=args.lr,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_eps,
+            weight_decay=args.weight_decay,
+            triton=not args.no_triton_kernels,
+        )
+    if matrices:
+        optimizer = Muon(
+            _groups({p: trainable[p] for p in matrices}, trainable.values()),
+            matrices=matrices,
+            adamw=optimizer,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            momentum=args.muon_momentum,
+            steps=args.muon_ns_steps,
+            adjust_lr=args.muon_adjust_lr,
+        )
+    assert optimizer is not None, "parameter rules refuse a model of which nothing trains"
+    optimizer.layout = layout
+    optimizer.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return optimizer
+
+
+def _groups(
+    trainable: Mapping[nn.Parameter, ParameterSettings], everything: Iterable[ParameterSettings]
+) -> list[dict[str, Any]]:
+    """Groups of equal learning rate and weight decay, named after all parameters with that learning rate."""
+    names = names_of_scales(everything)
     groups: list[dict[str, Any]] = []
     for same_mesh in by_mesh(trainable):  # one fused step must not mix meshes
         by_factors: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
@@ -35,18 +70,7 @@ def build_optimizer(model: nn.Module, args: TrainingArgs, settings: Settings) ->
             {"params": parameters, "lr_mult": lr_scale, "wd_mult": decay_scale, "name": names[lr_scale]}
             for (lr_scale, decay_scale), parameters in by_factors.items()
         ]
-    layout = OptimizerStateLayout.of(args)
-    optimizer = (AdamW if layout.moment_dtype == "fp32" else LowPrecisionAdamW)(
-        groups,
-        lr=args.lr,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_eps,
-        weight_decay=args.weight_decay,
-        triton=not args.no_triton_kernels,
-    )
-    optimizer.layout = layout
-    optimizer.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return optimizer
+    return groups
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, schedule: OptimizerParamScheduler) -> dict[str, float]:

@@ -58,7 +58,9 @@ def preflight(job: JobConfig) -> None:
     world_size = launched_world_size()
     job.check_model(spec.facts(model_config), world_size=world_size)
     rules = compile_rules(job.args, job.model, parts=spec.parts)
-    settings = spec.parameter_settings(model_config, rules, lora=LoraOptions.from_args(job.args))
+    settings = spec.parameter_settings(
+        model_config, rules, lora=LoraOptions.from_args(job.args), muon=job.args.muon
+    )
     if job.args.lora_init_from is not None:
         from mindspeed_mm.training.lora import LoraRun  # imports torch
 

@@ -135,7 +135,7 @@ def _run(
     lora = LoraRun.of(args, spec, model_config, rules)
     if lora is not None:
         lora.attach(model)
-    settings = spec.parameter_settings(model_config, rules, lora=None if lora is None else lora.options)
+    settings = spec.parameter_settings(model_config, rules, lora=lora and lora.options, muon=args.muon)
     apply_settings(model, settings)
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args, settings)

@@ -95,7 +95,7 @@ def check_start(
         settings = {name: setting for name, setting in settings.items() if not is_adapter(name)}
     parameters = {MODEL_PREFIX + name: (s.shape, _DTYPES[s.dtype]) for name, s in settings.items()}
     trained = {MODEL_PREFIX + name for name, setting in settings.items() if setting.trainable}
-    optimizer = None if args.finetune or args.no_load_optim else OptimizerStateLayout.of(args)
+    optimizer = None if args.finetune or args.no_load_optim else OptimizerStateLayout.of(args, settings)
     check_contents(path, manifest, stored, parameters, trained=trained, optimizer=optimizer)
     check_model_config(path, manifest, model_config, source=Path(model_directory, "config.json"))
     progress = Progress.read(path, None if plain else manifest)

@@ -41,9 +41,9 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
         "errors", "inputs", "backend", "models.lora", "models.optimizer_state", "models.spec", "models.state_dict",
     ),
     "mindspeed_mm.training": (
-        "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora", "models.memory",
-        "models.model", "models.optimizer_state", "models.parameter_rules", "models.spec", "parallel", "tools",
-        "checkpoint",
+        "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora",
+        "models.matrices", "models.memory", "models.model", "models.optimizer_state", "models.parameter_rules",
+        "models.spec", "parallel", "tools", "checkpoint",
     ),
     "mindspeed_mm.fsdp": (),  # a name for pretrain_transformers.py
     "checkpoint": ("errors", "inputs", "checkpoint"),

@@ -9,7 +9,14 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mindspeed_mm.config.checks import ModelFacts, check_flags, check_frozen_dtype, check_model, check_parallel
+from mindspeed_mm.config.checks import (
+    ModelFacts,
+    check_flags,
+    check_frozen_dtype,
+    check_model,
+    check_muon,
+    check_parallel,
+)
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
@@ -76,7 +83,7 @@ def plan_run(
         frozen_names=frozenset(name for name, setting in trained.weights.items() if not setting.trainable),
         adapters=trained.adapters,
         frozen_param_bytes=BYTES[args.frozen_param_dtype],
-        optimizer_state=OptimizerStateLayout.of(args),
+        optimizer_state=OptimizerStateLayout.of(args, trained.weights),
         recompute_granularity=args.recompute_granularity,  # type: ignore[arg-type]
         recompute_method=args.recompute_method,  # type: ignore[arg-type]
         recompute_num_layers=args.recompute_num_layers,
@@ -103,7 +110,7 @@ def trained_by(args: TrainingArgs, model: ModelOptions, model_config: ModelConfi
     """What trains by the flags and the model file."""
     spec, lora = get_spec(model_config.model_type), LoraOptions.from_args(args)
     rules = compile_rules(args, model, parts=spec.parts)
-    settings = spec.parameter_settings(model_config, rules, lora=lora)
+    settings = spec.parameter_settings(model_config, rules, lora=lora, muon=args.muon)
     adapters = () if lora is None else spec.adapters(model_config, lora, rules)
     factors = {name for adapter in adapters for name in adapter.names}
     return Trained({name: setting for name, setting in settings.items() if name not in factors}, adapters)
@@ -187,6 +194,7 @@ class Run:
         changed_args = changed_args.replace(global_batch_size=max(1, samples // at_once) * at_once)
         check_flags(changed_args)
         check_frozen_dtype(changed_args, changed_fsdp)
+        check_muon(changed_args, changed_fsdp)
         check_parallel(changed_args, changed_fsdp, world_size=world_size)
         check_model(changed_args, changed_fsdp, self.model, self.facts, world_size=world_size)
         run = dataclasses.replace(
