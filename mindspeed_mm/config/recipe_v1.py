@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mindspeed_mm.config.recipe_v1_values import TRANSLATED, leaves_of, translate_values
+from mindspeed_mm.config.recipe_v1_values import OPTIMIZERS, TRANSLATED, leaves_of, translate_values
 from mindspeed_mm.config.schema import nearest
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import shorten, shown
@@ -25,7 +25,7 @@ _FEATURES = (
 _SAME_FLAGS = """
     micro_batch_size seed lr lr_decay_style weight_decay adam_beta1 adam_beta2 adam_eps clip_grad train_iters
     train_epochs init_model_with_meta_device load save save_interval no_load_optim no_load_rng no_save_optim no_save_rng
-    log_interval
+    log_interval muon_momentum
 """.split()
 _MOVED = {
     "parallel.tensor_parallel_size": "gpt_args.tensor_model_parallel_size",
@@ -52,6 +52,8 @@ _MOVED = {
     "features.enable_activation_offload": "model.text_decoder.activation_offload",
     **{f"training.{name}": f"gpt_args.{name}" for name in _SAME_FLAGS},
     "training.gradient_accumulation_steps": "gpt_args.global_batch_size",
+    "training.optimizer": "gpt_args.optimizer_selection",
+    "training.ns_steps": "gpt_args.muon_ns_steps",
     "training.lr_min": "gpt_args.min_lr",
     "training.lr_start": "gpt_args.lr_warmup_init",
     "training.lr_warmup_ratio": "gpt_args.lr_warmup_fraction",
@@ -70,6 +72,7 @@ _VALUES: dict[str, dict[Any, Any]] = {
     "features.recompute": {True: "full", False: None},
     "features.enable_chunk_loss": {True: "chunk", False: "default"},
     "features.loss_cfg.loss_type": {"raw": "default"},
+    "training.optimizer": OPTIMIZERS,
 }
 """Values that have another name here."""
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -90,7 +93,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "features.enable_chunk_mbs": ((False,), "lower micro_batch_size and raise gradient_accumulation_steps"),
     "features.enable_ep_balance": ((False,), "router_aux_loss_coef balances the experts"),
     "features.recompute_plan.op_replay_scopes": (([],), "recomputation is by whole layers"),
-    "training.optimizer": (("adamw",), "this recipe uses AdamW"),
+    "training.matched_adamw_rms": ((0.2,), "updates of Muon are matched to AdamW's usual root mean square of 0.2"),
     "training.load_format": (("auto", "dcp"), "without load the weights of model_name_or_path are read"),
     "training.save_format": (("auto", "dcp"), "mm-convert exports checkpoints"),
     "training.quantization_plan": ((None,), "there is no fp8 training"),
@@ -133,9 +136,6 @@ _NO_EFFECT = {
     "training.save_steps": "save_interval is the number of steps between checkpoints",
     "training.manual_gc_interval": "garbage is collected between steps",
     "training.val_micro_batch_size": "evaluation uses micro_batch_size",
-    **dict.fromkeys(
-        ("training.muon_momentum", "training.ns_steps", "training.matched_adamw_rms"), "it belongs to optimizer muon"
-    ),
     "training.lora.disable_peft_moe_conversion": "adapters of experts are saved in PEFT's layout",
 }
 _DEFAULTS = {

@@ -21,6 +21,8 @@ TRANSLATED = {
     "training.lora.enable": "lora_args",
 }
 """Key of the file -> key of this project that holds what it becomes."""
+OPTIMIZERS = {"adamw": "fused_torch_adamw", "muon": "muon"}
+_OF_MUON = ("training.muon_momentum", "training.ns_steps", "training.matched_adamw_rms")
 _TRAINING_DATA, _VALIDATION_DATA = "data.dataset_param", "data.val_dataset_param"
 _BASIC = f"{_TRAINING_DATA}.basic_parameters"
 _OF_TRAINING = re.compile(r"basic_parameters\.(cache_dir|overwrite_cache|preprocessing_\w+)")
@@ -43,7 +45,7 @@ def translate_values(leaves: dict[str, Any], source: str) -> tuple[dict[str, str
     """
     moved: dict[str, str] = {}
     ignored: list[str] = []
-    for translate in (_lora, _quantization, _decay_ratio, _learning_rates, _weight_decay, _evaluation):
+    for translate in (_lora, _optimizer, _quantization, _decay_ratio, _learning_rates, _weight_decay, _evaluation):
         translate(leaves, source, moved, ignored)
     return moved, ignored
 
@@ -67,6 +69,15 @@ def _lora(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: l
     for path in [path for path in leaves if path.startswith("training.lora.") and not enabled]:
         del leaves[path]
         ignored.append(f"{path}: training.lora.enable is false")
+
+
+def _optimizer(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: list[str]) -> None:
+    optimizer = leaves.get("training.optimizer", "adamw")
+    if optimizer not in list(OPTIMIZERS):
+        raise UserError(f"{source}: training.optimizer is {shown(optimizer)}; choose {' or '.join(OPTIMIZERS)}")
+    for path in _OF_MUON if optimizer != "muon" else ():
+        if leaves.pop(path, _LEFT_OUT) is not _LEFT_OUT:
+            ignored.append(f"{path}: it belongs to optimizer muon")
 
 
 def _quantization(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: list[str]) -> None:

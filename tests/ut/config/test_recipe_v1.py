@@ -140,6 +140,16 @@ def test_overrides(place, words, read, value):
     assert getattr(load(*words).args, read) == value
 
 
+def test_muon(place):
+    of_muon = ["training.muon_momentum=0.9", "training.ns_steps=6", "training.matched_adamw_rms=0.2"]
+    args = load("training.optimizer=muon", *of_muon).args
+    assert args.muon and (args.muon_momentum, args.muon_ns_steps) == (0.9, 6)
+    assert args.muon_adjust_lr == "match_rms_adamw"
+    job = load(*of_muon)  # with optimizer adamw
+    assert not job.args.muon and job.args.muon_momentum == 0.95
+    assert sum("it belongs to optimizer muon" in line for line in job.describe_ignored()) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -147,7 +157,10 @@ def test_overrides(place, words, read, value):
         (["training.lrr=1"], "v1.yaml with training.lrr=1: training.lrr is unknown; did you mean training.lr?"),
         (["training.lr=-1"], "training.lr is -1; it must be greater than 0"),
         (["training.lr_min=1"], "exceeds --lr 1e-05; lower it (v1.yaml: training.lr_min sets --min-lr; v1.yaml: train"),
-        (["training.optimizer=muon"], 'training.optimizer is "muon", but this recipe uses AdamW; set it to "adamw"'),
+        (["training.optimizer=adamw_swap"], 'training.optimizer is "adamw_swap"; choose adamw or muon'),
+        (["training.optimizer=[]"], "training.optimizer is []; choose adamw or muon"),
+        (["training={optimizer: muon, matched_adamw_rms: 0.4}"], "training.matched_adamw_rms is 0.4, but updates of"),
+        (["training={optimizer: muon, ns_steps: 0}"], "training.ns_steps is 0; it must be at least 1"),
         (["parallel.ring_attention_size=2"], "ring_attention_size is 2, but ulysses_parallel_size shares"),
         (["parallel.tensor_parallel_size=2"], "parallel.tensor_parallel_size is 2, but FSDP2 shards the parameters"),
         (["training.quantization_plan={recipe_name: mxfp8}"], "but there is no fp8 training; set it to null"),
