@@ -161,10 +161,12 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         model, settings = adapted_at_random(hf_model, LoraOptions(**case["lora"]), dtype=config.param_dtype, **keywords)
     else:
         model, model_config = model_like(hf_model, **keywords, frozen=frozen)
-        settings = part_settings(model_config, frozen)
+        settings = part_settings(model_config, frozen, muon=args.muon)
     model_config = model.model_config
     parallelize(model, layout=layout, config=config)
     optimizer = build_optimizer(model, args, settings)
+    if "newton_schulz" in case:
+        optimizer.dtype = getattr(torch, case["newton_schulz"])
     progress = Progress()
     if "load" in case:
         progress = load(
@@ -188,7 +190,8 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         held_out = [deal_out(layout, VALIDATION_STEP, **sizes)]
         evaluation = Evaluation(held_out, split=split, skipped_samples=SkippedSamples(0))
         validation = record(evaluation, "evaluate")
-        manager = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend)
+        recorded = {"flags": {"--optimizer-selection": args.optimizer_selection}}
+        manager = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend, metadata=recorded)
         callbacks = [evaluation, Checkpointing(manager)]
     trainer = Trainer(
         args=args,

@@ -115,6 +115,16 @@ FURTHER: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 
+# Newton-Schulz iterations in fp64, so that bounds are those of the gradients' rounding
+MUON_FLAGS = ("--optimizer-selection", "muon", "--weight-decay", "0.1")
+MUON: dict[int, dict[str, dict[str, Any]]] = {
+    processes: {
+        f"{name}, Muon": {**case(micro_batch, flags=MUON_FLAGS, **layout), "newton_schulz": "float64"}
+        for name, (micro_batch, layout) in PLAIN[processes].items() if name in names
+    }
+    for processes, names in {2: ("FSDP",), 4: ("HSDP", "EP2")}.items()
+}
+
 # with 8 query, 4 key/value and 8 vision heads; too many processes for CI
 MANY_HEADS = {"many_heads": True}
 EIGHT: dict[str, dict[str, Any]] = {
@@ -216,7 +226,8 @@ def one_process(cases: Sequence[dict[str, Any]], directory: Path) -> Callable[[d
 
     def alone(of: dict[str, Any]) -> dict[str, Any]:
         types = {name: of["fsdp"][name] for name in ("param_dtype", "reduce_dtype")}
-        return {**case(8, fsdp=types, model=of["model"], lora=of.get("lora")), "flags": of["flags"]}
+        kept = {name: of[name] for name in ("flags", "newton_schulz") if name in of}
+        return {**case(8, fsdp=types, model=of["model"], lora=of.get("lora")), **kept}
 
     outcomes = run_layouts(1, {json.dumps(alone(of)): alone(of) for of in cases}, directory)
     return lambda of: outcomes[json.dumps(alone(of))]

@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.layouts import GRADIENT, LOSS, PARAMETER, case, errors, one_process, reference, run_layouts
+from tests.helpers.layouts import (
+    GRADIENT,
+    LOSS,
+    MUON_FLAGS,
+    PARAMETER,
+    case,
+    errors,
+    one_process,
+    reference,
+    run_layouts,
+)
 from tests.helpers.mcore_model import relative
 from tests.helpers.npu_environment import HAS_COMPILER, SIMULATED_NPU, npu_environment
 from tests.st.test_recipe import EXAMPLE, place, stored, train  # noqa: F401  place is a fixture
@@ -40,6 +50,11 @@ ADAPTED = {
     "LoRA, EP2": case(4, lora=LORA, expert_size=2),
     "LoRA, EP2, bf16": case(4, lora=LORA, fsdp=BF16, expert_size=2),
 }
+# Newton-Schulz iterations in fp32, so that bounds are those of the gradients' rounding
+MUON = {
+    "Muon, FSDP2": {**case(4, flags=MUON_FLAGS), "newton_schulz": "float32"},
+    "Muon, EP2": {**case(4, flags=MUON_FLAGS, expert_size=2), "newton_schulz": "float32"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +62,7 @@ def outcomes(tmp_path_factory):
     """What came of all cases, with operators that torch_npu has, see test_npu_signatures."""
     directory = tmp_path_factory.mktemp("npu")
     environment = {**npu_environment(), "MM_TEST_DEVICE": "npu", "MM_TEST_OPERATORS": str(directory / "operators")}
-    found = run_layouts(2, CASES | ADAPTED, directory, environment)
+    found = run_layouts(2, CASES | ADAPTED | MUON, directory, environment)
     # FSDP2's own copies are operators too in torch 2.7; torch registers them for any device, made of the others
     used = {name for name in (directory / "operators").read_text().split() if not name.startswith("fsdp::")}
     assert len(used) > 40 and used <= set(OPERATORS.read_text().split())
@@ -63,6 +78,14 @@ def test_adapters_equal_one_process_on_the_host(outcomes, tmp_path):
             continue
         # AdamW's first steps divide gradients by their own size: the adapters differ as those of the smallest ones do
         assert found["losses"] <= LOSS and found["norms"] <= GRADIENT and found["gradients"] <= GRADIENT, (name, found)
+
+
+def test_muon_equals_one_process_on_the_host(outcomes, tmp_path):
+    theirs = one_process(list(MUON.values()), tmp_path)
+    for name, of in MUON.items():
+        found = errors(outcomes[name], theirs(of), tensors=("parameters",))
+        assert found["losses"] <= LOSS and found["norms"] <= GRADIENT, (name, found)
+        assert found["parameters"] <= PARAMETER, (name, found)
 
 
 def test_layouts_equal_hugging_face(outcomes):

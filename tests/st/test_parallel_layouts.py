@@ -21,6 +21,7 @@ from tests.helpers.layouts import (
     EIGHT,
     GRADIENT,
     LOSS,
+    MUON,
     PARAMETER,
     PLAIN,
     STEPS,
@@ -33,6 +34,7 @@ from tests.helpers.layouts import (
     rest_errors,
     run_layouts,
 )
+from tests.helpers.mcore_model import relative
 
 BOUNDS = {"losses": LOSS, "norms": GRADIENT, "gradients": GRADIENT, "parameters": PARAMETER}
 # In bf16, layouts differ where sums over tokens are cut elsewhere: experts' products over the tokens of several
@@ -51,8 +53,8 @@ def saving(processes: int, directory: Path) -> dict[str, dict[str, Any]]:
     flags = f"--save-interval {AT} --eval-interval {AT} --eval-iters 1".split()
     return {
         name: {**of, "flags": [*of["flags"], "--save", str(place(directory, processes, name)), *flags]}
-        if name in continued(processes) else of
-        for name, of in layouts(processes).items()
+        if name in continued(processes) or name in MUON.get(processes, {}) else of
+        for name, of in {**layouts(processes), **MUON.get(processes, {})}.items()
     }
 
 
@@ -80,7 +82,8 @@ def trained(directory) -> Trained:
 
 @pytest.fixture(scope="module")
 def alone(directory):
-    return one_process([of for processes in PLAIN for of in layouts(processes).values()], directory)
+    cases = [*(layouts(processes) for processes in PLAIN), *MUON.values()]
+    return one_process([of for named in cases for of in named.values()], directory)
 
 
 def test_matrix_is_complete():
@@ -115,6 +118,17 @@ def test_layouts_equal_one_process(trained, alone, processes):
         assert all(found[key] <= bound for key, bound in bounds.items()), (name, found)
 
 
+@pytest.mark.parametrize("processes", MUON)
+def test_muon_does_not_depend_on_the_layout(trained, alone, processes):
+    """Matrices are orthogonalized whole, on one rank each: of rows of all ranks, and of experts of some."""
+    for name, of in MUON[processes].items():
+        ours, theirs = trained(processes)[name], alone(of)
+        found = errors(ours, theirs, tensors=("parameters",))
+        assert all(found[key] <= BOUNDS[key] for key in found), (name, found)
+        by_adamw = reference(**of["model"])["parameters"]
+        assert max(relative(ours["parameters"][key], value) for key, value in by_adamw.items()) > 1e-3
+
+
 @pytest.mark.slow
 def test_context_parallelism_over_eight_processes(tmp_path):
     """With 4 key/value heads, so that two processes hold the same one, and numbers of tokens that 8 does not divide."""
@@ -146,10 +160,12 @@ def test_some_processes_see_only_text_and_others_only_images(trained, processes)
 
 
 @pytest.mark.parametrize("processes", PLAIN)
-def test_checkpoints_continue_in_another_layout(trained, directory, processes):
+def test_checkpoints_continue_in_another_layout(trained, alone, directory, processes):
     """Each layout's checkpoint, written after an evaluation, gives the third step in one other layout."""
     evaluated = [outcome["validation"] for count in PLAIN for outcome in trained(count).values()]
-    assert len([losses for losses in evaluated if losses]) == sum(len(continued(count)) for count in PLAIN)
+    assert len([losses for losses in evaluated if losses]) == sum(
+        len(continued(count)) + len(MUON.get(count, {})) for count in PLAIN
+    )
     cases = {}
     for dense in (False, True):
         ring = [(count, name) for count in PLAIN for name in continued(count) if is_dense(name) is dense]
@@ -157,7 +173,15 @@ def test_checkpoints_continue_in_another_layout(trained, directory, processes):
             if count == processes:
                 source = ring[(index + len(ring) // 2) % len(ring)]
                 cases[name] = continuing(count, name, place(directory, *source))
-    assert_continued(run_layouts(processes, cases, directory), processes)
+    ring = [(count, name) for count in MUON for name in MUON[count]]
+    for index, (count, name) in enumerate(ring):
+        if count == processes:
+            cases[name] = {**MUON[count][name], "load": str(checkpoint(directory, *ring[index - 1]))}
+    outcomes = run_layouts(processes, cases, directory)
+    for name in MUON.get(processes, {}):
+        found = rest_errors(outcomes.pop(name), alone(MUON[processes][name]), done=AT)
+        assert all(found[key] <= BOUNDS[key] for key in found), (name, found)
+    assert_continued(outcomes, processes)
 
 
 @pytest.mark.slow
@@ -180,6 +204,11 @@ def test_every_checkpoint_continues_in_every_layout(trained, directory, processe
 def is_dense(name: str) -> bool:
     """Whether a case of the matrix has the dense model."""
     return ", dense" in name
+
+
+def checkpoint(directory: Path, processes: int, name: str) -> Path:
+    """The checkpoint of a case."""
+    return place(directory, processes, name) / f"iter_{AT:07d}"
 
 
 def continuing(processes: int, name: str, source: Path) -> dict[str, Any]:
