@@ -102,7 +102,7 @@ class OurRunner:
         rules = [ParameterRule(pattern=glob, source="benchmark", trainable=False) for glob in frozen]
         if lora is None:
             _freeze(self.model, frozen_experts and ".experts.", frozen_vision and "image_encoder.")
-            settings = SPEC.parameter_settings(model_config)
+            settings = SPEC.parameter_settings(model_config, muon=args.muon)
         else:
             adapters = SPEC.adapters(model_config, lora, rules)
             attach_adapters(self.model, adapters, SPEC.weight_rules(model_config, expert_layout="hub"))
