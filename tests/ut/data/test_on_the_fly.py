@@ -95,7 +95,7 @@ def _tokens(batch: Batch) -> list[tuple[int, torch.Tensor]]:
 def test_streaming_builds_nothing(tmp_path: Path) -> None:
     write_dataset(tmp_path, 6)
     config = make_config(tmp_path, dataset=str(tmp_path / "data.json"), basic={"streaming": True, "val_rate": 0.34})
-    assert validate_data(config, SPEC) == 6
+    assert validate_data(config, SPEC) == [6]
     train, held = build_tiny(config, seq_length=512, seed=1)
     assert held is not None and (len(train), len(held)) == (4, 2)
     assert not (tmp_path / "cache").exists()

@@ -40,7 +40,7 @@ def test_from_a_folder_to_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     content["dataset_param"]["preprocess_parameters"]["model_name_or_path"] = "model"
     config = validate_config(content, DataConfig, source="my_data/data.json")
     count = 100 if generated else 60
-    assert validate_data(config, SPEC) == count
+    assert validate_data(config, SPEC) == [count]
     train, held_out = build_tiny(config)
     assert held_out is not None and (len(train), len(held_out)) == (count - count // 50, count // 50)
     assert all(len(train[index].media) == 1 and train[index].loss_mask.any() for index in range(len(train)))

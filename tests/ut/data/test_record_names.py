@@ -70,7 +70,7 @@ def test_a_bad_record(files: Files, basic: dict) -> None:
     with pytest.raises(UserError, match=r"a.json, record 1: the conversation is empty \(and 1 more"):
         validate_data(files.config(**basic), SPEC)
     config = files.config(on_bad_sample="skip", **basic)
-    assert validate_data(config, SPEC) == 13
+    assert validate_data(config, SPEC) == [13]
     if basic.get("streaming"):
         messages = skipped_in_training(files, **basic)
     else:
@@ -108,9 +108,9 @@ def test_a_line_that_is_not_json(files: Files) -> None:
     path.write_text("\n".join([*lines[:4], "{", *lines[5:]]))
     with pytest.raises(UserError, match=r"b.jsonl, record 2 \(line 5\) is not valid JSON"):
         read_rows(path)[2]
-    assert validate_data(files.config(on_bad_sample="skip"), SPEC) == 14
+    assert validate_data(files.config(on_bad_sample="skip"), SPEC) == [14]
     config = files.config(on_bad_sample="skip", streaming=True)
-    assert validate_data(config, SPEC) == 14
+    assert validate_data(config, SPEC) == [14]
     (message,) = skipped_in_training(files, streaming=True)
     assert names_in(message) == ["b.jsonl, record 2"] and "is not valid JSON" in message
     with pytest.raises(UserError, match=r"b.jsonl, record 2 \(line 5\) is not valid JSON"):

@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps(root: Path, count: int, **basic: Any) -> list[Any]:
     config = make_config(root, dataset=str(root / "data.json"), basic=basic, loader=LOADER)
-    assert validate_data(config, SPEC) == 10
+    assert validate_data(config, SPEC) == [10]
     media = SPEC.read_media_settings(config, MODEL_CONFIG)
     dataset, _ = build_datasets(config, spec=SPEC, media=media, seq_length=100, seed=1)
     loader = build_train_loader(

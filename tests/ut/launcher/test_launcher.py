@@ -147,7 +147,8 @@ def test_a_run_that_will_not_fit_is_warned_of_and_started(workplace):
     result = launch(workplace, MM_DEVICE_MEMORY_GB=64)
     assert result.returncode == 0 and "--global-batch-size" in result.words
     (line,) = _warnings(result, "does not fit")
-    assert "of 64 GiB" in line and "EP=8 (58.9 GiB); NPUS_PER_NODE x NNODES = 16 devices (35.0 GiB" in line
+    assert "of 64 GiB" in line and "EP=8 (58.9 GiB); --moment-dtype bf16 (48.3 GiB" in line
+    assert "NPUS_PER_NODE x NNODES = 16 devices (35.0 GiB" in line
     for offered in ({"EP": 8}, {"NPUS_PER_NODE": 16}):
         assert not _warnings(launch(workplace, MM_DEVICE_MEMORY_GB=64, **offered), "does not fit")
     assert not _warnings(launch(workplace, MM_DEVICE_MEMORY_GB=""), "does not fit")

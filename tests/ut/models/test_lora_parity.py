@@ -32,7 +32,7 @@ CASES = {
     "one layer": options_of("*.layers.1.*"),
     "all": options_of("all"),
     "odd ranks": options_of("all", r=3, expert_r=5),
-    "rsLoRA, rank of experts": options_of("all", r=5, alpha=4, expert_r=1, use_rslora=True),
+    "rsLoRA, rank of experts": options_of("all", r=5, alpha=2, expert_r=1, use_rslora=True),
 }
 
 

@@ -35,7 +35,7 @@ def with_triton(monkeypatch):
 
 
 def test_adapters_equal_peft(with_triton):
-    base, options = tiny_model(), options_of("all", r=3, expert_r=4)
+    base, options = tiny_model(), options_of("all", r=3, alpha=4, expert_r=4)
     peft_model = adapted_by_peft(copy.deepcopy(base), options)
     loss, logits = run_samples(peft_model, mixed_samples())
     choices = ModelBuildOptions(text_attn_implementation="sdpa")
