@@ -95,7 +95,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "features.recompute_plan.op_replay_scopes": (([],), "recomputation is by whole layers"),
     "training.matched_adamw_rms": ((0.2,), "updates of Muon are matched to AdamW's usual root mean square of 0.2"),
     "training.load_format": (("auto", "dcp"), "without load the weights of model_name_or_path are read"),
-    "training.save_format": (("auto", "dcp"), "mm-convert exports checkpoints"),
+    "training.save_format": (("auto", "dcp"), "checkpoints are DCP; hf exports them as well"),
     "training.quantization_plan": ((None,), "there is no fp8 training"),
     "training.max_steps": ((None,), "train_iters is the length of the run"),
     "training.ckpt_manager": (("dcp",), "checkpoints are those of torch.distributed"),

@@ -19,6 +19,7 @@ TRANSLATED = {
     "training.no_decay_params": "model.weight_decay_scaling_plan",
     "training.no_decay_modules": "model.weight_decay_scaling_plan",
     "training.lora.enable": "lora_args",
+    "training.save_format": "gpt_args.save_hf_interval",
 }
 """Key of the file -> key of this project that holds what it becomes."""
 OPTIMIZERS = {"adamw": "fused_torch_adamw", "muon": "muon"}
@@ -45,7 +46,9 @@ def translate_values(leaves: dict[str, Any], source: str) -> tuple[dict[str, str
     """
     moved: dict[str, str] = {}
     ignored: list[str] = []
-    for translate in (_lora, _optimizer, _quantization, _decay_ratio, _learning_rates, _weight_decay, _evaluation):
+    for translate in (
+        _lora, _save_format, _optimizer, _quantization, _decay_ratio, _learning_rates, _weight_decay, _evaluation
+    ):
         translate(leaves, source, moved, ignored)
     return moved, ignored
 
@@ -69,6 +72,20 @@ def _lora(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: l
     for path in [path for path in leaves if path.startswith("training.lora.") and not enabled]:
         del leaves[path]
         ignored.append(f"{path}: training.lora.enable is false")
+
+
+def _save_format(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: list[str]) -> None:
+    """Checkpoints are always DCP; with ``hf`` each is exported as well. Comes after LoRA's keys."""
+    if leaves.get("training.save_format") != "hf":
+        return
+    del leaves["training.save_format"]
+    if any(path.startswith("training.lora.") for path in leaves):
+        ignored.append("training.save_format: with LoRA each checkpoint has a PEFT directory")
+    elif leaves.get("training.save") is None:
+        ignored.append("training.save_format: there is no save")
+    else:
+        leaves["gpt_args.save_hf_interval"] = leaves.get("training.save_interval") or 1
+        moved["gpt_args.save_hf_interval"] = "training.save_format"
 
 
 def _optimizer(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: list[str]) -> None:

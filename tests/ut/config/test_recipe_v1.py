@@ -150,9 +150,21 @@ def test_muon(place):
     assert sum("it belongs to optimizer muon" in line for line in job.describe_ignored()) == 3
 
 
+def test_checkpoints_are_exported_with_save_format_hf(place):
+    assert load("training.save=x", "training.save_format=hf").args.save_hf_interval == 10000
+    assert load("training.save=x", "training.save_format=dcp").args.save_hf_interval is None
+    unsaved = load("training.save_format=hf")
+    assert unsaved.args.save_hf_interval is None
+    assert any("training.save_format: there is no save" in line for line in unsaved.describe_ignored())
+    adapters = "training.lora={enable: true, rank: 4, alpha: 8, target_modules: [attention]}"
+    lora = load("training.save=x", "training.save_format=hf", adapters, "model.freeze=null")
+    assert any("with LoRA each checkpoint has a PEFT directory" in line for line in lora.describe_ignored())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["training.save_format=safetensors"], 'training.save_format is "safetensors", but checkpoints are DCP; hf'),
         (["data.dataset_param.attr.ranking=true"], "attr.ranking is true, but this recipe is supervised fine-tuning"),
         (["training.lrr=1"], "v1.yaml with training.lrr=1: training.lrr is unknown; did you mean training.lr?"),
         (["training.lr=-1"], "training.lr is -1; it must be greater than 0"),
