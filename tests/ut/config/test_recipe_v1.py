@@ -157,7 +157,7 @@ def test_checkpoints_are_exported_with_save_format_hf(place):
     assert unsaved.args.save_hf_interval is None
     assert any("training.save_format: there is no save" in line for line in unsaved.describe_ignored())
     adapters = "training.lora={enable: true, rank: 4, alpha: 8, target_modules: [attention]}"
-    lora = load("training.save=x", "training.save_format=hf", adapters, "model.freeze=null")
+    lora = load("training.save=x", "training.save_format=hf", adapters, "model.freeze=[]")
     assert any("with LoRA each checkpoint has a PEFT directory" in line for line in lora.describe_ignored())
 
 
