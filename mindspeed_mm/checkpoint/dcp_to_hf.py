@@ -43,7 +43,7 @@ from mindspeed_mm.checkpoint.directory import (
     find_checkpoint,
     verify_directory,
 )
-from mindspeed_mm.checkpoint.files import format_checksum, new_file, run_all
+from mindspeed_mm.checkpoint.files import format_checksum, make_directory, new_file, run_all
 from mindspeed_mm.checkpoint.huggingface import (
     INDEX,
     LAYOUT_KEY,
@@ -405,7 +405,7 @@ def main() -> int:
     """``python -m mindspeed_mm.checkpoint.dcp_to_hf CHECKPOINT TARGET ASSETS BASE``: as a training run exports."""
     checkpoint, target, assets, base = sys.argv[1:]
     os.nice(10)  # the training beside it comes first
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    make_directory(Path(target).parent)
     dcp_to_hf(checkpoint, target, assets, overwrite=True, base_dir=base or None)
     return 0
 

@@ -64,7 +64,8 @@ class DatasetEntry(StrictModel):
 
     path: Words = effective(REQUIRED, "data file, or several separated by commas or in a list")
     weight: float | None = effective(
-        None, "share of the mixture's samples, relative to the other weights; all data sets have one, or none has", gt=0
+        None, "share of the mixture's samples, relative to the other weights; all data sets have one, or none has",
+        ge=1e-6, le=1e6,
     )
     repeat: float | None = effective(
         None, "times that each sample is used per epoch; 0.5: in every second epoch; null: once", gt=0, le=10_000
@@ -115,7 +116,7 @@ def _files_or_mixture(value: Any) -> str | dict[str, DatasetEntry]:
     for name in value:
         if not _NAME.fullmatch(str(name)):
             raise ValueError(f"{name!r} is no name of a data set; use letters, digits, '_', '.' and '-'")
-    return _MIXTURE.validate_python({str(name): {"path": entry} if isinstance(entry, str) else entry
+    return _MIXTURE.validate_python({str(name): {"path": entry} if isinstance(entry, (str, list)) else entry
                                      for name, entry in value.items()})
 
 

@@ -268,6 +268,9 @@ def check_data_files(job: JobConfig) -> None:
                 raise UserError(f"{name} ({field} in {job.args.mm_data}) does not exist{place}; {remedy}")
     for dataset in (*job.data.train_datasets, *job.data.val_datasets):
         directory = dataset.config.dataset_param.basic_parameters.dataset_dir
-        if not Path(directory).is_dir():
+        # of a data set with a name that has no images, nobody need make the default's directory
+        default = type(basic).model_fields["dataset_dir"].default
+        needed = not dataset.name or directory != default or "dataset_dir" in basic.model_fields_set
+        if needed and not Path(directory).is_dir():
             of_one = f" of {dataset.name}" if directory != basic.dataset_dir else ""
             raise UserError(f"{directory} (dataset_dir{of_one} in {job.args.mm_data}) does not exist; {remedy}")

@@ -17,6 +17,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.datasets import Attributes, DatasetEntry
 from mindspeed_mm.config.flags import FileArgs, LoraArgs, TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import ModelOptions
@@ -199,14 +200,20 @@ def _anchored_keys(text: str) -> set[str]:
 def _check_path(names: Sequence[str], word: str) -> None:
     """Check the path of an override by the schema, so that a mistake in it is not looked for in the file."""
     owner: type[StrictModel] | None = RecipeFile
+    chosen = False  # whether the next name is the user's: of a data set
     for index, name in enumerate(names):
+        if chosen:
+            chosen, owner = False, DatasetEntry
+            continue
         if owner is None:
             raise UserError(f"{shorten(word)}: {'.'.join(names[:index])} has no keys; leave out .{name}")
         if name not in owner.model_fields:
             raise UserError(f"{shorten(word)}: {unknown_key(names[: index + 1], owner, RecipeFile)}")
-        inner = nested_model(owner.model_fields[name])
+        info = owner.model_fields[name]
+        inner = nested_model(info)
+        chosen = inner is DatasetEntry
         # a list of objects has an inner model, too, and no keys
-        owner = inner if inner is owner.model_fields[name].annotation else None
+        owner = inner if inner is info.annotation or inner is Attributes else None
 
 
 def _replaced(content: Any, names: Sequence[str], value: Any, word: str) -> Any:

@@ -347,6 +347,7 @@ def build_datasets(
         UserError: for anything in the files that cannot be trained on.
     """
     basic = config.dataset_param.basic_parameters
+    _refuse_repeated_files(basic.dataset_files, basic.val_rate)
     for line in _repeated_files(basic.dataset_files, basic.val_dataset_files):
         logger.warning(line, extra=_RANK_0_ONLY)
     compiled_resampling()  # here once, instead of in every worker process
@@ -414,6 +415,17 @@ def mix(dataset: ChatDataset, config: DataConfig, places: Sequence[np.ndarray], 
         logger.info(line, extra=_RANK_0_ONLY)
     chosen = np.concatenate(places)[np.concatenate(epochs)]
     return dataset.subset(chosen, dataset.name, epoch_sizes=tuple(map(len, epochs)))
+
+
+def _refuse_repeated_files(files: Sequence[str], val_rate: float | None) -> None:
+    """A file that is named twice would have records held out under one name and trained on under the other."""
+    real = [os.path.realpath(path) for path in files]
+    twice = next((path for path, name in zip(files, real, strict=True) if real.count(name) > 1), None)
+    if val_rate and twice is not None:
+        raise UserError(
+            f"dataset names {twice} more than once, so that val_rate {val_rate} would hold out records that are "
+            "trained on; name it once, or set val_dataset instead"
+        )
 
 
 def _repeated_files(train: Sequence[str], held_out: Sequence[str]) -> list[str]:

@@ -375,9 +375,10 @@ def build_train_loader(
         budget = micro_batch_size * seq_length
         costs = dataset.costs()
         packs, sizes = pack_epochs(costs, dataset.epoch_sizes, budget=budget, seed=seed)
+        cycle = len(sizes)
         summary = (
-            f"{len(dataset)} samples in {len(packs)} packs of up to {budget} tokens, {packs.fill:.1%} full; "
-            f"{len(dataset) / len(packs):.2f} samples per pack"
+            f"{len(dataset) // cycle} samples in {len(packs) // cycle} packs of up to {budget} tokens, "
+            f"{packs.fill:.1%} full; {len(dataset) / len(packs):.2f} samples per pack"
         )
         unit = micro_batch_size
         stream = SampleStream(sizes, global_batch_size // unit, seed, options.shuffle, options.drop_last, "packs")
@@ -387,7 +388,7 @@ def build_train_loader(
         sizes = dataset.epoch_sizes
         stream = SampleStream(sizes, global_batch_size, seed, options.shuffle, options.drop_last)
         sampler = RankSampler(stream, micro_batch_size, dp_rank, dp_size, consumed_samples)
-        summary = f"{len(dataset)} samples, {stream.samples_per_epoch} per epoch"
+        summary = f"{len(dataset) // len(sizes)} samples, {stream.samples_per_epoch} per epoch"
     return TrainLoader(
         dataset,
         sampler,

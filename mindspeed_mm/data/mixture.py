@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import DataConfig
 
 _LONGEST_CYCLE = 2_000_000  # samples; they are packed when the run starts
-_MOST_SAMPLES = 200_000_000  # of an epoch: 8 bytes each, on every rank
+_MOST_SAMPLES = 100_000_000  # of an epoch: 8 bytes each, on every rank
+_MOST_ORDERS = 1000  # of passes over one data set; then they are repeated
+_UNEQUAL = 1e-3  # deviation from equal use that makes no longer cycle necessary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +84,14 @@ def samples_per_epoch(parts: Sequence[Part], *, all_exhausted: bool = False) -> 
         if not count:
             raise UserError(f"dataset {part.name}: {setting} leaves an epoch none of its {part.size} samples; raise it")
     if sum(counts) > _MOST_SAMPLES:
-        largest = max(zip(counts, parts, strict=True), key=lambda pair: pair[0] / pair[1].size)[1]
+        largest, count = max(zip(parts, counts, strict=True), key=lambda pair: pair[1])
+        remedy = f"lower repeat {largest.repeat:g} of {largest.name}, or its max_samples"
+        if largest.weight is not None:
+            remedy = "lower max_samples of the data sets with small weights"
+            remedy = f"set stopping_strategy to first_exhausted, or {remedy}" if all_exhausted else remedy
         raise UserError(
-            f"an epoch of the mixture would have {sum(counts):,} samples, since {largest.name} is repeated "
-            f"{max(counts) // largest.size:,} times; set stopping_strategy to first_exhausted, or lower max_samples of "
-            "the data sets with small weights"
+            f"an epoch of the mixture has more than {_MOST_SAMPLES:,} samples, since {largest.name} is used "
+            f"{count / largest.size:,.1f} times; {remedy}"
         )
     return counts
 
@@ -95,8 +100,10 @@ def epochs_of(parts: Sequence[Part], counts: Sequence[int], *, seed: int, shuffl
     """The cycle of epochs: for each the indices of its samples in the concatenated data sets.
 
     A data set of which an epoch uses a fraction gives other samples to each epoch of the cycle: all passes over it are
-    laid end to end, each in its own order, and an epoch takes the next ``count``. The cycle has as many epochs as it
-    takes to use every sample, but no more than have ``_LONGEST_CYCLE`` samples together, or twice as many as there are.
+    laid end to end, each in its own order, and an epoch takes the next ``count``. Where an epoch takes the end of one
+    pass and the beginning of the next, no sample is in both. After a cycle all samples of a data set have been used
+    equally often, or nearly so where that takes more than ``_LONGEST_CYCLE`` samples, and more than twice as many as
+    there are.
 
     Args:
         parts: the data sets.
@@ -105,18 +112,34 @@ def epochs_of(parts: Sequence[Part], counts: Sequence[int], *, seed: int, shuffl
         shuffle: whether a pass over a data set has a random order. Without it an epoch is not shuffled later either:
             data sets with weights are interleaved evenly, those without follow each other.
     """
-    wanted = max(math.ceil(part.size / count) for part, count in zip(parts, counts, strict=True))
-    most = max(_LONGEST_CYCLE, 2 * sum(part.size for part in parts))
-    length = max(1, min(wanted, most // sum(counts)))
+    length = _cycle(parts, counts)
     starts = np.cumsum([0, *(part.size for part in parts)])
     drawn = [
-        start + _passes(part, count * length, seed=seed, shuffle=shuffle).reshape(length, count)
+        start + _passes(part, count, length, seed=seed, shuffle=shuffle).reshape(length, count)
         for part, count, start in zip(parts, counts, starts, strict=False)
     ]
     epochs = np.concatenate(drawn, axis=1)
     if not shuffle and parts[0].weight is not None:
         return [interleave(np.split(epoch, np.cumsum(counts)[:-1])) for epoch in epochs]
     return list(epochs)
+
+
+def _cycle(parts: Sequence[Part], counts: Sequence[int]) -> int:
+    """Number of epochs after which the samples of each data set have been used equally often.
+
+    If that is too long, the number for which the mean deviation from equal use, relative to the use, is least.
+    """
+    exact = math.lcm(*(part.size // math.gcd(part.size, count) for part, count in zip(parts, counts, strict=True)))
+    most = max(1, max(_LONGEST_CYCLE, 2 * sum(part.size for part in parts)) // sum(counts))
+    if exact <= most:
+        return exact
+    lengths = np.arange(1, most + 1)
+    worst = np.zeros(len(lengths))
+    for part, count in zip(parts, counts, strict=True):
+        uses = lengths * count / part.size
+        rest = uses - np.floor(uses)
+        worst = np.maximum(worst, 2 * rest * (1 - rest) / uses)
+    return int(np.argmax(worst <= max(worst.min(), _UNEQUAL))) + 1
 
 
 def interleave(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -138,14 +161,24 @@ def ordered(name: str, size: int, *, seed: int, number: int) -> np.ndarray:
     return np.random.RandomState(words).permutation(size).astype(np.int64)
 
 
-def _passes(part: Part, count: int, *, seed: int, shuffle: bool) -> np.ndarray:
-    """The first ``count`` samples of endless passes over a data set."""
-    numbers = range(math.ceil(count / part.size))
-    if shuffle:
-        passes = [ordered(part.name, part.size, seed=seed, number=number + 1) for number in numbers]
-    else:
-        passes = [np.arange(part.size) for _ in numbers]
-    return np.concatenate(passes)[:count]
+def _passes(part: Part, count: int, length: int, *, seed: int, shuffle: bool) -> np.ndarray:
+    """What ``length`` epochs of ``count`` samples take of endless passes over a data set: int64 [length * count]."""
+    passes = math.ceil(count * length / part.size)
+    if not shuffle:
+        return np.tile(np.arange(part.size), passes)[: count * length]
+    different = min(passes, _MOST_ORDERS)
+    orders = [ordered(part.name, part.size, seed=seed, number=number + 1) for number in range(different)]
+    stream = np.concatenate([orders[number % different] for number in range(passes)]) if passes > 1 else orders[0]
+    if count < part.size:
+        for border in range(part.size, count * length, part.size):
+            taken = stream[border // count * count : border]  # by the epoch that the border is in
+            if len(taken):
+                order = stream[border : border + part.size]
+                again = np.isin(order, taken)
+                first = np.flatnonzero(~again)[: count - len(taken)]
+                later = np.delete(np.arange(part.size), first)
+                stream[border : border + part.size] = np.concatenate([order[first], order[later]])
+    return stream[: count * length]
 
 
 def describe(parts: Sequence[Part], counts: Sequence[int], *, epochs: int) -> list[str]:

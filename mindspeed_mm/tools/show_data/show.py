@@ -86,6 +86,8 @@ def _views(
             f"{name}: {len(sample.input_ids)} tokens, {int(sample.loss_mask[1:].sum())} target tokens, "
             f"{patches} patches"
         )
+        if sample.channel is not None:
+            heading += f", data set {dataset.channels[sample.channel]}"
         parts = list(pieces(sample.input_ids, sample.loss_mask, pads=pads, tokenizer=tokenizer))
         boxes: list[list[float]] = []
         if spec.box_scale and len(sample.media) == 1 and sample.media[0].grid_thw[0] == 1:
@@ -162,6 +164,7 @@ def show(options: argparse.Namespace) -> None:
         print(f"warning: {line}")
     media = spec.read_media_settings(data, model_config)
     dataset, _ = build_datasets(data, spec=spec, media=media, seq_length=options.seq_length, seed=options.seed)
+    dataset = dataset.subset(np.arange(dataset.epoch_sizes[0]), dataset.name)  # of a mixture the first epoch
     tokenizer = load_tokenizer(directory)
     indices = [_index(path, number, dataset) for path, number in samples]
     pads = spec.placeholder_token_ids(model_config)

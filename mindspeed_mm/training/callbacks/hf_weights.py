@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from mindspeed_mm.checkpoint.directory import MANIFEST, iteration_name
-from mindspeed_mm.checkpoint.files import remove
-from mindspeed_mm.checkpoint.save_directory import complete_iterations, delete_old_checkpoints
+from mindspeed_mm.checkpoint.save_directory import delete_old_checkpoints
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_file, shorten
 from mindspeed_mm.training.callbacks.base import Callback, Run
@@ -86,6 +85,13 @@ class HFWeights(Callback):
         """Conclude and start; with ``last`` a checkpoint that is not on disk by now has failed."""
         if self._export is not None and self._export.process.poll() is not None:
             self._conclude(self._export)
+        if len(self._due) > 1 and not last and self._export is not None:
+            # an export takes longer than the interval: no more checkpoints are kept for it than this one and the next
+            for iteration in self._due[:-1]:
+                self._in_use.discard(iteration)
+                logger.warning(f"iteration {iteration} is not exported: that of {self._export.iteration} still runs; "
+                               "raise --save-hf-interval")
+            del self._due[:-1]
         while self._export is None and self._due:
             iteration = self._due[0]
             source = self._root / iteration_name(iteration)
@@ -101,39 +107,37 @@ class HFWeights(Callback):
 
     def _conclude(self, export: _Export) -> None:
         self._export = None
-        self._in_use.discard(export.iteration)
-        if export.process.returncode:
+        if export.process.returncode:  # its checkpoint stays in use: it can be exported by hand
             logger.warning(f"iteration {export.iteration} was not exported: {export.last_line()}; {_BY_HAND}")
             return
+        self._in_use.discard(export.iteration)
         logger.info(f"exported {export.target} in {time.monotonic() - export.began:.1f} s")
 
     def _delete_old(self) -> None:
-        """At the end of a run, delete checkpoints that were kept for their export, and exports of deleted ones."""
+        """Delete checkpoints that were kept for their export."""
         args = self._run.args
         if args.keep_last is None:
             return
         try:
             delete_old_checkpoints(
                 self._root, newest=self._run.context.progress.iteration, keep_last=args.keep_last,
-                keep_every=args.keep_every,
+                keep_every=args.keep_every, in_use=tuple(self._in_use),
             )
-            kept = {iteration_name(iteration) for iteration in complete_iterations(self._root)}
-            for path in sorted((self._root / HF_DIRECTORY).glob("iter_*")):
-                if path.name not in kept:
-                    remove(path)
-                    logger.info(f"deleted {path} (--keep-last)")
         except (OSError, UserError) as error:
-            logger.warning(f"an old checkpoint or export could not be deleted: {error}")
+            logger.warning(f"an old checkpoint could not be deleted: {error}")
 
     def _leave(self) -> None:
+        if self._export is not None and self._export.process.poll() is not None:
+            self._conclude(self._export)
         left = list(self._due)
         if self._export is not None:
             left.insert(0, self._export.iteration)
             self._export.process.terminate()
             self._export.process.wait()
-        names = ", ".join(map(iteration_name, left))
-        logger.warning(f"not exported, since the run ends: {names} in {self._root}; {_BY_HAND}")
         self._export, self._due = None, []
+        if left:
+            names = ", ".join(map(iteration_name, left))
+            logger.warning(f"not exported, since the run ends: {names} in {self._root}; {_BY_HAND}")
 
     def _target(self, iteration: int) -> Path:
         return self._root / HF_DIRECTORY / iteration_name(iteration)

@@ -157,6 +157,23 @@ def test_precedence_defaults_file_overrides_flags(place):
     assert load().args.lr == 1e-5
 
 
+def test_overrides_of_a_mixture(place):
+    dataset = "data.dataset_param.basic_parameters.dataset"
+    (place / "r.yaml").write_text(ORIGINAL.replace("dataset: *DATASET_PATH", "dataset: {a: {path: a.json, weight: 1}}"))
+    words = [f"{dataset}.a.weight=2", f"{dataset}.b.path=b.json", f"{dataset}.b.weight=3",
+             f"{dataset}.b.attr.images=pictures"]
+    first, second = load(*words).data.train_datasets
+    assert (first.weight, second.weight, second.files) == (2, 3, ("b.json",))
+    assert second.config.dataset_param.attr.images == "pictures"
+    for word, message in (
+        (f"{dataset}.a.wight=2", "dataset.a.wight is unknown; did you mean"),
+        (f"{dataset}.a.weight.b=2", "dataset.a.weight has no keys; leave out .b"),
+        (f"{dataset}.a.attr.imags=x", "dataset.a.attr.imags is unknown; did you mean"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(word)
+
+
 def test_words_of_a_command_line():
     words = ["--save", "a.yaml", "--lora-target-modules", "attention", "r.yaml", "gpt_args.lr=1", "--log-tps", "x.y=2"]
     rest = [*words[:4], "--log-tps"]

@@ -74,28 +74,53 @@ def test_samples_per_epoch(parts: list[Part], all_exhausted: bool, counts: list[
 def test_shares_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"dataset b: repeat 0.1 leaves an epoch none of its 4 samples; raise it"):
         samples_per_epoch([Part("a", 100), Part("b", 4, repeat=0.1)])
-    with pytest.raises(UserError, match=r"since a is repeated 2,500,000 times; set stopping_strategy"):
+    with pytest.raises(UserError, match=r"since a is used 2,500,000.0 times; set stopping_strategy to first_exhausted"):
         samples_per_epoch([Part("a", 100, 1.0), Part("b", 10_000_000, 0.04)], all_exhausted=True)
+    with pytest.raises(UserError, match=r"since a is used 9,000.0 times; lower repeat 9000 of a, or its max_samples"):
+        samples_per_epoch([Part("a", 30_000, repeat=9000.0)])
+
+
+def uses_of(parts: list[Part], epochs: list[np.ndarray]) -> list[np.ndarray]:
+    """How often each sample of each data set is used."""
+    counts = np.bincount(np.concatenate(epochs), minlength=sum(part.size for part in parts))
+    return np.split(counts, np.cumsum([part.size for part in parts])[:-1])
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_every_epoch_has_other_samples_until_all_were_used(shuffle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [Part("a", 40, 1.0), Part("b", 1000, 3.0)]
+@pytest.mark.parametrize(("parts", "cycle"), [
+    ([Part("a", 40, 1.0), Part("b", 1000, 3.0)], 25),
+    ([Part("a", 40, 40.0), Part("b", 25, 20.0)], 5),
+    ([Part("a", 40, 6.0), Part("b", 30, 3.0), Part("c", 20, 1.0)], 60),
+    ([Part("a", 40, repeat=1.5), Part("b", 25, repeat=0.9)], 50),
+    ([Part("a", 40, repeat=1.1)], 10),
+    ([Part("a", 30), Part("b", 20)], 1),
+], ids=itertools.count())
+def test_samples_are_used_equally_often(parts: list[Part], cycle: int, shuffle: bool) -> None:
     counts = samples_per_epoch(parts)
-    assert counts == [40, 120]
     epochs = epochs_of(parts, counts, seed=7, shuffle=shuffle)
-    assert len(epochs) == 9  # 1000 / 120, rounded up
+    assert len(epochs) == cycle and {len(epoch) for epoch in epochs} == {sum(counts)}
+    for part, count, uses in zip(parts, counts, uses_of(parts, epochs), strict=True):
+        assert set(uses.tolist()) == {count * cycle // part.size}
     for epoch in epochs:
-        assert sorted(epoch[epoch < 40]) == list(range(40))
-    used = np.concatenate([epoch[epoch >= 40] for epoch in epochs])
-    assert set(used[:1000].tolist()) == set(range(40, 1040)) and len(set(used[1000:].tolist())) == 80
-    monkeypatch.setattr(mixture, "_LONGEST_CYCLE", 500)
-    shorter = epochs_of(parts, counts, seed=7, shuffle=shuffle)
-    assert len(shorter) == 9  # 2 * 1040 samples are enough for 13
-    assert len(epochs_of([Part("a", 40, 1.0), Part("b", 1000, 0.1)], [40, 4], seed=7, shuffle=shuffle)) == 47
-    if not shuffle:
-        assert used[:1000].tolist() == list(range(40, 1040))
-        assert all(np.count_nonzero(epochs[0][start : start + 16] < 40) == 4 for start in range(0, 160, 16))
+        for part, count, uses in zip(parts, counts, uses_of(parts, [epoch]), strict=True):
+            assert uses.sum() == count and (count > part.size or uses.max() == 1)
+
+
+def test_a_cycle_that_would_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shorter one comes closest to equal use: 45 epochs of 22 samples use 990 of 1000."""
+    monkeypatch.setattr(mixture, "_LONGEST_CYCLE", 4000)
+    parts = [Part("a", 20, 9.0), Part("b", 1000, 10.0)]
+    epochs = epochs_of(parts, samples_per_epoch(parts), seed=7, shuffle=True)
+    assert len(epochs) == 91  # 2002 samples of b
+    uses = uses_of(parts, epochs)[1]
+    assert np.bincount(uses).tolist() == [0, 0, 998, 2]
+
+
+def test_data_sets_with_weights_are_interleaved_without_shuffle() -> None:
+    parts = [Part("a", 40, 1.0), Part("b", 1000, 3.0)]
+    epochs = epochs_of(parts, [40, 120], seed=7, shuffle=False)
+    assert all(np.count_nonzero(epochs[0][start : start + 16] < 40) == 4 for start in range(0, 160, 16))
+    assert np.concatenate([epoch[epoch >= 40] for epoch in epochs])[:1000].tolist() == list(range(40, 1040))
 
 
 def test_choice_depends_on_seed_and_name_alone() -> None:
@@ -232,6 +257,14 @@ def test_samples_are_found_by_file_and_record(root: Path) -> None:
         train.find(str(root / "pairs.json"), 20)
 
 
+def test_a_file_of_two_data_sets_cannot_be_held_out(root: Path) -> None:
+    path = str(root / "pairs.json")
+    for dataset in ({"a": path, "b": [path]}, f"{path},{path}"):
+        with pytest.raises(UserError, match=r"more than once, so that val_rate 0.2 would hold out records that are tr"):
+            build_tiny(mixed(root, dataset, val_rate=0.2))
+        assert build_tiny(mixed(root, dataset))[1] is None
+
+
 def test_validation_data_sets_have_names(root: Path) -> None:
     config = mixed(root, str(root / "pairs.json"), val_dataset=entries(root), val_max_samples=5)
     train, held_out = build_tiny(config)
@@ -251,7 +284,7 @@ def test_fingerprint_tells_other_shares(root: Path) -> None:
 @pytest.mark.parametrize(("dataset", "basic", "message"), [
     ({"a": {"path": "a", "weight": 1}, "b": "b"}, {}, "dataset: b has no weight; give every data set one, or none"),
     ({"a": {"path": "a", "weight": 1, "repeat": 2}}, {}, "dataset.a: weight and repeat exclude each other; keep one"),
-    ({"a": {"path": "a", "weight": 0}}, {}, "dataset.a.weight is 0; it must be greater than 0"),
+    ({"a": {"path": "a", "weight": 0}}, {}, "dataset.a.weight is 0; it must be at least 1e-06"),
     ({"a": {"path": "a", "wieght": 1}}, {}, "dataset.a.wieght is unknown; did you mean"),
     ({"a": {"path": "a", "attr": {"image": "x"}}}, {}, "dataset.a.attr.image is unknown; did you mean"),
     ({"a": {"path": "a", "attr": {}, "format": "qa"}}, {}, "dataset.a: formatting belongs into attr"),

@@ -52,7 +52,7 @@ def test_an_export_that_fails_is_warned_of(tmp_path: Path, caplog: pytest.LogCap
     (message,) = caplog.messages
     assert message.startswith("iteration 4 was not exported: error: ") and "has format None" in message
     assert message.endswith("; the checkpoint is complete, mm-convert (dcp_to_hf) exports it")
-    assert weights._in_use == set() and not list((tmp_path / "hf").glob("*"))
+    assert weights._in_use == {4} and not list((tmp_path / "hf").glob("*"))  # it can be exported by hand
 
 
 @pytest.mark.parametrize("how", ["failed", "stopped", "asked"])
@@ -73,6 +73,23 @@ def test_a_run_that_must_end_leaves_its_exports(
         "mm-convert (dcp_to_hf) exports it"
     ]
     assert started[0].returncode  # it was ended
+
+
+def test_exports_that_are_slower_than_saves_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "hf/iter_0009999").mkdir(parents=True)
+    slow_export(monkeypatch)
+    weights = callback(tmp_path)
+    for iteration in (4, 6, 8):
+        weights.on_save(iteration)
+        weights.on_step_queued(iteration)
+    assert caplog.messages == [
+        "iteration 6 is not exported: that of 4 still runs; raise --save-hf-interval"
+    ]
+    assert weights._due == [8] and weights._in_use == {4, 8}
+    weights.on_run_end(failed=True)
+    assert (tmp_path / "hf/iter_0009999").is_dir()
 
 
 def test_a_checkpoint_that_was_not_written_is_not_waited_for(
