@@ -367,6 +367,11 @@ def build_datasets(
     if basic.val_rate and not any(map(len, held_out)):
         none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
         logger.warning(none, basic.val_rate, len(train), extra=_RANK_0_ONLY)
+    elif basic.val_rate:
+        for name, places in zip(train.channels, held_out, strict=False):
+            if not len(places):
+                none = "val_rate %s holds out no sample of data set %s"
+                logger.warning(none, basic.val_rate, name, extra=_RANK_0_ONLY)
     if not all(map(len, kept)):
         raise UserError(f"val_rate {basic.val_rate} leaves nothing of {len(train)} samples to train on; lower it")
     held = mixture.interleave([places[: basic.val_max_samples] for places in held_out])

@@ -200,9 +200,11 @@ def check_first_batch(job: JobConfig, *, records: Sequence[int]) -> None:
     if not all(kept):
         raise UserError(f"val_rate {rate} leaves nothing of {min(records)} samples to train on; lower it")
     if not isinstance(basic.dataset, str):
-        kept = mixture.samples_per_epoch(
-            mixture.parts_of(job.data, kept), all_exhausted=basic.stopping_strategy == "all_exhausted"
-        )
+        parts = mixture.parts_of(job.data, kept)
+        try:
+            kept = mixture.samples_per_epoch(parts, all_exhausted=basic.stopping_strategy == "all_exhausted")
+        except UserError as error:
+            raise UserError(f"{job.args.mm_data}: {error}") from None
     if basic.packing:  # a step holds packs, whose number only the lengths of the samples tell
         return
     assert job.args.global_batch_size is not None, "load_job_config fills it in"

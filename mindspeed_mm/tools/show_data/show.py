@@ -54,8 +54,9 @@ def _parse_samples(text: str) -> list[tuple[str, int]]:
 def _index(path: str, number: int, dataset: ChatDataset) -> int:
     if path:
         return dataset.find(path, number)
-    if not 0 <= number < len(dataset):
-        raise UserError(f"--samples {number}: the data set has {len(dataset)} samples; choose 0 to {len(dataset) - 1}")
+    size = dataset.epoch_sizes[0]
+    if not 0 <= number < size:
+        raise UserError(f"--samples {number}: the data set has {size} samples; choose 0 to {size - 1}")
     return number
 
 
@@ -164,7 +165,6 @@ def show(options: argparse.Namespace) -> None:
         print(f"warning: {line}")
     media = spec.read_media_settings(data, model_config)
     dataset, _ = build_datasets(data, spec=spec, media=media, seq_length=options.seq_length, seed=options.seed)
-    dataset = dataset.subset(np.arange(dataset.epoch_sizes[0]), dataset.name)  # of a mixture the first epoch
     tokenizer = load_tokenizer(directory)
     indices = [_index(path, number, dataset) for path, number in samples]
     pads = spec.placeholder_token_ids(model_config)
@@ -178,12 +178,13 @@ def show(options: argparse.Namespace) -> None:
     if any(part.is_written_out for view in views for part in view.parts):
         mark = "exchanged colours" if colour else "\u27ea \u27eb"
         print(f"{mark}: control tokens written out in a message, encoded as plain text")
+    epoch = dataset.subset(np.arange(dataset.epoch_sizes[0]), dataset.name)  # of a mixture, which has several
     try:
-        columns = _columns(dataset, media)
+        columns = _columns(epoch, media)
     except TypeError as error:  # streamed or tokenized on the fly
-        columns, summary = {}, f"{len(dataset)} samples; no distributions: {error}"
+        columns, summary = {}, f"{len(epoch)} samples; no distributions: {error}"
     else:
-        summary = f"{len(dataset)} samples"
+        summary = f"{len(epoch)} samples"
         print(f"{'':52s}{'mean':>10s}{'median':>10s}{'99%':>10s}{'max':>10s}")
         for name, values in columns.items():
             numbers = (values.mean(), np.median(values), np.percentile(values, 99), values.max())

@@ -232,6 +232,13 @@ def test_held_out_samples_are_not_trained_on(root: Path) -> None:
     assert sorted(channels) == [0] * 3 + [1] * 2 + [2] * 4 and set(channels[:4]) == {0, 1, 2}
 
 
+def test_a_data_set_of_which_nothing_is_held_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_tiny(mixed(root, entries(root), val_rate=0.06), seed=3)  # 12, 6 and 20 records
+    assert [line for line in caplog.messages if "holds out" in line] == [
+        "val_rate 0.06 holds out no sample of data set sharegpt"
+    ]
+
+
 def test_each_data_set_is_read_in_its_own_way(root: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (root / "images" / "0001.png").rename(tmp_path / "pictures" / "one.png")

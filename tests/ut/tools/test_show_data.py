@@ -91,6 +91,22 @@ def test_a_record_is_shown_by_file_and_index(files: Path, capsys: pytest.Capture
     assert f"{files}/data.json, record 12 is not in the data set" in capsys.readouterr().err
 
 
+def test_a_mixture_is_shown_by_its_first_epoch(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pairs = [{"question": f"Ask {number}?", "answer": f"Say {number}."} for number in range(9)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    data = json.loads((files / "mm_data.json").read_text())
+    data["dataset_param"]["basic_parameters"]["dataset"] = {
+        "digits": str(files / "data.json"), "pairs": {"path": str(tmp_path / "pairs.json"), "repeat": 0.5},
+    }
+    (tmp_path / "mm_data.json").write_text(json.dumps(data))
+    call(files, "--mm-data", str(tmp_path / "mm_data.json"), "--samples", "16")
+    assert "the data set has 16 samples; choose 0 to 15" in capsys.readouterr().err
+    records = ",".join(f"{tmp_path}/pairs.json:{number}" for number in range(9))  # of all epochs
+    assert call(files, "--mm-data", str(tmp_path / "mm_data.json"), "--samples", records) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(", data set pairs\n") == 9 and "Say 8." in printed
+
+
 def test_control_tokens_written_out_are_marked(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib")
     records = json.loads((files / "data.json").read_text())[:2]
