@@ -173,18 +173,25 @@ def translate(
         UserError: for a key that is unknown or cannot have its value.
     """
     leaves = {_current(path): value for path, value in leaves_of(content, _WHOLE)}
+    _remove_empty_sections(leaves, source, sections)
+    own = frozenset(path for path in leaves if path.partition(".")[0] in sections)
     moved, ignored = translate_values(leaves, source)
     values: dict[str, Any] = {}
     for path, value in leaves.items():
-        if path in _ONLY:
+        if _MOVED.get(path) in own:  # as an override on the command line is
+            ignored.append(f"{path}: {_MOVED[path]} is given")
+        elif path in _ONLY:
             allowed, why = _ONLY[path]
             if value not in allowed:
                 raise UserError(f"{source}: {path} is {shown(value)}, but {why}; set it to {shown(allowed[0])}")
         elif reason := _reason(path):
             ignored.append(f"{path}: {reason}")
         elif path in _MOVED:
-            values[_MOVED[path]] = _VALUES.get(path, {}).get(value, value) if isinstance(value, (bool, str)) else value
-            moved[_MOVED[path]] = path
+            target = _MOVED[path]
+            if value is False and values.get(target) is True:  # another key has switched it on
+                continue
+            values[target] = _VALUES.get(path, {}).get(value, value) if isinstance(value, (bool, str)) else value
+            moved[target] = path
         elif path.partition(".")[0] in sections:
             values[path] = value
         else:
@@ -193,7 +200,21 @@ def translate(
             raise UserError(f"{source}: {shorten(path)} is unknown" + (f"; did you mean {guess}?" if guess else
                             "; remove it, or correct the section that it is in"))
     _adapt(values, moved, world_size)
-    return _nested({**_DEFAULTS, **values}), moved, ignored
+    return _nested({**_DEFAULTS, **values}, source), moved, ignored
+
+
+def _remove_empty_sections(leaves: dict[str, Any], source: str, sections: frozenset[str]) -> None:
+    """Null for a section, in place: in YAML a section all of whose keys are commented out is one.
+
+    Raises:
+        UserError: for another value in a section's place.
+    """
+    known = [*_MOVED, *_ONLY, *_NO_EFFECT, *TRANSLATED]
+    for path, value in list(leaves.items()):
+        if path in sections or (path not in known and any(key.startswith(f"{path}.") for key in known)):
+            if value is not None:
+                raise UserError(f"{source}: {path} is {shown(value)}; it must be an object with named fields")
+            del leaves[path]
 
 
 def _adapt(values: dict[str, Any], moved: Mapping[str, str], world_size: int | None) -> None:
@@ -209,8 +230,10 @@ def _adapt(values: dict[str, Any], moved: Mapping[str, str], world_size: int | N
             values["gpt_args.global_batch_size"] = steps  # the schema says what is wrong
         elif world_size is not None:
             values["gpt_args.global_batch_size"] = steps * sizes[1] * max(1, world_size // sizes[2])
+    if values.get("gpt_args.train_epochs") is not None and moved.get("gpt_args.train_iters") is not None:
+        del values["gpt_args.train_iters"]  # there the number of epochs wins
     if values.get("gpt_args.train_epochs") is not None:
-        values["gpt_args.train_iters"] = None
+        values.setdefault("gpt_args.train_iters", None)  # not the default of v1
     for name in ("fsdp2.ignored_modules", "model.loss_cfg.chunk_size", "gpt_args.recompute_granularity"):
         if not values.get(name, True):  # an empty list or null
             del values[name]
@@ -228,13 +251,26 @@ def _reason(path: str) -> str | None:
     return next((why for known, why in _NO_EFFECT.items() if path == known or path.startswith(f"{known}.")), None)
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as nested objects."""
+def _nested(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Dotted paths as nested objects.
+
+    Raises:
+        UserError: if an object is expected where a value is.
+    """
     content: dict[str, Any] = {}
     for path, value in values.items():
         *parents, name = path.split(".")
         owner = content
-        for parent in parents:
-            owner = owner.setdefault(parent, {})
+        for index, parent in enumerate(parents):
+            if owner.get(parent) is None:  # null is an empty object
+                owner[parent] = {}
+            elif not isinstance(owner[parent], dict):
+                where, found = ".".join(parents[: index + 1]), shown(owner[parent])
+                raise UserError(f"{source}: {where} is {found}; it must be an object with named fields")
+            owner = owner[parent]
+        if isinstance(owner.get(name), dict) and not isinstance(value, dict):
+            if value is None:
+                continue
+            raise UserError(f"{source}: {path} is {shown(value)}; it must be an object with named fields")
         owner[name] = value
     return content

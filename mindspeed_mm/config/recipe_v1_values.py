@@ -27,6 +27,7 @@ _OF_MUON = ("training.muon_momentum", "training.ns_steps", "training.matched_ada
 _TRAINING_DATA, _VALIDATION_DATA = "data.dataset_param", "data.val_dataset_param"
 _BASIC = f"{_TRAINING_DATA}.basic_parameters"
 _OF_TRAINING = re.compile(r"basic_parameters\.(cache_dir|overwrite_cache|preprocessing_\w+)")
+_LORA_TARGETS = ("training.lora.target_modules", "lora_args.lora_target_modules", "lora_args.lora_target_parameters")
 _ALL_BATCHES = 1_000_000
 _LEFT_OUT = object()
 
@@ -69,6 +70,9 @@ def _lora(leaves: dict[str, Any], source: str, moved: dict[str, str], ignored: l
     enabled = leaves.pop("training.lora.enable", False)
     if not isinstance(enabled, bool):
         raise UserError(f"{source}: training.lora.enable is {shown(enabled)}; it must be true or false")
+    if enabled and not any(leaves.get(path) for path in _LORA_TARGETS):
+        raise UserError(f"{source}: training.lora.enable is true, and training.lora.target_modules names no weights to "
+                        "adapt; name some, such as [q_proj, v_proj]")
     for path in [path for path in leaves if path.startswith("training.lora.") and not enabled]:
         del leaves[path]
         ignored.append(f"{path}: training.lora.enable is false")
@@ -81,10 +85,13 @@ def _save_format(leaves: dict[str, Any], source: str, moved: dict[str, str], ign
     del leaves["training.save_format"]
     if any(path.startswith("training.lora.") for path in leaves):
         ignored.append("training.save_format: with LoRA each checkpoint has a PEFT directory")
-    elif leaves.get("training.save") is None:
+    elif leaves.get("gpt_args.save", leaves.get("training.save")) is None:
         ignored.append("training.save_format: there is no save")
+    elif "gpt_args.save_hf_interval" in leaves:
+        ignored.append("training.save_format: gpt_args.save_hf_interval is given")
     else:
-        leaves["gpt_args.save_hf_interval"] = leaves.get("training.save_interval") or 1
+        interval = leaves.get("gpt_args.save_interval", leaves.get("training.save_interval"))
+        leaves["gpt_args.save_hf_interval"] = interval or 1
         moved["gpt_args.save_hf_interval"] = "training.save_format"
 
 
@@ -110,6 +117,9 @@ def _decay_ratio(leaves: dict[str, Any], source: str, moved: dict[str, str], ign
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
         raise UserError(f"{source}: training.lr_decay_ratio is {shown(ratio)}; it must be a number greater than 0")
     if ratio == 1:
+        return
+    if "gpt_args.lr_decay_fraction" in leaves:
+        ignored.append("training.lr_decay_ratio: gpt_args.lr_decay_fraction is given")
         return
     if style != "cosine":
         ignored.append(f"training.lr_decay_ratio: it belongs to lr_decay_style cosine, not {style}")
@@ -146,7 +156,7 @@ def _weight_decay(leaves: dict[str, Any], source: str, moved: dict[str, str], ig
     entries = []
     for name in ("no_decay_modules", "no_decay_params"):
         words = leaves.pop(f"training.{name}", None) or []
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
             raise UserError(f"{source}: training.{name} is {shown(words)}; it must be a list of names")
         for word in words:
             if "norm" in word.lower() or "bias" in word:

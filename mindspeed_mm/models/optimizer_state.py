@@ -56,6 +56,18 @@ class OptimizerStateLayout:
         """What the state is, for reports."""
         return f"AdamW's two moments, {self.moment_dtype}"
 
+    def notes(self, settings: Settings) -> list[str]:
+        """A line on how much of what trains has moments of ``moment_dtype``; none for fp32."""
+        if self.moment_dtype == "fp32":
+            return []
+        trained = [setting for setting in settings.values() if setting.trainable]
+        low = [setting for setting in trained if self.dtype_of(tuple(setting.shape)) == self.moment_dtype]
+        share = sum(setting.size for setting in low) / max(1, sum(setting.size for setting in trained))
+        return [
+            f"--moment-dtype {self.moment_dtype}: moments of {len(low)} of {len(trained)} trained tensors, {share:.1%} "
+            f"of their elements; the others keep fp32{'' if low else ', so it has no effect'} (docs/optimizers.md)"
+        ]
+
     def dtype_of(self, shape: tuple[int, ...]) -> MomentDtype:
         """How moments of a parameter are stored: fp32 if it is small or a vector, or for int8 where no blocks fit.
 

@@ -284,6 +284,8 @@ def _applies(rule: ParameterRule) -> Callable[[ParameterInfo], bool]:
     Raises:
         UserError: if the regular expression is not one.
     """
+    if rule.pattern == REGEX:
+        raise UserError(f"{rule.source}: {rule.pattern!r} names nothing; write a regular expression after it")
     try:
         matches = _matcher(rule.pattern)
     except re.error as error:

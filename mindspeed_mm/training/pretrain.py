@@ -140,7 +140,7 @@ def _run(
     _shard_and_allocate(model, job, backend, layout)
     optimizer = build_optimizer(model, args, settings)
     schedule = build_schedule(optimizer, args)
-    _log_lines(describe(settings, lr=args.lr, weight_decay=args.weight_decay_range))
+    _log_lines(describe(settings, lr=args.lr, weight_decay=args.weight_decay_range) + optimizer.layout.notes(settings))
     progress, source = load_start(job, model, optimizer, backend, spec=spec, model_config=model_config, lora=lora)
     check_steps_remain(progress, args)
     restore_schedule(job, schedule, progress)

@@ -1,5 +1,7 @@
 """MindSpeed-MM's recipe for its FSDP2 engine: each key moves, is listed with a reason, or is refused."""
 
+import itertools
+
 import pytest
 import yaml
 
@@ -150,6 +152,29 @@ def test_muon(place):
     assert sum("it belongs to optimizer muon" in line for line in job.describe_ignored()) == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "read", "value"),
+    [
+        (["gpt_args.global_batch_size=24"], lambda args: args.global_batch_size, 24),
+        (["gpt_args.lr=3e-5"], lambda args: args.lr, 3e-5),
+        (["training.lr_decay_ratio=0.5", "gpt_args.lr_decay_fraction=0.3"], lambda args: args.lr_decay_fraction, 0.3),
+        (["training.save=x", "training.save_format=hf", "gpt_args.save_hf_interval=20000"],
+         lambda args: args.save_hf_interval, 20000),
+        (["gpt_args.save=x", "training.save_format=hf"], lambda args: args.save_hf_interval, 10000),
+        (["training.enable_full_determinism=false"], lambda args: args.deterministic_mode, True),
+        (["training.train_epochs=2"], lambda args: (args.train_epochs, args.train_iters), (2, None)),
+        (["gpt_args=null", "model.image_encoder=null"], lambda args: args.lr, 1e-5),
+        (["parallel.ep_plan=null", "features=null", "training.lora=null"], lambda args: args.lr, 1e-5),
+    ],
+    ids=itertools.count(),
+)
+def test_own_keys_win_and_empty_sections_are_empty(place, words, read, value):
+    job = load(*words)
+    assert read(job.args) == value
+    if words[-1].startswith("gpt_args.") and len(words) == 1:
+        assert any(f"{words[0].partition('=')[0]} is given" in line for line in job.describe_ignored())
+
+
 def test_checkpoints_are_exported_with_save_format_hf(place):
     assert load("training.save=x", "training.save_format=hf").args.save_hf_interval == 10000
     assert load("training.save=x", "training.save_format=dcp").args.save_hf_interval is None
@@ -164,6 +189,12 @@ def test_checkpoints_are_exported_with_save_format_hf(place):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["training.lora={enable: true, rank: 4}"], "training.lora.target_modules names no weights to adapt; name"),
+        (["gpt_args=3"], "gpt_args is 3; it must be an object with named fields"),
+        (["training=[1]"], "training is [1]; it must be an object with named fields"),
+        (["model.image_encoder.vision_encoder=3"], "model.image_encoder.vision_encoder is 3; it must be an object"),
+        (["training.train_epochs=2", "gpt_args.train_iters=4"], "exclude each other; keep one"),
+        (["training.no_decay_params=['']"], "training.no_decay_params is [\"\"]; it must be a list of names"),
         (["training.save_format=safetensors"], 'training.save_format is "safetensors", but checkpoints are DCP; hf'),
         (["data.dataset_param.attr.ranking=true"], "attr.ranking is true, but this recipe is supervised fine-tuning"),
         (["training.lrr=1"], "v1.yaml with training.lrr=1: training.lrr is unknown; did you mean training.lr?"),

@@ -402,3 +402,13 @@ def test_the_flag_selects_the_optimizer(dtype):
     by_name = {optimizer.names[p]: state["exp_avg"].dtype for p, state in optimizer.state.items()}
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}[dtype]
     assert by_name["matrix"] == by_name["experts"] == stored and by_name["bias"] == torch.float32
+
+
+def test_the_log_says_how_much_is_low_precision():
+    shapes = {"a": (64, 512), "b": (64, 100), "c": (8,)}
+    settings = resolve((), [ParameterInfo(name, shape) for name, shape in shapes.items()], parts={"model": ["*"]})
+    (note,) = OptimizerStateLayout("int8").notes(settings)
+    assert note.startswith("--moment-dtype int8: moments of 1 of 3 trained tensors, 83.6% of their elements; the other")
+    assert OptimizerStateLayout("fp32").notes(settings) == []
+    (note,) = OptimizerStateLayout("bf16").notes({"c": settings["c"]})
+    assert "keep fp32, so it has no effect" in note
