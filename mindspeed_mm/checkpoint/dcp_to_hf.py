@@ -404,7 +404,7 @@ def _write_index(directory: Path, files: Mapping[str, list[Output]]) -> None:
 def main() -> int:
     """``python -m mindspeed_mm.checkpoint.dcp_to_hf CHECKPOINT TARGET ASSETS BASE``: as a training run exports."""
     checkpoint, target, assets, base = sys.argv[1:]
-    os.nice(10)  # the training beside it comes first
+    os.nice(10)  # below the training process
     make_directory(Path(target).parent)
     dcp_to_hf(checkpoint, target, assets, overwrite=True, base_dir=base or None)
     return 0

@@ -362,7 +362,7 @@ def build_datasets(
 
     train = load(config.train_datasets)
     if basic.val_dataset_files:
-        return mix(train, config, train.places(), seed=seed), _interleaved(load(config.val_datasets))
+        return _mix(train, config, train.places(), seed=seed), _interleaved(load(config.val_datasets))
     kept, held_out = _hold_out(train, basic.val_rate or 0.0, seed=seed)
     if basic.val_rate and not any(map(len, held_out)):
         none = "val_rate %s of %d samples holds out no sample: nothing is evaluated"
@@ -376,7 +376,7 @@ def build_datasets(
         raise UserError(f"val_rate {basic.val_rate} leaves nothing of {len(train)} samples to train on; lower it")
     held = mixture.interleave([places[: basic.val_max_samples] for places in held_out])
     evaluated = train.subset(held, f"val_rate of {train.name}") if len(held) else None
-    return mix(train, config, kept, seed=seed), evaluated
+    return _mix(train, config, kept, seed=seed), evaluated
 
 
 def _interleaved(dataset: ChatDataset) -> ChatDataset:
@@ -398,7 +398,7 @@ def _hold_out(dataset: ChatDataset, rate: float, *, seed: int) -> tuple[list[np.
     return kept, held_out
 
 
-def mix(dataset: ChatDataset, config: DataConfig, places: Sequence[np.ndarray], *, seed: int) -> ChatDataset:
+def _mix(dataset: ChatDataset, config: DataConfig, places: Sequence[np.ndarray], *, seed: int) -> ChatDataset:
     """The samples to train on, in the shares that the data file asks for.
 
     Args:

@@ -1,4 +1,4 @@
-"""Hugging Face weights while training: checkpoints are exported by a process of their own, beside the training."""
+"""Exports checkpoints as Hugging Face directories in a separate process, while training continues."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _POLL_SECONDS, _REPORT_SECONDS = 0.2, 60.0
 class HFWeights(Callback):
     """Exports the checkpoints of every ``--save-hf-interval``-th step, and of the last one, on rank 0.
 
-    The process reads the checkpoint's files, so that no rank gathers the model and the device does not take part. An
-    export that fails is warned of: the checkpoint has all that is needed to repeat it.
+    The process reads the checkpoint from disk: no rank gathers the model, and the device is not used. A failed export
+    is a warning, since mm-convert can repeat it from the checkpoint.
     """
 
     def __init__(
