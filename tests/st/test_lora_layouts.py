@@ -14,6 +14,8 @@ from tests.st.test_parallel_layouts import BF16_GRADIENT, BOUNDS
 
 ALL = {"targets": ["all"], "r": 4, "alpha": 8, "expert_r": 4}
 TEXT = {"targets": ["attention", "experts"], "r": 3, "alpha": 6, "expert_r": 5}  # ranks that no kernel is aligned to
+# In bf16, random adapters of twice the layer's scale make the next step's norm a matter of the processor: 2 % apart
+SMALL = {**TEXT, "alpha": 1.5}
 NO_EXPERTS = {"targets": ["attention"], "r": 4, "alpha": 8, "expert_r": 4}
 LAYOUTS = {
     2: {
@@ -21,7 +23,7 @@ LAYOUTS = {
         "FSDP, text, recompute": case(4, lora=TEXT, choices={"recompute_granularity": "full"}),
         "FSDP, bf16": case(4, lora=ALL, fsdp=BF16),
         "EP2": case(4, lora=ALL, expert_size=2),
-        "EP2, text, bf16": case(4, lora=TEXT, expert_size=2, fsdp=BF16),
+        "EP2, text, bf16": case(4, lora=SMALL, expert_size=2, fsdp=BF16),
         "CP2": case(8, lora=ALL, context_size=2),
     },
     4: {
