@@ -40,10 +40,13 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.checkpoint": (
         "errors", "inputs", "backend", "models.lora", "models.optimizer_state", "models.spec", "models.state_dict",
     ),
+    "mindspeed_mm.evaluation": (
+        "errors", "inputs", "backend", "config", "data", "interfaces", "models.spec", "tools", "checkpoint",
+    ),
     "mindspeed_mm.training": (
         "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora",
         "models.matrices", "models.memory", "models.model", "models.optimizer_state", "models.parameter_rules",
-        "models.spec", "parallel", "tools", "checkpoint",
+        "models.spec", "parallel", "tools", "checkpoint", "evaluation",
     ),
     "mindspeed_mm.fsdp": (),  # a name for pretrain_transformers.py
     "checkpoint": ("errors", "inputs", "checkpoint"),

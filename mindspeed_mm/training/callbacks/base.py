@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.metrics import StepRecord
 
@@ -66,8 +67,10 @@ class Callback:
     def on_step_end(self, record: StepRecord) -> None:
         """The metrics of a step were read: on an accelerator one step late, or before a pause."""
 
-    def on_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation after ``iteration`` gave these metrics, equal on all ranks."""
+    def on_evaluation(
+        self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
+    ) -> None:
+        """An evaluation after ``iteration`` gave these metrics, equal on all ranks; ``samples``: some, on rank 0."""
 
     def on_save(self, iteration: int) -> None:
         """A checkpoint of ``iteration`` is about to be written; all its records were read."""

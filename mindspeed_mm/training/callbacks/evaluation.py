@@ -55,7 +55,7 @@ class Evaluation(Callback):
             with self._run.paused("evaluation"):
                 metrics = self.evaluate() if self._run.error is None else None
                 if metrics is not None:
-                    self._run.notify("on_evaluation", iteration, metrics)
+                    self._run.notify("on_evaluation", iteration, metrics, ())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:

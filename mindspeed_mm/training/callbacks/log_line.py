@@ -6,8 +6,9 @@ import datetime
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.logging_setup import RAW
 from mindspeed_mm.training.metrics import StepRecord, rates_per_device
@@ -51,7 +52,9 @@ class LogLine(Callback):
             self._sums.clear()
             self._steps = 0
 
-    def on_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+    def on_evaluation(
+        self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
+    ) -> None:
         """Log the validation loss."""
         of_sets = [f" {loss_of}: {loss:.6E} |" for loss_of, loss in _channel_losses(metrics, "validation_loss/")]
         loss = metrics["validation_loss"]

@@ -9,11 +9,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.checkpoint.files import FILE_MODE, make_directory, write_atomically
+from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.metrics import StepRecord
 
@@ -57,7 +58,9 @@ class MetricsFile(Callback):
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         self._line = {"iteration": record.iteration, "time": now, **record.metrics}
 
-    def on_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+    def on_evaluation(
+        self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
+    ) -> None:
         """Add to the step's line."""
         if self._line is not None:
             self._line.update(metrics)

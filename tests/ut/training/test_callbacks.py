@@ -99,7 +99,7 @@ class Events(Callback):
     def on_step_end(self, record):
         self.calls.append(("step end", record.iteration))
 
-    def on_evaluation(self, iteration, metrics):
+    def on_evaluation(self, iteration, metrics, samples):
         self.calls.append(("evaluation", iteration))
 
     def on_save(self, iteration):
