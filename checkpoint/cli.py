@@ -246,6 +246,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "base_dir": {
         **_DIR, "required": False, "help": "where the base of a partial checkpoint is now (default: as recorded)"
     },
+    "dir of check_hf": {
+        **_DIR, "help": "Hugging Face directory: an export, a merged or downloaded model, or LoRA adapters"
+    },
+    "for": {
+        "type": names, "default": [], "metavar": "A,B",
+        "help": "judge by these alone: transformers (both generations), transformers-4.57, transformers-5, vllm, "
+        "sglang, lmms-eval, vlmevalkit, evalscope (default: all)",
+    },
+    "json": {**_FLAG, "help": "print the result in JSON"},
+    "checksums": {**_FLAG, "help": "also read all files and compare them with the checksums in manifest.json"},
     "all": {**_FLAG, "help": "every tensor, instead of one line for all layers"},
     "workers": {"type": positive, "metavar": "N", "help": "threads (default: two for each core, 8 at most)"},
     "config": {"metavar": "FILE", "help": "YAML file of options; those on the command line override them"},
@@ -315,6 +325,14 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_hf(options: argparse.Namespace) -> int:
+    from mindspeed_mm.checkpoint.check_hf import check_hf
+
+    report = check_hf(options.dir, consumers=vars(options)["for"], checksums=options.checksums)
+    print(report.json() if options.json else report.text())
+    return 0 if report.ready else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A command of a converter; ``options``: keys of ``_OPTIONS``."""
@@ -375,6 +393,12 @@ CONVERTERS: dict[str, tuple[str, dict[str, Command]]] = {
                 _verify_lora,
                 "compare the deltas of LoRA adapters in any two forms; exit status 1 if they differ",
                 "--lora_dir save_dir/iter_0001000 --other_dir ckpt/adapter",
+            ),
+            "check_hf": Command(
+                ("dir of check_hf", "for", "json", "checksums"),
+                _check_hf,
+                "what a directory lacks for transformers, vLLM, SGLang and evaluators; exit status 1 if anything",
+                "--dir ckpt/finetuned --for vllm,transformers",
             ),
             "inspect": Command(
                 ("dir", "all"), _inspect, "table of what a directory of either format holds", f"--dir {_HF}"
@@ -467,7 +491,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: 0 on success, 1 if ``verify`` finds a difference, 2 for a user error, 130 if interrupted."""
+    """Entry point: 0 on success, 1 if a comparison or check fails, 2 for a user error, 130 if interrupted."""
     return report_errors(
         lambda: run(sys.argv[1:] if arguments is None else arguments),
         interrupted="interrupted; the same command resumes it",

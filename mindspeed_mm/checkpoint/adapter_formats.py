@@ -46,8 +46,8 @@ INNER = ".base_layer"
 _VERSION = "1"
 _ONE_RANK = ("sglang", "per-expert")
 """Forms whose readers know a single rank and alpha."""
-_VISION = ".visual."
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VISION_MODULES = ".visual."
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM allows for --max-lora-rank."""
 
 
@@ -116,7 +116,7 @@ def form_notes(adapters: Sequence[Adapter], form: str) -> list[str]:
     Raises:
         UserError: if the reader would refuse the adapters.
     """
-    vision = [adapter for adapter in adapters if _VISION in adapter.module]
+    vision = [adapter for adapter in adapters if VISION_MODULES in adapter.module]
     ignored = ([f"PEFT ignores the experts' adapters of the form {form} without a message; load the form peft with it"]
                if form in _ONE_RANK and any(adapter.is_experts for adapter in adapters) else [])
     rank = max(adapter.rank for adapter in adapters)
@@ -129,10 +129,10 @@ def form_notes(adapters: Sequence[Adapter], form: str) -> list[str]:
         return [*left_out, *ignored]
     if form != "vllm":
         return ignored
-    if rank > _VLLM_RANKS[-1]:
-        raise UserError(f"--format vllm: vLLM takes a rank of at most {_VLLM_RANKS[-1]}, and the adapters' is {rank}; "
+    if rank > VLLM_RANKS[-1]:
+        raise UserError(f"--format vllm: vLLM takes a rank of at most {VLLM_RANKS[-1]}, and the adapters' is {rank}; "
                         "merge them with merge_lora")
-    notes = [f"vLLM needs --enable-lora --max-lora-rank {next(allowed for allowed in _VLLM_RANKS if rank <= allowed)}"]
+    notes = [f"vLLM needs --enable-lora --max-lora-rank {next(allowed for allowed in VLLM_RANKS if rank <= allowed)}"]
     if vision:
         notes.append(f"vLLM ignores the {len(vision)} adapters of vision blocks and mergers unless it is started with "
                      "--enable-tower-connector-lora; merge_lora keeps them")
@@ -212,7 +212,7 @@ def _orientation(form: str) -> str:
 
 
 def _held_by(form: str, adapters: Sequence[Adapter]) -> list[Adapter]:
-    return [adapter for adapter in adapters if form != "sglang" or _VISION not in adapter.module]
+    return [adapter for adapter in adapters if form != "sglang" or VISION_MODULES not in adapter.module]
 
 
 def _key(module: str, factor: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_mm.checkpoint.check_hf import lacking_assets
 from mindspeed_mm.checkpoint.contents import check_model_config
 from mindspeed_mm.checkpoint.conversion import (
     DTYPES,
@@ -52,7 +53,6 @@ from mindspeed_mm.checkpoint.huggingface import (
     config_dtype,
     copy_assets,
     layout_by_shapes,
-    missing_assets,
 )
 from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.partial import refuse_lora
@@ -148,10 +148,10 @@ def print_notes(save: Path, assets: Path, spec: ModelSpec, model_config: Any, ch
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
             "published layout, which was written; load it with transformers 4.57"
         )
-    if missing := missing_assets(save):
+    if lacking := lacking_assets(save, spec, model_config):
         print(
-            f"warning: {assets} has no {', no '.join(missing)}, so neither has {save}, which transformers cannot use "
-            "with texts and images; copy the files from the original model directory"
+            f"warning: {assets} is incomplete, and so is {save}: {lacking}; copy the files from the original model "
+            "directory, and see mm-convert check_hf"
         )
 
 

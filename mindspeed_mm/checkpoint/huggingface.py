@@ -60,11 +60,6 @@ LAYOUT_KEY = "expert_layout"
 """Key in a safetensors file's own metadata under which mm-convert records the expert layout."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
 _FOLDERS = ("additional_chat_templates",)  # the only folder that transformers reads
-_ASSETS = {
-    "tokenizer": ("tokenizer.json", "vocab.json"),
-    "tokenizer settings": ("tokenizer_config.json",),
-    "image processor": ("preprocessor_config.json", "processor_config.json"),
-}
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # in transformers 5 and in earlier versions
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -104,15 +99,6 @@ def copy_assets(source: Path, target: Path, *, dtype: torch.dtype | None) -> Non
 def _special_files(folder: str, names: Sequence[str]) -> list[str]:
     """What is neither file nor folder, such as a FIFO, which cannot be copied."""
     return [name for name in names if not is_file(Path(folder) / name) and not is_directory(Path(folder) / name)]
-
-
-def missing_assets(directory: Path) -> list[str]:
-    """What transformers needs besides config and weights and a directory lacks, in words; empty if it is complete."""
-    return [
-        f"{kind} ({' or '.join(names)})"
-        for kind, names in _ASSETS.items()
-        if not any(is_file(directory / name) for name in names)
-    ]
 
 
 def check_replaceable(target: Path, *, overwrite: bool, keep: Sequence[Path]) -> None:
@@ -381,10 +367,10 @@ class HFReader(SafetensorsReader):
                             "merge it, or move it elsewhere")
         headers = read_headers(path)
         found = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
-        self.layout = _decide_layout(path, headers, self.spec, self.model_config, expert_layout)
+        self.layout = decide_layout(path, headers, self.spec, self.model_config, expert_layout)
         rules = self.spec.weight_rules(self.model_config, expert_layout=self.layout)
         self._repeated = self.spec.repeated_tensors(self.model_config)
-        self.duplicates = _check(path, found, rules, self._repeated, self.layout)
+        self.duplicates = check_tensors(path, found, rules, self._repeated, self.layout)
         super().__init__(path, headers, rules)
 
     def read_unused(self) -> list[ReadRange]:
@@ -411,7 +397,7 @@ class HFReader(SafetensorsReader):
         return read_json(self.path / "config.json").get("transformers_version")
 
 
-def _decide_layout(
+def decide_layout(
     path: Path, headers: Mapping[str, Header], spec: ModelSpec, model_config: ModelConfig, requested: str
 ) -> ExpertLayout:
     if requested in ("hub", "v5"):
@@ -432,7 +418,7 @@ def _decide_layout(
     return decided
 
 
-def _check(
+def check_tensors(
     path: Path,
     stored: Mapping[str, StoredTensor],
     rules: Sequence[WeightRule],

@@ -127,6 +127,31 @@ class ModelBuildOptions:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class ServingFacts:
+    """Facts of a family by which ``mm-convert check_hf`` judges a directory.
+
+    Attributes:
+        architecture: the class that ``architectures`` in ``config.json`` names.
+        end_of_answer: token that ends an answer in the chat format; None if that cannot be checked.
+        end_of_text: token that ends a document, at which generation should stop as well; None for none.
+        transformers4_fields: fields of ``config.json``, without which transformers 4 cannot load the model or assumes
+            another value than transformers 5, with a dot between levels.
+        media_tokens: kind of media -> placeholder that the chat template writes.
+        name_pattern: regular expression that lmms-eval searches in the directory's path to choose the model's class;
+            None if it does not.
+        named: whether the path must match ``name_pattern``; otherwise it must not.
+    """
+
+    architecture: str | None = None
+    end_of_answer: str | None = None
+    end_of_text: str | None = None
+    transformers4_fields: tuple[str, ...] = ()
+    media_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
+    name_pattern: str | None = None
+    named: bool = False
+
+
 class ModelSpec(abc.ABC):
     """One model family; ``model_config`` is what :meth:`read_config` returns.
 
@@ -284,6 +309,19 @@ class ModelSpec(abc.ABC):
         """
         del directory, trained, source
         return {}, []
+
+    def serving_facts(self, model_config: Any) -> ServingFacts:
+        """What servers and evaluators need of a directory of this family; nothing is checked by default."""
+        del model_config
+        return ServingFacts()
+
+    def check_processors(self, directory: Path, model_config: Any) -> None:
+        """Check that the processor files of a Hugging Face directory are those of its model.
+
+        Raises:
+            UserError: naming the file that is missing or damaged, or the field that contradicts the model.
+        """
+        del directory, model_config
 
     def special_token_ids(self, model_config: Any) -> dict[str, tuple[str, int]]:
         """Field of ``config.json`` -> special token of the chat format and its id, which must be the tokenizer's."""

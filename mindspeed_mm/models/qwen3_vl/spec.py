@@ -11,7 +11,7 @@ from mindspeed_mm.config.checks import ModelFacts
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.qwen3_vl.config import SUPPORTED_MODEL_TYPES, Qwen3VLConfig
 from mindspeed_mm.models.qwen3_vl.grounding import BOX_SCALE, box_text, boxes_in, ref_text
-from mindspeed_mm.models.spec import ModelBuildOptions, ModelSpec, register
+from mindspeed_mm.models.spec import ModelBuildOptions, ModelSpec, ServingFacts, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,6 +167,26 @@ class Qwen3VLSpec(ModelSpec):
         from mindspeed_mm.models.qwen3_vl.processor import with_trained_limits
 
         return with_trained_limits(directory, trained, source=source)
+
+    def serving_facts(self, model_config: Qwen3VLConfig) -> ServingFacts:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        sparse = model_config.num_experts > 0
+        fields = ("rope_scaling", "rope_theta", *(("num_experts",) if sparse else ()))
+        return ServingFacts(
+            architecture=f"Qwen3VL{'Moe' if sparse else ''}ForConditionalGeneration",
+            end_of_answer="<|im_end|>",
+            end_of_text="<|endoftext|>",
+            transformers4_fields=tuple(f"text_config.{name}" for name in fields),
+            media_tokens={"image": "<|image_pad|>", "video": "<|video_pad|>"},
+            name_pattern=r"A\d+B",  # the published names of sparse models: 30B-A3B
+            named=sparse,
+        )
+
+    def check_processors(self, directory: Path, model_config: Qwen3VLConfig) -> None:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        from mindspeed_mm.models.qwen3_vl.processor import read_image_settings
+
+        read_image_settings(directory, min_pixels=1, max_pixels=1 << 40, vision=model_config.vision)
 
     def special_token_ids(self, model_config: Qwen3VLConfig) -> dict[str, tuple[str, int]]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
