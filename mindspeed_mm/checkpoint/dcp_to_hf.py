@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +42,7 @@ from mindspeed_mm.checkpoint.directory import (
     find_checkpoint,
     verify_directory,
 )
-from mindspeed_mm.checkpoint.files import format_checksum, make_directory, new_file, run_all
+from mindspeed_mm.checkpoint.files import format_checksum, new_file, run_all
 from mindspeed_mm.checkpoint.huggingface import (
     INDEX,
     LAYOUT_KEY,
@@ -58,7 +56,7 @@ from mindspeed_mm.checkpoint.metadata_file import MODEL_PREFIX
 from mindspeed_mm.checkpoint.partial import refuse_lora
 from mindspeed_mm.checkpoint.safetensors_io import build_header, listed, tensor_bytes
 from mindspeed_mm.checkpoint.shards import Rows
-from mindspeed_mm.errors import UserError, report_errors
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import ModelSpec, spec_of
 from mindspeed_mm.models.state_dict import WeightRule
 
@@ -148,11 +146,22 @@ def print_notes(save: Path, assets: Path, spec: ModelSpec, model_config: Any, ch
             "note: with these widths transformers 5 cannot tell the expert layout from shapes and misreads the "
             "published layout, which was written; load it with transformers 4.57"
         )
-    if lacking := lacking_assets(save, spec, model_config):
-        print(
-            f"warning: {assets} is incomplete, and so is {save}: {lacking}; copy the files from the original model "
-            "directory, and see mm-convert check_hf"
-        )
+    if warning := incomplete_assets(assets, save, spec, model_config):
+        print(f"warning: {warning}")
+
+
+def incomplete_assets(assets: Path, save: Path, spec: ModelSpec, model_config: Any) -> str:
+    """That a directory which gives an export its small files lacks some, and for whom; empty if it is complete.
+
+    Args:
+        assets: that directory.
+        save: of the export, for the message.
+        spec: of the model.
+        model_config: likewise.
+    """
+    lacking = lacking_assets(assets, spec, model_config)
+    remedy = "copy the files from the original model directory, and see mm-convert check_hf"
+    return f"{assets} is incomplete, and so is {save}: {lacking}; {remedy}" if lacking else ""
 
 
 def write_safetensors(
@@ -399,16 +408,3 @@ def _write_index(directory: Path, files: Mapping[str, list[Output]]) -> None:
     total = sum(output.nbytes for outputs in files.values() for output in outputs)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_of.items()))}
     (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def main() -> int:
-    """``python -m mindspeed_mm.checkpoint.dcp_to_hf CHECKPOINT TARGET ASSETS BASE``: as a training run exports."""
-    checkpoint, target, assets, base = sys.argv[1:]
-    os.nice(10)  # below the training process
-    make_directory(Path(target).parent)
-    dcp_to_hf(checkpoint, target, assets, overwrite=True, base_dir=base or None)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(report_errors(main))

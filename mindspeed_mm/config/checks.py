@@ -74,7 +74,8 @@ def check_flags(args: TrainingArgs) -> None:
     if args.finetune and args.load is None:
         raise UserError("--finetune starts from the weights that --load names; add --load DIR, or leave --finetune out "
                         "to start from init_from_hf_path of the model file")
-    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every", "save_hf_interval"):
+    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every", "save_hf_interval",
+                 "save_hf_at_end"):
         if getattr(args, name) and args.save is None:
             raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")
     if args.keep_every is not None and args.keep_last is None:
@@ -84,9 +85,12 @@ def check_flags(args: TrainingArgs) -> None:
             f"--save-hf-interval {args.save_hf_interval} must be a multiple of --save-interval {args.save_interval}: "
             "checkpoints are exported"
         )
-    if args.save_hf_interval is not None and args.lora:
-        raise UserError("--save-hf-interval exports whole models, and with LoRA each checkpoint has a PEFT directory; "
-                        "leave it out, and make a whole model with mm-convert merge_lora")
+    if args.save_hf_interval is not None and args.save_hf_at_end:
+        raise UserError(f"--save-hf-interval {args.save_hf_interval} exports the last step too; leave --save-hf-at-end "
+                        "out, or the former to export the last step alone")
+    if args.save_hf_dtype != "auto" and args.save_hf_interval is None and not args.save_hf_at_end:
+        raise UserError(f"--save-hf-dtype {args.save_hf_dtype} has no effect without an export; add --save-hf-interval "
+                        "STEPS or --save-hf-at-end")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
 

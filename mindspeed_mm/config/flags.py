@@ -265,6 +265,12 @@ class CheckpointArgs(StrictModel):
         "made from the checkpoint of that step while training continues; one more of the last step", ge=1,
         metavar="STEPS",
     )
+    save_hf_at_end: bool = effective(
+        False, "export the checkpoint of the last step as a Hugging Face directory, as --save-hf-interval does"
+    )
+    save_hf_dtype: Literal["auto", "bf16", "fp32"] = effective(
+        "auto", "dtype of these exports; auto: that of config.json, with LoRA that of the base weights"
+    )
     async_save: bool = effective(
         False, "write checkpoints in the background, from a copy in host memory as large as the rank's share"
     )

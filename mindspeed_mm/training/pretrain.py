@@ -273,10 +273,10 @@ def _callbacks(
         ))
     if manager is not None:  # after the evaluation, whose metrics belong to the step that is saved
         callbacks.append(Checkpointing(manager))
-    if manager is not None and args.save_hf_interval is not None:
+    if manager is not None and (args.save_hf_interval is not None or args.save_hf_at_end):
         callbacks.append(HFWeights(
             Path(args.save), job.model.init_from_hf_path, interval=args.save_hf_interval, in_use=manager.in_use,
-            load_base=args.load_base,
+            dtype=args.save_hf_dtype, load_base=args.load_base,
         ))
     return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended
 
