@@ -25,6 +25,7 @@ HELP_COMMANDS = (
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "dcp_to_hf", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "verify", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "inspect", "--help"),
+    ("-m", "checkpoint.cli", "Qwen3VLConverter", "check_hf", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "lora_to_hf", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "lora_hf_to_dcp", "--help"),
     ("-m", "checkpoint.cli", "Qwen3VLConverter", "merge_lora", "--help"),
@@ -35,10 +36,15 @@ HELP_COMMANDS = (
 )
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",
            "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py", "tests/st/*.py")
-FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM
+FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM; lmms-eval, VLMEvalKit, EvalScope
     "--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal",
     "--enable-lora", "--max-lora-rank", "--lora-modules", "--enable-tower-connector-lora",
-    "--model-path", "--lora-paths", "--is_lora_base",
+    "--served-model-name", "--tensor-parallel-size", "--max-model-len", "--limit-mm-per-prompt",
+    "--allowed-local-media-path", "--generation-config",
+    "--model-path", "--lora-paths", "--tp-size", "--context-length", "--port", "--is_lora_base",
+    "--model", "--model_args", "--tasks", "--batch_size", "--output_path", "--num_processes",
+    "--config", "--work-dir", "--data", "--base-url", "--key",
+    "--api-url", "--api-key", "--eval-type", "--datasets", "--eval-batch-size", "--limit",
 }
 WRITTEN_BY_COMMANDS = {"docs/performance_gpu.md"}
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")

@@ -137,7 +137,7 @@ def _check_weights(path: Path, spec: ModelSpec, model_config: Any, found: Findin
                   "SGLang read as the published one", "export by mm-convert, which writes the published layout",
                   blocks={TRANSFORMERS4, *SERVERS})
     elif model_config.num_experts and layout_by_shapes({}, spec, model_config) is None:
-        found.add("weights", "with matrices of experts this square transformers 5 cannot tell the expert layout from "
+        found.add("weights", "one of the experts' matrices is square, so transformers 5 cannot tell the layout by the "
                   "shapes and misreads the published one", "load it with transformers 4.57, vLLM or SGLang",
                   blocks={TRANSFORMERS5})
     _check_other_weights(path, headers, found)
