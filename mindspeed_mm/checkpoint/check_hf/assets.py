@@ -150,8 +150,8 @@ def _check_processors(path: Path, spec: ModelSpec, model_config: Any, found: Fin
         found.add("image processor", str(error), FROM_ORIGINAL, blocks=LOADERS)
         return
     joint, own = (_content(path / name, found, "image processor") for name in (_JOINT, _IMAGES))
-    if not any(part.get("image_processor_type") for part in
-                                        (own, joint.get("image_processor") or {})):
+    parts = (own, joint.get("image_processor"))
+    if not any(isinstance(part, dict) and part.get("image_processor_type") for part in parts):
         found.add("image processor", f"{_IMAGES} has no image_processor_type, by which the class is chosen",
                   FROM_ORIGINAL, blocks=LOADERS)
     if "video" in spec.media_kinds and not is_present(path / _VIDEOS) and not joint.get("video_processor"):

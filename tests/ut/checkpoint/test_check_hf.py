@@ -36,6 +36,7 @@ from mindspeed_mm.checkpoint.safetensors_io import build_header
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.spec import spec_of
 from mindspeed_mm.models.state_dict import hf_shapes
+from tests.fuzz.mutations import mutate_value
 from tests.helpers.published import config_30b
 from tests.ut.checkpoint.tiny import random_config
 from tests.ut.checkpoint.tiny_adapters import TinyAdapters, edit_config, options
@@ -244,6 +245,20 @@ def test_a_changed_weight_is_found_by_its_checksum(good: Path, tmp_path: Path) -
     removed("manifest.json")(path)
     (finding,) = check_hf(path, checksums=True).findings
     assert finding.topic == "checksums" and not finding.blocks
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json",
+    "generation_config.json", "model.safetensors.index.json", "manifest.json",
+])
+def test_random_damage_is_a_finding_or_harmless(good: Path, tmp_path: Path, name: str) -> None:
+    path = mutant(good, tmp_path, lambda path: None)
+    content = (path / name).read_text()
+    for seed in range(25):
+        value = mutate_value(json.loads(content), random.Random(seed))
+        (path / name).write_text(json.dumps(value))
+        report = check_hf(path)
+        assert report.text() and json.loads(report.json())["ready"] is report.ready
 
 
 def test_unreadable_files_are_named(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
