@@ -47,7 +47,7 @@ nav a:hover { color: var(--accent); }
   align-items: start;
 }
 .grid.narrow { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
-.grid + .grid, section > * + .grid, section > * + .chart, .grid + *, .figures + * { margin-top: 16px; }
+.grid + .grid, section > * + .grid, section > * + .chart, .scroll + *, .grid + *, .figures + * { margin-top: 16px; }
 .badge {
   display: inline-block; font-size: 12.5px; font-weight: 600; line-height: 1; padding: 5px 9px; border-radius: 999px;
   background: var(--line); color: var(--soft); white-space: nowrap;
@@ -114,7 +114,7 @@ pre {
   display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: 3px;
 }
 .frame { position: relative; margin: 10px 4px 22px 54px; height: 210px; }
-.wide .frame { height: 300px; }
+.lines.wide .frame { height: 300px; }
 .frame svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; display: block; }
 .frame path, .frame line {
   vector-effect: non-scaling-stroke; fill: none; stroke-linejoin: round; stroke-linecap: round;
@@ -180,7 +180,8 @@ pre {
   h1 { font-size: 21px; }
   section { margin-top: 28px; }
   .chart { padding: 12px 12px 10px; }
-  .wide .frame { height: 230px; }
+  .lines.wide .frame { height: 230px; }
+  .frame .x.second { display: none; }
   .figures dd { font-size: 18px; }
   .figures .remark { font-size: 11.5px; }
   .heat .frame { margin-left: 30px; }

@@ -291,7 +291,8 @@ def _drawing(
     return (
         f'<div{f" data-scale={scale}" if named else ""}{" hidden" if hidden else ""}>'
         f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" role="img">'
-        f'<title>{escape(title)}, {scale} scale</title><desc>By {escape(x_label)}. {escape("; ".join(described))}</desc>{"".join(parts)}</svg>{labels}</div>'
+        f'<title>{escape(title)}, {scale} scale</title>'
+        f'<desc>By {escape(x_label)}. {escape("; ".join(described))}</desc>{"".join(parts)}</svg>{labels}</div>'
     )
 
 
@@ -336,9 +337,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _x_labels(low: float, high: float) -> str:
     ticks = [tick for tick in linear_ticks(low, high, 6) if tick == int(tick) or high - low < 3]
     labels = []
-    for tick in ticks:
+    for index, tick in enumerate(ticks):
         place = (tick - low) / (high - low) * 100
         kind = " last" if place > 96 else ""  # inside the page
+        kind += " second" if index % 2 == len(ticks) % 2 else ""  # a narrow page leaves them out
         labels.append(f'<span class="label x{kind}" style="left:{place:.2f}%">{number(tick)}</span>')
     return "".join(labels)
 
