@@ -64,8 +64,9 @@ def implementations(
         permuter = token_permuter(IndexPermuter(combine_kernel(device=backend.name)), fused=True, device=backend.name)
         dispatch = LocalDispatcher(permuter)
         title = f"ours, chosen ({name})" if label == "chosen" else f"ours, {name}"
-        found[title] = lambda tokens, weights, experts, kernel=kernel, dispatch=dispatch: dispatch(
-            tokens, weights, experts, lambda permuted, counts: kernel(permuted, gate_up, down, counts), count)
+        found[title] = lambda tokens, weights, experts, kernel=kernel, dispatch=dispatch, permuter=permuter: dispatch(
+            tokens, weights, experts, lambda permuted, counts: kernel(permuted, gate_up, down, counts),
+            permuter.count(experts, count))
     for name in ("eager", "grouped_mm"):
         module = hugging_face(text, name, device, dtype)
         with torch.no_grad():

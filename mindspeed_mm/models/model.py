@@ -23,7 +23,7 @@ class ModelOutput(NamedTuple):
     Attributes:
         loss: fp32 scalar, ``sum(loss_weight * cross_entropy)``.
         token_losses: fp32 [S], cross-entropy of each target token, outside autograd.
-        router_load: summed over the sparse layers; None where it is not kept, or there is none.
+        router_load: of this micro-batch's tokens, without padding; None without a sparse layer.
     """
 
     loss: Tensor

@@ -87,7 +87,7 @@ class ModelBuildOptions:
         activation_offload: keep on the host what the decoder layers keep for backward.
         vision_synchronize_per_layer: wait for the device after each vision block.
         text_synchronize_per_layer: wait for the device after each decoder layer.
-        router_load: return the routers' load, which the load-balancing loss is made of.
+        router_load: return the routers' probabilities too, which the load-balancing loss is made of.
         compile_small_operators: norms, rotary positions and SwiGLU of grouped experts by torch.compile.
         triton_kernels: Triton kernels on a CUDA GPU that runs them.
     """

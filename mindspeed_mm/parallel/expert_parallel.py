@@ -33,12 +33,12 @@ class ExpertParallelDispatcher:
     permuter: TokenPermuter
 
     def __call__(
-        self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, tokens_per_expert: Tensor
     ) -> Tensor:
         """See :data:`mindspeed_mm.models.layers.token_dispatcher.Dispatcher`."""
         size = self.group.size()
         # tokens for each expert of each rank, by receiver; then the same by sender
-        sent = self.permuter.count(experts, num_experts).view(size, num_experts // size)
+        sent = tokens_per_expert.view(size, -1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)
         numbers = DeferredHostRead(torch.stack((sent.sum(dim=1), received.sum(dim=1))))

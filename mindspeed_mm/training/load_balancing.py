@@ -40,7 +40,8 @@ class LoadBalancingLoss:
         self._weights = None
         self._later = None
         for load in later:
-            self._later = load.choices if self._later is None else self._later + load.choices
+            choices = load.choices.sum(dim=0)
+            self._later = choices if self._later is None else self._later + choices
 
     def loss(self, load: RouterLoad) -> Tensor:
         """This micro-batch's part of the step's auxiliary loss, times the coefficient.
@@ -54,9 +55,23 @@ class LoadBalancingLoss:
             fp32 scalar with gradient. Their sum over micro-batches and ranks is ``coefficient * loss`` as above.
         """
         if self._weights is None:
-            choices = load.choices if self._later is None else load.choices + self._later
-            choices = choices.clone()
+            choices = load.choices.sum(dim=0)
+            if self._later is not None:
+                choices = choices + self._later
             dist.all_reduce(choices)
             tokens = choices.sum() / self.top_k
             self._weights = self.coefficient * len(choices) * (choices / tokens / tokens).float()
         return (self._weights * load.probabilities).sum()
+
+
+def max_load(choices: Tensor) -> Tensor:
+    """Tokens of the busiest expert over the mean of its layer's experts, in the layer where that is most.
+
+    Args:
+        choices: [L, E], how often each expert was chosen.
+
+    Returns:
+        fp32 scalar between 1 (balanced) and E; without a token 0.
+    """
+    choices = choices.float()
+    return (choices / choices.mean(dim=-1, keepdim=True).clamp(min=1.0 / choices.shape[-1])).max()

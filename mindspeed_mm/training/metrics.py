@@ -28,10 +28,14 @@ class StepMetrics:
         self._sums: dict[str, Tensor] = {}
         self._common: dict[str, Tensor] = {}
         self._host: DeferredHostRead | None = None
+        self._names: list[str] = []
         self._values: dict[str, float] | None = None
 
     def add(self, name: str, value: Tensor | float) -> None:
-        """Add this rank's part of a sum: a scalar on the device, or a number that the host knows."""
+        """Add this rank's part of a sum: a tensor on the device, or a number that the host knows.
+
+        A tensor that is no scalar is reduced like one, but not read.
+        """
         assert not self._sums, "add() before reduce()"
         if isinstance(value, Tensor):
             value = value.detach()
@@ -41,24 +45,33 @@ class StepMetrics:
         """Sum over ranks what was added, in fp32 and in one reduction; the host's numbers travel in the same tensor."""
         on_device = {name: value for name, value in self._local.items() if isinstance(value, Tensor)}
         on_host = {name: value for name, value in self._local.items() if name not in on_device}
-        parts = [torch.stack([value.float() for value in on_device.values()])] if on_device else []
+        parts = [value.float().flatten() for value in on_device.values()]
         sums = torch.cat([*parts, copy_to_device(list(on_host.values()), self._device)])
         dist.all_reduce(sums)
-        self._sums = dict(zip([*on_device, *on_host], sums.unbind(), strict=True))
+        shapes = [value.shape for value in on_device.values()] + [torch.Size()] * len(on_host)
+        split = sums.split([shape.numel() for shape in shapes])
+        of_name = zip([*on_device, *on_host], split, shapes, strict=True)
+        self._sums = {name: part.view(shape) for name, part, shape in of_name}
 
     def set(self, name: str, value: Tensor) -> None:
         """Add a scalar that is the same on every rank, on any device."""
         assert self._host is None, "set() before send()"
         self._common[name] = value.detach()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether it was added."""
+        return name in self._local
+
     def __getitem__(self, name: str) -> Tensor:
-        """fp32 scalar on the device, summed over ranks."""
+        """fp32 on the device, summed over ranks."""
         return self._sums[name]
 
     def send(self) -> None:
         """Queue the copy to the host, without waiting for it."""
-        common = [value.to(self._device, torch.float32) for value in self._common.values()]
-        self._host = DeferredHostRead(torch.stack([*self._sums.values(), *common]))
+        common = {name: value.to(self._device, torch.float32) for name, value in self._common.items()}
+        scalars = {name: value for name, value in self._sums.items() if value.dim() == 0} | common
+        self._names = list(scalars)
+        self._host = DeferredHostRead(torch.stack(list(scalars.values())))
 
     @property
     def ready(self) -> DeviceEvent:
@@ -70,7 +83,7 @@ class StepMetrics:
         """Name -> value, the same on every rank. Synchronises with the device the first time."""
         if self._values is None:
             assert self._host is not None, "send() first"
-            self._values = dict(zip([*self._sums, *self._common], self._host.tolist(), strict=True))
+            self._values = dict(zip(self._names, self._host.tolist(), strict=True))
         return self._values
 
 

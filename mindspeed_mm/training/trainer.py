@@ -21,6 +21,7 @@ from mindspeed_mm.training.channels import ChannelLosses, with_means
 from mindspeed_mm.training.context import Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher
 from mindspeed_mm.training.gradients import clip_factor, total_norm
+from mindspeed_mm.training.load_balancing import max_load
 from mindspeed_mm.training.loss import step_loss_weights
 from mindspeed_mm.training.metrics import (
     QueuedStep,
@@ -36,6 +37,7 @@ from mindspeed_mm.training.optimizer import learning_rates
 from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 
 _LOST = "lost"  # ranks without data; steps that have any are not reported
+_CHOICES = "router_choices"  # of each expert in each sparse layer: stays on the device
 
 
 class Trainer:
@@ -85,6 +87,7 @@ class Trainer:
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stopping = self.stopped = False
         self.error: UserError | None = None
+        self.router_choices: Tensor | None = None
         self._started: list[Callback] = []
         backend = context.backend
         self._reader = StepReader(lag=1 if backend.is_accelerator else 0, mark=lambda: DeviceEvent(backend.device))
@@ -165,6 +168,8 @@ class Trainer:
                 channels.add(batch, output.token_losses)
                 loss = output.loss
                 metrics.add("loss", loss)
+                if output.router_load is not None:
+                    metrics.add(_CHOICES, output.router_load.choices)
                 if objective.load_balancing is not None:
                     router_loss = objective.load_balancing.loss(output.router_load)
                     metrics.add("router_aux_loss", router_loss)
@@ -176,6 +181,7 @@ class Trainer:
         self._count(metrics, data)
         channels.add_to(metrics)
         metrics.reduce()
+        self._count_choices(metrics)
         norm = total_norm(self.trainable)
         factor = clip_factor(self.args.clip_grad, norm.total) if self.args.clip_grad > 0 else None
         # where the gradients are: with offloaded ones the host steps, and waits for the loss
@@ -199,6 +205,15 @@ class Trainer:
         metrics.add("tflop", counts * sum(map(self.objective.flop_count, data.batches)))
         metrics.add("stop_requests", self.context.stop_requested())
         metrics.add(_LOST, bool(data.failure))
+
+    def _count_choices(self, metrics: StepMetrics) -> None:
+        """Add the step's choices of experts, now of all ranks, to the run's; and how far the busiest expert is off."""
+        if _CHOICES not in metrics:
+            return
+        choices = metrics[_CHOICES]
+        metrics.set("router_max_load", max_load(choices))
+        choices = choices.long()
+        self.router_choices = choices if self.router_choices is None else self.router_choices + choices
 
     @torch.no_grad()
     def _router_loads(self, batches: Iterable[Batch], weights: Iterable[Tensor]) -> Iterator[RouterLoad]:

@@ -65,6 +65,7 @@ class Outcome:
         parameters: after the last step.
         validation: each evaluation's loss.
         text_only: of each step and each share of the global batch, whether it has no image.
+        router_choices: int64 [sparse layers, experts], how often each expert was chosen in all steps; None without any.
         host_reads: what this process's host read of tensors in each step, if the case asks for it; see HostReads.
     """
 
@@ -75,6 +76,7 @@ class Outcome:
     parameters: dict[str, torch.Tensor]
     validation: list[float]
     text_only: list[list[bool]]
+    router_choices: torch.Tensor | None
     host_reads: list[list[tuple[str, str]]]
 
 
@@ -221,6 +223,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         {name: whole(parameter) for name, parameter in model.named_parameters()},
         validation,
         [text_only_shares(step, batch=args.global_batch_size, dp_size=layout.dp_size) for step in steps],
+        None if trainer.router_choices is None else trainer.router_choices.cpu(),
         reads or [],
     )
 

@@ -108,6 +108,20 @@ def test_layouts_equal_hugging_face(trained, processes):
 
 
 @pytest.mark.parametrize("processes", PLAIN)
+def test_choices_of_experts_are_counted_once(trained, alone, processes):
+    """Whatever the layout, with recomputation and evaluations: each token of training, top_k times a layer."""
+    tokens = sum(len(sample.input_ids) for step in range(STEPS) for sample in step_samples(step, BATCH))
+    for name, of in layouts(processes).items():
+        choices = trained(processes)[name]["router_choices"]
+        if of["model"].get("dense"):
+            assert choices is None
+            continue
+        assert choices.shape == (3, 8) and choices.sum(dim=1).tolist() == [3 * tokens] * 3, name
+        if not is_bf16(of):
+            assert torch.equal(choices, alone(of)["router_choices"]), name
+
+
+@pytest.mark.parametrize("processes", PLAIN)
 def test_layouts_equal_one_process(trained, alone, processes):
     """One process takes the same micro-batches in turn; in fp32 the same bounds, in bf16 those of its rounding."""
     for name, of in layouts(processes).items():

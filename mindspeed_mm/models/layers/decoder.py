@@ -5,7 +5,7 @@ Legend: T tokens of the packed sequence, H hidden width, V vocabulary, S target 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.transformer.spec_utils import build_module
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         if options.recompute_granularity == "selective":
             recompute_selectively(self.layers)
         for layer in self.moe_layers():
-            layer.router.keeps_routing = options.router_load
+            layer.router.keeps_probabilities = options.router_load
 
     @property
     def tied_weight(self) -> Tensor | None:
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
             between: see :func:`~mindspeed_mm.models.layers.activation_checkpoint.run_layers`.
 
         Returns:
-            ([T, H], the routers' load summed over the layers, or None where it is not kept).
+            ([T, H], the routers' load, or None without a sparse layer).
         """
         packed = PackedSequence(
             segments=Segments(batch.cu_seqlens, batch.cu_seqlens_host, batch.max_seqlen),
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
             return _run_layer(self.layers[index], hidden, packed, counted=counted)
 
         hidden, *loads = run_layers(self.layers, hidden.unsqueeze(1), step, self.policy, between=between)
-        load = RouterLoad(sum(loads[0::2]), sum(loads[1::2])) if loads else None
+        load = _whole_load(loads, len(self.moe_layers()))
         return self.final_layernorm(hidden.squeeze(1)), load
 
     def output(
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
 
 
 def _run_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence, *, counted: int) -> tuple[Tensor, ...]:
-    """One decoder layer: [T, 1, H] -> [T, 1, H], and the two tensors of its router's load where that is kept.
+    """One decoder layer: [T, 1, H] -> [T, 1, H], and what :meth:`MoELayer.take_load` gives.
 
     Args:
         layer: megatron-core's.
@@ -160,11 +160,19 @@ def _run_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence, *, coun
         packed: segments and rotary angles of the sequence.
         counted: leading tokens that the load counts; those after them are padding.
     """
-    load = None
+    load: tuple[Tensor, ...] = ()
     try:
         hidden, _ = layer(hidden, packed_seq_params=packed)
     finally:
         # also where recomputation stops half-way, or the router would hold on to its graph
         if isinstance(layer.mlp, MoELayer):
-            load = layer.mlp.router.take_load(counted)
-    return (hidden,) if load is None else (hidden, *load)
+            load = layer.mlp.take_load(counted)
+    return hidden, *load
+
+
+def _whole_load(loads: Sequence[Tensor], layers: int) -> RouterLoad | None:
+    """The tensors of all sparse layers, one or two of each, as one load."""
+    if not loads:
+        return None
+    each = len(loads) // layers
+    return RouterLoad(torch.stack(loads[::each]), sum(loads[1::2]) if each == 2 else None)

@@ -23,24 +23,24 @@ from mindspeed_mm.models.lora import FACTORS, Adapter
 
 
 class RouterLoad(NamedTuple):
-    """Load of the experts, summed over tokens and, where said, over layers.
+    """Load of the experts in L sparse layers.
 
     Attributes:
-        choices: int64 [E], how often each expert was chosen; T * k in all for one layer.
-        probabilities: fp32 [E], sum over the tokens of each expert's probability, with gradient; T in all for one
-            layer.
+        choices: int64 [L, E], how often each expert was chosen; T * k in all for one layer.
+        probabilities: fp32 [E], sum over layers and tokens of each expert's probability, with gradient; L * T in all.
+            None where it is not kept.
     """
 
     choices: Tensor
-    probabilities: Tensor
+    probabilities: Tensor | None
 
 
 class TopKRouter(nn.Module):
     """Softmax over all experts in fp32, the k largest, renormalised to sum 1.
 
     Attributes:
-        choose: does in one what follows the projection, where no load is kept.
-        keeps_routing: whether each forward pass keeps its choices for :meth:`take_load`.
+        choose: does in one what follows the projection, where no probabilities are kept.
+        keeps_probabilities: whether each forward pass keeps them for :meth:`take_probabilities`.
     """
 
     def __init__(
@@ -50,34 +50,28 @@ class TopKRouter(nn.Module):
         self.top_k = top_k
         self.choose = choose
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=config.params_dtype))
-        self.keeps_routing = False
-        self._routing: tuple[Tensor, Tensor] | None = None
+        self.keeps_probabilities = False
+        self._probabilities: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> (weights [T, k] in the tokens' type, expert indices int64 [T, k])."""
         logits = F.linear(tokens, self.weight)
-        if self.choose is not None and not self.keeps_routing:
+        if self.choose is not None and not self.keeps_probabilities:
             return self.choose(logits, self.top_k, tokens.dtype)
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.keeps_routing:
-            self._routing = probabilities, experts
+        if self.keeps_probabilities:
+            self._probabilities = probabilities
         return weights.to(tokens.dtype), experts
 
-    def take_load(self, counted: int) -> RouterLoad | None:
-        """The load of the first ``counted`` tokens of the last forward pass, or None if it was not kept.
+    def take_probabilities(self, counted: int) -> Tensor | None:
+        """Sum over the first ``counted`` tokens of the last forward pass, fp32 [E]; None if they were not kept.
 
         To be called once after each pass, for what is kept is a part of that pass's graph.
         """
-        routing, self._routing = self._routing, None
-        if routing is None:
-            return None
-        probabilities, experts = routing
-        chosen = experts[:counted].flatten()
-        choices = torch.zeros(probabilities.shape[-1], dtype=torch.int64, device=chosen.device)
-        choices.scatter_add_(0, chosen, torch.ones_like(chosen))
-        return RouterLoad(choices, probabilities[:counted].sum(dim=0))
+        probabilities, self._probabilities = self._probabilities, None
+        return None if probabilities is None else probabilities[:counted].sum(dim=0)
 
 
 class Experts(nn.Module):
@@ -154,10 +148,28 @@ class MoELayer(nn.Module):
         self.experts = build_module(submodules.experts, config=config)
         self.permuter = permuter
         self.dispatch: Dispatcher = LocalDispatcher(permuter, experts_weigh)
+        self._choices: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """[T, 1, H] -> ([T, 1, H], None)."""
         tokens = hidden_states.flatten(0, 1)
         weights, experts = self.router(tokens)
-        output = self.dispatch(tokens, weights, experts, self.experts, self.router.weight.shape[0])
+        tokens_per_expert = self.permuter.count(experts, self.router.weight.shape[0])
+        self._choices = experts, tokens_per_expert
+        output = self.dispatch(tokens, weights, experts, self.experts, tokens_per_expert)
         return output.view_as(hidden_states), None
+
+    def take_load(self, counted: int) -> tuple[Tensor, ...]:
+        """The load of the first ``counted`` tokens of the last forward pass; empty if that did not come to the router.
+
+        Returns:
+            (choices int64 [E],), and the router's probabilities, fp32 [E], where it keeps them.
+        """
+        choices, self._choices = self._choices, None
+        probabilities = self.router.take_probabilities(counted)
+        if choices is None:
+            return ()
+        experts, tokens_per_expert = choices
+        if counted < len(experts):
+            tokens_per_expert = tokens_per_expert - self.permuter.count(experts[counted:], len(tokens_per_expert))
+        return (tokens_per_expert,) if probabilities is None else (tokens_per_expert, probabilities)

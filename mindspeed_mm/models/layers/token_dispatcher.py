@@ -23,8 +23,9 @@ ExpertFunction = Callable[..., Tensor]
 """(permuted tokens [N, H] sorted by expert, tokens per expert [E]) -> [N, H]; experts that weigh rows take each row's
 weight [N] as a third argument."""
 
-Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, int], Tensor]
-"""(tokens [T, H], weights [T, k], expert indices [T, k], experts, E) -> weighted sums of their results [T, H]."""
+Dispatcher = Callable[[Tensor, Tensor, Tensor, ExpertFunction, Tensor], Tensor]
+"""(tokens [T, H], weights [T, k], expert indices [T, k], experts, tokens per expert int64 [E]) -> weighted sums of
+their results [T, H]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +175,11 @@ class LocalDispatcher:
     experts_weigh: bool = False
 
     def __call__(
-        self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, num_experts: int
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, function: ExpertFunction, tokens_per_expert: Tensor
     ) -> Tensor:
         """See :data:`Dispatcher`."""
         permuted, routing = self.permuter.permute(tokens, experts)
-        counts = self.permuter.count(experts, num_experts)
         if not self.experts_weigh:
-            return self.permuter.unpermute(function(permuted, counts), routing, weights)
+            return self.permuter.unpermute(function(permuted, tokens_per_expert), routing, weights)
         of_permuted = _Permute.apply(weights.flatten(), routing.order, routing.inverse)
-        return self.permuter.unpermute(function(permuted, counts, of_permuted), routing)
+        return self.permuter.unpermute(function(permuted, tokens_per_expert, of_permuted), routing)

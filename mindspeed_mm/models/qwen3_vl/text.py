@@ -28,7 +28,7 @@ class TextDecoder(Decoder):
             deepstack: each [M, H]; the i-th is added at the placeholders after layer i.
 
         Returns:
-            ([T, H], the routers' load summed over the layers, or None where it is not kept).
+            ([T, H], the routers' load, or None without a sparse layer).
         """
         hidden = self.embedding(batch.input_ids)
         if batch.vision.is_dummy:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.errors import UserError
@@ -26,6 +26,8 @@ class Run(Protocol):
         context: where the run trains and how far it is.
         stopping: whether the run ends after the present step, before ``--train-iters``.
         stopped: whether that is because a rank was asked to stop.
+        router_choices: int64 [sparse layers, experts] on the device, how often each expert was chosen in the training
+            steps since this process started, over all ranks; a new tensor in each step. None without experts.
         error: what the run ends with after its last save; None for nothing.
     """
 
@@ -36,6 +38,7 @@ class Run(Protocol):
     context: RunContext
     stopping: bool
     stopped: bool
+    router_choices: Tensor | None
     error: UserError | None
 
     def stop_after_save(self, error: UserError) -> None:

@@ -72,7 +72,7 @@ def test_experts_that_weigh_equal_weights_afterwards(summed):
             return kernel(permuted, leaves[2], leaves[3], counts, *row_weights)
 
         for _ in range(2):
-            output = dispatcher(leaves[0], leaves[1], experts, function, 5)
+            output = dispatcher(leaves[0], leaves[1], experts, function, IndexPermuter().count(experts, 5))
             output.backward(grad)
         if in_place:
             assert leaves[2].grad is None and leaves[3].grad is None

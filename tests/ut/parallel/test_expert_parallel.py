@@ -51,7 +51,8 @@ def test_equals_one_process(monkeypatch, size, routing, kernel, combine):
         """Results and gradients of a process's tokens, weights, and the experts that it holds."""
         leaves = [t.clone().requires_grad_() for t in (tokens[part], weights[part], gate_up[own], down[own])]
         output = dispatch(
-            leaves[0], leaves[1], experts[part], lambda rows, n: product(rows, leaves[2], leaves[3], n), EXPERTS
+            leaves[0], leaves[1], experts[part], lambda rows, n: product(rows, leaves[2], leaves[3], n),
+            permuter.count(experts[part], EXPERTS),
         )
         (output * seed[part]).sum().backward()
         return output.detach(), *(leaf.grad for leaf in leaves)

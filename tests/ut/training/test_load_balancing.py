@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mindspeed_mm.data.collator import collate
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
-from mindspeed_mm.training.load_balancing import LoadBalancingLoss
+from mindspeed_mm.training.load_balancing import LoadBalancingLoss, max_load
 from tests.helpers.hf_model import hf_inputs, hf_router_logits, mixed_samples, tiny_model
 from tests.helpers.mcore_model import model_like, relative, to_mcore
 
@@ -95,8 +95,37 @@ def test_padding_is_not_counted(reference):
     assert load.probabilities.sum().item() == pytest.approx(layers * (tokens - 5), rel=1e-5)
 
 
-def test_load_is_not_kept_unless_asked_for(reference):
+@pytest.mark.parametrize("granularity", [None, "selective", "full"])
+def test_choices_of_each_layer_are_hf_s(reference, granularity):
+    """Counted once for each forward pass: also where backward runs the layers again."""
+    hf_model, samples, _, _ = reference
+    expected = []
+    with hf_router_logits(hf_model) as logits:
+        for sample in samples:
+            inputs = hf_inputs(sample)
+            inputs.pop("labels")
+            hf_model(**inputs)
+            expected.append([of_layer.topk(3).indices.flatten().bincount(minlength=8) for of_layer in logits])
+            logits.clear()
+    model, model_config = model_like(hf_model, ModelBuildOptions(recompute_granularity=granularity))
+    batch = collate(samples, SPEC, model_config)
+    for _ in range(2):
+        output = model(batch, torch.ones(batch.num_target_tokens))
+        output.loss.backward()
+        choices = output.router_load.choices
+        assert torch.equal(choices, torch.stack([torch.stack(counts) for counts in expected]).sum(dim=0))
+
+
+def test_max_load():
+    choices = torch.tensor([[2, 2, 2, 2], [1, 5, 1, 1]])
+    assert max_load(choices).item() == 2.5
+    assert max_load(choices[:1]).item() == 1.0
+    assert max_load(torch.tensor([[8, 0, 0, 0]])).item() == 4.0
+    assert max_load(torch.zeros(2, 4)).item() == 0.0
+
+
+def test_probabilities_are_not_kept_unless_asked_for(reference):
     hf_model, samples, _, _ = reference
     model, model_config = model_like(hf_model)
     batch = collate(samples, SPEC, model_config)
-    assert model(batch, torch.ones(batch.num_target_tokens)).router_load is None
+    assert model(batch, torch.ones(batch.num_target_tokens)).router_load.probabilities is None
