@@ -310,6 +310,7 @@ class LogArgs(StrictModel):
     """Log and evaluation"""
 
     log_interval: int = effective(100, "optimizer steps between log lines", ge=1, metavar="STEPS")
+    no_report: bool = effective(False, "do not write report.html, the run as a page, to --save (docs/report.md)")
     log_tps: bool = effective(False, "add the tokens per sample to the log line")
     peak_tflops: float | None = effective(
         None, "peak TFLOP/s of one device in the compute type, for MFU in the log; 0: measure it at start-up with a "

@@ -43,6 +43,7 @@ from mindspeed_mm.training.callbacks.hf_weights import HFWeights
 from mindspeed_mm.training.callbacks.log_line import LogLine
 from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
 from mindspeed_mm.training.callbacks.profiling import Profiling
+from mindspeed_mm.training.callbacks.run_report import RunReport
 from mindspeed_mm.training.callbacks.run_summary import RunSummary
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
 from mindspeed_mm.training.callbacks.watchdog import Watchdog, WatchdogLimits
@@ -266,6 +267,7 @@ def _callbacks(
     ]
     if args.save is not None:
         callbacks.append(MetricsFile(args.save))
+        callbacks += [] if args.no_report else [RunReport(args.save, settings=job.checkpoint_metadata())]
     callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=describe)]
     if eval_loader is not None:
         callbacks.append(Evaluation(

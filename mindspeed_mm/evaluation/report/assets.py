@@ -317,6 +317,13 @@ function heatMap(figure) {
 }
 document.querySelectorAll(".chart.lines").forEach(lineChart);
 document.querySelectorAll(".chart.heat").forEach(heatMap);
+document.querySelectorAll("[data-since]").forEach(badge => {
+  const minutes = Math.round((Date.now() - Date.parse(badge.dataset.since)) / 6e4);
+  if (minutes > 10) {
+    badge.textContent += ": no update for " + (minutes < 120 ? minutes + " min" : Math.round(minutes / 60) + " h");
+    badge.className = "badge warning";
+  }
+});
 if (root.dataset.refresh) setInterval(() => {
   if (!document.hidden && getSelection().isCollapsed && !document.querySelector(".tip")) location.reload();
 }, 1000 * root.dataset.refresh);

@@ -113,9 +113,30 @@ def details(summary: str, *parts: Html, expanded: bool = False) -> Html:
     return Html(f"<details{' open' if expanded else ''}><summary>{escape(summary)}</summary>{join(*parts)}</details>")
 
 
-def badge(content: str, kind: str = "neutral") -> Html:
-    """A short word in colour. ``kind``: good, bad, active, warning or neutral."""
-    return Html(f'<span class="badge {escape(kind)}">{escape(content)}</span>')
+def preformatted(content: str) -> Html:
+    """Text in a fixed-width font, as it is."""
+    return Html(f"<pre tabindex=0>{escape(content)}</pre>")
+
+
+def progress_bar(share: float) -> Html:
+    """A bar; ``share`` between 0 and 1."""
+    percent = 100.0 * min(1.0, max(0.0, share))
+    return Html(
+        f'<div class="progress" role="progressbar" aria-label="progress" aria-valuenow="{percent:.0f}" '
+        f'aria-valuemin="0" aria-valuemax="100"><i style="width:{percent:.2f}%"></i></div>'
+    )
+
+
+def badge(content: str, kind: str = "neutral", *, since: str = "") -> Html:
+    """A short word in colour.
+
+    Args:
+        content: the word.
+        kind: good, bad, active, warning or neutral.
+        since: UTC time, ISO 8601: where the page is looked at more than ten minutes later, the badge says how much.
+    """
+    moment = f' data-since="{escape(since)}"' if since else ""
+    return Html(f'<span class="badge {escape(kind)}"{moment}>{escape(content)}</span>')
 
 
 def key_figures(figures: Iterable[tuple[str, str, str]]) -> Html:
@@ -168,8 +189,13 @@ def image(jpeg_bytes: bytes, *, alt: str, width: int | None = None) -> Html:
     return Html(f'<img src="data:image/jpeg;base64,{data}" alt="{escape(alt)}"{size}>')
 
 
-def sample_card(sample: EvaluatedSample) -> Html:
-    """A question with its images, the expected answer and the model's, with their differences marked."""
+def sample_card(sample: EvaluatedSample, *, earlier: tuple[str, EvaluatedSample] | None = None) -> Html:
+    """A question with its images, the expected answer and the model's, with their differences marked.
+
+    Args:
+        sample: what was evaluated.
+        earlier: the same question in an earlier evaluation, and a word for that, to show the progress.
+    """
     verdict = badge("exact", "good") if sample.exact else badge("differs", "warning")
     names = " · ".join(name for name in (sample.data_set, sample.channel) if name)
     scores = " · ".join(f"{name} {number(value)}" for name, value in sample.scores.items())
@@ -182,6 +208,9 @@ def sample_card(sample: EvaluatedSample) -> Html:
         _answer("answer", given) if sample.exact and sample.expected == sample.given
         else _answer("expected", _marked(expected, given, "del")) + _answer("given", _marked(given, expected, "ins"))
     )
+    if earlier is not None:
+        label, former = earlier
+        answers += _answer(label, _marked(_shortened(former.given), expected, "ins"))
     return Html(
         f'<article class="sample"><header><span class="muted">sample {sample.index}'
         f"{f' · {escape(names)}' if names else ''}</span>{verdict}</header>"
@@ -208,7 +237,7 @@ def number(value: float | None) -> str:
 
 def _answer(kind: str, content: str) -> str:
     shown = escape(content) if content else Html('<span class="muted">empty</span>')
-    return f'<div><dt>{kind}</dt><dd tabindex=0>{shown}</dd></div>'
+    return f'<div><dt>{escape(kind)}</dt><dd tabindex=0>{shown}</dd></div>'
 
 
 def _shortened(content: str) -> str:

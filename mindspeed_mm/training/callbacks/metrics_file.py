@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.checkpoint.files import FILE_MODE, make_directory, write_atomically
+from mindspeed_mm.evaluation.report.history import METRICS_FILE
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.metrics import StepRecord
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(Callback):

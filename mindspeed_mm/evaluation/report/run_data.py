@@ -1,0 +1,188 @@
+"""What a run report needs besides ``metrics.jsonl``: ``report_data.json`` in the ``--save`` directory."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.checkpoint.files import write_atomically
+from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
+from mindspeed_mm.evaluation.sample import EvaluatedSample
+
+DATA_FILE = "report_data.json"
+REPORTS = "reports"
+"""Directory of the reports of anomalies."""
+_VERSION = 1
+_SAMPLES = 24  # of an evaluation
+_IMAGE_BYTES = 600_000  # of an evaluation
+_TEXT = 4000  # characters
+_SESSIONS = 200
+_ANOMALIES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSet:
+    """Samples of one evaluation.
+
+    Attributes:
+        iteration: after which they were evaluated.
+        samples: some of them.
+    """
+
+    iteration: int
+    samples: tuple[EvaluatedSample, ...]
+
+
+@dataclasses.dataclass
+class RunData:
+    """A run, as its report shows it.
+
+    Attributes:
+        name: of the run.
+        history: metrics of its steps.
+        state: running, finished, stopped, failed; empty where it is not known.
+        reason: why it stopped or failed.
+        updated: UTC time of the last update, ISO 8601.
+        train_iters: number of steps; None where it is not known.
+        environment: facts of machine and software, by name.
+        settings: flags and files of the job, by name.
+        sessions: (iteration, UTC time) of each start: of the run itself, and of each resume.
+        first: the first evaluation's samples.
+        latest: the latest evaluation's.
+        router: (first iteration, last one, [sparse layers, experts] choices between them).
+        anomalies: (iteration, what happened).
+    """
+
+    name: str = ""
+    history: History = dataclasses.field(default_factory=History)
+    state: str = ""
+    reason: str = ""
+    updated: str = ""
+    train_iters: int | None = None
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sessions: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    first: SampleSet | None = None
+    latest: SampleSet | None = None
+    router: tuple[int, int, list[list[int]]] | None = None
+    anomalies: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+    def add_samples(self, iteration: int, samples: Sequence[EvaluatedSample]) -> None:
+        """Take an evaluation's samples: the first and the latest are kept, as far as the limits go."""
+        if not samples:
+            return
+        self.latest = SampleSet(iteration, tuple(_bounded(samples)))
+        self.first = self.first or self.latest
+
+    def resume(self, iteration: int, time: str) -> None:
+        """Note a start, and forget what came after ``iteration``, which is repeated."""
+        if iteration == 0:
+            self.sessions, self.first, self.latest, self.router = [], None, None, None
+        self.sessions = [*(s for s in self.sessions if s[0] <= iteration), (iteration, time)][-_SESSIONS:]
+        if self.latest is not None and self.latest.iteration > iteration:
+            self.latest = self.first
+        if self.first is not None and self.first.iteration > iteration:
+            self.first = self.latest = None
+        if self.router is not None and self.router[1] > iteration:
+            self.router = None
+
+    def save(self, directory: Path) -> None:
+        """Write ``report_data.json``; raises OSError."""
+        content = {
+            "version": _VERSION,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "sessions": self.sessions,
+            "first": _to_json(self.first),
+            "latest": None if self.latest is self.first else _to_json(self.latest),
+            "router": self.router,
+        }
+        write_atomically(directory / DATA_FILE, json.dumps(content, default=str).encode())
+
+
+_PLAIN = ("state", "reason", "updated", "train_iters", "environment", "settings")
+
+
+def load_run(directory: Path) -> RunData:
+    """A run from its ``--save`` directory; only ``metrics.jsonl`` must be there.
+
+    Raises:
+        UserError: if that cannot be read.
+    """
+    run = load_data(directory)
+    run.history = History.read(directory / METRICS_FILE)
+    run.updated = run.updated or run.history.updated
+    run.anomalies = read_anomalies(directory, last=run.history.iteration)
+    return run
+
+
+def load_data(directory: Path) -> RunData:
+    """A run without its history. Without a ``report_data.json`` of this version, or with a damaged one, it is empty."""
+    run = RunData(name=directory.resolve().name)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads((directory / DATA_FILE).read_bytes())
+        if content["version"] == _VERSION:
+            plain = {name: content[name] for name in _PLAIN}
+            sessions = [(int(iteration), str(time)) for iteration, time in content["sessions"]]
+            first, latest = _from_json(content["first"]), _from_json(content["latest"])
+            run = dataclasses.replace(
+                run, **plain, sessions=sessions, first=first, latest=latest or first, router=content["router"]
+            )
+    return run
+
+
+def read_anomalies(directory: Path, *, last: int) -> list[tuple[int, str]]:
+    """(iteration, reason) of the reports of skipped steps and spikes, up to the step ``last``."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in sorted((directory / REPORTS).glob("iteration_*_*.json"))[:_ANOMALIES]:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                content = json.loads(path.read_bytes())
+                if int(content["iteration"]) <= last:
+                    samples = content.get("samples") or []
+                    worst = f"; highest loss: {samples[0]['source']}" if samples else ""
+                    found.append((int(content["iteration"]), f"{content['reason']}{worst}"))
+    return sorted(found)
+
+
+def _bounded(samples: Sequence[EvaluatedSample]) -> list[EvaluatedSample]:
+    kept, nbytes = [], 0
+    for sample in samples[:_SAMPLES]:
+        size = sum(map(len, sample.images))
+        images = sample.images if nbytes + size <= _IMAGE_BYTES else ()
+        nbytes += size if images else 0
+        texts = {name: getattr(sample, name)[:_TEXT] for name in ("question", "expected", "given")}
+        kept.append(dataclasses.replace(sample, images=images, **texts))
+    return kept
+
+
+def _to_json(samples: SampleSet | None) -> dict[str, Any] | None:
+    if samples is None:
+        return None
+    return {
+        "iteration": samples.iteration,
+        "samples": [
+            {**dataclasses.asdict(sample), "images": [base64.b64encode(image).decode() for image in sample.images]}
+            for sample in samples.samples
+        ],
+    }
+
+
+def _from_json(content: Mapping[str, Any] | None) -> SampleSet | None:
+    if content is None:
+        return None
+    names = {field.name for field in dataclasses.fields(EvaluatedSample)}
+    samples = []
+    for sample in content["samples"]:
+        try:
+            images = tuple(base64.b64decode(image) for image in sample["images"])
+        except binascii.Error:
+            images = ()
+        known = {name: value for name, value in sample.items() if name in names}
+        samples.append(EvaluatedSample(**{**known, "images": images}))
+    return SampleSet(int(content["iteration"]), tuple(samples))

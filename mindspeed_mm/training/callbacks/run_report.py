@@ -1,0 +1,210 @@
+"""``report.html`` in the ``--save`` directory: the run as a page, written again while it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.backend.transfer import DeferredHostRead
+from mindspeed_mm.checkpoint.files import make_directory
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
+from mindspeed_mm.evaluation.report.run_data import RunData, load_data, read_anomalies
+from mindspeed_mm.evaluation.report.run_report import REPORT_FILE, run_page
+from mindspeed_mm.evaluation.sample import EvaluatedSample
+from mindspeed_mm.training.callbacks.base import Callback, Run
+from mindspeed_mm.training.logging_setup import RANK_0_ONLY
+from mindspeed_mm.training.metrics import StepRecord
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL = 60.0  # seconds between two pages, if nothing else asks for one
+_SHARE = 0.004  # of the run's time that writing may take
+_ROUTER_STEPS = 100  # of the experts' load that a page shows, at least, once the run has so many
+
+
+class RunReport(Callback):
+    """Collects on rank 0 what the page shows, and writes it: after evaluations, before saves, every minute, at the end.
+
+    The time that writing takes is measured, and the next page waits until that is less than 0.4 % of the run's time.
+    Only the last page is always written. Steps are not waited for: the experts' load is copied to the host when the
+    step is queued, and read after the step's metrics. A file that cannot be written is warned of once.
+    """
+
+    def __init__(self, directory: str, *, settings: Mapping[str, Any]) -> None:
+        """``directory``: ``--save``, after :class:`MetricsFile`; ``settings``: of the job, for the page."""
+        self._directory = Path(directory)
+        self._settings = dict(settings)
+        self._warned = False
+        self._written = 0.0  # when the last page was complete
+        self._cost = 0.0  # seconds that it took
+        self._load = _RouterLoad()
+        self._pending: tuple[int, DeferredHostRead] | None = None
+
+    def on_run_start(self, run: Run) -> None:
+        """Continue the report of the run that is resumed; a run from iteration 0 begins another."""
+        self._run = run
+        self._active = run.context.layout.is_main
+        if not self._active:
+            return
+        iteration = run.context.progress.iteration
+        self._data = load_data(self._directory) if iteration else RunData(name=self._directory.resolve().name)
+        with contextlib.suppress(UserError):  # no file: the run continues one that did not save here
+            if iteration:
+                self._data.history = History.read(self._directory / METRICS_FILE)
+        self._data.resume(iteration, _now())
+        self._data = dataclasses.replace(
+            self._data, state="running", reason="", train_iters=run.args.train_iters, settings=self._settings,
+            environment=_environment(run),
+        )
+        self._load = _RouterLoad(iteration)
+
+    def on_step_queued(self, iteration: int) -> None:
+        """Queue the copy of the experts' load for the page that is due."""
+        if self._active and self._pending is None and self._is_due(_INTERVAL):
+            self._queue_load(iteration)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        """Add the step; write the page if it is due."""
+        if not self._active:
+            return
+        self._data.history.add(record.iteration, {"time": _now(), **record.metrics})
+        due = self._pending is not None and self._pending[0] <= record.iteration
+        if due or (self._run.router_choices is None and self._is_due(_INTERVAL)):
+            self._write()
+
+    def on_evaluation(
+        self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
+    ) -> None:
+        """Add the evaluation, and write the page."""
+        if self._active:
+            self._data.history.amend(iteration, metrics)
+            self._data.add_samples(iteration, samples)
+            self._write_if_cheap(iteration)
+
+    def on_save(self, iteration: int) -> None:
+        """Write the page, so that a run that is resumed from this checkpoint continues it."""
+        if self._active:
+            self._write_if_cheap(iteration)
+
+    def on_run_end(self, *, failed: bool) -> None:
+        """Write the last page."""
+        if not self._active:
+            return
+        run, error = self._run, sys.exc_info()[1] if failed else self._run.error
+        iteration, last = run.context.progress.iteration, run.args.train_iters
+        if failed or error is not None:
+            state, reason = "failed", str(error or "").strip().partition("\n")[0] or type(error).__name__
+        elif iteration >= last:
+            state, reason = "finished", ""
+        else:
+            state, reason = "stopped", "on request" if run.stopped else "by --exit-interval"
+        self._data.state, self._data.reason = state, reason
+        if not failed:  # after an error the device may not answer
+            self._queue_load(iteration)
+        self._write()
+        if not self._warned:
+            logger.info(f"run report: {self._directory / REPORT_FILE}", extra=RANK_0_ONLY)
+
+    def _is_due(self, interval: float) -> bool:
+        return time.perf_counter() - self._written >= max(interval, self._cost / _SHARE)
+
+    def _write_if_cheap(self, iteration: int) -> None:
+        if self._is_due(0.0):
+            self._queue_load(iteration)
+            self._write()
+
+    def _queue_load(self, iteration: int) -> None:
+        choices: Tensor | None = self._run.router_choices
+        self._pending = None if choices is None else (iteration, DeferredHostRead(choices))
+
+    def _write(self) -> None:
+        began = time.perf_counter()
+        if self._pending is not None:
+            iteration, read = self._pending
+            self._pending = None
+            self._data.router = self._load.take(iteration, torch.tensor(read.tolist()))
+        with self._warning():
+            make_directory(self._directory)
+            self._data.updated = _now()
+            self._data.anomalies = read_anomalies(self._directory, last=self._data.history.iteration)
+            self._data.save(self._directory)
+            run_page(self._data).write(self._directory / REPORT_FILE)
+        self._written = time.perf_counter()
+        self._cost = self._written - began
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a page is no reason to stop training
+            if not self._warned:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+                logger.warning(f"{self._directory / REPORT_FILE} cannot be written ({reason}); training continues")
+            self._warned = True
+
+
+class _RouterLoad:
+    """Turns the choices since the start of the process into those of the last steps."""
+
+    def __init__(self, iteration: int = 0) -> None:
+        """``iteration``: after which the process began."""
+        self._base: tuple[int, Tensor | None] = (iteration, None)
+        self._latest = self._base
+
+    def take(self, iteration: int, choices: Tensor) -> tuple[int, int, list[list[int]]] | None:
+        """(first iteration, last one, choices between them), of the last 100 steps or more if there are so many."""
+        if iteration - self._latest[0] >= _ROUTER_STEPS or self._latest[0] - self._base[0] >= _ROUTER_STEPS:
+            self._base = self._latest
+        self._latest = (iteration, choices)
+        first, former = self._base
+        recent = choices if former is None else choices - former
+        return (first + 1, iteration, recent.tolist()) if iteration > first else None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    """Facts of machine, layout and software."""
+    layout, backend = run.context.layout, run.context.backend
+    device = backend.name
+    if backend.is_accelerator:
+        with contextlib.suppress(Exception):  # not every accelerator's module names its devices
+            device = f"{device}, {getattr(torch, backend.name).get_device_name(backend.device)}"
+    ranks = {"world size": layout.world_size, "data parallel": layout.dp_size, "context parallel": layout.context_size}
+    expert = layout.expert_mesh.size() if layout.expert_mesh is not None else 1
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return {
+        "save directory": os.path.abspath(run.args.save or ""),
+        "device": device,
+        "ranks": ", ".join(f"{name} {size}" for name, size in {**ranks, "expert parallel": expert}.items()),
+        "host": f"{platform.node()}, {platform.system()} {platform.machine()}",
+        "versions": versions,
+        "git revision": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    """Of the code that runs; None where that is no git work tree."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True,
+            text=True, check=True, timeout=10,
+        )
+        return found.stdout.strip() or None
+    return None
