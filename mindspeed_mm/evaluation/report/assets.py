@@ -44,7 +44,6 @@ nav a:hover { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
 .grid {
   display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr)); gap: 16px;
-  align-items: start;
 }
 .grid.narrow { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .grid + .grid, section > * + .grid, section > * + .chart, .scroll + *, .grid + *, .figures + * { margin-top: 16px; }
@@ -96,7 +95,8 @@ pre {
 .chart, .sample {
   background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0; min-width: 0;
 }
-.chart { padding: 14px 16px 12px; }
+.chart { padding: 14px 16px 12px; display: flex; flex-direction: column; }
+.lines .frame { flex: 1 0 auto; }
 .chart figcaption { display: flex; align-items: center; gap: 8px; font-weight: 600; font-size: 14px; min-height: 26px; }
 .chart figcaption > span:first-child { flex: 1; overflow-wrap: anywhere; }
 .chart figcaption small { font-weight: 400; color: var(--soft); font-size: 12.5px; }
@@ -152,6 +152,7 @@ pre {
 .key { display: flex; align-items: center; gap: 8px; font-size: 12px; color: var(--soft); flex-wrap: wrap; }
 .key span.swatches { display: inline-flex; border-radius: 3px; overflow: hidden; }
 .key span.swatches i { width: 17px; height: 11px; display: block; }
+.grid > .sample { align-self: start; }
 .sample { overflow: hidden; font-size: 14px; display: flex; flex-direction: column; }
 .sample header {
   display: flex; justify-content: space-between; align-items: center; gap: 10px; padding: 10px 14px;

@@ -88,7 +88,7 @@ def line_chart(
         title: caption.
         series: those without a finite value are left out; without any there is no chart.
         x_label: what x is.
-        unit: of y, after values under the pointer.
+        unit: of y, in the caption and after values under the pointer.
         scale: of y; both: the reader switches, beginning with linear. A logarithmic one leaves out values <= 0.
         smooth: draw a centred mean over a fiftieth of the series over the raw curve, if it has 50 points or more.
         zero: the y axis begins at 0.
@@ -113,10 +113,12 @@ def line_chart(
         for kind in (("linear", "log") if both else ("log",) if scale == "log" else ("linear",))
     ]
     switch = '<button type="button" aria-pressed="false">log scale</button>' if both else ""
-    remark = f"<small>{escape(note)}</small>" if note else ""
+    windows = {curve.window for curve in curves if curve.smoothed is not None}
+    remarks = [unit.strip(), f"mean over {max(windows)} steps" if windows else "", note]
+    remark = f"<small>{escape(' · '.join(filter(None, remarks)))}</small>" if any(remarks) else ""
     return Html(
         f'<figure class="chart lines{" wide" if wide else ""}"><figcaption><span>{escape(title)}</span>{remark}{switch}'
-        f'</figcaption>{_legend(curves, smooth)}<div class="frame">{"".join(drawings)}'
+        f'</figcaption>{_legend(curves)}<div class="frame">{"".join(drawings)}'
         f'{_x_labels(low, high)}<div class="plot" tabindex=0 role="application" '
         f'aria-label="{escape(title)}: values by arrow keys" '
         f'data-values="{_hover_values(curves, (low, high), x_label=x_label, unit=unit)}"></div></div></figure>'
@@ -383,15 +385,10 @@ def _hover_values(curves: Sequence[_Curve], x_range: tuple[float, float], *, x_l
     return _json({"x": x, "range": x_range, "label": x_label, "unit": unit, "series": found})
 
 
-def _legend(curves: Sequence[_Curve], smooth: bool) -> str:
-    windows = {curve.window for curve in curves if curve.smoothed is not None}
-    if len(curves) == 1 and not windows:
+def _legend(curves: Sequence[_Curve]) -> str:
+    if len(curves) == 1:
         return ""
-    entries = [
-        f'<li><i style="background:var(--s{curve.color})"></i>{escape(curve.name)}</li>' for curve in curves
-    ] if len(curves) > 1 else []
-    if windows:
-        entries.append(f"<li>smoothed over {max(windows)} points, with the raw curve behind</li>")
+    entries = [f'<li><i style="background:var(--s{curve.color})"></i>{escape(curve.name)}</li>' for curve in curves]
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 

@@ -123,7 +123,7 @@ def load_run(directory: Path) -> RunData:
 
 def load_data(directory: Path) -> RunData:
     """A run without its history. Without a ``report_data.json`` of this version, or with a damaged one, it is empty."""
-    run = RunData(name=directory.resolve().name)
+    run = RunData(name=run_name(directory))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = json.loads((directory / DATA_FILE).read_bytes())
         if content["version"] == _VERSION:
@@ -134,6 +134,11 @@ def load_data(directory: Path) -> RunData:
                 run, **plain, sessions=sessions, first=first, latest=latest or first, router=content["router"]
             )
     return run
+
+
+def run_name(directory: Path) -> str:
+    """The last two parts of its path, as ``--save`` directories of different runs may have the same name."""
+    return "/".join(directory.resolve().parts[1:][-2:])
 
 
 def read_anomalies(directory: Path, *, last: int) -> list[tuple[int, str]]:

@@ -22,7 +22,7 @@ from mindspeed_mm.backend.transfer import DeferredHostRead
 from mindspeed_mm.checkpoint.files import make_directory
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
-from mindspeed_mm.evaluation.report.run_data import RunData, load_data, read_anomalies
+from mindspeed_mm.evaluation.report.run_data import RunData, load_data, read_anomalies, run_name
 from mindspeed_mm.evaluation.report.run_report import REPORT_FILE, run_page
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.training.callbacks.base import Callback, Run
@@ -61,7 +61,7 @@ class RunReport(Callback):
         if not self._active:
             return
         iteration = run.context.progress.iteration
-        self._data = load_data(self._directory) if iteration else RunData(name=self._directory.resolve().name)
+        self._data = load_data(self._directory) if iteration else RunData(name=run_name(self._directory))
         with contextlib.suppress(UserError):  # no file: the run continues one that did not save here
             if iteration:
                 self._data.history = History.read(self._directory / METRICS_FILE)
@@ -96,9 +96,10 @@ class RunReport(Callback):
             self._write_if_cheap(iteration)
 
     def on_save(self, iteration: int) -> None:
-        """Write the page, so that a run that is resumed from this checkpoint continues it."""
-        if self._active:
-            self._write_if_cheap(iteration)
+        """Write the page, or at least its data, which a run that is resumed from this checkpoint continues."""
+        if self._active and not self._write_if_cheap(iteration):
+            with self._warning():
+                self._data.save(self._directory)
 
     def on_run_end(self, *, failed: bool) -> None:
         """Write the last page."""
@@ -122,10 +123,12 @@ class RunReport(Callback):
     def _is_due(self, interval: float) -> bool:
         return time.perf_counter() - self._written >= max(interval, self._cost / _SHARE)
 
-    def _write_if_cheap(self, iteration: int) -> None:
-        if self._is_due(0.0):
+    def _write_if_cheap(self, iteration: int) -> bool:
+        due = self._is_due(0.0)
+        if due:
             self._queue_load(iteration)
             self._write()
+        return due
 
     def _queue_load(self, iteration: int) -> None:
         choices: Tensor | None = self._run.router_choices
@@ -162,17 +165,21 @@ class _RouterLoad:
 
     def __init__(self, iteration: int = 0) -> None:
         """``iteration``: after which the process began."""
-        self._base: tuple[int, Tensor | None] = (iteration, None)
-        self._latest = self._base
+        self._former: list[tuple[int, Tensor | int]] = [(iteration, 0)]
 
     def take(self, iteration: int, choices: Tensor) -> tuple[int, int, list[list[int]]] | None:
-        """(first iteration, last one, choices between them), of the last 100 steps or more if there are so many."""
-        if iteration - self._latest[0] >= _ROUTER_STEPS or self._latest[0] - self._base[0] >= _ROUTER_STEPS:
-            self._base = self._latest
-        self._latest = (iteration, choices)
-        first, former = self._base
-        recent = choices if former is None else choices - former
-        return (first + 1, iteration, recent.tolist()) if iteration > first else None
+        """(first iteration, last one, choices between them), of the last 100 steps or more if there are so many.
+
+        ``choices``: [L, E], since the start of the process.
+        """
+        old = [index for index, (after, _) in enumerate(self._former) if after <= iteration - _ROUTER_STEPS]
+        self._former = self._former[max(old, default=0) :]
+        first, former = self._former[0]
+        if iteration <= first:
+            return None
+        if iteration > self._former[-1][0]:
+            self._former.append((iteration, choices))
+        return first + 1, iteration, (choices - former).tolist()
 
 
 def _now() -> str:

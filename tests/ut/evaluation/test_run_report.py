@@ -1,0 +1,197 @@
+"""The report of a run from its directory: sections, events, samples, the command, and a browser's view of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from mindspeed_mm.evaluation.report.__main__ import main
+from mindspeed_mm.evaluation.report.history import History
+from mindspeed_mm.evaluation.report.run_data import DATA_FILE, RunData, SampleSet, load_run, run_name
+from mindspeed_mm.evaluation.report.run_report import run_page
+from mindspeed_mm.evaluation.sample import EvaluatedSample
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def metrics(iteration: int) -> dict:
+    found = {
+        "iteration": iteration, "time": f"2026-11-28T11:{iteration // 60:02d}:{iteration % 60:02d}.000+00:00",
+        "consumed_samples": 8 * iteration, "learning_rate": 1e-4, "data_wait_seconds": 0.01, "seconds": 0.5,
+        "loss": 3.0 / iteration, "tokens": 100.0, "target_tokens": 20.0, "grad_norm": 1.0, "skipped_step": 0.0,
+        "skipped_too_long": float(iteration == 5), "tokens_per_second_per_device": 200.0, "peak_memory_gib": 0.5,
+        "router_max_load": 1.5, f"loss/{HOSTILE}": 2.0 / iteration, "loss/图": 1.0, f"target_tokens/{HOSTILE}": 10.0,
+    }
+    if iteration % 50 == 0:
+        found |= {"validation_loss": 4.0 / iteration, "validation_loss/图": 0.5, "validation_exact_match": 0.25,
+                  "validation_token_accuracy": 0.75}  # fmt: skip
+    return found
+
+
+def evaluated(index: int, *, given: str, exact: bool = False) -> EvaluatedSample:
+    return EvaluatedSample(
+        index=index, data_set=HOSTILE, question=f"<image>{HOSTILE}", expected="一只猫", given=given, exact=exact,
+        scores={"loss": 0.25}, images=(b"\xff\xd8\xff\xd9",),
+    )
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A ``--save`` directory with everything that a report can show."""
+    place = tmp_path / "run" / "save_dir"
+    (place / "reports").mkdir(parents=True)
+    lines = [metrics(iteration) for iteration in range(1, 101)]
+    lines[9] |= {"loss": None, "skipped_step": 1.0}
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 101, "lo')
+    (place / "reports" / "iteration_0000020_spike.json").write_text(json.dumps(
+        {"iteration": 20, "reason": f"loss is high {HOSTILE}", "samples": [{"source": "data.json, record 3"}]}
+    ))
+    (place / "reports" / "iteration_0000021_spike.json").write_text("{")
+    data = RunData(
+        state="stopped", reason="on request", train_iters=200, environment={"device": "cpu"},
+        settings={"flags": {"--lr": 1e-4}, "data": {"name": HOSTILE}},
+        sessions=[(0, "2026-11-28T11:00:00+00:00"), (50, "2026-11-28T11:00:50+00:00")],
+        router=(1, 100, [[10, 20, 30, 40], [25, 25, 25, 25]]),
+    )
+    data.add_samples(50, [evaluated(1, given="一只狗"), evaluated(2, given="x")])
+    data.add_samples(100, [evaluated(1, given="一只猫", exact=True), evaluated(2, given="x")])
+    data.save(place)
+    return place
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h2[^>]*>([^<]*)</h2>", page)
+
+
+ALL = ["Overview", "Loss", "Optimization", "Speed and memory", "Experts", "Evaluation samples", "Events", "Settings"]
+
+
+def test_report_has_everything(directory, capsys):
+    assert main([str(directory)]) == 0
+    assert capsys.readouterr().out.strip() == str(directory / "report.html")
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert headings(page) == ALL
+    assert "Iteration 100 of 200" in page and ">stopped</span>" in page and "Stopped: on request" in page
+    assert HOSTILE not in page
+    events = re.findall(r"<td class=right>(\d+)</td><td><span class=\"badge [a-z]+\">([^<]*)</span>", page)
+    assert events == [("0", "start"), ("5", "skipped samples"), ("10", "skipped step"), ("20", "anomaly"),
+                      ("50", "resume")]  # fmt: skip
+    assert "1 of 2 answers shown are exact after iteration 100; 0 were after iteration 50." in page
+    assert "at 50</dt><dd tabindex=0>一只<ins>狗</ins>" in page
+
+
+def test_metrics_alone_are_enough(directory):
+    for name in (DATA_FILE, "reports"):
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = run_page(load_run(directory)).render()
+    assert headings(page) == ["Overview", "Loss", "Optimization", "Speed and memory", "Experts", "Events"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99}', '{"version": 1}', "[" * 100_000])
+def test_damaged_data_are_left_out(directory, content):
+    (directory / DATA_FILE).write_text(content)
+    assert load_run(directory).sessions == [] and load_run(directory).history.iteration == 100
+
+
+def test_data_come_back_as_they_were(directory):
+    run = load_run(directory)
+    assert (run.state, run.train_iters, run.router) == ("stopped", 200, [1, 100, [[10, 20, 30, 40], [25] * 4]])
+    assert run.first == SampleSet(50, (evaluated(1, given="一只狗"), evaluated(2, given="x")))
+    assert run.latest.iteration == 100 and run.latest.samples[0].exact
+    assert run.name == run_name(directory) == "run/save_dir"
+
+
+def test_a_resume_forgets_what_is_repeated(directory):
+    run = load_run(directory)
+    run.resume(70, "now")
+    assert run.sessions[-1] == (70, "now") and run.latest is run.first and run.first.iteration == 50
+    assert run.router is None
+    run.resume(40, "later")
+    assert run.latest is None and [start for start, _ in run.sessions] == [0, 40]
+    run.resume(0, "again")
+    assert run.sessions == [(0, "again")]
+
+
+def test_data_stay_bounded(tmp_path):
+    run = RunData()
+    big = EvaluatedSample(index=0, question="q" * 10**5, expected="e" * 10**5, given="g" * 10**5, exact=False,
+                          images=(bytes(100_000),) * 2)  # fmt: skip
+    for iteration in (1, 2):
+        run.add_samples(iteration, [big] * 1000)
+    for start in range(1000):
+        run.resume(start + 2, "time")
+    run.save(tmp_path)
+    assert (tmp_path / DATA_FILE).stat().st_size < 3_000_000
+    assert sum(bool(sample.images) for sample in run.first.samples) == 3
+
+
+def test_history_of_metrics_that_begin_late():
+    history = History()
+    history.add(1, {"loss": 1.0, "note": "text"})
+    history.add(2, {"loss": math.nan, "late": 5.0})
+    history.add(2, {"loss": 7.0})  # a step that is there already
+    history.amend(2, {"validation_loss": 3.0})
+    history.amend(1, {"validation_loss": 9.0})
+    assert len(history) == 2 and history.points("late")[0].tolist() == [2.0]
+    assert history.points("loss")[1].tolist() == [1.0] and history.last("validation_loss") == 3.0
+    assert history.names("") == ["late", "loss", "validation_loss"] and history.last("note") is None
+
+
+def test_comparison_of_runs(directory, tmp_path, capsys):
+    other = tmp_path / "other" / "save_dir"
+    shutil.copytree(directory, other)
+    data = json.loads((other / DATA_FILE).read_text())
+    data["settings"]["flags"]["--lr"] = 2e-4
+    (other / DATA_FILE).write_text(json.dumps(data))
+    assert main([str(directory), str(other), "--output", str(tmp_path / "both.html")]) == 0
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert headings(page) == ["Overview", "Curves", "Flags that differ"]
+    assert "run/save_dir" in page and "other/save_dir" in page and "0.0002" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "metrics.jsonl cannot be read"), ("", "metrics.jsonl has no step")]
+)
+def test_a_directory_without_steps_is_one_line(tmp_path, capsys, content, reason):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and len(error.strip().splitlines()) == 1
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on this machine")
+def test_a_browser_shows_it_without_error_or_request(directory, tmp_path):
+    main([str(directory)])
+    path = directory / "report.html"
+    assert not re.search(r"https?://", path.read_text(encoding="utf-8"))
+    picture = tmp_path / "page.png"
+    options = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               f"--user-data-dir={tmp_path / 'profile'}", "--disable-background-networking", "--window-size=1200,2000"]
+    dom = subprocess.run(
+        [*options, "--dump-dom", f"file://{path}"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    root = re.search(r"<html[^>]*>", dom)[0]
+    assert 'data-report="ready"' in root and "data-error" not in root, root
+    assert "<img src=\"x\"" not in dom and len(re.findall("<svg", dom)) >= 10
+    drawn = re.findall(r'<path class="(?:main|raw|point)"[^>]* d="([^"]*)"', dom)
+    assert len(drawn) >= 10 and all(drawn)
+    command = [*options, f"--screenshot={picture}", f"file://{path}"]
+    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    assert picture.stat().st_size > 10_000
+    # and what a page with an error, or without its script, would look like
+    broken = tmp_path / "broken.html"
+    broken.write_text(path.read_text(encoding="utf-8").replace("data-values=", "data-nothing="), encoding="utf-8")
+    dom = subprocess.run(
+        [*options, "--dump-dom", f"file://{broken}"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert "data-error" in re.search(r"<html[^>]*>", dom)[0]
