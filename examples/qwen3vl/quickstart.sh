@@ -214,8 +214,8 @@ report() {
     fi
     accuracy "$OUT/predictions.json"
     printf 'held-out accuracy: %s\n' "$share"
-    printf 'loss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
-        "$OUT/loss.png" "$OUT/samples.png" "$trained"
+    printf 'run report:        %s\nloss curve:        %s\nsample sheet:      %s\ntrained model:     %s\n' \
+        "$OUT/save_dir/report.html" "$OUT/loss.png" "$OUT/samples.png" "$trained"
     printf 'time:              %d s' $((SECONDS - RUN_STARTED))
     ((!INSTALL)) || printf ', %d s of it after the installation' $((SECONDS - INSTALLED))
     printf '\n'
