@@ -205,8 +205,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
             forward_step=lambda model, batch, weight: model(batch, weight),
             loss_mode=case.get("loss_mode", "per_token"),
             load_balancing=LoadBalancingLoss(coefficient, top_k=model_config.text.num_experts_per_token)
-            if coefficient
-            else None,
+            if coefficient else None,
         ),
         context=RunContext(layout=layout, backend=backend, progress=progress),
         callbacks=callbacks,
@@ -223,7 +222,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         {name: whole(parameter) for name, parameter in model.named_parameters()},
         validation,
         [text_only_shares(step, batch=args.global_batch_size, dp_size=layout.dp_size) for step in steps],
-        None if trainer.router_choices is None else trainer.router_choices.cpu(),
+        trainer.router_choices,
         reads or [],
     )
 

@@ -56,9 +56,9 @@ nav a:hover { color: var(--accent); }
 .badge.warning { background: var(--warn-bg); color: var(--warn); }
 .badge.active { background: var(--active-bg); color: var(--accent); }
 .figures {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 150px), 1fr)); gap: 1px; margin: 0;
+  display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 1px; margin: 0;
   overflow: hidden;
-  background: var(--line); border: 1px solid var(--line); border-radius: 10px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
 }
 .figures > div { background: var(--card); padding: 13px 16px; box-shadow: 0 0 0 1px var(--line); }
 .figures dt { color: var(--soft); font-size: 12.5px; }
@@ -175,8 +175,12 @@ pre {
 .sample del { background: var(--del-bg); }
 .sample ins { background: var(--ins-bg); }
 .sample footer { padding: 7px 14px; font-size: 12.5px; border-top: 1px solid var(--line); }
+@media (max-width: 860px) {
+  .figures { grid-template-columns: repeat(2, 1fr); }
+}
 @media (max-width: 560px) {
   main { padding: 20px 14px 48px; }
+  nav { scrollbar-width: none; }
   nav { margin: 16px -14px 0; padding: 9px 14px; }
   h1 { font-size: 21px; }
   section { margin-top: 28px; }

@@ -17,7 +17,7 @@ from mindspeed_mm.evaluation.report.page import Html, escape, number
 
 _SIZE = 1000  # of a drawing
 _COLORS = 8
-_COLUMNS = 300  # into which long series are divided: two points each
+_COLUMNS = 250  # into which long series are divided: two points each
 _FEW_POINTS = 40  # of which each gets a dot
 _SMOOTHED_FROM = 50  # points
 _LEVELS = 11
@@ -82,7 +82,7 @@ def line_chart(
 ) -> Html:
     """Curves with axes, a legend, and the values under the pointer.
 
-    A long series is drawn by the least and the greatest value of each of 300 parts.
+    A long series is drawn by the least and the greatest value of each of 250 parts.
 
     Args:
         title: caption.
@@ -160,15 +160,15 @@ def heat_map(
         for level in range(_LEVELS) if (path := _cells(levels == level))
     )
     height, width = matrix.shape
-    # cells of about equal sides, but a map no flatter than 1 : 6 and no taller than 1 : 1.6; few rows have flat cells
+    # cells of about equal sides, but a map no flatter than 1 : 6 and no taller than 1 : 1.6; small maps stay small
     ratio = min(6.0, max(1.6, width / height))
-    tallest = f"max-height:{_CELL_PIXELS * height}px"
+    widest = f"max-width:{_CELL_PIXELS * ratio * height:.0f}px"
     described = (
         f"{height} × {width} values by {row_name} and {column_name}, from {number(float(np.nanmin(matrix)))} "
         f"to {number(float(np.nanmax(matrix)))}"
     )
     data = {
-        "values": [[_rounded(value) for value in row] for row in matrix.tolist()],
+        "values": [[_rounded(value, 3) for value in row] for row in matrix.tolist()],
         "rows": list(map(str, rows)), "columns": list(map(str, columns)),
         "row": row_name, "column": column_name, "unit": unit,
     }
@@ -185,7 +185,7 @@ def heat_map(
         f'<figure class="chart heat wide"><figcaption><span>{escape(title)}</span>{remark}</figcaption>'
         f'<div class="key"><span>{number(bounds[0])}{escape(unit)}</span><span class="swatches">{swatches}</span>'
         f"<span>{number(bounds[1])}{escape(unit)}</span><span>rows: {escape(row_name)}, columns: {escape(column_name)}"
-        f'</span></div><div class="frame" style="aspect-ratio:{ratio:.3f};{tallest}">'
+        f'</span></div><div class="frame" style="aspect-ratio:{ratio:.3f};{widest}">'
         f'<svg viewBox="0 -0.5 {width} {height}" preserveAspectRatio="none" role="img">'
         f"<title>{escape(title)}</title><desc>{escape(described)}</desc>{paths}</svg>{labels}"
         f'<div class="plot" tabindex=0 role="application" aria-label="{escape(title)}: values by arrow keys" '
@@ -422,10 +422,10 @@ def _some(count: int, most: int) -> range:
     return range(0, count, next(step for step in steps if math.ceil(count / step) <= most))
 
 
-def _rounded(value: float) -> float | int | None:
+def _rounded(value: float, digits: int = 5) -> float | int | None:
     if value != value or math.isinf(value):
         return None
-    rounded = float(f"{value:.5g}")
+    rounded = float(f"{value:.{digits}g}")
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
 
 

@@ -141,12 +141,14 @@ def badge(content: str, kind: str = "neutral", *, since: str = "") -> Html:
 
 def key_figures(figures: Iterable[tuple[str, str, str]]) -> Html:
     """Large numbers: (label, value, remark) of each."""
+    figures = list(figures)
+    columns = len(figures) if len(figures) <= 6 else (len(figures) + 1) // 2  # in one row or two
     tiles = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd>"
         f"{f'<dd class=remark>{escape(remark)}</dd>' if remark else ''}</div>"
         for label, value, remark in figures
     )
-    return Html(f'<dl class="figures">{tiles}</dl>') if tiles else Html("")
+    return Html(f'<dl class="figures" style="--columns:{columns}">{tiles}</dl>') if tiles else Html("")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, align: str | None = None) -> Html:

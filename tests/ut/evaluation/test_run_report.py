@@ -166,6 +166,13 @@ def test_a_directory_without_steps_is_one_line(tmp_path, capsys, content, reason
     assert reason in error and len(error.strip().splitlines()) == 1
 
 
+POINTER = """
+document.querySelectorAll(".plot").forEach(plot => {
+  const box = plot.getBoundingClientRect(), clientX = box.left + box.width / 2, clientY = box.top + box.height / 2;
+  plot.dispatchEvent(new PointerEvent("pointermove", { clientX, clientY }));
+});
+document.querySelectorAll(".chart button").forEach(button => button.click());
+"""
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -188,6 +195,18 @@ def test_a_browser_shows_it_without_error_or_request(directory, tmp_path):
     command = [*options, f"--screenshot={picture}", f"file://{path}"]
     subprocess.run(command, capture_output=True, check=True, timeout=120)
     assert picture.stat().st_size > 10_000
+    # with a pointer over each chart, and its scale switched
+    pointed = tmp_path / "pointed.html"
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text(encoding="utf-8"))
+    pointed.write_text(page.replace("</body>", f"<script>{POINTER}</script></body>"), encoding="utf-8")
+    dom = subprocess.run(
+        [*options, "--dump-dom", f"file://{pointed}"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert "data-error" not in re.search(r"<html[^>]*>", dom)[0]
+    tips = re.findall(r'<div class="tip"[^>]*><b>([^<]*)</b>', dom)
+    assert len(tips) == page.count('class="plot"') and tips[0].startswith("iteration ")
+    assert any(re.fullmatch(r"sparse layer \d, expert \d", tip) for tip in tips)
+    assert 'aria-pressed="true">linear scale' in dom and '<div data-scale="linear" hidden' in dom
     # and what a page with an error, or without its script, would look like
     broken = tmp_path / "broken.html"
     broken.write_text(path.read_text(encoding="utf-8").replace("data-values=", "data-nothing="), encoding="utf-8")
