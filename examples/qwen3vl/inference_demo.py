@@ -17,45 +17,29 @@ line, with exit status 2. No code from the model's directory is ever run, and no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.util
-import json
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapter_loading import add_adapter, check_adapter
-from PIL import Image
-
 from mindspeed_mm.config.command_line import OneLineParser
-from mindspeed_mm.data.chat_rendering import render_conversations
-from mindspeed_mm.data.encoder import check_tokenizer_files
-from mindspeed_mm.data.images import load_pixels
 from mindspeed_mm.data.record_files import read_rows
 from mindspeed_mm.errors import UserError, report_errors
-from mindspeed_mm.inputs import is_directory, is_file, read_json, reading, reason, shorten
+from mindspeed_mm.evaluation.files import check_output, write_output
+from mindspeed_mm.evaluation.generation import REMEDY, GenerationSettings, Generator
+from mindspeed_mm.evaluation.questions import Prompt
+from mindspeed_mm.inputs import is_file, read_json, reading, shorten
+from mindspeed_mm.interfaces.conversation import IMAGE_TAG, Message
 
-_IMAGE_TAG, _IMAGE_TOKEN = "<image>", "<|image_pad|>"
-# fields of config.json -> their tokens
-_MEDIA_TOKENS = {
-    "image_token_id": _IMAGE_TOKEN, "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-_NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", *_MEDIA_TOKENS.values())
 _DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # A reference that is a digit and nothing else, alone or in one of the quickstart's sentences
 _ONE_DIGIT = re.compile(
     rf"(the digit is |it is the number |i see an? )?([0-9]|{'|'.join(_DIGIT_WORDS)})\.?", re.IGNORECASE
 )
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-_REMEDY = "name a complete Hugging Face directory, such as the --save_dir of mm-convert dcp_to_hf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +50,12 @@ class Question:
     images: tuple[str, ...]
     reference: str | None = None
     system: str | None = None
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the model is shown."""
+        system = [] if self.system is None else [Message("system", self.system)]
+        return Prompt((*system, Message("user", self.text)), self.images)
 
 
 def digit_of(answer: str) -> int | None:
@@ -149,9 +139,9 @@ def _first_question(record: Any, where: str, image_root: Path) -> Question:
         raise UserError(
             f"{where} is neither in LLaVA-Instruct format nor converted ({shorten(repr(error))})"
         ) from error
-    tags = sum(text.count(_IMAGE_TAG) for role, text in turns if role == "user")
+    tags = sum(text.count(IMAGE_TAG) for role, text in turns if role == "user")
     if tags == len(images):  # later questions have the other images
-        images = images[: text.count(_IMAGE_TAG)]
+        images = images[: text.count(IMAGE_TAG)]
     system = "\n".join(text for role, text in turns[:asked] if role == "system")
     return Question(text, tuple(str(image_root / image) for image in images), reference, system or None)
 
@@ -162,9 +152,9 @@ def checked(question: Question, where: str) -> Question:
     Raises:
         UserError: starting with ``where``.
     """
-    tags = question.text.count(_IMAGE_TAG)
+    tags = question.text.count(IMAGE_TAG)
     if tags != len(question.images):
-        raise UserError(f"{where} has {len(question.images)} images and {tags} {_IMAGE_TAG} tags; make them equal")
+        raise UserError(f"{where} has {len(question.images)} images and {tags} {IMAGE_TAG} tags; make them equal")
     with reading(f"{where}, its text,"):
         for text in (question.text, question.reference, question.system):
             (text or "").encode()  # JSON can hold halves of characters, which no tokenizer takes
@@ -177,61 +167,7 @@ def checked(question: Question, where: str) -> Question:
     return question
 
 
-def check_device(device_map: str) -> None:
-    """Try the device that ``--device-map`` names.
-
-    Raises:
-        UserError: if it cannot be used.
-    """
-    remedy = "give --device-map auto, or a device that this machine has, such as cpu"
-    if device_map in _DEVICE_MAPS:
-        if importlib.util.find_spec("accelerate") is None:
-            raise UserError(
-                f"--device-map {device_map} needs the package accelerate; install it, or give a device such as cpu"
-            )
-        return
-    import torch
-
-    try:
-        usable = torch.zeros(1, device=device_map).add(1).item() == 1
-    except Exception as error:  # AssertionError, RuntimeError or NotImplementedError, by device
-        raise UserError(f"--device-map {shorten(device_map)} cannot be used: {reason(error)}; {remedy}") from error
-    if not usable:
-        raise UserError(f"--device-map {shorten(device_map)} does not compute; {remedy}")
-
-
-def load_image_processor(directory: str) -> Any:
-    """The model's image processor, in the variant that does without torchvision."""
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
-    except ImportError:  # transformers 4: the variant has the plain name there
-        from transformers import Qwen2VLImageProcessor as Processor
-    return Processor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-
-
-def load_tokenizer(directory: str) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: if it is missing, damaged, or does not know the tokens of a chat with images.
-    """
-    from transformers import AutoTokenizer
-
-    check_tokenizer_files(Path(directory))
-    with reading(f"the tokenizer in --model {directory}", _REMEDY):
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, padding_side="left", trust_remote_code=False, local_files_only=True
-        )
-        vocabulary = tokenizer.get_vocab()
-    unknown = [token for token in _NEEDED_TOKENS if token not in vocabulary]
-    if unknown:
-        raise UserError(f"the tokenizer in --model {directory} does not know {', '.join(unknown)}; {_REMEDY}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = "<|im_end|>"
-    return tokenizer
-
-
-class Answerer:
+class Answerer(Generator):
     """A model with its tokenizer and image processor."""
 
     def __init__(self, directory: str, *, device_map: str, dtype: str, adapter: str | None = None) -> None:
@@ -239,76 +175,22 @@ class Answerer:
 
         Args:
             directory: Hugging Face directory of the model.
-            adapter: PEFT directory of LoRA adapters to add to the model.
             device_map: "auto" (accelerate distributes the model over the available devices) or a device such as "cpu".
             dtype: "auto" (as stored), "bfloat16" or "float32".
+            adapter: PEFT directory of LoRA adapters to add to the model.
 
         Raises:
             UserError: if the directory is not a complete Qwen3-VL model, or does not fit the device.
         """
-        import torch
-        from transformers import AutoModelForImageTextToText
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
         if not is_file(Path(directory) / "config.json"):
-            raise UserError(f"--model {directory} has no config.json; {_REMEDY}")
-        kind = read_json(Path(directory) / "config.json", remedy=_REMEDY).get("model_type")
+            raise UserError(f"--model {directory} has no config.json; {REMEDY}")
+        kind = read_json(Path(directory) / "config.json", remedy=REMEDY).get("model_type")
         if not isinstance(kind, str) or not kind.startswith("qwen3_vl"):
-            raise UserError(f"--model {directory} is a {shorten(kind)} model, not a Qwen3-VL one; {_REMEDY}")
-        if is_file(Path(directory) / "generation_config.json"):  # transformers would ignore a damaged one
-            read_json(Path(directory) / "generation_config.json", remedy=_REMEDY)
-        check_device(device_map)
-        if adapter is not None:
-            check_adapter(adapter, directory)
-        self.directory = directory
-        self.tokenizer = load_tokenizer(directory)
-        with reading(f"preprocessor_config.json in --model {directory}", _REMEDY):
-            self.image_processor = load_image_processor(directory)
-        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        with reading(f"the model in --model {directory}", _REMEDY):
-            self.model, loading = AutoModelForImageTextToText.from_pretrained(
-                directory, dtype=dtype, device_map=device_map, output_loading_info=True,
-                trust_remote_code=False, local_files_only=True, use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are listed, and refused below
-            )
-            wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
-        if wrong:
-            raise UserError(f"--model {directory}: its weights do not fit its config.json, first {shorten(wrong[0])}")
-        self._check_agreement()
-        if adapter is not None:
-            add_adapter(self.model, adapter)
-        self.model.eval()
-
-    def _check_agreement(self) -> None:
-        """Check that tokenizer and image processor are those of the model.
-
-        Raises:
-            UserError: naming the two values that differ.
-        """
-        vocabulary, config = self.tokenizer.get_vocab(), self.model.config
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if max(vocabulary.values()) >= rows:
-            raise UserError(
-                f"--model {self.directory}: the tokenizer has a token with number {max(vocabulary.values())}, the "
-                f"model only {rows} tokens; {_REMEDY}"
-            )
-        processor, vision = self.image_processor, config.vision_config
-        pairs = (
-            *((f"number of {token}", vocabulary[token], getattr(config, field))
-              for field, token in _MEDIA_TOKENS.items()),
-            ("patch_size", processor.patch_size, vision.patch_size),
-            ("merge_size", processor.merge_size, vision.spatial_merge_size),
-            ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+            raise UserError(f"--model {directory} is a {shorten(kind)} model, not a Qwen3-VL one; {REMEDY}")
+        super().__init__(
+            directory, device_map=device_map, dtype=dtype, adapter=adapter, device_option="--device-map",
+            batch_option="--batch", converter="Qwen3VLConverter",
         )
-        for name, found, wanted in pairs:
-            if found != wanted:
-                raise UserError(
-                    f"--model {self.directory}: the {name} is {shorten(found)} in the tokenizer's or the image "
-                    f"processor's files and {shorten(wanted)} in config.json; {_REMEDY}"
-                )
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """Greedy answers to a batch of questions.
@@ -316,126 +198,8 @@ class Answerer:
         Raises:
             UserError: for an unusable image or chat template, too little memory, or a model that cannot compute.
         """
-        import torch
-
-        inputs, padding = self._inputs(questions), self.tokenizer.pad_token_id
-        try:
-            inputs = inputs.to(self.model.device)
-            with torch.inference_mode():
-                output = self.model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, num_return_sequences=1,
-                    pad_token_id=padding, temperature=None, top_p=None, top_k=None,
-                )
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
-            return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-        except Exception as error:  # by device and backend; a damaged model raises almost anything
-            remedy = (
-                "give a smaller --batch or --max-new-tokens, smaller images, or more devices"
-                if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-                else "check config.json and generation_config.json"
-            )
-            raise UserError(f"--model {self.directory} cannot answer: {reason(error)}; {remedy}") from error
-
-    def _inputs(self, questions: Sequence[Question]) -> Any:
-        """Padded token ids [B, L], attention mask [B, L], patches [N, patch width] and grids [images, 3]."""
-        from transformers import BatchFeature
-
-        paths = [path for question in questions for path in question.images]
-        images = [Image.fromarray(load_pixels(path)) for path in paths]
-        with reading(f"batch of {len(images)} images, the first {shorten(paths[0])}," if images else "no image"):
-            vision = self.image_processor(images=images, return_tensors="pt") if images else {}
-        merge = self.image_processor.merge_size**2
-        placeholders = iter([int(grid.prod()) // merge for grid in vision.get("image_grid_thw", [])])
-        prompts = []
-        for question, text in zip(questions, self._prompts(questions), strict=True):
-            pieces = text.split(_IMAGE_TOKEN)
-            if len(pieces) - 1 != len(question.images):
-                raise UserError(
-                    f"the chat template in --model {self.directory} makes {len(pieces) - 1} places for "
-                    f"{len(question.images)} images of the question {shorten(question.text)!r}"
-                )
-            prompt = pieces[0]
-            for piece in pieces[1:]:
-                prompt += _IMAGE_TOKEN * next(placeholders) + piece
-            prompts.append(prompt)
-        with reading(f"question {shorten(questions[0].text)!r}, or another of its batch,"):
-            inputs = dict(self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False))
-        inputs.pop("token_type_ids", None)
-        inputs.update(vision)
-        if images and _wants_token_types(self.model):
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
-        return BatchFeature(inputs)
-
-    def _prompts(self, questions: Sequence[Question]) -> list[str]:
-        """Chat text of each question; each ``<image>`` becomes a vision segment with one placeholder."""
-        try:
-            return render_conversations(self.tokenizer, [*map(_messages, questions)], add_generation_prompt=True)
-        except UserError as error:
-            name = f"the chat template in --model {self.directory}"
-            raise UserError(f"{name} cannot be used: {error}; {_REMEDY}") from error
-
-
-def _messages(question: Question) -> list[dict[str, Any]]:
-    content: list[dict[str, str]] = []
-    for place, piece in enumerate(question.text.split(_IMAGE_TAG)):
-        content += [{"type": "image"}] * (place > 0) + [{"type": "text", "text": piece}] * bool(piece)
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if question.system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": question.system}]})
-    return messages
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {shorten(path)} cannot be written: {reason(error)}; give another path") from error
-
-
-def check_output(path: str, data: str) -> None:
-    """Check that ``--output`` can be written, by making its directory and a file there.
-
-    Raises:
-        UserError: if not, or if it is the file of questions.
-    """
-    with _writing(path):
-        if is_directory(path):
-            raise ValueError("it is a directory")
-        if os.path.exists(path):
-            if not is_file(path):
-                raise ValueError("it is not a regular file")
-            if os.path.samefile(path, data):
-                raise ValueError("it is the --data file")
-        directory = Path(os.path.realpath(path)).parent
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-
-
-def write_output(path: str, result: dict[str, Any]) -> None:
-    """Write the predictions file, whole or not at all.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    # half characters, as in a path that is not UTF-8, become JSON's escapes
-    content = (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with _writing(path):
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _wants_token_types(model: Any) -> bool:
-    """Whether ``model`` takes the kind of each token (text, image), as in transformers 5, or finds it itself."""
-    import inspect
-
-    return "mm_token_type_ids" in inspect.signature(model.forward).parameters
+        settings = GenerationSettings(max_new_tokens=max_new_tokens)
+        return [answer.text for answer in self.generate([question.prompt for question in questions], settings)]
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
@@ -511,7 +275,7 @@ def _run(args: argparse.Namespace) -> None:
             check_output(args.output, args.data)
     else:
         text = args.question or "Describe this image."
-        text = text if _IMAGE_TAG in text else _IMAGE_TAG * len(args.image) + text
+        text = text if IMAGE_TAG in text else IMAGE_TAG * len(args.image) + text
         questions = [checked(Question(text, tuple(args.image)), "--image and --question")]
     answerer = Answerer(args.model, device_map=args.device_map, dtype=args.dtype, adapter=args.adapter)
     if not args.data:

@@ -164,6 +164,7 @@ class ModelSpec(abc.ABC):
         thinking_templates: those of ``chat_templates`` that ``enable_thinking`` works with. Without ``enable_thinking``
             they remove thoughts from answers; other templates leave them in.
         data_modules: modules that decide how records become tokens; a data cache is rebuilt when one of them changes.
+        chat_tokens: special tokens that structure a conversation, which a tokenizer of the family must know.
         media_kinds: media that the family takes, of ``image`` and ``video``.
         box_scale: what the width and the height of an image are in the coordinates of boxes; None if there are none.
         parts: name of a part of the model that can be frozen by itself -> globs of its parameters' names.
@@ -176,6 +177,7 @@ class ModelSpec(abc.ABC):
     chat_templates: ClassVar[tuple[str, ...]]
     thinking_templates: ClassVar[tuple[str, ...]] = ()
     data_modules: ClassVar[tuple[str, ...]]
+    chat_tokens: ClassVar[tuple[str, ...]] = ()
     media_kinds: ClassVar[tuple[str, ...]] = ()
     box_scale: ClassVar[int | None] = None
     parts: ClassVar[Mapping[str, Sequence[str]]]
@@ -277,6 +279,14 @@ class ModelSpec(abc.ABC):
         """
         del config, model_config
         return None
+
+    def load_image_processor(self, directory: str | Path) -> Any:
+        """The image processor of transformers for a model directory, for generation; without torchvision.
+
+        Raises:
+            Exception: of transformers, if it cannot be loaded.
+        """
+        raise NotImplementedError
 
     def ignored_settings(self, directory: Path, config: DataConfig) -> list[str]:
         """Lines that name settings of a model directory from which a user may expect an effect that they do not have.

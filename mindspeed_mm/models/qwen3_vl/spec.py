@@ -39,6 +39,7 @@ class Qwen3VLSpec(ModelSpec):
         "mindspeed_mm.models.qwen3_vl.chat_template", "mindspeed_mm.models.qwen3_vl.processor",
         "mindspeed_mm.models.qwen3_vl.grounding",
     )
+    chat_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
     media_kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     box_scale: ClassVar[int | None] = BOX_SCALE
     parts: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -150,6 +151,14 @@ class Qwen3VLSpec(ModelSpec):
                 raise
             return images  # the data may have no videos
         return dataclasses.replace(images, videos=videos)
+
+    def load_image_processor(self, directory: str | Path) -> Any:
+        """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""
+        try:
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+        except ImportError:  # transformers 4: the variant without torchvision has the plain name there
+            from transformers import Qwen2VLImageProcessor as Processor
+        return Processor.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
 
     def ignored_settings(self, directory: Path, config: DataConfig) -> list[str]:
         """See :class:`~mindspeed_mm.models.spec.ModelSpec`."""

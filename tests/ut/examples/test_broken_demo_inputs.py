@@ -293,7 +293,7 @@ def test_the_first_user_message_is_asked_and_the_system_message_shown(answerer, 
     first, second = inference_demo.read_questions(_write_data(tmp_path, converted, llava), None, None)
     assert first == inference_demo.Question("<image>A?", (str(picture),), "a", "Be brief.")
     assert (second.text, second.reference, second.system) == ("Q", "A", "S")
-    prompt = answerer._prompts([first])[0]
+    prompt = answerer.rendered([first.prompt])[0]
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
 
 

@@ -107,7 +107,7 @@ def test_transformers_loads_the_model_whole_and_it_answers(model_dir, digits):
     assert 2.2e6 < sum(parameter.numel() for parameter in answerer.model.parameters()) < 2.6e6
     path = digits[0] / make_digits.HELD_OUT_FILE
     questions = inference_demo.read_questions(path, str(digits[0] / make_digits.IMAGE_DIR), limit=3)
-    inputs = answerer._inputs(questions)
+    inputs = answerer.inputs([question.prompt for question in questions])
     assert (inputs["input_ids"] == answerer.model.config.image_token_id).sum() == 3 * 4
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     assert torch.isfinite(answerer.model(**inputs, labels=labels).loss)

@@ -1,0 +1,336 @@
+"""Metrics of an answer against one or more acceptable answers; each definition names its source.
+
+A score of a question is a :class:`Score`; the value of a metric over many questions is the mean of their values, or,
+where a metric says so, the ratio of sums (``cer``, ``wer``), or an average precision over all boxes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from rapidfuzz.distance import LCSseq, Levenshtein
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.boxes import average_precision, match_boxes, mean_iou
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mindspeed_mm.models.spec import ModelSpec
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Han, kana and Hangul, which are written without spaces between words
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
+_CJK_CHARACTER = re.compile(f"([{_CJK}])")
+_NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+_THOUGHT = re.compile(r".*</think>", re.DOTALL)
+_LETTER_ALONE = re.compile(r"[(\[]?([A-Z])[)\].:,]?")
+_LETTER_FIRST = re.compile(r"(?:[(\[]([A-Z])[)\]]|([A-Z])[).:])(?:\s|$)")
+_LETTER_NAMED = re.compile(
+    r"(?:answer|option|choice)\s*(?:is|:)?\s*(?:option\s*)?[*(\[\"']*([A-Z])(?![A-Za-z'])", re.IGNORECASE
+)
+_LETTER_IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+RELAXED_TOLERANCE, ANLS_THRESHOLD = 0.05, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The score of one answer.
+
+    Attributes:
+        value: of this answer alone.
+        errors: of a ratio of sums: the numerator.
+        length: the denominator.
+        ranked: of an average precision: whether each given box is right, in the order of the answer; ``length`` is the
+            number of expected boxes.
+    """
+
+    value: float
+    errors: float = 0.0
+    length: float = 1.0
+    ranked: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        name: on the command line.
+        score: answer, acceptable answers and model family -> score; None where the question has no such score.
+        kind: ``rate``: every value is 0 or 1; ``mean``; ``ratio``: of sums; ``precision``: average precision.
+        lower_is_better: of error rates.
+    """
+
+    name: str
+    score: Callable[[str, Sequence[str], ModelSpec], Score | None]
+    kind: Literal["rate", "mean", "ratio", "precision"] = "mean"
+    lower_is_better: bool = False
+
+    def value(self, scores: Sequence[Score], weights: np.ndarray | None = None) -> float:
+        """The metric over questions.
+
+        Args:
+            scores: of the questions.
+            weights: int [n], how often each question counts; None: once.
+        """
+        import numpy as np
+
+        counts = np.ones(len(scores)) if weights is None else weights
+        if self.kind == "precision":
+            return average_precision([score.ranked for score in scores], [score.length for score in scores], counts)
+        if self.kind == "ratio":
+            errors, lengths = (np.array([getattr(score, name) for score in scores]) for name in ("errors", "length"))
+            total = float(counts @ lengths)
+            return float(counts @ errors) / total if total else 0.0
+        return float(counts @ np.array([score.value for score in scores])) / float(counts.sum())
+
+
+def final_answer(text: str) -> str:
+    """An answer without the thought before it (``<think>...</think>``) and surrounding white space."""
+    return _THOUGHT.sub("", text, count=1).strip() if "</think>" in text else text.strip()
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation, the articles a, an, the, and repeated white space.
+
+    Source: ``normalize_answer`` of SQuAD's evaluation script v1.1 (Rajpurkar et al., 2016). Beyond it, punctuation
+    that is not ASCII counts, and Unicode is normalised (NFKC), so that full-width forms are equal.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = "".join(c for c in text if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """The same text, but for white space."""
+    return answer.split() == reference.split()
+
+
+def normalized_match(answer: str, reference: str) -> bool:
+    """The same text after :func:`normalized`: SQuAD's exact match (Rajpurkar et al., 2016)."""
+    return normalized(answer) == normalized(reference)
+
+
+def numeric(answer: str, reference: str) -> bool:
+    """Relaxed accuracy: a number within 5% of the reference; other texts must be equal, but for case.
+
+    Source: Methani et al. (PlotQA, 2020) and Masry et al. (ChartQA, 2022): ``|answer - reference| <= 0.05 |reference|``
+    if both are numbers. ``25%`` is 0.25, and commas between thousands and a currency sign in front are left out. A
+    reference of 0 needs 0.
+    """
+    given, expected = as_number(answer), as_number(reference)
+    if given is None or expected is None:
+        return " ".join(answer.lower().split()) == " ".join(reference.lower().split())
+    return abs(given - expected) <= RELAXED_TOLERANCE * abs(expected)
+
+
+def as_number(text: str) -> float | None:
+    """The number that a text is; None if it is none."""
+    text = text.strip().rstrip(".").replace("\u2212", "-")
+    negative, text = text.startswith("-"), text.removeprefix("-").lstrip("$\u20ac\u00a3\u00a5").strip()
+    percent, text = text.endswith("%"), text.removesuffix("%").strip()
+    if not any(c.isdigit() for c in text) or not text.isascii() or not _NUMBER.fullmatch(text):
+        return None
+    value = float(text.replace(",", "")) / (100 if percent else 1)
+    return -value if negative else value
+
+
+def choice_of(text: str) -> str | None:
+    """The letter of the option that an answer chooses; None if it is not clear.
+
+    In this order: a letter alone (``B``, ``(B)``, ``B.``); an answer that starts with one (``B. A dog``, ``(B) A dog``);
+    the last one named as answer, option or choice (``The answer is B``); the only one in parentheses. This follows the
+    extraction in MMMU's evaluation (Yue et al., 2024), but never guesses.
+    """
+    text = text.strip().strip("*").strip()
+    if match := _LETTER_ALONE.fullmatch(text.upper() if len(text) <= 3 else text):
+        return match[1]
+    if match := _LETTER_FIRST.match(text):
+        return match[1] or match[2]
+    if named := _LETTER_NAMED.findall(text):
+        return named[-1] if named[-1].isupper() else None
+    letters = set(_LETTER_IN_BRACKETS.findall(text))
+    return letters.pop() if len(letters) == 1 else None
+
+
+def multiple_choice(answer: str, reference: str) -> bool:
+    """The answer chooses the reference's option, by :func:`choice_of`; a reference without one must be equal."""
+    expected = choice_of(reference)
+    return exact_match(answer, reference) if expected is None else choice_of(answer) == expected
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 of the bags of words after :func:`normalized`.
+
+    Source: SQuAD (Rajpurkar et al., 2016). A Chinese, Japanese or Korean character is a word, as in CMRC 2018. Both
+    empty: 1.
+    """
+    given, expected = (_CJK_CHARACTER.sub(r" \1 ", normalized(text)).split() for text in (answer, reference))
+    common = sum((Counter(given) & Counter(expected)).values())
+    if not given or not expected:
+        return float(given == expected)
+    return 2 * common / (len(given) + len(expected))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words: ``2 LCS / (words of answer + words of reference)``.
+
+    Source: Lin (ROUGE, 2004), with beta 1. Words are runs of letters and digits in lower case, without stemming; a
+    Chinese, Japanese or Korean character is a word.
+    """
+    given, expected = (_WORD.findall(text.lower()) for text in (answer, reference))
+    if not given or not expected:
+        return 0.0
+    return 2 * LCSseq.similarity(given, expected) / (len(given) + len(expected))
+
+
+def anls(answer: str, reference: str) -> float:
+    """Normalised Levenshtein similarity, or 0 where the distance is 0.5 or more.
+
+    Source: Biten et al. (ST-VQA, 2019), as in DocVQA: ``1 - distance / longer length``, in lower case and without
+    repeated white space.
+    """
+    given, expected = (" ".join(text.lower().split()) for text in (answer, reference))
+    distance = Levenshtein.normalized_distance(given, expected)
+    return 1 - distance if distance < ANLS_THRESHOLD else 0.0
+
+
+def cer(answer: str, reference: str) -> Score:
+    """Character error rate: edits / characters of the reference, both without repeated white space.
+
+    Source: Levenshtein distance, as usual for OCR and speech; over questions edits and characters are summed.
+    """
+    return _error_rate(" ".join(answer.split()), " ".join(reference.split()))
+
+
+def wer(answer: str, reference: str) -> Score:
+    """Word error rate: ``(substitutions + deletions + insertions) / words of the reference``, words between white space.
+
+    Source: as in NIST's scoring; over questions edits and words are summed.
+    """
+    return _error_rate(answer.split(), reference.split())
+
+
+def _error_rate(given: Sequence[str], expected: Sequence[str]) -> Score:
+    edits = Levenshtein.distance(given, expected)
+    return Score(edits / len(expected) if expected else float(edits > 0), edits, len(expected))
+
+
+def box_iou(answer: str, reference: str, spec: ModelSpec) -> Score | None:
+    """Mean intersection over union of the expected boxes with the given ones that are matched to them.
+
+    See :func:`~mindspeed_mm.evaluation.boxes.match_boxes`. None for a reference without boxes.
+    """
+    expected = _boxes(reference, spec)
+    return Score(mean_iou(_boxes(answer, spec), expected)) if expected else None
+
+
+def box_f1(answer: str, reference: str, spec: ModelSpec) -> Score | None:
+    """``2 matched / (given + expected)`` boxes, where matched ones have an intersection over union of at least 0.5.
+
+    For one expected and one given box it is the accuracy of referring expressions, Acc@0.5 (Mao et al., 2016).
+    """
+    given, expected = _boxes(answer, spec), _boxes(reference, spec)
+    if not expected:
+        return None
+    return Score(2 * sum(match_boxes(given, expected)) / (len(given) + len(expected)))
+
+
+def box_ap50(answer: str, reference: str, spec: ModelSpec) -> Score | None:
+    """Average precision of boxes at an intersection over union of 0.5, over all questions.
+
+    Source: COCO (Lin et al., 2014), precision at 101 levels of recall, one class. Answers have no confidences: a box
+    counts as the more confident the earlier it is in its answer. See
+    :func:`~mindspeed_mm.evaluation.boxes.average_precision`.
+    """
+    expected = _boxes(reference, spec)
+    if not expected:
+        return None
+    import numpy as np
+
+    ranked = tuple(match_boxes(_boxes(answer, spec), expected))
+    value = average_precision([ranked], [len(expected)], np.ones(1))
+    return Score(value, 0.0, len(expected), ranked)
+
+
+def _boxes(text: str, spec: ModelSpec) -> list[list[float]]:
+    """Boxes of a text, without points."""
+    return [box for box in spec.boxes_in(text) if len(box) == 4]
+
+
+def _best(metric: Callable[[str, str], float | bool]) -> Callable[[str, Sequence[str], ModelSpec], Score]:
+    """The highest value over the acceptable answers."""
+    return lambda answer, references, spec: Score(max(float(metric(answer, one)) for one in references))
+
+
+def _least(metric: Callable[[str, str], Score]) -> Callable[[str, Sequence[str], ModelSpec], Score]:
+    """The lowest rate over the acceptable answers."""
+    return lambda answer, references, spec: min((metric(answer, one) for one in references), key=lambda s: s.value)
+
+
+def _of_boxes(
+    metric: Callable[[str, str, ModelSpec], Score | None]
+) -> Callable[[str, Sequence[str], ModelSpec], Score | None]:
+    def score(answer: str, references: Sequence[str], spec: ModelSpec) -> Score | None:
+        found = [one for one in (metric(answer, reference, spec) for reference in references) if one is not None]
+        return max(found, key=lambda one: one.value, default=None)
+
+    return score
+
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (
+    Metric("exact_match", _best(exact_match), "rate"),
+    Metric("normalized_match", _best(normalized_match), "rate"),
+    Metric("numeric", _best(numeric), "rate"),
+    Metric("multiple_choice", _best(multiple_choice), "rate"),
+    Metric("token_f1", _best(token_f1)),
+    Metric("rouge_l", _best(rouge_l)),
+    Metric("anls", _best(anls)),
+    Metric("cer", _least(cer), "ratio", lower_is_better=True),
+    Metric("wer", _least(wer), "ratio", lower_is_better=True),
+    Metric("box_iou", _of_boxes(box_iou)),
+    Metric("box_f1", _of_boxes(box_f1)),
+    Metric("box_ap50", _of_boxes(box_ap50), "precision"),
+)}
+
+
+def choose_metrics(names: str | None, references: Sequence[Sequence[str]], spec: ModelSpec) -> list[Metric]:
+    """The metrics that are named, or those that fit the data.
+
+    Without names: ``exact_match`` and ``normalized_match``; the metrics of boxes if every reference has a box;
+    ``numeric`` if every one is a number; ``multiple_choice`` if every one is a letter from A to H.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if names is None:
+        firsts = [one[0] for one in references]
+        fitting = {
+            "box_iou box_f1 box_ap50": lambda text: bool(_boxes(text, spec)),
+            "numeric": lambda text: as_number(text) is not None,
+            "multiple_choice": lambda text: re.fullmatch(r"\(?[A-H]\)?\.?", text.strip()) is not None,
+        }
+        chosen = ["exact_match", "normalized_match"]
+        chosen += [name for key, fits in fitting.items() if all(map(fits, firsts)) for name in key.split()]
+    else:
+        chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise UserError(f"--metrics is empty; choose of {', '.join(METRICS)}")
+    if unknown := [name for name in chosen if name not in METRICS]:
+        raise UserError(f"--metrics {unknown[0]} is unknown; choose of {', '.join(METRICS)}")
+    return [METRICS[name] for name in chosen]
+
+
+def score_answer(metrics: Sequence[Metric], answer: str, references: Sequence[str], spec: ModelSpec) -> dict[str, Score]:
+    """The scores of one answer, by metric; those that the question has."""
+    answer, references = final_answer(answer), [final_answer(reference) for reference in references]
+    scores = {metric.name: metric.score(answer, references, spec) for metric in metrics}
+    return {name: score for name, score in scores.items() if score is not None}
