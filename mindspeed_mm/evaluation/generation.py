@@ -215,8 +215,13 @@ class Generator:
                     f"processor's files and {shorten(wanted)} in config.json; {REMEDY}"
                 )
 
-    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Answer]:
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, draw: int = 0) -> list[Answer]:
         """Answers to a batch of prompts.
+
+        Args:
+            prompts: of the batch.
+            settings: of decoding.
+            draw: number of the batch, which decides with the seed which tokens are drawn.
 
         Raises:
             UserError: for an unusable image or chat template, too little memory, or a model that cannot compute.
@@ -226,6 +231,8 @@ class Generator:
         inputs = self.inputs(prompts)
         try:
             inputs = inputs.to(self.model.device)
+            if settings.temperature > 0:
+                torch.manual_seed(settings.seed + draw)
             with torch.inference_mode():
                 output = self.model.generate(
                     **inputs, max_new_tokens=settings.max_new_tokens, num_beams=1, num_return_sequences=1,

@@ -146,9 +146,9 @@ def as_number(text: str) -> float | None:
 def choice_of(text: str) -> str | None:
     """The letter of the option that an answer chooses; None if it is not clear.
 
-    In this order: a letter alone (``B``, ``(B)``, ``B.``); an answer that starts with one (``B. A dog``, ``(B) A dog``);
-    the last one named as answer, option or choice (``The answer is B``); the only one in parentheses. This follows the
-    extraction in MMMU's evaluation (Yue et al., 2024), but never guesses.
+    In this order: a letter alone (``B``, ``(B)``, ``B.``); one at the start (``B. A dog``, ``(B) A dog``); the last one
+    named as answer, option or choice (``The answer is B``); the only one in parentheses. This follows the extraction in
+    MMMU's evaluation (Yue et al., 2024), but never guesses.
     """
     text = text.strip().strip("*").strip()
     if match := _LETTER_ALONE.fullmatch(text.upper() if len(text) <= 3 else text):
@@ -212,9 +212,9 @@ def cer(answer: str, reference: str) -> Score:
 
 
 def wer(answer: str, reference: str) -> Score:
-    """Word error rate: ``(substitutions + deletions + insertions) / words of the reference``, words between white space.
+    """Word error rate: ``(substitutions + deletions + insertions) / words of the reference``.
 
-    Source: as in NIST's scoring; over questions edits and words are summed.
+    Source: as in NIST's scoring, with words between white space; over questions edits and words are summed.
     """
     return _error_rate(answer.split(), reference.split())
 
@@ -329,7 +329,9 @@ def choose_metrics(names: str | None, references: Sequence[Sequence[str]], spec:
     return [METRICS[name] for name in chosen]
 
 
-def score_answer(metrics: Sequence[Metric], answer: str, references: Sequence[str], spec: ModelSpec) -> dict[str, Score]:
+def score_answer(
+    metrics: Sequence[Metric], answer: str, references: Sequence[str], spec: ModelSpec
+) -> dict[str, Score]:
     """The scores of one answer, by metric; those that the question has."""
     answer, references = final_answer(answer), [final_answer(reference) for reference in references]
     scores = {metric.name: metric.score(answer, references, spec) for metric in metrics}

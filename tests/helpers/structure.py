@@ -41,7 +41,8 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
         "errors", "inputs", "backend", "models.lora", "models.optimizer_state", "models.spec", "models.state_dict",
     ),
     "mindspeed_mm.evaluation": (
-        "errors", "inputs", "backend", "config", "data", "interfaces", "models.spec", "tools", "checkpoint",
+        "errors", "inputs", "backend", "config", "data", "interfaces", "models.lora", "models.spec", "tools",
+        "checkpoint",
     ),
     "mindspeed_mm.training": (
         "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora",

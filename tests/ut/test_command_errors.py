@@ -87,9 +87,10 @@ def test_ctrl_c() -> None:
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path, program: str) -> None:
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
     words = {
         "show_data": ["-m", "mindspeed_mm.tools.show_data", "--mm-data", "d", "--mm-model", "m", "--seq-length", "8"],
-        "inference_demo": [str(DEMO), "--model", "m", "--image", str(tmp_path / "image.png")],
+        "inference_demo": [str(DEMO), "--model", str(tmp_path), "--image", str(tmp_path / "image.png")],
     }
     result = subprocess.run(
         [sys.executable, *words[program]], capture_output=True, text=True, timeout=60,

@@ -1,0 +1,158 @@
+"""Comparison of evaluations of the same questions: differences with their intervals, and the answers that changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.files import check_directory, writing
+from mindspeed_mm.evaluation.metrics import METRICS, Metric, Score, choose_metrics, score_answer
+from mindspeed_mm.evaluation.result_pages import goodness, write_comparison
+from mindspeed_mm.evaluation.results import read_result, text_table
+from mindspeed_mm.evaluation.statistics import mcnemar, paired_interval
+from mindspeed_mm.inputs import shorten
+from mindspeed_mm.models.spec import ModelSpec, get_spec
+
+_SHOWN = 5  # changed answers on the terminal, of each kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """Questions whose score changed from the first results to others.
+
+    Attributes:
+        metric: that decides.
+        fixed: numbers of the questions that are better, the largest change first.
+        broken: of those that are worse.
+    """
+
+    metric: str
+    fixed: list[int]
+    broken: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Several results of the same questions.
+
+    Attributes:
+        names: of the results, all different.
+        answers: of each, as in its file.
+        spec: of the models.
+        rows: a table, its header first.
+        changes: of each of the results but the first.
+        note: what the table has.
+    """
+
+    names: list[str]
+    answers: list[Sequence[Mapping[str, Any]]]
+    spec: ModelSpec
+    rows: list[list[str]]
+    changes: list[Changes]
+    note: str
+
+    @property
+    def count(self) -> int:
+        """Number of questions."""
+        return len(self.answers[0])
+
+
+def compare(paths: Sequence[str], *, metrics: str | None, output: str | None) -> None:
+    """Print a comparison, and write its page.
+
+    Raises:
+        UserError: if results cannot be read or are of different questions, or the page cannot be written.
+    """
+    if output is not None:
+        with writing(output):
+            if Path(output).is_dir():
+                raise ValueError("it is a directory; name a file, such as report.html")
+            check_directory(Path(output).resolve().parent)
+    comparison = compared(paths, metrics=metrics)
+    print(text_table(comparison.rows))
+    print(comparison.note)
+    for name, changed in zip(comparison.names[1:], comparison.changes, strict=True):
+        print(f"\n{name}, by {changed.metric}: {len(changed.fixed)} fixed, {len(changed.broken)} broken")
+        for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
+            for place in places[:_SHOWN]:
+                first, second = comparison.answers[0][place], comparison.answers[comparison.names.index(name)][place]
+                print(f"  {kind} {place}: {shorten(first['messages'][-1]['text'], 60)!r} expected "
+                      f"{shorten(first['references'][0], 60)!r}: {shorten(first['answer'], 60)!r} -> "
+                      f"{shorten(second['answer'], 60)!r}")
+    if output is not None:
+        with writing(output):
+            write_comparison(Path(output), comparison)
+        print(f"\nreport: {output}")
+
+
+def compared(paths: Sequence[str], *, metrics: str | None) -> Comparison:
+    """Read results and compare them with the first.
+
+    Raises:
+        UserError: if one cannot be read, or they are of different questions.
+    """
+    results = [read_result(path) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        if result["settings"]["data"] != results[0]["settings"]["data"]:
+            raise UserError(f"{paths[0]} and {path} are of different questions ({len(results[0]['answers'])} and "
+                            f"{len(result['answers'])}); evaluate both with the same data, --turns and --limit")
+    spec = get_spec(str(results[0]["model_type"]), source=f"{paths[0]}: model_type")
+    answers = [result["answers"] for result in results]
+    references = [answer["references"] for answer in answers[0]]
+    names = metrics if metrics is not None else ",".join(results[0]["metrics"])
+    chosen = choose_metrics(names, references, spec)
+    scores = [[score_answer(chosen, one["answer"], one["references"], spec) for one in some] for some in answers]
+    rows, changes = [["metric", "questions", *_names(paths, results)]], []
+    names_of = _names(paths, results)
+    for place in range(1, len(results)):
+        rows[0] += [f"{names_of[place]} - {names_of[0]}", "95% interval", "p"]
+        changes.append(_changes(chosen, scores[0], scores[place]))
+    for metric in chosen:
+        row = _row(metric, scores)
+        if row:
+            rows.append(row)
+    note = ("differences with their paired bootstrap intervals; p: McNemar's exact test of the rates (small where the "
+            "difference is not by chance)")
+    return Comparison(names_of, answers, spec, rows, changes, note)
+
+
+def _row(metric: Metric, scores: Sequence[Sequence[Mapping[str, Score]]]) -> list[str]:
+    """Values and differences of a metric; empty if no question has it."""
+    places = [place for place, found in enumerate(scores[0]) if metric.name in found]
+    if not places:
+        return []
+    columns = [[some[place][metric.name] for place in places] for some in scores]
+    values = [metric.value(column) for column in columns]
+    row = [metric.name, str(len(places)), *(f"{value:.4f}" for value in values)]
+    for value, column in zip(values[1:], columns[1:], strict=True):
+        low, high = paired_interval(metric, columns[0], column)
+        p = ""
+        if metric.kind == "rate":
+            pairs = list(zip(columns[0], column, strict=True))
+            p = f"{mcnemar(sum(b.value > a.value for a, b in pairs), sum(b.value < a.value for a, b in pairs)):.3g}"
+        row += [f"{value - values[0]:+.4f}", f"[{low:+.4f}, {high:+.4f}]", p]
+    return row
+
+
+def _changes(
+    metrics: Sequence[Metric], first: Sequence[Mapping[str, Score]], second: Sequence[Mapping[str, Score]]
+) -> Changes:
+    """Questions that are better or worse by the last metric, which is the one that fits the data best."""
+    decisive = metrics[-1] if metrics[-1].name in first[0] else METRICS[next(iter(first[0]), metrics[0].name)]
+    gains = [goodness(after, [decisive]) - goodness(before, [decisive])
+             for before, after in zip(first, second, strict=True)]
+    order = sorted(range(len(gains)), key=lambda place: (-abs(gains[place]), place))
+    return Changes(decisive.name, [p for p in order if gains[p] > 0], [p for p in order if gains[p] < 0])
+
+
+def _names(paths: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the results; where two are the same, their paths."""
+    names = [str(result["name"]) for result in results]
+    if len(set(names)) == len(names):
+        return names
+    if len(set(paths)) < len(paths):
+        raise UserError("compare names the same results twice; name different ones")
+    return list(map(str, paths))

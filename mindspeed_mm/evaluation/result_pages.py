@@ -1,0 +1,171 @@
+"""HTML pages of an evaluation and of a comparison: summary tables, and the answers with their images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw
+
+from mindspeed_mm.data.images import load_pixels
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.metrics import Metric, Score, final_answer
+from mindspeed_mm.evaluation.report.page import Html, Page, escape, facts, grid, image, sample_card, table
+from mindspeed_mm.evaluation.sample import EvaluatedSample
+from mindspeed_mm.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from mindspeed_mm.evaluation.comparison import Comparison
+    from mindspeed_mm.evaluation.results import Scored
+
+MOST_SAMPLES = 100
+_THUMBNAIL, _MOST_IMAGES = 256, 4  # pixels a side; images of a question that are shown
+_EXPECTED, _GIVEN = "#00c853", "#d50000"
+_BOXES_NOTE = "boxes: expected in green, given in red"
+
+
+def write_report(
+    path: Path, result: Mapping[str, Any], scored: Sequence[Scored], metrics: Sequence[Metric], spec: ModelSpec
+) -> None:
+    """Write the page of an evaluation.
+
+    Args:
+        path: of the page.
+        result: content of the results file.
+        scored: its questions with their answers.
+        metrics: of the scores.
+        spec: of the model; reads boxes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    page = Page(f"Evaluation of {result['name']}", f"{len(scored)} questions")
+    page.section("Scores", summary(result["summary"], result["metrics"]),
+                 "Values with their 95% intervals: Wilson's for rates, by bootstrap for others.")
+    settings = {name: value for name, value in result["settings"].items() if value is not None}
+    about = {name: result[name] for name in ("model", "adapter", "server") if result.get(name)}
+    about["answers cut off by the limit of tokens"] = result["truncated_answers"]
+    page.section("Settings", facts({**about, **settings}))
+    order = sorted(range(len(scored)), key=lambda index: (goodness(scored[index].scores, metrics), index))
+    shown = order[:MOST_SAMPLES]
+    cards = [sample_card(as_sample(index, scored[index], spec)) for index in shown]
+    page.section(f"Answers, worst first ({len(shown)} of {len(scored)})", grid(*cards), _boxes_note(scored, spec))
+    page.write(path)
+
+
+def summary(groups: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> Html:
+    """Table of the values by group."""
+    rows = []
+    for group, found in groups.items():
+        values = [found["metrics"].get(name) for name in metrics]
+        rows.append([group, found["questions"], *(
+            "" if value is None else f"{value['value']:.4f} [{value['low']:.3f}, {value['high']:.3f}]"
+            for value in values
+        )])
+    return table(["", "questions", *metrics], rows, align="lr" + "r" * len(metrics))
+
+
+def goodness(scores: Mapping[str, Score], metrics: Sequence[Metric]) -> float:
+    """Mean of an answer's scores, error rates as ``1 - rate``."""
+    values = [1 - scores[m.name].value if m.lower_is_better else scores[m.name].value
+              for m in metrics if m.name in scores]
+    return sum(values) / len(values) if values else 0.0
+
+
+def as_sample(index: int, scored: Scored, spec: ModelSpec) -> EvaluatedSample:
+    """A question with its answer, as a card shows it; the first image has the boxes of both answers."""
+    question = scored.question
+    expected, given = question.references[0], scored.answer.text
+    return EvaluatedSample(
+        index=index, data_set=question.data_set, channel=question.channel, question=_conversation(question),
+        expected=" | ".join(question.references), given=given,
+        exact=given.split() in [reference.split() for reference in question.references],
+        scores={name: score.value for name, score in scored.scores.items()},
+        images=thumbnails(question.prompt.images, _boxes(expected, spec), _boxes(given, spec), spec),
+    )
+
+
+def _conversation(question: Any) -> str:
+    messages = question.prompt.messages
+    if len(messages) == 1:
+        return messages[0].text
+    return "\n".join(f"{message.role}: {message.text}" for message in messages)
+
+
+def thumbnails(
+    images: Sequence[str], expected: Sequence[Sequence[float]], given: Sequence[Sequence[float]], spec: ModelSpec
+) -> tuple[bytes, ...]:
+    """JPEG files of a question's images, at most 256 pixels a side; boxes are drawn into the first one."""
+    found = []
+    for place, source in enumerate(images[:_MOST_IMAGES]):
+        try:
+            picture = Image.fromarray(load_pixels(source))
+        except UserError:  # of a server's answers, when it has been removed since
+            continue
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        if place == 0 and spec.box_scale:
+            for boxes, colour in ((expected, _EXPECTED), (given, _GIVEN)):
+                _draw(picture, boxes, colour, spec.box_scale)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=85)
+        found.append(file.getvalue())
+    return tuple(found)
+
+
+def _draw(picture: Image.Image, boxes: Sequence[Sequence[float]], colour: str, scale: float) -> None:
+    """Draw boxes and points, in units of which an image has ``scale`` a side."""
+    pen = ImageDraw.Draw(picture)
+    for box in boxes:
+        corners = [number / scale * picture.size[place % 2] for place, number in enumerate(box)]
+        if len(corners) == 2:
+            corners = [corners[0] - 3, corners[1] - 3, corners[0] + 3, corners[1] + 3]
+        left, right = sorted(corners[::2])
+        top, bottom = sorted(corners[1::2])
+        pen.rectangle((left, top, right, bottom), outline=colour, width=2)
+
+
+def _boxes(text: str, spec: ModelSpec) -> list[list[float]]:
+    return spec.boxes_in(final_answer(text))
+
+
+def _boxes_note(scored: Sequence[Scored], spec: ModelSpec) -> str:
+    return _BOXES_NOTE if any(_boxes(one.question.references[0], spec) for one in scored) else ""
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write the page of a comparison.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    names = comparison.names
+    page = Page("Comparison of evaluations", f"{comparison.count} questions; differences are to {names[0]}")
+    header, *rows = comparison.rows
+    page.section("Scores", table(header, rows, align="l" + "r" * (len(header) - 1)), comparison.note)
+    for name, changed in zip(names[1:], comparison.changes, strict=True):
+        for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
+            shown = places[:MOST_SAMPLES]
+            cards = [_changed_card(comparison, place, name) for place in shown]
+            page.section(f"{name}: {kind} ({len(shown)} of {len(places)})", grid(*cards))
+    page.write(path)
+
+
+def _changed_card(comparison: Comparison, place: int, name: str) -> Html:
+    """A question with the answers of the first results and of ``name``."""
+    base, other = comparison.names[0], name
+    first = comparison.answers[0][place]
+    second = comparison.answers[comparison.names.index(name)][place]
+    pictures = thumbnails(
+        [source for source in first["images"] if not source.startswith("data:")],
+        _boxes(first["references"][0], comparison.spec), _boxes(second["answer"], comparison.spec), comparison.spec,
+    )
+    images = "".join(image(content, alt=f"Image of question {place}") for content in pictures)
+    lines = {"expected": " | ".join(first["references"]), base: first["answer"], other: second["answer"]}
+    answers = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(text)}</dd></div>" for key, text in lines.items())
+    return Html(
+        f'<article class="sample"><header><span class="muted">sample {place}</span></header>'
+        f'{f"<div class=images>{images}</div>" if images else ""}'
+        f'<div class="question">{escape(first["messages"][-1]["text"])}</div><dl>{answers}</dl></article>'
+    )

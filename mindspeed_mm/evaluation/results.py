@@ -1,0 +1,216 @@
+"""Answers on disk, from which a later start goes on, and the results that are made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.files import check_directory, writing
+from mindspeed_mm.evaluation.generation import Answer
+from mindspeed_mm.evaluation.metrics import Metric, Score, score_answer
+from mindspeed_mm.evaluation.questions import Question, as_columns
+from mindspeed_mm.evaluation.statistics import interval
+from mindspeed_mm.inputs import DATA_BYTES, is_present, read_bytes, read_text, shorten
+from mindspeed_mm.models.spec import ModelSpec
+
+ANSWERS_FILE, RESULTS_FILE, REPORT_FILE = "answers.jsonl", "results.json", "report.html"
+FORMAT = 1
+OVERALL = "overall"
+
+
+class AnswerFile:
+    """``answers.jsonl``: a line with the settings, then one for each answer, appended as they come.
+
+    Attributes:
+        answers: number of a question -> answer, those that are there.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], *, count: int, restart: bool) -> None:
+        """Open the file; a cut-off last line, of a killed run, is dropped.
+
+        Args:
+            directory: ``--output``; is made.
+            settings: everything that the answers depend on.
+            count: number of questions.
+            restart: drop the answers that are there.
+
+        Raises:
+            UserError: if the file has answers of other settings, or cannot be written.
+        """
+        self.path = directory / ANSWERS_FILE
+        self.answers: dict[int, Answer] = {}
+        settings = json.loads(json.dumps(settings))
+        with writing(directory):
+            check_directory(directory)
+        end = 0 if restart or not is_present(self.path) else self._read(settings, count)
+        with writing(self.path):
+            self._file: IO[bytes] = open(self.path, "r+b" if end else "wb")
+            self._file.truncate(end)
+            self._file.seek(end)
+            if not end:
+                self._write([{"format": FORMAT, "settings": settings}])
+
+    def _read(self, settings: Mapping[str, Any], count: int) -> int:
+        """Read the answers; the length of the part that is whole."""
+        with writing(self.path):
+            content = read_bytes(self.path, limit=DATA_BYTES)
+        remedy = "give another --output, or --restart to drop its answers"
+        end = content.rfind(b"\n") + 1
+        lines = content[:end].splitlines()
+        if not lines:
+            return 0
+        try:
+            header = json.loads(lines[0])
+            found = dict(header["settings"]) if header["format"] == FORMAT else {"format": header["format"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} has no answers of an evaluation; {remedy}") from error
+        if names := [name for name in {**settings, **found} if settings.get(name) != found.get(name)]:
+            before, now = (shorten(json.dumps(one.get(names[0])), 80) for one in (found, settings))
+            raise UserError(f"{self.path} has answers of other settings: {names[0]} {before}, now {now}; {remedy}")
+        try:
+            for line in map(json.loads, lines[1:]):
+                self.answers[int(line["question"])] = Answer(str(line["answer"]), bool(line["truncated"]))
+            if not all(0 <= number < count for number in self.answers):
+                raise ValueError("it has answers to other questions")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is damaged ({shorten(repr(error), 80)}); {remedy}") from error
+        return end
+
+    def append(self, answers: Iterable[tuple[int, Answer]]) -> None:
+        """Add answers by the numbers of their questions, flushed to disk."""
+        new = dict(answers)
+        self.answers |= new
+        with writing(self.path):
+            self._write([
+                {"question": number, "answer": answer.text, "truncated": answer.truncated}
+                for number, answer in new.items()
+            ])
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._file.write(text.encode("utf-8", "replace"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A question with its answer and scores."""
+
+    question: Question
+    answer: Answer
+    scores: Mapping[str, Score]
+
+
+def score_all(
+    questions: Sequence[Question], answers: Mapping[int, Answer], metrics: Sequence[Metric], spec: ModelSpec
+) -> list[Scored]:
+    """Score every question."""
+    return [
+        Scored(question, answers[number], score_answer(metrics, answers[number].text, question.references, spec))
+        for number, question in enumerate(questions)
+    ]
+
+
+def groups_of(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Name of a group -> its questions: all, each data set if there are several, each channel if there are any."""
+    groups = {OVERALL: list(scored)}
+    names = list(dict.fromkeys(one.question.data_set for one in scored))
+    for name in names if len(names) > 1 else ():
+        groups[f"data set {name}"] = [one for one in scored if one.question.data_set == name]
+    channels = list(dict.fromkeys(one.question.channel for one in scored))
+    for channel in channels if any(channels) else ():
+        groups[f"channel {channel or '(none)'}"] = [one for one in scored if one.question.channel == channel]
+    return groups
+
+
+def summarize(scored: Sequence[Scored], metrics: Sequence[Metric]) -> dict[str, dict[str, Any]]:
+    """Value, 95% interval and number of questions of each metric, by group of :func:`groups_of`.
+
+    A metric that no question of a group has is left out there.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    for group, members in groups_of(scored).items():
+        summary[group] = {"questions": len(members), "metrics": {}}
+        for metric in metrics:
+            scores = [one.scores[metric.name] for one in members if metric.name in one.scores]
+            if scores:
+                low, high = interval(metric, scores)
+                fact = {"value": metric.value(scores), "low": low, "high": high, "questions": len(scores)}
+                if metric.kind == "rate":
+                    fact["right"] = round(sum(score.value for score in scores))
+                summary[group]["metrics"][metric.name] = fact
+    return summary
+
+
+def as_result(
+    settings: Mapping[str, Any], about: Mapping[str, Any], scored: Sequence[Scored], metrics: Sequence[Metric]
+) -> dict[str, Any]:
+    """Content of ``results.json``."""
+    return {
+        "format": FORMAT,
+        **about,
+        "settings": dict(settings),
+        "metrics": [metric.name for metric in metrics],
+        "summary": summarize(scored, metrics),
+        "truncated_answers": sum(one.answer.truncated for one in scored),
+        "answers": [
+            {**as_columns(one.question), "answer": one.answer.text, "truncated": one.answer.truncated,
+             "scores": {name: score.value for name, score in one.scores.items()}}
+            for one in scored
+        ],
+    }
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """A results file, or that of an ``--output`` directory.
+
+    Raises:
+        UserError: if it is none.
+    """
+    file = Path(path) / RESULTS_FILE if Path(path).is_dir() else Path(path)
+    remedy = f"name a {RESULTS_FILE} of python -m mindspeed_mm.evaluation"
+    try:
+        content = json.loads(read_text(file, remedy=remedy, limit=DATA_BYTES))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}")
+        answers = content["answers"]
+        for answer in answers:
+            _ = answer["answer"], answer["references"], answer["messages"][-1]["text"], answer["source"], answer["turn"]
+        _ = content["settings"]["data"], content["metrics"], content["model_type"], content["name"]
+        if not answers:
+            raise ValueError("it has no answers")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {shorten(repr(error))}; {remedy}") from error
+    return content
+
+
+def summary_table(summary: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """The summary for a terminal, one line per group."""
+    rows = [["", "questions", *metrics]]
+    for group, facts in summary.items():
+        found = facts["metrics"]
+        rows.append([group, str(facts["questions"]), *(
+            f"{found[name]['value']:.4f} [{found[name]['low']:.3f}, {found[name]['high']:.3f}]"
+            if name in found else "-" for name in metrics
+        )])
+    return text_table(rows)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if not place else cell.rjust(width)
+                  for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )
