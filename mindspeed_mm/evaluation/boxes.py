@@ -76,5 +76,5 @@ def average_precision(
     given = np.cumsum(counts)
     precision = np.divide(matched, given, out=np.zeros_like(matched), where=given > 0)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(matched / total, _RECALLS - 1e-12, side="left")
+    places = np.searchsorted(matched / total, _RECALLS, side="left")
     return float(np.mean(np.where(places < len(precision), precision[np.minimum(places, len(precision) - 1)], 0.0)))

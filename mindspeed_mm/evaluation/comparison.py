@@ -79,9 +79,9 @@ def compare(paths: Sequence[str], *, metrics: str | None, output: str | None) ->
         for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
             for place in places[:_SHOWN]:
                 first, second = comparison.answers[0][place], comparison.answers[comparison.names.index(name)][place]
-                print(f"  {kind} {place}: {shorten(first['messages'][-1]['text'], 60)!r} expected "
-                      f"{shorten(first['references'][0], 60)!r}: {shorten(first['answer'], 60)!r} -> "
-                      f"{shorten(second['answer'], 60)!r}")
+                question, expected, before, after = (shorten(text, 60) for text in (
+                    first["messages"][-1]["text"], first["references"][0], first["answer"], second["answer"]))
+                print(f"  {kind} {place}: '{question}' expected '{expected}': '{before}' -> '{after}'")
     if output is not None:
         with writing(output):
             write_comparison(Path(output), comparison)
