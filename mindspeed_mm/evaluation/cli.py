@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from mindspeed_mm.config.command_line import OneLineParser
 from mindspeed_mm.errors import UserError, report_errors
@@ -150,9 +149,9 @@ def _compare(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if len(args.results) < 2:
         raise UserError("compare needs two results, or more")
-    from mindspeed_mm.evaluation.comparison import compare
+    from mindspeed_mm.evaluation.run import run_comparison
 
-    compare(args.results, metrics=args.metrics, output=args.output)
+    run_comparison(args.results, metrics=args.metrics, output=args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,13 +168,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args, key)
 
     return report_errors(command, interrupted=_GO_ON)
-
-
-def default_output(args: argparse.Namespace) -> Path:
-    """Directory of the results: ``evaluation/`` and the name of what answers."""
-    names = [args.server_model or "server"] if args.server else [Path(args.model).resolve().name]
-    if not args.server and (Path(args.model).name.startswith("iter_") or args.adapter):
-        names.insert(0, Path(args.model).resolve().parent.name)
-    if args.adapter:
-        names.append(Path(args.adapter).resolve().parent.name)
-    return Path("evaluation") / "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in n) for n in names)

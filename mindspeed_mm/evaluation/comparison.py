@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.evaluation.files import check_directory, writing
-from mindspeed_mm.evaluation.metrics import METRICS, Metric, Score, choose_metrics, score_answer
-from mindspeed_mm.evaluation.result_pages import goodness, write_comparison
-from mindspeed_mm.evaluation.results import read_result, text_table
+from mindspeed_mm.evaluation.metrics import METRICS, Metric, Score, choose_metrics, goodness, score_answer
+from mindspeed_mm.evaluation.results import read_result
 from mindspeed_mm.evaluation.statistics import mcnemar, paired_interval
-from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.spec import ModelSpec, get_spec
-
-_SHOWN = 5  # changed answers on the terminal, of each kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,34 +52,6 @@ class Comparison:
     def count(self) -> int:
         """Number of questions."""
         return len(self.answers[0])
-
-
-def compare(paths: Sequence[str], *, metrics: str | None, output: str | None) -> None:
-    """Print a comparison, and write its page.
-
-    Raises:
-        UserError: if results cannot be read or are of different questions, or the page cannot be written.
-    """
-    if output is not None:
-        with writing(output):
-            if Path(output).is_dir():
-                raise ValueError("it is a directory; name a file, such as report.html")
-            check_directory(Path(output).resolve().parent)
-    comparison = compared(paths, metrics=metrics)
-    print(text_table(comparison.rows))
-    print(comparison.note)
-    for name, changed in zip(comparison.names[1:], comparison.changes, strict=True):
-        print(f"\n{name}, by {changed.metric}: {len(changed.fixed)} fixed, {len(changed.broken)} broken")
-        for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
-            for place in places[:_SHOWN]:
-                first, second = comparison.answers[0][place], comparison.answers[comparison.names.index(name)][place]
-                question, expected, before, after = (shorten(text, 60) for text in (
-                    first["messages"][-1]["text"], first["references"][0], first["answer"], second["answer"]))
-                print(f"  {kind} {place}: '{question}' expected '{expected}': '{before}' -> '{after}'")
-    if output is not None:
-        with writing(output):
-            write_comparison(Path(output), comparison)
-        print(f"\nreport: {output}")
 
 
 def compared(paths: Sequence[str], *, metrics: str | None) -> Comparison:

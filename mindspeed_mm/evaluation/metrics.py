@@ -11,7 +11,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rapidfuzz.distance import LCSseq, Levenshtein
@@ -336,3 +336,10 @@ def score_answer(
     answer, references = final_answer(answer), [final_answer(reference) for reference in references]
     scores = {metric.name: metric.score(answer, references, spec) for metric in metrics}
     return {name: score for name, score in scores.items() if score is not None}
+
+
+def goodness(scores: Mapping[str, Score], metrics: Sequence[Metric]) -> float:
+    """Mean of an answer's scores, error rates as ``1 - rate``."""
+    values = [1 - scores[m.name].value if m.lower_is_better else scores[m.name].value
+              for m in metrics if m.name in scores]
+    return sum(values) / len(values) if values else 0.0

@@ -5,20 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from mindspeed_mm.data.images import load_pixels
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.evaluation.metrics import Metric, Score, final_answer
+from mindspeed_mm.evaluation.comparison import Comparison
+from mindspeed_mm.evaluation.metrics import Metric, final_answer, goodness
 from mindspeed_mm.evaluation.report.page import Html, Page, escape, facts, grid, image, sample_card, table
+from mindspeed_mm.evaluation.results import Scored
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from mindspeed_mm.evaluation.comparison import Comparison
-    from mindspeed_mm.evaluation.results import Scored
 
 MOST_SAMPLES = 100
 _THUMBNAIL, _MOST_IMAGES = 256, 4  # pixels a side; images of a question that are shown
@@ -65,13 +63,6 @@ def summary(groups: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> 
             for value in values
         )])
     return table(["", "questions", *metrics], rows, align="lr" + "r" * len(metrics))
-
-
-def goodness(scores: Mapping[str, Score], metrics: Sequence[Metric]) -> float:
-    """Mean of an answer's scores, error rates as ``1 - rate``."""
-    values = [1 - scores[m.name].value if m.lower_is_better else scores[m.name].value
-              for m in metrics if m.name in scores]
-    return sum(values) / len(values) if values else 0.0
 
 
 def as_sample(index: int, scored: Scored, spec: ModelSpec) -> EvaluatedSample:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.adapters import check_adapter
-from mindspeed_mm.evaluation.cli import default_output
-from mindspeed_mm.evaluation.files import write_output, writing
+from mindspeed_mm.evaluation.comparison import compared
+from mindspeed_mm.evaluation.files import check_directory, write_output, writing
 from mindspeed_mm.evaluation.generation import Answer, GenerationSettings, Generator, batches, check_device
 from mindspeed_mm.evaluation.metrics import Metric, choose_metrics
 from mindspeed_mm.evaluation.model_source import ModelSource, find_model
 from mindspeed_mm.evaluation.questions import Prompt, QuestionSet, data_config, held_out_data, read_questions
-from mindspeed_mm.evaluation.result_pages import write_report
+from mindspeed_mm.evaluation.result_pages import write_comparison, write_report
 from mindspeed_mm.evaluation.results import (
     OVERALL,
     REPORT_FILE,
@@ -29,11 +29,14 @@ from mindspeed_mm.evaluation.results import (
     as_result,
     score_all,
     summary_table,
+    text_table,
 )
 from mindspeed_mm.evaluation.server import Server
+from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.spec import ModelSpec, get_spec, known_model_types, spec_of
 
 _REPORT_SECONDS = 5.0  # between two lines of progress
+_SHOWN = 5  # changed answers on the terminal, of each kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _checked(args: argparse.Namespace, api_key: str | None) -> _Plan:
             args.server, model=args.server_model, api_key=api_key, timeout=args.timeout, retries=args.retries
         )
         server.check()
-    return _Plan(source, server, spec, settings, data, metrics, Path(args.output or default_output(args)))
+    return _Plan(source, server, spec, settings, data, metrics, Path(args.output or _default_output(args)))
 
 
 def _settings(plan: _Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -195,3 +198,41 @@ def _from_model(
         if not wanted.isdisjoint(batch):
             found = generator.generate([prompts[one] for one in batch], settings, draw=number)
             yield [(one, answer) for one, answer in zip(batch, found, strict=True) if one in wanted]
+
+
+def _default_output(args: argparse.Namespace) -> Path:
+    """Directory of the results: ``evaluation/`` and the name of what answers."""
+    names = [args.server_model or "server"] if args.server else [Path(args.model).resolve().name]
+    if not args.server and (Path(args.model).name.startswith("iter_") or args.adapter):
+        names.insert(0, Path(args.model).resolve().parent.name)
+    if args.adapter:
+        names.append(Path(args.adapter).resolve().parent.name)
+    return Path("evaluation") / "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in n) for n in names)
+
+
+def run_comparison(paths: Sequence[str], *, metrics: str | None, output: str | None) -> None:
+    """Print a comparison, and write its page.
+
+    Raises:
+        UserError: if results cannot be read or are of different questions, or the page cannot be written.
+    """
+    if output is not None:
+        with writing(output):
+            if Path(output).is_dir():
+                raise ValueError("it is a directory; name a file, such as report.html")
+            check_directory(Path(output).resolve().parent)
+    comparison = compared(paths, metrics=metrics)
+    print(text_table(comparison.rows))
+    print(comparison.note)
+    for name, changed in zip(comparison.names[1:], comparison.changes, strict=True):
+        print(f"\n{name}, by {changed.metric}: {len(changed.fixed)} fixed, {len(changed.broken)} broken")
+        for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
+            for place in places[:_SHOWN]:
+                first, second = comparison.answers[0][place], comparison.answers[comparison.names.index(name)][place]
+                question, expected, before, after = (shorten(text, 60) for text in (
+                    first["messages"][-1]["text"], first["references"][0], first["answer"], second["answer"]))
+                print(f"  {kind} {place}: '{question}' expected '{expected}': '{before}' -> '{after}'")
+    if output is not None:
+        with writing(output):
+            write_comparison(Path(output), comparison)
+        print(f"\nreport: {output}")
