@@ -97,7 +97,7 @@ def data_config(
 ) -> list[NamedDataset]:
     """Data sets of ``--data``: each a file, or ``NAME=FILE``; without a name the stem of its file.
 
-    Relative paths of images start from ``data_dir``, by default the directory of the data file.
+    Relative paths of images start from ``data_dir``, by default the directory of the data file, or the data's own.
 
     Raises:
         UserError: if a file is missing, or two data sets have one name.
@@ -116,7 +116,7 @@ def data_config(
         content = {"dataset_param": {
             "preprocess_parameters": {"model_name_or_path": model},
             "basic_parameters": {
-                "dataset": {name or "data": path}, "dataset_dir": str(data_dir or Path(path).parent),
+                "dataset": {name or "data": path}, "dataset_dir": str(data_dir or (path if is_directory(path) else Path(path).parent)),
                 "template": spec.chat_templates[0],
             },
         }}
