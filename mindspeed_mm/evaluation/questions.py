@@ -113,10 +113,11 @@ def data_config(
             raise UserError(f"--data {path} does not exist; correct the path")
         if name in found:
             raise UserError(f"--data names two data sets {name!r}; give them names: --data first={path}")
+        start = data_dir or (path if is_directory(path) else Path(path).parent)
         content = {"dataset_param": {
             "preprocess_parameters": {"model_name_or_path": model},
             "basic_parameters": {
-                "dataset": {name or "data": path}, "dataset_dir": str(data_dir or (path if is_directory(path) else Path(path).parent)),
+                "dataset": {name or "data": path}, "dataset_dir": str(start),
                 "template": spec.chat_templates[0],
             },
         }}

@@ -35,7 +35,8 @@ HELP_COMMANDS = (
     ("-m", "mindspeed_mm.tools.memory", "--help"),
 )
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",
-           "mindspeed_mm/evaluation/cli.py", "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py", "tests/st/*.py")
+           "mindspeed_mm/evaluation/cli.py", "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py",
+           "tests/st/*.py")
 FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM; lmms-eval, VLMEvalKit, EvalScope
     "--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal",
     "--enable-lora", "--max-lora-rank", "--lora-modules", "--enable-tower-connector-lora",
