@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -76,10 +77,12 @@ class QuestionSet:
     Attributes:
         questions: in the order of data sets, files, records and turns.
         skipped_videos: records with videos, which are not asked.
+        skipped_records: records that cannot be used, where a training's data file says that they are skipped.
     """
 
     questions: list[Question]
     skipped_videos: int = 0
+    skipped_records: int = 0
 
     @property
     def digest(self) -> str:
@@ -108,7 +111,8 @@ def data_config(
     for given in data:
         name, equals, path = given.partition("=")
         if not equals or is_present(given):
-            name, path = Path(given).stem, given
+            name, path = "", given
+        name = name or Path(path).stem
         if not is_present(path):
             raise UserError(f"--data {path} does not exist; correct the path")
         if name in found:
@@ -117,8 +121,7 @@ def data_config(
         content = {"dataset_param": {
             "preprocess_parameters": {"model_name_or_path": model},
             "basic_parameters": {
-                "dataset": {name or "data": path}, "dataset_dir": str(start),
-                "template": spec.chat_templates[0],
+                "dataset": {"data": path}, "dataset_dir": str(start), "template": spec.chat_templates[0],
             },
         }}
         found[name] = NamedDataset(name, (path,), None, DataConfig(**content))
@@ -156,7 +159,8 @@ def read_questions(
     Raises:
         UserError: naming the file and the record that cannot be read, or if there is no question.
     """
-    questions, videos = [], 0
+    questions: list[Question] = []
+    videos = bad = 0
     for data_set in data_sets:
         reader = RecordReader(data_set.config, spec, data_set.files, limit=None)
         attr = data_set.config.dataset_param.attr
@@ -164,19 +168,31 @@ def read_questions(
             rows = read_rows(path, limit=limit or data_set.limit)
             require_records(path, len(rows))
             reader.recognise(number, rows)
-            form = recognise(attr, [rows[index] for index in range(min(len(rows), _ROWS_RECOGNISED))])
+            form = recognise(attr, list(_first_rows(rows)))
             for index in range(len(rows)):
                 source = record_name(path, index)
-                row, references, channel = _own_columns(rows[index], form, source)
-                record = reader.check(row, number, index)
+                try:
+                    row, references, channel = _own_columns(rows[index], form, source)
+                    record = reader.check(row, number, index)
+                except RecordError as error:
+                    reader.skipped.messages.append(str(error))
+                    continue
                 if record.videos:
                     videos += 1
                     continue
                 questions += _asked(record, data_set.name, channel, source, references, turns)
+        reader.skipped.check()
+        bad += len(reader.skipped.messages)
     if not questions:
         why = f"all {videos} records have videos, which are not evaluated" if videos else "no record has an answer"
         raise UserError(f"{', '.join(path for one in data_sets for path in one.files)}: {why}; give other data")
-    return QuestionSet(questions, videos)
+    return QuestionSet(questions, videos, bad)
+
+
+def _first_rows(rows: Any) -> Iterator[Any]:
+    for index in range(min(len(rows), _ROWS_RECOGNISED)):
+        with contextlib.suppress(RecordError):  # which is said when it is read
+            yield rows[index]
 
 
 def _own_columns(row: Any, form: RecordFormat, source: str) -> tuple[Any, tuple[str, ...], str]:

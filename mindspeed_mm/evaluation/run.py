@@ -36,6 +36,8 @@ from mindspeed_mm.inputs import shorten
 from mindspeed_mm.models.spec import ModelSpec, get_spec, known_model_types, spec_of
 
 _REPORT_SECONDS = 5.0  # between two lines of progress
+# of a missing image, by the reader that training uses as well
+_TRAINING_REMEDY = 'basic_parameters.dataset_dir, or set dataloader_param.on_bad_sample to "skip"'
 _SHOWN = 5  # changed answers on the terminal, of each kind
 
 
@@ -118,7 +120,12 @@ def _checked(args: argparse.Namespace, api_key: str | None) -> _Plan:
     else:
         named = args.model if source is None else source.config_directory
         data_sets = data_config(spec, args.data, args.data_dir, model=named or "server")
-    data = read_questions(data_sets, spec, turns=args.turns, limit=args.limit)
+    try:
+        data = read_questions(data_sets, spec, turns=args.turns, limit=args.limit)
+    except UserError as error:
+        if args.data is None or _TRAINING_REMEDY not in str(error):
+            raise
+        raise UserError(str(error).replace(_TRAINING_REMEDY, "--data-dir")) from error
     metrics = choose_metrics(args.metrics, [question.references for question in data.questions], spec)
     settings = GenerationSettings(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
@@ -149,6 +156,8 @@ def _print_data(plan: _Plan) -> None:
           f"{', '.join(metric.name for metric in plan.metrics)}", flush=True)
     if plan.data.skipped_videos:
         print(f"skipped {plan.data.skipped_videos} records with videos", flush=True)
+    if plan.data.skipped_records:
+        print(f"skipped {plan.data.skipped_records} records that cannot be used", flush=True)
 
 
 def _answer_all(plan: _Plan, args: argparse.Namespace, answers: AnswerFile) -> None:

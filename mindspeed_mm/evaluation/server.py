@@ -193,7 +193,7 @@ class Server:
         except requests.Timeout as error:
             raise _Temporary(f"does not answer within {self._timeout:g} s") from error
         except (requests.RequestException, OSError, ValueError) as error:
-            raise _Temporary(f"cannot be reached: {self._without_key(reason(error))}") from error
+            raise _Temporary(f"cannot be reached: {self._without_key(reason(_first_cause(error)))}") from error
         try:
             content = response.json()
         except ValueError:
@@ -216,6 +216,13 @@ class Server:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error of the system or of a library below requests, whose own one repeats the address."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    return error
 
 
 def _no_netrc(request: Any) -> Any:

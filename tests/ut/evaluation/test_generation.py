@@ -148,7 +148,8 @@ def test_every_format_and_type_of_file_is_read(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize(
     ("record", "piece"),
     [(qa("Q?", ["A", 3]), "list of acceptable answers"), (qa("Q?", "A", channel=3), "'channel' is a number"),
-     (qa("<image>Q?", "A", image="none.png"), "none.png does not exist"), (qa("Q?", ""), None), (7, "record 0")],
+     (qa("<image>Q?", "A", image="none.png"), "none.png does not exist (looked for"), (qa("Q?", ""), None),
+     (7, "record 0")],
 )
 def test_unusable_records_are_one_line(tmp_path, recipe, capsys, record, piece):
     path = write_records(tmp_path / "d.json", record)
@@ -157,6 +158,7 @@ def test_unusable_records_are_one_line(tmp_path, recipe, capsys, record, piece):
         return
     status, error, _ = run(capsys, "--model", recipe / "checkpoint", "--data", path, "--device", "cpu")
     assert_one_line((status, error), path, piece)
+    assert "dataset_dir" not in error and ("--data-dir" in error) == ("none.png" in piece)
 
 
 @pytest.fixture()
@@ -249,6 +251,11 @@ def test_the_held_out_data_of_a_training(recipe, tmp_path, capsys):
     words = ("--model", recipe / "checkpoint", "--device", "cpu", "--max-new-tokens", 2, "--limit", 1)
     assert run(capsys, *words, "--mm-data", path, "--output", tmp_path / "out")[0] == 0
     assert {answer["data_set"] for answer in results(tmp_path / "out")["answers"]} == {"digits"}
+    bad = write_records(tmp_path / "d.json", qa("Q?", "A"), qa("<image>", "A", image="none.png"))
+    for skipped, options in ((False, {}), (True, {"on_bad_sample": "skip"})):
+        path = write_data_file(recipe, "held_out.json", basic={"val_dataset": bad}, **options)
+        status, error, out = run(capsys, *words[:-2], "--mm-data", path, "--output", tmp_path / "bad")
+        assert (status, "skipped 1 records" in out, "none.png" in error) == (0 if skipped else 2, skipped, not skipped)
     outcome = run(capsys, *words, "--mm-data", recipe / "data_tiny.json")
     assert_one_line(outcome[:2], "has no val_dataset")
 
