@@ -120,6 +120,7 @@ class Server:
                 try:
                     results.put((index, self.answer(prompts[index], settings)))
                 except BaseException as error:  # raised again in the thread that waits
+                    stopped.set()
                     results.put((index, error))
 
         for _ in range(min(concurrency, len(prompts))):  # daemons: Ctrl-C does not wait for the server
