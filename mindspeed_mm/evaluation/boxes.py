@@ -53,28 +53,35 @@ def match_boxes(given: Sequence[Sequence[float]], expected: Sequence[Sequence[fl
     return right
 
 
-def average_precision(
-    ranked: Sequence[Sequence[bool]], expected: Sequence[float], weights: np.ndarray
-) -> float:
-    """Average precision of boxes over questions.
+class RankedBoxes:
+    """The given boxes of many questions, ranked by their place in their answer, then by question."""
 
-    Boxes are ranked by their place in their answer, then by question. Precision, made monotonous from the right, is
-    averaged over the recalls 0, 0.01, ..., 1, as in COCO's evaluation (Lin et al., 2014).
+    def __init__(self, ranked: Sequence[Sequence[bool]], expected: Sequence[float]) -> None:
+        """Rank the boxes.
 
-    Args:
-        ranked: of each question, whether each given box is right, in the order of the answer.
-        expected: of each question, number of expected boxes.
-        weights: [n], how often each question counts.
-    """
-    boxes = sorted((place, question, right) for question, rights in enumerate(ranked)
-                   for place, right in enumerate(rights))
-    total = float(weights @ np.asarray(expected, dtype=float))
-    if not boxes or not total:
-        return 0.0
-    counts = weights[[question for _, question, _ in boxes]].astype(float)
-    matched = np.cumsum(counts * np.array([right for _, _, right in boxes]))
-    given = np.cumsum(counts)
-    precision = np.divide(matched, given, out=np.zeros_like(matched), where=given > 0)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(matched / total, _RECALLS, side="left")
-    return float(np.mean(np.where(places < len(precision), precision[np.minimum(places, len(precision) - 1)], 0.0)))
+        Args:
+            ranked: of each question, whether each given box is right, in the order of the answer.
+            expected: of each question, number of expected boxes.
+        """
+        boxes = sorted((place, question, right) for question, rights in enumerate(ranked)
+                       for place, right in enumerate(rights))
+        self._questions = np.array([question for _, question, _ in boxes], dtype=np.int64)
+        self._right = np.array([right for _, _, right in boxes], dtype=float)
+        self._expected = np.asarray(expected, dtype=float)
+
+    def average_precision(self, weights: np.ndarray) -> float:
+        """Average precision over the questions, each of which counts ``weights`` [n] times.
+
+        Precision, made monotonous from the right, is averaged over the recalls 0, 0.01, ..., 1, as in COCO's evaluation
+        (Lin et al., 2014).
+        """
+        total = float(weights @ self._expected)
+        if not len(self._questions) or not total:
+            return 0.0
+        counts = weights[self._questions].astype(float)
+        matched, given = np.cumsum(counts * self._right), np.cumsum(counts)
+        precision = np.divide(matched, given, out=np.zeros_like(matched), where=given > 0)
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        places = np.searchsorted(matched / total, _RECALLS, side="left")
+        reached = precision[np.minimum(places, len(precision) - 1)]
+        return float(np.mean(np.where(places < len(precision), reached, 0.0)))

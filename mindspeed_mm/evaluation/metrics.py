@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.evaluation.boxes import average_precision, match_boxes, mean_iou
+from mindspeed_mm.evaluation.boxes import RankedBoxes, match_boxes, mean_iou
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mindspeed_mm.models.spec import ModelSpec
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -75,22 +74,21 @@ class Metric:
     lower_is_better: bool = False
 
     def value(self, scores: Sequence[Score], weights: np.ndarray | None = None) -> float:
-        """The metric over questions.
+        """The metric over questions, each of which counts ``weights`` [n] times; None: once."""
+        return self.over(scores)(np.ones(len(scores)) if weights is None else weights)
 
-        Args:
-            scores: of the questions.
-            weights: int [n], how often each question counts; None: once.
-        """
-        import numpy as np
-
-        counts = np.ones(len(scores)) if weights is None else weights
+    def over(self, scores: Sequence[Score]) -> Callable[[np.ndarray], float]:
+        """The metric over questions as a function of their weights, for many draws."""
         if self.kind == "precision":
-            return average_precision([score.ranked for score in scores], [score.length for score in scores], counts)
-        if self.kind == "ratio":
-            errors, lengths = (np.array([getattr(score, name) for score in scores]) for name in ("errors", "length"))
-            total = float(counts @ lengths)
-            return float(counts @ errors) / total if total else 0.0
-        return float(counts @ np.array([score.value for score in scores])) / float(counts.sum())
+            return RankedBoxes([one.ranked for one in scores], [one.length for one in scores]).average_precision
+        names = ("errors", "length") if self.kind == "ratio" else ("value", "")
+        tops, bottoms = (np.array([getattr(one, name) if name else 1.0 for one in scores]) for name in names)
+
+        def ratio(weights: np.ndarray) -> float:
+            total = float(weights @ bottoms)
+            return float(weights @ tops) / total if total else 0.0
+
+        return ratio
 
 
 def final_answer(text: str) -> str:
@@ -249,15 +247,13 @@ def box_ap50(answer: str, reference: str, spec: ModelSpec) -> Score | None:
 
     Source: COCO (Lin et al., 2014), precision at 101 levels of recall, one class. Answers have no confidences: a box
     counts as the more confident the earlier it is in its answer. See
-    :func:`~mindspeed_mm.evaluation.boxes.average_precision`.
+    :class:`~mindspeed_mm.evaluation.boxes.RankedBoxes`.
     """
     expected = _boxes(reference, spec)
     if not expected:
         return None
-    import numpy as np
-
     ranked = tuple(match_boxes(_boxes(answer, spec), expected))
-    value = average_precision([ranked], [len(expected)], np.ones(1))
+    value = RankedBoxes([ranked], [len(expected)]).average_precision(np.ones(1))
     return Score(value, 0.0, len(expected), ranked)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +28,7 @@ def wilson_interval(right: float, total: int) -> tuple[float, float]:
 
 def bootstrap_interval(metric: Metric, scores: Sequence[Score]) -> tuple[float, float]:
     """95% interval of a metric by resampling the questions 1000 times: the percentile bootstrap (Efron, 1979)."""
-    values = [metric.value(scores, weights) for weights in _draws(len(scores))]
+    values = list(map(metric.over(scores), _draws(len(scores))))
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 
@@ -45,7 +45,8 @@ def paired_interval(metric: Metric, first: Sequence[Score], second: Sequence[Sco
 
     Source: the paired bootstrap (Efron and Tibshirani, 1993; for language models Koehn, 2004).
     """
-    values = [metric.value(second, weights) - metric.value(first, weights) for weights in _draws(len(first))]
+    before, after = metric.over(first), metric.over(second)
+    values = [after(weights) - before(weights) for weights in _draws(len(first))]
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 
@@ -60,7 +61,8 @@ def mcnemar(fixed: int, broken: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def _draws(count: int) -> Sequence[np.ndarray]:
-    """How often each of ``count`` questions is drawn, int [1000, count]."""
+def _draws(count: int) -> Iterator[np.ndarray]:
+    """How often each of ``count`` questions is drawn: 1000 times int [count]."""
     generator = np.random.default_rng(_SEED)
-    return [np.bincount(generator.integers(0, count, count), minlength=count) for _ in range(_DRAWS)]
+    for _ in range(_DRAWS):
+        yield np.bincount(generator.integers(0, count, count), minlength=count)

@@ -9,7 +9,7 @@ import pytest
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation import statistics
-from mindspeed_mm.evaluation.boxes import average_precision, iou, match_boxes, mean_iou
+from mindspeed_mm.evaluation.boxes import RankedBoxes, iou, match_boxes, mean_iou
 from mindspeed_mm.evaluation.metrics import METRICS, Score, as_number, choice_of, choose_metrics, score_answer
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 
@@ -97,6 +97,10 @@ def test_boxes():
     assert value("box_f1", "[0, 0, 10, 5] and [1, 1, 2, 2]", BOX.format(0, 0, 10, 10)) == pytest.approx(2 / 3)
     assert value("box_f1", "nothing", "[0, 0, 10, 10]") == 0
     assert score_answer([METRICS["box_iou"]], "[0, 0, 1, 1]", ["no box"], SPEC) == {}
+
+
+def average_precision(ranked, expected, weights):
+    return RankedBoxes(ranked, expected).average_precision(weights)
 
 
 def test_average_precision_of_a_worked_example():
