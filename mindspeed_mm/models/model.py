@@ -24,11 +24,13 @@ class ModelOutput(NamedTuple):
         loss: fp32 scalar, ``sum(loss_weight * cross_entropy)``.
         token_losses: fp32 [S], cross-entropy of each target token, outside autograd.
         router_load: of this micro-batch's tokens, without padding; None without a sparse layer.
+        predicted: int64 [S], the most probable token at each target position; None in training.
     """
 
     loss: Tensor
     token_losses: Tensor
     router_load: RouterLoad | None
+    predicted: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

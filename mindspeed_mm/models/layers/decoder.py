@@ -147,8 +147,8 @@ class Decoder(nn.Module):
         tied = self.tied_weight
         if loss_weight is None:
             return self.output_layer(predicting, tied_weight=tied)
-        loss, token_losses = self.output_layer(predicting, batch.labels, loss_weight, tied_weight=tied)
-        return ModelOutput(loss, token_losses, load)
+        loss, token_losses, predicted = self.output_layer(predicting, batch.labels, loss_weight, tied_weight=tied)
+        return ModelOutput(loss, token_losses, load, predicted)
 
 
 def _run_layer(layer: nn.Module, hidden: Tensor, packed: PackedSequence, *, counted: int) -> tuple[Tensor, ...]:

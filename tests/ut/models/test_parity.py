@@ -47,7 +47,7 @@ def equals_hf(reference, choices):
     hf_model, samples, hf_loss, hf_logits = reference
     model, model_config = model_like(hf_model, choices)
     batch = collate(samples, SPEC, model_config)
-    loss, token_losses, _ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
+    loss, token_losses, *_ = model(batch, torch.full((batch.num_target_tokens,), 1.0 / batch.num_target_tokens))
     loss.backward()
     assert abs(float(loss) - hf_loss) <= LOSS * hf_loss
     assert abs(float(token_losses.mean()) - hf_loss) <= LOSS * hf_loss
