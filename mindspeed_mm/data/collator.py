@@ -25,6 +25,7 @@ class Sample:
         media: images and videos together, in the order of their placeholders.
         index: place of the sample in the dataset.
         channel: number of its data set in a mixture, whose loss is logged by itself; None without a mixture.
+        record_channel: what its record names, whose evaluation is reported by itself; empty for none.
     """
 
     input_ids: np.ndarray
@@ -32,6 +33,7 @@ class Sample:
     media: tuple[MediaPatches, ...]
     index: int
     channel: int | None = None
+    record_channel: str = ""
 
 
 def collate(samples: Sequence[Sample], spec: ModelSpec, model_config: Any) -> Batch:
@@ -83,6 +85,7 @@ def collate(samples: Sequence[Sample], spec: ModelSpec, model_config: Any) -> Ba
             model_config,
         ),
         sample_channel=_channels(samples),
+        record_channels=[sample.record_channel for sample in samples] if any(s.record_channel for s in samples) else [],
     )
 
 

@@ -188,6 +188,20 @@ class ChatDataset:
         """Names of the data sets of a mixture, which :attr:`Sample.channel` counts."""
         return tuple(name for name, _ in self._parts)
 
+    def data_set_numbers(self) -> np.ndarray:
+        """Number of each sample's data set, int64 [n]; 0 for all without a mixture."""
+        places = np.arange(len(self)) if self._chosen is None else self._chosen
+        return np.searchsorted(self._part_ends, places, side="right") if self._parts else np.zeros(len(self), np.int64)
+
+    def record_channels(self) -> tuple[str, ...] | None:
+        """Names in the records' column ``channel``; None where records are read one by one while training."""
+        table = getattr(self._rows, "table", None)
+        if table is None:
+            return None
+        column = table.column("channel")
+        names = (column if self._chosen is None else column.take(self._chosen)).unique().to_pylist()
+        return tuple(sorted(filter(None, names)))
+
     @property
     def has_videos(self) -> bool:
         """See :class:`Rows`."""
@@ -222,7 +236,7 @@ class ChatDataset:
         for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             loss_mask[start:end] = True
         channel = int(np.searchsorted(self._part_ends, self._place(index), side="right")) if self._parts else None
-        return Sample(input_ids, loss_mask, loaded, int(index), channel)
+        return Sample(input_ids, loss_mask, loaded, int(index), channel, row["channel"])
 
     def _check_tokens(self, largest: int) -> None:
         if self._vocab_size is not None and largest >= self._vocab_size:

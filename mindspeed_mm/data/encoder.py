@@ -259,6 +259,7 @@ class Encoder:
             "grids": [number for grid, _ in measured[: encoded.num_media] for number in grid],
             "file": record["file"],
             "record": record["record"],
+            "channel": record["channel"],
             "outcome": Outcome.SHORTENED if encoded.dropped_messages else Outcome.KEPT,
         }
 
@@ -267,7 +268,7 @@ def _empty(record: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     """The row of a skipped record."""
     return {
         "input_ids": np.empty(0, dtype=np.int32), "spans": [], "images": [], "videos": [], "is_video": [], "grids": [],
-        "file": record["file"], "record": record["record"], "outcome": outcome,
+        "file": record["file"], "record": record["record"], "channel": record["channel"], "outcome": outcome,
     }
 
 

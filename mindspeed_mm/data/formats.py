@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mindspeed_mm.config.data_config import Attributes
 
 OBJECTS = "objects"  # column with boxes and points
+CHANNEL = "channel"  # column by which evaluations are reported
 RoleField = Literal["user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
 _ROLE_OF: Mapping[RoleField, Role] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "assistant",
@@ -73,7 +74,7 @@ class RecordFormat:
     def read_columns(self) -> frozenset[str]:
         """All columns that are read."""
         named = {column for columns in self.columns.values() for column in columns}
-        return frozenset({OBJECTS} | named | ({self.messages} if self.messages else set()))
+        return frozenset({OBJECTS, CHANNEL} | named | ({self.messages} if self.messages else set()))
 
     def __str__(self) -> str:
         if self.messages is None:

@@ -350,3 +350,11 @@ def cut_patches(frames: np.ndarray, settings: MediaSettings) -> np.ndarray:
     pieces = frames.reshape(number // depth, depth, rows, merge, patch, cols, merge, patch, 3)
     patches = np.ascontiguousarray(pieces.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
     return patches.reshape(-1, 3 * depth * patch * patch)
+
+
+def frames_of(patches: np.ndarray, grid: GridTHW, settings: MediaSettings) -> np.ndarray:
+    """Undo :func:`cut_patches`: uint8 [t * rows * cols, patch_dim] -> frames uint8 [frames, height, width, 3]."""
+    slices, rows, cols = grid
+    merge, patch, depth = settings.merge_size, settings.patch_size, settings.temporal_patch_size
+    blocks = patches.reshape(slices, rows // merge, cols // merge, merge, merge, 3, depth, patch, patch)
+    return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(slices * depth, rows * patch, cols * patch, 3)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypedDict
 
-from mindspeed_mm.data.formats import RecordFormat, RoleField
+from mindspeed_mm.data.formats import CHANNEL, RecordFormat, RoleField
 from mindspeed_mm.inputs import kind_of, reason, shorten, unique_keys
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, MEDIA_TAG, VIDEO_TAG, Message, Role, media_tags
 from mindspeed_mm.models.spec import ModelSpec
@@ -43,6 +43,7 @@ _PART_KEYS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # type of a part -> i
     "image_url": ("image", ("image_url",)), "video": ("video", ("video", "url", "path")),
     "video_url": ("video", ("video_url",)),
 }
+_LONGEST_CHANNEL = 100
 # Keys of a part that are read.
 PART_KEYS = frozenset({"type", *(key for _, keys in _PART_KEYS.values() for key in keys)})
 
@@ -65,6 +66,7 @@ class Record:
         videos: its videos, in the order of their tags.
         file: number of its data file.
         record: its index in that file.
+        channel: by which evaluations are reported; empty for none.
     """
 
     messages: list[Message]
@@ -72,6 +74,7 @@ class Record:
     videos: list[Video]
     file: int = -1
     record: int = -1
+    channel: str = ""
 
     def columns(self) -> dict[str, Any]:
         """The record as a row of a table: strings, lists, numbers and truth values only."""
@@ -83,6 +86,7 @@ class Record:
             "videos": self.videos,
             "file": self.file,
             "record": self.record,
+            "channel": self.channel,
         }
 
 
@@ -125,12 +129,26 @@ def parse_record(row: Any, form: RecordFormat, spec: ModelSpec, *, thoughts: boo
         messages = _with_tags(messages, listed)
     tags = media_tags(messages)
     if not tags and not any(listed.values()) and not any(row.get(column) for column in _MEDIA_COLUMNS):
-        return Record(messages, [], [])
+        return Record(messages, [], [], channel=_channel(row))
     found = {
         kind: _join(kind, sources[kind] or [None] * tags.count(tag), listed[kind], row, form, spec)
         for kind, tag in _TAGS.items()
     }
-    return Record(messages, found["image"], found["video"])
+    return Record(messages, found["image"], found["video"], channel=_channel(row))
+
+
+def _channel(row: Mapping[str, Any]) -> str:
+    """The channel that a record names; it becomes a part of metrics' names."""
+    value = row.get(CHANNEL)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"its column {CHANNEL!r}, by which evaluations are reported, is {kind_of(value)}, not a "
+                         "string; write a name, or rename the column")
+    if len(value) > _LONGEST_CHANNEL or not value.isprintable():
+        raise ValueError(f"its column {CHANNEL!r}, by which evaluations are reported, is {shorten(value, 40)!r}; write "
+                         f"a name of at most {_LONGEST_CHANNEL} printable characters, or rename the column")
+    return value.strip()
 
 
 def _with_system(messages: list[Message], row: Mapping[str, Any], form: RecordFormat, spec: ModelSpec) -> list[Message]:

@@ -323,7 +323,7 @@ def _media_features(datasets: Any) -> dict[str, Any]:
     value = datasets.Value
     return {
         "images": [value("string")], "videos": [{"path": value("string"), "frames": [value("string")]}],
-        "file": value("int32"), "record": value("int64"),
+        "file": value("int32"), "record": value("int64"), "channel": value("string"),
     }
 
 

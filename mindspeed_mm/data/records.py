@@ -232,7 +232,7 @@ class RecordReader:
         except Exception as error:  # nesting too deep for a parser, values that JSON does not have
             raise RecordError(f"{record_name(self._files[file], index)}: {reason(error)}") from error
         self._count_unread(row, form)
-        record = Record(messages, images, videos, file, index)
+        record = Record(messages, images, videos, file, index, record.channel)
         self._examine(record)
         return record
 

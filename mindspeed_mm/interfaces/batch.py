@@ -97,6 +97,7 @@ class Batch(_TensorFields):
         vision: the micro-batch's images and videos, or a dummy block, so that every rank calls the vision tower in
             every micro-batch; None for a family without vision.
         sample_channel: int64 [B], number of each sample's data set in a mixture; None without a mixture.
+        record_channels: the channel that each sample's record names, empty for none; length B, or 0 if none does.
         padding: tokens at the end that belong to no sample; none in a whole micro-batch, only in a part of one.
     """
 
@@ -112,6 +113,7 @@ class Batch(_TensorFields):
     sample_ids: list[int]
     vision: VisionBatch | None
     sample_channel: Tensor | None = None
+    record_channels: list[str] = dataclasses.field(default_factory=list)
     padding: int = 0
 
     @property

@@ -9,20 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mindspeed_mm.data.images import frames_of
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.media import GridTHW, MediaSettings
 
 _BLUE, _ORANGE, _GREY, _GREEN = "#2a6f97", "#d9622b", "#666666", "#00c853"
 _SLICES_SHOWN = 12
 _BINS = 60
-
-
-def frames_of(patches: np.ndarray, grid: GridTHW, settings: MediaSettings) -> np.ndarray:
-    """Undo the cutting: patches uint8 [t * rows * cols, patch_dim] -> frames uint8 [frames, height, width, 3]."""
-    slices, rows, cols = grid
-    merge, patch, depth = settings.merge_size, settings.patch_size, settings.temporal_patch_size
-    blocks = patches.reshape(slices, rows // merge, cols // merge, merge, merge, 3, depth, patch, patch)
-    return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(slices * depth, rows * patch, cols * patch, 3)
 
 
 def _pyplot() -> Any:

@@ -12,10 +12,9 @@ from PIL import Image
 
 from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
-from mindspeed_mm.data.images import cut_patches
+from mindspeed_mm.data.images import cut_patches, frames_of
 from mindspeed_mm.interfaces.media import MediaSettings, PixelNorm
 from mindspeed_mm.tools.show_data.__main__ import main
-from mindspeed_mm.tools.show_data.drawings import frames_of
 from mindspeed_mm.tools.show_data.text import Piece, for_page, for_terminal
 from tests.helpers.tiny_data import build_tiny, checkpoint_config, write_dataset
 
