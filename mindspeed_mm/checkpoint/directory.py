@@ -2,6 +2,7 @@
 
 ```
 ROOT/latest_checkpointed_iteration.txt     "release" or an iteration number; written last
+ROOT/best_checkpointed_iteration.txt       of the best checkpoint, which ROOT/best stands for; see best.py
 ROOT/release/ or ROOT/iter_0000010/
     .metadata  *.distcp                    PyTorch distributed checkpoint
     manifest.json                          sizes and checksums of all files, and facts about the content
@@ -54,6 +55,9 @@ from mindspeed_mm.inputs import (
 
 RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST_TRACKER = "best_checkpointed_iteration.txt"
+BEST = "best"
+"""Name in a ``--save`` directory that stands for the best checkpoint; nothing of that name is there."""
 METADATA = ".metadata"
 PROGRESS_FILE = "progress.json"
 MANIFEST = "manifest.json"
@@ -109,7 +113,10 @@ def read_tracker(root: str | os.PathLike[str]) -> str | int | None:
     Raises:
         UserError: if the file has any other content.
     """
-    path = Path(root) / TRACKER
+    return _read_tracker(Path(root) / TRACKER)
+
+
+def _read_tracker(path: Path) -> str | int | None:
     try:
         text = read_bytes(path, limit=_TRACKER_BYTES).decode().strip()
     except FileNotFoundError:
@@ -134,7 +141,7 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: if ``root``, the tracker or the directory is missing, naming the step of the guide that creates it.
     """
-    root = Path(root)
+    root = named_checkpoint(Path(root))
     if not root.is_dir():
         raise UserError(f"checkpoint directory {root} does not exist; correct --load, convert the weights (step 2: "
                         "mm-convert), or leave --load out to start from init_from_hf_path of the model file")
@@ -158,6 +165,14 @@ def resolve_checkpoint(root: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         raise UserError(f"{root / TRACKER} points to {path.name}, which is missing; restore it or correct the tracker")
     return path
+
+
+def named_checkpoint(path: Path) -> Path:
+    """``path``, or the checkpoint directory that it stands for: ``SAVE/best`` for the best one in ``SAVE``."""
+    if path.name != BEST or is_present(path):
+        return path
+    value = _read_tracker(path.parent / BEST_TRACKER)
+    return path if value is None else path.parent / checkpoint_name(value)
 
 
 def checkpoint_to_load(load: str | os.PathLike[str], *, plain: bool) -> tuple[Path, dict[str, Any]]:
@@ -504,6 +519,7 @@ def find_checkpoint(path: Path, option: str) -> Path:
     Raises:
         UserError: if it is none, saying what the path is instead.
     """
+    path = named_checkpoint(path)
     if not path.exists():
         raise UserError(f"{option} {path} does not exist; name a checkpoint, or the directory of its tracker file")
     if not path.is_dir():

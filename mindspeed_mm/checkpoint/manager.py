@@ -30,9 +30,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
 from mindspeed_mm.checkpoint import directory
+from mindspeed_mm.checkpoint.best import best_of_progress, write_best
 from mindspeed_mm.checkpoint.files import becomes_visible, make_directory, new_file, remove
 from mindspeed_mm.checkpoint.lock import LOCK, DirectoryLock
-from mindspeed_mm.checkpoint.save_directory import PROBE, delete_old_checkpoints, remove_leftovers
+from mindspeed_mm.checkpoint.save_directory import (
+    PROBE,
+    complete_iterations,
+    delete_old_checkpoints,
+    remove_leftovers,
+)
 from mindspeed_mm.checkpoint.shards import Shard, Stager, check_host_memory
 from mindspeed_mm.checkpoint.state import raise_on_all_ranks
 from mindspeed_mm.checkpoint.storage import CheckpointWriter, SavePlanner
@@ -65,6 +71,7 @@ class SaveOptions:
         asynchronous: ``--async-save``: write from a copy in host memory while training continues.
         keep_last: ``--keep-last``; None to keep all.
         keep_every: ``--keep-every``; None for no further ones.
+        keep_best: ``--keep-best``.
         failure_limit: ``--save-failure-limit``: failed saves in a row that end the run.
         timeout_minutes: time without progress on any rank after which waiting for a save fails.
         complete: adds files to the directory of a checkpoint, on rank 0, once its tensors are on disk.
@@ -76,11 +83,18 @@ class SaveOptions:
     asynchronous: bool = False
     keep_last: int | None = None
     keep_every: int | None = None
+    keep_best: int = 0
     failure_limit: int = 3
     timeout_minutes: float = 30
     complete: Callable[[Path], None] | None = None
     complete_bytes: int = 0
     in_use: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def retention(self) -> str:
+        """The flags by which old checkpoints are deleted."""
+        flags = {"--keep-last": self.keep_last is not None, "--keep-best": bool(self.keep_best)}
+        return ", ".join(flag for flag, given in flags.items() if given)
 
 
 @dataclasses.dataclass
@@ -261,14 +275,18 @@ class CheckpointManager:
         save.directory.commit(self._metadata, files)
         root, options = self._options.root, self._options
         directory.write_tracker(root, save.iteration)
-        if options.keep_last is not None:
-            try:
+        try:
+            best = best_of_progress(progress) if options.keep_best else None
+            if best is not None:
+                on_disk = [iteration for iteration in complete_iterations(root) if iteration <= save.iteration]
+                write_best(root, best, best.kept(on_disk, keep=options.keep_best))
+            if options.keep_last is not None or best is not None:
                 save.deleted = delete_old_checkpoints(
                     root, newest=save.iteration, keep_last=options.keep_last, keep_every=options.keep_every,
-                    in_use=tuple(options.in_use),
+                    in_use=tuple(options.in_use), best=best, keep_best=options.keep_best,
                 )
-            except (OSError, UserError) as error:
-                save.retention_error = str(error)
+        except (OSError, UserError) as error:
+            save.retention_error = str(error)
 
     def _wait_for_previous(self, iteration: int) -> None:
         previous, started = self._save, time.perf_counter()
@@ -327,9 +345,11 @@ class CheckpointManager:
         )
         if save.deleted:
             names = ", ".join(directory.iteration_name(iteration) for iteration in save.deleted)
-            self._log(logging.INFO, f"deleted {names} (--keep-last)")
+            self._log(logging.INFO, f"deleted {names} ({self._options.retention})")
         if save.retention_error is not None:
-            self._log(logging.WARNING, f"an old checkpoint could not be deleted: {save.retention_error}")
+            what = "an old checkpoint could not be deleted"
+            what += ", or the best not recorded" * bool(self._options.keep_best)
+            self._log(logging.WARNING, f"{what}: {save.retention_error}")
 
     def _explain(self, error: BaseException) -> str:
         """One line: rank, file, cause, and the free disk space if that is the cause."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.checkpoint.best import BestSoFar
 from mindspeed_mm.checkpoint.directory import MANIFEST, PROGRESS_FILE, iteration_name, verify_files
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_present, read_json, shorten
@@ -23,6 +24,8 @@ class Progress:
         seed: that decided the order of the samples.
         samples_per_epoch: number of samples in that order.
         data: fingerprint of the data files.
+        evaluation_due: whether the evaluation after the iteration was left when the run was asked to stop.
+        best: best checkpoints so far, and evaluations without improvement; None where nothing asks for them.
     """
 
     iteration: int = 0
@@ -31,6 +34,8 @@ class Progress:
     seed: int | None = None
     samples_per_epoch: int | None = None
     data: str | None = None
+    evaluation_due: bool = False
+    best: BestSoFar | None = None
 
     @staticmethod
     def is_training(path: Path) -> bool:
@@ -68,6 +73,8 @@ class Progress:
         if "iteration" not in content:
             raise UserError(f"{file} holds {shorten(content)}: it has no iteration; {remedy}")
         progress = cls(**content)
+        if progress.best is not None:
+            progress.best = BestSoFar.read(progress.best, file)
         optional = (progress.seed, progress.samples_per_epoch)
         counts = (progress.iteration, progress.consumed_samples, *(value for value in optional if value is not None))
         if any(type(value) is not int or not 0 <= value < 1 << 62 for value in counts):

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from mindspeed_mm.checkpoint.best import BestSoFar
 from mindspeed_mm.checkpoint.directory import (
     MANIFEST,
     RELEASE,
@@ -68,28 +69,37 @@ def complete_iterations(root: Path) -> list[int]:
 
 
 def delete_old_checkpoints(
-    root: Path, *, newest: int, keep_last: int, keep_every: int | None, in_use: Collection[int] = ()
+    root: Path, *, newest: int, keep_last: int | None, keep_every: int | None, in_use: Collection[int] = (),
+    best: BestSoFar | None = None, keep_best: int = 0,
 ) -> list[int]:
     """Delete old checkpoints of this run. Called by one rank, after the tracker points to the newest.
 
     Args:
         root: the ``--save`` directory.
         newest: iteration saved last. Later ones belong to another lineage of the run and are kept.
-        keep_last: number of checkpoints to keep, including ``newest``.
+        keep_last: number of checkpoints to keep, including ``newest``; None: all but those that were saved only because
+            they were among the best, and no longer are.
         keep_every: also keep those whose iteration is a multiple of this. The bases of partial checkpoints that are
             kept are kept too.
         in_use: iterations to leave for a later call.
+        best: the run's best checkpoints so far; None where none are kept.
+        keep_best: number of them to keep.
 
     Returns:
         The deleted iterations.
     """
-    old = [iteration for iteration in complete_iterations(root) if iteration <= newest][:-keep_last]
+    old = [iteration for iteration in complete_iterations(root) if iteration <= newest]
+    kept = {iteration for iteration, _ in best.kept(old, keep=keep_best)} if best is not None else set()
+    if keep_last is not None:
+        old = old[:-keep_last]
+    else:
+        old = [iteration for iteration in old if best is not None and iteration in best.only and iteration != newest]
     tracked = read_tracker(root)
     deleted = [
         iteration
         for iteration in old
         if iteration != tracked and tracked not in (None, RELEASE) and (not keep_every or iteration % keep_every)
-        and iteration not in in_use
+        and iteration not in in_use and iteration not in kept
     ]
     bases = _bases(root, [iteration for iteration in complete_iterations(root) if iteration not in deleted])
     deleted = [iteration for iteration in deleted if (root / iteration_name(iteration)).resolve() not in bases]
@@ -186,7 +196,7 @@ def earlier_run_warning(save: str | None, load: str | None) -> str | None:
     )
 
 
-def disk_space_warning(root: Path, *, nbytes: int, count: int, keep_last: int | None) -> str | None:
+def disk_space_warning(root: Path, *, nbytes: int, count: int, keep_last: int | None, keep_best: int = 0) -> str | None:
     """A warning if the checkpoints of a run do not fit on the disk, else None.
 
     Args:
@@ -194,15 +204,18 @@ def disk_space_warning(root: Path, *, nbytes: int, count: int, keep_last: int | 
         nbytes: of one checkpoint.
         count: of checkpoints that the run will write, at most.
         keep_last: ``--keep-last``.
+        keep_best: ``--keep-best``.
     """
     free = shutil.disk_usage(check_writable(root)).free
-    at_once = count if keep_last is None else min(count, keep_last + 1)  # one more while it is written
+    # one more while it is written
+    at_once = count + keep_best if keep_last is None else min(count + keep_best, keep_last + keep_best + 1)
     if at_once * nbytes <= free:
         return None
     size = f"a checkpoint of this run takes about {_size(nbytes)}"
     if nbytes > free:
         return f"--save {root} has {_size(free)} free and {size}: no save will succeed; free space there"
     remedy = "--keep-last deletes old ones" if keep_last is None else "lower --keep-last"
+    remedy += " or --keep-best" * (keep_last is not None and keep_best > 0)
     number = f"of which up to {at_once} will exist at the same time"
     return f"--save {root} has {_size(free)} free and {size}, {number}; {remedy}"
 

@@ -10,12 +10,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.flags import LoraArgs, OptimizerArgs, TrainingArgs, option_name
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.config.model_options import LossMode, ModelOptions
-from mindspeed_mm.config.schema import EFFECTIVE, role_of, split_words
+from mindspeed_mm.config.schema import EFFECTIVE, nearest, role_of, split_words
 from mindspeed_mm.errors import UserError
 
+METRICS = ("validation_loss", "validation_token_accuracy", "validation_exact_match")
+"""Metrics of evaluations, by which checkpoints can be compared."""
 _OF_DECAY_STYLE = {
     "lr_wsd_decay_iters": "WSD", "lr_wsd_decay_style": "WSD", "lr_decay_power": "polynomial",
     "lr_num_cycles": "cosine-with-restarts",
@@ -74,7 +77,7 @@ def check_flags(args: TrainingArgs) -> None:
     if args.finetune and args.load is None:
         raise UserError("--finetune starts from the weights that --load names; add --load DIR, or leave --finetune out "
                         "to start from init_from_hf_path of the model file")
-    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every", "save_hf_interval",
+    for name in ("save_trainable_only", "async_save", "keep_last", "keep_every", "keep_best", "save_hf_interval",
                  "save_hf_at_end"):
         if getattr(args, name) and args.save is None:
             raise UserError(f"{option_name(name)} has no effect without --save; add --save DIR")
@@ -93,6 +96,36 @@ def check_flags(args: TrainingArgs) -> None:
                         "STEPS or --save-hf-at-end")
     if args.save_interval is not None and args.save is None and "save_interval" in args.given:
         raise UserError(f"--save-interval {args.save_interval} has nowhere to save to; add --save DIR")
+
+
+def check_evaluation(args: TrainingArgs, data: DataConfig) -> None:
+    """Rules of the flags that compare evaluations.
+
+    Raises:
+        UserError: if there is nothing to compare, or no such metric.
+    """
+    deciding = [name for name in ("keep_best", "early_stopping_patience") if getattr(args, name)]
+    if not deciding:
+        for name in ("metric_for_best", "early_stopping_threshold"):
+            if name in args.given and getattr(args, name) != type(args).model_fields[name].default:
+                raise UserError(f"{option_name(name)} {getattr(args, name)} has no effect without --keep-best or "
+                                "--early-stopping-patience; add one, or leave it out")
+        return
+    metric, slash, name = args.metric_for_best.partition("/")
+    if metric not in METRICS or (slash and not name):
+        guess = nearest(metric, list(METRICS))
+        remedy = f"did you mean {guess}{slash}{name}?" if guess else f"choose {', '.join(METRICS)}, or <metric>/<name>"
+        raise UserError(f"--metric-for-best {args.metric_for_best} is no metric of evaluations; {remedy}")
+    if args.early_stopping_threshold and not args.early_stopping_patience:
+        raise UserError(f"--early-stopping-threshold {args.early_stopping_threshold} has no effect without "
+                        "--early-stopping-patience; add it, or leave the threshold out")
+    basic, flag = data.dataset_param.basic_parameters, option_name(deciding[0])
+    if not (basic.val_dataset or basic.val_rate):
+        raise UserError(f"{flag} {getattr(args, deciding[0])} needs held-out data; set val_dataset or val_rate in "
+                        f"{args.mm_data}, or leave it out")
+    if not args.eval_iters:
+        raise UserError(f"{flag} {getattr(args, deciding[0])} needs evaluations, which --eval-iters 0 switches off; "
+                        "drop one of them")
 
 
 def check_schedule_flags(args: TrainingArgs) -> None:

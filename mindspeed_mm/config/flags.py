@@ -320,6 +320,26 @@ class LogArgs(StrictModel):
         1000, "optimizer steps between evaluations on the held-out data", ge=1, metavar="STEPS"
     )
     eval_iters: int = effective(100, "most global batches per evaluation; 0: never evaluate", ge=0)
+    eval_samples: int = effective(
+        8, "held-out samples whose questions and answers evaluations hand to reports; 0: none (docs/evaluation.md)",
+        ge=0, le=1000,
+    )
+    metric_for_best: str = effective(
+        "validation_loss", "evaluation metric that --keep-best and --early-stopping-patience compare by: "
+        "validation_loss, validation_token_accuracy or validation_exact_match, or that of a data set or channel, as "
+        "validation_loss/NAME (docs/evaluation.md)", metavar="NAME",
+    )
+    keep_best: int = effective(
+        0, "save the checkpoints of the N best evaluations so far, whatever --save-interval and --keep-last say, and "
+        "delete those that no longer are; 0: off", ge=0, le=1000,
+    )
+    early_stopping_patience: int | None = effective(
+        None, "save and finish the run after so many evaluations in a row without improvement (default: never)", ge=1,
+        metavar="EVALUATIONS",
+    )
+    early_stopping_threshold: float = effective(
+        0.0, "least improvement of --metric-for-best that counts for --early-stopping-patience", ge=0
+    )
 
 
 class ReliabilityArgs(StrictModel):

@@ -11,6 +11,7 @@ from typing import Any
 
 from mindspeed_mm.config.checks import (
     ModelFacts,
+    check_evaluation,
     check_flags,
     check_frozen_dtype,
     check_model,
@@ -220,6 +221,7 @@ def load_job_config(argv: Sequence[str] | None = None, *, world_size: int | None
     )
     try:  # properties that join a flag with a field of a file: raise here where the two contradict each other
         _ = job.loss_mode, job.router_aux_loss_coef
+        check_evaluation(job.args, job.data)
     except UserError as error:
         raise UserError(job.explain(str(error))) from None
     return job

@@ -251,6 +251,7 @@ def checkpoint_warning(job: JobConfig, plan: Plan) -> str | None:
         nbytes=checkpoint_bytes(plan, moments=not args.no_save_optim, trainable_only=args.save_trainable_only),
         count=-(-args.train_iters // args.save_interval) if args.train_iters and args.save_interval else 1,
         keep_last=args.keep_last,
+        keep_best=args.keep_best,
     )
 
 

@@ -26,6 +26,7 @@ from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
 from mindspeed_mm.data.loader import BatchLoader, TrainLoader
 from mindspeed_mm.data.mixture import data_fingerprint
+from mindspeed_mm.evaluation.sample_views import SampleViews
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.lora import LORA_KEY
@@ -37,6 +38,7 @@ from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.parallel.parallelize import parallelize
 from mindspeed_mm.training.callbacks.anomaly_detection import AnomalyDetector, reports_directory
 from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.callbacks.best_checkpoint import best_checkpoint
 from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
 from mindspeed_mm.training.callbacks.evaluation import Evaluation
 from mindspeed_mm.training.callbacks.hf_weights import HFWeights
@@ -169,11 +171,11 @@ def _run(
             objective=_objective(job, spec, model_config, settings, lora, forward_step),
             context=context,
             callbacks=_callbacks(
-                job,
-                context,
+                job, context,
                 model=model,
                 describe=loader.dataset.describe,
                 eval_loader=eval_loader,
+                views=_sample_views(job, spec, model_config, media, eval_loader),
                 split=split,
                 manager=_checkpoint_manager(
                     job, model, optimizer, backend, settings, _facts(model_config, media, loader, job), source, lora
@@ -181,7 +183,7 @@ def _run(
             ),
         )
         trainer.train()
-    return trainer.stopped and progress.iteration < args.train_iters
+    return trainer.stopped and not trainer.finished_early and progress.iteration < args.train_iters
 
 
 def _count_iterations(job: JobConfig, samples_per_epoch: int) -> JobConfig:
@@ -254,6 +256,7 @@ def _callbacks(
     model: nn.Module,
     describe: Callable[[int], str],
     eval_loader: BatchLoader | None,
+    views: SampleViews | None,
     split: Callable[[Batch], Batch],
     manager: CheckpointManager | None,
 ) -> list[Callback]:
@@ -271,16 +274,39 @@ def _callbacks(
     callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=describe)]
     if eval_loader is not None:
         callbacks.append(Evaluation(
-            eval_loader, split=split, skipped_samples=skipped_samples, channels=eval_loader.dataset.channels,
+            eval_loader, split=split, skipped_samples=skipped_samples, data_sets=eval_loader.dataset.channels,
+            views=views,
         ))
+    best = best_checkpoint(args, eval_loader)
     if manager is not None:  # after the evaluation, whose metrics belong to the step that is saved
-        callbacks.append(Checkpointing(manager))
+        callbacks.append(Checkpointing(manager, **({} if best is None else {"wanted": best.wants})))
+    if best is not None:  # after the last save, when the best checkpoint is known
+        callbacks.append(best)
     if manager is not None and (args.save_hf_interval is not None or args.save_hf_at_end):
         callbacks.append(HFWeights(
             Path(args.save), job.model.init_from_hf_path, interval=args.save_hf_interval, in_use=manager.in_use,
             dtype=args.save_hf_dtype, load_base=args.load_base,
         ))
     return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended
+
+
+def _sample_views(
+    job: JobConfig, spec: ModelSpec, model_config: ModelConfig, media: MediaSettings | None,
+    eval_loader: BatchLoader | None,
+) -> SampleViews | None:
+    """The held-out samples that evaluations hand to reports."""
+    args = job.args
+    if eval_loader is None or not args.eval_samples:
+        return None
+    tags = [f"<{kind}>" for kind in spec.media_kinds]
+    return SampleViews(
+        eval_loader.dataset,
+        count=args.eval_samples,
+        limit=args.eval_iters * args.global_batch_size,
+        tokenizer=job.data.dataset_param.preprocess_parameters.model_name_or_path,
+        placeholders=dict(zip(spec.placeholder_token_ids(model_config), tags, strict=True)),
+        settings=media,
+    )
 
 
 def _watchdog(args: TrainingArgs, context: RunContext) -> Watchdog:
@@ -339,6 +365,7 @@ def _checkpoint_manager(
             asynchronous=args.async_save,
             keep_last=args.keep_last,
             keep_every=args.keep_every,
+            keep_best=args.keep_best,
             failure_limit=args.save_failure_limit,
             timeout_minutes=args.distributed_timeout_minutes,
             **export,

@@ -46,6 +46,7 @@ class Trainer:
     Attributes:
         stopping: whether the run ends after the present step, before ``--train-iters``.
         stopped: whether that is because a rank was asked to stop.
+        finished_early: why the run is complete before ``--train-iters``; empty if it is not.
         error: what the run ends with after its last save; None for nothing.
     """
 
@@ -86,6 +87,7 @@ class Trainer:
         self.channels = tuple(channels)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stopping = self.stopped = False
+        self.finished_early = ""
         self.error: UserError | None = None
         self.router_choices: Tensor | None = None
         self._started: list[Callback] = []
@@ -123,6 +125,15 @@ class Trainer:
         self.error = self.error or error
         self.stopping = True
 
+    def stop_on_request(self) -> None:
+        """Stop the run after the present step, as if its metrics had had the request. Called on all ranks together."""
+        self.stopped = self.stopping = True
+
+    def finish_early(self, reason: str) -> None:
+        """End the run as complete: save the current step first. Called on all ranks for the same step."""
+        self.finished_early = reason
+        self.stopping = True
+
     def _train_steps(self, exit_interval: int | None) -> None:
         progress = self.context.progress
         while progress.iteration < self.args.train_iters and not self.stopping:
@@ -130,6 +141,8 @@ class Trainer:
             rates = learning_rates(self.optimizer, self.schedule)
             self.context.phases.begin_step(iteration)
             self.notify("on_step_start", iteration)
+            if self.stopping:
+                break
             metrics, details = self.train_step()
             self.context.phases.enter("reading results")
             self.schedule.step(increment=self.args.global_batch_size)

@@ -26,6 +26,7 @@ class Run(Protocol):
         context: where the run trains and how far it is.
         stopping: whether the run ends after the present step, before ``--train-iters``.
         stopped: whether that is because a rank was asked to stop.
+        finished_early: why the run is complete before ``--train-iters``; empty if it is not.
         router_choices: int64 [sparse layers, experts] on the device, how often each expert was chosen in the training
             steps since this process started, over all ranks; a new tensor in each step. None without experts.
         error: what the run ends with after its last save; None for nothing.
@@ -38,11 +39,18 @@ class Run(Protocol):
     context: RunContext
     stopping: bool
     stopped: bool
+    finished_early: str
     router_choices: Tensor | None
     error: UserError | None
 
     def stop_after_save(self, error: UserError) -> None:
         """Stop the run: save the current step, then raise ``error``. Called on all ranks for the same step."""
+
+    def stop_on_request(self) -> None:
+        """Stop the run after the present step, as if its metrics had had the request. Called on all ranks together."""
+
+    def finish_early(self, reason: str) -> None:
+        """End the run as complete: save the current step first. Called on all ranks for the same step."""
 
     def paused(self, phase: str) -> AbstractContextManager[None]:
         """Between two steps: all records are read first, and the time inside belongs to no step."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mindspeed_mm.checkpoint.manager import CheckpointManager
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.optimizer import schedule_state
@@ -10,9 +12,9 @@ from mindspeed_mm.training.optimizer import schedule_state
 class Checkpointing(Callback):
     """Drives a checkpoint manager. Comes after all callbacks whose results belong to the step that is saved."""
 
-    def __init__(self, manager: CheckpointManager) -> None:
-        """``manager`` writes the checkpoints."""
-        self._manager = manager
+    def __init__(self, manager: CheckpointManager, *, wanted: Callable[[int], bool] = lambda iteration: False) -> None:
+        """``manager`` writes the checkpoints; ``wanted``: whether one is saved though no interval asks for it."""
+        self._manager, self._wanted = manager, wanted
 
     def on_run_start(self, run: Run) -> None:
         """Keep the run."""
@@ -24,7 +26,7 @@ class Checkpointing(Callback):
         args = self._run.args
         self._manager.poll()
         due = bool(args.save_interval) and iteration % args.save_interval == 0
-        if due or self._run.stopping or iteration == args.train_iters:
+        if due or self._run.stopping or iteration == args.train_iters or self._wanted(iteration):
             with self._run.paused("save"):
                 progress = self._run.context.progress
                 if progress.iteration == self._saved:  # steps were taken back: there is nothing new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +12,34 @@ import torch.distributed as dist
 
 from mindspeed_mm.data.loader import StepBatches
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.sample import EvaluatedSample
+from mindspeed_mm.evaluation.sample_views import SampleViews
+from mindspeed_mm.evaluation.teacher_forcing import RankScores, Scores, ScoreSums
 from mindspeed_mm.interfaces.batch import Batch
 from mindspeed_mm.parallel.fsdp import reshard
 from mindspeed_mm.parallel.single_device import cached_compute_weights
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
-from mindspeed_mm.training.channels import ChannelLosses
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
-from mindspeed_mm.training.metrics import gather_messages
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Found:
+    """What one rank found in an evaluation.
+
+    Attributes:
+        skipped: file, sample and reason of each sample that cannot be used.
+        unfit: number of samples that are too long or have no target token.
+        failure: why this rank's data could not be loaded.
+        scores: of the others.
+    """
+
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    unfit: int = 0
+    failure: str = ""
+    scores: RankScores | None = None
 
 
 class Evaluation(Callback):
@@ -28,7 +47,7 @@ class Evaluation(Callback):
 
     def __init__(
         self, loader: Iterable[StepBatches], *, split: Callable[[Batch], Batch], skipped_samples: SkippedSamples,
-        channels: Sequence[str] = (),
+        data_sets: Sequence[str] = (), views: SampleViews | None = None,
     ) -> None:
         """Evaluate nothing yet.
 
@@ -36,86 +55,118 @@ class Evaluation(Callback):
             loader: micro-batches of held-out data; each evaluation starts from the first.
             split: takes this rank's part of a micro-batch.
             skipped_samples: counts those of this data, too.
-            channels: names of the data sets whose losses are reported by themselves.
+            data_sets: names of those of a mixture, whose metrics are reported by themselves.
+            views: makes the samples that other callbacks show; None for none.
         """
         self._loader = loader
         self._split = split
         self._skipped_samples = skipped_samples
-        self._channels = tuple(channels)
-        self._warned = False
+        self._data_sets = tuple(data_sets)
+        self._views = views
+        self._samples: tuple[EvaluatedSample, ...] = ()
+        self._warned: set[str] = set()
 
     def on_run_start(self, run: Run) -> None:
         """Take the model."""
         self._run = run
 
+    def on_step_start(self, iteration: int) -> None:
+        """Make up for an evaluation that was left when the run was asked to stop, before a resumed run goes on."""
+        if self._run.context.progress.evaluation_due:
+            self._evaluate(iteration - 1)
+
     def on_step_queued(self, iteration: int) -> None:
         """Evaluate if it is due, unless the run ends with an error."""
         args = self._run.args
         if iteration % args.eval_interval == 0 or iteration == args.train_iters:
-            with self._run.paused("evaluation"):
-                metrics = self.evaluate() if self._run.error is None else None
-                if metrics is not None:
-                    self._run.notify("on_evaluation", iteration, metrics, ())
+            self._evaluate(iteration)
+
+    def _evaluate(self, iteration: int) -> None:
+        run = self._run
+        with run.paused("evaluation"):
+            if run.error is not None:
+                return
+            run.context.progress.evaluation_due = False
+            metrics = self.evaluate()
+            if metrics is not None:
+                run.notify("on_evaluation", iteration, metrics, self._samples)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:
-        """Evaluate on at most ``--eval-iters`` global batches of held-out data.
+        """Evaluate on at most ``--eval-iters`` global batches of held-out data: the same samples in every layout.
 
         Returns:
-            ``validation_loss``, the mean cross-entropy of the target tokens, and ``validation_loss/<name>``, that of
-            each data set of a mixture that has some.
+            The metrics of :meth:`~mindspeed_mm.evaluation.teacher_forcing.Scores.metrics`.
             None if a rank cannot load its data: the run then stops, after a save; if the run is asked to stop; or if
             no held-out sample has a target token: 0 would look like a loss.
         """
-        args, model = self._run.args, self._run.model
-        device, layout = self._run.context.backend.device, self._run.context.layout
-        micro_batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
+        args, model, layout = self._run.args, self._run.model, self._run.context.layout
+        count = args.eval_iters * args.global_batch_size // (args.micro_batch_size * layout.dp_size)
         model.eval()
-        sums, skipped, unfit, failures = torch.zeros(5, device=device), [], 0, set()
-        stop, channels = _SharedFlag(device), ChannelLosses(self._channels, device)
+        stop, found = _SharedFlag(self._run.context.backend.device), _Found()
         with cached_compute_weights(model):
-            for data in itertools.islice(self._loader, micro_batches):
-                if stop.exchange(self._run.context.stop_requested()):
-                    break
-                skipped += data.skipped.unusable
-                unfit += data.skipped.too_long + data.skipped.no_target
-                failures |= {data.failure} - {""}
-                for batch in data.batches:
-                    batch = self._split(batch).to(device)
-                    weight = torch.ones_like(batch.labels, dtype=torch.float32)
-                    output = self._run.objective.forward_step(model, batch, weight)
-                    channels.add(batch, output.token_losses)
-                    sums[0] += output.loss
-                    sums[1] += weight.numel()
-        sums[2], sums[3], sums[4] = len(skipped) / layout.context_size, len(failures), unfit / layout.context_size
-        sums = torch.cat([sums, *channels.sums])
-        dist.all_reduce(sums)
+            done = self._forward(count, stop, found)
         reshard(model)
         model.train()
         if stop.is_set:
-            if layout.rank == 0:
-                logger.info("evaluation aborted: the run was asked to stop")
+            logger.info(f"evaluation aborted after {done} micro-batches: the run was asked to stop", extra=RANK_0_ONLY)
+            self._run.context.progress.evaluation_due = True  # a resumed run makes it
+            self._run.stop_on_request()
             return None
-        loss, count, skipped_count, failed, unfit_count, *of_channels = sums.tolist()
-        if failed:
-            self._run.stop_after_save(UserError(f"evaluation: {gather_messages(sorted(failures))[0]}"))
+        of_ranks: list[_Found] = [found] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, found)
+        if failures := sorted({one.failure for one in of_ranks} - {""}):
+            self._run.stop_after_save(UserError(f"evaluation: {failures[0]}"))
             return None
-        self._skipped_samples.check(round(skipped_count), skipped)
-        self._warn(round(unfit_count), all_of_them=not count)
-        size = len(self._channels)
-        pairs = zip(self._channels, of_channels[:size], of_channels[size:], strict=True)
-        means = {f"validation_loss/{name}": total / tokens for name, total, tokens in pairs if tokens}
-        return {"validation_loss": loss / count, **means} if count else None
+        # ranks that share samples have each found all of what is wrong with them
+        self._skipped_samples.check(sum(len(one.skipped) for one in of_ranks) // layout.context_size, found.skipped)
+        scores = Scores.join([one.scores for one in of_ranks if one.scores is not None])
+        metrics = scores.metrics(self._data_sets)
+        self._warn(sum(one.unfit for one in of_ranks) // layout.context_size, scores)
+        shows = layout.rank == 0 and self._views is not None
+        self._samples = self._views.samples(scores) if shows and metrics else ()
+        return metrics or None
 
-    def _warn(self, unfit: int, *, all_of_them: bool) -> None:
+    def _forward(self, count: int, stop: _SharedFlag, found: _Found) -> int:
+        """Run the model on at most ``count`` micro-batches of this rank; returns their number."""
+        run = self._run
+        sums, done = ScoreSums(() if self._views is None else self._views.indices), 0
+        for data in itertools.islice(self._loader, count):
+            if stop.exchange(run.context.stop_requested()):
+                return done
+            found.skipped += data.skipped.unusable
+            found.unfit += data.skipped.too_long + data.skipped.no_target
+            found.failure = found.failure or data.failure
+            for batch in data.batches:
+                batch = self._split(batch)
+                shown = sums.describe(batch)
+                batch = batch.to(run.context.backend.device)
+                weight = torch.ones_like(batch.labels, dtype=torch.float32)
+                output = run.objective.forward_step(run.model, batch, weight)
+                sums.add(batch, output.token_losses, output.predicted, shown)
+            done += 1
+        found.scores = sums.read()
+        return done
+
+    def _warn(self, unfit: int, scores: Scores) -> None:
         """Say once how many samples are too long or have no target, and whether there is nothing else."""
-        if not self._warned and (unfit or all_of_them):
-            self._warned = True
-            logger.warning(
+        none_left = not len(scores.indices)
+        if unfit or none_left:
+            self._warn_once(
+                "unfit",
                 f"evaluation: {unfit} held-out samples are longer than --seq-length or have no target token"
-                f"{', and no other is left: there is no validation loss' if all_of_them else ''}",
-                extra=RANK_0_ONLY,
+                f"{', and no other is left: there is no validation loss' if none_left else ''}",
             )
+        if scores.too_many_channels:
+            self._warn_once(
+                "channels", f"evaluation: the records name {len(set(scores.channels))} channels, too many to report "
+                "each: the column channel is left out (docs/evaluation.md)",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            logger.warning(message, extra=RANK_0_ONLY)
+        self._warned.add(kind)
 
 
 class _SharedFlag:

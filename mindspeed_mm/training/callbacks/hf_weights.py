@@ -141,12 +141,13 @@ class HFWeights(Callback):
     def _delete_old(self) -> None:
         """Delete checkpoints that were kept for their export."""
         args = self._run.args
-        if args.keep_last is None:
+        if args.keep_last is None and not args.keep_best:
             return
         try:
             delete_old_checkpoints(
                 self._root, newest=self._run.context.progress.iteration, keep_last=args.keep_last,
-                keep_every=args.keep_every, in_use=tuple(self._in_use),
+                keep_every=args.keep_every, in_use=tuple(self._in_use), keep_best=args.keep_best,
+                best=self._run.context.progress.best if args.keep_best else None,
             )
         except (OSError, UserError) as error:
             logger.warning(f"an old checkpoint could not be deleted: {error}")

@@ -16,6 +16,11 @@ from mindspeed_mm.training.metrics import StepRecord, rates_per_device
 logger = logging.getLogger(__name__)
 
 _LOSS = "loss/"  # of one data set of a mixture
+_VALIDATION_LOSS = "validation_loss/"
+_EVALUATED = (
+    ("validation_loss", "loss", ".6E"), ("validation_token_accuracy", "token accuracy", ".4f"),
+    ("validation_exact_match", "exact match", ".4f"),
+)
 _RECENT = 50  # steps that the remaining time is estimated from
 
 
@@ -55,10 +60,14 @@ class LogLine(Callback):
     def on_evaluation(
         self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
     ) -> None:
-        """Log the validation loss."""
-        of_sets = [f" {loss_of}: {loss:.6E} |" for loss_of, loss in _channel_losses(metrics, "validation_loss/")]
-        loss = metrics["validation_loss"]
-        logger.info(f" validation loss at iteration {iteration} | loss: {loss:.6E} |{''.join(of_sets)}", extra=RAW)
+        """Log the metrics of all samples, then those of each data set and channel."""
+        fields = []
+        names = [name.removeprefix(_VALIDATION_LOSS) for name in metrics if name.startswith(_VALIDATION_LOSS)]
+        for name in ["", *names]:
+            for metric, words, form in _EVALUATED:
+                if (value := metrics.get(f"{metric}/{name}" if name else metric)) is not None:
+                    fields.append(f"{words}{f' of {name}' if name else ''}: {value:{form}} |")
+        logger.info(f" validation loss at iteration {iteration} | {' '.join(fields)}", extra=RAW)
 
     def _line(self, last: StepRecord) -> str:
         """The interval's line. A loss that is not finite stays visible as the interval's loss."""

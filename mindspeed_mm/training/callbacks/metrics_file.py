@@ -60,9 +60,12 @@ class MetricsFile(Callback):
     def on_evaluation(
         self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
     ) -> None:
-        """Add to the step's line."""
+        """Add to the step's line; of an evaluation that a resumed run makes up for, to the last one of the file."""
         if self._line is not None:
             self._line.update(metrics)
+        elif self._active and self._descriptor is None:
+            with self._warning():
+                self._amend(iteration, metrics)
 
     def on_save(self, iteration: int) -> None:
         """A resumed run continues after this step: its line must be on disk."""
@@ -82,10 +85,7 @@ class MetricsFile(Callback):
         line, self._line = self._line, None
         if line is None or not self._active:
             return
-        # JSON has no NaN and no infinity
-        finite = {key: value if not isinstance(value, float) or math.isfinite(value) else None
-                  for key, value in line.items()}  # fmt: skip
-        data = (json.dumps(finite) + "\n").encode()
+        data = _text(line)
         with self._warning():
             if self._descriptor is None:
                 make_directory(self.path.parent)
@@ -100,6 +100,12 @@ class MetricsFile(Callback):
                     os.ftruncate(self._descriptor, self._size)  # no torn line before the next one
                 raise
             self._size += len(data)
+
+    def _amend(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if lines and _iteration(lines[-1]) == iteration:
+            lines[-1] = _text({**json.loads(lines[-1]), **metrics})
+            write_atomically(self.path, b"".join(lines))
 
     def _set_aside(self) -> None:
         """Rename the file of an earlier run to ``metrics.1.jsonl``, or the next number that is free."""
@@ -132,6 +138,13 @@ class MetricsFile(Callback):
                     "missing in it until it can"
                 )
             self._warned = True
+
+
+def _text(line: Mapping[str, Any]) -> bytes:
+    # JSON has no NaN and no infinity
+    finite = {key: value if not isinstance(value, float) or math.isfinite(value) else None
+              for key, value in line.items()}  # fmt: skip
+    return (json.dumps(finite) + "\n").encode()
 
 
 def _iteration(line: bytes) -> int | None:

@@ -49,7 +49,7 @@ class RunSummary(Callback):
         args = self._run.args
         if self._run.error is not None:
             return "by an error"
-        if self._run.context.progress.iteration >= args.train_iters:
+        if self._run.context.progress.iteration >= args.train_iters or self._run.finished_early:
             return ""
         return "as requested" if self._run.stopped else "by --exit-interval" if args.exit_interval else ""
 
@@ -57,7 +57,8 @@ class RunSummary(Callback):
         args, context = self._run.args, self._run.context
         iteration, peak = context.progress.iteration, context.backend.peak_memory_bytes() / 2**30
         how = f"stopped {reason}" if reason else "finished"
-        logger.info(f"training {how} at iteration {iteration}; peak memory {peak:.2f} GiB")
+        early = f" ({self._run.finished_early})" if self._run.finished_early and not reason else ""
+        logger.info(f"training {how} at iteration {iteration}{early}; peak memory {peak:.2f} GiB")
         if reason and args.save and iteration:
             option = "LOAD_PATH=" if RUN_STATE in os.environ else "--load "
             logger.info(f"to continue: {option}{args.save}")

@@ -520,14 +520,15 @@ def test_console(capsys):
     assert lines[0].startswith(" [   0.")
 
 
-def evaluation_of(data, *, stop_requested=lambda: False):
+def evaluation_of(data, *, stop_requested=lambda: False, requests=None):
     callback = Evaluation(data, split=lambda batch: batch, skipped_samples=SkippedSamples(0))
     callback.on_run_start(SimpleNamespace(
         args=SimpleNamespace(eval_iters=100, global_batch_size=4, micro_batch_size=4), model=nn.Linear(1, 1),
         context=SimpleNamespace(
             backend=SimpleNamespace(device=torch.device("cpu")), stop_requested=stop_requested,
-            layout=SimpleNamespace(dp_size=1, context_size=1, rank=0),
+            layout=SimpleNamespace(dp_size=1, context_size=1, rank=0), progress=Progress(),
         ),
+        stop_on_request=lambda: requests.append("stop"),
     ))
     return callback
 
@@ -536,9 +537,11 @@ def test_an_evaluation_is_left_when_the_run_is_asked_to_stop(caplog):
     caplog.set_level("INFO")
     taken, asked = [], iter([False] * 3 + [True] * 100)
     data = (taken.append(place) or StepBatches([], SkipReport()) for place in range(100))
-    callback = evaluation_of(data, stop_requested=lambda: next(asked))
+    requests = []
+    callback = evaluation_of(data, stop_requested=lambda: next(asked), requests=requests)
     assert callback.evaluate() is None and len(taken) == 5  # asked at the fourth, left at the fifth
-    assert caplog.messages == ["evaluation aborted: the run was asked to stop"] and callback._run.model.training
+    assert caplog.messages == ["evaluation aborted after 4 micro-batches: the run was asked to stop"]
+    assert callback._run.model.training and callback._run.context.progress.evaluation_due and requests == ["stop"]
 
 
 def test_an_evaluation_without_a_target_token_has_no_loss(caplog):

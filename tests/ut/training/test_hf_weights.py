@@ -72,7 +72,7 @@ def callback(model: Path) -> Callable[..., HFWeights]:
             (checkpoint / "manifest.json").write_text("{}")
         weights = HFWeights(root, str(assets), interval=interval, in_use=set(), dtype=dtype)
         weights.on_run_start(SimpleNamespace(**{
-            "args": SimpleNamespace(train_iters=9, keep_last=None), "stopped": False, "stopping": False, "error": None,
+            "args": SimpleNamespace(train_iters=9, keep_last=None, keep_best=0), "stopped": False, "stopping": False, "error": None,
             "context": SimpleNamespace(layout=SimpleNamespace(is_main=True), stop_requested=lambda: False), **run,
         }))
         return weights

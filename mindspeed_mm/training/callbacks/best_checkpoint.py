@@ -1,0 +1,128 @@
+"""The best checkpoints by a metric of the evaluations, and the end of a run that no longer improves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mindspeed_mm.checkpoint.best import BestSoFar
+from mindspeed_mm.checkpoint.directory import BEST, iteration_name
+from mindspeed_mm.checkpoint.save_directory import complete_iterations
+from mindspeed_mm.config.flags import TrainingArgs
+from mindspeed_mm.config.schema import nearest
+from mindspeed_mm.data.loader import BatchLoader
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.evaluation.sample import EvaluatedSample
+from mindspeed_mm.evaluation.teacher_forcing import SAMPLES
+from mindspeed_mm.training.callbacks.base import Callback, Run
+from mindspeed_mm.training.logging_setup import RANK_0_ONLY
+
+logger = logging.getLogger(__name__)
+
+
+class BestCheckpoint(Callback):
+    """Compares evaluations by ``--metric-for-best``. Every rank sees the same metrics and decides alike.
+
+    What it decides by is a part of the run's progress: a resumed run decides as an uninterrupted one.
+    """
+
+    def __init__(self, args: TrainingArgs) -> None:
+        """``args``: the flags."""
+        self._metric, self._keep = args.metric_for_best, args.keep_best
+        self._patience, self._threshold = args.early_stopping_patience, args.early_stopping_threshold
+        self._wanted: int | None = None
+
+    def on_run_start(self, run: Run) -> None:
+        """Take up what the checkpoint knows of the best ones."""
+        self._run = run
+        progress = run.context.progress
+        former = progress.best
+        if former is not None and former.metric != self._metric:
+            logger.warning(
+                f"--metric-for-best was {former.metric} when the checkpoint was written and is {self._metric} now: the "
+                "best checkpoints are chosen anew", extra=RANK_0_ONLY,
+            )
+            former = None
+        progress.best = former or BestSoFar(self._metric)
+        self._started_at = progress.iteration
+        if self._patience and progress.best.waited >= self._patience:  # it had ended for that
+            self._stop(progress.iteration)
+
+    def on_evaluation(
+        self, iteration: int, metrics: Mapping[str, float], samples: Sequence[EvaluatedSample] = ()
+    ) -> None:
+        """Rank the evaluation, and stop the run if too many have not improved."""
+        best = self._run.context.progress.best
+        if self._metric not in metrics:
+            self._run.stop_after_save(UserError(unknown_metric(self._metric, list(metrics))))
+            return
+        value = metrics[self._metric]
+        if best.add(iteration, value, keep=self._keep):
+            self._wanted = iteration
+            args = self._run.args
+            due = self._run.stopping or iteration in (args.train_iters, self._started_at)
+            if not due and not (args.save_interval and iteration % args.save_interval == 0):
+                best.only.append(iteration)
+        waited = best.wait(value, threshold=self._threshold)
+        if self._patience and waited >= self._patience and iteration < self._run.args.train_iters:
+            self._stop(iteration)
+
+    def wants(self, iteration: int) -> bool:
+        """Whether a checkpoint of ``iteration`` is to be saved, as one of the best so far."""
+        return self._wanted == iteration
+
+    def on_run_end(self, *, failed: bool) -> None:
+        """Say which checkpoint is the best. Comes after the last save has ended."""
+        args, context = self._run.args, self._run.context
+        if failed or not self._keep or not context.layout.is_main or context.progress.best is None:
+            return
+        kept = context.progress.best.kept(complete_iterations(Path(args.save)), keep=1)
+        for iteration, value in kept:
+            place = Path(args.save) / iteration_name(iteration)
+            logger.info(f"best checkpoint: {place}, {self._metric} {value:.6g}; load it as {Path(args.save) / BEST}")
+        if not kept:
+            logger.info(f"no best checkpoint: no evaluation had a {self._metric} that is a number")
+
+    def _stop(self, iteration: int) -> None:
+        best = self._run.context.progress.best
+        by = f" by {self._threshold:g}" if self._threshold else ""
+        reference = "" if best.reference is None else f" on {best.reference:.6g}"
+        self._run.finish_early(
+            f"early stopping: {self._metric} has not improved{reference}{by} in {best.waited} evaluations, up to "
+            f"iteration {iteration} (--early-stopping-patience {self._patience})"
+        )
+
+
+def unknown_metric(name: str, known: Sequence[str]) -> str:
+    """What is wrong with ``--metric-for-best`` where evaluations give other metrics."""
+    known = [metric for metric in known if metric != SAMPLES]
+    guess = nearest(name, known)
+    remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(known)}"
+    return f"--metric-for-best {name} is none of the evaluation's metrics; {remedy}"
+
+
+def best_checkpoint(args: TrainingArgs, loader: BatchLoader | None) -> BestCheckpoint | None:
+    """The callback, where a flag asks for it.
+
+    Args:
+        args: the flags.
+        loader: of the held-out samples.
+
+    Raises:
+        UserError: if nothing is held out, or ``--metric-for-best`` is of a data set or channel that is not.
+    """
+    if not args.keep_best and not args.early_stopping_patience:
+        return None
+    if loader is None:
+        raise UserError("--keep-best and --early-stopping-patience need evaluations, and no sample is held out; raise "
+                        "val_rate, or set val_dataset")
+    metric, _, name = args.metric_for_best.partition("/")
+    data_sets, channels = loader.dataset.channels, loader.dataset.record_channels()
+    if name and not (channels is None and (not data_sets or name.partition("/")[0] in data_sets)):
+        # channels of records that are not read yet are known after the first evaluation
+        prefixes = [f"{one}/" for one in data_sets] or [""]
+        names = [*data_sets, *(f"{prefix}{channel}" for prefix in prefixes for channel in channels or ())]
+        if name not in names:
+            raise UserError(unknown_metric(args.metric_for_best, [metric, *(f"{metric}/{one}" for one in names)]))
+    return BestCheckpoint(args)
