@@ -26,7 +26,7 @@ from mindspeed_mm.checkpoint.state import TrainingState, load_checkpoint
 from mindspeed_mm.config.command_line import parse_args
 from mindspeed_mm.config.fsdp_config import FSDPConfig
 from mindspeed_mm.data.collator import Sample, collate
-from mindspeed_mm.data.loader import StepBatches
+from mindspeed_mm.data.loader import StepBatches, _eval_indices, _stand_in
 from mindspeed_mm.models.lora import LoraOptions
 from mindspeed_mm.models.qwen3_vl.spec import SPEC
 from mindspeed_mm.models.spec import ModelBuildOptions
@@ -44,12 +44,13 @@ from mindspeed_mm.training.gradients import GradientNorm
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.trainer import Trainer
-from tests.helpers.hf_model import step_samples, tiny_model
+from tests.helpers.hf_model import IMAGE, step_samples, tiny_model
 from tests.helpers.host_reads import HostReads
 from tests.helpers.lora import adapted_at_random
 from tests.helpers.mcore_model import model_like, part_settings
 
 load = load_checkpoint
+HELD_OUT = 7  # samples of evaluations: no multiple of any number of ranks
 VALIDATION_STEP = 100  # of the samples' generator: far from those of training
 
 
@@ -63,7 +64,7 @@ class Outcome:
         norms: of the gradients of each step, before clipping.
         gradients: of the first step, after clipping.
         parameters: after the last step.
-        validation: each evaluation's loss.
+        validation: each evaluation's metrics.
         text_only: of each step and each share of the global batch, whether it has no image.
         router_choices: int64 [sparse layers, experts], how often each expert was chosen in all steps; None without any.
         host_reads: what this process's host read of tensors in each step, if the case asks for it; see HostReads.
@@ -74,7 +75,7 @@ class Outcome:
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
-    validation: list[float]
+    validation: list[dict[str, float]]
     text_only: list[list[bool]]
     router_choices: torch.Tensor | None
     host_reads: list[list[tuple[str, str]]]
@@ -139,6 +140,34 @@ def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_c
     return StepBatches([collate(mine[start : start + micro_batch], SPEC, model_config) for start in starts])
 
 
+def held_out(model: torch.nn.Module, layout: Layout, *, micro_batch: int, model_config: Any) -> list[StepBatches]:
+    """This rank's micro-batches of an evaluation, of two data sets and two channels, as the loader deals them out.
+
+    Some answers are those that ``model`` gives, of which those of one trained a little still match some.
+    """
+    samples = [
+        dataclasses.replace(sample, channel=index % 2, record_channel=["chart", "", "ocr"][index % 3])
+        for index, sample in enumerate(with_own_answers(model, step_samples(VALIDATION_STEP, HELD_OUT), model_config))
+    ]
+    places = _eval_indices(HELD_OUT, micro_batch, layout.dp_rank, layout.dp_size)
+    parts = [[samples[index] if index >= 0 else _stand_in(index) for index in part] for part in places]
+    return [StepBatches([collate(part, SPEC, model_config)]) for part in parts]
+
+
+@torch.no_grad()
+def with_own_answers(model: torch.nn.Module, samples: list[Sample], model_config: Any) -> list[Sample]:
+    """Samples with a target that the model finds most probable: the only one, or in every other one the first."""
+    made = []
+    for number, sample in enumerate(samples):
+        targets = [place for place in range(1, len(sample.input_ids)) if sample.loss_mask[place]]
+        mask, ids = sample.loss_mask.copy(), sample.input_ids.copy()
+        mask[targets[1:] if number % 2 == 0 else []] = False
+        batch = collate([dataclasses.replace(sample, loss_mask=mask)], SPEC, model_config)
+        ids[targets[0]] = model(batch)[0, :IMAGE].argmax()
+        made.append(dataclasses.replace(sample, input_ids=ids, loss_mask=mask))
+    return made
+
+
 def text_only_shares(step: int, *, batch: int, dp_size: int) -> list[bool]:
     """Whether a rank's share of a step has no images."""
     samples = in_order(step, batch)
@@ -189,8 +218,13 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     validation: list[float] = []
     if args.save:
         state = TrainingState(model, optimizer, backend, with_rng=False)
-        held_out = [deal_out(layout, VALIDATION_STEP, **sizes)]
-        evaluation = Evaluation(held_out, split=split, skipped_samples=SkippedSamples(0))
+        # the model is sharded, and its parameters change: answers of the same one, untrained
+        samples = held_out(
+            model_like(hf_model)[0], layout, micro_batch=args.micro_batch_size, model_config=model_config
+        )
+        evaluation = Evaluation(
+            samples, split=split, skipped_samples=SkippedSamples(0), data_sets=("even", "odd")
+        )
         validation = record(evaluation, "evaluate")
         recorded = {"flags": {"--optimizer-selection": args.optimizer_selection}}
         manager = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend, metadata=recorded)

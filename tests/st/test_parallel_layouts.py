@@ -132,6 +132,20 @@ def test_layouts_equal_one_process(trained, alone, processes):
         assert all(found[key] <= bound for key, bound in bounds.items()), (name, found)
 
 
+@pytest.mark.parametrize("processes", PLAIN)
+def test_evaluations_do_not_depend_on_the_layout(trained, processes):
+    """Of 7 samples, so that ranks have unequal numbers, or none: the same samples, the same tokens, each once."""
+    for name in continued(processes):
+        (ours,), model = trained(processes)[name]["validation"][:1], ", dense" * is_dense(name)
+        (theirs,) = trained(1)[f"one process{model}"]["validation"][:1]
+        assert list(ours) == list(theirs) and "validation_exact_match/odd/ocr" in ours
+        for metric, value in theirs.items():
+            same = pytest.approx(value, rel=LOSS) if metric.startswith("validation_loss") else value
+            assert ours[metric] == same, (name, metric)
+        assert 0 < theirs["validation_exact_match"] < 1 and theirs["validation_samples"] == 7
+        assert 0 < theirs["validation_token_accuracy"] < 1
+
+
 @pytest.mark.parametrize("processes", MUON)
 def test_muon_does_not_depend_on_the_layout(trained, alone, processes):
     """Matrices are orthogonalized whole, on one rank each: of rows of all ranks, and of experts of some."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.data import build_eval_loader
 from mindspeed_mm.data.collator import Sample
-from mindspeed_mm.data.loader import SkipReport, TrainLoader
+from mindspeed_mm.data.loader import SkipReport, TrainLoader, _eval_indices
 from mindspeed_mm.data.sampler import RankSampler, SampleStream, permutation
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.interfaces.batch import Batch
@@ -113,6 +113,12 @@ def test_eval_loader_gives_every_rank_as_many_batches(root: Path) -> None:
         loss_mask = [index for batches in ranks for batch in batches for index, count
                       in zip(batch.sample_ids, batch.target_tokens_per_sample, strict=True) if count]
         assert sorted(loss_mask) == list(range(10))
+    # --eval-iters bounds it by global batches: the same samples however many ranks and samples per micro-batch
+    for limit in (8, 16):
+        for dp_size, mbs in ((1, 4), (1, 1), (2, 2), (4, 2), (8, 1)):
+            taken = [index for rank in range(dp_size) for part in
+                     _eval_indices(10, mbs, rank, dp_size)[: limit // (mbs * dp_size)] for index in part if index >= 0]
+            assert sorted(taken) == list(range(min(limit, 10)))
     assert build_tiny(make_config(root, dataset=str(root / "data.json")))[1] is None
 
 
