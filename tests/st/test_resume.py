@@ -67,6 +67,28 @@ def test_two_processes_with_everything_resume_to_the_bit(quick):
     check_resumed(quick, "whole, everything", "resumed, everything")
 
 
+def test_the_best_checkpoints_are_kept_and_a_resumed_run_keeps_the_same(quick):
+    """Two of the best and the last one, which is none of them; saved in the background, of two processes."""
+    check_resumed(quick, "best", "best, resumed")
+    whole, resumed = quick.place / "best", quick.place / "best, resumed"
+    names = ("best_checkpoints.json", "best_checkpointed_iteration.txt")
+    assert [(whole / name).read_text() for name in names] == [(resumed / name).read_text() for name in names]
+    ranking = json.loads((whole / names[0]).read_text())["ranking"]
+    left = sorted({LAST, *(one["directory"] for one in ranking)})
+    assert len(left) == 3
+    assert [sorted(path.name for path in place.glob("iter_*")) for place in (whole, resumed)] == [left, left]
+    losses = {line["iteration"]: line["validation_loss"] for line in
+              map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())}
+    assert [(one["iteration"], one["value"]) for one in ranking] == sorted(losses.items(), key=lambda item: item[1])[:2]
+
+
+def test_early_stopping_ends_a_run_of_two_processes_as_finished(quick):
+    ended = max(quick.steps("early"))
+    best = json.loads((quick.place / "early/best_checkpoints.json").read_text())["ranking"][0]["iteration"]
+    assert ended == best + 3 < STEPS and (quick.place / f"early/iter_{ended:07d}").is_dir()
+    assert f"training finished at iteration {ended} (early stopping: validation_loss has not improved" in quick.output
+
+
 def test_one_process_resumes_to_the_bit(recipe, tmp_path):
     runs = Runs(recipe, tmp_path, processes=1)
     runs.add("whole")

@@ -15,6 +15,7 @@ from mindspeed_mm.data.loader import BatchLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.evaluation.teacher_forcing import SAMPLES
+from mindspeed_mm.inputs import reason
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
 
@@ -77,7 +78,11 @@ class BestCheckpoint(Callback):
         args, context = self._run.args, self._run.context
         if failed or not self._keep or not context.layout.is_main or context.progress.best is None:
             return
-        kept = context.progress.best.kept(complete_iterations(Path(args.save)), keep=1)
+        try:
+            kept = context.progress.best.kept(complete_iterations(Path(args.save)), keep=1)
+        except OSError as error:
+            logger.warning(f"the best checkpoint is not known: --save {args.save} cannot be read: {reason(error)}")
+            return
         for iteration, value in kept:
             place = Path(args.save) / iteration_name(iteration)
             logger.info(f"best checkpoint: {place}, {self._metric} {value:.6g}; load it as {Path(args.save) / BEST}")

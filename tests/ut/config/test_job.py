@@ -305,3 +305,33 @@ def test_base_model_of_mindspeed(place):
     assert (args.load, args.finetune, args.load_base) == ("base", True, None)
     args = load_job_config(_words(place, *LORA, "--load-base-model", "base"), world_size=1).args
     assert (args.load, args.finetune, args.load_base) == (str(place / "dcp"), False, "base")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--keep-best 1 --save d --metric-for-best validation_los", "did you mean validation_loss?"),
+        ("--keep-best 1 --save d --metric-for-best validation_exactmatch/a", "did you mean validation_exact_match/a?"),
+        ("--keep-best 1 --save d --metric-for-best eval", "eval is no metric of evaluations; choose validation_loss"),
+        ("--keep-best 1 --save d --metric-for-best validation_loss/", "is no metric of evaluations"),
+        ("--keep-best 1 --save d --metric-for-best validation_samples", "is no metric of evaluations"),
+        ("--metric-for-best validation_exact_match", "has no effect without --keep-best or --early-stopping-patience"),
+        ("--early-stopping-threshold 0.1", "has no effect without --keep-best or --early-stopping-patience"),
+        ("--keep-best 1 --save d --early-stopping-threshold 0.1", "has no effect without --early-stopping-patience"),
+        ("--early-stopping-patience 3 --eval-iters 0", "--early-stopping-patience 3 needs evaluations, which"),
+    ],
+)
+def test_flags_that_compare_evaluations(place, words, message):
+    _edit(place, "data.json", "dataset_param.basic_parameters", val_rate=0.1)
+    with pytest.raises(UserError) as caught:
+        load_job_config(_words(place, *words.split()))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_evaluations_are_compared_where_there_is_held_out_data(place):
+    words = "--keep-best 1 --save d --metric-for-best validation_token_accuracy/ocr --early-stopping-patience 2".split()
+    with pytest.raises(UserError, match="--keep-best 1 needs held-out data; set val_dataset or val_rate in "):
+        load_job_config(_words(place, *words))
+    _edit(place, "data.json", "dataset_param.basic_parameters", val_rate=0.1)
+    assert load_job_config(_words(place, *words)).args.metric_for_best == "validation_token_accuracy/ocr"
+    load_job_config(_words(place, "--metric-for-best", "validation_loss"))  # the default, spelled out

@@ -1,0 +1,204 @@
+"""What follows evaluations: checkpoints of the best ones, and the end of a run that no longer improves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from mindspeed_mm.checkpoint.best import BestSoFar
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.callbacks.base import Callback
+from mindspeed_mm.training.callbacks.best_checkpoint import BestCheckpoint, best_checkpoint
+from mindspeed_mm.training.callbacks.checkpointing import Checkpointing
+from mindspeed_mm.training.callbacks.evaluation import Evaluation
+from mindspeed_mm.training.callbacks.log_line import LogLine
+from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
+from mindspeed_mm.training.callbacks.run_summary import RunSummary
+from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from tests.helpers.log_lines import log_lines
+from tests.ut.training.test_callbacks import make, read
+
+pytestmark = pytest.mark.usefixtures("process_group")
+FLAGS = {
+    "metric_for_best": "validation_loss", "keep_best": 2, "early_stopping_patience": None,
+    "early_stopping_threshold": 0.0, "eval_interval": 1,
+}
+
+
+class Saved:
+    """A checkpoint manager that keeps the progress of each save, as its file would hold it."""
+
+    def __init__(self):
+        self.progress = {}
+
+    def start(self, progress):
+        self.progress[progress.iteration] = json.loads(json.dumps(dataclasses.asdict(progress)))
+
+    def __getattr__(self, name):
+        return lambda: None
+
+
+def run(values, *, steps, resumed=None, aborted_at=(), others=(), **flags):
+    """A run whose evaluations give ``values`` by iteration; its trainer, and what was saved."""
+    manager = Saved()
+    evaluation = Evaluation([], split=lambda batch: batch, skipped_samples=SkippedSamples(0))
+    flags = {**FLAGS, **flags}
+    aborted = set(aborted_at)
+    trainer = make(*others, evaluation, steps=steps, iteration=resumed["iteration"] if resumed else 0, **flags)
+
+    def evaluate():
+        iteration = trainer.context.progress.iteration
+        if iteration in aborted:
+            trainer.context.progress.evaluation_due = True
+            trainer.stop_on_request()
+            return None
+        value = values[iteration]
+        return {"validation_loss": value} if isinstance(value, float) else value
+
+    evaluation.evaluate = evaluate
+    best = BestCheckpoint(trainer.args)
+    trainer.callbacks = [*trainer.callbacks, Checkpointing(manager, wanted=best.wants), best, RunSummary(packed=False)]
+    if resumed:
+        best_so_far = None if resumed["best"] is None else BestSoFar.read(resumed["best"], "progress.json")
+        vars(trainer.context.progress).update({**copy.deepcopy(resumed), "best": best_so_far})
+    trainer.train()
+    return trainer, manager.progress
+
+
+LOSSES = dict(enumerate([5.0, 4.0, 2.0, 3.0, 6.0, 2.5, 7.0, 8.0], start=1))
+
+
+def test_the_best_is_not_the_last():
+    trainer, saved = run(LOSSES, steps=8, save_interval=4)
+    assert sorted(saved) == [1, 2, 3, 4, 6, 8]  # 4: also asked for by the interval
+    assert trainer.context.progress.best.ranking[:2] == [(3, 2.0), (6, 2.5)]
+    assert saved[8]["best"]["only"] == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_resumed_run_decides_as_the_uninterrupted_one(stop):
+    flags = {"save_interval": 4, "early_stopping_patience": 4}
+    _, whole = run(LOSSES, steps=8, **flags)
+    _, first = run(LOSSES, steps=8, exit_interval=stop, **flags)
+    assert max(first) == stop
+    trainer, second = run(LOSSES, steps=8, resumed=first[stop], exit_interval=None, **flags)
+    saved = {**first, **second}
+    assert set(whole) <= set(saved) and set(saved) - set(whole) <= {stop}
+    assert {at: saved[at]["best"]["ranking"] for at in whole} == {at: whole[at]["best"]["ranking"] for at in whole}
+    assert trainer.context.progress.best.waited == whole[max(whole)]["best"]["waited"]
+
+
+def test_an_evaluation_that_was_left_is_made_by_the_resumed_run(tmp_path):
+    """The run stops at once, and the resumed one evaluates the same parameters before it goes on."""
+    _, whole = run(LOSSES, steps=5)
+    first, stopped = run(LOSSES, steps=5, aborted_at=[3], others=[MetricsFile(str(tmp_path))])
+    assert first.stopped and max(stopped) == 3 and stopped[3]["evaluation_due"]
+    trainer, rest = run(LOSSES, steps=5, resumed=stopped[3], others=[MetricsFile(str(tmp_path))])
+    assert not trainer.context.progress.evaluation_due and rest[5]["best"]["ranking"] == whole[5]["best"]["ranking"]
+    assert [line["validation_loss"] for line in read(tmp_path)] == [LOSSES[step] for step in range(1, 6)]
+    # it may also be the one that ends the run: no further step is made
+    trainer, _ = run(LOSSES, steps=9, aborted_at=[5], early_stopping_patience=2)
+    stopped = trainer.context.progress
+    assert stopped.iteration == 5
+    trainer, rest = run(LOSSES, steps=9, early_stopping_patience=2, resumed=dataclasses.asdict(stopped))
+    assert trainer.finished_early and trainer.context.progress.iteration == 5 and not rest
+
+
+def test_early_stopping_saves_and_is_a_finished_run():
+    messages = []
+    with log_lines(messages.append, "mindspeed_mm.training"):
+        trainer, saved = run({**LOSSES, 6: 2.0}, steps=8, keep_best=0, early_stopping_patience=3)
+    assert list(saved) == [6] and not trainer.stopped and trainer.error is None
+    (line,) = [message for message in messages if "training finished" in message]
+    assert line.startswith(
+        "training finished at iteration 6 (early stopping: validation_loss has not improved on 2 in 3 evaluations, "
+        "up to iteration 6 (--early-stopping-patience 3))"
+    )
+    assert not any("to continue" in message for message in messages)
+    # a run that is resumed from there has nothing to do, unless it is given more patience
+    again, none = run(LOSSES, steps=8, resumed=saved[6], early_stopping_patience=3)
+    assert again.context.progress.iteration == 6 and again.finished_early and not none
+    more, rest = run(LOSSES, steps=8, resumed=saved[6], keep_best=0, early_stopping_patience=9)
+    assert more.context.progress.iteration == 8 and not more.finished_early and list(rest) == [8]
+
+
+def test_patience_that_ends_with_the_run_is_no_early_end():
+    trainer, _ = run(LOSSES, steps=6, early_stopping_patience=3, early_stopping_threshold=0.1)
+    assert not trainer.finished_early
+
+
+def test_small_gains_are_no_improvement():
+    values = dict(enumerate([5.0, 4.95, 4.94, 4.93], start=1))
+    trainer, _ = run(values, steps=9, early_stopping_patience=3, early_stopping_threshold=0.1)
+    assert trainer.context.progress.iteration == 4 and "has not improved on 5 by 0.1 in 3" in trainer.finished_early
+
+
+def test_nan_is_never_the_best():
+    trainer, saved = run(dict(enumerate([float("nan"), 3.0, float("nan")], start=1)), steps=3)
+    assert list(saved) == [2, 3] and trainer.context.progress.best.ranking == [(2, 3.0)]
+
+
+def test_another_metric_on_a_resume_starts_anew(caplog):
+    _, saved = run(LOSSES, steps=8, exit_interval=4)
+    values = {step: {"validation_loss": 1.0, "validation_exact_match": 0.5} for step in range(1, 9)}
+    trainer, _ = run(values, steps=5, resumed=saved[4], exit_interval=None, metric_for_best="validation_exact_match")
+    assert trainer.context.progress.best.ranking == [(5, 0.5)]
+    assert "--metric-for-best was validation_loss when the checkpoint was written" in caplog.text
+
+
+def test_a_metric_that_evaluations_do_not_give_ends_the_run_after_a_save():
+    values = {1: {"validation_loss": 1.0, "validation_loss/ocr": 1.0, "validation_samples": 3.0}}
+    with pytest.raises(UserError, match=r"validation_loss/ocs is none of .*; did you mean validation_loss/ocr\?"):
+        run(values, steps=3, metric_for_best="validation_loss/ocs")
+
+
+def test_names_of_data_sets_and_channels_are_checked_at_the_start():
+    class Dataset:
+        def __init__(self, data_sets, channels):
+            self.channels, self._channels = data_sets, channels
+
+        def record_channels(self):
+            return self._channels
+
+    class Loader:
+        def __init__(self, *arguments):
+            self.dataset = Dataset(*arguments)
+
+    def check(name, *arguments):
+        args = make(**{**FLAGS, "metric_for_best": name}).args
+        return best_checkpoint(args, Loader(*arguments))
+
+    for accepted in (
+        ("validation_loss", (), ()), ("validation_loss/a", ("a", "b"), ()), ("validation_loss/a/x", ("a",), ("x",)),
+        ("validation_loss/x", (), ("x",)), ("validation_loss/x", (), None), ("validation_loss/a/x", ("a",), None),
+    ):
+        assert isinstance(check(*accepted), Callback)
+    for refused, hint in (
+        (("validation_loss/digit", ("digits",), ()), "did you mean validation_loss/digits"),
+        (("validation_loss/x", ("a",), ("x",)), "did you mean validation_loss"),
+        (("validation_loss/c/x", ("a",), None), "choose one of|did you mean"),
+        (("validation_loss/x", (), ()), "did you mean validation_loss"),
+    ):
+        with pytest.raises(UserError, match=f"--metric-for-best {refused[0]} is none of .*{hint}"):
+            check(*refused)
+    with pytest.raises(UserError, match="no sample is held out"):
+        best_checkpoint(make(**FLAGS).args, None)
+    off = make(**{**FLAGS, "keep_best": 0}).args
+    assert best_checkpoint(off, None) is None
+
+
+def test_line_has_accuracy_and_exact_match():
+    messages = []
+    metrics = {"validation_loss": 0.25, "validation_token_accuracy": 0.9, "validation_exact_match": 0.5,
+               "validation_samples": 4.0, "validation_loss/a/x": 0.5, "validation_token_accuracy/a/x": 1.0,
+               "validation_exact_match/a/x": 1.0}
+    with log_lines(messages.append, "mindspeed_mm.training"):
+        run({1: metrics}, steps=1, others=[LogLine(packed=False)])
+    (line,) = [message for message in messages if "validation loss" in message]
+    assert line == (
+        " validation loss at iteration 1 | loss: 2.500000E-01 | token accuracy: 0.9000 | exact match: 0.5000 | "
+        "loss of a/x: 5.000000E-01 | token accuracy of a/x: 1.0000 | exact match of a/x: 1.0000 |"
+    )
