@@ -140,11 +140,12 @@ def deal_out(layout: Layout, step: int, *, batch: int, micro_batch: int, model_c
     return StepBatches([collate(mine[start : start + micro_batch], SPEC, model_config) for start in starts])
 
 
-def held_out(model: torch.nn.Module, layout: Layout, *, micro_batch: int, model_config: Any) -> list[StepBatches]:
+def held_out(hf_model: torch.nn.Module, layout: Layout, *, micro_batch: int) -> list[StepBatches]:
     """This rank's micro-batches of an evaluation, of two data sets and two channels, as the loader deals them out.
 
-    Some answers are those that ``model`` gives, of which those of one trained a little still match some.
+    Some answers are those that the untrained model gives: one trained a little still gives some of them.
     """
+    model, model_config = model_like(hf_model)
     samples = [
         dataclasses.replace(sample, channel=index % 2, record_channel=["chart", "", "ocr"][index % 3])
         for index, sample in enumerate(with_own_answers(model, step_samples(VALIDATION_STEP, HELD_OUT), model_config))
@@ -218,13 +219,8 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
     validation: list[float] = []
     if args.save:
         state = TrainingState(model, optimizer, backend, with_rng=False)
-        # the model is sharded, and its parameters change: answers of the same one, untrained
-        samples = held_out(
-            model_like(hf_model)[0], layout, micro_batch=args.micro_batch_size, model_config=model_config
-        )
-        evaluation = Evaluation(
-            samples, split=split, skipped_samples=SkippedSamples(0), data_sets=("even", "odd")
-        )
+        samples = held_out(hf_model, layout, micro_batch=args.micro_batch_size)
+        evaluation = Evaluation(samples, split=split, skipped_samples=SkippedSamples(0), data_sets=("even", "odd"))
         validation = record(evaluation, "evaluate")
         recorded = {"flags": {"--optimizer-selection": args.optimizer_selection}}
         manager = CheckpointManager(state, SaveOptions(Path(args.save)), backend=backend, metadata=recorded)

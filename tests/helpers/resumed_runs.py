@@ -30,7 +30,7 @@ EVERYTHING = {"packing": True, "mixture": True, "num_workers": 2, "recompute_gra
 
 # of a learning rate that is too high in the end; an epoch of 17 of the 26 samples
 BEST: dict[str, Any] = {
-    "eval_interval": 1, "keep_best": 2, "keep_last": 1, "lr": 6e-2, "lr_warmup_iters": 7, "async_save": True,
+    "eval_interval": 1, "keep_best": 2, "keep_last": 1, "lr": 0.2, "lr_warmup_iters": 7, "async_save": True,
 }
 
 
