@@ -116,6 +116,11 @@ def check_evaluation(args: TrainingArgs, data: DataConfig) -> None:
         guess = nearest(metric, list(METRICS))
         remedy = f"did you mean {guess}{slash}{name}?" if guess else f"choose {', '.join(METRICS)}, or <metric>/<name>"
         raise UserError(f"--metric-for-best {args.metric_for_best} is no metric of evaluations; {remedy}")
+    names = [one.name for one in data.val_datasets or data.train_datasets if one.name]
+    if name and names and not any(f"{name}/".startswith(f"{one}/") for one in names):
+        guess = nearest(name, names)
+        remedy = f"did you mean {metric}/{guess}?" if guess else f"choose {', '.join(names)}, or <data set>/<channel>"
+        raise UserError(f"--metric-for-best {args.metric_for_best}: {name} is no data set of evaluations; {remedy}")
     if args.early_stopping_threshold and not args.early_stopping_patience:
         raise UserError(f"--early-stopping-threshold {args.early_stopping_threshold} has no effect without "
                         "--early-stopping-patience; add it, or leave the threshold out")

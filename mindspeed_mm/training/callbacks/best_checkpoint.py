@@ -124,8 +124,7 @@ def best_checkpoint(args: TrainingArgs, loader: BatchLoader | None) -> BestCheck
                         "val_rate, or set val_dataset")
     metric, _, name = args.metric_for_best.partition("/")
     data_sets, channels = loader.dataset.channels, loader.dataset.record_channels()
-    if name and not (channels is None and (not data_sets or name.partition("/")[0] in data_sets)):
-        # channels of records that are not read yet are known after the first evaluation
+    if name and channels is not None:  # None: those of records that are not read yet, which the first evaluation knows
         prefixes = [f"{one}/" for one in data_sets] or [""]
         names = [*data_sets, *(f"{prefix}{channel}" for prefix in prefixes for channel in channels or ())]
         if name not in names:

@@ -335,3 +335,10 @@ def test_evaluations_are_compared_where_there_is_held_out_data(place):
     _edit(place, "data.json", "dataset_param.basic_parameters", val_rate=0.1)
     assert load_job_config(_words(place, *words)).args.metric_for_best == "validation_token_accuracy/ocr"
     load_job_config(_words(place, "--metric-for-best", "validation_loss"))  # the default, spelled out
+    sets = {name: {"path": f"{place}/{name}.json"} for name in ("a", "b")}
+    _edit(place, "data.json", "dataset_param.basic_parameters", dataset=sets)
+    flags = "--early-stopping-patience 2 --metric-for-best validation_loss/".split()
+    for name in ("a", "b/ocr"):
+        load_job_config(_words(place, *flags[:-1], f"{flags[-1]}{name}"))
+    with pytest.raises(UserError, match="validation_loss/ocr: ocr is no data set of evaluations; choose a, b, or"):
+        load_job_config(_words(place, *flags[:-1], f"{flags[-1]}ocr"))
