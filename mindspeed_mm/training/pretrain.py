@@ -304,7 +304,7 @@ def _sample_views(
         count=args.eval_samples,
         limit=args.eval_iters * args.global_batch_size,
         tokenizer=job.data.dataset_param.preprocess_parameters.model_name_or_path,
-        placeholders=dict(zip(spec.placeholder_token_ids(model_config), tags, strict=True)),
+        placeholders=dict(zip(spec.placeholder_token_ids(model_config), tags, strict=False)),
         settings=media,
     )
 

@@ -144,6 +144,12 @@ def test_exports_that_are_slower_than_saves_are_left_out(
     assert (tmp_path / "hf/iter_0009999").is_dir()
 
 
+def test_the_last_checkpoint_of_a_run_that_stops_early_is_exported(tmp_path: Path) -> None:
+    weights = callback(tmp_path, finished_early="early stopping")
+    weights.on_save(3)
+    assert weights._due == [3]
+
+
 def test_a_checkpoint_that_was_not_written_is_not_waited_for(
     callback: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
