@@ -118,7 +118,10 @@ def best_of_progress(progress: Mapping[str, Any]) -> BestSoFar | None:
 
 
 def write_best(root: Path, best: BestSoFar, kept: list[tuple[int, float]]) -> None:
-    """Record the best checkpoints in ``root``, once they are complete: the tracker last. Called by one rank."""
+    """Record the best checkpoints in ``root``, once they are complete: the tracker last. Called by one rank.
+
+    Without any, a tracker that an earlier run has left is removed.
+    """
     content = {
         "metric": best.metric,
         "higher_is_better": higher_is_better(best.metric),
@@ -130,3 +133,5 @@ def write_best(root: Path, best: BestSoFar, kept: list[tuple[int, float]]) -> No
     write_atomically(root / BEST_FILE, (json.dumps(content, indent=1) + "\n").encode())
     if kept:
         write_atomically(root / BEST_TRACKER, str(kept[0][0]).encode())
+    else:
+        (root / BEST_TRACKER).unlink(missing_ok=True)

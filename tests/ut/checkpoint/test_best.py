@@ -128,6 +128,13 @@ def test_best_is_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert iterations(tmp_path) == [4] and recorded(tmp_path) == [(4, 3.0)]
 
 
+def test_a_run_without_a_best_one_does_not_leave_that_of_another(tmp_path: Path) -> None:
+    (tmp_path / BEST_TRACKER).write_text("7")
+    save(manager_of(State(), tmp_path, keep_best=1), BestSoFar("validation_loss"), 1, NAN, keep=1)
+    assert not (tmp_path / BEST_TRACKER).exists()
+    assert json.loads((tmp_path / BEST_FILE).read_text())["ranking"] == []
+
+
 def test_an_asynchronous_save_records_the_best_only_when_it_is_durable(tmp_path: Path, monkeypatch) -> None:
     manager, best = manager_of(State(), tmp_path, asynchronous=True, keep_best=1), BestSoFar("validation_loss")
     commits = []
