@@ -13,6 +13,7 @@ from mindspeed_mm.checkpoint.adapters import AdapterConfig
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.directory import (
     ADAPTER,
+    BEST_TRACKER,
     MANIFEST,
     METADATA,
     TRACKER,
@@ -27,7 +28,6 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_directory, is_file, is_present, read_text, shorten
 from mindspeed_mm.models.lora import LORA_KEY
 
-BEST_TRACKER = "best_checkpointed_iteration.txt"
 EXPORTS = "hf"
 """In the directory of checkpoints; where training exports to, too (``--save-hf-interval``)."""
 
@@ -103,7 +103,7 @@ def find_model(
         raise UserError(f"--model {shorten(model)} is not a directory; name a Hugging Face directory, a checkpoint, or "
                         "a directory of LoRA adapters")
     if best and not is_file(path / BEST_TRACKER):
-        raise UserError(f"--best: --model {model} has no {BEST_TRACKER}; train with --metric-for-best, or name a "
+        raise UserError(f"--best: --model {model} has no {BEST_TRACKER}; train with --keep-best, or name a "
                         "checkpoint")
     added = None if adapter is None else _adapter_of(adapter)
     if is_adapter_directory(path):

@@ -72,7 +72,8 @@ def callback(model: Path) -> Callable[..., HFWeights]:
             (checkpoint / "manifest.json").write_text("{}")
         weights = HFWeights(root, str(assets), interval=interval, in_use=set(), dtype=dtype)
         weights.on_run_start(SimpleNamespace(**{
-            "args": SimpleNamespace(train_iters=9, keep_last=None, keep_best=0), "stopped": False, "stopping": False, "error": None,
+            "args": SimpleNamespace(train_iters=9, keep_last=None, keep_best=0), "stopped": False, "stopping": False,
+            "error": None,
             "context": SimpleNamespace(layout=SimpleNamespace(is_main=True), stop_requested=lambda: False), **run,
         }))
         return weights
@@ -142,12 +143,6 @@ def test_exports_that_are_slower_than_saves_are_left_out(
     assert weights._due == [8] and weights._in_use == {4, 8}
     weights.on_run_end(failed=True)
     assert (tmp_path / "hf/iter_0009999").is_dir()
-
-
-def test_the_last_checkpoint_of_a_run_that_stops_early_is_exported(tmp_path: Path) -> None:
-    weights = callback(tmp_path, finished_early="early stopping")
-    weights.on_save(3)
-    assert weights._due == [3]
 
 
 def test_a_checkpoint_that_was_not_written_is_not_waited_for(
