@@ -93,8 +93,9 @@ class BestCheckpoint(Callback):
         best = self._run.context.progress.best
         by = f" by {self._threshold:g}" if self._threshold else ""
         reference = "" if best.reference is None else f" on {best.reference:.6g}"
+        count = "1 evaluation" if best.waited == 1 else f"{best.waited} evaluations"
         self._run.finish_early(
-            f"early stopping: {self._metric} has not improved{reference}{by} in {best.waited} evaluations, up to "
+            f"early stopping: {self._metric} has not improved{reference}{by} in {count}, up to "
             f"iteration {iteration} (--early-stopping-patience {self._patience})"
         )
 
