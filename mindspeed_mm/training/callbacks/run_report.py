@@ -109,8 +109,8 @@ class RunReport(Callback):
         iteration, last = run.context.progress.iteration, run.args.train_iters
         if failed or error is not None:
             state, reason = "failed", str(error or "").strip().partition("\n")[0] or type(error).__name__
-        elif iteration >= last or getattr(run, "finished_early", ""):
-            state, reason = "finished", getattr(run, "finished_early", "")
+        elif iteration >= last or run.finished_early:
+            state, reason = "finished", run.finished_early
         else:
             state, reason = "stopped", "on request" if run.stopped else "by --exit-interval"
         self._data.state, self._data.reason = state, reason
