@@ -53,6 +53,10 @@ class Backend:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def describe(self) -> dict[str, Any]:
+        """The device's own name and memory, for records of a run; empty on a CPU."""
+        return {}
+
     def rng_state(self) -> dict[str, torch.Tensor]:
         """States of the host's and the device's random generators, as uint8 tensors on the host."""
         return {"cpu": torch.get_rng_state()}

@@ -312,6 +312,27 @@ class LogArgs(StrictModel):
     log_interval: int = effective(100, "optimizer steps between log lines", ge=1, metavar="STEPS")
     no_report: bool = effective(False, "do not write report.html, the run as a page, to --save (docs/report.md)")
     log_tps: bool = effective(False, "add the tokens per sample to the log line")
+    report_to: Words | None = effective(
+        None, "experiment trackers: tensorboard, wandb, swanlab, mlflow, trackio, several with commas, or none "
+        "(docs/trackers.md; default: tensorboard, if --save or --tensorboard-dir is given)", metavar="NAME", many=True,
+    )
+    tensorboard_dir: str | None = effective(
+        None, "directory of TensorBoard's event files (default: tensorboard in --save)", metavar="DIR"
+    )
+    project_name: str | None = effective(
+        None, "the run's project, or MLflow's experiment, in all trackers (default: what the tracker's environment "
+        "variable says, else mindspeed_mm)", metavar="NAME",
+    )
+    run_name: str | None = effective(
+        None, "the run's name in all trackers (default: the name of --save and the time)", metavar="NAME"
+    )
+    wandb_project: str | None = effective(
+        None, "the same as --project-name for W&B alone, to which the run then reports", metavar="NAME"
+    )
+    wandb_exp_name: str | None = effective(None, "the same as --run-name for W&B alone", metavar="NAME")
+    wandb_save_dir: str | None = effective(
+        None, "directory in which W&B makes its directory wandb (default: WANDB_DIR, else --save)", metavar="DIR"
+    )
     peak_tflops: float | None = effective(
         None, "peak TFLOP/s of one device in the compute type, for MFU in the log; 0: measure it at start-up with a "
         "large matrix product", ge=0,

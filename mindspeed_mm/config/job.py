@@ -32,6 +32,7 @@ from mindspeed_mm.config.model_options import LossMode, ModelOptions
 from mindspeed_mm.config.recipe_file import read_recipe, split_command_line, unused_sections, with_keys
 from mindspeed_mm.config.schema import NO_EFFECT, Model, StrictModel, effective, walk
 from mindspeed_mm.config.tools_config import ToolsConfig
+from mindspeed_mm.config.trackers import check_tracker_flags
 from mindspeed_mm.errors import UserError
 
 
@@ -182,6 +183,7 @@ def _read_files(
 ) -> JobFiles:
     args = parse_args(words, defaults=defaults)
     check_flags(args)
+    check_tracker_flags(args)
     fsdp, tools = FSDPConfig(), ToolsConfig()
     if args.fsdp2_config_path is not None:
         fsdp = _load(args, "fsdp2_config_path", FSDPConfig, sections)

@@ -25,6 +25,7 @@ from mindspeed_mm.checkpoint.save_directory import (
 )
 from mindspeed_mm.config.job import JobConfig, check_data_files, check_weights, launched_world_size, load_job_config
 from mindspeed_mm.config.tools_config import ToolsConfig
+from mindspeed_mm.config.trackers import check_tracker_packages
 from mindspeed_mm.data import mixture
 from mindspeed_mm.data.encoder import check_same_tokenizer, check_special_tokens
 from mindspeed_mm.data.sampler import SampleStream
@@ -53,6 +54,7 @@ def preflight(job: JobConfig) -> None:
         UserError: naming the file or option that is missing or wrong, and the step of the guide that makes it.
     """
     check_weights(job)
+    no_tensorboard = check_tracker_packages(job.args)
     spec = spec_of(job.model.init_from_hf_path)
     model_config = spec.read_config(job.model.init_from_hf_path)
     world_size = launched_world_size()
@@ -90,6 +92,7 @@ def preflight(job: JobConfig) -> None:
         pixels=job.data.dataset_param.preprocess_parameters.image_max_pixels,
     )
     for line in (
+        no_tensorboard,
         other_tokenizer,
         other_normalisation(job, spec, model_config, media),
         *environment.unknown_variables(os.environ),

@@ -48,6 +48,8 @@ from mindspeed_mm.training.callbacks.profiling import Profiling
 from mindspeed_mm.training.callbacks.run_report import RunReport
 from mindspeed_mm.training.callbacks.run_summary import RunSummary
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.callbacks.tracker_clients import identities, make_trackers
+from mindspeed_mm.training.callbacks.trackers import Trackers
 from mindspeed_mm.training.callbacks.watchdog import Watchdog, WatchdogLimits
 from mindspeed_mm.training.context import ForwardStep, Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
@@ -58,6 +60,7 @@ from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_base_is_kept, check_steps_remain
+from mindspeed_mm.training.run_description import describe_run
 from mindspeed_mm.training.signals import StopRequest, exit_status
 from mindspeed_mm.training.trainer import Trainer
 
@@ -173,7 +176,7 @@ def _run(
             callbacks=_callbacks(
                 job, context,
                 model=model,
-                describe=loader.dataset.describe,
+                loader=loader,
                 eval_loader=eval_loader,
                 views=_sample_views(job, spec, model_config, media, eval_loader),
                 split=split,
@@ -254,7 +257,7 @@ def _callbacks(
     context: RunContext,
     *,
     model: nn.Module,
-    describe: Callable[[int], str],
+    loader: TrainLoader,
     eval_loader: BatchLoader | None,
     views: SampleViews | None,
     split: Callable[[Batch], Batch],
@@ -271,7 +274,7 @@ def _callbacks(
     if args.save is not None:
         callbacks.append(MetricsFile(args.save))
         callbacks += [] if args.no_report else [RunReport(args.save, settings=job.checkpoint_metadata())]
-    callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=describe)]
+    callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=loader.dataset.describe)]
     if eval_loader is not None:
         callbacks.append(Evaluation(
             eval_loader, split=split, skipped_samples=skipped_samples, data_sets=eval_loader.dataset.channels,
@@ -287,6 +290,7 @@ def _callbacks(
             Path(args.save), job.model.init_from_hf_path, interval=args.save_hf_interval, in_use=manager.in_use,
             dtype=args.save_hf_dtype, load_base=args.load_base,
         ))
+    callbacks.append(_trackers(job, context, loader, eval_loader))
     return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended
 
 
@@ -306,6 +310,20 @@ def _sample_views(
         tokenizer=job.data.dataset_param.preprocess_parameters.model_name_or_path,
         placeholders=dict(zip(spec.placeholder_token_ids(model_config), tags, strict=False)),
         settings=media,
+    )
+
+
+def _trackers(job: JobConfig, context: RunContext, loader: TrainLoader, eval_loader: BatchLoader | None) -> Trackers:
+    data = {
+        "train": loader.summary,
+        "evaluation": "" if eval_loader is None else eval_loader.summary,
+        "samples_per_epoch": loader.samples_per_epoch,
+        "data_sets": list(loader.dataset.channels),
+        "fingerprint": context.progress.data,
+    }
+    return Trackers(
+        make_trackers(job.args), directory=job.args.save, identities=identities(job.args),
+        describe=lambda: describe_run(job, context.backend, world_size=context.layout.world_size, data=data),
     )
 
 

@@ -172,7 +172,7 @@ def test_largest_values():
 
 def test_only_what_is_near_is_suggested():
     with pytest.raises(UserError) as caught:
-        _parse("--tensorboard-dir x")
+        _parse("--timing-log-level x")
     assert "did you mean" not in str(caught.value) and "--help" in str(caught.value)
     with pytest.raises(UserError, match="unknown flag --num-layers; --help"):  # not --num-workers
         _parse("--num-layers 3")
