@@ -189,6 +189,8 @@ run_torchrun() {
     mkfifo "$MM_RUN_STATE/log"
     cat "$MM_RUN_STATE/warnings" >"$1" 2>/dev/null # of preflight, which are on the terminal already
     touch "$MM_RUN_STATE/started"
+    # on which --progress draws: the ranks' own output goes through a pipe
+    [ -t 1 ] && tty <&1 >"$MM_RUN_STATE/terminal"
     (
         trap '' INT TERM HUP USR1
         if [[ -t 1 && -z $MM_FULL_LOG ]]; then

@@ -28,6 +28,7 @@ from mindspeed_mm.checkpoint.storage import Check, CheckpointReader, LoadPlanner
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.lora import is_adapter
 from mindspeed_mm.models.optimizer_state import OptimizerStateLayout
+from mindspeed_mm.progress import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,12 @@ def load_tensors(reader: StorageReader, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: on all ranks, if a chunk is missing, unreadable or damaged.
     """
+    nbytes = sum(Shard.of(tensor).values.nbytes for tensor in tensors.values()) if dist.get_rank() == 0 else 0
+    reported = Phase("loading, on rank 0", unit="B", total=nbytes) if nbytes else contextlib.nullcontext()
     try:
-        dcp.load(dict(tensors), storage_reader=reader, planner=LoadPlanner(), process_group=host_group())
+        with reported as phase:
+            planner = LoadPlanner() if phase is None else LoadPlanner(phase.advance)
+            dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=host_group())
     except CheckpointException as error:
         cause, _ = error.failures[min(error.failures)]
         if isinstance(cause, OSError):

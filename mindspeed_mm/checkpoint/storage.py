@@ -118,8 +118,14 @@ class SavePlanner(DefaultSavePlanner):
 class LoadPlanner(DefaultLoadPlanner):
     """Loads a flat state dict, whose names are taken as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+        """``advance``: called with the bytes of each chunk that has been read, in any thread."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._advance = advance
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """The values of a chunk are in place."""
+        self._advance(tensor.nbytes)
 
 
 class _DurableFiles(FileSystem):

@@ -312,6 +312,10 @@ class LogArgs(StrictModel):
     log_interval: int = effective(100, "optimizer steps between log lines", ge=1, metavar="STEPS")
     no_report: bool = effective(False, "do not write report.html, the run as a page, to --save (docs/report.md)")
     log_tps: bool = effective(False, "add the tokens per sample to the log line")
+    progress: bool = effective(
+        False, "show a progress bar on the terminal: of the steps, of loading and of tokenizing; without a terminal, "
+        "log lines with the remaining time (docs/trackers.md)"
+    )
     report_to: Words | None = effective(
         None, "experiment trackers: tensorboard, wandb, swanlab, mlflow, trackio, several with commas, or none "
         "(docs/trackers.md; default: tensorboard, if --save or --tensorboard-dir is given)", metavar="NAME", many=True,

@@ -8,6 +8,7 @@ data file, and ``record``, index in it; ``outcome``, an :class:`~mindspeed_mm.da
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,7 +16,8 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ from mindspeed_mm.inputs import reading
 from mindspeed_mm.interfaces.conversation import ChatTemplateOptions
 from mindspeed_mm.interfaces.media import MediaSettings
 from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.progress import Phase
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +46,7 @@ _OUTCOMES = {
     Outcome.TOO_LONG: "skipped: the first turn is too long", Outcome.NO_TARGET: "skipped: no target token",
     Outcome.UNUSABLE: "skipped: unusable",
 }
+_POLL_SECONDS = 0.2
 _RECORDS_PER_PROCESS = 2000  # below this a further process costs more than it saves
 # Modules that decide what a cache holds; the model family names its own.
 _MODULES = (*(f"{__package__}.{name}" for name in (
@@ -136,7 +140,8 @@ def prepare_dataset(source: Source) -> PreparedRows:
     Raises:
         UserError: naming file and record that cannot be used, or if no record is left.
     """
-    return _load_rows(source, _cached(source, "tokenized", _build))
+    with _without_bars():
+        return _load_rows(source, _cached(source, "tokenized", _build))
 
 
 def prepare_records(source: Source) -> PreparedRows:
@@ -147,7 +152,8 @@ def prepare_records(source: Source) -> PreparedRows:
     Raises:
         UserError: naming file and record that cannot be used, or if no record is left.
     """
-    return _load_rows(source, _cached(source, "records", _build_records))
+    with _without_bars():
+        return _load_rows(source, _cached(source, "records", _build_records))
 
 
 def _cached(source: Source, kind: str, build: Callable[[Source, Path], None]) -> Path:
@@ -261,6 +267,7 @@ def _build(source: Source, directory: Path) -> None:
     dataset = _mapped(
         table,
         encoder,
+        directory / "progress",
         batched=True,
         batch_size=basic.preprocessing_batch_size,
         num_proc=processes if processes > 1 else None,
@@ -270,7 +277,6 @@ def _build(source: Source, directory: Path) -> None:
         keep_in_memory=processes <= 1,
         cache_file_name=str(directory / "rows.arrow") if processes > 1 else None,  # not in the machine's /tmp
         new_fingerprint=directory.name,
-        desc="tokenizing",
     )
     outcomes = np.array(dataset["outcome"])
     chosen = np.flatnonzero(outcomes <= Outcome.SHORTENED)
@@ -290,14 +296,67 @@ def _build(source: Source, directory: Path) -> None:
     _write_skipped(directory, skipped)
 
 
-def _mapped(dataset: Dataset, encoder: Encoder, **options: Any) -> Dataset:
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """An encoder that leaves a byte for each record in a file, to which all processes append."""
+
+    encoder: Encoder
+    file: Path
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """The encoder's rows."""
+        rows = self.encoder(batch)
+        with self.file.open("ab", buffering=0) as file:
+            file.write(bytes(len(next(iter(batch.values())))))
+        return rows
+
+
+@contextlib.contextmanager
+def _followed(file: Path, total: int) -> Iterator[None]:
+    """Report the size of ``file``, of at most ``total`` bytes, as the progress of tokenizing; then remove it."""
+    ended = threading.Event()
+
+    def follow(phase: Phase) -> None:
+        done = 0
+        while not ended.wait(_POLL_SECONDS):
+            size = file.stat().st_size if file.exists() else 0
+            phase.advance(size - done)
+            done = size
+
+    with Phase("tokenizing", unit="records", total=total) as phase:
+        thread = threading.Thread(target=follow, args=(phase,), name="tokenizing", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars of ``datasets``, which fill a log."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _mapped(dataset: Dataset, encoder: Encoder, progress: Path, **options: Any) -> Dataset:
     """``dataset.map``; a process that dies is an error of one line.
 
     Raises:
         UserError: if a process dies, most likely out of memory.
     """
     try:
-        return dataset.map(encoder, **options)
+        with _followed(progress, len(dataset)):
+            return dataset.map(_Counted(encoder, progress), **options)
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
@@ -374,8 +433,10 @@ def _read_records(source: Source) -> tuple[Dataset, RecordReader]:
     reader = source.reader()
     features = _record_features(datasets)
     columns: dict[str, list[Any]] = {name: [] for name in features}
-    for record in reader.read():
-        for name, value in record.columns().items():
-            columns[name].append(value)
+    with Phase("reading records", unit="records") as phase:
+        for record in reader.read():
+            for name, value in record.columns().items():
+                columns[name].append(value)
+            phase.advance(1)
     reader.skipped.check(usable=len(columns["record"]))
     return datasets.Dataset.from_dict(columns, features=features), reader

@@ -8,6 +8,8 @@ import os
 import sys
 import time
 
+from mindspeed_mm.progress import above_the_bar
+
 RAW = {"raw": True}
 """``extra`` of a record that is printed as it is, like the training log's lines."""
 
@@ -32,7 +34,8 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), flush=True)
+            with above_the_bar():
+                print(self.format(record), flush=True)
         except (OSError, ValueError):  # a closed console, as after "| head", does not stop training
             with contextlib.suppress(OSError):
                 with open(os.devnull, "wb") as nothing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from mindspeed_mm.models.spec import ModelConfig, ModelSpec, spec_of
 from mindspeed_mm.parallel.fsdp import DTYPES
 from mindspeed_mm.parallel.mesh import Layout, build_layout
 from mindspeed_mm.parallel.parallelize import parallelize
+from mindspeed_mm.progress import use_terminal
 from mindspeed_mm.training.callbacks.anomaly_detection import AnomalyDetector, reports_directory
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.best_checkpoint import best_checkpoint
@@ -45,6 +47,7 @@ from mindspeed_mm.training.callbacks.hf_weights import HFWeights
 from mindspeed_mm.training.callbacks.log_line import LogLine
 from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
 from mindspeed_mm.training.callbacks.profiling import Profiling
+from mindspeed_mm.training.callbacks.progress_bar import ProgressBar
 from mindspeed_mm.training.callbacks.run_report import RunReport
 from mindspeed_mm.training.callbacks.run_summary import RunSummary
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
@@ -53,6 +56,7 @@ from mindspeed_mm.training.callbacks.trackers import Trackers
 from mindspeed_mm.training.callbacks.watchdog import Watchdog, WatchdogLimits
 from mindspeed_mm.training.context import ForwardStep, Objective, RunContext
 from mindspeed_mm.training.device_prefetcher import DevicePrefetcher, batch_splitter
+from mindspeed_mm.training.launch_environment import RUN_STATE
 from mindspeed_mm.training.load_balancing import LoadBalancingLoss
 from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.lora import LoraRun
@@ -100,6 +104,8 @@ def pretrain(
         host_tensors=job.fsdp.offload_to_cpu,
     )
     setup_logging(dist.get_rank())
+    if job.args.progress and dist.get_rank() == 0:
+        use_terminal(os.environ.get(RUN_STATE))
     try:
         with locked_save_directory(job.args.save):
             stopped = _run(job, backend, model_provider, data_provider, forward_step)
@@ -271,6 +277,8 @@ def _callbacks(
         Profiling(job.tools, rank=rank, profiler=backend.profiler(), memory_history=backend.memory_history()),
         LogLine(packed=packed),
     ]
+    if args.progress:
+        callbacks.append(ProgressBar())
     if args.save is not None:
         callbacks.append(MetricsFile(args.save))
         callbacks += [] if args.no_report else [RunReport(args.save, settings=job.checkpoint_metadata())]

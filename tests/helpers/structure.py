@@ -18,6 +18,7 @@ PACKAGE = "mindspeed_mm"
 ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.errors": (),
     "mindspeed_mm.inputs": ("errors",),
+    "mindspeed_mm.progress": ("errors", "inputs"),
     "mindspeed_mm.backend": ("errors", "inputs"),
     "mindspeed_mm.interfaces": ("errors", "inputs"),
     "mindspeed_mm.config": ("errors", "inputs", "backend"),
@@ -28,7 +29,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     ),
     "mindspeed_mm.models.layers.config": ("errors", "inputs"),
     "mindspeed_mm.models.qwen3_vl.config": ("errors", "inputs", "models.layers.config"),
-    "mindspeed_mm.data": ("errors", "inputs", "backend", "config", "interfaces", "models.spec"),
+    "mindspeed_mm.data": ("errors", "inputs", "progress", "backend", "config", "interfaces", "models.spec"),
     # parallelism is applied to models from outside: models know nothing of it
     "mindspeed_mm.parallel": ("errors", "inputs", "backend", "config", "interfaces", "models.layers", "models.model"),
     "mindspeed_mm.tools": ("errors", "inputs", "backend", "config"),
@@ -38,14 +39,15 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
     ),
     "mindspeed_mm.tools.show_data": ("errors", "inputs", "config", "data", "interfaces", "models.spec"),
     "mindspeed_mm.checkpoint": (
-        "errors", "inputs", "backend", "models.lora", "models.optimizer_state", "models.spec", "models.state_dict",
+        "errors", "inputs", "progress", "backend", "models.lora", "models.optimizer_state", "models.spec",
+        "models.state_dict",
     ),
     "mindspeed_mm.evaluation": (
-        "errors", "inputs", "backend", "config", "data", "interfaces", "models.lora", "models.spec", "tools",
+        "errors", "inputs", "progress", "backend", "config", "data", "interfaces", "models.lora", "models.spec", "tools",
         "checkpoint",
     ),
     "mindspeed_mm.training": (
-        "errors", "inputs", "backend", "config", "data", "interfaces", "models.layers", "models.lora",
+        "errors", "inputs", "progress", "backend", "config", "data", "interfaces", "models.layers", "models.lora",
         "models.matrices", "models.memory", "models.model", "models.optimizer_state", "models.parameter_rules",
         "models.spec", "parallel", "tools", "checkpoint", "evaluation",
     ),
@@ -73,6 +75,7 @@ FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "mindspeed_mm.models.qwen3_vl.memory": ("torch", "transformers", "megatron"),
     "mindspeed_mm.errors": ("torch",),
     "mindspeed_mm.inputs": ("torch",),
+    "mindspeed_mm.progress": ("torch",),
 }
 
 # Files outside the family's folder that may name it: the registry, and the converter's name on the command line.
