@@ -14,6 +14,13 @@ logger = logging.getLogger(__name__)
 _SILENT_SECONDS = 60.0
 
 
+def _short(number: float) -> str:
+    """With three digits: 417, 4.17k, 41.7k."""
+    if number < 999.5:
+        return f"{number:.3g}"
+    return f"{number / 1e3:.3g}k" if number < 999_500 else f"{number / 1e6:.3g}M"
+
+
 class ProgressBar(Callback):
     """Shows rank 0's progress. Comes after the log line, which is printed above the bar."""
 
@@ -37,7 +44,7 @@ class ProgressBar(Callback):
             return
         metrics = record.metrics
         tokens = metrics["tokens"] / max(1e-9, metrics["seconds"])
-        self._phase.advance(1, loss=f"{metrics['loss']:.4g}", tokens=f"{tokens:.3g}/s")
+        self._phase.advance(1, loss=f"{metrics['loss']:.4g}", tokens=f"{_short(tokens)}/s")
         now = time.monotonic()
         if record.iteration % self._run.args.log_interval == 0:
             self._said = now

@@ -275,6 +275,7 @@ class MLflow(Tracker):
     """MLflow, at MLFLOW_TRACKING_URI, else in files in ``--save``."""
 
     name = "mlflow"
+    pause_seconds = 5.0
 
     def __init__(self, directory: str | None) -> None:
         """``directory``: ``--save``; None for MLflow's own default."""

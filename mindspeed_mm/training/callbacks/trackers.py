@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ _QUEUED = 2000  # steps that wait for a slow tracker; more are skipped
 _RETRY_SECONDS = 10.0  # between a failure to log and the next attempt
 _GIVE_UP = 30  # failures in a row
 _FINISH_SECONDS, _STOPPED_SECONDS = 60.0, 10.0  # at the end of a run, and of one that was asked to stop
-_GUARD_SECONDS = 10.0
+_GUARD_SECONDS, _CHILD_SECONDS = 5.0, 2.0  # for the process to end, and then for its children
 _PERFORMANCE = ("seconds", "data_wait_seconds", "tflop", "mfu", "peak_memory_gib")
 _DATA = ("consumed_samples", "tokens", "target_tokens", "samples", "skipped_unusable", "skipped_too_long",
          "skipped_no_target")
@@ -83,9 +84,11 @@ class Tracker(Protocol):
 
     Attributes:
         name: as in ``--report-to``.
+        pause_seconds: between two calls of ``log``, so that a request has several steps.
     """
 
     name: str
+    pause_seconds: float = 0.0
 
     def start(self, run: TrackedRun) -> tuple[str, str]:
         """Begin a run or continue one; returns the run's id, and where it can be seen (or an empty string)."""
@@ -274,8 +277,10 @@ class _Worker:
             self._changed.notify()
 
     def wait(self, deadline: float) -> bool:
-        """Wait for the end; whether it came before ``deadline``, of the monotonic clock."""
+        """Wait for the end; whether it came before ``deadline``, of the monotonic clock. Later errors are not news."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._warned.add("failed")
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -286,6 +291,7 @@ class _Worker:
                 failures = 0 if self._log() else failures + 1
                 if failures == _GIVE_UP:
                     return
+                self._pause(_RETRY_SECONDS if failures else self._tracker.pause_seconds)
             self._tracker.finish(failed=self._run_failed)
         except BaseException as error:  # libraries end programs, too
             self._fail(error)
@@ -321,10 +327,13 @@ class _Worker:
                 self._tracker.flush()
         except Exception as error:
             self._fail(error)
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
             return False
         return True
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but not at the end of the run."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=seconds)
 
     def _fail(self, error: BaseException) -> None:
         self._warn("failed", f"{self.name}: {type(error).__name__}: {reason(error)}; training continues, and data may "
@@ -337,11 +346,30 @@ class _Worker:
 
 
 def _guard_exit(status: int) -> None:
-    """End the process with ``status`` if a library that was left holds up its end: threads of its own, or its hooks."""
+    """End the process with ``status`` if a library that was left holds up its end: threads of its own, or its hooks.
+
+    So does a process that the library has started, which keeps the launcher's log open.
+    """
 
     def end() -> None:
         threading.main_thread().join()
         time.sleep(_GUARD_SECONDS)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            children = _children()
+            for child in children:
+                with contextlib.suppress(OSError):
+                    os.kill(child, number)
+            if children and number == signal.SIGTERM:
+                time.sleep(_CHILD_SECONDS)
         os._exit(status)
 
     threading.Thread(target=end, name="exit guard", daemon=True).start()
+
+
+def _children() -> list[int]:
+    """Process ids of this process's children, also of those that one of its threads has started."""
+    found = []
+    for tasks in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in tasks.read_text().split()]
+    return found

@@ -271,6 +271,8 @@ def test_trackio_has_each_step_once(tmp_path, monkeypatch):
 class Fake:
     """Keeps what it is given; ``at`` says where it fails."""
 
+    pause_seconds = 0.0
+
     def __init__(self, name="wandb", at="", error=None, seconds=0.0):
         self.name, self._at, self._error, self._seconds = name, at, error, seconds
         self.started, self.entries, self.calls = None, [], []
@@ -334,17 +336,18 @@ def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(tmp_path, line
 
 
 def test_a_process_ends_though_a_library_hangs_at_its_end():
-    """An exit hook that never returns, as of a library that waits for the network."""
+    """An exit hook that never returns, and a process that holds the output, as of a library without its network."""
     code = (
-        "import atexit, time\n"
+        "import atexit, subprocess, time\n"
         "from mindspeed_mm.training.callbacks import trackers\n"
         "atexit.register(time.sleep, 60)\n"
-        "trackers._GUARD_SECONDS = 0.2\n"
+        "subprocess.Popen(['bash', '-c', 'trap : TERM; while :; do sleep 1; done'])\n"
+        "trackers._GUARD_SECONDS = trackers._CHILD_SECONDS = 0.2\n"
         "trackers._guard_exit(7)\n"
     )
     began = time.monotonic()
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 7
-    assert time.monotonic() - began < 50
+    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], stdout=subprocess.PIPE)
+    assert result.returncode == 7 and time.monotonic() - began < 50
 
 
 def test_only_rank_0_reports_and_without_a_step_nothing_starts(tmp_path):
