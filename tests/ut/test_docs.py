@@ -37,7 +37,7 @@ HELP_COMMANDS = (
 SCANNED = ("scripts/*", "benchmarks/*.py", "examples/**/*.py", "examples/**/*.sh", "mindspeed_mm/tools/**/*.py",
            "mindspeed_mm/evaluation/cli.py", "tests/drivers/*.py", "tests/tools/*.py", "tests/fuzz/*.py",
            "tests/st/*.py")
-FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM; lmms-eval, VLMEvalKit, EvalScope
+FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM; lmms-eval, VLMEvalKit, EvalScope; TensorBoard, MLflow
     "--basetemp", "--no-deps", "--target", "--standalone", "--fix", "--signal",
     "--enable-lora", "--max-lora-rank", "--lora-modules", "--enable-tower-connector-lora",
     "--served-model-name", "--tensor-parallel-size", "--max-model-len", "--limit-mm-per-prompt",
@@ -46,6 +46,7 @@ FOREIGN_FLAGS = {  # pytest, pip, ...; vLLM; SGLang; MindSpeed-MM; lmms-eval, VL
     "--model", "--model_args", "--tasks", "--batch_size", "--output_path", "--num_processes",
     "--config", "--work-dir", "--data", "--base-url", "--key",
     "--api-url", "--api-key", "--eval-type", "--datasets", "--eval-batch-size", "--limit",
+    "--logdir", "--bind_all", "--samples_per_plugin", "--backend-store-uri",
 }
 WRITTEN_BY_COMMANDS = {"docs/performance_gpu.md"}
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")

@@ -186,9 +186,10 @@ class WandB(Tracker):
 
     def start(self, run: TrackedRun) -> tuple[str, str]:
         """Begin or continue."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # else it asks a terminal for a key that is missing
         import wandb
 
-        options: dict[str, Any] = {"silent": True}
+        options: dict[str, Any] = {}
         if "WANDB_CONSOLE" not in os.environ:
             options["console"] = "off"  # it would wrap standard output, which the launcher keeps in a file
         if "finish_timeout" in wandb.Settings.model_fields:  # also of its hook at the end of the process

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -162,6 +163,8 @@ def leveldb_records(path: Path):
             place += left
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + length > len(data):  # it is being written
+            return
         record += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -175,6 +178,7 @@ def test_wandb_offline_continues_its_run(tmp_path):
 
     words = ["--wandb-project", "pets", "--wandb-exp-name", "first"]
     run(tmp_path, 3, words=words)
+    time.sleep(1.05)  # the directory's name has seconds
     run(tmp_path, 2, after=2, words=words)
     kept = json.loads((tmp_path / STATE_FILE).read_text())["wandb"]
     assert (kept["project"], kept["name"]) == ("pets", "first")
@@ -182,8 +186,11 @@ def test_wandb_offline_continues_its_run(tmp_path):
     assert [path.name for path in files] == [f"run-{kept['id']}.wandb"] * 2
     steps, configs = [], []
     for path in files:
-        for data in leveldb_records(path):
-            record = Record.FromString(data)
+        deadline, records = time.monotonic() + 60, []
+        while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+            time.sleep(0.05)  # its process writes the end of the file a little later
+            records = [Record.FromString(data) for data in leveldb_records(path)]
+        for record in records:
             if record.HasField("run"):
                 configs.append((record.run.project, record.run.display_name, record.run.run_id, {
                     item.key: json.loads(item.value_json) for item in record.run.config.update
@@ -196,6 +203,29 @@ def test_wandb_offline_continues_its_run(tmp_path):
     assert configs[0][3]["model"] == CONFIG["model"]
     expected = [1, 2, 3, 3, 4]  # offline, the repeated step is in both parts, with the same values
     assert steps == [(i, pytest.approx(1 / i), i % 2 == 0, i % 2 == 0) for i in expected]
+
+
+def test_a_missing_key_is_not_asked_for(tmp_path, monkeypatch):
+    """On a terminal; a new process, since W&B looks at its variables once."""
+    pytest.importorskip("wandb")
+    code = (
+        "import sys\n"
+        "from mindspeed_mm.training.callbacks.tracker_clients import WandB\n"
+        "from mindspeed_mm.training.callbacks.trackers import TrackedRun\n"
+        "try:\n"
+        "    WandB(sys.argv[1]).start(TrackedRun('n', 'p', 'a', False, 1, {}))\n"
+        "except Exception as error:\n"
+        "    print('said', error)\n"
+    )
+    reading, terminal = pty.openpty()
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "save")], cwd=Path(__file__).parents[3], stdin=terminal,
+        stderr=terminal, stdout=subprocess.PIPE, text=True, timeout=100,
+        env={**os.environ, "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    )
+    os.close(terminal)
+    os.close(reading)
+    assert "said No API key configured" in result.stdout
 
 
 def test_swanlab_offline_continues_its_run(tmp_path):
