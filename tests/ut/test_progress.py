@@ -124,6 +124,33 @@ def test_a_forked_process_can_log(terminal):
     assert ended == (child, 0)
 
 
+class Slow:
+    """An encoder."""
+
+    def __call__(self, batch):
+        time.sleep(0.05)
+        return {"a": batch["a"]}
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_tokenizing_in_any_number_of_processes_is_counted(tmp_path, lines, monkeypatch, processes):
+    import datasets
+
+    from mindspeed_mm.data import prepare
+
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    table = datasets.Dataset.from_dict({"a": list(range(300))})
+    file, cache = tmp_path / "progress", str(tmp_path / "rows.arrow")
+    mapped = prepare._mapped(
+        table, Slow(), file, batched=True, batch_size=20, num_proc=processes, new_fingerprint="x",
+        load_from_cache_file=False, cache_file_name=cache,
+    )
+    counts = [int(line.split()[1]) for line in lines()]
+    assert mapped["a"][:] == table["a"][:] and not file.exists()
+    assert counts == sorted(counts) and 0 < counts[-1] <= 300 and all(count % 20 == 0 for count in counts)
+    assert " of 300 records (" in lines()[-1]
+
+
 def steps(count, *, clock=None, seconds=1.0, first=0, log_interval=100, main=True):
     """A run with the callback."""
     callback = ProgressBar()

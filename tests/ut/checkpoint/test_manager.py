@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from mindspeed_mm import progress
 from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory, shards, storage
 from mindspeed_mm.checkpoint import manager as manager_module
@@ -120,6 +121,21 @@ def test_saved_is_what_was_there(
     assert os.listdir(tmp_path) == [path.name, directory.TRACKER] or sorted(os.listdir(tmp_path)) == sorted(
         [path.name, directory.TRACKER]
     )
+
+
+def test_loading_reports_all_bytes(tmp_path: Path, monkeypatch, caplog) -> None:
+    """Chunk by chunk, in the end as many as there are."""
+    caplog.set_level("INFO", "mindspeed_mm")
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    state = State()
+    manager = manager_of(state, tmp_path)
+    manager.start(SavedProgress(5))
+    manager.finish()
+    loaded(directory.resolve_checkpoint(tmp_path), state.everything())
+    said = [line for line in caplog.messages if line.startswith("loading, on rank 0: ")]
+    assert len(said) > 3 and "(100%)" in said[-1] and " 0:00:00 left" in said[-1]
+    assert not any("(100%)" in line for line in said[: len(said) // 2])
 
 
 @pytest.fixture
