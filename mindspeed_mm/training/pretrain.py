@@ -273,6 +273,7 @@ def _callbacks(
     args, backend, rank = job.args, context.backend, context.layout.rank
     packed = job.data.dataset_param.basic_parameters.packing
     skipped_samples = SkippedSamples(job.data.dataloader_param.bad_sample_limit)
+    describe = _describe(job, context, loader, eval_loader)
     callbacks: list[Callback] = [
         Profiling(job.tools, rank=rank, profiler=backend.profiler(), memory_history=backend.memory_history()),
         LogLine(packed=packed),
@@ -281,7 +282,7 @@ def _callbacks(
         callbacks.append(ProgressBar())
     if args.save is not None:
         callbacks.append(MetricsFile(args.save))
-        callbacks += [] if args.no_report else [RunReport(args.save, settings=job.checkpoint_metadata())]
+        callbacks += [] if args.no_report else [RunReport(args.save, describe=describe)]
     callbacks += [skipped_samples, AnomalyDetector(args, model=model, describe=loader.dataset.describe)]
     if eval_loader is not None:
         callbacks.append(Evaluation(
@@ -298,7 +299,9 @@ def _callbacks(
             Path(args.save), job.model.init_from_hf_path, interval=args.save_hf_interval, in_use=manager.in_use,
             dtype=args.save_hf_dtype, load_base=args.load_base,
         ))
-    callbacks.append(_trackers(job, context, loader, eval_loader))
+    callbacks.append(Trackers(
+        make_trackers(args), directory=args.save, identities=identities(args), describe=describe,
+    ))
     return [*callbacks, RunSummary(packed=packed), _watchdog(args, context)]  # watched until everything has ended
 
 
@@ -321,7 +324,10 @@ def _sample_views(
     )
 
 
-def _trackers(job: JobConfig, context: RunContext, loader: TrainLoader, eval_loader: BatchLoader | None) -> Trackers:
+def _describe(
+    job: JobConfig, context: RunContext, loader: TrainLoader, eval_loader: BatchLoader | None
+) -> Callable[[], dict[str, Any]]:
+    """What trackers and the report record of the run; made when the first of them asks."""
     data = {
         "train": loader.summary,
         "evaluation": "" if eval_loader is None else eval_loader.summary,
@@ -329,9 +335,8 @@ def _trackers(job: JobConfig, context: RunContext, loader: TrainLoader, eval_loa
         "data_sets": list(loader.dataset.channels),
         "fingerprint": context.progress.data,
     }
-    return Trackers(
-        make_trackers(job.args), directory=job.args.save, identities=identities(job.args),
-        describe=lambda: describe_run(job, context.backend, world_size=context.layout.world_size, data=data),
+    return functools.cache(
+        lambda: describe_run(job, context.backend, world_size=context.layout.world_size, data=data)
     )
 
 

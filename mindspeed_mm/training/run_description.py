@@ -1,4 +1,4 @@
-"""What trackers record of a run besides its metrics: configuration, code, data, hardware, package versions."""
+"""What trackers and reports record of a run besides its metrics: configuration, code, data, hardware, versions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.config.flags import option_name
 from mindspeed_mm.config.job import JobConfig
 
+CONFIGURATION = ("flags", "data", "model", "fsdp2")
+"""Names of the description's parts that are the job's configuration."""
 _PACKAGES = ("torch", "torch_npu", "megatron-core", "mindspeed", "transformers", "tokenizers", "datasets", "numpy",
              "triton")
 _GIT_SECONDS = 10.0

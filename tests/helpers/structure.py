@@ -43,8 +43,8 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
         "models.state_dict",
     ),
     "mindspeed_mm.evaluation": (
-        "errors", "inputs", "progress", "backend", "config", "data", "interfaces", "models.lora", "models.spec", "tools",
-        "checkpoint",
+        "errors", "inputs", "progress", "backend", "config", "data", "interfaces", "models.lora", "models.spec",
+        "tools", "checkpoint",
     ),
     "mindspeed_mm.training": (
         "errors", "inputs", "progress", "backend", "config", "data", "interfaces", "models.layers", "models.lora",

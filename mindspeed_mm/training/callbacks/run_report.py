@@ -7,11 +7,9 @@ import dataclasses
 import datetime
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
 from mindspeed_mm.training.metrics import StepRecord
+from mindspeed_mm.training.run_description import CONFIGURATION
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +43,15 @@ class RunReport(Callback):
     step is queued, and read after the step's metrics. A file that cannot be written is warned of once.
     """
 
-    def __init__(self, directory: str, *, settings: Mapping[str, Any]) -> None:
-        """``directory``: ``--save``, after :class:`MetricsFile`; ``settings``: of the job, for the page."""
+    def __init__(self, directory: str, *, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Write nothing yet.
+
+        Args:
+            directory: ``--save``, after :class:`MetricsFile`.
+            describe: gives the run as :func:`~mindspeed_mm.training.run_description.describe_run` does.
+        """
         self._directory = Path(directory)
-        self._settings = dict(settings)
+        self._describe = describe
         self._warned = False
         self._written = 0.0  # when the last page was complete
         self._cost = 0.0  # seconds that it took
@@ -66,9 +70,10 @@ class RunReport(Callback):
             if iteration:
                 self._data.history = History.read(self._directory / METRICS_FILE)
         self._data.resume(iteration, _now())
+        description = self._describe()
         self._data = dataclasses.replace(
-            self._data, state="running", reason="", train_iters=run.args.train_iters, settings=self._settings,
-            environment=_environment(run),
+            self._data, state="running", reason="", train_iters=run.args.train_iters,
+            settings={name: description[name] for name in CONFIGURATION}, environment=_environment(run, description),
         )
         self._load = _RouterLoad(iteration)
 
@@ -186,32 +191,18 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _environment(run: Run) -> dict[str, Any]:
-    """Facts of machine, layout and software."""
-    layout, backend = run.context.layout, run.context.backend
-    device = backend.name
-    if backend.is_accelerator:
-        with contextlib.suppress(Exception):  # not every accelerator's module names its devices
-            device = f"{device}, {getattr(torch, backend.name).get_device_name(backend.device)}"
+def _environment(run: Run, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of machine, layout, software and data, in words."""
+    layout = run.context.layout
     ranks = {"world size": layout.world_size, "data parallel": layout.dp_size, "context parallel": layout.context_size}
     expert = layout.expert_mesh.size() if layout.expert_mesh is not None else 1
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    git, data = description.get("git", {}), description["data_summary"]
+    changed = ", with uncommitted changes" if git.get("dirty") else ""
     return {
         "save directory": os.path.abspath(run.args.save or ""),
-        "device": device,
         "ranks": ", ".join(f"{name} {size}" for name, size in {**ranks, "expert parallel": expert}.items()),
-        "host": f"{platform.node()}, {platform.system()} {platform.machine()}",
-        "versions": versions,
-        "git revision": _revision(),
+        **{name.replace("_", " "): value for name, value in description["hardware"].items() if name != "ranks"},
+        "packages": ", ".join(f"{name} {version}" for name, version in description["packages"].items()),
+        "git revision": f"{git['commit'][:12]} ({git['branch']}){changed}" if git else None,
+        **{name.replace("_", " "): value for name, value in data.items() if value},
     }
-
-
-def _revision() -> str | None:
-    """Of the code that runs; None where that is no git work tree."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True,
-            text=True, check=True, timeout=10,
-        )
-        return found.stdout.strip() or None
-    return None

@@ -30,6 +30,13 @@ class Clock:
         return self.now
 
 
+DESCRIPTION = {
+    "flags": {"lr": 0.1}, "data": {}, "model": {}, "fsdp2": {}, "data_summary": {"train": "9 samples", "data_sets": []},
+    "hardware": {"device": "cpu", "ranks": 2, "host": "here"}, "packages": {"torch": "2.13.0"},
+    "git": {"commit": "c0ffee" * 6, "branch": "main", "dirty": True},
+}
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
@@ -51,7 +58,7 @@ class Fake:
             ),
         )
         self.router_choices = None
-        self.report = RunReport(str(directory), settings={"flags": {"--lr": 0.1}})
+        self.report = RunReport(str(directory), describe=lambda: DESCRIPTION)
         self.callbacks = [MetricsFile(str(directory)), self.report]
         self.pages = []
         self.notify("on_run_start", self)
@@ -94,7 +101,7 @@ def test_a_run_to_its_end(tmp_path, caplog):
     found = load_run(tmp_path)
     assert found.router == [1, 3, [[6] * EXPERTS] * LAYERS]  # 1 + 2 + 3 choices of each expert
     assert found.history.iteration == 3 and found.latest.iteration == 3
-    assert found.environment["ranks"].startswith("world size 2") and found.settings == {"flags": {"--lr": 0.1}}
+    assert found.environment["ranks"].startswith("world size 2") and found.settings["flags"] == {"lr": 0.1}
     assert f"run report: {tmp_path / 'report.html'}" in caplog.text
 
 
