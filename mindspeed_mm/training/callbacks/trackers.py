@@ -25,6 +25,7 @@ from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.inputs import read_json, reason
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.metrics import StepRecord
+from mindspeed_mm.training.signals import STOPPED_STATUS
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,9 @@ class Trackers(Callback):
         if late:
             names = ", ".join(worker.name for worker in late)
             logger.warning(f"{names}: not finished within {limit:g} s, and left; its last data may be missing there")
-            _guard_exit(1 if failed else 0)
+            # as pretrain would end it; the launcher reads the status of a stop from a file
+            stopped = self._run.stopped and "TORCHELASTIC_RUN_ID" not in os.environ
+            _guard_exit(1 if failed else STOPPED_STATUS if stopped else 0)
 
     def _start(self, iteration: int) -> None:
         self._started = True

@@ -39,7 +39,8 @@ def workplace(tmp_path):
     script(
         bin_directory / "torchrun",
         'for word in "$@"; do echo "$word" >>"$TORCHRUN_WORDS"; done\n'
-        'env >"$TORCHRUN_WORDS.env"\n[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\n'
+        'env >"$TORCHRUN_WORDS.env"\ncp "$MM_RUN_STATE/terminal" "$TORCHRUN_WORDS.terminal" 2>/dev/null\n'
+        '[ -n "$FAKE_LOG" ] && cat "$FAKE_LOG"\n'
         '[ -n "$FAKE_ERROR" ] && echo "$FAKE_ERROR" >"$MM_RUN_STATE/error"\nexit "${FAKE_STATUS:-0}"\n',
     )
     return root

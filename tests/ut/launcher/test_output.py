@@ -58,6 +58,7 @@ def test_log_is_printed_and_kept(workplace, tmp_path):
     result = launch(workplace, FAKE_LOG=log)
     (kept,) = (workplace / "logs").glob("*.log")
     assert result.stdout == log.read_text() and kept.read_text() == _logged(result.stderr) + log.read_text()
+    assert not (tmp_path / "words.terminal").exists()
 
 
 def _logged(text):
@@ -119,6 +120,7 @@ def test_a_terminal_gets_short_lines_and_the_file_whole_ones(workplace, tmp_path
         "FAKE_LOG": str(tmp_path / "log"), "MM_FULL_LOG": full, "HOME": str(tmp_path),
     }
     result = subprocess.run(["bash", LAUNCHER], cwd=workplace, env=environment, stdout=theirs, timeout=60)
+    assert (tmp_path / "words.terminal").read_text() == os.ttyname(theirs) + "\n"  # on which --progress draws
     os.close(theirs)
     printed = os.read(ours, 10_000).decode().splitlines()
     os.close(ours)
