@@ -49,7 +49,7 @@ class Fake:
 
     def __init__(self, directory, *, start=0, last=1000, rank=0, experts=True):
         self.args = SimpleNamespace(save=str(directory), train_iters=last)
-        self.stopped, self.error, self.experts = False, None, experts
+        self.stopped, self.error, self.finished_early, self.experts = False, None, "", experts
         self.context = SimpleNamespace(
             progress=Progress(iteration=start),
             backend=SimpleNamespace(name="cpu", is_accelerator=False, device=torch.device("cpu")),
