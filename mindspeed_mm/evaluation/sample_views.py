@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SIDE = 256  # pixels of a thumbnail
 _EARLIER = "..."  # takes the place of earlier answers in a question
+_TURN = "\0"  # takes that of the token which starts a turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SampleViews:
         tokenizer: str,
         placeholders: Mapping[int, str],
         settings: MediaSettings | None,
+        turn_start: str = "",
     ) -> None:
         """Choose the samples; nothing is read yet.
 
@@ -59,10 +61,11 @@ class SampleViews:
             tokenizer: directory of the checkpoint's.
             placeholders: token that merged patches replace -> how it is shown.
             settings: of images and videos; None for a model that takes text only.
+            turn_start: special token before the role of a turn; empty where there is none.
         """
         self.indices = choose(dataset.data_set_numbers()[:limit], count)
         self._dataset, self._settings = dataset, settings
-        self._directory, self._placeholders = tokenizer, placeholders
+        self._directory, self._placeholders, self._turn_start = tokenizer, placeholders, turn_start
         self._tokenizer: Any = None
         self._views: dict[int, _View] = {}
         self._failed = False
@@ -112,14 +115,22 @@ class SampleViews:
         return self._views[index]
 
     def _question(self, sample: Sample, spans: Sequence[tuple[int, int]]) -> str:
-        """The text before the last answer."""
+        """The text before the last answer; with roles, unless it is one turn of the user."""
         replaced = [*self._tags(sample), *((start, end, _EARLIER) for start, end in spans[:-1])]
+        if self._turn_start:
+            token = self._tokenizer.convert_tokens_to_ids(self._turn_start)
+            replaced += ((place, place + 1, _TURN) for place in np.flatnonzero(sample.input_ids == token).tolist())
         text, at = "", 0
         for start, end, tag in [*sorted(replaced), (spans[-1][0], len(sample.input_ids), "")]:
             if start >= at:  # a medium after the last answer is no part of the question
                 text += self._tokenizer.decode(sample.input_ids[at:start].tolist(), skip_special_tokens=True) + tag
                 at = end
-        return text.strip()
+        turns = [(role.strip(), content.strip()) for role, _, content in
+                 (turn.partition("\n") for turn in text.split(_TURN)[1:])]
+        turns = [turn for turn in turns if turn[1]]  # the last one is the answer's, whose text is not here
+        if len(turns) == 1 and turns[0][0] == "user":
+            return turns[0][1]
+        return "\n".join(f"{role}: {content}" for role, content in turns) or text.replace(_TURN, "").strip()
 
     def _tags(self, sample: Sample) -> list[tuple[int, int, str]]:
         """Start, end and tag of the tokens of each image and video; the slices of a video have times between them."""

@@ -164,7 +164,7 @@ class ModelSpec(abc.ABC):
         thinking_templates: those of ``chat_templates`` that ``enable_thinking`` works with. Without ``enable_thinking``
             they remove thoughts from answers; other templates leave them in.
         data_modules: modules that decide how records become tokens; a data cache is rebuilt when one of them changes.
-        chat_tokens: special tokens that structure a conversation, which a tokenizer of the family must know.
+        chat_tokens: special tokens that start and end a turn, which a tokenizer of the family must know.
         media_kinds: media that the family takes, of ``image`` and ``video``.
         box_scale: what the width and the height of an image are in the coordinates of boxes; None if there are none.
         parts: name of a part of the model that can be frozen by itself -> globs of its parameters' names.

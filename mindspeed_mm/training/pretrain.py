@@ -321,6 +321,7 @@ def _sample_views(
         tokenizer=job.data.dataset_param.preprocess_parameters.model_name_or_path,
         placeholders=dict(zip(spec.placeholder_token_ids(model_config), tags, strict=False)),
         settings=media,
+        turn_start=spec.chat_tokens[0] if spec.chat_tokens else "",
     )
 
 

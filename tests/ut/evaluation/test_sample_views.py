@@ -48,7 +48,7 @@ def views_of(held_out: tuple[Any, ChatDataset, Path], **options: Any) -> SampleV
     keywords = {
         "count": 8, "limit": 100, "tokenizer": str(root / "checkpoint"),
         "placeholders": dict(zip(SPEC.placeholder_token_ids(model_config), ("<image>", "<video>"), strict=True)),
-        "settings": SPEC.read_media_settings(config, model_config), **options,
+        "settings": SPEC.read_media_settings(config, model_config), "turn_start": SPEC.chat_tokens[0], **options,
     }
     return SampleViews(dataset, **keywords)
 
@@ -73,10 +73,9 @@ def test_texts_and_thumbnails(held_out: tuple[Any, ChatDataset, Path]) -> None:
     samples = views.samples(scores_of(dataset, {1: 0, 2: -1}))
     assert [sample.index for sample in samples] == list(range(6)) == list(views.indices)
     assert [sample.exact for sample in samples] == [True, False, False, True, True, True]
-    assert "<image>" not in samples[0].question and "What is number 0?" in samples[0].question
+    assert samples[0].question == "user: What is number 0?\nassistant: ...\nuser: Sure?"
     assert samples[0].expected == samples[0].given == "The digit is 0.\nYes, there is one."
-    assert "Sure?" in samples[0].question and "..." in samples[0].question and not samples[0].images
-    assert samples[1].question.count("<image>") == 1 and samples[1].question.count("pad") == 0
+    assert samples[1].question == "<image>\nWhat is number 1?" and not samples[0].images
     assert samples[1].expected == "The digit is 1." and samples[1].given == " digit is 1.".strip()
     assert samples[2].expected.endswith("<|im_end|>") and samples[2].given != samples[2].expected
     (jpeg,) = samples[1].images
