@@ -113,7 +113,8 @@ def check_evaluation(args: TrainingArgs, data: DataConfig) -> None:
         return
     metric, slash, name = args.metric_for_best.partition("/")
     if metric not in METRICS or (slash and not name):
-        guess = nearest(metric, list(METRICS))
+        named = f"validation_{metric}"
+        guess = named if named in METRICS else nearest(metric, list(METRICS))
         remedy = f"did you mean {guess}{slash}{name}?" if guess else f"choose {', '.join(METRICS)}, or <metric>/<name>"
         raise UserError(f"--metric-for-best {args.metric_for_best} is no metric of evaluations; {remedy}")
     names = [one.name for one in data.val_datasets or data.train_datasets if one.name]

@@ -75,7 +75,7 @@ def check_tracker_flags(args: TrainingArgs) -> None:
     for name in ("project_name", "run_name"):
         if getattr(args, name) is not None and not {*names} - {"tensorboard"}:
             raise UserError(f"{option_name(name)} {getattr(args, name)} has no effect without a tracker that has such "
-                            "names; add --report-to, for example wandb, or leave it out")
+                            "names, which TensorBoard has not; add --report-to, for example wandb, or leave it out")
 
 
 def check_tracker_packages(args: TrainingArgs) -> str | None:

@@ -248,7 +248,11 @@ def _log_lines(lines: Sequence[str]) -> None:
 
 def _log_start(loader: TrainLoader, eval_loader: BatchLoader | None, progress: Progress, args: TrainingArgs) -> None:
     _warn_of_partial_state(args)
-    evaluated = f"; evaluation: {eval_loader.summary}" if eval_loader is not None else ""
+    evaluated = "; nothing is held out (val_dataset or val_rate): no evaluation"
+    if eval_loader is not None:
+        evaluated = f"; evaluation: {eval_loader.summary}"
+    elif not args.eval_iters:
+        evaluated = "; --eval-iters 0: no evaluation"
     logger.info(f"data: {loader.summary}{evaluated}; {_remaining_iterations(progress, args)}")
 
 

@@ -29,8 +29,9 @@ def fill_in(run_dir: str, model_dir: str | None = None) -> dict[str, dict[str, A
     data, model = (files[name] for name in DATA_AND_MODEL)
     data["dataset_param"]["preprocess_parameters"]["model_name_or_path"] = model_dir
     data["dataset_param"]["basic_parameters"].update(
-        dataset_dir=f"{run_dir}/data",
+        dataset_dir=f"{run_dir}/data/images",
         dataset=f"{run_dir}/data/mllm_format_digits_train.json",
+        val_dataset=f"{run_dir}/data/digits_heldout.json",
         cache_dir=f"{run_dir}/data/cache_dir",
     )
     model["init_from_hf_path"] = model_dir

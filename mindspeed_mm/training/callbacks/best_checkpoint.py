@@ -66,8 +66,19 @@ class BestCheckpoint(Callback):
             if not due and not (args.save_interval and iteration % args.save_interval == 0):
                 best.only.append(iteration)
         waited = best.wait(value, threshold=self._threshold)
+        logger.info(self._standing(iteration, value, best), extra=RANK_0_ONLY)
         if self._patience and waited >= self._patience and iteration < self._run.args.train_iters:
             self._stop(iteration)
+
+    def _standing(self, iteration: int, value: float, best: BestSoFar) -> str:
+        """How an evaluation compares with those before, in words."""
+        parts = []
+        if best.ranking:
+            first, top = best.ranking[0]
+            parts.append("the best so far" if first == iteration else f"the best is {top:.6g} of iteration {first}")
+        if self._patience:
+            parts.append(f"{best.waited} of {self._patience} evaluations without improvement")
+        return f"{self._metric} {value:.6g}: {', '.join(parts)}"
 
     def wants(self, iteration: int) -> bool:
         """Whether a checkpoint of ``iteration`` is to be saved, as one of the best so far."""

@@ -33,7 +33,7 @@ class LogLine(Callback):
         self._sums: dict[str, float] = defaultdict(float)
         self._steps = 0
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._first_step = False  # whether ``_recent`` holds the run's first step, which warms up
+        self._seen = 0  # steps since the start; the first one warms up
 
     def on_run_start(self, run: Run) -> None:
         """Take the flags."""
@@ -48,9 +48,9 @@ class LogLine(Callback):
             count = record.metrics["target_tokens/" + name.removeprefix(_LOSS)] if name.startswith(_LOSS) else 1.0
             self._sums[name] += value * count
         self._sums["nan"] += not math.isfinite(record.metrics["loss"])
-        if self._first_step:
+        self._seen += 1
+        if self._seen == 2:
             self._recent.clear()
-        self._first_step = not self._recent
         self._recent.append(record.metrics["seconds"])
         if record.iteration % args.log_interval == 0 or record.iteration == args.train_iters:
             logger.info(self._line(record), extra=RAW)

@@ -320,7 +320,7 @@ def test_lines_are_means_over_the_interval(lines, lag):
 def test_remaining_time_is_made_of_recent_steps(lines):
     line = LogLine(packed=False)
     line.on_run_start(make(steps=5000))
-    for iteration, seconds in enumerate([600.0, *[1.0] * 4, *[3.0] * 60], start=1):
+    for iteration, seconds in enumerate([600.0, *[1.0] * 4, *[2.0, 4.0] * 30], start=1):
         metrics = dict.fromkeys(("loss", "tokens", "target_tokens", "tflop", "skipped_step", "grad_norm"), 1.0)
         metrics |= {"learning_rate": 0.1, "data_wait_seconds": 0.0, "consumed_samples": 8, "peak_memory_gib": 1.0}
         line.on_step_end(StepRecord(iteration, {**metrics, "seconds": seconds}))
