@@ -252,7 +252,7 @@ def run_case(case: dict[str, Any], backend: Any) -> Outcome:
         {name: whole(parameter) for name, parameter in model.named_parameters()},
         validation,
         [text_only_shares(step, batch=args.global_batch_size, dp_size=layout.dp_size) for step in steps],
-        trainer.router_choices,
+        None if trainer.router_choices is None else trainer.router_choices.cpu(),
         reads or [],
     )
 
