@@ -124,7 +124,8 @@ def test_resumed_run_is_the_same_run(place, whole_run):
     assert sorted(second) == [4, 5, 6]
     assert output.count("training blocked for") == 3
     assert sorted(path.name for path in (place / "parts").iterdir()) == [
-        "iter_0000006", "latest_checkpointed_iteration.txt", "metrics.jsonl"
+        "iter_0000006", "latest_checkpointed_iteration.txt", "metrics.jsonl", "report.html", "report_data.json",
+        "tensorboard", "trackers.json",
     ]
     steps = [json.loads(line)["iteration"] for line in (place / "parts/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -25,6 +25,7 @@ from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.inputs import read_json, reason
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.metrics import StepRecord
+from mindspeed_mm.training.run_description import without_secrets
 from mindspeed_mm.training.signals import STOPPED_STATUS
 
 logger = logging.getLogger(__name__)
@@ -307,7 +308,7 @@ class _Worker:
         identity, place = self._tracker.start(self._tracked)
         run = dataclasses.replace(self._tracked, id=identity)
         how = "continues" if run.resumed else "begins"
-        logger.info(f"{self.name}: {how} run {run.name}{place and f' ({place})'}")
+        logger.info(without_secrets(f"{self.name}: {how} run {run.name}{place and f' ({place})'}"))
         with contextlib.suppress(OSError, UserError):  # then a resumed run begins a new one; the disk is full
             self._state.keep(self.name, run)
 
@@ -345,7 +346,7 @@ class _Worker:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            logger.warning(message)
+            logger.warning(without_secrets(message))
 
 
 def _guard_exit(status: int) -> None:

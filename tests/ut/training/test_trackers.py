@@ -353,6 +353,16 @@ def test_a_tracker_that_fails_is_reported_once_and_the_other_goes_on(tmp_path, l
         assert bad.calls[-1] == "finish"
 
 
+def test_passwords_in_addresses_are_not_logged(tmp_path, lines):
+    place = "http://bob:pass-word@tracking:5000/#run?api_token=to-ken"
+    good, bad = Fake("wandb"), Fake("mlflow", "log", RuntimeError(f"{place} does not answer"))
+    start = good.start
+    good.start = lambda run: (start(run)[0], place)
+    run(tmp_path, 2, made=[good, bad], names=NAMES)
+    text = "\n".join(lines())
+    assert text.count("//tracking:5000/") == 2 and "pass-word" not in text and "to-ken" not in text
+
+
 def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(tmp_path, lines, monkeypatch):
     monkeypatch.setattr(trackers, "_FINISH_SECONDS", 0.2)
     monkeypatch.setattr(trackers, "_QUEUED", 3)
