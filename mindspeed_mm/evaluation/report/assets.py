@@ -45,6 +45,7 @@ nav a:hover { color: var(--accent); }
 .grid {
   display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr)); gap: 16px;
 }
+.grid > .chart:last-child:nth-child(odd) { grid-column: 1 / -1; } /* alone in its row of two */
 .grid.narrow { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .grid + .grid, section > * + .grid, section > * + .chart, .scroll + *, .grid + *, .figures + * { margin-top: 16px; }
 .badge {
@@ -74,8 +75,10 @@ nav a:hover { color: var(--accent); }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td {
   padding: 7px 14px; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
-  overflow-wrap: anywhere;
+  overflow-wrap: break-word;
 }
+td small { color: var(--soft); font-size: 12px; }
+.path { white-space: normal; overflow-wrap: break-word; }
 tbody tr:first-child > *, thead tr:first-child > * { border-top: 0; }
 thead + tbody tr:first-child > * { border-top: 1px solid var(--line); }
 thead th {
@@ -84,7 +87,7 @@ thead th {
 tbody tr:hover > * { background: var(--hover); }
 .right { text-align: right; white-space: nowrap; }
 .facts th { color: var(--soft); font-weight: 400; width: 34%; min-width: 130px; }
-.facts td { white-space: pre-wrap; }
+.facts td { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-top: 12px; }
 summary { cursor: pointer; color: var(--accent); margin-bottom: 10px; width: max-content; max-width: 100%; }
 pre {
@@ -109,10 +112,15 @@ pre {
   display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 4px 0 0; padding: 0; list-style: none; font-size: 12.5px;
   color: var(--soft);
 }
-.legend li { overflow-wrap: anywhere; }
+.legend li { overflow-wrap: break-word; min-width: 0; }
 .legend i {
   display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: 3px;
 }
+.legend i.event {
+  width: 0; height: 12px; border-left: 1px dashed var(--soft); border-radius: 0; margin: 0 7px 0 6px;
+  vertical-align: -1px;
+}
+.legend i.event.bad { border-color: var(--bad); }
 .frame { position: relative; margin: 10px 4px 22px 54px; height: 210px; }
 .lines.wide .frame { height: 300px; }
 .frame svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; display: block; }
@@ -164,13 +172,13 @@ pre {
   background: var(--bg);
 }
 .sample .question {
-  padding: 0 14px 12px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 168px; overflow-y: auto;
+  padding: 0 14px 12px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 19em; overflow-y: auto;
 }
 .sample dl { margin: 0; border-top: 1px solid var(--line); }
 .sample dl > div { display: grid; grid-template-columns: 76px 1fr; padding: 8px 14px; }
 .sample dl > div + div { border-top: 1px solid var(--line); }
 .sample dt { color: var(--soft); font-size: 12.5px; padding-top: 1px; }
-.sample dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 168px; overflow-y: auto; }
+.sample dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 19em; overflow-y: auto; }
 .sample del, .sample ins { text-decoration: none; border-radius: 3px; padding: 0 1px; }
 .sample del { background: var(--del-bg); }
 .sample ins { background: var(--ins-bg); }
@@ -324,8 +332,10 @@ document.querySelectorAll(".chart.lines").forEach(lineChart);
 document.querySelectorAll(".chart.heat").forEach(heatMap);
 document.querySelectorAll("[data-since]").forEach(badge => {
   const minutes = Math.round((Date.now() - Date.parse(badge.dataset.since)) / 6e4);
-  if (minutes > 10) {
-    badge.textContent += ": no update for " + (minutes < 120 ? minutes + " min" : Math.round(minutes / 60) + " h");
+  if (minutes >= 5) {
+    const hours = Math.round(minutes / 60), days = Math.round(minutes / 1440);
+    const age = minutes < 120 ? minutes + " min" : hours < 48 ? hours + " h" : days + " d";
+    badge.textContent = "no update for " + age + "; the run may have ended";
     badge.className = "badge warning";
   }
 });

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mindspeed_mm.evaluation.report.page import Html, escape, number
+from mindspeed_mm.evaluation.report.page import Html, escape, escape_path, number
 
 _SIZE = 1000  # of a drawing
 _COLORS = 8
 _COLUMNS = 250  # into which long series are divided: two points each
-_FEW_POINTS = 40  # of which each gets a dot
+_FEW_POINTS = 40  # of which each gets a dot, if steps lie between them
+_SHORT = 10  # points: a dot each in any case, and no mean
 _SMOOTHED_FROM = 50  # points
 _LEVELS = 11
 _CELL_PIXELS = 34  # at most, of a cell's height
@@ -60,11 +61,13 @@ class Event:
         x: where.
         name: what happened.
         bad: whether that is bad.
+        kind: of all such events, in a word for the legend; empty: not there.
     """
 
     x: float
     name: str
     bad: bool = False
+    kind: str = ""
 
 
 def line_chart(
@@ -90,12 +93,14 @@ def line_chart(
         x_label: what x is.
         unit: of y, in the caption and after values under the pointer.
         scale: of y; both: the reader switches, beginning with linear. A logarithmic one leaves out values <= 0.
-        smooth: draw a centred mean over a fiftieth of the series over the raw curve, if it has 50 points or more.
+        smooth: draw a centred mean over a fiftieth of the series over the raw curve, if it has 50 points or more;
+            beside such a one also over a shorter curve that has a point in about every step.
         zero: the y axis begins at 0.
-        events: vertical lines.
+        events: vertical lines, those in the range of the curves; the legend has their kinds.
         note: beside the title.
         wide: taller, for a chart of the page's width.
     """
+    smooth = smooth and any(len(one.x) >= _SMOOTHED_FROM for one in series)
     curves = [
         _Curve.of(one, color=index % _COLORS if one.color is None else one.color, smooth=smooth)
         for index, one in enumerate(series)
@@ -104,6 +109,7 @@ def line_chart(
     if not curves:
         return Html("")
     low, high = min(curve.x[0] for curve in curves), max(curve.x[-1] for curve in curves)
+    events = [event for event in events if low <= event.x <= high]
     if low == high:
         low, high = low - 0.5, high + 0.5
     both = scale == "both" and any((curve.y > 0).any() for curve in curves)
@@ -113,12 +119,11 @@ def line_chart(
         for kind in (("linear", "log") if both else ("log",) if scale == "log" else ("linear",))
     ]
     switch = '<button type="button" aria-pressed="false">log scale</button>' if both else ""
-    windows = {curve.window for curve in curves if curve.smoothed is not None}
-    remarks = [unit.strip(), f"mean over {max(windows)} steps" if windows else "", note]
+    remarks = [unit.strip(), _mean_remark(curves), note]
     remark = f"<small>{escape(' · '.join(filter(None, remarks)))}</small>" if any(remarks) else ""
     return Html(
         f'<figure class="chart lines{" wide" if wide else ""}"><figcaption><span>{escape(title)}</span>{remark}{switch}'
-        f'</figcaption>{_legend(curves)}<div class="frame">{"".join(drawings)}'
+        f'</figcaption>{_legend(curves, events)}<div class="frame">{"".join(drawings)}'
         f'{_x_labels(low, high)}<div class="plot" tabindex=0 role="application" '
         f'aria-label="{escape(title)}: values by arrow keys" '
         f'data-values="{_hover_values(curves, (low, high), x_label=x_label, unit=unit)}"></div></div></figure>'
@@ -210,8 +215,29 @@ class _Curve:
         y = np.array(series.y, dtype=np.float64)  # None becomes NaN
         y[~np.isfinite(y)] = np.nan
         window = max(5, len(y) // 50) | 1
-        smoothed = _centred_mean(y, window) if smooth and len(y) >= _SMOOTHED_FROM else None
+        long_enough = len(y) >= _SMOOTHED_FROM or (len(y) > _SHORT and _is_dense(x))
+        smoothed = _centred_mean(y, window) if smooth and long_enough else None
         return cls(series.name, x, y, color, smoothed, window)
+
+    @property
+    def has_dots(self) -> bool:
+        return len(self.x) <= _SHORT or (len(self.x) <= _FEW_POINTS and not _is_dense(self.x))
+
+
+def _is_dense(x: np.ndarray) -> bool:
+    """Whether there is a point in at least half of the steps."""
+    return bool(len(x) and 2 * len(x) > x[-1] - x[0])
+
+
+def _mean_remark(curves: Sequence[_Curve]) -> str:
+    """Over how many points the means are, and of which curves, if not of all."""
+    smoothed = [curve for curve in curves if curve.smoothed is not None]
+    if not smoothed:
+        return ""
+    least, most = min(curve.window for curve in smoothed), max(curve.window for curve in smoothed)
+    over = f"mean over {least} points" if least == most else f"mean over a fiftieth, {least} to {most} points"
+    names = [] if len(smoothed) == len(curves) else [curve.name for curve in smoothed]
+    return f"{', '.join(names) if len(names) <= 3 else 'longer curves'}: {over}" if names else over
 
 
 def _centred_mean(y: np.ndarray, window: int) -> np.ndarray:
@@ -267,9 +293,8 @@ def _drawing(
     grid = "".join(f"M0 {float(down(tick)):.0f}H{_SIZE}" for tick in ticks)
     parts = [f'<path class="ticks" d="{grid}"/><path class="axis" d="M0 {_SIZE}H{_SIZE}"/>']
     for event in events:
-        if x_range[0] <= event.x <= x_range[1]:
-            kind, line = " bad" if event.bad else "", f"M{float(across(event.x)):.0f} 0V{_SIZE}"
-            parts.append(f'<path class="event{kind}" d="{line}"><title>{escape(event.name)}</title></path>')
+        kind, line = " bad" if event.bad else "", f"M{float(across(event.x)):.0f} 0V{_SIZE}"
+        parts.append(f'<path class="event{kind}" d="{line}"><title>{escape(event.name)}</title></path>')
     described = []
     for curve in curves:
         style = f'style="stroke:var(--s{curve.color})"'
@@ -279,7 +304,7 @@ def _drawing(
         if curve.smoothed is not None:
             x, y = decimate(curve.x, curve.smoothed, _COLUMNS // 2)
             parts.append(f'<path class="main" {style} d="{_path(across(x), down(y))}"/>')
-        if len(curve.x) <= _FEW_POINTS:
+        if curve.has_dots:
             parts.append(f'<path class="point" {style} d="{_dots(across(curve.x), down(curve.y))}"/>')
         finite = curve.y[np.isfinite(curve.y)]
         described.append(f"{curve.name}: {len(finite)} values, first {number(float(finite[0]))}, last "
@@ -385,11 +410,17 @@ def _hover_values(curves: Sequence[_Curve], x_range: tuple[float, float], *, x_l
     return _json({"x": x, "range": x_range, "label": x_label, "unit": unit, "series": found})
 
 
-def _legend(curves: Sequence[_Curve]) -> str:
-    if len(curves) == 1:
-        return ""
-    entries = [f'<li><i style="background:var(--s{curve.color})"></i>{escape(curve.name)}</li>' for curve in curves]
-    return f'<ul class="legend">{"".join(entries)}</ul>'
+def _legend(curves: Sequence[_Curve], events: Sequence[Event]) -> str:
+    """Names of the curves, of several, and the kinds of vertical lines."""
+    entries = [
+        f'<li><i style="background:var(--s{curve.color})"></i>{escape_path(curve.name)}</li>' for curve in curves
+    ] if len(curves) > 1 else []
+    for bad in (False, True):
+        kinds = dict.fromkeys(event.kind for event in events if event.bad == bad and event.kind)
+        if kinds:
+            name = f'event{" bad" if bad else ""}'
+            entries.append(f'<li><i class="{name}"></i>{escape(", ".join(kinds))}</li>')
+    return f'<ul class="legend">{"".join(entries)}</ul>' if entries else ""
 
 
 def _levels(matrix: np.ndarray, center: float | None) -> tuple[np.ndarray, tuple[float, float], Sequence[str]]:

@@ -87,6 +87,16 @@ def escape(value: Any) -> Html:
     return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
+def escape_path(path: str) -> Html:
+    """A path or name as markup that is broken at slashes rather than anywhere."""
+    return Html(f'<span class="path">{escape(path).replace("/", "/<wbr>")}</span>')
+
+
+def small(content: str) -> Html:
+    """A remark after a value."""
+    return Html(f"<small>{escape(content)}</small>")
+
+
 def join(*parts: str) -> Html:
     """All parts, one after another."""
     return Html("".join(map(escape, parts)))
@@ -133,7 +143,8 @@ def badge(content: str, kind: str = "neutral", *, since: str = "") -> Html:
     Args:
         content: the word.
         kind: good, bad, active, warning or neutral.
-        since: UTC time, ISO 8601: where the page is looked at more than ten minutes later, the badge says how much.
+        since: UTC time, ISO 8601: where the page is looked at five minutes later or more, the badge says how much,
+            and that the run may have ended.
     """
     moment = f' data-since="{escape(since)}"' if since else ""
     return Html(f'<span class="badge {escape(kind)}"{moment}>{escape(content)}</span>')

@@ -170,8 +170,31 @@ def test_smoothing_is_over_the_raw_curve():
     steps, values = range(100), [float(step % 2) for step in range(100)]
     chart = line_chart("loss", [Series("loss", steps, values)], smooth=True)
     assert len(paths(chart, "raw")) == 1 and len(paths(chart, "main")) == 1
-    assert "mean over 5 steps" in chart
+    assert "mean over 5 points" in chart
     assert not paths(line_chart("loss", [Series("loss", steps, values)]), "raw")
+
+
+def test_runs_of_different_length_are_smoothed_alike():
+    curves = [Series("long", range(200), np.arange(200.0)), Series("short", range(40), np.arange(40.0))]
+    chart = line_chart("loss", curves, smooth=True)
+    assert len(paths(chart, "raw")) == len(paths(chart, "main")) == 2 and not paths(chart, "point")
+    assert "<small>mean over 5 points</small>" in chart
+    # one that has no point in most steps is drawn as it is, with dots, and the remark says of which the means are
+    chart = line_chart("loss", [curves[0], Series("validation", range(0, 200, 10), np.arange(20.0))], smooth=True)
+    assert len(paths(chart, "raw")) == len(paths(chart, "point")) == 1
+    assert "<small>long: mean over 5 points</small>" in chart
+    chart = line_chart("loss", [Series("long", range(5000), np.arange(5000.0)), curves[1]], smooth=True)
+    assert "mean over a fiftieth, 5 to 101 points" in chart
+    # without a long one there is no mean, and no dots where points are in every step
+    chart = line_chart("loss", [curves[1]], smooth=True)
+    assert not paths(chart, "raw") and not paths(chart, "point") and "mean" not in chart
+
+
+def test_legend_names_the_events_in_sight():
+    events = [Event(2, "resume at 2", kind="resumed"), Event(2, "again", kind="resumed"), Event(9, "out", kind="late"),
+              Event(1, "bad", bad=True, kind="failed")]  # fmt: skip
+    chart = line_chart("loss", [Series("loss", [1, 2, 3], [1, 2, 3])], events=events)
+    assert re.findall(r"<li>(.*?)</li>", chart) == ['<i class="event"></i>resumed', '<i class="event bad"></i>failed']
 
 
 def test_heat_map_has_every_cell_once():
