@@ -13,7 +13,7 @@ from pathlib import Path
 from mindspeed_mm.config.command_line import OneLineParser
 from mindspeed_mm.errors import UserError, report_errors
 from mindspeed_mm.evaluation.report.run_data import load_run
-from mindspeed_mm.evaluation.report.run_report import REPORT_FILE, comparison_page, run_page
+from mindspeed_mm.evaluation.report.run_report import REPORT_FILE, comparison_page, may_have_ended, run_page
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,6 +45,8 @@ def write_page(directories: Sequence[Path], output: Path | None) -> Path:
     for run, directory in zip(runs, directories, strict=True):
         if not len(run.history):
             raise UserError(f"{directory / 'metrics.jsonl'} has no step; name the --save directory of a run with steps")
+        if may_have_ended(run):
+            print(f"{directory}: no update since {run.updated}; the run may have ended", file=sys.stderr)
     if len(runs) == 1:
         page, path = run_page(runs[0]), output or directories[0] / REPORT_FILE
     else:

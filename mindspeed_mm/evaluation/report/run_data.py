@@ -6,11 +6,13 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.checkpoint.best import BEST_FILE
 from mindspeed_mm.checkpoint.files import write_atomically
 from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
 from mindspeed_mm.evaluation.sample import EvaluatedSample
@@ -52,7 +54,10 @@ class RunData:
         train_iters: number of steps; None where it is not known.
         environment: facts of machine and software, by name.
         settings: flags and files of the job, by name.
-        sessions: (iteration, UTC time) of each start: of the run itself, and of each resume.
+        sessions: (iteration, UTC time) of each start: of the run itself, and of each resume that trained a step.
+        ends: (iteration, what happened, details, UTC time) of each end before the last iteration.
+        metric: by which checkpoints are compared; empty if they are not.
+        kept: (iteration, its value) of the best checkpoints that are complete, best first.
         first: the first evaluation's samples.
         latest: the latest evaluation's.
         router: (first iteration, last one, [sparse layers, experts] choices between them).
@@ -68,6 +73,9 @@ class RunData:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     sessions: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    ends: list[tuple[int, str, str, str]] = dataclasses.field(default_factory=list)
+    metric: str = ""
+    kept: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     first: SampleSet | None = None
     latest: SampleSet | None = None
     router: tuple[int, int, list[list[int]]] | None = None
@@ -80,11 +88,20 @@ class RunData:
         self.latest = SampleSet(iteration, tuple(_bounded(samples)))
         self.first = self.first or self.latest
 
-    def resume(self, iteration: int, time: str) -> None:
-        """Note a start, and forget what came after ``iteration``, which is repeated."""
+    def start(self, iteration: int, time: str) -> None:
+        """Note a start after ``iteration``."""
+        self.sessions = [*self.sessions, (iteration, time)][-_SESSIONS:]
+
+    def end(self, kind: str, details: str, time: str, *, iteration: int) -> None:
+        """Note an end after ``iteration``, before the last one."""
+        self.ends = [*self.ends, (iteration, kind, details, time)][-_SESSIONS:]
+
+    def forget_after(self, iteration: int) -> None:
+        """Forget what came after ``iteration``, which is repeated; of the ends none, as they are why it is."""
         if iteration == 0:
-            self.sessions, self.first, self.latest, self.router = [], None, None, None
-        self.sessions = [*(s for s in self.sessions if s[0] <= iteration), (iteration, time)][-_SESSIONS:]
+            self.sessions, self.ends, self.kept, self.first, self.latest, self.router = [], [], [], None, None, None
+        self.sessions = [session for session in self.sessions if session[0] <= iteration]
+        self.kept = [entry for entry in self.kept if entry[0] <= iteration]
         if self.latest is not None and self.latest.iteration > iteration:
             self.latest = self.first
         if self.first is not None and self.first.iteration > iteration:
@@ -98,6 +115,8 @@ class RunData:
             "version": _VERSION,
             **{name: getattr(self, name) for name in _PLAIN},
             "sessions": self.sessions,
+            "ends": self.ends,
+            "best": {"metric": self.metric, "kept": self.kept},
             "first": _to_json(self.first),
             "latest": None if self.latest is self.first else _to_json(self.latest),
             "router": self.router,
@@ -116,7 +135,8 @@ def load_run(directory: Path) -> RunData:
     """
     run = load_data(directory)
     run.history = History.read(directory / METRICS_FILE)
-    run.updated = run.updated or run.history.updated
+    run.updated = max(run.updated, run.history.updated, key=_moment)
+    run.metric, run.kept = _read_best(directory, last=run.history.iteration) or (run.metric, run.kept)
     run.anomalies = read_anomalies(directory, last=run.history.iteration)
     return run
 
@@ -129,9 +149,13 @@ def load_data(directory: Path) -> RunData:
         if content["version"] == _VERSION:
             plain = {name: content[name] for name in _PLAIN}
             sessions = [(int(iteration), str(time)) for iteration, time in content["sessions"]]
+            ends = [(int(at), str(kind), str(why), str(time)) for at, kind, why, time in content.get("ends", ())]
+            best = content.get("best", {"metric": "", "kept": ()})
+            kept = [(int(iteration), float(value)) for iteration, value in best["kept"]]
             first, latest = _from_json(content["first"]), _from_json(content["latest"])
             run = dataclasses.replace(
-                run, **plain, sessions=sessions, first=first, latest=latest or first, router=content["router"]
+                run, **plain, sessions=sessions, ends=ends, metric=str(best["metric"]), kept=kept, first=first,
+                latest=latest or first, router=content["router"],
             )
     return run
 
@@ -153,6 +177,29 @@ def read_anomalies(directory: Path, *, last: int) -> list[tuple[int, str]]:
                     worst = f"; highest loss: {samples[0]['source']}" if samples else ""
                     found.append((int(content["iteration"]), f"{content['reason']}{worst}"))
     return sorted(found)
+
+
+def seconds_since(time: str) -> float:
+    """Until now, from a UTC time in ISO 8601; 0 for none."""
+    age = datetime.datetime.now(datetime.timezone.utc) - _moment(time)
+    return max(0.0, age.total_seconds()) if time else 0.0
+
+
+def _moment(time: str) -> datetime.datetime:
+    """A UTC time in ISO 8601; long ago for any other text."""
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(time)
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=datetime.timezone.utc)
+    return datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
+
+
+def _read_best(directory: Path, *, last: int) -> tuple[str, list[tuple[int, float]]] | None:
+    """Metric and best checkpoints, up to the step ``last``, of ``best_checkpoints.json``; None without a valid one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads((directory / BEST_FILE).read_bytes())
+        kept = [(int(entry["iteration"]), float(entry["value"])) for entry in content["ranking"]]
+        return str(content["metric"]), [entry for entry in kept if entry[0] <= last]
+    return None
 
 
 def _bounded(samples: Sequence[EvaluatedSample]) -> list[EvaluatedSample]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mindspeed_mm.backend.transfer import DeferredHostRead
 from mindspeed_mm.checkpoint.files import make_directory
+from mindspeed_mm.checkpoint.save_directory import complete_iterations
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
 from mindspeed_mm.evaluation.report.run_data import RunData, load_data, read_anomalies, run_name
@@ -69,7 +70,10 @@ class RunReport(Callback):
         with contextlib.suppress(UserError):  # no file: the run continues one that did not save here
             if iteration:
                 self._data.history = History.read(self._directory / METRICS_FILE)
-        self._data.resume(iteration, _now())
+        self._data.forget_after(iteration)
+        self._start: tuple[int, str] | None = (iteration, _now())
+        if iteration == 0:
+            self._note_start()
         description = self._describe()
         self._data = dataclasses.replace(
             self._data, state="running", reason="", train_iters=run.args.train_iters,
@@ -86,6 +90,7 @@ class RunReport(Callback):
         """Add the step; write the page if it is due."""
         if not self._active:
             return
+        self._note_start()
         self._data.history.add(record.iteration, {"time": _now(), **record.metrics})
         due = self._pending is not None and self._pending[0] <= record.iteration
         if due or (self._run.router_choices is None and self._is_due(_INTERVAL)):
@@ -119,11 +124,18 @@ class RunReport(Callback):
         else:
             state, reason = "stopped", "on request" if run.stopped else "by --exit-interval"
         self._data.state, self._data.reason = state, reason
+        if state == "failed" or (reason and self._start is None):  # one that trained nothing ended as the run before
+            self._data.end(state, reason, _now(), iteration=iteration)
         if not failed:  # after an error the device may not answer
             self._queue_load(iteration)
-        self._write()
+        self._write(saved=None if failed else iteration)
         if not self._warned:
             logger.info(f"run report: {self._directory / REPORT_FILE}", extra=RANK_0_ONLY)
+
+    def _note_start(self) -> None:
+        if self._start is not None:
+            self._data.start(*self._start)
+            self._start = None
 
     def _is_due(self, interval: float) -> bool:
         return time.perf_counter() - self._written >= max(interval, self._cost / _SHARE)
@@ -139,7 +151,15 @@ class RunReport(Callback):
         choices: Tensor | None = self._run.router_choices
         self._pending = None if choices is None else (iteration, DeferredHostRead(choices))
 
-    def _write(self) -> None:
+    def _note_best(self, saved: int | None) -> None:
+        """Take the best checkpoints of those on disk; ``saved``: the iteration of one that is being written."""
+        args, best = self._run.args, self._run.context.progress.best
+        if best is not None and (args.keep_best or args.early_stopping_patience):
+            complete = {*complete_iterations(self._directory), *([] if saved is None else [saved])}
+            self._data.metric, self._data.kept = best.metric, best.kept(complete, keep=args.keep_best)
+
+    def _write(self, *, saved: int | None = None) -> None:
+        """Write the page; ``saved``: the iteration of a checkpoint that is complete when the run has ended."""
         began = time.perf_counter()
         if self._pending is not None:
             iteration, read = self._pending
@@ -147,6 +167,7 @@ class RunReport(Callback):
             self._data.router = self._load.take(iteration, torch.tensor(read.tolist()))
         with self._warning():
             make_directory(self._directory)
+            self._note_best(saved)
             self._data.updated = _now()
             self._data.anomalies = read_anomalies(self._directory, last=self._data.history.iteration)
             self._data.save(self._directory)
@@ -201,8 +222,16 @@ def _environment(run: Run, description: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "save directory": os.path.abspath(run.args.save or ""),
         "ranks": ", ".join(f"{name} {size}" for name, size in {**ranks, "expert parallel": expert}.items()),
-        **{name.replace("_", " "): value for name, value in description["hardware"].items() if name != "ranks"},
+        **{_label(name): value for name, value in description["hardware"].items() if name != "ranks"},
         "packages": ", ".join(f"{name} {version}" for name, version in description["packages"].items()),
         "git revision": f"{git['commit'][:12]} ({git['branch']}){changed}" if git else None,
-        **{name.replace("_", " "): value for name, value in data.items() if value},
+        # the summary of the training data says how many there are in an epoch
+        **{_label(name): value for name, value in data.items() if value and name != "samples_per_epoch"},
     }
+
+
+def _label(name: str) -> str:
+    """The name of a fact, for people."""
+    if name == "fingerprint":
+        return "data fingerprint"
+    return f"{name.removesuffix('_gib')} (GiB)".replace("_", " ") if name.endswith("_gib") else name.replace("_", " ")

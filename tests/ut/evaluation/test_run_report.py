@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import pytest
 from mindspeed_mm.evaluation.report.__main__ import main
 from mindspeed_mm.evaluation.report.history import History
 from mindspeed_mm.evaluation.report.run_data import DATA_FILE, RunData, SampleSet, load_run, run_name
-from mindspeed_mm.evaluation.report.run_report import run_page
+from mindspeed_mm.evaluation.report.run_report import comparison_page, run_page
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -81,6 +82,7 @@ def test_report_has_everything(directory, capsys):
     events = re.findall(r"<td class=right>(\d+)</td><td><span class=\"badge [a-z]+\">([^<]*)</span>", page)
     assert events == [("0", "start"), ("5", "skipped samples"), ("10", "skipped step"), ("20", "anomaly"),
                       ("50", "resume")]  # fmt: skip
+    assert "mean of the last 10 steps" in page
     assert "1 of 2 answers shown are exact after iteration 100; 0 were after iteration 50." in page
     assert "at 50</dt><dd tabindex=0>一只<ins>狗</ins>" in page
 
@@ -109,13 +111,16 @@ def test_data_come_back_as_they_were(directory):
 
 def test_a_resume_forgets_what_is_repeated(directory):
     run = load_run(directory)
-    run.resume(70, "now")
+    run.kept = [(80, 0.1), (60, 0.2)]
+    run.end("failed", "out of memory", "then", iteration=90)
+    run.forget_after(70)
+    run.start(70, "now")
     assert run.sessions[-1] == (70, "now") and run.latest is run.first and run.first.iteration == 50
-    assert run.router is None
-    run.resume(40, "later")
-    assert run.latest is None and [start for start, _ in run.sessions] == [0, 40]
-    run.resume(0, "again")
-    assert run.sessions == [(0, "again")]
+    assert run.router is None and run.kept == [(60, 0.2)] and len(run.ends) == 1
+    run.forget_after(40)
+    assert run.latest is None and [start for start, _ in run.sessions] == [0] and run.kept == []
+    run.forget_after(0)
+    assert run.sessions == run.ends == []
 
 
 def test_data_stay_bounded(tmp_path):
@@ -125,7 +130,8 @@ def test_data_stay_bounded(tmp_path):
     for iteration in (1, 2):
         run.add_samples(iteration, [big] * 1000)
     for start in range(1000):
-        run.resume(start + 2, "time")
+        run.start(start + 2, "time")
+        run.end("failed", "reason", "time", iteration=start + 3)
     run.save(tmp_path)
     assert (tmp_path / DATA_FILE).stat().st_size < 3_000_000
     assert sum(bool(sample.images) for sample in run.first.samples) == 3
@@ -152,7 +158,102 @@ def test_comparison_of_runs(directory, tmp_path, capsys):
     assert main([str(directory), str(other), "--output", str(tmp_path / "both.html")]) == 0
     page = (tmp_path / "both.html").read_text(encoding="utf-8")
     assert headings(page) == ["Overview", "Curves", "Flags that differ"]
-    assert "run/save_dir" in page and "other/save_dir" in page and "0.0002" in page
+    assert "run/<wbr>save_dir" in page and "other/<wbr>save_dir" in page and "0.0002" in page
+
+
+def plain(markup: str) -> str:
+    return re.sub(r"<[^>]*>", "", markup)
+
+
+def test_comparison_has_the_best_values_of_each_run(directory, tmp_path):
+    """A run of 100 steps and one of 40 that stopped early, compared by another metric than those of every run."""
+    short = RunData(name="short", state="finished", reason="early stopping: it has not improved", metric="validation_x",
+                    kept=[(20, 0.5)])  # fmt: skip
+    for iteration in range(1, 41):
+        short.history.add(iteration, {"loss": float(iteration)})
+        if iteration % 10 == 0:
+            short.history.amend(iteration, {"validation_exact_match": iteration / 100, "validation_x": iteration})
+    page = comparison_page([load_run(directory), short]).render()
+    overview = page.partition("<section")[2].partition("</section>")[0]
+    columns = re.findall(r"<th[^>]*>([^<]*)</th>", overview)
+    assert columns == ["run", "state", "iteration", "loss", "best validation loss", "best token accuracy",
+                       "best exact match", "best validation_x", "best checkpoint", "tokens/s per device"]  # fmt: skip
+    rows = [[plain(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+            for row in re.findall(r"<tr>(<td.*?)</tr>", overview)]  # fmt: skip
+    assert [dict(zip(columns, row, strict=True)) for row in rows] == [
+        {"run": "run/save_dir", "state": "stopped ", "iteration": "100", "loss": "0.03144 last 10",
+         "best validation loss": "0.04 at 100", "best token accuracy": "75.0 % at 50",
+         "best exact match": "25.0 % at 50", "best validation_x": "–", "best checkpoint": "–",
+         "tokens/s per device": "200"},
+        {"run": "short", "state": "finished early stopping", "iteration": "40", "loss": "38 last 5",
+         "best validation loss": "–", "best token accuracy": "–", "best exact match": "40.0 % at 40",
+         "best validation_x": "10 at 10", "best checkpoint": "20", "tokens/s per device": "–"},
+    ]  # fmt: skip
+
+
+def events(page: str) -> list[tuple[str, str, str]]:
+    return re.findall(r"<td class=right>(\d+)</td><td><span class=\"badge [a-z]+\">([^<]*)</span></td><td>(.*?)</td>",
+                      page)  # fmt: skip
+
+
+def test_best_checkpoints_come_from_their_file(directory):
+    """The rebuilt page: the overview names those kept, the events say which evaluations were the best so far."""
+    ranking = [{"iteration": 100, "value": 0.04}, {"iteration": 50, "value": 0.08}, {"iteration": 150, "value": 0.01}]
+    (directory / "best_checkpoints.json").write_text(json.dumps({"metric": "validation_loss", "ranking": ranking}))
+    run = load_run(directory)
+    assert run.kept == [(100, 0.04), (50, 0.08)]  # of iteration 150 there is no step
+    page = run_page(run).render()
+    assert "<dt>Best checkpoint</dt><dd>100</dd><dd class=remark>validation_loss 0.04</dd>" in page
+    assert "<td>iter_0000050</td><td class=right>0.08</td>" in page
+    assert [event for event in events(page) if event[1] == "new best"] == [
+        ("50", "new best", "validation_loss 0.08; checkpoint iter_0000050 is kept"),
+        ("100", "new best", "validation_loss 0.04, 0.08 before; checkpoint iter_0000100 is kept"),
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"metric": "loss", "ranking": [{}]}'])
+def test_a_damaged_file_of_best_checkpoints_is_left_out(directory, content):
+    (directory / "best_checkpoints.json").write_text(content)
+    assert (load_run(directory).metric, load_run(directory).kept) == ("", [])
+
+
+def test_events_tell_how_runs_ended(directory):
+    run = load_run(directory)
+    run.end("stopped", "on request", "2026-11-28T11:00:49+00:00", iteration=50)
+    run.end("failed", "out of memory", "2026-11-28T11:00:45+00:00", iteration=60)
+    run.end("finished", "early stopping: no gain", "2026-11-28T11:03:00+00:00", iteration=100)
+    page = run_page(run).render()
+    assert [event for event in events(page) if int(event[0]) >= 50] == [
+        ("50", "stopped", "on request; at 2026-11-28 11:00 UTC"), ("50", "resume", "at 2026-11-28 11:00 UTC"),
+        ("60", "failed", "out of memory; at 2026-11-28 11:00 UTC; continued from iteration 50"),
+        ("100", "early stopping", "no gain; at 2026-11-28 11:03 UTC"),
+    ]  # fmt: skip
+
+
+def test_every_chart_over_steps_shows_and_names_the_resume(directory):
+    page = run_page(load_run(directory)).render()
+    charts = re.findall(r'<figure class="chart lines.*?</figure>', page, re.DOTALL)
+    assert len(charts) >= 10
+    for chart in charts:
+        title = re.search("<figcaption><span>(.*?)</span>", chart)[1]
+        assert '<path class="event"' in chart and '<i class="event"></i>resumed</li>' in chart, title
+
+
+@pytest.mark.parametrize(("minutes", "stale"), [(1, False), (6, True), (6000, True)])
+def test_a_run_without_update_may_have_ended(directory, capsys, minutes, stale):
+    """Killed at once: its data say that it trains, and its last step was written long ago."""
+    moment = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(minutes=minutes)
+    data = json.loads((directory / DATA_FILE).read_text())
+    data |= {"state": "running", "reason": "", "updated": moment.isoformat(timespec="seconds")}
+    (directory / DATA_FILE).write_text(json.dumps(data))
+    (directory / "metrics.jsonl").write_text('{"iteration": 100, "loss": 1.0, "seconds": 1.0}\n')
+    assert main([str(directory)]) == 0
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert ("the run may have ended.</p>" in page) == stale
+    assert ("Remaining time" in page) == (not stale) and ('role="progressbar"' in page) == (not stale)
+    assert ("the run may have ended" in capsys.readouterr().err) == stale
+    assert main([str(directory), str(directory), "--output", str(directory / "both.html")]) == 0
+    assert f'data-since="{data["updated"]}">running</span>' in (directory / "both.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -207,6 +308,16 @@ def test_a_browser_shows_it_without_error_or_request(directory, tmp_path):
     assert len(tips) == page.count('class="plot"') and tips[0].startswith("iteration ")
     assert any(re.fullmatch(r"sparse layer \d, expert \d", tip) for tip in tips)
     assert 'aria-pressed="true">linear scale' in dom and '<div data-scale="linear" hidden' in dom
+    # a page of a run that is running no more
+    old = tmp_path / "old.html"
+    page = path.read_text(encoding="utf-8")
+    badge = '<span class="badge active" data-since="2020-01-01">'
+    old.write_text(page.replace('<span class="badge warning">', badge, 1), encoding="utf-8")
+    dom = subprocess.run(
+        [*options, "--dump-dom", f"file://{old}"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert re.search(r'<span class="badge warning" data-since="2020-01-01">no update for \d+ d; the run may have ended',
+                     dom)
     # and what a page with an error, or without its script, would look like
     broken = tmp_path / "broken.html"
     broken.write_text(path.read_text(encoding="utf-8").replace("data-values=", "data-nothing="), encoding="utf-8")

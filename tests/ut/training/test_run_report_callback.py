@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mindspeed_mm.checkpoint.best import BestSoFar
 from mindspeed_mm.checkpoint.progress import Progress
 from mindspeed_mm.evaluation.report.run_data import load_run
 from mindspeed_mm.evaluation.sample import EvaluatedSample
@@ -31,8 +32,10 @@ class Clock:
 
 
 DESCRIPTION = {
-    "flags": {"lr": 0.1}, "data": {}, "model": {}, "fsdp2": {}, "data_summary": {"train": "9 samples", "data_sets": []},
-    "hardware": {"device": "cpu", "ranks": 2, "host": "here"}, "packages": {"torch": "2.13.0"},
+    "flags": {"lr": 0.1}, "data": {}, "model": {}, "fsdp2": {}, "data_summary": {
+        "train": "9 samples, 9 per epoch", "samples_per_epoch": 9, "data_sets": [], "fingerprint": "ab",
+    },
+    "hardware": {"device": "cpu", "ranks": 2, "host": "here", "host_memory_gib": 5.5}, "packages": {"torch": "2.13.0"},
     "git": {"commit": "c0ffee" * 6, "branch": "main", "dirty": True},
 }
 
@@ -48,7 +51,9 @@ class Fake:
     """A run of steps that do nothing, and its callbacks."""
 
     def __init__(self, directory, *, start=0, last=1000, rank=0, experts=True):
-        self.args = SimpleNamespace(save=str(directory), train_iters=last)
+        self.args = SimpleNamespace(
+            save=str(directory), train_iters=last, keep_best=2, early_stopping_patience=None
+        )
         self.stopped, self.error, self.finished_early, self.experts = False, None, "", experts
         self.context = SimpleNamespace(
             progress=Progress(iteration=start),
@@ -101,7 +106,10 @@ def test_a_run_to_its_end(tmp_path, caplog):
     found = load_run(tmp_path)
     assert found.router == [1, 3, [[6] * EXPERTS] * LAYERS]  # 1 + 2 + 3 choices of each expert
     assert found.history.iteration == 3 and found.latest.iteration == 3
-    assert found.environment["ranks"].startswith("world size 2") and found.settings["flags"] == {"lr": 0.1}
+    assert found.environment["ranks"].startswith("world size 2") and found.sessions[0][0] == 0 and found.ends == []
+    assert {"host memory (GiB)", "data fingerprint", "train"} <= found.environment.keys()
+    assert not {"samples per epoch", "fingerprint"} & found.environment.keys()
+    assert found.settings["flags"] == {"lr": 0.1}
     assert f"run report: {tmp_path / 'report.html'}" in caplog.text
 
 
@@ -144,6 +152,48 @@ def test_a_resumed_run_continues_the_report(tmp_path):
     assert run.report._data.history.points("loss")[1].tolist() == found.history.points("loss")[1].tolist()
     Fake(tmp_path, last=1).end()  # a run from iteration 0 begins another report
     assert [iteration for iteration, _ in json.loads((tmp_path / "report_data.json").read_text())["sessions"]] == [0]
+
+
+@pytest.mark.parametrize("early", ["", "early stopping: no gain"], ids=["complete", "early"])
+def test_a_run_that_has_nothing_to_train_adds_no_event(tmp_path, early):
+    run = Fake(tmp_path, last=2 + bool(early))
+    run.step()
+    run.step()
+    run.finished_early = early
+    run.end()
+    former = load_run(tmp_path)
+    assert [(end[0], end[2]) for end in former.ends] == ([(2, early)] if early else [])
+    again = Fake(tmp_path, start=2, last=run.args.train_iters)
+    again.finished_early = early
+    again.end()
+    found = load_run(tmp_path)
+    assert (found.sessions, found.ends, found.state, found.reason) == (former.sessions, former.ends, "finished", early)
+    more = Fake(tmp_path, start=2, last=4)
+    assert load_run(tmp_path).sessions == former.sessions  # nothing is written yet
+    more.step()
+    more.step()
+    more.end()
+    assert [iteration for iteration, _ in load_run(tmp_path).sessions] == [0, 2]
+
+
+def test_best_checkpoints_are_those_on_disk(tmp_path):
+    """Of the ranking, the complete ones; at the end also the last step's, whose save the run waits for."""
+    run = Fake(tmp_path, last=3)
+    for iteration in (1, 2):
+        place = tmp_path / f"iter_{iteration:07d}"
+        place.mkdir()
+        if iteration == 1:
+            (place / "manifest.json").write_text("{}")
+    run.context.progress.best = BestSoFar("validation_loss", ranking=[(3, 0.1), (2, 0.2), (1, 0.3)])
+    run.step()
+    run.step()
+    run.report._write()
+    assert run.report._data.kept == [(1, 0.3)]
+    run.step()
+    run.end()
+    found = load_run(tmp_path)
+    assert (found.metric, found.kept) == ("validation_loss", [(3, 0.1), (1, 0.3)])
+    assert "<dt>Best checkpoint</dt><dd>3</dd>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def written(run, clock, monkeypatch, *, cost, steps):
@@ -202,6 +252,7 @@ def test_how_a_run_ended(tmp_path, failed, stopped, state, reason):
         run.end()
     found = load_run(tmp_path)
     assert (found.state, found.reason) == (state, reason)
+    assert [end[:3] for end in found.ends] == [(1, state, reason)]
     assert "<b>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
