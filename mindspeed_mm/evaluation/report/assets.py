@@ -77,15 +77,17 @@ th, td {
   padding: 7px 14px; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   overflow-wrap: break-word;
 }
-td small { color: var(--soft); font-size: 12px; }
-.path { white-space: normal; overflow-wrap: break-word; }
+td small, .title small { color: var(--soft); font-size: 12px; }
+.path { overflow-wrap: break-word; }
 tbody tr:first-child > *, thead tr:first-child > * { border-top: 0; }
 thead + tbody tr:first-child > * { border-top: 1px solid var(--line); }
 thead th {
-  color: var(--soft); font-weight: 600; white-space: nowrap; position: sticky; top: 0; background: var(--card);
+  color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; position: sticky; top: 0;
+  background: var(--card);
 }
 tbody tr:hover > * { background: var(--hover); }
-.right { text-align: right; white-space: nowrap; }
+.right { text-align: right; }
+td.right { white-space: nowrap; }
 .facts th { color: var(--soft); font-weight: 400; width: 34%; min-width: 130px; }
 .facts td { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-top: 12px; }
@@ -335,8 +337,9 @@ document.querySelectorAll("[data-since]").forEach(badge => {
   if (minutes >= 5) {
     const hours = Math.round(minutes / 60), days = Math.round(minutes / 1440);
     const age = minutes < 120 ? minutes + " min" : hours < 48 ? hours + " h" : days + " d";
-    badge.textContent = "no update for " + age + "; the run may have ended";
+    badge.textContent = "no update for " + age;
     badge.className = "badge warning";
+    badge.after(" ", make(badge.parentElement, "small", "", "the run may have ended"));
   }
 });
 if (root.dataset.refresh) setInterval(() => {

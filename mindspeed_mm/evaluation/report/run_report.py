@@ -166,7 +166,7 @@ def _recent(history: History) -> int:
 def _different_flags(runs: Sequence[RunData]) -> list[list[str]]:
     flags = [run.settings.get("flags") or {} for run in runs]
     names = sorted({name for of_run in flags for name in of_run if name not in ("--save", "--load")})
-    rows = [[name, *(str(of_run.get(name, "–")) for of_run in flags)] for name in names]
+    rows = [[name, *(escape_path(str(of_run.get(name, "–"))) for of_run in flags)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1] if all(flags) else []
 
 
