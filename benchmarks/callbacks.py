@@ -86,7 +86,7 @@ def _measure(callback: Callback, args: Any, options: argparse.Namespace) -> tupl
     """Milliseconds per step in the training thread, and of CPU time of all threads beyond a run without callback."""
     context = SimpleNamespace(
         layout=SimpleNamespace(is_main=True, world_size=8, dp_size=8, context_size=1, expert_mesh=None),
-        progress=SimpleNamespace(iteration=0), peak_tflops=None,
+        progress=SimpleNamespace(iteration=0, best=None), peak_tflops=None,
     )
     run = SimpleNamespace(
         args=args, context=context, stopped=False, error=None, finished_early="", router_choices=None
