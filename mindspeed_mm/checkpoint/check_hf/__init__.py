@@ -18,9 +18,19 @@ from mindspeed_mm.checkpoint.check_hf.adapter import check_adapter
 from mindspeed_mm.checkpoint.check_hf.assets import check_assets
 from mindspeed_mm.checkpoint.check_hf.consumers import READ, TITLES, Finding, chosen, titles
 from mindspeed_mm.checkpoint.check_hf.model import check_model
-from mindspeed_mm.checkpoint.directory import ADAPTER, ADAPTER_CONFIG, check_huggingface, is_adapter_directory
+from mindspeed_mm.checkpoint.directory import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BEST,
+    BEST_TRACKER,
+    METADATA,
+    TRACKER,
+    find_checkpoint,
+    is_adapter_directory,
+    named_checkpoint,
+)
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import is_present, read_json, shorten
+from mindspeed_mm.inputs import is_directory, is_present, read_json, shorten
 from mindspeed_mm.models.spec import ModelSpec
 
 __all__ = ["Report", "check_hf", "lacking_assets"]
@@ -113,17 +123,35 @@ def check_hf(directory: str | Path, *, consumers: Collection[str] = (), checksum
     Raises:
         UserError: if the directory is none of these, or an unknown consumer is named.
     """
-    wanted, began, path = chosen(consumers), time.monotonic(), Path(directory)
+    wanted, began, path = chosen(consumers), time.monotonic(), named_checkpoint(Path(directory))
+    if path.name == BEST and not is_present(path) and is_directory(path.parent):
+        raise UserError(f"--dir {shorten(path)}: {path.parent} has no {BEST_TRACKER}, which names the best checkpoint; "
+                        "train with --keep-best, or name a Hugging Face directory")
     if not path.is_dir():
         raise UserError(f"--dir {shorten(path)} is not a directory; name a Hugging Face directory")
+    path = _checkpoint(path)
     if is_present(path / ADAPTER / ADAPTER_CONFIG) and not is_present(path / "config.json"):
         path = path / ADAPTER
     if is_adapter_directory(path):
         content, findings = check_adapter(path)
     else:
-        check_huggingface(path, "--dir")
+        _refuse_checkpoint(path)
         content, findings = check_model(path, checksums=checksums)
     return Report(path, content, wanted, tuple(findings), time.monotonic() - began)
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that the tracker file of a ``--save`` directory names; other directories as they are."""
+    return path if is_present(path / "config.json") or not is_present(path / TRACKER) else find_checkpoint(path, "--dir")
+
+
+def _refuse_checkpoint(path: Path) -> None:
+    """Name the command that makes a Hugging Face directory of a checkpoint."""
+    if not is_present(path / "config.json") and is_present(path / METADATA):
+        raise UserError(
+            f"--dir {path} is a distributed checkpoint; export it with mm-convert ... dcp_to_hf --load_dir {path} "
+            "--save_dir DIR --model_assets_dir HF_DIR, then check that DIR"
+        )
 
 
 def lacking_assets(path: Path, spec: ModelSpec, model_config: Any) -> str:

@@ -340,8 +340,16 @@ def test_json_has_the_verdicts(good: Path, tmp_path: Path, capsys: pytest.Captur
 def test_what_is_no_model_is_refused(good: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a directory"):
         check_hf(tmp_path / "nothing")
-    with pytest.raises(UserError, match="is a distributed checkpoint"):
-        check_hf(good.parent / "dcp")
+    root = good.parent / "dcp"
+    (tmp_path / "run").mkdir()
+    shutil.copytree(root / "release", tmp_path / "run" / "iter_0000003")
+    (tmp_path / "run" / "best_checkpointed_iteration.txt").write_text("3")
+    for given, path in ((root, root / "release"), (root / "release", root / "release"),
+                        (tmp_path / "run" / "best", tmp_path / "run" / "iter_0000003")):
+        with pytest.raises(UserError, match=f"dcp_to_hf --load_dir {path} --save_dir DIR"):
+            check_hf(given)
+    with pytest.raises(UserError, match=r"dcp/best: .* has no best_checkpointed_iteration.txt"):
+        check_hf(root / "best")
     with pytest.raises(UserError, match="--for ollama: unknown"):
         check_hf(good, consumers=["ollama"])
 
