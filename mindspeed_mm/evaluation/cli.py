@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     optional = {"default": argparse.SUPPRESS}
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", help="Hugging Face directory, checkpoint (iter_XXXXXXX), directory of checkpoints "
-        "(its latest one), or LoRA adapters; with --server only for the model's family")
+    add("--model", metavar="DIR", help="Hugging Face directory, checkpoint (iter_XXXXXXX), directory SAVE of checkpoints "
+        "(its latest one; SAVE/best: its best one), or LoRA adapters; with --server only for the model's family")
     add("--adapter", metavar="DIR", help="PEFT directory of LoRA adapters, or checkpoint of a LoRA run", **optional)
     add("--best", action="store_true", help="the best checkpoint of the run in --model, not the latest", **optional)
     add("--assets", metavar="DIR", help="Hugging Face directory with the config, tokenizer and processor files for a "
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("results").add_argument
     add("--metrics", metavar="NAME,...", help="(default: exact_match, normalized_match, and what fits the data; "
         "docs/evaluation_generation.md defines them)")
-    add("--output", metavar="DIR", help="for answers and results (default: evaluation/MODEL)")
+    add("--output", metavar="DIR", help="for answers and results (default: evaluation/, named by the model)")
     add("--restart", action="store_true", help="drop the answers that --output has")
     return parser
 

@@ -13,6 +13,7 @@ from mindspeed_mm.checkpoint.adapters import AdapterConfig
 from mindspeed_mm.checkpoint.dcp_to_hf import dcp_to_hf
 from mindspeed_mm.checkpoint.directory import (
     ADAPTER,
+    BEST,
     BEST_TRACKER,
     MANIFEST,
     METADATA,
@@ -37,14 +38,14 @@ class ModelSource:
     """What answers.
 
     Attributes:
-        given: the option's value.
+        name: directory of the checkpoint, or the option's value where it names no checkpoint.
         directory: Hugging Face directory of the model, which may have to be made of ``checkpoint`` first.
         adapter: PEFT directory of LoRA adapters to add; None for none.
         checkpoint: to export; None if ``directory`` is there.
         assets: Hugging Face directory that gives the export its config, tokenizer and processor files.
     """
 
-    given: str
+    name: str
     directory: str
     adapter: str | None = None
     checkpoint: str | None = None
@@ -88,8 +89,8 @@ def find_model(
     """Find out what ``--model`` names, without reading weights.
 
     Args:
-        model: a Hugging Face directory; a checkpoint, or the directory of its tracker file; PEFT's directory of
-            adapters; the checkpoint of a LoRA run.
+        model: a Hugging Face directory; a checkpoint, or the directory of its tracker file, or ``best`` in it, as
+            with ``best``; PEFT's directory of adapters; the checkpoint of a LoRA run.
         adapter: ``--adapter``, a PEFT directory, or the checkpoint of a LoRA run.
         best: take the checkpoint that ``best_checkpointed_iteration.txt`` names.
         assets: Hugging Face directory for the small files of an export; None: that of the training.
@@ -99,22 +100,25 @@ def find_model(
         UserError: if it is none of these.
     """
     path = Path(model)
+    if path.name == BEST and not is_present(path) and is_directory(path.parent):
+        path, best = path.parent, True
     if not is_directory(path):
         raise UserError(f"--model {shorten(model)} is not a directory; name a Hugging Face directory, a checkpoint, or "
                         "a directory of LoRA adapters")
     if best and not is_file(path / BEST_TRACKER):
-        raise UserError(f"--best: --model {model} has no {BEST_TRACKER}; train with --keep-best, or name a "
-                        "checkpoint")
+        raise UserError(f"--model {model}: {path} has no {BEST_TRACKER}, which names the best checkpoint; train with "
+                        "--keep-best, or name a checkpoint")
     added = None if adapter is None else _adapter_of(adapter)
     if is_adapter_directory(path):
         return _over_base(model, path, assets, added)
     if is_huggingface(path) and not is_present(path / TRACKER):
         return ModelSource(model, str(path), added)
-    checkpoint = path / iteration_name(_best_iteration(path)) if best else find_checkpoint(path, "--model")
-    manifest = verify_directory(find_checkpoint(checkpoint, "--model"), plain=False)
+    checkpoint = find_checkpoint(path / iteration_name(_best_iteration(path)) if best else path, "--model")
+    manifest = verify_directory(checkpoint, plain=False)
+    name = str(checkpoint)
     if LORA_KEY in manifest["metadata"]:
         base = assets or _trained_model(manifest)
-        return _over_base(model, checkpoint / ADAPTER, base, added)
+        return _over_base(name, checkpoint / ADAPTER, base, added)
     assets = assets or _trained_model(manifest)
     if assets is None or not is_file(Path(assets) / "config.json"):
         named = f"the model that it was trained from, {assets}, is not there" if assets else "it names no model"
@@ -122,10 +126,10 @@ def find_model(
                         "config, tokenizer and processor files")
     target = Path(export_dir) if export_dir else checkpoint.parent / EXPORTS / checkpoint.name
     if _is_export_of(target, manifest):
-        return ModelSource(model, str(target), added)
+        return ModelSource(name, str(target), added)
     if is_present(target) and not is_file(target / MANIFEST):
         raise UserError(f"--export-dir {target} is there, and no export of a checkpoint; name another directory")
-    return ModelSource(model, str(target), added, str(checkpoint), assets)
+    return ModelSource(name, str(target), added, name, assets)
 
 
 def _best_iteration(path: Path) -> int:

@@ -28,14 +28,19 @@ class AnswerFile:
 
     Attributes:
         answers: number of a question -> answer, those that are there.
+        maker: model and adapter that gave the first of them; others of the same weights may have given further ones.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any], *, count: int, restart: bool) -> None:
+    def __init__(
+        self, directory: Path, settings: Mapping[str, Any], maker: Mapping[str, str | None], *, count: int,
+        restart: bool,
+    ) -> None:
         """Open the file; a cut-off last line, of a killed run, is dropped.
 
         Args:
             directory: ``--output``; is made.
             settings: everything that the answers depend on.
+            maker: paths of ``model`` and ``adapter``.
             count: number of questions.
             restart: drop the answers that are there.
 
@@ -44,6 +49,7 @@ class AnswerFile:
         """
         self.path = directory / ANSWERS_FILE
         self.answers: dict[int, Answer] = {}
+        self.maker = dict(maker)
         settings = json.loads(json.dumps(settings))
         with writing(directory):
             check_directory(directory)
@@ -53,7 +59,7 @@ class AnswerFile:
             self._file.truncate(end)
             self._file.seek(end)
             if not end:
-                self._write([{"format": FORMAT, "settings": settings}])
+                self._write([{"format": FORMAT, "settings": settings, "maker": self.maker}])
 
     def _read(self, settings: Mapping[str, Any], count: int) -> int:
         """Read the answers; the length of the part that is whole."""
@@ -67,6 +73,7 @@ class AnswerFile:
         try:
             header = json.loads(lines[0])
             found = dict(header["settings"]) if header["format"] == FORMAT else {"format": header["format"]}
+            maker = {name: header.get("maker", self.maker)[name] for name in self.maker}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} has no answers of an evaluation; {remedy}") from error
         if names := [name for name in {**settings, **found} if settings.get(name) != found.get(name)]:
@@ -79,6 +86,8 @@ class AnswerFile:
                 raise ValueError("it has answers to other questions")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is damaged ({shorten(repr(error), 80)}); {remedy}") from error
+        if self.answers:
+            self.maker = maker
         return end
 
     def append(self, answers: Iterable[tuple[int, Answer]]) -> None:

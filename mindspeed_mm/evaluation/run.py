@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.checkpoint.directory import RELEASE
 from mindspeed_mm.config.data_config import DataConfig
 from mindspeed_mm.config.files import load_config
 from mindspeed_mm.errors import UserError
@@ -18,7 +19,7 @@ from mindspeed_mm.evaluation.comparison import compared
 from mindspeed_mm.evaluation.files import check_directory, write_output, writing
 from mindspeed_mm.evaluation.generation import Answer, GenerationSettings, Generator, batches, check_device
 from mindspeed_mm.evaluation.metrics import Metric, choose_metrics
-from mindspeed_mm.evaluation.model_source import ModelSource, find_model
+from mindspeed_mm.evaluation.model_source import EXPORTS, ModelSource, find_model
 from mindspeed_mm.evaluation.questions import Prompt, QuestionSet, data_config, held_out_data, read_questions
 from mindspeed_mm.evaluation.result_pages import write_comparison, write_report
 from mindspeed_mm.evaluation.results import (
@@ -76,15 +77,20 @@ def run(args: argparse.Namespace, api_key: str | None) -> None:
     if plan.source is not None:
         plan.source.export()
     facts = _settings(plan, args)
-    answers = AnswerFile(plan.output, facts, count=len(plan.data.questions), restart=args.restart)
+    maker = {
+        "model": args.model if plan.source is None else plan.source.name,
+        "adapter": args.adapter if plan.source is None else plan.source.adapter,
+    }
+    answers = AnswerFile(plan.output, facts, maker, count=len(plan.data.questions), restart=args.restart)
+    if answers.maker != maker:
+        print(f"the answers were given by {answers.maker['model']}, which has the same weights", flush=True)
     try:
         _answer_all(plan, args, answers)
     finally:
         answers.close()
     scored = score_all(plan.data.questions, answers.answers, plan.metrics, plan.spec)
     about = {
-        "name": plan.output.name, "model_type": plan.spec.model_types[0], "model": args.model,
-        "adapter": args.adapter if plan.source is None else plan.source.adapter, "server": args.server,
+        "name": plan.output.name, "model_type": plan.spec.model_types[0], **answers.maker, "server": args.server,
     }
     result = as_result(facts, about, scored, plan.metrics)
     write_output(plan.output / RESULTS_FILE, result)
@@ -137,7 +143,7 @@ def _checked(args: argparse.Namespace, api_key: str | None) -> _Plan:
             args.server, model=args.server_model, api_key=api_key, timeout=args.timeout, retries=args.retries
         )
         server.check()
-    return _Plan(source, server, spec, settings, data, metrics, Path(args.output or _default_output(args)))
+    return _Plan(source, server, spec, settings, data, metrics, Path(args.output or _default_output(args, source)))
 
 
 def _settings(plan: _Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -209,11 +215,16 @@ def _from_model(
             yield [(one, answer) for one, answer in zip(batch, found, strict=True) if one in wanted]
 
 
-def _default_output(args: argparse.Namespace) -> Path:
+def _default_output(args: argparse.Namespace, source: ModelSource | None) -> Path:
     """Directory of the results: ``evaluation/`` and the name of what answers."""
-    names = [args.server_model or "server"] if args.server else [Path(args.model).resolve().name]
-    if not args.server and (Path(args.model).name.startswith("iter_") or args.adapter):
-        names.insert(0, Path(args.model).resolve().parent.name)
+    if source is None:
+        names = [args.server_model or "server"]
+    else:
+        model = Path(source.name).resolve()
+        names = [model.name]
+        if model.name == RELEASE or model.name.startswith("iter_") or args.adapter:
+            run = model.parent.parent if model.parent.name == EXPORTS else model.parent
+            names.insert(0, run.name)
     if args.adapter:
         names.append(Path(args.adapter).resolve().parent.name)
     return Path("evaluation") / "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in n) for n in names)

@@ -241,9 +241,30 @@ def test_the_best_checkpoint_and_that_of_training(recipe, tmp_path, monkeypatch)
     best, latest = find_model(str(tmp_path), best=True), find_model(str(tmp_path))
     assert (best.checkpoint, latest.checkpoint) == (f"{tmp_path}/iter_0000007", f"{tmp_path}/release")
     assert best.directory == f"{tmp_path}/hf/iter_0000007" and best.assets == str(recipe / "checkpoint")
+    assert (best.name, latest.name) == (f"{tmp_path}/iter_0000007", f"{tmp_path}/release")
+    assert find_model(str(tmp_path / "best")) == best
     (tmp_path / "best_checkpointed_iteration.txt").write_text("x")
     with pytest.raises(Exception, match="must hold an iteration number"):
         find_model(str(tmp_path), best=True)
+    (tmp_path / "best_checkpointed_iteration.txt").unlink()
+    with pytest.raises(Exception, match=r"/best: .* has no best_checkpointed_iteration.txt"):
+        find_model(str(tmp_path / "best"))
+
+
+def test_checkpoints_of_a_run_have_results_of_their_own(recipe, tmp_path, capsys, monkeypatch):
+    """The checkpoint is recorded, not its --save directory; equal weights elsewhere keep the first name."""
+    monkeypatch.chdir(tmp_path)
+    release = hf_to_dcp(recipe / "checkpoint", tmp_path / "save")
+    shutil.copytree(release, tmp_path / "save" / "iter_0000007")
+    (tmp_path / "save" / "best_checkpointed_iteration.txt").write_text("7")
+    words = ("--data", recipe / "data.json", "--device", "cpu", "--max-new-tokens", 2, "--limit", 1)
+    words += ("--assets", recipe / "checkpoint")
+    for options, name in ((("save",), "release"), (("save", "--best"), "iter_0000007")):
+        assert run(capsys, "--model", *options, *words)[0] == 0
+        assert results(tmp_path / "evaluation" / f"save-{name}")["model"] == f"save/{name}"
+    _, _, out = run(capsys, "--model", "save/hf/iter_0000007", *words[:-2])
+    assert "the answers were given by save/iter_0000007, which has the same weights" in out
+    assert results(tmp_path / "evaluation" / "save-iter_0000007")["model"] == "save/iter_0000007"
 
 
 def test_the_held_out_data_of_a_training(recipe, tmp_path, capsys):
