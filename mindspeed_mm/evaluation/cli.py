@@ -49,8 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     optional = {"default": argparse.SUPPRESS}
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", help="Hugging Face directory, checkpoint (iter_XXXXXXX), directory SAVE of checkpoints "
-        "(its latest one; SAVE/best: its best one), or LoRA adapters; with --server only for the model's family")
+    add("--model", metavar="DIR", help="Hugging Face directory, checkpoint (iter_XXXXXXX), directory SAVE of "
+        "checkpoints (its latest one; SAVE/best: its best one), or LoRA adapters; with --server only for the model's "
+        "family")
     add("--adapter", metavar="DIR", help="PEFT directory of LoRA adapters, or checkpoint of a LoRA run", **optional)
     add("--best", action="store_true", help="the best checkpoint of the run in --model, not the latest", **optional)
     add("--assets", metavar="DIR", help="Hugging Face directory with the config, tokenizer and processor files for a "
@@ -145,13 +146,15 @@ def _compare(argv: Sequence[str]) -> None:
                            "differences, and the answers that changed.", allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.json, or the --output that has it")
     parser.add_argument("--metrics", metavar="NAME,...", help="(default: those of the first results)")
+    parser.add_argument("--by", metavar="NAME", help="metric that decides which answers are better or worse (default: "
+                        "the first one)")
     parser.add_argument("--output", metavar="FILE.html", help="page with the comparison and the changed answers")
     args = parser.parse_args(argv)
     if len(args.results) < 2:
         raise UserError("compare needs two results, or more")
     from mindspeed_mm.evaluation.run import run_comparison
 
-    run_comparison(args.results, metrics=args.metrics, output=args.output)
+    run_comparison(args.results, metrics=args.metrics, by=args.by, output=args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.evaluation.metrics import METRICS, Metric, Score, choose_metrics, goodness, score_answer
+from mindspeed_mm.evaluation.metrics import METRICS, NO_VALUE, Metric, Score, choose_metrics, goodness, score_answer
 from mindspeed_mm.evaluation.results import read_result
 from mindspeed_mm.evaluation.statistics import mcnemar, paired_interval
 from mindspeed_mm.models.spec import ModelSpec, get_spec
@@ -19,13 +19,24 @@ class Changes:
 
     Attributes:
         metric: that decides.
-        fixed: numbers of the questions that are better, the largest change first.
-        broken: of those that are worse.
+        better: numbers of the questions that are better, the largest change first.
+        worse: of those that are worse.
     """
 
-    metric: str
-    fixed: list[int]
-    broken: list[int]
+    metric: Metric
+    better: list[int]
+    worse: list[int]
+
+    @property
+    def kinds(self) -> dict[str, list[int]]:
+        """Both, by what they are called: an answer is fixed or broken where the metric is 0 or 1."""
+        names = ("fixed", "broken") if self.metric.kind == "rate" else ("better", "worse")
+        return dict(zip(names, (self.better, self.worse), strict=True))
+
+    def described(self) -> str:
+        """Their numbers, such as ``by exact_match: 3 fixed, 1 broken``."""
+        counts = ", ".join(f"{len(places)} {kind}" for kind, places in self.kinds.items())
+        return f"by {self.metric.name}: {counts}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Comparison:
         spec: of the models.
         rows: a table, its header first.
         changes: of each of the results but the first.
-        note: what the table has.
+        notes: what the table has, and what it lacks.
     """
 
     names: list[str]
@@ -46,7 +57,7 @@ class Comparison:
     spec: ModelSpec
     rows: list[list[str]]
     changes: list[Changes]
-    note: str
+    notes: list[str]
 
     @property
     def count(self) -> int:
@@ -54,11 +65,16 @@ class Comparison:
         return len(self.answers[0])
 
 
-def compared(paths: Sequence[str], *, metrics: str | None) -> Comparison:
+def compared(paths: Sequence[str], *, metrics: str | None, by: str | None = None) -> Comparison:
     """Read results and compare them with the first.
 
+    Args:
+        paths: of the results.
+        metrics: names, the most important first; None: those of the first results.
+        by: metric that decides which answers are better or worse; None: the first one that has a value.
+
     Raises:
-        UserError: if one cannot be read, or they are of different questions.
+        UserError: if one cannot be read, they are of different questions, or no question has the metric ``by``.
     """
     results = [read_result(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
@@ -70,26 +86,29 @@ def compared(paths: Sequence[str], *, metrics: str | None) -> Comparison:
     references = [answer["references"] for answer in answers[0]]
     names = metrics if metrics is not None else ",".join(results[0]["metrics"])
     chosen = choose_metrics(names, references, spec)
+    if by is not None and by not in [metric.name for metric in chosen]:
+        chosen += choose_metrics(by, references, spec, option="--by")
     scores = [[score_answer(chosen, one["answer"], one["references"], spec) for one in some] for some in answers]
-    rows, changes = [["metric", "questions", *_names(paths, results)]], []
-    names_of = _names(paths, results)
+    valued = [metric for metric in chosen if any(metric.name in found for found in scores[0])]
+    lacking = [metric.name for metric in chosen if metric not in valued]
+    if not valued or by in lacking:
+        raise UserError(f"--{'by' if by in lacking else 'metrics'} {by or lacking[0]}: {NO_VALUE}; choose another one")
+    decisive = METRICS[by] if by is not None else valued[0]
+    names_of, changes = _names(paths, results), []
+    rows = [["metric", "questions", *names_of]]
     for place in range(1, len(results)):
         rows[0] += [f"{names_of[place]} - {names_of[0]}", "95% interval", "p"]
-        changes.append(_changes(chosen, scores[0], scores[place]))
-    for metric in chosen:
-        row = _row(metric, scores)
-        if row:
-            rows.append(row)
-    note = ("differences with their paired bootstrap intervals; p: McNemar's exact test of the rates (small where the "
-            "difference is not by chance)")
-    return Comparison(names_of, answers, spec, rows, changes, note)
+        changes.append(_changes(decisive, scores[0], scores[place]))
+    rows += [_row(metric, scores) for metric in valued]
+    notes = ["differences with their paired bootstrap intervals; p, of rates: the probability of a difference at least "
+             "this large if the models were equally good (McNemar's exact test)"]
+    notes += [f"{name}: {NO_VALUE}" for name in lacking]
+    return Comparison(names_of, answers, spec, rows, changes, notes)
 
 
 def _row(metric: Metric, scores: Sequence[Sequence[Mapping[str, Score]]]) -> list[str]:
-    """Values and differences of a metric; empty if no question has it."""
+    """Values and differences of a metric, over the questions that have it."""
     places = [place for place, found in enumerate(scores[0]) if metric.name in found]
-    if not places:
-        return []
     columns = [[some[place][metric.name] for place in places] for some in scores]
     values = [metric.value(column) for column in columns]
     row = [metric.name, str(len(places)), *(f"{value:.4f}" for value in values)]
@@ -104,14 +123,13 @@ def _row(metric: Metric, scores: Sequence[Sequence[Mapping[str, Score]]]) -> lis
 
 
 def _changes(
-    metrics: Sequence[Metric], first: Sequence[Mapping[str, Score]], second: Sequence[Mapping[str, Score]]
+    decisive: Metric, first: Sequence[Mapping[str, Score]], second: Sequence[Mapping[str, Score]]
 ) -> Changes:
-    """Questions that are better or worse by the last metric, which is the one that fits the data best."""
-    decisive = metrics[-1] if metrics[-1].name in first[0] else METRICS[next(iter(first[0]), metrics[0].name)]
+    """Questions that are better or worse by a metric."""
     gains = [goodness(after, [decisive]) - goodness(before, [decisive])
              for before, after in zip(first, second, strict=True)]
     order = sorted(range(len(gains)), key=lambda place: (-abs(gains[place]), place))
-    return Changes(decisive.name, [p for p in order if gains[p] > 0], [p for p in order if gains[p] < 0])
+    return Changes(decisive, [p for p in order if gains[p] > 0], [p for p in order if gains[p] < 0])
 
 
 def _names(paths: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -36,6 +36,8 @@ _LETTER_NAMED = re.compile(
     r"(?:answer|option|choice)\s*(?:is|:)?\s*(?:option\s*)?[*(\[\"']*([A-Z])(?![A-Za-z'])", re.IGNORECASE
 )
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+NO_VALUE = "no expected answer has a box"
+"""Why a metric has no value: those of boxes are the only ones that a question may lack."""
 RELAXED_TOLERANCE, ANLS_THRESHOLD = 0.05, 0.5
 
 
@@ -298,7 +300,9 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
 )}
 
 
-def choose_metrics(names: str | None, references: Sequence[Sequence[str]], spec: ModelSpec) -> list[Metric]:
+def choose_metrics(
+    names: str | None, references: Sequence[Sequence[str]], spec: ModelSpec, *, option: str = "--metrics"
+) -> list[Metric]:
     """The metrics that are named, or those that fit the data.
 
     Without names: ``exact_match`` and ``normalized_match``; the metrics of boxes if every reference has a box;
@@ -319,9 +323,9 @@ def choose_metrics(names: str | None, references: Sequence[Sequence[str]], spec:
     else:
         chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not chosen:
-        raise UserError(f"--metrics is empty; choose of {', '.join(METRICS)}")
+        raise UserError(f"{option} is empty; choose of {', '.join(METRICS)}")
     if unknown := [name for name in chosen if name not in METRICS]:
-        raise UserError(f"--metrics {unknown[0]} is unknown; choose of {', '.join(METRICS)}")
+        raise UserError(f"{option} {unknown[0]} is unknown; choose of {', '.join(METRICS)}")
     return [METRICS[name] for name in chosen]
 
 

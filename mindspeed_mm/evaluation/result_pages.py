@@ -13,7 +13,17 @@ from mindspeed_mm.data.images import load_pixels
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.comparison import Comparison
 from mindspeed_mm.evaluation.metrics import Metric, final_answer, goodness
-from mindspeed_mm.evaluation.report.page import Html, Page, escape, facts, grid, image, sample_card, table
+from mindspeed_mm.evaluation.report.page import (
+    Html,
+    Page,
+    compared_answers,
+    escape,
+    facts,
+    grid,
+    image,
+    sample_card,
+    table,
+)
 from mindspeed_mm.evaluation.results import Scored
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.models.spec import ModelSpec
@@ -134,12 +144,15 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     names = comparison.names
     page = Page("Comparison of evaluations", f"{comparison.count} questions; differences are to {names[0]}")
     header, *rows = comparison.rows
-    page.section("Scores", table(header, rows, align="l" + "r" * (len(header) - 1)), comparison.note)
+    page.section("Scores", table(header, rows, align="l" + "r" * (len(header) - 1), wrapped=True), *comparison.notes)
     for name, changed in zip(names[1:], comparison.changes, strict=True):
-        for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
+        if not changed.better and not changed.worse:
+            page.section(name, f"By {changed.metric.name} no answer is better or worse.")
+        for kind, places in changed.kinds.items():
             shown = places[:MOST_SAMPLES]
             cards = [_changed_card(comparison, place, name) for place in shown]
-            page.section(f"{name}: {kind} ({len(shown)} of {len(places)})", grid(*cards))
+            if cards:
+                page.section(f"{name}: {kind} by {changed.metric.name} ({len(shown)} of {len(places)})", grid(*cards))
     page.write(path)
 
 
@@ -153,10 +166,9 @@ def _changed_card(comparison: Comparison, place: int, name: str) -> Html:
         _boxes(first["references"][0], comparison.spec), _boxes(second["answer"], comparison.spec), comparison.spec,
     )
     images = "".join(image(content, alt=f"Image of question {place}") for content in pictures)
-    lines = {"expected": " | ".join(first["references"]), base: first["answer"], other: second["answer"]}
-    answers = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(text)}</dd></div>" for key, text in lines.items())
+    answers = compared_answers(" | ".join(first["references"]), {base: first["answer"], other: second["answer"]})
     return Html(
-        f'<article class="sample"><header><span class="muted">sample {place}</span></header>'
+        f'<article class="sample compared"><header><span class="muted">sample {place}</span></header>'
         f'{f"<div class=images>{images}</div>" if images else ""}'
-        f'<div class="question">{escape(first["messages"][-1]["text"])}</div><dl>{answers}</dl></article>'
+        f'<div class="question">{escape(first["messages"][-1]["text"])}</div>{answers}</article>'
     )

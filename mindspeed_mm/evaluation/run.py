@@ -18,7 +18,7 @@ from mindspeed_mm.evaluation.adapters import check_adapter
 from mindspeed_mm.evaluation.comparison import compared
 from mindspeed_mm.evaluation.files import check_directory, write_output, writing
 from mindspeed_mm.evaluation.generation import Answer, GenerationSettings, Generator, batches, check_device
-from mindspeed_mm.evaluation.metrics import Metric, choose_metrics
+from mindspeed_mm.evaluation.metrics import NO_VALUE, Metric, choose_metrics
 from mindspeed_mm.evaluation.model_source import EXPORTS, ModelSource, find_model
 from mindspeed_mm.evaluation.questions import Prompt, QuestionSet, data_config, held_out_data, read_questions
 from mindspeed_mm.evaluation.result_pages import write_comparison, write_report
@@ -98,6 +98,9 @@ def run(args: argparse.Namespace, api_key: str | None) -> None:
         write_report(plan.output / REPORT_FILE, result, scored, plan.metrics, plan.spec)
     print(f"\n{summary_table(result['summary'], result['metrics'])}")
     print("values with their 95% intervals; docs/evaluation_generation.md defines the metrics")
+    for name in result["metrics"]:
+        if name not in result["summary"][OVERALL]["metrics"]:
+            print(f"{name}: {NO_VALUE}")
     if truncated := result["truncated_answers"]:
         print(f"{truncated} answers reached --max-new-tokens {plan.settings.max_new_tokens} and are cut off")
     print(f"results: {plan.output / RESULTS_FILE}, {plan.output / REPORT_FILE}")
@@ -230,8 +233,14 @@ def _default_output(args: argparse.Namespace, source: ModelSource | None) -> Pat
     return Path("evaluation") / "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in n) for n in names)
 
 
-def run_comparison(paths: Sequence[str], *, metrics: str | None, output: str | None) -> None:
+def run_comparison(paths: Sequence[str], *, metrics: str | None, by: str | None, output: str | None) -> None:
     """Print a comparison, and write its page.
+
+    Args:
+        paths: of the results.
+        metrics: see :func:`~mindspeed_mm.evaluation.comparison.compared`.
+        by: likewise.
+        output: path of the page; None: no page.
 
     Raises:
         UserError: if results cannot be read or are of different questions, or the page cannot be written.
@@ -241,12 +250,12 @@ def run_comparison(paths: Sequence[str], *, metrics: str | None, output: str | N
             if Path(output).is_dir():
                 raise ValueError("it is a directory; name a file, such as report.html")
             check_directory(Path(output).resolve().parent)
-    comparison = compared(paths, metrics=metrics)
+    comparison = compared(paths, metrics=metrics, by=by)
     print(text_table(comparison.rows))
-    print(comparison.note)
+    print("\n".join(comparison.notes))
     for name, changed in zip(comparison.names[1:], comparison.changes, strict=True):
-        print(f"\n{name}, by {changed.metric}: {len(changed.fixed)} fixed, {len(changed.broken)} broken")
-        for kind, places in (("fixed", changed.fixed), ("broken", changed.broken)):
+        print(f"\n{name}, {changed.described()}")
+        for kind, places in changed.kinds.items():
             for place in places[:_SHOWN]:
                 first, second = comparison.answers[0][place], comparison.answers[comparison.names.index(name)][place]
                 question, expected, before, after = (shorten(text, 60) for text in (

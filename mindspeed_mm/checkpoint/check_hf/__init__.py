@@ -142,7 +142,8 @@ def check_hf(directory: str | Path, *, consumers: Collection[str] = (), checksum
 
 def _checkpoint(path: Path) -> Path:
     """The checkpoint that the tracker file of a ``--save`` directory names; other directories as they are."""
-    return path if is_present(path / "config.json") or not is_present(path / TRACKER) else find_checkpoint(path, "--dir")
+    named = is_present(path / TRACKER) and not is_present(path / "config.json")
+    return find_checkpoint(path, "--dir") if named else path
 
 
 def _refuse_checkpoint(path: Path) -> None:

@@ -88,6 +88,8 @@ thead th {
 tbody tr:hover > * { background: var(--hover); }
 .right { text-align: right; }
 td.right { white-space: nowrap; }
+.wrapped th, .wrapped td { padding: 7px 9px; white-space: normal; overflow-wrap: break-word; }
+.wrapped thead th { vertical-align: bottom; }
 .facts th { color: var(--soft); font-weight: 400; width: 34%; min-width: 130px; }
 .facts td { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-top: 12px; }
@@ -179,7 +181,8 @@ pre {
 .sample dl { margin: 0; border-top: 1px solid var(--line); }
 .sample dl > div { display: grid; grid-template-columns: 76px 1fr; padding: 8px 14px; }
 .sample dl > div + div { border-top: 1px solid var(--line); }
-.sample dt { color: var(--soft); font-size: 12.5px; padding-top: 1px; }
+.sample.compared dl > div { grid-template-columns: 1fr; }
+.sample dt { color: var(--soft); font-size: 12.5px; padding: 1px 6px 0 0; overflow-wrap: anywhere; }
 .sample dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 19em; overflow-y: auto; }
 .sample del, .sample ins { text-decoration: none; border-radius: 3px; padding: 0 1px; }
 .sample del { background: var(--del-bg); }

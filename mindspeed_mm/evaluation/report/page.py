@@ -162,13 +162,16 @@ def key_figures(figures: Iterable[tuple[str, str, str]]) -> Html:
     return Html(f'<dl class="figures" style="--columns:{columns}">{tiles}</dl>') if tiles else Html("")
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, align: str | None = None) -> Html:
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[Any]], *, align: str | None = None, wrapped: bool = False
+) -> Html:
     """A table that scrolls sideways where it is too wide.
 
     Args:
         headers: of the columns.
         rows: their cells; None is an empty cell.
         align: a letter for each column, ``l`` or ``r``; by default columns of numbers are aligned right.
+        wrapped: long headers take several lines.
     """
     rows = [list(row) for row in rows]
     sides = align or "".join(
@@ -181,8 +184,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, align: str |
         "<tr>" + "".join(f"<td{side}>{_cell(cell)}</td>" for side, cell in zip(classes, row, strict=True)) + "</tr>\n"
         for row in rows
     )
+    kind = " class=wrapped" if wrapped else ""
     return Html(
-        f'<div class="scroll" tabindex=0><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+        f'<div class="scroll" tabindex=0><table{kind}><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}</tbody></table></div>"
     )
 
 
@@ -231,6 +236,18 @@ def sample_card(sample: EvaluatedSample, *, earlier: tuple[str, EvaluatedSample]
         f'<div class="question" tabindex=0>{escape(_shortened(sample.question))}</div>'
         f"<dl>{answers}</dl>{f'<footer class=muted>{escape(scores)}</footer>' if scores else ''}</article>"
     )
+
+
+def compared_answers(expected: str, given: Mapping[str, str]) -> Html:
+    """The expected answer, and below it those of several models by their names, with their differences from it marked.
+
+    They stand below their names, which may be long.
+    """
+    wanted = _shortened(expected)
+    answers = _answer("expected", wanted)
+    for name, content in given.items():
+        answers += _answer(name, _marked(_shortened(content), wanted, "ins"))
+    return Html(f"<dl>{answers}</dl>")
 
 
 def number(value: float | None) -> str:

@@ -206,6 +206,8 @@ def test_interrupted_and_continued(recipe, tmp_path, capsys, monkeypatch):
     first, second = results(whole), results(parts)
     assert first["answers"] == second["answers"] and len(first["answers"]) == 10
     assert first["truncated_answers"] > 0
+    status, _, out = evaluate(capsys, recipe, parts, "--metrics", "cer,box_iou")
+    assert results(parts)["metrics"] == ["cer", "box_iou"] and "\nbox_iou: no expected answer has a box\n" in out
     status, _, out = evaluate(capsys, recipe, parts, "--metrics", "cer")
     assert status == 0 and len(calls) == 5 and results(parts)["metrics"] == ["cer"]
     assert_one_line(evaluate(capsys, recipe, parts, "--dtype", "bfloat16")[:2], "dtype", "now \"bfloat16\"")
@@ -293,7 +295,7 @@ def _results_of(path, answers, *, data="d", metrics=("exact_match", "numeric")):
 
 
 def test_comparison(tmp_path, capsys):
-    """Of 8 answers 5 are fixed and 1 is broken by the last metric."""
+    """Of 8 answers 4 are fixed by the first metric; by the second 5 are fixed and 1 is broken."""
     first = _results_of(tmp_path / "first.json", ["10", "9.8", *["0"] * 5, "1"])
     second = _results_of(tmp_path / "second.json", ["10", "0", *["10"] * 4, "10.1", "1"])
     comparison = compared([first, second], metrics=None)
@@ -301,11 +303,23 @@ def test_comparison(tmp_path, capsys):
     exact, numeric = comparison.rows[1:]
     assert exact[1:5] == ["8", "0.1250", "0.6250", "+0.5000"] and exact[6] == "0.125"  # 4 to 0: 2 / 2^4
     assert numeric[1:5] == ["8", "0.2500", "0.7500", "+0.5000"] and numeric[6] == "0.219"  # 2 (1 + 6) / 2^6
-    assert (comparison.changes[0].fixed, comparison.changes[0].broken) == ([2, 3, 4, 5, 6], [1])
+    assert comparison.changes[0].kinds == {"fixed": [2, 3, 4, 5], "broken": []}
+    assert compared([first, second], metrics=None, by="numeric").changes[0].kinds == {
+        "fixed": [2, 3, 4, 5, 6], "broken": [1]}
+    assert compared([first, second], metrics=None, by="anls").changes[0].kinds == {
+        "better": [2, 3, 4, 5], "worse": []}  # 10.1 and 9.8 are too far
     status, _, out = run(capsys, "compare", first, second, "--output", tmp_path / "page.html")
-    assert status == 0 and "second, by numeric: 5 fixed, 1 broken" in out
+    assert status == 0 and "second, by exact_match: 4 fixed, 0 broken" in out
     page = (tmp_path / "page.html").read_text()
-    assert "second: fixed (5 of 5)" in page and "&lt;b&gt;6" in page and "<b>6" not in page
+    assert "second: fixed by exact_match (4 of 4)" in page and "second: broken" not in page
+    assert "&lt;b&gt;5" in page and "<b>5" not in page and "<dt>first</dt><dd tabindex=0><ins>0</ins></dd>" in page
+    run(capsys, "compare", first, second, "--by", "numeric", "--metrics", "box_f1,anls", "--output",
+        tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "second: broken by numeric (1 of 1)" in page and "box_f1: no expected answer has a box" in page
+    same = _results_of(tmp_path / "third.json", ["10", "9.8", *["0"] * 5, "1"])
+    run(capsys, "compare", first, same, "--output", tmp_path / "page.html")
+    assert "By exact_match no answer is better or worse." in (tmp_path / "page.html").read_text()
     assert [row[0] for row in compared([first, second], metrics="anls").rows[1:]] == ["anls"]
 
 
@@ -317,6 +331,9 @@ def test_results_that_cannot_be_compared_are_one_line(tmp_path, capsys):
         ((first, tmp_path / "c.json"), "results.json of python -m mindspeed_mm.evaluation"),
         ((first, tmp_path / "none.json"), "none.json"), ((first, first), "twice"),
         ((first, first, "--output", tmp_path), "it is a directory"),
+        ((first, first, "--by", "bleu"), "--by bleu is unknown"),
+        ((first, first, "--metrics", "box_f1"), "--metrics box_f1: no expected answer has a box"),
+        ((first, first, "--by", "box_f1"), "--by box_f1: no expected answer has a box"),
     ):
         assert_one_line(run(capsys, "compare", *words)[:2], piece)
 
