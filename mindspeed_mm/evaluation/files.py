@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.checkpoint.files import make_directory, new_file
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.inputs import is_directory, is_file, reason, shorten
 
@@ -45,12 +47,15 @@ def check_output(path: str, data: str) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Make a directory, and try to write a file there.
+    """Make a directory and its parents, and try to write a file there.
 
     Raises:
         OSError: if that fails.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    for path in (*reversed(directory.parents), directory):
+        make_directory(path)
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", str(directory))
     with tempfile.TemporaryFile(dir=directory):
         pass
 
@@ -67,7 +72,8 @@ def write_output(path: str | Path, result: dict[str, Any]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            temporary.write_bytes(content)
+            with new_file(temporary) as file:
+                file.write(content)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -58,10 +58,12 @@ class Answer:
     Attributes:
         text: without special tokens and surrounding white space.
         truncated: whether the limit of tokens ended it.
+        retries: how often a server had to be asked again for it.
     """
 
     text: str
     truncated: bool = False
+    retries: int = 0
 
 
 def check_device(device_map: str, *, option: str = "--device") -> None:
@@ -278,7 +280,7 @@ class Generator:
             self._with_placeholders(text, prompt, placeholders)
             for prompt, text in zip(prompts, self.rendered(prompts), strict=True)
         ]
-        with reading(f"question {shorten(prompts[0].question)!r}, or another of its batch,"):
+        with reading(f"question '{shorten(prompts[0].question)}', or another of its batch,"):
             inputs = dict(self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False))
         inputs.pop("token_type_ids", None)
         inputs.update(vision)
@@ -294,7 +296,7 @@ class Generator:
         if len(pieces) - 1 != len(prompt.images):
             raise UserError(
                 f"the chat template in --model {self.directory} makes {len(pieces) - 1} places for "
-                f"{len(prompt.images)} images of the question {shorten(prompt.question)!r}"
+                f"{len(prompt.images)} images of the question '{shorten(prompt.question)}'"
             )
         whole = pieces[0]
         for piece in pieces[1:]:

@@ -76,11 +76,13 @@ class QuestionSet:
 
     Attributes:
         questions: in the order of data sets, files, records and turns.
+        files: data set -> its files.
         skipped_videos: records with videos, which are not asked.
         skipped_records: records that cannot be used, where a training's data file says that they are skipped.
     """
 
     questions: list[Question]
+    files: Mapping[str, tuple[str, ...]]
     skipped_videos: int = 0
     skipped_records: int = 0
 
@@ -186,7 +188,7 @@ def read_questions(
     if not questions:
         why = f"all {videos} records have videos, which are not evaluated" if videos else "no record has an answer"
         raise UserError(f"{', '.join(path for one in data_sets for path in one.files)}: {why}; give other data")
-    return QuestionSet(questions, videos, bad)
+    return QuestionSet(questions, {one.name: tuple(one.files) for one in data_sets}, videos, bad)
 
 
 def _first_rows(rows: Any) -> Iterator[Any]:

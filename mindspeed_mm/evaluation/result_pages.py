@@ -49,18 +49,47 @@ def write_report(
     Raises:
         OSError: if it cannot be written.
     """
-    page = Page(f"Evaluation of {result['name']}", f"{len(scored)} questions")
+    page = Page(f"Evaluation of {_model_name(result)}", f"{len(scored)} questions")
     page.section("Scores", summary(result["summary"], result["metrics"]),
                  "Values with their 95% intervals: Wilson's for rates, by bootstrap for others.")
-    settings = {name: value for name, value in result["settings"].items() if value is not None}
-    about = {name: result[name] for name in ("model", "adapter", "server") if result.get(name)}
-    about["answers cut off by the limit of tokens"] = result["truncated_answers"]
-    page.section("Settings", facts({**about, **settings}))
-    order = sorted(range(len(scored)), key=lambda index: (goodness(scored[index].scores, metrics), index))
-    shown = order[:MOST_SAMPLES]
+    page.section("Settings", facts(_about(result)))
+    values = [goodness(one.scores, metrics) for one in scored]
+    wrong = sorted((index for index, value in enumerate(values) if value < 1), key=lambda index: (values[index], index))
+    shown = (wrong or list(range(len(scored))))[:MOST_SAMPLES]
     cards = [sample_card(as_sample(index, scored[index], spec)) for index in shown]
-    page.section(f"Answers, worst first ({len(shown)} of {len(scored)})", grid(*cards), _boxes_note(scored, spec))
+    right = f"{len(scored) - len(wrong)} of {len(scored)} answers are right by every metric."
+    heading = f"Wrong answers, worst first ({len(shown)} of {len(wrong)})" if wrong else "Answers"
+    page.section(heading, right, grid(*cards), _boxes_note(scored, spec))
     page.write(path)
+
+
+def _model_name(result: Mapping[str, Any]) -> str:
+    """What answered, in a few words: the end of its path, or its name on a server."""
+    if "server_model" in result["settings"]:
+        return str(result["settings"]["server_model"])
+    name, adapter = ("/".join(Path(result[key] or "").parts[-2:]) for key in ("model", "adapter"))
+    inside = (result["adapter"] or "").startswith(result["model"])  # the checkpoint of a LoRA run
+    return f"{name} with {adapter}" if adapter and not inside else name
+
+
+def _about(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What answered which questions, and how; by the words of the page."""
+    settings = result["settings"]
+    files = "\n".join(file for some in result["data_files"].values() for file in some)
+    drawn = settings["temperature"] > 0
+    values = {
+        "model": result["model"] or None, "LoRA adapters": result["adapter"], "server": settings.get("server"),
+        "model on the server": settings.get("server_model"), "data type": settings.get("dtype"),
+        "data": f"{files}\n(hash of the questions: {settings['data']})", "questions": settings["questions"],
+        "longest answer": f"{settings['max_new_tokens']} tokens", "answers cut off there": result["truncated_answers"],
+        "requests sent again": result["retried_requests"] if "server" in settings else None,
+        "temperature": settings["temperature"] if drawn else "0, the most probable token",
+        "top-p": settings["top_p"] if drawn else None,
+        "top-k": (settings["top_k"] or "all tokens") if drawn else None,
+        "repetition penalty": settings["repetition_penalty"], "seed": settings["seed"] if drawn else None,
+        "hash of the weights": settings.get("weights"),
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def summary(groups: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> Html:

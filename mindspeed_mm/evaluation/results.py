@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from mindspeed_mm.checkpoint.files import FILE_MODE, set_mode
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.files import check_directory, writing
 from mindspeed_mm.evaluation.generation import Answer
@@ -56,6 +57,7 @@ class AnswerFile:
         end = 0 if restart or not is_present(self.path) else self._read(settings, count)
         with writing(self.path):
             self._file: IO[bytes] = open(self.path, "r+b" if end else "wb")
+            set_mode(self.path, FILE_MODE)
             self._file.truncate(end)
             self._file.seek(end)
             if not end:
@@ -81,7 +83,9 @@ class AnswerFile:
             raise UserError(f"{self.path} has answers of other settings: {names[0]} {before}, now {now}; {remedy}")
         try:
             for line in map(json.loads, lines[1:]):
-                self.answers[int(line["question"])] = Answer(str(line["answer"]), bool(line["truncated"]))
+                self.answers[int(line["question"])] = Answer(
+                    str(line["answer"]), bool(line["truncated"]), int(line.get("retries", 0))
+                )
             if not all(0 <= number < count for number in self.answers):
                 raise ValueError("it has answers to other questions")
         except (ValueError, KeyError, TypeError) as error:
@@ -96,7 +100,7 @@ class AnswerFile:
         self.answers |= new
         with writing(self.path):
             self._write([
-                {"question": number, "answer": answer.text, "truncated": answer.truncated}
+                {"question": number, "answer": answer.text, "truncated": answer.truncated, "retries": answer.retries}
                 for number, answer in new.items()
             ])
 
@@ -172,6 +176,7 @@ def as_result(
         "metrics": [metric.name for metric in metrics],
         "summary": summarize(scored, metrics),
         "truncated_answers": sum(one.answer.truncated for one in scored),
+        "retried_requests": sum(one.answer.retries > 0 for one in scored),
         "answers": [
             {**as_columns(one.question), "answer": one.answer.text, "truncated": one.answer.truncated,
              "scores": {name: score.value for name, score in one.scores.items()}}

@@ -91,6 +91,7 @@ def run(args: argparse.Namespace, api_key: str | None) -> None:
     scored = score_all(plan.data.questions, answers.answers, plan.metrics, plan.spec)
     about = {
         "name": plan.output.name, "model_type": plan.spec.model_types[0], **answers.maker, "server": args.server,
+        "data_files": plan.data.files,
     }
     result = as_result(facts, about, scored, plan.metrics)
     write_output(plan.output / RESULTS_FILE, result)
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace, api_key: str | None) -> None:
             print(f"{name}: {NO_VALUE}")
     if truncated := result["truncated_answers"]:
         print(f"{truncated} answers reached --max-new-tokens {plan.settings.max_new_tokens} and are cut off")
+    if retried := result["retried_requests"]:
+        print(f"{retried} requests had to be sent again after a lost connection, a 408, 409, 425, 429 or 5xx")
     print(f"results: {plan.output / RESULTS_FILE}, {plan.output / REPORT_FILE}")
     for name, fact in result["summary"][OVERALL]["metrics"].items():
         if "right" in fact:

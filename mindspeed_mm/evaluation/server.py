@@ -76,7 +76,7 @@ class Server:
         Raises:
             UserError: if it does not answer, refuses the key, or does not have the model.
         """
-        status, content = self._send("GET", "/models", retries=min(self._retries, 1))
+        status, content, _ = self._send("GET", "/models", retries=min(self._retries, 1))
         listed = content.get("data") if isinstance(content, dict) else None
         names = [str(one.get("id")) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if status != 200 or not names:  # some servers have no list
@@ -141,10 +141,10 @@ class Server:
             UserError: if the server gives none.
         """
         body = request_body(prompt, settings, model=self.model)
-        status, content = self._send("POST", "/chat/completions", body, retries=self._retries)
+        status, content, tries = self._send("POST", "/chat/completions", body, retries=self._retries)
         if status != 200:
             raise self._error(f"answers {status} {self._quoted(content)} to the question "
-                              f"{shorten(prompt.question)!r}", "see the server's log")
+                              f"'{shorten(prompt.question)}'", "see the server's log")
         try:
             choice = content["choices"][0]
             text, end = choice["message"]["content"], choice.get("finish_reason")
@@ -153,12 +153,12 @@ class Server:
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise self._error(f"gives no chat completion, but {self._quoted(content)}",
                               "give the address of an OpenAI-compatible server") from error
-        return Answer((text or "").strip(), end == "length")
+        return Answer((text or "").strip(), end == "length", tries)
 
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, retries: int
-    ) -> tuple[int, Any]:
-        """Status and content of a request, which is repeated after a failure that may pass.
+    ) -> tuple[int, Any, int]:
+        """Status and content of a request, which is repeated after a failure that may pass; and how often it was.
 
         Raises:
             UserError: if the server cannot be reached or refuses the key.
@@ -177,7 +177,7 @@ class Server:
         if status in (401, 403):
             remedy = "set the variable of --api-key-env to a valid key"
             raise self._error(f"refuses the request ({status} {self._quoted(content)})", remedy)
-        return status, content
+        return status, content, attempt
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, Any]:
         import requests

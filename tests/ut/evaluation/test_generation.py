@@ -203,6 +203,8 @@ def test_interrupted_and_continued(recipe, tmp_path, capsys, monkeypatch):
     assert (status, error) == (130, "interrupted; the same command goes on from the answers that are there\n")
     status, _, out = evaluate(capsys, recipe, parts, "--batch-size", 3)
     assert status == 0 and "6 of 10 answers are there from an earlier start" in out and calls == [3, 3, 3, 3, 1]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (parts, *parts.iterdir())} == {
+        "parts": "0o750", "answers.jsonl": "0o640", "results.json": "0o640", "report.html": "0o640"}
     first, second = results(whole), results(parts)
     assert first["answers"] == second["answers"] and len(first["answers"]) == 10
     assert first["truncated_answers"] > 0
@@ -267,6 +269,8 @@ def test_checkpoints_of_a_run_have_results_of_their_own(recipe, tmp_path, capsys
     _, _, out = run(capsys, "--model", "save/hf/iter_0000007", *words[:-2])
     assert "the answers were given by save/iter_0000007, which has the same weights" in out
     assert results(tmp_path / "evaluation" / "save-iter_0000007")["model"] == "save/iter_0000007"
+    page = (tmp_path / "evaluation" / "save-iter_0000007" / "report.html").read_text()
+    assert "<h1>Evaluation of save/iter_0000007</h1>" in page and "0, the most probable token" in page
 
 
 def test_the_held_out_data_of_a_training(recipe, tmp_path, capsys):

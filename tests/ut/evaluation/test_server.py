@@ -123,7 +123,9 @@ def test_a_failure_that_may_pass_is_tried_again(tmp_path, capsys, failure):
     data = write_records(tmp_path / "d.json", qa("Who?", "Me"))
     replies = iter([(failure, {"error": {"message": "busy"}}), (failure, "no JSON"), completion(" Me ")])
     with StubServer(lambda body: next(replies)) as stub:
-        status, error, results, _ = evaluate(stub, data, tmp_path, capsys)
+        for _ in range(2):  # the second start only scores
+            status, error, results, out = evaluate(stub, data, tmp_path, capsys)
+            assert "1 requests had to be sent again" in out and results["retried_requests"] == 1
     assert (status, error) == (0, "") and len(stub.requests) == 3
     assert results["answers"][0]["answer"] == "Me" and results["answers"][0]["scores"]["exact_match"] == 1
 
@@ -133,7 +135,8 @@ def test_a_failure_that_may_pass_is_tried_again(tmp_path, capsys, failure):
     [
         ((401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}), ("refuses", "401", "--api-key-env"), 1),
         ((500, {"error": "broken"}), ("answers 500 broken (3 tries)",), 3),
-        ((400, {"error": {"message": "maximum context length"}}), ("answers 400 maximum context length", "'Who?'"), 1),
+        ((400, {"error": {"message": "maximum context length"}}),
+         ("answers 400 maximum context length", "'Now:\\nwho?'"), 1),
         ((302, ""), ("answers 302",), 1),
         ((200, {"choices": []}), ("no chat completion",), 1), ((200, "<html>"), ("no chat completion", "<html>"), 1),
         ((200, {"choices": [{"message": {"content": 3}}]}), ("no chat completion",), 1),
@@ -143,11 +146,12 @@ def test_a_failure_that_may_pass_is_tried_again(tmp_path, capsys, failure):
 )
 def test_other_failures_are_one_line_without_the_key(tmp_path, capsys, monkeypatch, reply, pieces, requests):
     monkeypatch.setenv("MY_KEY", KEY)
-    data = write_records(tmp_path / "d.json", qa("Who?", "Me"))
+    data = write_records(tmp_path / "d.json", qa("Now:\nwho?", "Me"))
     with StubServer(lambda body: reply) as stub:
         status, error, results, out = evaluate(
             stub, data, tmp_path, capsys, "--api-key-env", "MY_KEY", "--retries", 2)
     assert_one_line((status, error), stub.url, *pieces, "0 of 1 answers")
+    assert "\\\\" not in error
     assert KEY not in error + out and len(stub.requests) == requests and results is None
 
 
@@ -221,5 +225,9 @@ def test_boxes_data_sets_and_the_report(tmp_path, capsys, pixels):
     assert summary["overall"]["metrics"]["box_ap50"]["value"] == pytest.approx(51 / 101)
     assert summary["data set y"]["metrics"]["box_f1"]["value"] == 0 and "data set left" in out
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/jpeg") == 2 and "worst first (2 of 2)" in page and "boxes: expected in green" in page
+    assert page.count("data:image/jpeg") == 2 and "boxes: expected in green" in page
+    assert "Wrong answers, worst first (2 of 2)" in page
     assert page.index("sample 1 ") < page.index("sample 0 ")
+    assert "<h1>Evaluation of stub</h1>" in page and "0 of 2 answers are right by every metric." in page
+    assert f"{tmp_path}/x.json\n{tmp_path}/y.json\n(hash" in page and results["data_files"]["left"]
+    assert "top-p" not in page and "max_new_tokens" not in page and "<td>128 tokens</td>" in page
