@@ -76,7 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", metavar="FILE", help="data files in any format that training reads; NAME=FILE names a "
         "data set")
     add("--data-dir", metavar="DIR", help="where relative paths of images start (default: the data file's directory)")
-    add("--mm-data", metavar="FILE", help="data file of a training, whose val_dataset is taken")
+    add("--mm-data", metavar="FILE", help="data file of a training; its val_dataset is taken, or what its "
+        "val_rate holds out")
+    add("--seq-length", type=_number(1, 10**9), metavar="N", help="with val_rate: the launcher's, which decides with "
+        "the seed what is held out (default: that of the checkpoint in --model)")
+    add("--val-seed", type=_number(0, 2**63 - 1), metavar="N", help="with val_rate: the launcher's --seed (default: "
+        "that of the checkpoint, else 42)")
     add("--turns", choices=("all", "first", "last"), default="all", help="answers of a record to ask for, each after "
         "the true conversation before it (default: all)")
     add("--limit", type=_number(1, 10**9), metavar="N", help="records of each file, from the first (default: all)")
@@ -110,6 +115,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("give either --data FILE, or --mm-data FILE (see --help)")
     if args.data_dir is not None and args.data is None:
         raise UserError("--data-dir goes with --data; the --mm-data file has its own")
+    for name in ("seq_length", "val_seed"):
+        if args.mm_data is None and getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --mm-data; leave it out")
     wrong, kind = (_OF_MODEL, "--model without --server") if args.server else (_OF_SERVER, "--server")
     if given := [name for name in wrong if hasattr(args, name)]:
         raise UserError(f"--{given[0].replace('_', '-')} goes with {kind}; leave it out")

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from mindspeed_mm.inputs import is_directory, is_present, kind_of
 from mindspeed_mm.interfaces.conversation import IMAGE_TAG, Message
 
 if TYPE_CHECKING:
-    from mindspeed_mm.config.data_config import DataConfig, NamedDataset
+    from mindspeed_mm.config.data_config import NamedDataset
     from mindspeed_mm.models.spec import ModelSpec
 
 Turns = Literal["all", "first", "last"]
@@ -132,20 +132,9 @@ def data_config(
     return list(found.values())
 
 
-def held_out_data(config: DataConfig, path: str) -> list[NamedDataset]:
-    """The data sets that a training's data file evaluates on.
-
-    Raises:
-        UserError: if it has none.
-    """
-    if not config.val_datasets:
-        raise UserError(f"--mm-data {path} has no val_dataset; add one, or give --data FILE")
-    named = [dataclasses.replace(one, name=one.name or Path(one.files[0]).stem) for one in config.val_datasets]
-    return named
-
-
 def read_questions(
-    data_sets: Sequence[NamedDataset], spec: ModelSpec, *, turns: Turns = "all", limit: int | None = None
+    data_sets: Sequence[NamedDataset], spec: ModelSpec, *, turns: Turns = "all", limit: int | None = None,
+    only: Collection[str] | None = None,
 ) -> QuestionSet:
     """The questions of some data sets.
 
@@ -157,6 +146,7 @@ def read_questions(
         spec: of the model.
         turns: which answers of a record to ask for.
         limit: records of each file, from the first; None: as the data set says.
+        only: names of the records to take, by :func:`~mindspeed_mm.data.record_files.record_name`; None: all.
 
     Raises:
         UserError: naming the file and the record that cannot be read, or if there is no question.
@@ -167,11 +157,12 @@ def read_questions(
         reader = RecordReader(data_set.config, spec, data_set.files, limit=None)
         attr = data_set.config.dataset_param.attr
         for number, path in enumerate(data_set.files):
-            rows = read_rows(path, limit=limit or data_set.limit)
+            rows = read_rows(path, limit=data_set.limit if only is not None else limit or data_set.limit)
             require_records(path, len(rows))
             reader.recognise(number, rows)
             form = recognise(attr, list(_first_rows(rows)))
-            for index in range(len(rows)):
+            chosen = [index for index in range(len(rows)) if only is None or record_name(path, index) in only]
+            for index in chosen[:limit]:
                 source = record_name(path, index)
                 try:
                     row, references, channel = _own_columns(rows[index], form, source)

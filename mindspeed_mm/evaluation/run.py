@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.checkpoint.directory import RELEASE
-from mindspeed_mm.config.data_config import DataConfig
-from mindspeed_mm.config.files import load_config
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.adapters import check_adapter
 from mindspeed_mm.evaluation.comparison import compared
 from mindspeed_mm.evaluation.files import check_directory, write_output, writing
 from mindspeed_mm.evaluation.generation import Answer, GenerationSettings, Generator, batches, check_device
+from mindspeed_mm.evaluation.held_out import held_out_data
 from mindspeed_mm.evaluation.metrics import NO_VALUE, Metric, choose_metrics
 from mindspeed_mm.evaluation.model_source import EXPORTS, ModelSource, find_model
-from mindspeed_mm.evaluation.questions import Prompt, QuestionSet, data_config, held_out_data, read_questions
+from mindspeed_mm.evaluation.questions import Prompt, QuestionSet, data_config, read_questions
 from mindspeed_mm.evaluation.result_pages import write_comparison, write_report
 from mindspeed_mm.evaluation.results import (
     OVERALL,
@@ -127,13 +126,14 @@ def _checked(args: argparse.Namespace, api_key: str | None) -> _Plan:
     else:
         spec = get_spec(known_model_types()[0]) if args.model is None else spec_of(args.model)
     choose_metrics(args.metrics or "exact_match", (), spec)  # names
+    only = None
     if args.mm_data is not None:
-        data_sets = held_out_data(load_config(args.mm_data, DataConfig, flag="--mm-data"), args.mm_data)
+        data_sets, only = held_out_data(args.mm_data, source, spec, seq_length=args.seq_length, seed=args.val_seed)
     else:
         named = args.model if source is None else source.config_directory
         data_sets = data_config(spec, args.data, args.data_dir, model=named or "server")
     try:
-        data = read_questions(data_sets, spec, turns=args.turns, limit=args.limit)
+        data = read_questions(data_sets, spec, turns=args.turns, limit=args.limit, only=only)
     except UserError as error:
         if args.data is None or _TRAINING_REMEDY not in str(error):
             raise

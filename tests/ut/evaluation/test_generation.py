@@ -16,7 +16,10 @@ from PIL import Image
 
 from mindspeed_mm.checkpoint.directory import read_manifest
 from mindspeed_mm.checkpoint.hf_to_dcp import hf_to_dcp
-from mindspeed_mm.evaluation import cli, model_source
+from mindspeed_mm.config.data_config import DataConfig
+from mindspeed_mm.config.files import load_config
+from mindspeed_mm.data.dataset import build_datasets
+from mindspeed_mm.evaluation import cli, held_out, model_source
 from mindspeed_mm.evaluation.comparison import compared
 from mindspeed_mm.evaluation.generation import GenerationSettings, Generator, batches
 from mindspeed_mm.evaluation.model_source import find_model
@@ -175,7 +178,7 @@ def no_model(monkeypatch):
      (("--top-p", "0.9"), "--top-p goes with --temperature"), (("--batch-size", "0"), "--batch-size"),
      (("--output", "FILE"), "cannot be written"), (("--model", "none"), "--model none is not a directory"),
      (("--model", "DATA"), "neither latest_checkpointed_iteration.txt nor manifest.json"),
-     (("--mm-data", "x.json"), "either --data FILE, or --mm-data")],
+     (("--mm-data", "x.json"), "either --data FILE, or --mm-data"), (("--val-seed", "1"), "goes with --mm-data")],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, recipe, capsys, no_model, options, piece):
@@ -284,7 +287,40 @@ def test_the_held_out_data_of_a_training(recipe, tmp_path, capsys):
         status, error, out = run(capsys, *words[:-2], "--mm-data", path, "--output", tmp_path / "bad")
         assert (status, "skipped 1 records" in out, "none.png" in error) == (0 if skipped else 2, skipped, not skipped)
     outcome = run(capsys, *words, "--mm-data", recipe / "data_tiny.json")
-    assert_one_line(outcome[:2], "has no val_dataset")
+    assert_one_line(outcome[:2], "has neither val_dataset nor val_rate")
+    outcome = run(capsys, *words, "--mm-data", path, "--seq-length", 256)
+    assert_one_line(outcome[:2], "--seq-length goes with val_rate")
+
+
+def test_the_records_that_val_rate_holds_out(recipe, tmp_path, capsys, monkeypatch):
+    """The questions are those of the records that training with this seed does not see."""
+    path = write_data_file(recipe, "rate.json", basic={"val_rate": 0.5})
+    words = ("--device", "cpu", "--max-new-tokens", 2, "--turns", "first", "--mm-data", path)
+    outcome = run(capsys, "--model", recipe / "checkpoint", *words)
+    assert_one_line(outcome[:2], "val_rate 0.5 holds out depends on --seq-length and --seed", "--val-seed N")
+    config = load_config(str(path), DataConfig, flag="--mm-data")
+    media = SPEC.read_media_settings(config, SPEC.read_config(recipe / "checkpoint"))
+    found = {}
+    for seed in (3, 4):
+        output = tmp_path / str(seed)
+        options = ("--seq-length", 256, "--val-seed", seed, "--output", output)
+        assert run(capsys, "--model", recipe / "checkpoint", *words, *options)[0] == 0
+        found[seed] = {answer["source"] for answer in results(output)["answers"]}
+        train, held = build_datasets(config, spec=SPEC, media=media, seq_length=256, seed=seed)
+        assert found[seed] == {held.describe(index) for index in range(len(held))} and len(found[seed]) == len(held) > 1
+        assert found[seed].isdisjoint({train.describe(index) for index in range(len(train))})
+    assert found[3] != found[4]
+    # a checkpoint of training knows both
+    hf_to_dcp(recipe / "checkpoint", tmp_path / "save")
+    manifest = read_manifest(tmp_path / "save" / "release")
+    manifest["metadata"] |= {"flags": {"--seed": 4, "--seq-length": 256}, "data": config.model_dump(mode="json")}
+    monkeypatch.setattr(held_out, "read_manifest", lambda _: manifest)
+    words = ("--model", tmp_path / "save", "--assets", recipe / "checkpoint", *words, "--output", tmp_path / "dcp")
+    assert run(capsys, *words, "--limit", 1)[0] == 0
+    (answer,) = results(tmp_path / "dcp")["answers"]
+    assert answer["source"] == min(found[4])
+    manifest["metadata"]["data"]["dataset_param"]["basic_parameters"]["val_rate"] = 0.25
+    assert_one_line(run(capsys, *words)[:2], "has val_rate 0.5, and --model was trained with 0.25")
 
 
 def _results_of(path, answers, *, data="d", metrics=("exact_match", "numeric")):
