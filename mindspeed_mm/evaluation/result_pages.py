@@ -53,12 +53,15 @@ def write_report(
     page.section("Scores", summary(result["summary"], result["metrics"]),
                  "Values with their 95% intervals: Wilson's for rates, by bootstrap for others.")
     page.section("Settings", facts(_about(result)))
-    values = [goodness(one.scores, metrics) for one in scored]
-    wrong = sorted((index for index, value in enumerate(values) if value < 1), key=lambda index: (values[index], index))
+    values = {index: goodness(one.scores, metrics) for index, one in enumerate(scored) if one.scores}
+    wrong = sorted((index for index, value in values.items() if value < 1), key=lambda index: (values[index], index))
     shown = (wrong or list(range(len(scored))))[:MOST_SAMPLES]
     cards = [sample_card(as_sample(index, scored[index], spec)) for index in shown]
-    right = f"{len(scored) - len(wrong)} of {len(scored)} answers are right by every metric."
-    heading = f"Wrong answers, worst first ({len(shown)} of {len(wrong)})" if wrong else "Answers"
+    rates = all(metric.kind == "rate" for metric in metrics)
+    words = ("are right by every metric", "Wrong answers") if rates else (
+        "have the best score in every metric", "Answers below the best score")
+    right = f"{len(values) - len(wrong)} of {len(values)} answers {words[0]}."
+    heading = f"{words[1]}, worst first ({len(shown)} of {len(wrong)})" if wrong else "Answers"
     page.section(heading, right, grid(*cards), _boxes_note(scored, spec))
     page.write(path)
 

@@ -211,6 +211,8 @@ def test_interrupted_and_continued(recipe, tmp_path, capsys, monkeypatch):
     first, second = results(whole), results(parts)
     assert first["answers"] == second["answers"] and len(first["answers"]) == 10
     assert first["truncated_answers"] > 0
+    page = (parts / "report.html").read_text()
+    assert "0 of 10 answers are right by every metric." in page and "Wrong answers, worst first (10 of 10)" in page
     status, _, out = evaluate(capsys, recipe, parts, "--metrics", "cer,box_iou")
     assert results(parts)["metrics"] == ["cer", "box_iou"] and "\nbox_iou: no expected answer has a box\n" in out
     status, _, out = evaluate(capsys, recipe, parts, "--metrics", "cer")

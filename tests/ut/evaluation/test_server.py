@@ -226,8 +226,8 @@ def test_boxes_data_sets_and_the_report(tmp_path, capsys, pixels):
     assert summary["data set y"]["metrics"]["box_f1"]["value"] == 0 and "data set left" in out
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 2 and "boxes: expected in green" in page
-    assert "Wrong answers, worst first (2 of 2)" in page
+    assert "Answers below the best score, worst first (2 of 2)" in page
     assert page.index("sample 1 ") < page.index("sample 0 ")
-    assert "<h1>Evaluation of stub</h1>" in page and "0 of 2 answers are right by every metric." in page
+    assert "<h1>Evaluation of stub</h1>" in page and "0 of 2 answers have the best score in every metric." in page
     assert f"{tmp_path}/x.json\n{tmp_path}/y.json\n(hash" in page and results["data_files"]["left"]
     assert "top-p" not in page and "max_new_tokens" not in page and "<td>128 tokens</td>" in page
