@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,16 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.inputs import open_regular
 
 METRICS_FILE = "metrics.jsonl"
 """In the ``--save`` directory."""
+_FILE_BYTES = 10**11
+_LARGEST = 1e100  # values beyond cannot be drawn; they are left out, as NaN is
+
+
+def _is_iteration(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**53
 
 
 class History:
@@ -40,13 +48,13 @@ class History:
         """
         history = cls()
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path, limit=_FILE_BYTES), "rb") as file:
                 for line in file:
                     try:
                         metrics = json.loads(line)
                     except (ValueError, RecursionError):
                         continue
-                    if isinstance(metrics, dict) and isinstance(metrics.get("iteration"), int):
+                    if isinstance(metrics, dict) and _is_iteration(metrics.get("iteration")):
                         history.add(metrics.pop("iteration"), metrics)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}; name the --save directory of a run "
@@ -73,7 +81,7 @@ class History:
 
     def _fill(self, metrics: Mapping[str, Any]) -> None:
         for name, value in metrics.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST:
                 column = self._columns.get(name)
                 if column is None:
                     column = self._columns[name] = array("d", [math.nan]) * len(self._iterations)

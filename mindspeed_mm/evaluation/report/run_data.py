@@ -16,6 +16,7 @@ from mindspeed_mm.checkpoint.best import BEST_FILE
 from mindspeed_mm.checkpoint.files import write_atomically
 from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
 from mindspeed_mm.evaluation.sample import EvaluatedSample
+from mindspeed_mm.inputs import read_bytes
 
 DATA_FILE = "report_data.json"
 REPORTS = "reports"
@@ -26,6 +27,8 @@ _IMAGE_BYTES = 600_000  # of an evaluation
 _TEXT = 4000  # characters
 _SESSIONS = 200
 _ANOMALIES = 200
+_FILE_BYTES = 100_000_000
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +147,8 @@ def load_run(directory: Path) -> RunData:
 def load_data(directory: Path) -> RunData:
     """A run without its history. Without a ``report_data.json`` of this version, or with a damaged one, it is empty."""
     run = RunData(name=run_name(directory))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        content = json.loads((directory / DATA_FILE).read_bytes())
+    with contextlib.suppress(*_DAMAGED):
+        content = _read(directory / DATA_FILE)
         if content["version"] == _VERSION:
             plain = {name: content[name] for name in _PLAIN}
             sessions = [(int(iteration), str(time)) for iteration, time in content["sessions"]]
@@ -160,6 +163,11 @@ def load_data(directory: Path) -> RunData:
     return run
 
 
+def _read(path: Path) -> Any:
+    """A JSON file that a run has written; a pipe or a device is none."""
+    return json.loads(read_bytes(path, limit=_FILE_BYTES))
+
+
 def run_name(directory: Path) -> str:
     """The last two parts of its path, as ``--save`` directories of different runs may have the same name."""
     return "/".join(directory.resolve().parts[1:][-2:])
@@ -170,8 +178,8 @@ def read_anomalies(directory: Path, *, last: int) -> list[tuple[int, str]]:
     found = []
     with contextlib.suppress(OSError):
         for path in sorted((directory / REPORTS).glob("iteration_*_*.json"))[:_ANOMALIES]:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                content = json.loads(path.read_bytes())
+            with contextlib.suppress(*_DAMAGED):
+                content = _read(path)
                 if int(content["iteration"]) <= last:
                     samples = content.get("samples") or []
                     worst = f"; highest loss: {samples[0]['source']}" if samples else ""
@@ -195,8 +203,8 @@ def _moment(time: str) -> datetime.datetime:
 
 def _read_best(directory: Path, *, last: int) -> tuple[str, list[tuple[int, float]]] | None:
     """Metric and best checkpoints, up to the step ``last``, of ``best_checkpoints.json``; None without a valid one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        content = json.loads((directory / BEST_FILE).read_bytes())
+    with contextlib.suppress(*_DAMAGED):
+        content = _read(directory / BEST_FILE)
         kept = [(int(entry["iteration"]), float(entry["value"])) for entry in content["ranking"]]
         return str(content["metric"]), [entry for entry in kept if entry[0] <= last]
     return None

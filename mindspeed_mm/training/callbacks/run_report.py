@@ -66,11 +66,10 @@ class RunReport(Callback):
         if not self._active:
             return
         iteration = run.context.progress.iteration
-        self._data = load_data(self._directory) if iteration else RunData(name=run_name(self._directory))
-        with contextlib.suppress(UserError):  # no file: the run continues one that did not save here
-            if iteration:
-                self._data.history = History.read(self._directory / METRICS_FILE)
-        self._data.forget_after(iteration)
+        self._data = RunData(name=run_name(self._directory))
+        if iteration:
+            with self._warning("read"):
+                self._data = self._read(iteration)
         self._start: tuple[int, str] | None = (iteration, _now())
         if iteration == 0:
             self._note_start()
@@ -80,6 +79,14 @@ class RunReport(Callback):
             settings={name: description[name] for name in CONFIGURATION}, environment=_environment(run, description),
         )
         self._load = _RouterLoad(iteration)
+
+    def _read(self, iteration: int) -> RunData:
+        """The report so far, up to the step that the run resumes from."""
+        data = load_data(self._directory)
+        with contextlib.suppress(UserError):  # no file: the run continues one that did not save here
+            data.history = History.read(self._directory / METRICS_FILE)
+        data.forget_after(iteration)
+        return data
 
     def on_step_queued(self, iteration: int) -> None:
         """Queue the copy of the experts' load for the page that is due."""
@@ -176,13 +183,13 @@ class RunReport(Callback):
         self._cost = self._written - began
 
     @contextlib.contextmanager
-    def _warning(self) -> Iterator[None]:
+    def _warning(self, what: str = "written") -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a page is no reason to stop training
             if not self._warned:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-                logger.warning(f"{self._directory / REPORT_FILE} cannot be written ({reason}); training continues")
+                logger.warning(f"{self._directory / REPORT_FILE} cannot be {what} ({reason}); training continues")
             self._warned = True
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 
 import pytest
 
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.report.__main__ import main
-from mindspeed_mm.evaluation.report.history import History
+from mindspeed_mm.evaluation.report.history import METRICS_FILE, History
 from mindspeed_mm.evaluation.report.run_data import DATA_FILE, RunData, SampleSet, load_run, run_name
 from mindspeed_mm.evaluation.report.run_report import comparison_page, run_page
 from mindspeed_mm.evaluation.sample import EvaluatedSample
@@ -99,6 +101,44 @@ def test_metrics_alone_are_enough(directory):
 def test_damaged_data_are_left_out(directory, content):
     (directory / DATA_FILE).write_text(content)
     assert load_run(directory).sessions == [] and load_run(directory).history.iteration == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [(DATA_FILE, ("first", "iteration")), (DATA_FILE, ("sessions",)), ("reports/of a step", ("iteration",))],
+)
+def test_numbers_that_are_none_are_left_out(directory, name, where):
+    """Python's JSON has infinities, and whole numbers of any length."""
+    path = directory / name
+    if not path.exists():
+        path = next(one for one in (directory / "reports").iterdir() if '"iteration"' in one.read_text())
+    content = json.loads(path.read_text())
+    part = content
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = float("inf")
+    path.write_text(json.dumps(content))
+    assert run_page(load_run(directory)).render()
+
+
+@pytest.mark.parametrize("value", ["1" * 400, "1e308", "-1e308", "Infinity", "true", "null", "[]"])
+@pytest.mark.parametrize("name", ["loss", "validation_loss", "seconds", "iteration", "time", "grad_norm"])
+def test_metrics_that_cannot_be_drawn_are_left_out(directory, name, value):
+    """Of a line at the end."""
+    with (directory / METRICS_FILE).open("a") as file:
+        file.write(f'{{"iteration": 101, "loss": 1.0, "{name}": {value}}}\n')
+    assert run_page(load_run(directory)).render()
+
+
+@pytest.mark.parametrize("name", [DATA_FILE, METRICS_FILE, "best_checkpoints.json"])
+def test_pipes_are_not_waited_for(directory, name):
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    if name == METRICS_FILE:
+        with pytest.raises(UserError, match="not a regular file"):
+            load_run(directory)
+    else:
+        assert run_page(load_run(directory)).render()
 
 
 def test_data_come_back_as_they_were(directory):
