@@ -19,7 +19,7 @@ from typing import Any
 from mindspeed_mm.checkpoint.directory import BEST_TRACKER, iteration_name
 from mindspeed_mm.checkpoint.files import write_atomically
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.inputs import shorten
+from mindspeed_mm.inputs import is_file, is_present, shorten
 
 BEST_FILE = "best_checkpoints.json"
 _HIGHER_IS_BETTER = ("validation_token_accuracy", "validation_exact_match")
@@ -38,7 +38,9 @@ class BestSoFar:
     Attributes:
         metric: by which checkpoints are compared.
         ranking: (iteration, value) of the checkpoints that were among the best when they were saved, best first.
-        only: those of them that were saved for that alone.
+        only: those of them that were saved for that alone, into the present ``--save`` directory.
+        runs: identities of the run that wrote the progress and of those that it continues; only a checkpoint whose
+            manifest names one of them is one of the ranking.
         reference: value that the next one has to improve on; None before the first.
         waited: evaluations since then.
     """
@@ -46,6 +48,7 @@ class BestSoFar:
     metric: str
     ranking: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     only: list[int] = dataclasses.field(default_factory=list)
+    runs: list[str] = dataclasses.field(default_factory=list)
     reference: float | None = None
     waited: int = 0
 
@@ -63,6 +66,8 @@ class BestSoFar:
             values = [value for _, value in found.ranking] + ([] if found.reference is None else [found.reference])
             valid = (
                 isinstance(found.metric, str)
+                and isinstance(found.runs, list)
+                and all(isinstance(run, str) for run in found.runs)
                 and all(type(number) is int and number >= 0 for number in numbers)
                 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
             )
@@ -72,6 +77,11 @@ class BestSoFar:
             raise UserError(f"{file}: best is {shorten(content)}, not what a run writes; restore it, or load another "
                             "checkpoint")
         return found
+
+    def add_run(self, identity: str) -> None:
+        """Note a run that continues the others, or one that is continued."""
+        if identity not in self.runs:
+            self.runs.append(identity)
 
     def better(self, value: float, other: float) -> bool:
         """Whether a value is better than another; NaN never is."""
@@ -120,8 +130,27 @@ def best_of_progress(progress: Mapping[str, Any]) -> BestSoFar | None:
 def write_best(root: Path, best: BestSoFar, kept: list[tuple[int, float]]) -> None:
     """Record the best checkpoints in ``root``, once they are complete: the tracker last. Called by one rank.
 
-    Without any, a tracker that an earlier run has left is removed.
+    Files that say so already are left. Without any, a tracker that an earlier run has left is removed.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
+    for name, content in _files(best, kept).items():
+        if content is None:
+            (root / name).unlink(missing_ok=True)
+        elif _content(root / name) != content:
+            write_atomically(root / name, content)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes() if is_file(path) else None
+    except OSError:
+        return None
+
+
+def _files(best: BestSoFar, kept: list[tuple[int, float]]) -> dict[str, bytes | None]:
+    """Name -> content of the files of the best checkpoints, in the order of writing; None: there is none."""
     content = {
         "metric": best.metric,
         "higher_is_better": higher_is_better(best.metric),
@@ -130,8 +159,17 @@ def write_best(root: Path, best: BestSoFar, kept: list[tuple[int, float]]) -> No
             for iteration, value in kept
         ],
     }
-    write_atomically(root / BEST_FILE, (json.dumps(content, indent=1) + "\n").encode())
-    if kept:
-        write_atomically(root / BEST_TRACKER, str(kept[0][0]).encode())
-    else:
-        (root / BEST_TRACKER).unlink(missing_ok=True)
+    tracked = str(kept[0][0]).encode() if kept else None
+    return {BEST_FILE: (json.dumps(content, indent=1) + "\n").encode(), BEST_TRACKER: tracked}
+
+
+def check_best_files(root: Path) -> None:
+    """Refuse a ``--save`` directory in which the best checkpoints cannot be recorded.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    for name in (BEST_FILE, BEST_TRACKER):
+        if is_present(root / name) and not is_file(root / name):
+            raise UserError(f"{root / name} is not a regular file, and --keep-best records the best checkpoints there; "
+                            "remove it, or name another --save directory")

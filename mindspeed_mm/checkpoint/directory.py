@@ -57,7 +57,7 @@ RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST_TRACKER = "best_checkpointed_iteration.txt"
 BEST = "best"
-"""Name in a ``--save`` directory that stands for the best checkpoint; nothing of that name is there."""
+"""Name in a ``--save`` directory that stands for the best checkpoint, unless something of that name is there."""
 METADATA = ".metadata"
 PROGRESS_FILE = "progress.json"
 MANIFEST = "manifest.json"
@@ -65,6 +65,8 @@ MANIFEST_FORMAT = 1
 FINISHED = ".finished"
 MEDIA_KEY = "media"
 """Entry of a training checkpoint's metadata: the run's ``MediaSettings``, of a family that takes images or videos."""
+RUN_KEY = "run"
+"""Entry of a training checkpoint's metadata: which run wrote it."""
 MODEL_CONFIG_KEY = "model_config"
 """Entry of a checkpoint's metadata: what its weights compute, from the model's ``config.json``."""
 ADAPTER = "adapter"
@@ -114,6 +116,11 @@ def read_tracker(root: str | os.PathLike[str]) -> str | int | None:
         UserError: if the file has any other content.
     """
     return _read_tracker(Path(root) / TRACKER)
+
+
+def read_best_tracker(root: str | os.PathLike[str]) -> str | int | None:
+    """Content of the file that names the best checkpoint; else as :func:`read_tracker`."""
+    return _read_tracker(Path(root) / BEST_TRACKER)
 
 
 def _read_tracker(path: Path) -> str | int | None:
@@ -171,7 +178,7 @@ def named_checkpoint(path: Path) -> Path:
     """``path``, or the checkpoint directory that it stands for: ``SAVE/best`` for the best one in ``SAVE``."""
     if path.name != BEST or is_present(path):
         return path
-    value = _read_tracker(path.parent / BEST_TRACKER)
+    value = read_best_tracker(path.parent)
     return path if value is None else path.parent / checkpoint_name(value)
 
 

@@ -236,9 +236,14 @@ def new_file(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by rename, so that a reader sees the old content or the new, never a mixture."""
     temporary = temporary_name(path)
-    with new_file(temporary) as file:
-        file.write(content)
-    os.replace(temporary, path)
+    try:
+        with new_file(temporary) as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

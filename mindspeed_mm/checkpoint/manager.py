@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mindspeed_mm.backend.device import Backend
 from mindspeed_mm.backend.process_group import host_group
 from mindspeed_mm.checkpoint import directory
-from mindspeed_mm.checkpoint.best import best_of_progress, write_best
+from mindspeed_mm.checkpoint.best import best_of_progress, check_best_files, write_best
 from mindspeed_mm.checkpoint.files import becomes_visible, make_directory, new_file, remove
 from mindspeed_mm.checkpoint.lock import LOCK, DirectoryLock
 from mindspeed_mm.checkpoint.save_directory import (
     PROBE,
-    complete_iterations,
+    best_on_disk,
     delete_old_checkpoints,
     remove_leftovers,
 )
@@ -109,7 +109,7 @@ class _Save:
         seconds: from the start to the end.
         nbytes: of the values of all ranks; on rank 0.
         deleted: iterations deleted by retention; on rank 0.
-        retention_error: why old checkpoints could not be deleted; on rank 0.
+        warnings: what else did not succeed: to record the best checkpoints, to delete old ones; on rank 0.
     """
 
     iteration: int
@@ -119,7 +119,7 @@ class _Save:
     seconds: float = 0.0
     nbytes: int = 0
     deleted: list[int] = dataclasses.field(default_factory=list)
-    retention_error: str | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 class CheckpointManager:
@@ -156,7 +156,7 @@ class CheckpointManager:
         self._rank = dist.get_rank()
         host_group()  # made here, on all ranks, and not kept, so that shutdown_distributed ends its threads
         self._save: _Save | None = None
-        self._hosts, lines = _open_save_directory(options.root)
+        self._hosts, lines = _open_save_directory(options.root, keep_best=bool(options.keep_best))
         for line in lines:
             self._log(logging.INFO, f"{options.root}: {line}")
         self._stager = Stager(backend) if options.asynchronous else None
@@ -273,20 +273,26 @@ class CheckpointManager:
         if self._options.complete is not None:
             self._options.complete(save.directory.partial)
         save.directory.commit(self._metadata, files)
+        directory.write_tracker(self._options.root, save.iteration)
+        self._retain(save, progress)
+
+    def _retain(self, save: _Save, progress: Mapping[str, Any]) -> None:
+        """On rank 0: record the best checkpoints, and delete old ones, whether or not the former succeeds."""
         root, options = self._options.root, self._options
-        directory.write_tracker(root, save.iteration)
+        best = best_of_progress(progress) if options.keep_best else None
+        if best is not None:
+            try:
+                write_best(root, best, best_on_disk(root, best, newest=save.iteration, keep=options.keep_best))
+            except OSError as error:
+                save.warnings.append(f"the best checkpoints could not be recorded: {error}")
         try:
-            best = best_of_progress(progress) if options.keep_best else None
-            if best is not None:
-                on_disk = [iteration for iteration in complete_iterations(root) if iteration <= save.iteration]
-                write_best(root, best, best.kept(on_disk, keep=options.keep_best))
             if options.keep_last is not None or best is not None:
                 save.deleted = delete_old_checkpoints(
                     root, newest=save.iteration, keep_last=options.keep_last, keep_every=options.keep_every,
                     in_use=tuple(options.in_use), best=best, keep_best=options.keep_best,
                 )
         except (OSError, UserError) as error:
-            save.retention_error = str(error)
+            save.warnings.append(f"an old checkpoint could not be deleted: {error}")
 
     def _wait_for_previous(self, iteration: int) -> None:
         previous, started = self._save, time.perf_counter()
@@ -346,10 +352,8 @@ class CheckpointManager:
         if save.deleted:
             names = ", ".join(directory.iteration_name(iteration) for iteration in save.deleted)
             self._log(logging.INFO, f"deleted {names} ({self._options.retention})")
-        if save.retention_error is not None:
-            what = "an old checkpoint could not be deleted"
-            what += ", or the best not recorded" * bool(self._options.keep_best)
-            self._log(logging.WARNING, f"{what}: {save.retention_error}")
+        for line in save.warnings:
+            self._log(logging.WARNING, line)
 
     def _explain(self, error: BaseException) -> str:
         """One line: rank, file, cause, and the free disk space if that is the cause."""
@@ -425,14 +429,15 @@ def locked_save_directory(root: str | None) -> Iterator[None]:
             lock.release()
 
 
-def _open_save_directory(root: Path) -> tuple[list[str], list[str]]:
+def _open_save_directory(root: Path, *, keep_best: bool = False) -> tuple[list[str], list[str]]:
     """Make the directory and remove leftovers of an interrupted run. Called by all ranks.
 
     Returns:
         The host of each rank; on rank 0 a line for each leftover.
 
     Raises:
-        UserError: on all ranks, if rank 0 cannot write there, or another rank does not see its files.
+        UserError: on all ranks, if rank 0 cannot write there, something is in the way of the files of ``--keep-best``,
+            or another rank does not see its files.
     """
     rank = dist.get_rank()
     probe = root / f"{PROBE}{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
@@ -442,10 +447,14 @@ def _open_save_directory(root: Path) -> tuple[list[str], list[str]]:
         try:
             make_directory(root)
             lines = remove_leftovers(root)
+            if keep_best:
+                check_best_files(root)
             with new_file(probe):
                 pass
         except OSError as error:
             message[0] = f"--save {root} cannot be written ({error.strerror or error}); name another directory"
+        except UserError as error:
+            message[0] = str(error)
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(message[0])

@@ -13,12 +13,15 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mindspeed_mm.checkpoint.best import BestSoFar
+from mindspeed_mm.checkpoint.best import BEST_FILE, BestSoFar
 from mindspeed_mm.checkpoint.directory import (
+    BEST_TRACKER,
     MANIFEST,
     RELEASE,
+    RUN_KEY,
     TRACKER,
     iteration_name,
+    read_best_tracker,
     read_manifest,
     read_tracker,
 )
@@ -55,7 +58,8 @@ def remove_leftovers(root: Path) -> list[str]:
         else:
             remove(path)
             actions.append(f"removed {path.name}, left by an interrupted save")
-    remove(temporary_name(root / TRACKER))
+    for name in (TRACKER, BEST_FILE, BEST_TRACKER):
+        remove(temporary_name(root / name))
     return actions
 
 
@@ -66,6 +70,42 @@ def complete_iterations(root: Path) -> list[int]:
         for path in root.iterdir()
         if (match := _COMPLETE.fullmatch(path.name)) and (path / MANIFEST).is_file()
     )
+
+
+def own_iterations(root: Path, best: BestSoFar, *, newest: int) -> set[int]:
+    """Iterations of the ranking, up to ``newest``, of which ``root`` has a complete checkpoint of the run's own.
+
+    The number alone does not tell: ``root`` may have those of another run, or of another branch of this one.
+    """
+    named = {*(iteration for iteration, _ in best.ranking), *best.only}
+    return {
+        iteration for iteration in complete_iterations(root)
+        if iteration in named and iteration <= newest and _written_by(root / iteration_name(iteration)) in best.runs
+    }
+
+
+def best_on_disk(root: Path, best: BestSoFar, *, newest: int, keep: int) -> list[tuple[int, float]]:
+    """(iteration, value) of the best ``keep`` of the run's own checkpoints in ``root``, up to ``newest``."""
+    return best.kept(own_iterations(root, best, newest=newest), keep=keep)
+
+
+def continue_best(best: BestSoFar, start: Path, *, save: str | None) -> None:
+    """Take over the ranking of the checkpoint ``start`` into a run that saves into ``save``.
+
+    In another directory nothing has been saved for the ranking alone: its values remain to compare with.
+    """
+    writer = _written_by(start)
+    if writer is not None:
+        best.add_run(writer)
+    if save is None or os.path.realpath(save) != os.path.realpath(os.path.dirname(os.path.abspath(start))):
+        best.only = []
+
+
+def _written_by(checkpoint: Path) -> str | None:
+    """The run that wrote a checkpoint; None if its manifest does not tell."""
+    with contextlib.suppress(UserError, KeyError, AttributeError):
+        return read_manifest(checkpoint)["metadata"].get(RUN_KEY)
+    return None
 
 
 def delete_old_checkpoints(
@@ -89,11 +129,18 @@ def delete_old_checkpoints(
         The deleted iterations.
     """
     old = [iteration for iteration in complete_iterations(root) if iteration <= newest]
-    kept = {iteration for iteration, _ in best.kept(old, keep=keep_best)} if best is not None else set()
+    kept: set[int | str | None] = set()
+    if best is not None:
+        kept = {iteration for iteration, _ in best_on_disk(root, best, newest=newest, keep=keep_best)}
+        with contextlib.suppress(UserError):  # if a later one could not be recorded, it still stands for the best
+            kept.add(read_best_tracker(root))
     if keep_last is not None:
         old = old[:-keep_last]
+    elif best is not None:
+        own = own_iterations(root, best, newest=newest)
+        old = [iteration for iteration in old if iteration in own and iteration in best.only and iteration != newest]
     else:
-        old = [iteration for iteration in old if best is not None and iteration in best.only and iteration != newest]
+        old = []
     tracked = read_tracker(root)
     deleted = [
         iteration

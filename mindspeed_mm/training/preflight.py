@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_mm.backend.device_check import check_device, needs_torch
+from mindspeed_mm.checkpoint.best import check_best_files
 from mindspeed_mm.checkpoint.save_directory import (
     check_new_stage,
     check_writable,
@@ -73,6 +74,8 @@ def preflight(job: JobConfig) -> None:
         check_base_is_kept(job.args, Path(job.model.init_from_hf_path))
     if job.args.save is not None:
         check_writable(Path(job.args.save))
+        if job.args.keep_best:
+            check_best_files(Path(job.args.save))
         if job.args.finetune:
             check_new_stage(job.args.save, job.args.load)
     basic = job.data.dataset_param.basic_parameters

@@ -17,7 +17,7 @@ from torch import nn
 from mindspeed_mm.backend.device import Backend, select_backend
 from mindspeed_mm.backend.peak_flops import measure_peak_tflops
 from mindspeed_mm.backend.process_group import communication_note, connect_store, init_distributed, shutdown_distributed
-from mindspeed_mm.checkpoint.directory import MEDIA_KEY, MODEL_CONFIG_KEY
+from mindspeed_mm.checkpoint.directory import MEDIA_KEY, MODEL_CONFIG_KEY, RUN_KEY
 from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions, locked_save_directory
 from mindspeed_mm.checkpoint.partial import BASE_KEY, base_of_run, model_of_base
 from mindspeed_mm.checkpoint.progress import Progress
@@ -62,7 +62,7 @@ from mindspeed_mm.training.logging_setup import setup_logging
 from mindspeed_mm.training.lora import LoraRun
 from mindspeed_mm.training.optimizer import build_optimizer, build_schedule
 from mindspeed_mm.training.optimizers.base import ShardedOptimizer
-from mindspeed_mm.training.resume import RUN_KEY, load_start, restore_schedule, run_identity, warn_of_sample_order
+from mindspeed_mm.training.resume import load_start, restore_schedule, run_identity, warn_of_sample_order
 from mindspeed_mm.training.resume_checks import check_base_is_kept, check_steps_remain
 from mindspeed_mm.training.run_description import describe_run
 from mindspeed_mm.training.signals import StopRequest, exit_status

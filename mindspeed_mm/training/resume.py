@@ -15,9 +15,16 @@ import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm.backend.device import Backend
-from mindspeed_mm.checkpoint.directory import MANIFEST, checkpoint_to_load, read_manifest, resolve_checkpoint
+from mindspeed_mm.checkpoint.directory import (
+    MANIFEST,
+    RUN_KEY,
+    checkpoint_to_load,
+    read_manifest,
+    resolve_checkpoint,
+)
 from mindspeed_mm.checkpoint.partial import check_expert_layout
 from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.save_directory import continue_best
 from mindspeed_mm.checkpoint.state import load_checkpoint, load_hf_weights
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.job import JobConfig
@@ -33,9 +40,6 @@ from mindspeed_mm.training.optimizers.base import ShardedOptimizer
 from mindspeed_mm.training.resume_checks import check_schedule
 
 logger = logging.getLogger(__name__)
-
-RUN_KEY = "run"
-"""Entry of a manifest's metadata: which run wrote the checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +178,8 @@ def load_start(
     if start.new_stage:
         logger.info(f"--finetune: a new stage starts from the weights of iteration {progress.iteration}")
         progress = Progress()
+    if progress.best is not None:
+        continue_best(progress.best, path, save=job.args.save)
     checked = {"read": "checksums of what was read agree", "all": "all checksums agree"}
     logger.info(f"loaded {path}; {checked.get(job.args.check_load, 'checksums not compared')}")
     return progress, path

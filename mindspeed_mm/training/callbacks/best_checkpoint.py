@@ -6,18 +6,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mindspeed_mm.checkpoint.best import BestSoFar
-from mindspeed_mm.checkpoint.directory import BEST, iteration_name
-from mindspeed_mm.checkpoint.save_directory import complete_iterations
+from mindspeed_mm.checkpoint.best import BestSoFar, write_best
+from mindspeed_mm.checkpoint.directory import BEST, iteration_name, read_tracker
+from mindspeed_mm.checkpoint.save_directory import best_on_disk
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.schema import nearest
 from mindspeed_mm.data.loader import BatchLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.sample import EvaluatedSample
 from mindspeed_mm.evaluation.teacher_forcing import SAMPLES
-from mindspeed_mm.inputs import reason
+from mindspeed_mm.inputs import is_directory, is_present, reason
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
+from mindspeed_mm.training.resume import run_identity
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,12 @@ class BestCheckpoint(Callback):
                 f"--metric-for-best was {former.metric} when the checkpoint was written and is {self._metric} now: the "
                 "best checkpoints are chosen anew", extra=RANK_0_ONLY,
             )
-            former = None
+            former = BestSoFar(self._metric, runs=former.runs)
         progress.best = former or BestSoFar(self._metric)
+        progress.best.add_run(run_identity())
         self._started_at = progress.iteration
+        if self._records and self._is_newest(progress.iteration):  # a save may have been killed before it had done so
+            self._record()
         if self._patience and progress.best.waited >= self._patience:  # it had ended for that
             self._stop(progress.iteration)
 
@@ -84,20 +88,51 @@ class BestCheckpoint(Callback):
         """Whether a checkpoint of ``iteration`` is to be saved, as one of the best so far."""
         return self._wanted == iteration
 
+    @property
+    def _records(self) -> bool:
+        return bool(self._keep) and self._run.context.layout.is_main and is_directory(self._run.args.save)
+
+    def _is_newest(self, iteration: int) -> bool:
+        try:
+            return read_tracker(self._run.args.save) == iteration
+        except UserError:
+            return False
+
+    def _record(self) -> list[tuple[int, float]] | None:
+        """Have the ``--save`` directory say which of the run's checkpoints in it are the best.
+
+        Returns:
+            These; None, after a warning, if that fails.
+        """
+        root, progress = Path(self._run.args.save), self._run.context.progress
+        try:
+            kept = best_on_disk(root, progress.best, newest=progress.iteration, keep=self._keep)
+            if kept:
+                write_best(root, progress.best, kept)
+        except OSError as error:
+            logger.warning(f"the best checkpoints could not be recorded in --save {root}: {reason(error)}")
+            return None
+        return kept
+
     def on_run_end(self, *, failed: bool) -> None:
         """Say which checkpoint is the best. Comes after the last save has ended."""
-        args, context = self._run.args, self._run.context
-        if failed or not self._keep or not context.layout.is_main or context.progress.best is None:
+        if failed or not self._records:
             return
-        try:
-            kept = context.progress.best.kept(complete_iterations(Path(args.save)), keep=1)
-        except OSError as error:
-            logger.warning(f"the best checkpoint is not known: --save {args.save} cannot be read: {reason(error)}")
+        root, best = Path(self._run.args.save), self._run.context.progress.best
+        kept = self._record()
+        if kept is None:
             return
-        for iteration, value in kept:
-            place = Path(args.save) / iteration_name(iteration)
-            logger.info(f"best checkpoint: {place}, {self._metric} {value:.6g}; load it as {Path(args.save) / BEST}")
-        if not kept:
+        if kept:
+            (iteration, value), name = kept[0], root / BEST
+            how = f"load it as {name}"
+            if is_present(name):
+                how = f"load it by this name, as {name} is there and is something else"
+            logger.info(f"best checkpoint: {root / iteration_name(iteration)}, {self._metric} {value:.6g}; {how}")
+        elif best.ranking:
+            iteration, value = best.ranking[0]
+            logger.info(f"no best checkpoint in {root}: the best is {value:.6g} of iteration {iteration}, which this "
+                        "run has not saved there")
+        else:
             logger.info(f"no best checkpoint: no evaluation had a {self._metric} that is a number")
 
     def _stop(self, iteration: int) -> None:

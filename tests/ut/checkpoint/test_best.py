@@ -10,16 +10,26 @@ from typing import Any
 
 import pytest
 
+from mindspeed_mm.backend.device import select_backend
 from mindspeed_mm.checkpoint import directory
 from mindspeed_mm.checkpoint.best import BEST_FILE, BestSoFar
-from mindspeed_mm.checkpoint.directory import BEST_TRACKER, find_checkpoint, resolve_checkpoint
+from mindspeed_mm.checkpoint.directory import BEST_TRACKER, RUN_KEY, find_checkpoint, resolve_checkpoint
+from mindspeed_mm.checkpoint.manager import CheckpointManager, SaveOptions
 from mindspeed_mm.checkpoint.progress import Progress
+from mindspeed_mm.checkpoint.save_directory import best_on_disk, continue_best, remove_leftovers
 from mindspeed_mm.errors import UserError
-from tests.ut.checkpoint.test_manager import State, fill_disk, iterations, lines, manager_of
+from tests.ut.checkpoint.test_manager import State, fill_disk, iterations, lines
 
 __all__ = ["lines"]
 pytestmark = pytest.mark.usefixtures("process_group")
 NAN = float("nan")
+RUN = "host:1:2"
+
+
+def manager_of(state: State, root: Path, *, run: str = RUN, **options: Any) -> CheckpointManager:
+    return CheckpointManager(
+        state, SaveOptions(root, **options), backend=select_backend("cpu"), metadata={RUN_KEY: run}
+    )
 
 
 def ranked(values: list[float], *, metric: str = "validation_loss", keep: int = 2) -> tuple[BestSoFar, list[bool]]:
@@ -74,6 +84,7 @@ def test_progress_holds_it(tmp_path: Path) -> None:
     for damaged in (
         {"metric": 3}, {"metric": "m", "ranking": [[1]]}, {"metric": "m", "ranking": [["1", 2.0]]}, [], {"new": 1},
         {"metric": "m", "waited": -1}, {"metric": "m", "ranking": [[1, None]]}, {"metric": "m", "reference": "x"},
+        {"metric": "m", "runs": "one"}, {"metric": "m", "runs": [1]},
     ):
         (path / "progress.json").write_text(json.dumps({**written, "best": damaged}))
         with pytest.raises(UserError, match="progress.json: best is .*not what a run writes; restore it"):
@@ -82,6 +93,8 @@ def test_progress_holds_it(tmp_path: Path) -> None:
 
 def save(manager: Any, best: BestSoFar, iteration: int, value: float, *, keep: int, only: bool = True) -> None:
     """What the callbacks do after an evaluation, and a save in any case."""
+    if not best.runs:
+        best.add_run(RUN)
     if best.add(iteration, value, keep=keep) and only:
         best.only.append(iteration)
     manager.start(Progress(iteration=iteration, best=best))
@@ -158,3 +171,71 @@ def test_best_stands_for_the_best_checkpoint(tmp_path: Path) -> None:
     (tmp_path / BEST_TRACKER).write_text("one")
     with pytest.raises(UserError, match="best_checkpointed_iteration.txt holds 'one'"):
         resolve_checkpoint(tmp_path / "best")
+
+
+def test_checkpoints_of_another_run_are_neither_the_best_nor_deleted(tmp_path: Path) -> None:
+    """A run that saves into the directory of another, whose iterations have the numbers of its own ranking."""
+    first = manager_of(State(), tmp_path / "first", keep_best=1)
+    best = BestSoFar("validation_loss")
+    for iteration, value in ((1, 5.0), (2, 4.0), (3, 3.0)):
+        save(first, best, iteration, value, keep=1)
+    other = manager_of(State(), tmp_path / "other", run="host:3:4")
+    for iteration in (1, 2, 3, 4):
+        other.start(Progress(iteration=iteration))
+    resumed = Progress.read(tmp_path / "first" / "iter_0000003").best
+    assert resumed.only == [1, 2, 3]
+    continue_best(resumed, tmp_path / "first" / "iter_0000003", save=str(tmp_path / "other"))
+    assert resumed.only == [] and resumed.ranking == [(3, 3.0), (2, 4.0)] and resumed.runs == [RUN]
+    resumed.add_run("host:5:6")
+    for only in ([], [1, 2, 3]):  # the numbers alone decide nothing
+        resumed.only = [*only]
+        manager = manager_of(State(), tmp_path / "other", run="host:5:6", keep_best=2)
+        save(manager, resumed, 4, 6.0, keep=2)
+        assert iterations(tmp_path / "other") == [1, 2, 3, 4] and not (tmp_path / "other" / BEST_TRACKER).exists()
+    save(manager, resumed, 5, 2.0, keep=2)
+    save(manager, resumed, 6, 1.0, keep=2)
+    assert iterations(tmp_path / "other") == [1, 2, 3, 4, 5, 6]
+    assert recorded(tmp_path / "other") == [(6, 1.0), (5, 2.0)]
+    save(manager, resumed, 7, 0.5, keep=2)
+    assert iterations(tmp_path / "other") == [1, 2, 3, 4, 6, 7] and iterations(tmp_path / "first") == [3]
+
+
+def test_a_resumed_run_in_the_same_directory_goes_on_with_its_checkpoints(tmp_path: Path) -> None:
+    best = BestSoFar("validation_loss")
+    save(manager_of(State(), tmp_path, keep_best=1), best, 1, 5.0, keep=1)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for run, iteration, value in (("host:2:2", 2, 4.0), ("host:3:3", 3, 9.0), ("host:4:4", 4, 3.0)):
+        newest = directory.resolve_checkpoint(tmp_path)
+        best = Progress.read(newest).best
+        continue_best(best, newest, save=str(tmp_path / "link"))
+        best.add_run(run)
+        save(manager_of(State(), tmp_path, run=run, keep_best=1), best, iteration, value, keep=1)
+    assert iterations(tmp_path) == [3, 4] and best.only == [1, 2, 4] and recorded(tmp_path) == [(4, 3.0)]
+    # a manifest that cannot be read is of no run, and its checkpoint is left alone
+    (tmp_path / "iter_0000004" / "manifest.json").write_text("{")
+    assert best_on_disk(tmp_path, best, newest=4, keep=1) == []
+
+
+@pytest.mark.parametrize("name", [BEST_FILE, BEST_TRACKER])
+def test_retention_goes_on_where_the_best_cannot_be_recorded(tmp_path: Path, name: str, lines: list[str]) -> None:
+    manager, best = manager_of(State(), tmp_path, keep_last=1, keep_best=1), BestSoFar("validation_loss")
+    save(manager, best, 1, 5.0, keep=1)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    for iteration in (2, 3, 4):
+        save(manager, best, iteration, 5.0 - iteration, keep=1)
+    # a tracker that could not be moved keeps the checkpoint that it names
+    assert iterations(tmp_path) == ([1, 4] if name == BEST_FILE else [4])
+    assert sum("the best checkpoints could not be recorded: [Errno 21]" in line for line in lines) == 3
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    with pytest.raises(UserError, match=f"{name} is not a regular file, and --keep-best .*; remove it"):
+        manager_of(State(), tmp_path, keep_best=1)
+    manager_of(State(), tmp_path)
+
+
+def test_leftovers_of_an_interrupted_record_are_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".{name}.tmp" for name in (BEST_FILE, BEST_TRACKER)]
+    for path in left:
+        path.write_text("")
+    remove_leftovers(tmp_path)
+    assert not any(path.exists() for path in left)
