@@ -193,14 +193,24 @@ class ChatDataset:
         places = np.arange(len(self)) if self._chosen is None else self._chosen
         return np.searchsorted(self._part_ends, places, side="right") if self._parts else np.zeros(len(self), np.int64)
 
-    def record_channels(self) -> tuple[str, ...] | None:
-        """Names in the records' column ``channel``; None where records are read one by one while training."""
+    def record_channels(self, count: int | None = None) -> set[tuple[int, str]] | None:
+        """Number of the data set, as of ``data_set_numbers``, and name in the column ``channel``, empty for none.
+
+        Args:
+            count: of the first so many samples; None: of all.
+
+        Returns:
+            Each pair that occurs; None where records are read one by one while training.
+        """
         table = getattr(self._rows, "table", None)
         if table is None:
             return None
         column = table.column("channel")
-        names = (column if self._chosen is None else column.take(self._chosen)).unique().to_pylist()
-        return tuple(sorted(filter(None, names)))
+        names = column.slice(0, count) if self._chosen is None else column.take(self._chosen[:count])
+        encoded = names.combine_chunks().dictionary_encode()
+        known, codes = encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        pairs = np.unique(np.stack([self.data_set_numbers()[:count], codes]), axis=1)
+        return {(int(number), "" if code < 0 else known[code]) for number, code in pairs.T}
 
     @property
     def has_videos(self) -> bool:

@@ -21,7 +21,8 @@ from mindspeed_mm.interfaces.batch import Batch
 
 LOSS, TOKEN_ACCURACY, EXACT_MATCH = METRICS
 SAMPLES = "validation_samples"
-_MOST_CHANNELS = 64  # whose metrics are reported; a column with more is no channel
+MOST_CHANNELS = 64
+"""Channels whose metrics are reported; a column with more is no channel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Scores:
     @property
     def too_many_channels(self) -> bool:
         """Whether the records name so many channels that their metrics are left out."""
-        return len(set(self.channels) - {""}) > _MOST_CHANNELS
+        return len(set(self.channels) - {""}) > MOST_CHANNELS
 
     def metrics(self, data_sets: Sequence[str] = ()) -> dict[str, float]:
         """Metrics of all samples, of each data set, and of each channel.

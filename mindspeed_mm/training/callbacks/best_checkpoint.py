@@ -11,10 +11,11 @@ from mindspeed_mm.checkpoint.directory import BEST, iteration_name, read_tracker
 from mindspeed_mm.checkpoint.save_directory import best_on_disk
 from mindspeed_mm.config.flags import TrainingArgs
 from mindspeed_mm.config.schema import nearest
+from mindspeed_mm.data.dataset import ChatDataset
 from mindspeed_mm.data.loader import BatchLoader
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.sample import EvaluatedSample
-from mindspeed_mm.evaluation.teacher_forcing import SAMPLES
+from mindspeed_mm.evaluation.teacher_forcing import MOST_CHANNELS, SAMPLES
 from mindspeed_mm.inputs import is_directory, is_present, reason
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.logging_setup import RANK_0_ONLY
@@ -60,7 +61,10 @@ class BestCheckpoint(Callback):
         """Rank the evaluation, and stop the run if too many have not improved."""
         best = self._run.context.progress.best
         if self._metric not in metrics:
-            self._run.stop_after_save(UserError(unknown_metric(self._metric, list(metrics))))
+            message = unknown_metric(self._metric, list(metrics))
+            if "/" in self._metric:
+                message += "; a name that only later samples have needs more --eval-iters"
+            self._run.stop_after_save(UserError(message))
             return
         value = metrics[self._metric]
         if best.add(iteration, value, keep=self._keep):
@@ -162,7 +166,8 @@ def best_checkpoint(args: TrainingArgs, loader: BatchLoader | None) -> BestCheck
         loader: of the held-out samples.
 
     Raises:
-        UserError: if nothing is held out, or ``--metric-for-best`` is of a data set or channel that is not.
+        UserError: if nothing is held out, or ``--metric-for-best`` is of a data set or channel that no evaluated sample
+            is of.
     """
     if not args.keep_best and not args.early_stopping_patience:
         return None
@@ -170,10 +175,29 @@ def best_checkpoint(args: TrainingArgs, loader: BatchLoader | None) -> BestCheck
         raise UserError("--keep-best and --early-stopping-patience need evaluations, and no sample is held out; raise "
                         "val_rate, or set val_dataset")
     metric, _, name = args.metric_for_best.partition("/")
-    data_sets, channels = loader.dataset.channels, loader.dataset.record_channels()
-    if name and channels is not None:  # None: those of records that are not read yet, which the first evaluation knows
-        prefixes = [f"{one}/" for one in data_sets] or [""]
-        names = [*data_sets, *(f"{prefix}{channel}" for prefix in prefixes for channel in channels or ())]
-        if name not in names:
-            raise UserError(unknown_metric(args.metric_for_best, [metric, *(f"{metric}/{one}" for one in names)]))
+    evaluated = args.eval_iters * args.global_batch_size
+    names = _names_in_metrics(loader.dataset, evaluated) if name else None
+    if names is not None and name not in names:  # None: the first evaluation knows
+        if name in (_names_in_metrics(loader.dataset) or ()):
+            raise UserError(f"--metric-for-best {args.metric_for_best}: {name} is not among the {evaluated} samples "
+                            f"that an evaluation reads (--eval-iters {args.eval_iters} x --global-batch-size "
+                            f"{args.global_batch_size}); raise --eval-iters")
+        raise UserError(unknown_metric(args.metric_for_best, [metric, *(f"{metric}/{one}" for one in names)]))
     return BestCheckpoint(args)
+
+
+def _names_in_metrics(dataset: ChatDataset, count: int | None = None) -> list[str] | None:
+    """Names of data sets and channels that evaluations of the first ``count`` samples report.
+
+    None where records are read one by one while training.
+    """
+    groups, data_sets = dataset.record_channels(count), dataset.channels
+    if groups is None:
+        return None
+    channels = {channel for _, channel in groups} - {""}
+    if len(channels) > MOST_CHANNELS:  # left out
+        channels = set()
+    if not data_sets:
+        return sorted(channels)
+    both = {f"{data_sets[number]}/{channel}" for number, channel in groups if channel in channels}
+    return sorted({data_sets[number] for number, _ in groups} | both)

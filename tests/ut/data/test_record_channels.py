@@ -47,7 +47,8 @@ def test_in_every_mode(root: Path, mode: dict[str, bool], workers: int) -> None:
             assert batch.to("cpu").record_channels == batch.record_channels
     loader.close()
     named = loader.dataset.record_channels()
-    assert named == (("chart/bar", "ocr") if not {"preprocess_on_fly", "streaming"} & set(mode) else None)
+    known = {(0, ""), (0, "chart/bar"), (0, "ocr")}
+    assert named == (known if not {"preprocess_on_fly", "streaming"} & set(mode) else None)
 
 
 def test_held_out_samples_of_a_mixture_know_their_data_set(root: Path) -> None:
@@ -59,7 +60,10 @@ def test_held_out_samples_of_a_mixture_know_their_data_set(root: Path) -> None:
     samples = [held_out[index] for index in range(len(held_out))]
     assert held_out.data_set_numbers().tolist() == [sample.channel for sample in samples]
     assert sorted(held_out.data_set_numbers()) == [0] * 12 + [1] * 4
-    assert held_out.record_channels() == ("chart/bar", "ocr")
+    for count in (None, 0, 1, 5, 14, 99):
+        first = {(sample.channel, sample.record_channel) for sample in samples[:count]}
+        assert held_out.record_channels(count) == first
+    assert held_out.record_channels() == {(number, name or "") for number in (0, 1) for name in NAMES}
 
 
 RECORDS: dict[str, dict[str, Any]] = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from mindspeed_mm.checkpoint.best import BestSoFar
+from mindspeed_mm.checkpoint.best import BEST_FILE, BestSoFar
+from mindspeed_mm.checkpoint.directory import BEST_TRACKER, RUN_KEY, AtomicDirectory, iteration_name, write_tracker
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.callbacks.base import Callback
 from mindspeed_mm.training.callbacks.best_checkpoint import BestCheckpoint, best_checkpoint
@@ -18,6 +20,7 @@ from mindspeed_mm.training.callbacks.log_line import LogLine
 from mindspeed_mm.training.callbacks.metrics_file import MetricsFile
 from mindspeed_mm.training.callbacks.run_summary import RunSummary
 from mindspeed_mm.training.callbacks.skipped_samples import SkippedSamples
+from mindspeed_mm.training.resume import run_identity
 from tests.helpers.log_lines import log_lines
 from tests.ut.training.test_callbacks import make, read
 
@@ -41,9 +44,9 @@ class Saved:
         return lambda: None
 
 
-def run(values, *, steps, resumed=None, aborted_at=(), others=(), **flags):
+def run(values, *, steps, resumed=None, aborted_at=(), others=(), manager=None, **flags):
     """A run whose evaluations give ``values`` by iteration; its trainer, and what was saved."""
-    manager = Saved()
+    manager = manager or Saved()
     evaluation = Evaluation([], split=lambda batch: batch, skipped_samples=SkippedSamples(0))
     flags = {**FLAGS, **flags}
     aborted = set(aborted_at)
@@ -155,38 +158,123 @@ def test_a_metric_that_evaluations_do_not_give_ends_the_run_after_a_save():
         run(values, steps=3, metric_for_best="validation_loss/ocs")
 
 
-def test_names_of_data_sets_and_channels_are_checked_at_the_start():
-    class Dataset:
-        def __init__(self, data_sets, channels):
-            self.channels, self._channels = data_sets, channels
+class Held:
+    """Held-out samples: the data set and channel of each."""
 
-        def record_channels(self):
-            return self._channels
+    def __init__(self, data_sets, samples):
+        self.channels, self._samples = data_sets, samples
 
-    class Loader:
-        def __init__(self, *arguments):
-            self.dataset = Dataset(*arguments)
+    def record_channels(self, count=None):
+        return None if self._samples is None else set(self._samples[:count])
 
-    def check(name, *arguments):
-        args = make(**{**FLAGS, "metric_for_best": name}).args
-        return best_checkpoint(args, Loader(*arguments))
 
-    for accepted in (
-        ("validation_loss", (), ()), ("validation_loss/a", ("a", "b"), ()), ("validation_loss/a/x", ("a",), ("x",)),
-        ("validation_loss/x", (), ("x",)), ("validation_loss/x", (), None), ("validation_loss/a/x", ("a",), None),
-    ):
-        assert isinstance(check(*accepted), Callback)
-    for refused, hint in (
-        (("validation_loss/digit", ("digits",), ()), "did you mean validation_loss/digits"),
-        (("validation_loss/x", ("a",), ("x",)), "did you mean validation_loss"),
-        (("validation_loss/x", (), ()), "did you mean validation_loss"),
-    ):
-        with pytest.raises(UserError, match=f"--metric-for-best {refused[0]} is none of .*{hint}"):
-            check(*refused)
+def check_metric(name, data_sets, samples, eval_iters=1):
+    args = make(**{**FLAGS, "metric_for_best": name}, eval_iters=eval_iters, global_batch_size=4).args
+    return best_checkpoint(args, SimpleNamespace(dataset=Held(data_sets, samples)))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        ("validation_loss", (), [(0, "")]), ("validation_loss/a", ("a", "b"), [(0, ""), (1, "")]),
+        ("validation_loss/a/x", ("a",), [(0, "x")]), ("validation_loss/x", (), [(0, ""), (0, "x")]),
+        ("validation_loss/x", (), None), ("validation_loss/a/x", ("a",), None),
+        ("validation_loss/x", (), [(0, "y")] * 7 + [(0, "x")], 2),
+    ],
+    ids=str,
+)
+def test_names_of_evaluated_data_sets_and_channels_are_accepted(found):
+    assert isinstance(check_metric(*found), Callback)
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (("validation_loss/digit", ("digits",), [(0, "")]), " is none of .*did you mean validation_loss/digits"),
+        (("validation_loss/x", ("a",), [(0, "x")]), " is none of .*did you mean validation_loss"),
+        (("validation_loss/x", (), [(0, "")]), " is none of .*did you mean validation_loss"),
+        (("validation_loss/b/x", ("a", "b"), [(0, "x"), (1, "")]), " is none of .*did you mean validation_loss/a/x"),
+        (("validation_loss/c7", (), [(0, f"c{number}") for number in range(65)], 50), " is none of .*validation_loss"),
+        (("validation_loss/x", (), [(0, "y")] * 7 + [(0, "x")]),
+         r": x is not among the 4 samples that an evaluation reads \(--eval-iters 1 x --global-batch-size 4\); raise"),
+        (("validation_loss/b", ("a", "b"), [(0, "")] * 4 + [(1, "")]), ": b is not among the 4 samples"),
+    ],
+    ids=str,
+)
+def test_names_that_no_evaluated_sample_has_are_refused(found, why):
+    with pytest.raises(UserError, match=f"--metric-for-best {found[0]}{why}"):
+        check_metric(*found)
+
+
+def test_without_held_out_samples_there_is_nothing_to_compare():
     with pytest.raises(UserError, match="no sample is held out"):
         best_checkpoint(make(**FLAGS).args, None)
     off = make(**{**FLAGS, "keep_best": 0}).args
     assert best_checkpoint(off, None) is None
+
+
+class OnDisk(Saved):
+    """One that also leaves what is recorded of a checkpoint: its manifest, and the tracker."""
+
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def start(self, progress):
+        super().start(progress)
+        target = AtomicDirectory(self.root / iteration_name(progress.iteration), overwrite=True)
+        target.prepare()
+        target.commit({RUN_KEY: run_identity()})
+        write_tracker(self.root, progress.iteration)
+
+
+def run_on_disk(root, values, **flags):
+    messages = []
+    with log_lines(messages.append, "mindspeed_mm.training"):
+        _, saved = run(values, save=str(root), manager=OnDisk(root), **flags)
+    return saved, [line for line in messages if "best checkpoint" in line and not line.startswith("validation")]
+
+
+def test_what_a_killed_save_did_not_record_is_recorded_at_the_start_and_the_end(tmp_path):
+    saved, said = run_on_disk(tmp_path, LOSSES, steps=8, exit_interval=4)
+    assert said == [f"best checkpoint: {tmp_path}/iter_0000003, validation_loss 2; load it as {tmp_path}/best"]
+    content = (tmp_path / BEST_FILE).read_text()
+    assert (tmp_path / BEST_TRACKER).read_text() == "3" and [
+        (one["iteration"], one["value"]) for one in json.loads(content)["ranking"]] == [(3, 2.0), (4, 3.0)]
+    (tmp_path / BEST_FILE).unlink()
+    (tmp_path / BEST_TRACKER).write_text("1")
+
+    class Look(Callback):
+        def on_step_start(self, iteration):
+            assert (tmp_path / BEST_TRACKER).read_text() == "3" and (tmp_path / BEST_FILE).read_text() == content
+
+    run_on_disk(tmp_path, LOSSES, steps=5, resumed=saved[4], exit_interval=None, others=[Look()])
+    # one that goes back to an earlier checkpoint has nothing newer to say
+    (tmp_path / BEST_TRACKER).write_text("7")
+    run_on_disk(tmp_path, LOSSES, steps=2, resumed=saved[2], exit_interval=None)
+    assert (tmp_path / BEST_TRACKER).read_text() == "2"  # at its end
+
+
+def test_the_end_says_only_what_is_recorded(tmp_path):
+    (tmp_path / "best").mkdir()
+    _, said = run_on_disk(tmp_path, LOSSES, steps=3)
+    (line,) = said
+    assert line == (f"best checkpoint: {tmp_path}/iter_0000003, validation_loss 2; load it by this name, as "
+                    f"{tmp_path}/best is there and is something else")
+    (tmp_path / BEST_FILE).unlink()
+    (tmp_path / BEST_FILE).mkdir()
+    _, said = run_on_disk(tmp_path, LOSSES, steps=3)
+    assert len(said) == 1 and said[0].startswith("the best checkpoints could not be recorded in --save")
+
+
+def test_a_run_that_saves_elsewhere_and_improves_nothing_says_so(tmp_path):
+    saved, _ = run_on_disk(tmp_path / "first", {1: 1.0, 2: 2.0}, steps=2)
+    resumed = saved[2]
+    (tmp_path / "second").mkdir()
+    _, said = run_on_disk(tmp_path / "second", {3: 3.0}, steps=3, resumed=resumed)
+    assert said == [f"no best checkpoint in {tmp_path}/second: the best is 1 of iteration 1, which this run has not "
+                    "saved there"]
+    assert not (tmp_path / "second" / BEST_TRACKER).exists()
 
 
 def test_line_has_accuracy_and_exact_match():
