@@ -267,24 +267,20 @@ class CheckpointManager:
     def _commit(
         self, save: _Save, progress: Mapping[str, Any], files: Mapping[str, directory.WrittenFile]
     ) -> None:
-        """On rank 0: complete the checkpoint, point the tracker to it, and delete old ones."""
+        """On rank 0: complete the checkpoint, record the best, point the tracker to it, and delete old ones."""
         with new_file(save.directory.partial / directory.PROGRESS_FILE) as output:
             output.write(json.dumps(progress, indent=1).encode())
         if self._options.complete is not None:
             self._options.complete(save.directory.partial)
         save.directory.commit(self._metadata, files)
-        directory.write_tracker(self._options.root, save.iteration)
-        self._retain(save, progress)
-
-    def _retain(self, save: _Save, progress: Mapping[str, Any]) -> None:
-        """On rank 0: record the best checkpoints, and delete old ones, whether or not the former succeeds."""
         root, options = self._options.root, self._options
         best = best_of_progress(progress) if options.keep_best else None
-        if best is not None:
+        if best is not None:  # before the tracker: a finished run is not resumed, which would make up for it
             try:
                 write_best(root, best, best_on_disk(root, best, newest=save.iteration, keep=options.keep_best))
             except OSError as error:
                 save.warnings.append(f"the best checkpoints could not be recorded: {error}")
+        directory.write_tracker(root, save.iteration)
         try:
             if options.keep_last is not None or best is not None:
                 save.deleted = delete_old_checkpoints(

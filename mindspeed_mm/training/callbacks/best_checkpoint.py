@@ -50,7 +50,7 @@ class BestCheckpoint(Callback):
         progress.best = former or BestSoFar(self._metric)
         progress.best.add_run(run_identity())
         self._started_at = progress.iteration
-        if self._records and self._is_newest(progress.iteration):  # a save may have been killed before it had done so
+        if self._records and self._is_newest(progress.iteration):  # they may have been lost, or not been writable
             self._record()
         if self._patience and progress.best.waited >= self._patience:  # it had ended for that
             self._stop(progress.iteration)

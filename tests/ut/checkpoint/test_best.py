@@ -239,3 +239,13 @@ def test_leftovers_of_an_interrupted_record_are_removed(tmp_path: Path) -> None:
         path.write_text("")
     remove_leftovers(tmp_path)
     assert not any(path.exists() for path in left)
+
+
+def test_the_best_is_recorded_before_the_run_can_be_resumed_from_it(tmp_path: Path, monkeypatch) -> None:
+    manager, best, seen = manager_of(State(), tmp_path, keep_best=1), BestSoFar("validation_loss"), []
+    write_tracker = directory.write_tracker
+    monkeypatch.setattr(directory, "write_tracker", lambda *arguments: (
+        seen.append((recorded(tmp_path), iterations(tmp_path))), write_tracker(*arguments)))
+    for iteration, value in ((1, 5.0), (2, 4.0)):
+        save(manager, best, iteration, value, keep=1)
+    assert seen == [([(1, 5.0)], [1]), ([(2, 4.0)], [1, 2])] and iterations(tmp_path) == [2]

@@ -235,7 +235,7 @@ def run_on_disk(root, values, **flags):
     return saved, [line for line in messages if "best checkpoint" in line and not line.startswith("validation")]
 
 
-def test_what_a_killed_save_did_not_record_is_recorded_at_the_start_and_the_end(tmp_path):
+def test_what_is_not_recorded_is_recorded_at_the_start_and_the_end(tmp_path):
     saved, said = run_on_disk(tmp_path, LOSSES, steps=8, exit_interval=4)
     assert said == [f"best checkpoint: {tmp_path}/iter_0000003, validation_loss 2; load it as {tmp_path}/best"]
     content = (tmp_path / BEST_FILE).read_text()
