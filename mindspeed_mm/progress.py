@@ -196,17 +196,15 @@ class Phase:
         now = time.monotonic()
         with self._lock:
             self._done += count
-            due = self._lines and self._bar is None and now - self._said >= LINE_SECONDS
-            if due:
+            if self._lines and self._bar is None and now - self._said >= LINE_SECONDS:
                 self._said = now
+                logger.info(self.describe(), extra=_ALL_RANKS)  # within the lock, so that lines keep their order
         if self._bar is not None:
             with _screen.lock:
                 self._bar.n = self._done
                 if shown:
                     self._bar.set_postfix(shown, refresh=False)
             _screen.changed()
-        elif due:
-            logger.info(self.describe(), extra=_ALL_RANKS)
 
     def describe(self) -> str:
         """``title: 12.3 of 61.0 GB (20%), 1.2 GB/s, 0:00:41 left``."""
