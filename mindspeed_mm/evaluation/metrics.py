@@ -7,6 +7,7 @@ where a metric says so, the ratio of sums (``cer``, ``wer``), or an average prec
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import re
 import string
 import unicodedata
@@ -32,13 +33,28 @@ _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d+)?", re.IGN
 _THOUGHT = re.compile(r".*</think>", re.DOTALL)
 _LETTER_ALONE = re.compile(r"[(\[]?([A-Z])[)\].:,]?")
 _LETTER_FIRST = re.compile(r"(?:[(\[]([A-Z])[)\]]|([A-Z])[).:])(?:\s|$)")
-_LETTER_NAMED = re.compile(
-    r"(?:answer|option|choice)\s*(?:is|:)?\s*(?:option\s*)?[*(\[\"']*([A-Z])(?![A-Za-z'])", re.IGNORECASE
+# "A" and "I" are words, too: before another word they are letters only if no article or pronoun can stand there
+_LETTER = (
+    r"(?:[B-HJ-Z](?![\w'\u2019+#]|[-.]\w)|[AI](?![+#]|[-.]\w)(?=\s*(?:$|[^\w\s'\u2019])"
+    r"|\s+(?:and|as|at|because|but|by|due|for|from|given|in|is|not|on|or|since|so|where|which|with)\b))"
 )
-_LETTER_IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+_OPENING, _CLOSING = r"[*_(\[\"']*", r"[*_)\]\"']*"
+_LETTER_IS_ANSWER = re.compile(
+    rf"\b(?i:answer|option|choice)\s*(?i:is\s*:?|:)\s*(?i:option\s*)?{_OPENING}({_LETTER}){_CLOSING}"
+)
+_LETTER_NAMED = re.compile(rf"\b(?i:option|choice|answer)[ \t]*{_OPENING}({_LETTER})|\(([A-Z])\)")
+_ANOTHER_LETTER = re.compile(rf"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?i:option\s*)?{_OPENING}{_LETTER}")
+_GOES_ON = re.compile(r"\s*(?:\b(?:is|are|was|were|isn['\u2019]t|can|cannot|or|and)\b|[/&])")
+_CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:because|since|but|so)\b")
+_NEGATION = re.compile(
+    r"\b(?:not?|nor|neither|never|cannot|wrong|incorrect|false|except|excluded|unlike|unlikely|instead|than)\b|n['\u2019]t\b",
+    re.IGNORECASE,
+)
+# more digits than an answer has; exponents of any size
+_DECIMAL = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
 NO_VALUE = "no expected answer has a box"
 """Why a metric has no value: those of boxes are the only ones that a question may lack."""
-RELAXED_TOLERANCE, ANLS_THRESHOLD = 0.05, 0.5
+RELAXED_TOLERANCE, ANLS_THRESHOLD = decimal.Decimal("0.05"), 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,42 +139,57 @@ def numeric(answer: str, reference: str) -> bool:
     """Relaxed accuracy: a number within 5% of the reference; other texts must be equal, but for case.
 
     Source: Methani et al. (PlotQA, 2020) and Masry et al. (ChartQA, 2022): ``|answer - reference| <= 0.05 |reference|``
-    if both are numbers. ``25%`` is 0.25, and commas between thousands and a currency sign in front are left out. A
-    reference of 0 needs 0.
+    if both are numbers, in decimal arithmetic: 1.05 is within 5% of 1. ``25%`` is 0.25, and commas between thousands
+    and a currency sign in front are left out. A reference of 0 needs 0.
     """
     given, expected = as_number(answer), as_number(reference)
     if given is None or expected is None:
         return " ".join(answer.lower().split()) == " ".join(reference.lower().split())
-    return abs(given - expected) <= RELAXED_TOLERANCE * abs(expected)
+    error = _DECIMAL.abs(_DECIMAL.subtract(given, expected))
+    return error <= _DECIMAL.multiply(RELAXED_TOLERANCE, _DECIMAL.abs(expected))
 
 
-def as_number(text: str) -> float | None:
+def as_number(text: str) -> decimal.Decimal | None:
     """The number that a text is; None if it is none."""
     text = text.strip().rstrip(".").replace("\u2212", "-")
     negative, text = text.startswith("-"), text.removeprefix("-").lstrip("$\u20ac\u00a3\u00a5").strip()
     percent, text = text.endswith("%"), text.removesuffix("%").strip()
     if not any(c.isdigit() for c in text) or not text.isascii() or not _NUMBER.fullmatch(text):
         return None
-    value = float(text.replace(",", "")) / (100 if percent else 1)
-    return -value if negative else value
+    if negative and text.startswith(("-", "+")):
+        return None
+    value = _DECIMAL.create_decimal(text.replace(",", ""))
+    if not value.is_finite():  # an exponent of 19 digits or more
+        return None
+    return _DECIMAL.multiply(value, decimal.Decimal(("-" if negative else "") + ("0.01" if percent else "1")))
 
 
 def choice_of(text: str) -> str | None:
     """The letter of the option that an answer chooses; None if it is not clear.
 
     In this order: a letter alone (``B``, ``(B)``, ``B.``); one at the start (``B. A dog``, ``(B) A dog``); the last one
-    named as answer, option or choice (``The answer is B``); the only one in parentheses. This follows the extraction in
-    MMMU's evaluation (Yue et al., 2024), but never guesses.
+    that is said to be the answer, option or choice (``The answer is B``); the only one that is called an option or
+    stands in parentheses (``I choose option B``). This follows the extraction in MMMU's evaluation (Yue et al., 2024),
+    but never guesses: letters of a clause with a negation do not count, "A" and "I" before another word are words, and
+    the answer ``A or B`` is not clear.
     """
     text = text.strip().strip("*").strip()
     if match := _LETTER_ALONE.fullmatch(text.upper() if len(text) <= 3 else text):
         return match[1]
-    if match := _LETTER_FIRST.match(text):
+    if (match := _LETTER_FIRST.match(text)) and not _GOES_ON.match(text, match.end()):
         return match[1] or match[2]
-    if named := _LETTER_NAMED.findall(text):
-        return named[-1] if named[-1].isupper() else None
-    letters = set(_LETTER_IN_BRACKETS.findall(text))
+    if answers := [match for match in _LETTER_IS_ANSWER.finditer(text) if not _is_denied(match)]:
+        return None if _ANOTHER_LETTER.match(text, answers[-1].end()) else answers[-1][1]
+    clauses = [clause for clause in _CLAUSE.split(text) if not _NEGATION.search(clause)]
+    letters = {match[1] or match[2] for clause in clauses for match in _LETTER_NAMED.finditer(clause)}
     return letters.pop() if len(letters) == 1 else None
+
+
+def _is_denied(match: re.Match[str]) -> bool:
+    """Whether a negation stands before "the answer is B" in its clause, or a statement about it follows."""
+    before = _CLAUSE.split(match.string[:match.start()])[-1]
+    follows = re.match(r"\s+(?:is|was|would|cannot)\b", match.string[match.end():])
+    return follows is not None or _NEGATION.search(before) is not None
 
 
 def multiple_choice(answer: str, reference: str) -> bool:
@@ -184,11 +215,11 @@ def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words: ``2 LCS / (words of answer + words of reference)``.
 
     Source: Lin (ROUGE, 2004), with beta 1. Words are runs of letters and digits in lower case, without stemming; a
-    Chinese, Japanese or Korean character is a word.
+    Chinese, Japanese or Korean character is a word. Both empty: 1, as for the other metrics.
     """
     given, expected = (_WORD.findall(text.lower()) for text in (answer, reference))
     if not given or not expected:
-        return 0.0
+        return float(given == expected)
     return 2 * LCSseq.similarity(given, expected) / (len(given) + len(expected))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 
 import numpy as np
@@ -30,6 +31,10 @@ def value(name: str, answer: str, *references: str) -> float:
         ("numeric", "95", "100", 1), ("numeric", "94.9", "100", 0), ("numeric", "105", "100", 1),
         ("numeric", "1,050", "1000", 1), ("numeric", "-10", "10", 0), ("numeric", "0.25", "25%", 1),
         ("numeric", "$3.10", "3", 1), ("numeric", "0", "0", 1), ("numeric", "0.01", "0", 0),
+        # exactly 5%, which binary fractions miss; numbers beyond those of a float; what is no number
+        ("numeric", "1.05", "1", 1), ("numeric", "2.1", "2", 1), ("numeric", "0.315", "0.3", 1),
+        ("numeric", "0.285", "0.3", 1), ("numeric", "1.0500001", "1", 0), ("numeric", "1e400", "1e400", 1),
+        ("numeric", "1.06e400", "1e400", 0), ("numeric", f"1e{10**20}", f"1e{10**20}", 1), ("numeric", "--5", "5", 0),
         ("numeric", "Yes", "yes", 1), ("numeric", "no", "yes", 0), ("numeric", "", "3", 0), ("numeric", "3.", "3", 1),
         ("multiple_choice", "(B)", "B", 1), ("multiple_choice", "B. A dog", "B", 1), ("multiple_choice", "c", "C", 1),
         ("multiple_choice", "The answer is (D).", "D", 1), ("multiple_choice", "Answer: **A**", "A", 1),
@@ -42,6 +47,7 @@ def value(name: str, answer: str, *references: str) -> float:
         # Lin (2004), section 3.1: S2 has the LCS "police the gunman" with S1, S3 "the gunman"
         ("rouge_l", "police kill the gunman", "police killed the gunman", 3 / 4),
         ("rouge_l", "the gunman kill police", "police killed the gunman", 2 / 4), ("rouge_l", "", "x", 0),
+        ("rouge_l", "", "", 1), ("rouge_l", ".", "x", 0),
         ("rouge_l", "a b c d", "a x b", 2 * 2 / 7),
         # ST-VQA: 1 - distance / longer, 0 from 0.5 on; "kitten" to "sitting" is 3 of 7
         ("anls", "sitting", "Kitten", 1 - 3 / 7), ("anls", "ab", "cb", 0), ("anls", "dog ", "DOG", 1),
@@ -63,17 +69,34 @@ def test_the_best_of_several_references_counts():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1,234.5", 1234.5), ("12,34", None), ("-$5", -5.0), ("7%", 0.07), ("1e3", 1000.0), ("\u22123", -3.0),
-     ("3 dogs", None), ("", None), (".", None), ("nan", None), ("\u0663", None), (".5", 0.5)],
+    [("1,234.5", "1234.5"), ("12,34", None), ("-$5", "-5"), ("7%", "0.07"), ("1e3", "1000"), ("\u22123", "-3"),
+     ("3 dogs", None), ("", None), (".", None), ("nan", None), ("\u0663", None), (".5", "0.5"), ("--5", None),
+     ("-+5", None), ("$-5", "-5"), (f"1e{10**20}", None), ("1e400", "1e400")],
 )
 def test_numbers(text, number):
-    assert as_number(text) == number
+    assert as_number(text) == (None if number is None else decimal.Decimal(number))
 
 
-def test_a_letter_is_not_guessed():
-    assert choice_of("I see a dog and a Cat") is None
-    assert choice_of("The answer is a dog") is None
-    assert choice_of("option (c)") is None  # small letters only alone
+@pytest.mark.parametrize(
+    "text",
+    ["I see a dog and a Cat", "The answer is a dog", "option (c)", "the choice A is wrong, so B", "(A) is wrong",
+     "The answer is I don't know", "The answer: I think B", "The answer is A dog", "Answer\nA dog", "the choice I made",
+     "I don't think the answer is A", "The answer is not option A", "The answer is A or B", "(A) or (B)",
+     "Saying that the answer is B is wrong", "B) is incorrect", "The answer is X-ray", "It is option B, or option C"],
+)
+def test_a_letter_is_not_guessed(text):
+    assert choice_of(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("The answer is B. Option C is wrong", "B"), ("It is not option A but option B", "B"), ("(A) is correct", "A"),
+     ("(A) is wrong, so (B)", "B"), ("The answer is A because it is red", "A"), ("The answer is B, not A", "B"),
+     ("The answer is A. Wait: the answer is B", "B"), ("The answer is I.", "I"), ("The answer is A, I think", "A"),
+     ("I choose option C.", "C"), ("The correct answer is: **B**", "B"), ("B. A dog that is not red", "B")],
+)
+def test_a_letter_that_is_clear(text, letter):
+    assert choice_of(text) == letter
 
 
 def test_rates_are_sums_over_all_questions():
