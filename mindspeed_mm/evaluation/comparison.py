@@ -10,6 +10,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.metrics import METRICS, NO_VALUE, Metric, Score, choose_metrics, goodness, score_answer
 from mindspeed_mm.evaluation.results import read_result
 from mindspeed_mm.evaluation.statistics import mcnemar, paired_interval
+from mindspeed_mm.inputs import shorten, shown
 from mindspeed_mm.models.spec import ModelSpec, get_spec
 
 
@@ -81,11 +82,14 @@ def compared(paths: Sequence[str], *, metrics: str | None, by: str | None = None
         if result["settings"]["data"] != results[0]["settings"]["data"]:
             raise UserError(f"{paths[0]} and {path} are of different questions ({len(results[0]['answers'])} and "
                             f"{len(result['answers'])}); evaluate both with the same data, --turns and --limit")
-    spec = get_spec(str(results[0]["model_type"]), source=f"{paths[0]}: model_type")
+        _check_questions(paths[0], results[0]["answers"], path, result["answers"])
+    spec = get_spec(results[0]["model_type"], source=f"{paths[0]}: model_type")
     answers = [result["answers"] for result in results]
     references = [answer["references"] for answer in answers[0]]
-    names = metrics if metrics is not None else ",".join(results[0]["metrics"])
-    chosen = choose_metrics(names, references, spec)
+    if metrics is None:
+        chosen = choose_metrics(",".join(results[0]["metrics"]), references, spec, option=f"{paths[0]}: metrics")
+    else:
+        chosen = choose_metrics(metrics, references, spec)
     if by is not None and by not in [metric.name for metric in chosen]:
         chosen += choose_metrics(by, references, spec, option="--by")
     scores = [[score_answer(chosen, one["answer"], one["references"], spec) for one in some] for some in answers]
@@ -104,6 +108,25 @@ def compared(paths: Sequence[str], *, metrics: str | None, by: str | None = None
              "this large if the models were equally good (McNemar's exact test)"]
     notes += [f"{name}: {NO_VALUE}" for name in lacking]
     return Comparison(names_of, answers, spec, rows, changes, notes)
+
+
+def _check_questions(
+    first: str, answers: Sequence[Mapping[str, Any]], path: str, others: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that results have the same questions in the same order, whose digest a change by hand leaves as it was.
+
+    Raises:
+        UserError: naming the first difference. Files of the data may have been moved: ``source`` is not compared.
+    """
+    remedy = "evaluate both anew, or name the files as they were written"
+    if len(answers) != len(others):
+        raise UserError(f"{first} and {path} have {len(answers)} and {len(others)} answers to the same questions; "
+                        f"{remedy}")
+    for number, (one, other) in enumerate(zip(answers, others, strict=True)):
+        for name in ("messages", "images", "references"):
+            if one[name] != other[name]:
+                raise UserError(f"answers[{number}].{name} is {shown(one[name])} in {first}, {shown(other[name])} in "
+                                f"{path}; {remedy}")
 
 
 def _row(metric: Metric, scores: Sequence[Sequence[Mapping[str, Score]]]) -> list[str]:
@@ -134,7 +157,7 @@ def _changes(
 
 def _names(paths: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the results; where two are the same, their paths."""
-    names = [str(result["name"]) for result in results]
+    names = [shorten(result["name"]) for result in results]
     if len(set(names)) == len(names):
         return names
     if len(set(paths)) < len(paths):

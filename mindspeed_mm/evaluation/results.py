@@ -16,7 +16,7 @@ from mindspeed_mm.evaluation.generation import Answer
 from mindspeed_mm.evaluation.metrics import Metric, Score, score_answer
 from mindspeed_mm.evaluation.questions import Question, as_columns
 from mindspeed_mm.evaluation.statistics import interval
-from mindspeed_mm.inputs import DATA_BYTES, is_present, read_bytes, read_text, shorten
+from mindspeed_mm.inputs import DATA_BYTES, is_present, kind_of, read_bytes, read_json, shorten, shown
 from mindspeed_mm.models.spec import ModelSpec
 
 ANSWERS_FILE, RESULTS_FILE, REPORT_FILE = "answers.jsonl", "results.json", "report.html"
@@ -186,26 +186,76 @@ def as_result(
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """A results file, or that of an ``--output`` directory.
+    """A results file, or that of an ``--output`` directory, with every field that a comparison reads.
 
     Raises:
-        UserError: if it is none.
+        UserError: if it is none, naming the place that is wrong.
     """
     file = Path(path) / RESULTS_FILE if Path(path).is_dir() else Path(path)
-    remedy = f"name a {RESULTS_FILE} of python -m mindspeed_mm.evaluation"
+    remedy = f"name a {RESULTS_FILE} of python -m mindspeed_mm.evaluation, as it was written"
+    content = read_json(file, remedy=remedy, limit=DATA_BYTES)
     try:
-        content = json.loads(read_text(file, remedy=remedy, limit=DATA_BYTES))
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}")
-        answers = content["answers"]
-        for answer in answers:
-            _ = answer["answer"], answer["references"], answer["messages"][-1]["text"], answer["source"], answer["turn"]
-        _ = content["settings"]["data"], content["metrics"], content["model_type"], content["name"]
-        if not answers:
-            raise ValueError("it has no answers")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {shorten(repr(error))}; {remedy}") from error
+        _check_result(content)
+    except ValueError as error:
+        raise UserError(f"{shorten(str(file))} cannot be read: {error}; {remedy}") from error
     return content
+
+
+def _check_result(content: dict[str, Any]) -> None:
+    """Check the fields of a results file.
+
+    Raises:
+        ValueError: naming the first one that is wrong.
+    """
+    if _field(content, "format", int) != FORMAT:
+        raise ValueError(f"format is {shown(content['format'])}, not {FORMAT}")
+    for name in ("name", "model_type"):
+        _field(content, name, str)
+    _texts(content, "metrics")
+    settings, answers = _field(content, "settings", dict), _field(content, "answers", list)
+    _field(settings, "data", str, "settings.")
+    count = settings.get("questions", len(answers))
+    if not answers:
+        raise ValueError("answers is empty")
+    if type(count) is not int or count != len(answers):
+        raise ValueError(f"answers has {len(answers)} elements, settings.questions is {shown(count)}")
+    for number, answer in enumerate(answers):
+        _require(answer, dict, name := f"answers[{number}]")
+        _field(answer, "answer", str, f"{name}.")
+        _texts(answer, "references", f"{name}.")
+        _texts(answer, "images", f"{name}.", empty=True)
+        messages = _field(answer, "messages", list, f"{name}.")
+        if not messages:
+            raise ValueError(f"{name}.messages is empty")
+        for place, message in enumerate(messages):
+            _require(message, dict, f"{name}.messages[{place}]")
+            for key in ("role", "text"):
+                _field(message, key, str, f"{name}.messages[{place}].")
+
+
+def _require(value: Any, kind: type, name: str) -> Any:
+    """``value``, if its type is ``kind``; a boolean is no number."""
+    if type(value) is not kind:
+        found = shown(value) if isinstance(value, float) else kind_of(value)
+        raise ValueError(f"{name} is {found}, not {'a whole number' if kind is int else kind_of(kind())}")
+    return value
+
+
+def _field(fields: dict[str, Any], name: str, kind: type, parent: str = "") -> Any:
+    """A field that must be there, of a type."""
+    if name not in fields:
+        raise ValueError(f"{parent}{name} is missing")
+    return _require(fields[name], kind, f"{parent}{name}")
+
+
+def _texts(fields: dict[str, Any], name: str, parent: str = "", *, empty: bool = False) -> list[str]:
+    """A field that must be a list of strings, with at least one unless it may be ``empty``."""
+    texts = _field(fields, name, list, parent)
+    for place, text in enumerate(texts):
+        _require(text, str, f"{parent}{name}[{place}]")
+    if not texts and not empty:
+        raise ValueError(f"{parent}{name} is empty")
+    return texts
 
 
 def summary_table(summary: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:

@@ -380,6 +380,55 @@ def test_results_that_cannot_be_compared_are_one_line(tmp_path, capsys):
         assert_one_line(run(capsys, "compare", *words)[:2], piece)
 
 
+_MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "piece"),
+    [(("answers", 1, "answer"), 5, "answers[1].answer is a number, not a string"),
+     (("answers", 1, "references"), [], "answers[1].references is empty"),
+     (("answers", 1, "references"), "", "answers[1].references is a string, not a list"),
+     (("answers", 1, "references", 0), None, "answers[1].references[0] is null, not a string"),
+     (("answers", 1, "images"), [7], "answers[1].images[0] is a number, not a string"),
+     (("answers", 1, "messages"), [], "answers[1].messages is empty"),
+     (("answers", 1, "messages", 0), {"a": 1}, "answers[1].messages[0].role is missing"),
+     (("answers", 1), "x", "answers[1] is a string, not an object"), (("answers",), [], "answers is empty"),
+     (("settings", "questions"), 3, "answers has 2 elements, settings.questions is 3"),
+     (("settings", "data"), _MISSING, "settings.data is missing"), (("metrics",), 5, "metrics is a number, not a list"),
+     (("metrics",), None, "metrics is null, not a list"), (("metrics", 0), 5, "metrics[0] is a number, not a string"),
+     (("metrics", 0), "bleu", "metrics bleu is unknown"), (("format",), True, "format is a boolean, not a whole number"),
+     (("name",), ["x"], "name is a list, not a string"), (("model_type",), "x", "model_type")],
+    ids=str,
+)
+def test_a_changed_field_of_results_is_named(tmp_path, capsys, place, value, piece):
+    path = _results_of(tmp_path / "a.json", ["1", "2"])
+    other, content = _results_of(tmp_path / "b.json", ["1", "2"]), json.loads((tmp_path / "a.json").read_text())
+    parent = content
+    for name in place[:-1]:
+        parent = parent[name]
+    parent[place[-1]] = value
+    if value is _MISSING:
+        del parent[place[-1]]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert_one_line(run(capsys, "compare", path, other)[:2], path, piece)
+
+
+def test_results_of_other_questions_under_one_digest_are_refused(tmp_path, capsys):
+    first, second = (_results_of(tmp_path / f"{name}.json", ["1", "2"]) for name in "ab")
+    content = json.loads((tmp_path / "b.json").read_text())
+
+    def refused(answers, *pieces):
+        (tmp_path / "b.json").write_text(json.dumps({**content, "answers": answers}))
+        assert_one_line(run(capsys, "compare", first, second)[:2], first, second, *pieces)
+
+    one, two = content["answers"]
+    refused([two, one], "answers[0].messages is", "<b>0", "<b>1")
+    refused([one, {**two, "references": ["11"]}], 'answers[1].references is ["10"] in', '["11"] in')
+    refused([one], "have 2 and 1 answers")
+    (tmp_path / "b.json").write_text(json.dumps({**content, "answers": [{**one, "source": "moved"}, two]}))
+    assert run(capsys, "compare", first, second)[0] == 0  # data files may be elsewhere
+
+
 def test_adapters_name_their_base(recipe, tmp_path):
     """A PEFT directory, and the checkpoint of a LoRA run as --adapter."""
     run_directory = tmp_path / "iter_0000005"
