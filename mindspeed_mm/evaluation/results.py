@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from mindspeed_mm.checkpoint.files import FILE_MODE, set_mode
+from mindspeed_mm.checkpoint.lock import DirectoryLock
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation.files import check_directory, writing
 from mindspeed_mm.evaluation.generation import Answer
 from mindspeed_mm.evaluation.metrics import Metric, Score, score_answer
 from mindspeed_mm.evaluation.questions import Question, as_columns
 from mindspeed_mm.evaluation.statistics import interval
-from mindspeed_mm.inputs import DATA_BYTES, is_present, kind_of, read_bytes, read_json, shorten, shown
+from mindspeed_mm.inputs import DATA_BYTES, is_present, kind_of, read_bytes, read_json, reason, shorten, shown
 from mindspeed_mm.models.spec import ModelSpec
 
 ANSWERS_FILE, RESULTS_FILE, REPORT_FILE = "answers.jsonl", "results.json", "report.html"
 FORMAT = 1
 OVERALL = "overall"
+_HEADER = b'{"format": '  # what the first line of the answers starts with
+
+logger = logging.getLogger(__name__)
 
 
 class AnswerFile:
@@ -36,7 +41,7 @@ class AnswerFile:
         self, directory: Path, settings: Mapping[str, Any], maker: Mapping[str, str | None], *, count: int,
         restart: bool,
     ) -> None:
-        """Open the file; a cut-off last line, of a killed run, is dropped.
+        """Open the file for this process alone; a cut-off last line, of a killed run, is dropped.
 
         Args:
             directory: ``--output``; is made.
@@ -46,7 +51,7 @@ class AnswerFile:
             restart: drop the answers that are there.
 
         Raises:
-            UserError: if the file has answers of other settings, or cannot be written.
+            UserError: if the file has answers of other settings, another process writes it, or it cannot be written.
         """
         self.path = directory / ANSWERS_FILE
         self.answers: dict[int, Answer] = {}
@@ -54,7 +59,21 @@ class AnswerFile:
         settings = json.loads(json.dumps(settings))
         with writing(directory):
             check_directory(directory)
-        end = 0 if restart or not is_present(self.path) else self._read(settings, count)
+        self._lock = DirectoryLock(directory / f".{ANSWERS_FILE}.lock", f"--output {shorten(str(directory))}")
+        if warning := self._lock.acquire():
+            logger.warning("%s", warning)
+        try:
+            self._open(settings, count, restart)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, settings: Mapping[str, Any], count: int, restart: bool) -> None:
+        end = 0
+        if is_present(self.path):
+            with writing(self.path):
+                content = read_bytes(self.path, limit=DATA_BYTES)  # a regular file, also one that is to be dropped
+            end = 0 if restart else self._read(content, settings, count)
         with writing(self.path):
             self._file: IO[bytes] = open(self.path, "r+b" if end else "wb")
             set_mode(self.path, FILE_MODE)
@@ -63,33 +82,35 @@ class AnswerFile:
             if not end:
                 self._write([{"format": FORMAT, "settings": settings, "maker": self.maker}])
 
-    def _read(self, settings: Mapping[str, Any], count: int) -> int:
+    def _read(self, content: bytes, settings: Mapping[str, Any], count: int) -> int:
         """Read the answers; the length of the part that is whole."""
-        with writing(self.path):
-            content = read_bytes(self.path, limit=DATA_BYTES)
         remedy = "give another --output, or --restart to drop its answers"
         end = content.rfind(b"\n") + 1
         lines = content[:end].splitlines()
-        if not lines:
+        if not lines and _HEADER.startswith(content[:len(_HEADER)]):  # killed while it wrote the first line
             return 0
         try:
-            header = json.loads(lines[0])
-            found = dict(header["settings"]) if header["format"] == FORMAT else {"format": header["format"]}
+            header = _require(json.loads(lines[0] if lines else content), dict, "its first line")
+            found = _field(header, "settings", dict) if _field(header, "format", int) == FORMAT else {
+                "format": header["format"]}
             maker = {name: header.get("maker", self.maker)[name] for name in self.maker}
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(name is None or isinstance(name, str) for name in maker.values()) or not lines:
+                raise ValueError("its first line is no header")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.path} has no answers of an evaluation; {remedy}") from error
         if names := [name for name in {**settings, **found} if settings.get(name) != found.get(name)]:
             before, now = (shorten(json.dumps(one.get(names[0])), 80) for one in (found, settings))
             raise UserError(f"{self.path} has answers of other settings: {names[0]} {before}, now {now}; {remedy}")
-        try:
-            for line in map(json.loads, lines[1:]):
-                self.answers[int(line["question"])] = Answer(
-                    str(line["answer"]), bool(line["truncated"]), int(line.get("retries", 0))
-                )
-            if not all(0 <= number < count for number in self.answers):
-                raise ValueError("it has answers to other questions")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({shorten(repr(error), 80)}); {remedy}") from error
+        for place, line in enumerate(lines[1:], 2):
+            try:
+                number, answer = _answer_of(line)
+                if not 0 <= number < count:
+                    raise ValueError(f"question is {number}, of {count}")
+                if self.answers.setdefault(number, answer) != answer:
+                    raise ValueError(f"question {number} has another answer before")
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{self.path} is damaged: line {place}: {shorten(reason(error), 80)}; remove the line, "
+                                f"or {remedy}") from error
         if self.answers:
             self.maker = maker
         return end
@@ -111,8 +132,22 @@ class AnswerFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and let other processes write it."""
         self._file.close()
+        self._lock.release()
+
+
+def _answer_of(line: bytes) -> tuple[int, Answer]:
+    """Number of the question and answer of a line.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    fields = _require(json.loads(line), dict, "it")
+    retries = _require(fields.get("retries", 0), int, "retries")  # absent in files of earlier versions
+    return _field(fields, "question", int), Answer(
+        _field(fields, "answer", str), _field(fields, "truncated", bool), retries
+    )
 
 
 @dataclasses.dataclass(frozen=True)

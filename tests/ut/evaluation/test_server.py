@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mindspeed_mm.checkpoint import lock
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.evaluation import cli, server
+from mindspeed_mm.evaluation.generation import Answer
 from mindspeed_mm.evaluation.questions import Prompt
+from mindspeed_mm.evaluation.results import AnswerFile
 from mindspeed_mm.interfaces.conversation import Message
 from tests.helpers.evaluation import qa, write_records
 from tests.helpers.log_lines import assert_one_line
@@ -37,6 +43,10 @@ def pixels(tmp_path):
     Image.fromarray(noise).save(tmp_path / "b.jpg", exif=exif)
     Image.fromarray(noise).save(tmp_path / "c.jpg")
     return noise
+
+
+def answer_file(directory, *, restart=False):
+    return AnswerFile(directory, {}, {"model": None, "adapter": None}, count=2, restart=restart)
 
 
 def evaluate(stub, data, tmp_path, capsys, *options):
@@ -181,6 +191,70 @@ def test_a_later_start_goes_on_from_the_answers(tmp_path, capsys):
         write_records(tmp_path / "d.json", *(qa(f"q{i}", f"a{i + 1}") for i in range(5)))
         outcome = evaluate(stub, data, tmp_path, capsys, *options, "--max-new-tokens", 3)
         assert_one_line(outcome[:2], "other settings: data")
+
+
+HEADER = {"format": 1, "settings": {}, "maker": {"model": None, "adapter": None}}
+LINE = {"question": 0, "answer": "x", "truncated": False}
+
+
+@pytest.mark.parametrize(
+    ("lines", "piece"),
+    [([{**LINE, "answer": None}], "line 2: answer is null, not a string"),
+     ([{**LINE, "truncated": "no"}], "line 2: truncated is a string, not a boolean"),
+     ([{**LINE, "question": True}], "line 2: question is a boolean, not a whole number"),
+     ([{**LINE, "question": math.inf}], "line 2: question is Infinity, not a whole number"), ([LINE, 5], "line 3: it is a number"),
+     ([LINE, {**LINE, "question": 2}], "line 3: question is 2, of 2"), ([{"question": 0}], "line 2: answer is missing"),
+     ([LINE, {**LINE, "answer": "y"}], "line 3: question 0 has another answer before")],
+    ids=str,
+)
+def test_damaged_answers_are_one_line(tmp_path, lines, piece):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (HEADER, *lines)))
+    before = path.read_bytes()
+    with pytest.raises(UserError) as raised:
+        answer_file(tmp_path)
+    assert f"{path} is damaged: {piece}" in str(raised.value) and "\n" not in str(raised.value)
+    assert path.read_bytes() == before and not (tmp_path / ".answers.jsonl.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["notes", '{"a": 1}\n', "[" * 100_000 + "\n", "5\n", '{"format": 1, "settings": 3}\n', "\n"],
+    ids=["text", "object", "deep", "number", "settings", "empty line"],
+)
+def test_the_file_of_another_program_is_kept(tmp_path, content):
+    (tmp_path / "answers.jsonl").write_text(content)
+    with pytest.raises(UserError, match="has no answers of an evaluation; give another --output, or --restart"):
+        answer_file(tmp_path)
+    assert (tmp_path / "answers.jsonl").read_text() == content
+    answer_file(tmp_path, restart=True).close()
+    assert json.loads((tmp_path / "answers.jsonl").read_text()) == HEADER
+
+
+def test_a_first_line_that_was_cut_off_is_written_again(tmp_path):
+    for content in ("", '{"for', '{"format": 1, "settin'):
+        (tmp_path / "answers.jsonl").write_text(content)
+        answer_file(tmp_path).close()
+        assert json.loads((tmp_path / "answers.jsonl").read_text()) == HEADER
+
+
+def test_answers_have_one_writer(tmp_path, monkeypatch):
+    """A second process is refused while the first one is there, --restart too, and may go on from it afterwards."""
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.0)
+    first = answer_file(tmp_path)
+    first.append([(0, Answer("x", False))])
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            answer_file(tmp_path, restart=True)
+        except UserError as error:
+            status = 0 if f"--output {tmp_path} is being written by another run" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    first.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+    assert answer_file(tmp_path).answers == {0: Answer("x", False)}
 
 
 def test_the_model_of_the_server(tmp_path, capsys):
