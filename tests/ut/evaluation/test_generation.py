@@ -396,9 +396,9 @@ _MISSING = object()
      (("settings", "questions"), 3, "answers has 2 elements, settings.questions is 3"),
      (("settings", "data"), _MISSING, "settings.data is missing"), (("metrics",), 5, "metrics is a number, not a list"),
      (("metrics",), None, "metrics is null, not a list"), (("metrics", 0), 5, "metrics[0] is a number, not a string"),
-     (("metrics", 0), "bleu", "metrics bleu is unknown"), (("format",), True, "format is a boolean, not a whole number"),
-     (("name",), ["x"], "name is a list, not a string"), (("model_type",), "x", "model_type")],
-    ids=str,
+     (("metrics", 0), "bleu", "metrics bleu is unknown"), (("name",), ["x"], "name is a list, not a string"),
+     (("format",), True, "format is a boolean, not a whole number"), (("model_type",), "x", "model_type")],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_changed_field_of_results_is_named(tmp_path, capsys, place, value, piece):
     path = _results_of(tmp_path / "a.json", ["1", "2"])

@@ -202,10 +202,11 @@ LINE = {"question": 0, "answer": "x", "truncated": False}
     [([{**LINE, "answer": None}], "line 2: answer is null, not a string"),
      ([{**LINE, "truncated": "no"}], "line 2: truncated is a string, not a boolean"),
      ([{**LINE, "question": True}], "line 2: question is a boolean, not a whole number"),
-     ([{**LINE, "question": math.inf}], "line 2: question is Infinity, not a whole number"), ([LINE, 5], "line 3: it is a number"),
+     ([{**LINE, "question": math.inf}], "line 2: question is Infinity, not a whole number"),
+     ([LINE, 5], "line 3: it is a number"),
      ([LINE, {**LINE, "question": 2}], "line 3: question is 2, of 2"), ([{"question": 0}], "line 2: answer is missing"),
      ([LINE, {**LINE, "answer": "y"}], "line 3: question 0 has another answer before")],
-    ids=str,
+    ids=["null", "no flag", "flag", "infinity", "number", "count", "missing", "twice"],
 )
 def test_damaged_answers_are_one_line(tmp_path, lines, piece):
     path = tmp_path / "answers.jsonl"
