@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from mindspeed_mm.interfaces.conversation import IMAGE_TAG
 _TEMPORARY = (408, 409, 425, 429)  # statuses below 500 that another try may change
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _MOST_QUOTED = 300
+_PIECE = 64  # bytes that are read at a time: the time is checked between two reads
+_MOST_BYTES = 64 * 2**20
 
 
 class _Temporary(Exception):
@@ -30,11 +34,12 @@ class _Temporary(Exception):
 
     Attributes:
         pause: seconds that the server asks to wait; None if it does not.
+        remedy: if no try helps.
     """
 
-    def __init__(self, message: str, pause: float | None = None) -> None:
+    def __init__(self, message: str, remedy: str, pause: float | None = None) -> None:
         super().__init__(message)
-        self.pause = pause
+        self.remedy, self.pause = remedy, pause
 
 
 class Server:
@@ -143,8 +148,9 @@ class Server:
         body = request_body(prompt, settings, model=self.model)
         status, content, tries = self._send("POST", "/chat/completions", body, retries=self._retries)
         if status != 200:
+            remedy = "give the address that it redirects to" if 300 <= status < 400 else "see the server's log"
             raise self._error(f"answers {status} {self._quoted(content)} to the question "
-                              f"'{shorten(prompt.question)}'", "see the server's log")
+                              f"'{shorten(prompt.question)}'", remedy)
         try:
             choice = content["choices"][0]
             text, end = choice["message"]["content"], choice.get("finish_reason")
@@ -171,7 +177,7 @@ class Server:
             except _Temporary as error:
                 if attempt == retries or stopped.is_set():
                     tries = f" ({attempt + 1} tries)" if attempt else ""
-                    raise self._error(f"{error}{tries}", "start it, or correct the address") from error
+                    raise self._error(f"{error}{tries}", error.remedy) from error
                 pause = self._pause * 2**attempt if error.pause is None else error.pause
                 stopped.wait(min(pause, _LONGEST_PAUSE))
         if status in (401, 403):
@@ -186,24 +192,42 @@ class Server:
         if session is None:
             session = self._local.session = requests.Session()
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        end = time.monotonic() + self._timeout
         try:
-            response = session.request(
+            with session.request(
                 method, self.url + path, json=body, headers=headers, timeout=self._timeout, allow_redirects=False,
-                auth=_no_netrc,
-            )
+                auth=_no_netrc, stream=True,
+            ) as response:
+                content = _parsed(self._body(response.iter_content(_PIECE), end))
         except requests.Timeout as error:
-            raise _Temporary(f"does not answer within {self._timeout:g} s") from error
+            raise self._too_late() from error
         except (requests.RequestException, OSError, ValueError) as error:
-            raise _Temporary(f"cannot be reached: {self._without_key(reason(_first_cause(error)))}") from error
-        try:
-            content = response.json()
-        except ValueError:
-            content = response.text
+            cause = _first_cause(error)
+            if isinstance(cause, TimeoutError):  # while the answer was read
+                raise self._too_late() from error
+            why = self._without_key(reason(cause))
+            raise _Temporary(f"cannot be reached: {why}", "start it, or correct the address") from error
         if response.status_code >= 500 or response.status_code in _TEMPORARY:
             after = response.headers.get("Retry-After", "")
             pause = float(after) if after.isdigit() and len(after) < 6 else None
-            raise _Temporary(f"answers {response.status_code} {self._quoted(content)}", pause)
+            remedy = "lower --concurrency, raise --retries, or see the server's log"
+            raise _Temporary(f"answers {response.status_code} {self._quoted(content)}", remedy, pause)
         return response.status_code, content
+
+    def _body(self, pieces: Iterator[bytes], end: float) -> bytes:
+        """All of an answer, which may come slowly, until ``end``."""
+        body = bytearray()
+        for piece in pieces:
+            body += piece
+            if time.monotonic() > end:
+                raise self._too_late()
+            if len(body) > _MOST_BYTES:
+                raise self._error(f"sends more than {_MOST_BYTES} bytes for one answer",
+                                  "give the address of an OpenAI-compatible server")
+        return bytes(body)
+
+    def _too_late(self) -> _Temporary:
+        return _Temporary(f"does not answer within {self._timeout:g} s", "raise --timeout, or see its log")
 
     def _error(self, what: str, remedy: str) -> UserError:
         return UserError(f"--server {self.url} {what}; {remedy}")
@@ -217,6 +241,14 @@ class Server:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _parsed(body: bytes) -> Any:
+    """The JSON value of an answer, or its text where it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace")
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -37,7 +38,10 @@ class StubServer:
     """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply], *, models: tuple[str, ...] = ("stub",)) -> None:
-        """Answer requests by ``reply``, which gets the body and gives status and content (text: no JSON)."""
+        """Answer requests by ``reply``, which gets the body and gives status and content.
+
+        Content is sent as JSON, text as it is, an iterator's bytes as they come.
+        """
         self.requests: list[tuple[str, Mapping[str, str], dict[str, Any]]] = []
         stub = self
 
@@ -53,6 +57,14 @@ class StubServer:
 
             def _send(self, answer: Reply) -> None:
                 status, content = answer
+                if isinstance(content, Iterator):  # more is promised than comes
+                    self.send_response(status)
+                    self.send_header("Content-Length", "1000000")
+                    self.end_headers()
+                    with contextlib.suppress(OSError):  # the client has gone
+                        for piece in content:
+                            self.wfile.write(piece)
+                    return
                 data = (content if isinstance(content, str) else json.dumps(content)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -147,12 +148,14 @@ def test_a_failure_that_may_pass_is_tried_again(tmp_path, capsys, failure):
         ((500, {"error": "broken"}), ("answers 500 broken (3 tries)",), 3),
         ((400, {"error": {"message": "maximum context length"}}),
          ("answers 400 maximum context length", "'Now:\\nwho?'"), 1),
-        ((302, ""), ("answers 302",), 1),
+        ((302, ""), ("answers 302", "the address that it redirects to"), 1),
+        ((429, "slow"), ("answers 429 slow (3 tries); lower --concurrency",), 3),
         ((200, {"choices": []}), ("no chat completion",), 1), ((200, "<html>"), ("no chat completion", "<html>"), 1),
         ((200, {"choices": [{"message": {"content": 3}}]}), ("no chat completion",), 1),
-        ((200, [1]), ("no chat completion",), 1),
+        ((200, [1]), ("no chat completion",), 1), ((200, "[" * 100_000), ("no chat completion", "[[[["), 1),
+        ((200, '{"choices": [{"mess'), ("no chat completion",), 1), ((200, "9" * 10_000), ("no chat completion",), 1),
     ],
-    ids=["401", "500", "400", "302", "no choice", "html", "number", "list"],
+    ids=["401", "500", "400", "302", "429", "no choice", "html", "number", "list", "deep", "cut off", "long number"],
 )
 def test_other_failures_are_one_line_without_the_key(tmp_path, capsys, monkeypatch, reply, pieces, requests):
     monkeypatch.setenv("MY_KEY", KEY)
@@ -163,6 +166,25 @@ def test_other_failures_are_one_line_without_the_key(tmp_path, capsys, monkeypat
     assert_one_line((status, error), stub.url, *pieces, "0 of 1 answers")
     assert "\\\\" not in error
     assert KEY not in error + out and len(stub.requests) == requests and results is None
+
+
+def test_an_answer_that_does_not_end_is_given_up(tmp_path, capsys, monkeypatch):
+    """A byte now and then is no answer, although no single read takes long; neither is an endless one."""
+    data = write_records(tmp_path / "d.json", qa("Who?", "Me"))
+    monkeypatch.setattr(server, "_PIECE", 4)
+
+    def drips():
+        for _ in range(200):
+            time.sleep(0.05)
+            yield b" "
+
+    with StubServer(lambda body: (200, drips())) as stub:
+        outcome = evaluate(stub, data, tmp_path, capsys, "--timeout", 1, "--retries", 0)
+    assert_one_line(outcome[:2], "does not answer within 1 s; raise --timeout")
+    monkeypatch.setattr(server, "_MOST_BYTES", 1000)
+    with StubServer(lambda body: (200, " " * 2000)) as stub:
+        outcome = evaluate(stub, data, tmp_path / "b", capsys, "--retries", 0)
+    assert_one_line(outcome[:2], "sends more than 1000 bytes")
 
 
 def test_a_later_start_goes_on_from_the_answers(tmp_path, capsys):
