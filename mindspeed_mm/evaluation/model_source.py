@@ -35,7 +35,7 @@ EXPORTS = "hf"
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """What answers.
+    """The model to evaluate, and the files that it is loaded from.
 
     Attributes:
         name: directory of the checkpoint, or the option's value where it names no checkpoint.

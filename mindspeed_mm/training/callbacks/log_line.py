@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 
 from mindspeed_mm.evaluation.sample import EvaluatedSample
+from mindspeed_mm.progress import format_seconds
 from mindspeed_mm.training.callbacks.base import Callback, Run
 from mindspeed_mm.training.logging_setup import RAW
 from mindspeed_mm.training.metrics import StepRecord, rates_per_device
@@ -113,8 +114,7 @@ class LogLine(Callback):
 
     def _remaining_time(self, steps: int) -> str:
         """H:MM:SS, from the mean of recent steps."""
-        seconds = round(steps * sum(self._recent) / len(self._recent))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return format_seconds(steps * sum(self._recent) / len(self._recent))
 
 
 def _channel_losses(metrics: Mapping[str, float], prefix: str) -> list[tuple[str, float]]:
