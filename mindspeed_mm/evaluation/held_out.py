@@ -69,14 +69,14 @@ def _named(data_sets: Sequence[NamedDataset]) -> list[NamedDataset]:
 
 
 def _recorded(source: ModelSource | None) -> Mapping[str, Any]:
-    """What a checkpoint has of its training; nothing of other models."""
+    """Training settings that a checkpoint's manifest records; empty for any other model."""
     if source is None or not is_file(Path(source.name) / METADATA):
         return {}
     return read_manifest(Path(source.name))["metadata"]
 
 
 def _check_same(path: str, basic: Any, recorded: Mapping[str, Any]) -> None:
-    """Check that the training held out the same fraction: a record that it saw says little."""
+    """Check that training held out the same records, so that none is evaluated that the model was trained on."""
     trained = recorded.get("data", {}).get("dataset_param", {}).get("basic_parameters", {})
     for name in ("val_rate", "max_samples") if trained else ():
         now = getattr(basic, name)
@@ -86,7 +86,7 @@ def _check_same(path: str, basic: Any, recorded: Mapping[str, Any]) -> None:
 
 
 def _held_out(config: DataConfig, spec: ModelSpec, path: str, *, seq_length: int, seed: int) -> frozenset[str]:
-    """Names of the records, from the data set that training builds: those that it skips are in neither part."""
+    """Sources of the held-out records, from the data set that training builds; records it skips are in neither part."""
     from mindspeed_mm.data.dataset import build_datasets  # imports torch
 
     print(f"preparing the data of --mm-data {path}, for the records that val_rate holds out", flush=True)
